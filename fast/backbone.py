@@ -1,0 +1,111 @@
+"""Backbones by timm: from images to the last feature map at a chosen output stride."""
+
+import hashlib
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+WeightsOrigin = Literal["timm", "tensorflow"]
+
+# What TensorFlow-trained weights expect of timm's model: padding, epsilon of the norms, and inputs of p / 127.5 − 1.
+_TENSORFLOW = {"pad_type": "same", "bn_eps": 1e-3}
+
+
+class Backbone(nn.Module):
+    """A timm model cut after its last feature map: images (N, 3, H, W), values 0 to 255 -> (N, channels, h, w).
+
+    At output stride s and H = s·k + 1 the map has h = k + 1 rows, and feature (i, j) sits on pixel (s·i, s·j).
+
+    `weights` is a local file (safetensors, or a PyTorch state dict read with `weights_only=True`) in timm's key names;
+    `pretrained=True` lets timm download its own; with neither the weights are random. `weights_origin="tensorflow"` is for
+    weights that were trained in TensorFlow: SAME padding, epsilon 1e-3 and inputs scaled to −1..1, where timm's own use the
+    mean and deviation in their configuration. Raises ValueError naming the model, or the file and the keys that do not fit.
+    """
+
+    mean: Tensor  # (1, 3, 1, 1), of pixel values 0 to 255
+    std: Tensor
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        output_stride: int = 16,
+        weights: Path | None = None,
+        pretrained: bool = False,
+        weights_origin: WeightsOrigin = "timm",
+    ) -> None:
+        super().__init__()
+        if name not in timm.list_models():
+            similar = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:8]) or "see timm.list_models()"
+            raise ValueError(f"backbone {name!r} is not a timm model; similar names: {similar}")
+        options: dict[str, Any] = _TENSORFLOW if weights_origin == "tensorflow" else {}
+        try:
+            self.body: nn.Module = timm.create_model(
+                name, pretrained=pretrained, features_only=True, out_indices=(-1,), output_stride=output_stride, **options
+            )
+        except (TypeError, NotImplementedError, AssertionError, RuntimeError) as error:
+            raise ValueError(f"backbone {name!r} cannot give features at output stride {output_stride}: {error}") from error
+        info: Any = self.body.feature_info  # timm's contract: channels and reduction per feature map
+        self.name, self.output_stride = name, output_stride
+        self.channels: int = info.channels()[-1]
+        if info.reduction()[-1] != output_stride:
+            raise ValueError(f"backbone {name!r} gives output stride {info.reduction()[-1]}, asked for {output_stride}")
+        if weights is not None:
+            _load_body(self.body, name, options, weights)
+        mean, std = _normalisation(self.body, weights_origin)
+        self.register_buffer("mean", mean.view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", std.view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features: list[Tensor] = self.body((images - self.mean) / self.std)
+        return features[-1]
+
+    def weights_hash(self) -> str:
+        """A hash of all weights and statistics: features cached with one backbone are not mistaken for another's."""
+        digest = hashlib.sha256()
+        for key, value in sorted(self.state_dict().items()):
+            digest.update(key.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+        for constant in (self.mean, self.std):
+            digest.update(constant.cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """A state dict from safetensors or a PyTorch file, without running code from it. Raises ValueError naming the file."""
+    if not path.is_file():
+        raise ValueError(f"weights file {path} does not exist")
+    try:
+        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling a stranger's file can fail in any way
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"weights file {path} cannot be read as safetensors or as a PyTorch state dict: {reason}") from error
+    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"weights file {path} holds no state dict (a mapping from names to tensors)")
+    return state
+
+
+def _load_body(body: nn.Module, name: str, options: dict[str, Any], path: Path) -> None:
+    """Strict: the file must fit the whole timm model, or exactly the part of it that computes features."""
+    state = read_weights(path)
+    wanted = body.state_dict()
+    head = timm.create_model(name, **options).state_dict().keys() - wanted.keys()  # conv_head, classifier and the like
+    missing = [key for key in wanted if key not in state]
+    unknown = [key for key in state if key not in wanted and key not in head]
+    misshapen = [key for key in wanted if key in state and state[key].shape != wanted[key].shape]
+    for problem, keys in (("lacks", missing), ("has unknown", unknown), ("has other shapes for", misshapen)):
+        if keys:
+            raise ValueError(f"weights file {path} is not of {name}: it {problem} {len(keys)} keys, first {keys[0]!r}")
+    body.load_state_dict({key: state[key] for key in wanted})
+
+
+def _normalisation(body: nn.Module, weights_origin: WeightsOrigin) -> tuple[Tensor, Tensor]:
+    if weights_origin == "tensorflow":
+        return torch.full((3,), 127.5), torch.full((3,), 127.5)
+    config: Any = getattr(body, "pretrained_cfg", None) or {}
+    mean, std = config.get("mean", (0.485, 0.456, 0.406)), config.get("std", (0.229, 0.224, 0.225))
+    return torch.tensor(mean) * 255, torch.tensor(std) * 255

@@ -1,0 +1,182 @@
+"""The Dense Prediction Cell as a PyTorch module; `reference/dense_prediction_cell.py` is its meaning."""
+
+from itertools import chain
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fast.atrous_separable_conv import atrous_separable_conv
+from fast.batch_norm import MOMENTUM
+from fast.concat_project import concat_project
+from fast.pointwise_conv import conv1x1
+from fast.pyramid_pooling import pyramid_pooling
+from reference.atrous_separable_conv import SeparableConv
+from reference.batch_norm import EPS, Array, BatchNorm
+from reference.cell import BACKBONE_FEATURE, Cell, Operation
+from reference.concat_project import DROPOUT_RATE
+from reference.dense_prediction_cell import CellWeights, rate_multiplier_for
+from reference.pointwise_conv import ConvNorm
+from reference.pyramid_pooling import PoolingVariant
+
+
+class DensePredictionCell(nn.Module):
+    """A cell with weights: features (N, in_channels, H, W) -> (N, cell_channels, H, W), any H and W from 1 up.
+
+    Rates are as searched at output stride 16 and double at 8 (`output_stride`). `pooling` and `pooling_size` are those of
+    `reference/pyramid_pooling.py`. Initial weights follow the authors (research/deeplab/core/dense_prediction_cell.py).
+
+    >>> from reference.cell import Cell
+    >>> cell = Cell.from_json('[{"op": "conv", "kernel": 3, "rate": [1, 6], "input": -1}]')
+    >>> DensePredictionCell(cell, in_channels=320)(torch.zeros(2, 320, 33, 33)).shape
+    torch.Size([2, 256, 33, 33])
+    """
+
+    def __init__(
+        self,
+        cell: Cell,
+        in_channels: int,
+        *,
+        branch_channels: int = 256,
+        cell_channels: int = 256,
+        output_stride: int = 16,
+        dropout_rate: float = DROPOUT_RATE,
+        pooling: PoolingVariant = "sliding_window",
+        pooling_size: tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.cell = cell
+        self.in_channels, self.branch_channels, self.cell_channels = in_channels, branch_channels, cell_channels
+        self.output_stride = output_stride
+        self.pooling: PoolingVariant = pooling
+        self.pooling_size = pooling_size
+        multiplier = rate_multiplier_for(output_stride)
+        self.branches = nn.ModuleList()
+        for branch in cell.branches:
+            channels = in_channels if branch.input_index == BACKBONE_FEATURE else branch_channels
+            self.branches.append(_branch(branch.operation, channels, branch_channels, multiplier, pooling, pooling_size))
+        self.dropout = nn.Dropout(dropout_rate)
+        self.projection = _ConvNorm((cell_channels, len(cell.branches) * branch_channels, 1, 1))
+
+    def forward(self, features: Tensor) -> Tensor:
+        if features.ndim != 4 or features.shape[1] != self.in_channels:
+            raise ValueError(f"cell needs features: (N, {self.in_channels}, H, W), got {tuple(features.shape)}")
+        maps = {BACKBONE_FEATURE: features}
+        for i, (branch, module) in enumerate(zip(self.cell.branches, self.branches, strict=True)):
+            maps[i] = module(maps[branch.input_index])
+        dropout_rate = self.dropout.p if self.dropout.training else 0.0
+        branches = [maps[i] for i in range(len(self.branches))]
+        return concat_project(branches, self.projection.weights(), dropout_rate=dropout_rate, **self.projection.mode())
+
+    def weights(self) -> CellWeights[Tensor]:
+        """The live parameters and statistics, in the reference's containers."""
+        branches = (cast(_Conv1x1Branch | _SeparableBranch, branch) for branch in self.branches)
+        return CellWeights(tuple(branch.weights() for branch in branches), self.projection.weights())
+
+    def extra_repr(self) -> str:
+        return f"{self.cell}, output_stride={self.output_stride}"
+
+
+def undecayed_parameters(module: nn.Module) -> set[nn.Parameter]:
+    """Parameters that carry no weight decay: depthwise weights, batch norms and biases (research/deeplab, L2 on the rest)."""
+    norms = chain.from_iterable(child.parameters() for child in module.modules() if isinstance(child, nn.BatchNorm2d))
+    depthwise = (branch.depthwise.weight for branch in module.modules() if isinstance(branch, _SeparableBranch))
+    biases = (parameter for name, parameter in module.named_parameters() if name.endswith(".bias"))
+    return set(chain(norms, depthwise, biases))
+
+
+def reference_weights(module: DensePredictionCell) -> CellWeights[Array]:
+    """The module's weights as the containers of float64 arrays that `reference.dense_prediction_cell` takes."""
+    weights: CellWeights[Array] = _to_numpy(module.weights())
+    return weights
+
+
+def load_reference_weights(module: DensePredictionCell, weights: CellWeights[Array]) -> None:
+    """Copy the reference's arrays into the module, in place."""
+    with torch.no_grad():
+        for tensor, array in zip(_leaves(module.weights()), _leaves(weights), strict=True):
+            tensor.copy_(torch.from_numpy(np.ascontiguousarray(array)))
+
+
+class _ConvNorm(nn.Module):
+    """Holds the weights of a convolution and of its batch norm; the functions of `fast/` compute."""
+
+    def __init__(self, shape: tuple[int, int, int, int], truncated_normal_std: float | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape))
+        if truncated_normal_std is None:
+            nn.init.xavier_uniform_(self.weight)
+        else:  # TensorFlow truncates at two standard deviations
+            std = truncated_normal_std
+            nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
+        self.norm = nn.BatchNorm2d(shape[0], eps=EPS, momentum=MOMENTUM)
+
+    def weights(self) -> ConvNorm[Tensor]:
+        mean, var = cast(Tensor, self.norm.running_mean), cast(Tensor, self.norm.running_var)  # always tracked
+        return ConvNorm(self.weight, BatchNorm(self.norm.weight, self.norm.bias, mean, var))
+
+    def mode(self) -> dict[str, Any]:
+        """The norm decides whether it trains, so that it can be frozen, or train alone, while the rest does not."""
+        return {"training": self.norm.training, "momentum": self.norm.momentum}
+
+
+class _Conv1x1Branch(nn.Module):
+    def __init__(self, in_channels: int, channels: int) -> None:
+        super().__init__()
+        self.pointwise = _ConvNorm((channels, in_channels, 1, 1))
+
+    def weights(self) -> ConvNorm[Tensor]:
+        return self.pointwise.weights()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return conv1x1(x, self.weights(), **self.pointwise.mode())
+
+
+class _PoolingBranch(_Conv1x1Branch):
+    def __init__(self, in_channels: int, channels: int, **pooling: Any) -> None:
+        super().__init__(in_channels, channels)
+        self.pooling = pooling
+
+    def forward(self, x: Tensor) -> Tensor:
+        return pyramid_pooling(x, self.weights(), **self.pooling, **self.pointwise.mode())
+
+
+class _SeparableBranch(nn.Module):
+    def __init__(self, in_channels: int, channels: int, rate: tuple[int, int]) -> None:
+        super().__init__()
+        self.rate = rate
+        self.depthwise = _ConvNorm((in_channels, 1, 3, 3), truncated_normal_std=0.33)
+        self.pointwise = _ConvNorm((channels, in_channels, 1, 1), truncated_normal_std=0.06)
+
+    def weights(self) -> SeparableConv[Tensor]:
+        return SeparableConv(self.depthwise.weights(), self.pointwise.weights())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return atrous_separable_conv(x, self.weights(), rate=self.rate, **self.pointwise.mode())
+
+
+def _branch(
+    operation: Operation,
+    in_channels: int,
+    channels: int,
+    multiplier: int,
+    variant: PoolingVariant,
+    pooling_size: tuple[int, int] | None,
+) -> nn.Module:
+    if operation.rate is not None:
+        return _SeparableBranch(in_channels, channels, (operation.rate[0] * multiplier, operation.rate[1] * multiplier))
+    if operation.grid_size is not None:
+        return _PoolingBranch(in_channels, channels, grid_size=operation.grid_size, variant=variant, pooling_size=pooling_size)
+    return _Conv1x1Branch(in_channels, channels)
+
+
+def _to_numpy(weights: Any) -> Any:
+    if isinstance(weights, Tensor):
+        return weights.detach().cpu().double().numpy()
+    arrays = map(_to_numpy, weights)
+    return type(weights)(*arrays) if hasattr(weights, "_fields") else tuple(arrays)  # a named tuple, or the branches
+
+
+def _leaves(weights: Any) -> list[Any]:
+    return list(chain.from_iterable(map(_leaves, weights))) if isinstance(weights, tuple) else [weights]

@@ -1,0 +1,75 @@
+"""`reference/upsampled_cross_entropy.py` on PyTorch, by bands of rows.
+
+Full-size logits of a batch, 360 MB at the paper's proxy size, never exist: one image's band is upsampled, its loss taken and
+its gradient sent back to the small logits at once, while the band is in the cache. So the gradient is ready when the loss is.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from reference.bilinear_resize import interpolation_matrix
+from reference.upsampled_cross_entropy import IGNORE_INDEX
+
+BAND_BYTES = {"cpu": 1 << 22, "cuda": 1 << 28}  # of upsampled logits at a time: in a cache on CPU, in few launches on CUDA
+
+
+def upsampled_cross_entropy(logits: Tensor, labels: Tensor, *, ignore_index: int = IGNORE_INDEX) -> Tensor:
+    """logits: (N, K, h, w), labels: (N, H, W) integer in 0..K-1 or ignore_index -> the mean loss in nats.
+
+    Computed in float32, or in float64 if the logits are. Differentiable once.
+    """
+    precise = logits if logits.dtype == torch.float64 else logits.float()
+    loss: Tensor = _UpsampledCrossEntropy.apply(precise, labels, ignore_index)
+    return loss
+
+
+class _UpsampledCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+        height, width = labels.shape[1:]
+        rows, columns = _matrix(logits, logits.shape[2], height), _matrix(logits, logits.shape[3], width)
+        band = max(1, BAND_BYTES.get(logits.device.type, 1 << 22) // (logits.shape[1] * width * logits.element_size()))
+        total, grad = logits.new_zeros((), dtype=torch.float64), torch.empty_like(logits)
+        for n in range(logits.shape[0]):
+            wide = logits[n] @ columns.T  # (K, h, W)
+            grad_wide = torch.zeros_like(wide)
+            for top in range(0, height, band):
+                weights = rows[top : top + band]  # (band, h), nonzero only between the feature rows around the band
+                first, last = top * (logits.shape[2] - 1) // max(height - 1, 1), logits.shape[2]
+                last = min(last, (top + weights.shape[0] - 1) * (logits.shape[2] - 1) // max(height - 1, 1) + 2)
+                weights = weights[:, first:last]
+                loss, grad_band = _softmax_cross_entropy(
+                    weights @ wide[:, first:last], labels[n, top : top + band], ignore_index
+                )
+                total += loss
+                grad_wide[:, first:last] += weights.T @ grad_band
+            grad[n] = grad_wide @ columns
+        count = (labels != ignore_index).sum().clamp(min=1)
+        ctx.save_for_backward(grad.div_(count))
+        return (total / count).to(logits.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None]:
+        (grad,) = ctx.saved_tensors
+        return grad * grad_loss, None, None
+
+
+def _softmax_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Summed loss and its gradient, written over logits: (K, rows, W); labels: (rows, W)."""
+    labelled = labels != ignore_index
+    target = labels.long().where(labelled, 0)[None]  # (1, rows, W)
+    logits -= logits.amax(dim=0)
+    chosen = logits.gather(0, target)[0]  # (rows, W)
+    total = logits.exp_().sum(dim=0)
+    loss = (total.log() - chosen).where(labelled, 0).sum(dtype=torch.float64)
+    logits *= labelled / total
+    logits.scatter_add_(0, target, -labelled[None].to(logits.dtype))
+    return loss, logits
+
+
+def _matrix(like: Tensor, in_size: int, out_size: int) -> Tensor:
+    return torch.from_numpy(interpolation_matrix(in_size, out_size)).to(like.device, like.dtype)

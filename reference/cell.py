@@ -1,0 +1,186 @@
+"""The vocabulary: a Dense Prediction Cell (DPC) as immutable data.
+
+A cell is a directed acyclic graph of B branches (paper, section 3.1). Branch i reads one map, either the backbone feature
+(`input_index == BACKBONE_FEATURE`) or the output of an earlier branch, and applies one operation. The outputs of *all*
+branches are concatenated and projected.
+
+The exchange format is the authors' JSON, unchanged
+(`research/deeplab/core/dense_prediction_cell_branch5_top1_cityscapes.json`): a list with one object per branch, `{"op":
+"conv", "kernel": 3, "rate": [h, w], "input": i}`, `{"op": "conv", "kernel": 1, "input": i}` or `{"op": "pyramid_pooling",
+"grid_size": [h, w], "input": i}`. Sizes are in (height, width) order everywhere.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+BACKBONE_FEATURE = -1
+NUM_BRANCHES = 5  # B of the paper
+RATES = (1, 3, 6, 9, 12, 15, 18, 21)
+GRID_SIZES = (1, 2, 4, 8)
+
+OperationKind = Literal["conv1x1", "atrous_separable_conv", "pyramid_pooling"]
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One operation of a branch; every operation ends in batch norm and ReLU and keeps the map's size.
+
+    `rate` is (rate_h, rate_w) of the 3×3 atrous separable convolution, `grid_size` is (grid_h, grid_w) of the pyramid pooling;
+    each belongs to its own kind and is None for the others. Any positive integers are valid here; which of them a search
+    may propose is the business of its search space.
+
+    >>> print(Operation("atrous_separable_conv", rate=(6, 21)))
+    sep3x3 6x21
+    >>> Operation("atrous_separable_conv", rate=(0, 1))
+    Traceback (most recent call last):
+    ValueError: rate must be two integers of at least 1, as [height, width], got (0, 1)
+    """
+
+    kind: OperationKind
+    rate: tuple[int, int] | None = None
+    grid_size: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("conv1x1", "atrous_separable_conv", "pyramid_pooling"):
+            raise ValueError(f"kind must be conv1x1, atrous_separable_conv or pyramid_pooling, got {self.kind!r}")
+        for field, owner in (("rate", "atrous_separable_conv"), ("grid_size", "pyramid_pooling")):
+            if self.kind == owner:
+                object.__setattr__(self, field, _height_width(getattr(self, field), field))
+            elif getattr(self, field) is not None:
+                raise ValueError(f"{field} belongs to {owner}, remove it from {self.kind}")
+
+    def __str__(self) -> str:
+        if self.rate is not None:
+            return "sep3x3 {}x{}".format(*self.rate)
+        if self.grid_size is not None:
+            return "pool {}x{}".format(*self.grid_size)
+        return "conv1x1"
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """One branch: the map it reads (`BACKBONE_FEATURE` or the index of an earlier branch) and its operation."""
+
+    input_index: int
+    operation: Operation
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """A Dense Prediction Cell: branches in order; validated, hashable, without weights.
+
+    Raises ValueError, naming the branch and the field, for an empty list or an input that is not an earlier map.
+
+    >>> cell = Cell.from_json(
+    ...     '[{"op": "conv", "kernel": 1, "input": -1}, {"op": "pyramid_pooling", "grid_size": [1, 1], "input": 0}]'
+    ... )
+    >>> print(cell)
+    conv1x1(F), pool 1x1(0)
+    >>> Cell.from_json(cell.to_json()) == cell
+    True
+    """
+
+    branches: tuple[Branch, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "branches", tuple(self.branches))
+        if not self.branches:
+            raise ValueError("a cell needs at least one branch, got an empty list")
+        for i, branch in enumerate(self.branches):
+            if not _is_int(branch.input_index) or not BACKBONE_FEATURE <= branch.input_index < i:
+                choices = "-1 (the backbone feature)" + (f" or an earlier branch, 0 to {i - 1}" if i else "")
+                raise ValueError(f"branch {i}: input must be {choices}, got {branch.input_index!r}")
+
+    def __str__(self) -> str:
+        return ", ".join(f"{b.operation}({'F' if b.input_index < 0 else b.input_index})" for b in self.branches)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read the authors' format. Raises ValueError naming the branch and the key."""
+        try:
+            items = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"not valid JSON: {error}") from error
+        if not isinstance(items, list):
+            raise ValueError(f"a cell is a JSON list with one object per branch, got {type(items).__name__}")
+        return cls(tuple(_branch_from_json(item, i) for i, item in enumerate(items)))
+
+    def to_json(self) -> str:
+        """Write the authors' format, one branch per line."""
+        return "[" + ",\n ".join(json.dumps(_branch_to_json(branch)) for branch in self.branches) + "]\n"
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a cell's JSON file. Raises ValueError naming the file, OSError if it cannot be read."""
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:  # also a file that is not text
+            raise ValueError(f"{path}: {error}") from error
+
+
+def _branch_from_json(item: Any, i: int) -> Branch:
+    if not isinstance(item, Mapping):
+        raise ValueError(f"branch {i}: must be a JSON object, got {item!r}")
+    kinds = {"conv": {"op", "kernel", "rate", "input"}, "pyramid_pooling": {"op", "grid_size", "input"}}
+    op = item.get("op")
+    if not isinstance(op, str) or op not in kinds:
+        raise ValueError(f'branch {i}: op must be "conv" or "pyramid_pooling", got {op!r}')
+    for key in item.keys() - kinds[op]:
+        raise ValueError(f"branch {i}: unknown key {key!r} for op {op!r}; known keys are {', '.join(sorted(kinds[op]))}")
+    if "input" not in item:
+        raise ValueError(f"branch {i}: key 'input' is missing; -1 is the backbone feature, i is branch i")
+    try:
+        return Branch(item["input"], _operation_from_json(item))
+    except ValueError as error:
+        raise ValueError(f"branch {i}: {error}") from error
+
+
+def _operation_from_json(item: Mapping[str, Any]) -> Operation:
+    if item["op"] == "pyramid_pooling":
+        return Operation("pyramid_pooling", grid_size=item.get("grid_size"))
+    kernel = item.get("kernel")
+    if kernel in (1, [1, 1]) and _all_ints(kernel):
+        if item.get("rate") not in (None, 1, [1, 1]):  # a rate means nothing to a 1×1 kernel; accept only the neutral one
+            raise ValueError(f"rate has no effect on a 1x1 kernel, remove it, got {item['rate']!r}")
+        return CONV1X1
+    if kernel in (3, [3, 3]) and _all_ints(kernel):
+        return Operation("atrous_separable_conv", rate=item.get("rate"))
+    raise ValueError(f"kernel must be 1 or 3, got {kernel!r}")
+
+
+def _branch_to_json(branch: Branch) -> dict[str, Any]:
+    match branch.operation:
+        case Operation(rate=(h, w)):
+            fields: dict[str, Any] = {"kernel": 3, "rate": [h, w], "op": "conv"}
+        case Operation(grid_size=(h, w)):
+            fields = {"grid_size": [h, w], "op": "pyramid_pooling"}
+        case _:
+            fields = {"kernel": 1, "op": "conv"}
+    return fields | {"input": branch.input_index}
+
+
+def _height_width(value: Any, field: str) -> tuple[int, int]:
+    if isinstance(value, list | tuple) and len(value) == 2 and all(_is_int(size) and size >= 1 for size in value):
+        return (value[0], value[1])
+    raise ValueError(f"{field} must be two integers of at least 1, as [height, width], got {value!r}")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _all_ints(value: Any) -> bool:
+    return all(map(_is_int, value if isinstance(value, list) else [value]))
+
+
+CONV1X1 = Operation("conv1x1")
+
+# The 81 operations of the paper (section 3.1): 1 + 8·8 + 4·4, in the order that the search's indices refer to.
+OPERATIONS: tuple[Operation, ...] = (
+    CONV1X1,
+    *(Operation("atrous_separable_conv", rate=(h, w)) for h in RATES for w in RATES),
+    *(Operation("pyramid_pooling", grid_size=(h, w)) for h in GRID_SIZES for w in GRID_SIZES),
+)

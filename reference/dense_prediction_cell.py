@@ -1,0 +1,127 @@
+"""The Dense Prediction Cell (paper, section 3.1; `build_cell` in research/deeplab/core/dense_prediction_cell.py).
+
+    maps[-1] = features;   maps[i] = operation_i(maps[input_i]);   y = concat_project(maps[0], ..., maps[B-1])
+
+At output stride 8 the atrous rates double (`rate_multiplier=2`), 1×1 convolutions and pooling grids stay.
+"""
+
+from collections.abc import Callable
+from typing import Any, Generic, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from reference.atrous_separable_conv import SeparableConv, atrous_separable_conv, atrous_separable_conv_backward
+from reference.batch_norm import Array, ArrayT
+from reference.cell import BACKBONE_FEATURE, Cell, Operation
+from reference.concat_project import DROPOUT_RATE, concat_project, concat_project_backward
+from reference.pointwise_conv import ConvNorm, conv1x1, conv1x1_backward
+from reference.pyramid_pooling import PoolingVariant, pyramid_pooling, pyramid_pooling_backward
+
+
+class CellWeights(NamedTuple, Generic[ArrayT]):
+    """Weights of a cell; also the container of their gradients."""
+
+    branches: tuple[ConvNorm[ArrayT] | SeparableConv[ArrayT], ...]  # in the order of the cell
+    projection: ConvNorm[ArrayT]  # weight (cell_channels, B·branch_channels, 1, 1)
+
+
+class BranchOptions(NamedTuple):
+    """What a cell's operations depend on besides the cell and the weights."""
+
+    training: bool
+    rate_multiplier: int = 1  # 16 // output_stride
+    pooling: PoolingVariant = "sliding_window"
+    pooling_size: tuple[int, int] | None = None  # map size that fixes the pooling windows; None: the map's own
+
+
+def rate_multiplier_for(output_stride: int) -> int:
+    """Rates are stated for output stride 16 and double at 8. Raises ValueError for others (the authors allow no less)."""
+    if output_stride not in (8, 16):
+        raise ValueError(f"output_stride must be 8 or 16, got {output_stride}")
+    return 16 // output_stride
+
+
+def dense_prediction_cell(
+    features: Array,
+    cell: Cell,
+    weights: CellWeights[Array],
+    options: BranchOptions,
+    *,
+    dropout_keep: NDArray[np.bool_] | None = None,
+    dropout_rate: float = DROPOUT_RATE,
+) -> Array:
+    """features: (N, C_in, H, W) -> (N, cell_channels, H, W); dropout_keep as in `concat_project`."""
+    branches = branch_outputs(features, cell, weights, options)
+    return concat_project(
+        branches, weights.projection, training=options.training, dropout_keep=dropout_keep, dropout_rate=dropout_rate
+    )
+
+
+def branch_outputs(features: Array, cell: Cell, weights: CellWeights[Array], options: BranchOptions) -> list[Array]:
+    """The maps of all branches, each (N, branch_channels, H, W)."""
+    maps = {BACKBONE_FEATURE: features}
+    for i, branch in enumerate(cell.branches):
+        maps[i] = apply_operation(maps[branch.input_index], branch.operation, weights.branches[i], options)
+    return [maps[i] for i in range(len(cell.branches))]
+
+
+def dense_prediction_cell_backward(
+    grad_output: Array,
+    features: Array,
+    cell: Cell,
+    weights: CellWeights[Array],
+    options: BranchOptions,
+    *,
+    dropout_keep: NDArray[np.bool_] | None = None,
+    dropout_rate: float = DROPOUT_RATE,
+) -> tuple[Array, CellWeights[Array]]:
+    """Gradients for features: (N, C_in, H, W) and all weights, given grad_output: (N, cell_channels, H, W)."""
+    branches = branch_outputs(features, cell, weights, options)
+    grad_branches, grad_projection = concat_project_backward(
+        grad_output,
+        branches,
+        weights.projection,
+        training=options.training,
+        dropout_keep=dropout_keep,
+        dropout_rate=dropout_rate,
+    )
+    maps = {BACKBONE_FEATURE: features, **dict(enumerate(branches))}
+    grads = {BACKBONE_FEATURE: np.zeros(features.shape), **dict(enumerate(grad_branches))}
+    grad_weights = []
+    for i, branch in reversed(list(enumerate(cell.branches))):  # when branch i is reached, all its readers have added theirs
+        grad_input, grad_branch = apply_operation_backward(
+            grads[i], maps[branch.input_index], branch.operation, weights.branches[i], options
+        )
+        grads[branch.input_index] = grads[branch.input_index] + grad_input
+        grad_weights.append(grad_branch)
+    return grads[BACKBONE_FEATURE], CellWeights(tuple(reversed(grad_weights)), grad_projection)
+
+
+def apply_operation(
+    x: Array, operation: Operation, weights: ConvNorm[Array] | SeparableConv[Array], options: BranchOptions
+) -> Array:
+    """One of the 81 operations: (N, C_in, H, W) -> (N, C_out, H, W)."""
+    forward, _, arguments = _resolve(operation, options)
+    return forward(x, weights, **arguments)
+
+
+def apply_operation_backward(
+    grad_output: Array, x: Array, operation: Operation, weights: ConvNorm[Array] | SeparableConv[Array], options: BranchOptions
+) -> tuple[Array, ConvNorm[Array] | SeparableConv[Array]]:
+    """Gradients for x and the weights of `apply_operation`."""
+    _, backward, arguments = _resolve(operation, options)
+    gradients: tuple[Array, ConvNorm[Array] | SeparableConv[Array]] = backward(grad_output, x, weights, **arguments)
+    return gradients
+
+
+def _resolve(operation: Operation, options: BranchOptions) -> tuple[Callable[..., Array], Callable[..., Any], dict[str, Any]]:
+    """The operation's function, its gradient, and the keyword arguments of both."""
+    if operation.rate is not None:
+        rate = tuple(r * options.rate_multiplier for r in operation.rate)
+        return atrous_separable_conv, atrous_separable_conv_backward, {"rate": rate, "training": options.training}
+    if operation.grid_size is not None:
+        pooling = {"variant": options.pooling, "pooling_size": options.pooling_size}
+        arguments = {"grid_size": operation.grid_size, "training": options.training, **pooling}
+        return pyramid_pooling, pyramid_pooling_backward, arguments
+    return conv1x1, conv1x1_backward, {"training": options.training}

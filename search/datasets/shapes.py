@@ -1,0 +1,185 @@
+"""Generated scenes in which only context tells the classes apart: the data set that is always there.
+
+Every surface, the background included, draws its colours and texture from one distribution, so a small patch says next
+to nothing about its class. What decides is extent and aspect ratio, at scales from 1/12 to 3/4 of the picture:
+
+- a block is about as wide as it is high, a wide bar at least three times as wide, a tall bar three times as high;
+- the hole of a ring is background, though it looks like a disc;
+- one and the same small disc is a *dot* on the background and an *inlay* within a larger shape.
+
+Surfaces overlap; illumination and noise lie over everything; a thin contour between classes is ignored.
+"""
+
+import hashlib
+from dataclasses import astuple, dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from search.cli import InputError
+from search.datasets import IGNORE_INDEX, SPLITS, Sample
+
+CLASS_NAMES = ("background", "block", "wide bar", "tall bar", "disc", "ring", "dot", "inlay")
+BACKGROUND, BLOCK, WIDE_BAR, TALL_BAR, DISC, RING, DOT, INLAY = range(len(CLASS_NAMES))
+PALETTE = np.array(
+    [(60, 64, 72), (0, 114, 178), (230, 159, 0), (0, 158, 115), (213, 94, 0), (204, 121, 167), (240, 228, 66), (86, 180, 233)],
+    np.uint8,
+)
+PALETTE.flags.writeable = False
+
+# Longer side of each class as a share of the picture: log-uniform between the two, so that every scale is equally likely.
+EXTENTS = {
+    BLOCK: (0.17, 0.55),
+    WIDE_BAR: (0.28, 0.75),
+    TALL_BAR: (0.28, 0.75),
+    DISC: (0.2, 0.55),
+    RING: (0.3, 0.7),
+    DOT: (1 / 12, 0.15),
+}
+LENGTHS = {"train": 240, "val": 60}
+
+Window = tuple[slice, slice]  # rows, columns of the picture
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """`length` scenes of `size` × `size` pixels; scene i depends on (seed, split, i) alone.
+
+    The size is 16 k + 1, so that a feature map of output stride 16 has its corners on pixels.
+    """
+
+    split: str
+    length: int
+    size: int = 257
+    seed: int = 0
+
+    name = "shapes"
+    class_names = CLASS_NAMES
+    palette = PALETTE
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < self.length:
+            raise IndexError(f"scene {index} of {self.length}")
+        rng = np.random.default_rng([self.seed, SPLITS.index(self.split), index])
+        return Sample(*draw_scene(rng, self.size), name=f"{self.split}_{index:03d}")
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(repr(astuple(self)).encode())
+        digest.update(self[0].image.tobytes())  # so that a change of the generator itself shows
+        return digest.hexdigest()
+
+
+def open_split(split: str, data_dir: Path | None) -> Shapes:
+    """Open the scenes of `split`; InputError if a folder is given, since nothing is read from it."""
+    if data_dir is not None:
+        raise InputError(f"--dataset shapes is generated and reads no files; remove --data-dir {data_dir}")
+    return Shapes(split, LENGTHS[split])
+
+
+def draw_scene(rng: np.random.Generator, size: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Draw one scene: image (size, size, 3) and label (size, size), both uint8."""
+    image = np.empty((size, size, 3), np.float32)
+    label = np.full((size, size), BACKGROUND, np.uint8)
+    _paint(image, np.s_[:, :], np.ones((size, size), bool), rng)
+    _place_shapes(image, label, rng)
+    _place_small_discs(image, label, rng)
+    _illuminate(image, rng)
+    _ignore_contours(label)
+    return image.clip(0, 255).astype(np.uint8), label
+
+
+def _place_shapes(image: NDArray[np.float32], label: NDArray[np.uint8], rng: np.random.Generator) -> None:
+    kinds = [*range(BLOCK, DOT), *rng.integers(BLOCK, DOT, size=2)]
+    extents = [(kind, _draw_extent(kind, len(label), rng)) for kind in kinds]
+    for kind, extent in sorted(extents, key=lambda pair: -max(pair[1])):  # large first, so that none hides another
+        for _ in range(10):
+            window = _draw_window(extent, len(label), rng)
+            if np.count_nonzero(label[window]) < 0.15 * label[window].size:  # little overlap
+                mask = _silhouette(kind, extent, rng)
+                _paint(image, window, mask, rng)
+                label[window][mask] = kind
+                break
+
+
+def _place_small_discs(image: NDArray[np.float32], label: NDArray[np.uint8], rng: np.random.Generator) -> None:
+    missing = {DOT: 3, INLAY: 4}
+    margin = 4
+    for _ in range(60):
+        extent = _draw_extent(DOT, len(label), rng)
+        rows, columns = _draw_window((extent[0] + 2 * margin, extent[1] + 2 * margin), len(label), rng)
+        surroundings = label[rows, columns]
+        kind = DOT if surroundings[0, 0] == BACKGROUND else INLAY
+        if missing[kind] and surroundings.max() < DOT and np.all(surroundings == surroundings[0, 0]):
+            missing[kind] -= 1
+            window = np.s_[rows.start + margin : rows.stop - margin, columns.start + margin : columns.stop - margin]
+            mask = _silhouette(kind, extent, rng)
+            _paint(image, window, mask, rng)
+            label[window][mask] = kind
+
+
+def _draw_extent(kind: int, size: int, rng: np.random.Generator) -> tuple[int, int]:
+    """Height and width in pixels."""
+    long_side = size * np.exp(rng.uniform(*np.log(EXTENTS[kind])))
+    aspect = rng.uniform(3, 5) if kind in (WIDE_BAR, TALL_BAR) else rng.uniform(1, 1.25) if kind == BLOCK else 1.0
+    short_side = max(long_side / aspect, size / 12)
+    height, width = (short_side, long_side) if kind == WIDE_BAR or rng.random() < 0.5 else (long_side, short_side)
+    if kind == TALL_BAR:
+        height, width = long_side, short_side
+    return round(height), round(width)
+
+
+def _draw_window(extent: tuple[int, int], size: int, rng: np.random.Generator) -> Window:
+    top, left = (int(rng.integers(0, size - side, endpoint=True)) for side in extent)
+    return slice(top, top + extent[0]), slice(left, left + extent[1])
+
+
+def _silhouette(kind: int, extent: tuple[int, int], rng: np.random.Generator) -> NDArray[np.bool_]:
+    """Which pixels of its (height, width) window belong to the shape."""
+    if kind in (BLOCK, WIDE_BAR, TALL_BAR):
+        return np.ones(extent, bool)
+    y, x = (np.linspace(-1, 1, side, dtype=np.float32) for side in extent)
+    radius_squared = (y**2)[:, None] + x**2
+    hole = rng.uniform(0.45, 0.6) if kind == RING else 0.0
+    return (radius_squared <= 1) & (radius_squared >= hole**2)
+
+
+def _paint(image: NDArray[np.float32], window: Window, mask: NDArray[np.bool_], rng: np.random.Generator) -> None:
+    """Cover `mask` with stripes or checks of a random pair of colours: the one source of all surfaces."""
+    rows, columns = (np.arange(side, dtype=np.float32) for side in mask.shape)
+    waves = []
+    for angle in rng.uniform(0, np.pi) + np.array([0, np.pi / 2]):
+        frequency = 2 * np.pi / rng.uniform(7, 24)  # wavelength in pixels
+        phase = rng.uniform(0, 2 * np.pi)
+        waves.append(np.sin((frequency * np.sin(angle) * rows)[:, None] + (frequency * np.cos(angle) * columns + phase)))
+    pattern = waves[0] if rng.random() < 0.5 else waves[0] * waves[1]
+    hue = rng.random()
+    first, second = (_colour(hue + shift, rng) for shift in (0, rng.uniform(-0.15, 0.15)))
+    surface = (first + second) / 2 + pattern[..., None] * (first - second) / 2
+    image[window][mask] = surface[mask]
+
+
+def _colour(hue: float, rng: np.random.Generator) -> NDArray[np.float32]:
+    """RGB from 0 to 255, around a random brightness."""
+    wheel = np.cos(2 * np.pi * (hue + np.array([0, 1 / 3, 2 / 3])))
+    return (rng.uniform(80, 190) + rng.uniform(20, 60) * wheel).astype(np.float32)
+
+
+def _illuminate(image: NDArray[np.float32], rng: np.random.Generator) -> None:
+    """Shade linearly in a random direction by up to 40 % at the corners, and add noise."""
+    size = len(image)
+    ramp = np.linspace(-1, 1, size, dtype=np.float32)
+    slope_y, slope_x = rng.uniform(-0.2, 0.2, size=2).astype(np.float32)
+    image *= (1 + slope_y * ramp[:, None] + slope_x * ramp)[..., None]
+    image += rng.integers(-12, 12, size=image.shape, dtype=np.int8, endpoint=True)
+
+
+def _ignore_contours(label: NDArray[np.uint8]) -> None:
+    """Mark the two pixels on either side of each change of class."""
+    horizontal = label[:, 1:] != label[:, :-1]
+    vertical = label[1:] != label[:-1]
+    label[:, 1:][horizontal] = label[:, :-1][horizontal] = IGNORE_INDEX
+    label[1:][vertical] = label[:-1][vertical] = IGNORE_INDEX

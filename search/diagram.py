@@ -1,0 +1,316 @@
+"""Pictures of a cell: its graph, as in the paper's figure 5, and the positions of the backbone feature that it sees.
+
+`python -m search.diagram --cell dpc --output cell.svg` draws both side by side.
+
+A branch reads exactly one map, so the branches form a tree below the backbone feature F. That makes the layout simple: a
+branch stands one layer below its input, children share the width below their parent, and every branch with children owns a
+lane to their left for its own way to the concatenation. Nothing crosses, whatever the cell.
+"""
+
+import re
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+from matplotlib.path import Path as Curve
+from numpy.typing import NDArray
+
+from reference.atrous_separable_conv import depthwise_conv
+from reference.bilinear_resize import bilinear_resize_backward
+from reference.cell import BACKBONE_FEATURE, Cell, Operation
+from reference.pyramid_pooling import pooling_matrix
+from search.cli import InputError, run_command
+from search.space import load_cell
+
+INK = "#20242c"  # text and axes; the page's own text colour where a picture stands in a page
+RECEPTIVE_FIELD_SIZE = 65  # features of 1024 pixels at output stride 16
+
+# All in inches at natural size.
+BOX_WIDTH, BOX_HEIGHT, BAR_HEIGHT = 1.16, 0.46, 0.34
+COLUMN_GAP, LAYER_GAP, LANE_WIDTH, MARGIN = 0.18, 0.38, 0.2, 0.04
+FONT_SIZE = 9.0
+
+_FILL_AND_EDGE = {
+    "conv1x1": ("#d9efe4", "#3d9970"),
+    "atrous_separable_conv": ("#dbe8fb", "#3f74c9"),
+    "pyramid_pooling": ("#fde6cf", "#d9822b"),
+}
+_BAR_COLOURS = ("#e6e8ec", "#7a828f")
+_ARROW_COLOUR = "#7a828f"
+
+
+class Box(NamedTuple):
+    """A rectangle by its centre and size, y upwards."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+
+    @property
+    def top(self) -> float:
+        return self.y + self.height / 2
+
+    @property
+    def bottom(self) -> float:
+        return self.y - self.height / 2
+
+
+@dataclass(frozen=True)
+class CellLayout:
+    """Where everything stands, in inches at natural size; F is the bar at the top, concat + 1×1 the one at the bottom."""
+
+    width: float
+    height: float
+    feature: Box
+    projection: Box
+    branches: tuple[Box, ...]
+    arrows: tuple[Curve, ...]
+
+
+def operation_label(operation: Operation) -> str:
+    """The operation as a reader says it.
+
+    >>> operation_label(Operation("atrous_separable_conv", rate=(6, 21)))
+    '3×3 sep, rate 6×21'
+    """
+    if operation.rate is not None:
+        return "3×3 sep, rate {}×{}".format(*operation.rate)
+    if operation.grid_size is not None:
+        return "pyramid pooling, {}×{}".format(*operation.grid_size)
+    return "1×1 conv"
+
+
+def layout_cell(cell: Cell) -> CellLayout:
+    """Place boxes and arrows so that no box meets another box or an arrow that is not its own."""
+    children: dict[int, list[int]] = {i: [] for i in range(BACKBONE_FEATURE, len(cell.branches))}
+    depths = {BACKBONE_FEATURE: 0}
+    for i, branch in enumerate(cell.branches):
+        children[branch.input_index].append(i)
+        depths[i] = depths[branch.input_index] + 1
+    centres: dict[int, float] = {}
+    lanes: dict[int, float] = {}
+
+    def place(i: int, left: float) -> float:
+        """Place branch i and all that follows from it, starting at `left`; returns the right end."""
+        if not children[i]:
+            centres[i] = lanes[i] = left + BOX_WIDTH / 2
+            return left + BOX_WIDTH
+        lanes[i] = left + LANE_WIDTH / 2
+        right = place_row(children[i], left + LANE_WIDTH)
+        centres[i] = (centres[children[i][0]] + centres[children[i][-1]]) / 2
+        return right
+
+    def place_row(row: list[int], left: float) -> float:
+        for i in row:
+            left = place(i, left) + COLUMN_GAP
+        return left - COLUMN_GAP
+
+    width = place_row(children[BACKBONE_FEATURE], MARGIN) + MARGIN
+    layers = max(depths.values())
+    height = 2 * (MARGIN + BAR_HEIGHT) + layers * BOX_HEIGHT + (layers + 1) * LAYER_GAP
+    first_row = height - MARGIN - BAR_HEIGHT - LAYER_GAP - BOX_HEIGHT / 2
+    rows = {i: first_row - (depth - 1) * (BOX_HEIGHT + LAYER_GAP) for i, depth in depths.items()}
+    boxes = tuple(Box(centres[i], rows[i], BOX_WIDTH, BOX_HEIGHT) for i in range(len(cell.branches)))
+    feature = Box(width / 2, height - MARGIN - BAR_HEIGHT / 2, width - 2 * MARGIN, BAR_HEIGHT)
+    projection = Box(width / 2, MARGIN + BAR_HEIGHT / 2, width - 2 * MARGIN, BAR_HEIGHT)
+
+    arrows = []
+    for i, (branch, box) in enumerate(zip(cell.branches, boxes, strict=True)):
+        from_feature = branch.input_index == BACKBONE_FEATURE
+        source = box._replace(y=feature.y, height=feature.height) if from_feature else boxes[branch.input_index]
+        arrows.append(_arrow(source, box.x, box.top))
+        arrows.append(_arrow(box, lanes[i], projection.top))
+    return CellLayout(width, height, feature, projection, boxes, tuple(arrows))
+
+
+def _arrow(source: Box, x: float, y: float) -> Curve:
+    """From below `source` to (x, y): the turn is made at once, in the free space between two layers, the rest is straight."""
+    turned = source.bottom - LAYER_GAP
+    if x == source.x:
+        return Curve([(x, source.bottom), (x, y)], [Curve.MOVETO, Curve.LINETO])
+    middle = (source.bottom + turned) / 2
+    vertices = [(source.x, source.bottom), (source.x, middle), (x, middle), (x, turned)]
+    codes = [Curve.MOVETO, Curve.CURVE4, Curve.CURVE4, Curve.CURVE4]
+    if y < turned - 1e-9:
+        vertices.append((x, y))
+        codes.append(Curve.LINETO)
+    return Curve(vertices, codes)
+
+
+def draw_cell(cell: Cell, axes: Axes) -> None:
+    """Draw the cell's graph, top to bottom, as large as `axes` allows; call it when the figure has its final size."""
+    layout = layout_cell(cell)
+    axes.set(xlim=(0, layout.width), ylim=(0, layout.height), aspect="equal")
+    axes.set_axis_off()
+    width, height = axes.bbox.size / axes.figure.dpi
+    scale = float(min(width / layout.width, height / layout.height))
+    for curve in layout.arrows:
+        arrow = FancyArrowPatch(
+            path=curve, arrowstyle="-|>", mutation_scale=8 * scale, linewidth=1.1 * scale, color=_ARROW_COLOUR, capstyle="butt"
+        )
+        axes.add_patch(arrow)
+    _draw_box(axes, layout.feature, "backbone feature F", _BAR_COLOURS, scale)
+    for branch, box in zip(cell.branches, layout.branches, strict=True):
+        label = operation_label(branch.operation).replace(", ", "\n")
+        _draw_box(axes, box, label, _FILL_AND_EDGE[branch.operation.kind], scale)
+    _draw_box(axes, layout.projection, "concat + 1×1", _BAR_COLOURS, scale)
+
+
+def _draw_box(axes: Axes, box: Box, label: str, colours: tuple[str, str], scale: float) -> None:
+    fill, edge = colours
+    shape = FancyBboxPatch(
+        (box.x - box.width / 2, box.bottom),
+        box.width,
+        box.height,
+        boxstyle="round,pad=0,rounding_size=0.08",
+        facecolor=fill,
+        edgecolor=edge,
+        linewidth=1.1 * scale,
+    )
+    axes.add_patch(shape)
+    axes.text(
+        box.x, box.y, label, ha="center", va="center", fontsize=FONT_SIZE * scale, color="#1b1f27", linespacing=1.25
+    )  # dark in any page: the boxes are light
+
+
+def structural_receptive_field(cell: Cell, size: int) -> NDArray[np.float64]:
+    """How much each input position adds to the centre output, summed over branches, on a map of size × size: (size, size).
+
+    Every weight is one: a value counts the paths from the input position to the centre output, a path through a pooling
+    counting as its share of the mean. Zeros beyond the map's border cut paths as they do in the cell. It is the gradient of the
+    cell with unit weights and no batch norm or ReLU. Raises ValueError for a size without a centre.
+
+    >>> cell = Cell.from_json('[{"op": "conv", "kernel": 3, "rate": [1, 2], "input": -1}]')
+    >>> structural_receptive_field(cell, 5)
+    array([[0., 0., 0., 0., 0.],
+           [1., 0., 1., 0., 1.],
+           [1., 0., 1., 0., 1.],
+           [1., 0., 1., 0., 1.],
+           [0., 0., 0., 0., 0.]])
+    """
+    if size < 1 or size % 2 == 0:
+        raise ValueError(f"size must be odd and at least 1, so that the map has a centre, got {size}")
+    impulse = np.zeros((1, 1, size, size))
+    impulse[0, 0, size // 2, size // 2] = 1.0
+    grads = {BACKBONE_FEATURE: np.zeros_like(impulse), **dict.fromkeys(range(len(cell.branches)), impulse)}
+    for i, branch in reversed(list(enumerate(cell.branches))):  # all readers of branch i come after it
+        grads[branch.input_index] = grads[branch.input_index] + _spread(grads[i], branch.operation)
+    field: NDArray[np.float64] = grads[BACKBONE_FEATURE][0, 0]
+    return field
+
+
+def _spread(grad_output: NDArray[np.float64], operation: Operation) -> NDArray[np.float64]:
+    """The gradient of one operation with unit weights, (1, 1, size, size) to the same."""
+    if operation.rate is not None:  # nine equal taps: convolution and its gradient are the same
+        return depthwise_conv(grad_output, np.ones((1, 1, 3, 3)), rate=operation.rate)
+    if operation.grid_size is not None:
+        size = grad_output.shape[-1]
+        rows, columns = (pooling_matrix(size, grid, variant="sliding_window") for grid in operation.grid_size)
+        grad_means = bilinear_resize_backward(grad_output, (rows.shape[0], columns.shape[0]))
+        return rows.T @ grad_means @ columns
+    return grad_output
+
+
+def draw_receptive_field(cell: Cell, axes: Axes) -> None:
+    """Draw `structural_receptive_field` on a logarithmic colour scale; black is never read."""
+    field = structural_receptive_field(cell, RECEPTIVE_FIELD_SIZE)
+    reach = RECEPTIVE_FIELD_SIZE / 2
+    axes.set_facecolor("black")
+    floor = field[field > 0].min()
+    image = axes.imshow(
+        np.ma.masked_equal(field, 0.0),
+        norm=LogNorm(floor / 3, max(field.max(), 9 * floor)),  # the least value stands out against black
+        cmap="inferno",
+        interpolation="nearest",
+        extent=(-reach, reach, reach, -reach),
+    )
+    ticks = range(-30, 31, 15)
+    axes.set_xticks(ticks)
+    axes.set_yticks(ticks)
+    axes.set_xlabel("offset in features", fontsize=FONT_SIZE, color=INK)
+    axes.tick_params(labelsize=FONT_SIZE - 1, colors=INK, length=2)
+    axes.spines[:].set_visible(False)
+    bar = axes.figure.colorbar(image, ax=axes, shrink=0.8, pad=0.04, aspect=22)
+    bar.set_label("paths to the centre output", fontsize=FONT_SIZE, color=INK)
+    bar.ax.tick_params(which="both", labelsize=FONT_SIZE - 1, colors=INK, length=2)
+    bar.ax.minorticks_off()
+    bar.outline.set_visible(False)  # type: ignore[operator]  # the stubs take it for a method
+
+
+def cell_svg(cell: Cell) -> str:
+    """The cell's graph as an SVG element for a page."""
+    return figure_svg(_cell_figure(cell), f"Diagram of the cell {cell}")
+
+
+def receptive_field_svg(cell: Cell) -> str:
+    """The cell's receptive field as an SVG element for a page."""
+    figure = Figure(figsize=(3.3, 2.7), layout="constrained")
+    draw_receptive_field(cell, figure.add_subplot())
+    return figure_svg(figure, f"Receptive field of the cell {cell}")
+
+
+def figure_svg(figure: Figure, description: str) -> str:
+    """A figure as an SVG element that can stand in an HTML page: no prolog, no metadata, ink in the page's text colour."""
+    buffer = StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "dense-prediction-cell"}):
+        figure.savefig(buffer, format="svg", transparent=True, dpi=200)
+    svg = buffer.getvalue()
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    quoted = description.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{quoted}" ', 1).replace(INK, "currentColor")
+
+
+def _cell_figure(cell: Cell) -> Figure:
+    layout = layout_cell(cell)
+    figure = Figure(figsize=(layout.width, layout.height))
+    draw_cell(cell, figure.add_axes((0, 0, 1, 1)))
+    return figure
+
+
+def _cell_and_receptive_field_figure(cell: Cell) -> Figure:
+    layout = layout_cell(cell)
+    field_width, field_height, gap = 3.5, 2.9, 0.55
+    width, height = layout.width + gap + field_width, max(layout.height, field_height) + 2 * MARGIN
+    figure = Figure(figsize=(width, height), facecolor="white")
+
+    def axes_at(left: float, axes_width: float, axes_height: float) -> Axes:
+        bottom = (height - axes_height) / 2
+        return figure.add_axes((left / width, bottom / height, axes_width / width, axes_height / height))
+
+    draw_cell(cell, axes_at(MARGIN, layout.width, layout.height))
+    draw_receptive_field(cell, axes_at(layout.width + gap, field_width - 0.6, field_height - 0.8))
+    return figure
+
+
+@dataclass(frozen=True)
+class DiagramSettings:
+    """Draw a cell beside its receptive field."""
+
+    cell: str = "dpc"
+    """dpc, aspp, psp, or the path of a cell's JSON file."""
+    output: Path = Path("cell.svg")
+    """Picture to write; the suffix says how: .svg, .png or .pdf."""
+
+
+def write_diagram(settings: DiagramSettings) -> None:
+    """Write the picture. Raises InputError for an unknown cell, suffix or folder."""
+    cell = load_cell(settings.cell)
+    if settings.output.suffix not in (".svg", ".png", ".pdf"):
+        raise InputError(f"--output {settings.output}: give a file that ends in .svg, .png or .pdf")
+    figure = _cell_and_receptive_field_figure(cell)
+    try:
+        figure.savefig(settings.output, dpi=200)
+    except OSError as error:
+        raise InputError(f"--output {settings.output}: cannot be written ({error.strerror}); choose another place") from error
+
+
+if __name__ == "__main__":
+    run_command(DiagramSettings, write_diagram, prog="python -m search.diagram")

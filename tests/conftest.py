@@ -1,0 +1,17 @@
+"""Hypothesis profiles and threads for all tests; choose a profile by `HYPOTHESIS_PROFILE=ci pytest`."""
+
+import os
+import sys
+
+from hypothesis import settings
+
+settings.register_profile("dev", max_examples=10, deadline=None)
+settings.register_profile("ci", max_examples=100, deadline=None, derandomize=True)
+settings.register_profile("deep", max_examples=1000, deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
+
+
+def pytest_collection_finish() -> None:
+    """One thread: the tests' tensors are too small to share, and sums keep one order. The reference's tests need no torch."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
