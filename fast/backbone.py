@@ -16,47 +16,19 @@ _TENSORFLOW = {"pad_type": "same", "bn_eps": 1e-3}
 
 
 class Backbone(nn.Module):
-    """A timm model cut after its last feature map: images (N, 3, H, W), values 0 to 255 -> (N, channels, h, w).
+    """A network cut after its last feature map: images (N, 3, H, W), values 0 to 255 -> (N, channels, h, w).
 
-    At output stride s and H = s·k + 1 the map has h = k + 1 rows, and feature (i, j) sits on pixel (s·i, s·j).
-
-    `weights` is a local file (safetensors, or a PyTorch state dict read with `weights_only=True`) in timm's key names;
-    `pretrained=True` lets timm download its own; with neither the weights are random. `weights_origin="tensorflow"` is for
-    weights that were trained in TensorFlow: SAME padding, epsilon 1e-3 and inputs scaled to −1..1, where timm's own use the
-    mean and deviation in their configuration. Raises ValueError naming the model, or the file and the keys that do not fit.
+    At output stride s and H = s·k + 1 the map has h = k + 1 rows, and feature (i, j) sits on pixel (s·i, s·j). `body` gives a
+    list of maps, as timm's `features_only` models do, and takes images with `mean` subtracted and divided by `std`, (3,) each.
     """
 
     mean: Tensor  # (1, 3, 1, 1), of pixel values 0 to 255
     std: Tensor
 
-    def __init__(
-        self,
-        name: str,
-        *,
-        output_stride: int = 16,
-        weights: Path | None = None,
-        pretrained: bool = False,
-        weights_origin: WeightsOrigin = "timm",
-    ) -> None:
+    def __init__(self, name: str, body: nn.Module, *, channels: int, output_stride: int, mean: Tensor, std: Tensor) -> None:
         super().__init__()
-        if name not in timm.list_models():
-            similar = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:8]) or "see timm.list_models()"
-            raise ValueError(f"backbone {name!r} is not a timm model; similar names: {similar}")
-        options: dict[str, Any] = _TENSORFLOW if weights_origin == "tensorflow" else {}
-        try:
-            self.body: nn.Module = timm.create_model(
-                name, pretrained=pretrained, features_only=True, out_indices=(-1,), output_stride=output_stride, **options
-            )
-        except (TypeError, NotImplementedError, AssertionError, RuntimeError) as error:
-            raise ValueError(f"backbone {name!r} cannot give features at output stride {output_stride}: {error}") from error
-        info: Any = self.body.feature_info  # timm's contract: channels and reduction per feature map
-        self.name, self.output_stride = name, output_stride
-        self.channels: int = info.channels()[-1]
-        if info.reduction()[-1] != output_stride:
-            raise ValueError(f"backbone {name!r} gives output stride {info.reduction()[-1]}, asked for {output_stride}")
-        if weights is not None:
-            _load_body(self.body, name, options, weights)
-        mean, std = _normalisation(self.body, weights_origin)
+        self.name, self.channels, self.output_stride = name, channels, output_stride
+        self.body = body
         self.register_buffer("mean", mean.view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", std.view(1, 3, 1, 1), persistent=False)
 
@@ -72,6 +44,41 @@ class Backbone(nn.Module):
         for constant in (self.mean, self.std):
             digest.update(constant.cpu().numpy().tobytes())
         return digest.hexdigest()
+
+
+def timm_backbone(
+    name: str,
+    *,
+    output_stride: int = 16,
+    weights: Path | None = None,
+    pretrained: bool = False,
+    weights_origin: WeightsOrigin = "timm",
+) -> Backbone:
+    """A backbone from timm, any model with `features_only`; the paper's are mobilenetv2_100, xception65 and xception71.
+
+    `weights` is a local file (safetensors, or a PyTorch state dict read with `weights_only=True`) in timm's key names;
+    `pretrained=True` lets timm download its own; with neither the weights are random. `weights_origin="tensorflow"` is for
+    weights that were trained in TensorFlow: SAME padding, epsilon 1e-3 and inputs scaled to −1..1, where timm's own use the
+    mean and deviation in their configuration. Raises ValueError naming the model, or the file and the keys that do not fit.
+    """
+    if name not in timm.list_models():
+        similar = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:8]) or "see timm.list_models()"
+        raise ValueError(f"backbone {name!r} is not a timm model; similar names: {similar}")
+    options: dict[str, Any] = _TENSORFLOW if weights_origin == "tensorflow" else {}
+    try:
+        body: Any = timm.create_model(
+            name, pretrained=pretrained, features_only=True, out_indices=(-1,), output_stride=output_stride, **options
+        )
+    except (TypeError, NotImplementedError, AssertionError, RuntimeError) as error:
+        raise ValueError(f"backbone {name!r} cannot give features at output stride {output_stride}: {error}") from error
+    reduction = body.feature_info.reduction()[-1]
+    if reduction != output_stride:
+        raise ValueError(f"backbone {name!r} gives output stride {reduction}, asked for {output_stride}")
+    if weights is not None:
+        _load_body(body, name, options, weights)
+    mean, std = _normalisation(body, weights_origin)
+    channels = body.feature_info.channels()[-1]
+    return Backbone(name, body, channels=channels, output_stride=output_stride, mean=mean, std=std)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

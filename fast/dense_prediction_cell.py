@@ -78,12 +78,13 @@ class DensePredictionCell(nn.Module):
         return f"{self.cell}, output_stride={self.output_stride}"
 
 
-def undecayed_parameters(module: nn.Module) -> set[nn.Parameter]:
-    """Parameters that carry no weight decay: depthwise weights, batch norms and biases (research/deeplab, L2 on the rest)."""
-    norms = chain.from_iterable(child.parameters() for child in module.modules() if isinstance(child, nn.BatchNorm2d))
-    depthwise = (branch.depthwise.weight for branch in module.modules() if isinstance(branch, _SeparableBranch))
-    biases = (parameter for name, parameter in module.named_parameters() if name.endswith(".bias"))
-    return set(chain(norms, depthwise, biases))
+def decays(module: nn.Module) -> dict[str, bool]:
+    """Which parameters carry weight decay, by name: all but depthwise weights, batch norms and biases (deeplab's rule)."""
+    exempt = {name for name, child in module.named_modules() if isinstance(child, nn.BatchNorm2d)}
+    exempt |= {f"{name}.depthwise" for name, child in module.named_modules() if isinstance(child, _SeparableBranch)}
+    return {
+        name: not name.endswith(".bias") and name.rpartition(".")[0] not in exempt for name, _ in module.named_parameters()
+    }
 
 
 def reference_weights(module: DensePredictionCell) -> CellWeights[Array]:

@@ -1,5 +1,6 @@
 """`reference/pointwise_conv.py` on PyTorch."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -9,6 +10,8 @@ from reference.pointwise_conv import ConvNorm
 
 def pointwise_conv(x: Tensor, weight: Tensor) -> Tensor:
     """x: (N, C_in, H, W), weight: (C_out, C_in, 1, 1) -> (N, C_out, H, W)."""
+    if x.device.type == "cpu" and x.is_contiguous():  # one product per image, without the library's copies into columns
+        return torch.matmul(weight.flatten(1), x.flatten(2)).view(x.shape[0], weight.shape[0], *x.shape[2:])
     return F.conv2d(x, weight)
 
 

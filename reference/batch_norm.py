@@ -91,6 +91,7 @@ def batch_norm_relu_backward(
 def _normalise(x: Array, norm: BatchNorm[Array], training: bool, eps: float) -> tuple[Array, Array]:
     if x.ndim != 4 or x.shape[1] != norm.scale.shape[0]:
         raise ValueError(f"batch norm of {norm.scale.shape[0]} channels needs x: (N, C, H, W), got {x.shape}")
+    x = x.astype(np.float64)
     if _uses_batch_statistics(x, training):
         mean, var = x.mean(axis=(0, 2, 3)), x.var(axis=(0, 2, 3))
     else:

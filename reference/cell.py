@@ -102,7 +102,7 @@ class Cell:
         """Read the authors' format. Raises ValueError naming the branch and the key."""
         try:
             items = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # also a number of thousands of digits, or absurd nesting
             raise ValueError(f"not valid JSON: {error}") from error
         if not isinstance(items, list):
             raise ValueError(f"a cell is a JSON list with one object per branch, got {type(items).__name__}")

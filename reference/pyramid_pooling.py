@@ -27,21 +27,21 @@ def window_size(size: int, grid: int, pooling_size: int | None = None) -> int:
     """Length of the sliding window along one axis, ceil(pooling_size / grid).
 
     `pooling_size` is the map's own size unless it is pinned, for instance to the size seen in training (the authors'
-    `image_pooling_crop_size`). Raises ValueError if the window exceeds the map.
+    `image_pooling_crop_size`). Raises ValueError if it is below 1 or gives a window that exceeds the map.
 
     >>> [window_size(33, grid) for grid in (1, 2, 4, 8)]  # crop 513 at output stride 16
     [33, 17, 9, 5]
     """
-    window = -(-(pooling_size or size) // grid)
-    if window > size:
+    window = -(-(size if pooling_size is None else pooling_size) // grid)
+    if not 1 <= window <= size:
         raise ValueError(
-            f"pooling window of {window} (pooling_size {pooling_size}, grid {grid}) exceeds the map's size {size}"
+            f"pooling window of {window} (pooling_size {pooling_size}, grid {grid}) must be 1 to the map's {size}"
         )
     return window
 
 
 def pooling_matrix(size: int, grid: int, *, variant: PoolingVariant, pooling_size: int | None = None) -> Array:
-    """The matrix (out, size) of means along one axis; `pooling_size` as in `window_size`.
+    """The matrix (out, size) of means along one axis; `pooling_size`, as in `window_size`, fixes the sliding window only.
 
     >>> pooling_matrix(4, 2, variant="sliding_window")
     array([[0.5, 0.5, 0. , 0. ],
@@ -54,11 +54,7 @@ def pooling_matrix(size: int, grid: int, *, variant: PoolingVariant, pooling_siz
     if variant == "grid_cells":
         spans = [(i * size // grid, -(-(i + 1) * size // grid)) for i in range(grid)]
     else:
-        window = -(-(pooling_size or size) // grid)
-        if window > size:
-            raise ValueError(
-                f"pooling window of {window} (pooling_size {pooling_size}, grid {grid}) exceeds the map's size {size}"
-            )
+        window = window_size(size, grid, pooling_size)
         spans = [(start, start + window) for start in range(size - window + 1)]
     matrix = np.zeros((len(spans), size), dtype=np.float64)
     for row, (start, stop) in enumerate(spans):

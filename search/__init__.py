@@ -1,0 +1,1 @@
+"""How a cell is found and proven; each stage is a module that runs: `python -m search.random --help`."""

@@ -126,18 +126,19 @@ def layout_cell(cell: Cell) -> CellLayout:
     for i, (branch, box) in enumerate(zip(cell.branches, boxes, strict=True)):
         from_feature = branch.input_index == BACKBONE_FEATURE
         source = box._replace(y=feature.y, height=feature.height) if from_feature else boxes[branch.input_index]
-        arrows.append(_arrow(source, box.x, box.top))
-        arrows.append(_arrow(box, lanes[i], projection.top))
+        arrows.append(_arrow(source, source.x, box.x, box.top))
+        lane_start = box.x if lanes[i] == box.x else box.x - 0.35 * BOX_WIDTH  # apart from the arrows to the children
+        arrows.append(_arrow(box, lane_start, lanes[i], projection.top))
     return CellLayout(width, height, feature, projection, boxes, tuple(arrows))
 
 
-def _arrow(source: Box, x: float, y: float) -> Curve:
-    """From below `source` to (x, y): the turn is made at once, in the free space between two layers, the rest is straight."""
+def _arrow(source: Box, start: float, x: float, y: float) -> Curve:
+    """From (start, below `source`) to (x, y): the turn is made at once, between two layers, and the rest is straight."""
     turned = source.bottom - LAYER_GAP
-    if x == source.x:
+    if x == start:
         return Curve([(x, source.bottom), (x, y)], [Curve.MOVETO, Curve.LINETO])
     middle = (source.bottom + turned) / 2
-    vertices = [(source.x, source.bottom), (source.x, middle), (x, middle), (x, turned)]
+    vertices = [(start, source.bottom), (start, middle), (x, middle), (x, turned)]
     codes = [Curve.MOVETO, Curve.CURVE4, Curve.CURVE4, Curve.CURVE4]
     if y < turned - 1e-9:
         vertices.append((x, y))
@@ -157,7 +158,7 @@ def draw_cell(cell: Cell, axes: Axes) -> None:
             path=curve, arrowstyle="-|>", mutation_scale=8 * scale, linewidth=1.1 * scale, color=_ARROW_COLOUR, capstyle="butt"
         )
         axes.add_patch(arrow)
-    _draw_box(axes, layout.feature, "backbone feature F", _BAR_COLOURS, scale)
+    _draw_box(axes, layout.feature, "feature F", _BAR_COLOURS, scale)
     for branch, box in zip(cell.branches, layout.branches, strict=True):
         label = operation_label(branch.operation).replace(", ", "\n")
         _draw_box(axes, box, label, _FILL_AND_EDGE[branch.operation.kind], scale)
@@ -227,14 +228,13 @@ def draw_receptive_field(cell: Cell, axes: Axes) -> None:
     floor = field[field > 0].min()
     image = axes.imshow(
         np.ma.masked_equal(field, 0.0),
-        norm=LogNorm(floor / 3, max(field.max(), 9 * floor)),  # the least value stands out against black
+        norm=LogNorm(floor / 4, max(field.max(), 2 * floor)),  # the least value stands out against black
         cmap="inferno",
         interpolation="nearest",
         extent=(-reach, reach, reach, -reach),
     )
-    ticks = range(-30, 31, 15)
-    axes.set_xticks(ticks)
-    axes.set_yticks(ticks)
+    axes.set_xticks(range(-30, 31, 15))
+    axes.set_yticks(range(-30, 31, 15))
     axes.set_xlabel("offset in features", fontsize=FONT_SIZE, color=INK)
     axes.tick_params(labelsize=FONT_SIZE - 1, colors=INK, length=2)
     axes.spines[:].set_visible(False)
@@ -242,6 +242,9 @@ def draw_receptive_field(cell: Cell, axes: Axes) -> None:
     bar.set_label("paths to the centre output", fontsize=FONT_SIZE, color=INK)
     bar.ax.tick_params(which="both", labelsize=FONT_SIZE - 1, colors=INK, length=2)
     bar.ax.minorticks_off()
+    if field.max() < 50 * floor:  # few powers of ten to mark
+        ticks = [tick for tick in (1, 2, 5, 10, 20, 50) if floor <= tick <= field.max()]
+        bar.set_ticks(ticks, labels=[str(tick) for tick in ticks])
     bar.outline.set_visible(False)  # type: ignore[operator]  # the stubs take it for a method
 
 
@@ -277,7 +280,7 @@ def _cell_figure(cell: Cell) -> Figure:
 
 def _cell_and_receptive_field_figure(cell: Cell) -> Figure:
     layout = layout_cell(cell)
-    field_width, field_height, gap = 3.5, 2.9, 0.55
+    field_width, field_height, gap = 3.9, 3.4, 0.55
     width, height = layout.width + gap + field_width, max(layout.height, field_height) + 2 * MARGIN
     figure = Figure(figsize=(width, height), facecolor="white")
 
@@ -286,7 +289,7 @@ def _cell_and_receptive_field_figure(cell: Cell) -> Figure:
         return figure.add_axes((left / width, bottom / height, axes_width / width, axes_height / height))
 
     draw_cell(cell, axes_at(MARGIN, layout.width, layout.height))
-    draw_receptive_field(cell, axes_at(layout.width + gap, field_width - 0.6, field_height - 0.8))
+    draw_receptive_field(cell, axes_at(layout.width + gap, field_width - 0.5, field_height - 0.8))
     return figure
 
 

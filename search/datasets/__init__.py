@@ -11,11 +11,11 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from reference.upsampled_cross_entropy import IGNORE_INDEX as IGNORE_INDEX
 from search.cli import InputError
 
 DATASETS = ("shapes", "camvid")
 SPLITS = ("train", "val")
-IGNORE_INDEX = 255  # pixels with this label count neither in the loss nor in the score
 
 
 class Sample(NamedTuple):

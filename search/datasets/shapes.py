@@ -30,13 +30,14 @@ PALETTE.flags.writeable = False
 
 # Longer side of each class as a share of the picture: log-uniform between the two, so that every scale is equally likely.
 EXTENTS = {
-    BLOCK: (0.17, 0.55),
-    WIDE_BAR: (0.28, 0.75),
-    TALL_BAR: (0.28, 0.75),
-    DISC: (0.2, 0.55),
+    BLOCK: (0.22, 0.6),
+    WIDE_BAR: (0.35, 0.75),
+    TALL_BAR: (0.35, 0.75),
+    DISC: (0.25, 0.6),
     RING: (0.3, 0.7),
-    DOT: (1 / 12, 0.15),
+    DOT: (1 / 12, 0.16),
 }
+ASPECT_RATIOS = {BLOCK: (1, 1.25), WIDE_BAR: (2, 4), TALL_BAR: (2, 4)}  # longer side : shorter side; 1 for the others
 LENGTHS = {"train": 240, "val": 60}
 
 Window = tuple[slice, slice]  # rows, columns of the picture
@@ -82,58 +83,57 @@ def open_split(split: str, data_dir: Path | None) -> Shapes:
 
 def draw_scene(rng: np.random.Generator, size: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """Draw one scene: image (size, size, 3) and label (size, size), both uint8."""
-    image = np.empty((size, size, 3), np.float32)
+    image = np.empty((3, size, size), np.float32)  # colour planes: twice as fast as interleaved ones
     label = np.full((size, size), BACKGROUND, np.uint8)
-    _paint(image, np.s_[:, :], np.ones((size, size), bool), rng)
+    _paint(image, np.s_[:, :], np.ones((size, size), bool), rng, brightness=(20, 60))
     _place_shapes(image, label, rng)
     _place_small_discs(image, label, rng)
     _illuminate(image, rng)
     _ignore_contours(label)
-    return image.clip(0, 255).astype(np.uint8), label
+    return np.ascontiguousarray(image.clip(0, 255).astype(np.uint8).transpose(1, 2, 0)), label
 
 
 def _place_shapes(image: NDArray[np.float32], label: NDArray[np.uint8], rng: np.random.Generator) -> None:
     kinds = [*range(BLOCK, DOT), *rng.integers(BLOCK, DOT, size=2)]
     extents = [(kind, _draw_extent(kind, len(label), rng)) for kind in kinds]
-    for kind, extent in sorted(extents, key=lambda pair: -max(pair[1])):  # large first, so that none hides another
-        for _ in range(10):
+    for kind, extent in sorted(extents, key=lambda pair: -pair[1][0] * pair[1][1]):  # large first, so that none hides another
+        for _ in range(30):
             window = _draw_window(extent, len(label), rng)
-            if np.count_nonzero(label[window]) < 0.15 * label[window].size:  # little overlap
+            if np.count_nonzero(label[window]) < 0.2 * label[window].size:  # little overlap
                 mask = _silhouette(kind, extent, rng)
-                _paint(image, window, mask, rng)
+                _paint(image, window, mask, rng, brightness=(90, 160))
                 label[window][mask] = kind
                 break
 
 
 def _place_small_discs(image: NDArray[np.float32], label: NDArray[np.uint8], rng: np.random.Generator) -> None:
-    missing = {DOT: 3, INLAY: 4}
-    margin = 4
-    for _ in range(60):
+    missing = {DOT: 4, INLAY: 5}
+    margin = 4  # pixels of the host around the disc
+    for _ in range(100):
         extent = _draw_extent(DOT, len(label), rng)
         rows, columns = _draw_window((extent[0] + 2 * margin, extent[1] + 2 * margin), len(label), rng)
-        surroundings = label[rows, columns]
-        kind = DOT if surroundings[0, 0] == BACKGROUND else INLAY
-        if missing[kind] and surroundings.max() < DOT and np.all(surroundings == surroundings[0, 0]):
+        host = label[rows.start, columns.start]
+        kind = DOT if host == BACKGROUND else INLAY
+        if host < DOT and missing[kind] and np.all(label[rows, columns] == host):
             missing[kind] -= 1
             window = np.s_[rows.start + margin : rows.stop - margin, columns.start + margin : columns.stop - margin]
             mask = _silhouette(kind, extent, rng)
-            _paint(image, window, mask, rng)
+            _paint(image, window, mask, rng, brightness=(200, 250))
             label[window][mask] = kind
 
 
 def _draw_extent(kind: int, size: int, rng: np.random.Generator) -> tuple[int, int]:
     """Height and width in pixels."""
-    long_side = size * np.exp(rng.uniform(*np.log(EXTENTS[kind])))
-    aspect = rng.uniform(3, 5) if kind in (WIDE_BAR, TALL_BAR) else rng.uniform(1, 1.25) if kind == BLOCK else 1.0
-    short_side = max(long_side / aspect, size / 12)
-    height, width = (short_side, long_side) if kind == WIDE_BAR or rng.random() < 0.5 else (long_side, short_side)
-    if kind == TALL_BAR:
-        height, width = long_side, short_side
+    smallest, largest = EXTENTS[kind]
+    long_side = size * smallest * (largest / smallest) ** rng.random()
+    short_side = long_side / rng.uniform(*ASPECT_RATIOS.get(kind, (1, 1)))
+    wide = kind == WIDE_BAR or (kind != TALL_BAR and rng.random() < 0.5)
+    height, width = (short_side, long_side) if wide else (long_side, short_side)
     return round(height), round(width)
 
 
 def _draw_window(extent: tuple[int, int], size: int, rng: np.random.Generator) -> Window:
-    top, left = (int(rng.integers(0, size - side, endpoint=True)) for side in extent)
+    top, left = (int(rng.random() * (size - side + 1)) for side in extent)
     return slice(top, top + extent[0]), slice(left, left + extent[1])
 
 
@@ -147,39 +147,56 @@ def _silhouette(kind: int, extent: tuple[int, int], rng: np.random.Generator) ->
     return (radius_squared <= 1) & (radius_squared >= hole**2)
 
 
-def _paint(image: NDArray[np.float32], window: Window, mask: NDArray[np.bool_], rng: np.random.Generator) -> None:
+def _paint(
+    image: NDArray[np.float32],
+    window: Window,
+    mask: NDArray[np.bool_],
+    rng: np.random.Generator,
+    *,
+    brightness: tuple[float, float],
+) -> None:
     """Cover `mask` with stripes or checks of a random pair of colours: the one source of all surfaces."""
-    rows, columns = (np.arange(side, dtype=np.float32) for side in mask.shape)
-    waves = []
-    for angle in rng.uniform(0, np.pi) + np.array([0, np.pi / 2]):
-        frequency = 2 * np.pi / rng.uniform(7, 24)  # wavelength in pixels
-        phase = rng.uniform(0, 2 * np.pi)
-        waves.append(np.sin((frequency * np.sin(angle) * rows)[:, None] + (frequency * np.cos(angle) * columns + phase)))
-    pattern = waves[0] if rng.random() < 0.5 else waves[0] * waves[1]
+    angle = rng.uniform(0, np.pi)
+    pattern = _wave(mask.shape, angle, rng)
+    if rng.random() < 0.5:
+        pattern *= _wave(mask.shape, angle + np.pi / 2, rng)
     hue = rng.random()
-    first, second = (_colour(hue + shift, rng) for shift in (0, rng.uniform(-0.15, 0.15)))
-    surface = (first + second) / 2 + pattern[..., None] * (first - second) / 2
-    image[window][mask] = surface[mask]
+    first, second = (_draw_colour(hue + shift, brightness, rng) for shift in (0, rng.uniform(-0.15, 0.15)))
+    for plane, mean, amplitude in zip(image, (first + second) / 2, (first - second) / 2, strict=True):
+        np.copyto(plane[window], pattern * float(amplitude) + float(mean), where=mask)
 
 
-def _colour(hue: float, rng: np.random.Generator) -> NDArray[np.float32]:
-    """RGB from 0 to 255, around a random brightness."""
-    wheel = np.cos(2 * np.pi * (hue + np.array([0, 1 / 3, 2 / 3])))
-    return (rng.uniform(80, 190) + rng.uniform(20, 60) * wheel).astype(np.float32)
+def _wave(shape: tuple[int, ...], angle: float, rng: np.random.Generator) -> NDArray[np.float32]:
+    """A plane sine wave across `angle`, of random wavelength and phase."""
+    rows, columns = (np.arange(side, dtype=np.float32) for side in shape)
+    frequency = 2 * np.pi / rng.uniform(7, 24)  # wavelength in pixels
+    down = rows * (frequency * np.sin(angle)) + rng.uniform(0, 2 * np.pi)
+    right = columns * (frequency * np.cos(angle))
+    wave = np.outer(np.sin(down), np.cos(right)) + np.outer(np.cos(down), np.sin(right))  # sin(down + right), in fewer sines
+    return wave.astype(np.float32)
+
+
+def _draw_colour(hue: float, brightness: tuple[float, float], rng: np.random.Generator) -> NDArray[np.float64]:
+    """RGB from 0 to 255, brightness and saturation at random."""
+    return rng.uniform(*brightness) * (1 + rng.uniform(0.1, 0.5) * np.cos(2 * np.pi * (hue + np.array([0, 1 / 3, 2 / 3]))))
 
 
 def _illuminate(image: NDArray[np.float32], rng: np.random.Generator) -> None:
     """Shade linearly in a random direction by up to 40 % at the corners, and add noise."""
-    size = len(image)
-    ramp = np.linspace(-1, 1, size, dtype=np.float32)
-    slope_y, slope_x = rng.uniform(-0.2, 0.2, size=2).astype(np.float32)
-    image *= (1 + slope_y * ramp[:, None] + slope_x * ramp)[..., None]
-    image += rng.integers(-12, 12, size=image.shape, dtype=np.int8, endpoint=True)
+    ramp = np.linspace(-1, 1, image.shape[-1])
+    slope_y, slope_x = rng.uniform(-0.2, 0.2, size=2)
+    image *= (1 + slope_y * ramp[:, None] + slope_x * ramp).astype(np.float32)
+    image += rng.integers(-12, 12, size=image.shape, dtype=np.int8)
 
 
 def _ignore_contours(label: NDArray[np.uint8]) -> None:
     """Mark the two pixels on either side of each change of class."""
     horizontal = label[:, 1:] != label[:, :-1]
     vertical = label[1:] != label[:-1]
-    label[:, 1:][horizontal] = label[:, :-1][horizontal] = IGNORE_INDEX
-    label[1:][vertical] = label[:-1][vertical] = IGNORE_INDEX
+    for pixels, changes in (
+        (label[:, 1:], horizontal),
+        (label[:, :-1], horizontal),
+        (label[1:], vertical),
+        (label[:-1], vertical),
+    ):
+        np.copyto(pixels, IGNORE_INDEX, where=changes)

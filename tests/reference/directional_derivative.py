@@ -2,25 +2,26 @@
 
     <cotangent, f(x + h·v) − f(x − h·v)> / 2h  =  <gradient, v>
 
-The step h is 1e-6 in float64. The worst that the reference does to it is to divide by the deviation of a batch norm, never below
-√1e-5 = 3e-3. So truncation is about (h / 3e-3)² = 1e-7 and rounding about 2e-16 / (h · 3e-3) = 7e-8, relative to the norms
-below; TOLERANCE is ten times that. A wrong factor or a missing term is off by orders more.
-
-ReLU has no derivative at 0, so points are drawn such that no batch norm's output changes sign within the step. That is a
-condition on the forward pass alone, never on the outcome of the comparison.
+with h = 1e-6 in float64. Its error has two parts, both relative to the norms below. Rounding, divided by the deviation of a
+batch norm of at least √1e-5 = 3e-3, gives 2e-16 / (h · 3e-3) = 7e-8. Truncation is the square of the step relative to the
+length on which f bends. Batch norm bends over its batch's deviation: a point is drawn again if any value would move by more
+than MAX_MOVE deviations (as two pixels that are almost equal do). ReLU has no derivative at 0, a point is drawn again if any
+batch norm's output would change its sign. Both are conditions on the forward pass, never on the outcome of the comparison.
+A wrong factor or a missing term is off by orders more than TOLERANCE.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
 from hypothesis import assume
 
 import reference.batch_norm
-from reference.batch_norm import Array, BatchNorm
+from reference.batch_norm import EPS, Array, BatchNorm
 
 STEP = 1e-6
+MAX_MOVE = 5e-4  # its square leaves 1/4 of TOLERANCE
 TOLERANCE = 1e-6
 
 
@@ -33,11 +34,13 @@ def assert_gradient(
 ) -> None:
     """`gradients` are those of <cotangent, function(*inputs)>; inputs and gradients: arrays or (named) tuples of them."""
     direction = random_direction(inputs, rng)
-    plus, signs_plus = value_and_signs(function, shifted(inputs, direction, STEP))
-    here, signs_here = value_and_signs(function, inputs)
-    minus, signs_minus = value_and_signs(function, shifted(inputs, direction, -STEP))
-    for a, b, c in zip(signs_plus, signs_here, signs_minus, strict=True):
-        assume(np.array_equal(a, b) and np.array_equal(b, c))
+    plus, norms_plus = with_batch_norms(function, shifted(inputs, direction, STEP))
+    here, norms_here = with_batch_norms(function, inputs)
+    minus, norms_minus = with_batch_norms(function, shifted(inputs, direction, -STEP))
+    for after, point, before in zip(norms_plus, norms_here, norms_minus, strict=True):
+        assume(np.array_equal(after.output > 0.0, point.output > 0.0))
+        assume(np.array_equal(before.output > 0.0, point.output > 0.0))
+        assume(np.all(np.abs(after.x - before.x) / 2 <= MAX_MOVE * point.deviation()))
 
     numeric = np.sum(cotangent * (plus - minus)) / (2 * STEP)
     analytic = sum(np.sum(gradient * v) for gradient, v in zip(leaves(gradients), leaves(direction), strict=True))
@@ -45,18 +48,33 @@ def assert_gradient(
     assert abs(numeric - analytic) <= TOLERANCE * scale, f"numeric {numeric}, analytic {analytic}, scale {scale}"
 
 
-def value_and_signs(function: Callable[..., Array], inputs: tuple[Any, ...]) -> tuple[Array, list[Any]]:
-    """function(*inputs), and for each batch norm on the way where its output is positive."""
-    signs = []
+class BatchNormCall(NamedTuple):
+    """One call of the reference's `batch_norm`."""
+
+    x: Array
+    norm: BatchNorm[Array]
+    training: bool
+    output: Array
+
+    def deviation(self) -> Array:
+        """By which x is divided: (C, 1, 1)."""
+        from_batch = self.training and self.x[:, 0].size > 1
+        variance = self.x.var(axis=(0, 2, 3)) if from_batch else self.norm.running_var
+        return np.sqrt(variance + EPS)[:, None, None]
+
+
+def with_batch_norms(function: Callable[..., Array], inputs: tuple[Any, ...]) -> tuple[Array, list[BatchNormCall]]:
+    """function(*inputs), and the batch norms on the way, in the order of the forward pass."""
+    calls = []
     batch_norm = reference.batch_norm.batch_norm
 
-    def recording(*args: Any, **options: Any) -> Array:
-        output = batch_norm(*args, **options)
-        signs.append(output > 0.0)
+    def recording(x: Array, norm: BatchNorm[Array], *, training: bool) -> Array:
+        output = batch_norm(x, norm, training=training)
+        calls.append(BatchNormCall(x, norm, training, output))
         return output
 
     with mock.patch.object(reference.batch_norm, "batch_norm", recording):
-        return np.asarray(function(*inputs)), signs
+        return np.asarray(function(*inputs)), calls
 
 
 def random_direction(tree: Any, rng: np.random.Generator) -> Any:

@@ -8,10 +8,9 @@ import numpy as np
 import optuna
 import pytest
 from hypothesis import given
-from hypothesis import strategies as st
 from optuna.trial import FixedTrial, TrialState
 
-from reference.cell import OPERATIONS, Branch, Cell
+from reference.cell import OPERATIONS, Cell
 from search.cli import InputError
 from search.sampler import (
     EVOLUTION_POPULATION,
@@ -23,12 +22,13 @@ from search.sampler import (
     suggest_cell,
 )
 from search.space import SearchSpace, canonical_form
+from tests.strategies import cells
 
 SPACE = SearchSpace()
 
 
 def score(cell: Cell) -> float:
-    """A synthetic objective: 1 for five convolutions with rates of product 36, less for others; smooth over neighbours."""
+    """A synthetic objective: minus the mean distance, on a logarithmic scale, of the rates' product from 36; 0 is the best."""
     return -float(np.mean([abs(np.log(np.prod(b.operation.rate or (100, 100)) / 36)) for b in cell.branches]))
 
 
@@ -64,10 +64,6 @@ def tell(study: optuna.Study, number: int, cell: Cell) -> None:
         study.tell(number, score(cell))
 
 
-def swapped(cell: Cell) -> Cell:
-    return Cell(cell.branches[::-1])
-
-
 def create_study(
     sampler: optuna.samplers.BaseSampler, direction: Literal["maximize", "minimize"] = "maximize"
 ) -> optuna.Study:
@@ -95,10 +91,9 @@ def open_storage(tmp_path: Path) -> Iterator[Callable[[], optuna.storages.RDBSto
         storage.engine.dispose()
 
 
-@given(num_branches=st.integers(1, 10), seed=st.integers(0, 2**32 - 1))
-def test_a_cell_survives_its_parameters(num_branches: int, seed: int) -> None:
-    space = SearchSpace(num_branches)
-    cell = space.sample(np.random.default_rng(seed))
+@given(cell=cells(searchable=True))
+def test_a_cell_survives_its_parameters(cell: Cell) -> None:
+    space = SearchSpace(len(cell.branches))
     assert suggest_cell(FixedTrial(params_of_cell(cell)), space) == cell
     assert cell_from_params(params_of_cell(cell) | {"learning_rate": 0.1}, space) == cell
 
@@ -164,16 +159,30 @@ def test_no_graph_is_proposed_twice_until_all_were(name: str) -> None:
 
 def test_a_graph_is_not_proposed_again_in_another_branch_order() -> None:
     space = SearchSpace(2)
-    second = Cell((Branch(-1, OPERATIONS[0]), Branch(-1, OPERATIONS[0])))
-    seed = -1
-    while second.branches[1].input_index >= 0 or second == swapped(second):
-        seed += 1
-        second = drive(create_study(PaperSampler(space, seed=seed)), 2, space=space)[1]
+
+    def second_cell(seed: int) -> Cell:
+        return drive(create_study(PaperSampler(space, seed=seed)), 2, space=space)[1]
+
+    seed = next(seed for seed in range(100) if second_cell(seed) != canonical_form(second_cell(seed)))
+    form = canonical_form(second_cell(seed))
     study = create_study(PaperSampler(space, seed=seed))
-    study.enqueue_trial(params_of_cell(swapped(second)))
+    study.enqueue_trial(params_of_cell(form))
     first, other = drive(study, 2, space=space)
-    assert first == swapped(second)
-    assert canonical_form(other) != canonical_form(second)
+    assert first == form
+    assert canonical_form(other) != form
+
+
+def test_pruned_and_running_trials_are_no_parents() -> None:
+    expected, study = (create_study(PaperSampler(SPACE, seed=0, near_best_probability=1, lag=0)) for _ in range(2))
+    for _ in range(2):
+        suggest_cell(expected.ask(), SPACE)  # and is still running
+    trial = study.ask()
+    suggest_cell(trial, SPACE)
+    trial.report(1.0, step=0)
+    study.tell(trial, state=TrialState.PRUNED)
+    assert study.trials[0].value == 1.0
+    suggest_cell(study.ask(), SPACE)
+    assert proposals(study) == proposals(expected)
 
 
 def test_enqueued_cells_come_first() -> None:
@@ -200,11 +209,13 @@ def test_resumed_study_continues_as_if_never_stopped(open_storage: Callable[[], 
 
 
 def test_finds_better_cells_than_uniform_sampling() -> None:
-    best = {
-        name: np.array([max(map(score, drive(create_study(create_sampler(name, SPACE, seed)), 150))) for seed in range(5)])
-        for name in ("paper", "random")
-    }
-    assert np.mean(best["paper"] - best["random"]) > 0.2  # measured: XXX
+    def best_score(name: str, seed: int) -> float:
+        study = create_study(create_sampler(name, SPACE, seed))
+        drive(study, 100)
+        return study.best_value
+
+    gains = [best_score("paper", seed) - best_score("random", seed) for seed in range(5)]
+    assert np.mean(gains) > 0.1  # measured: 0.17, from −0.57 to −0.41
 
 
 @pytest.mark.parametrize("name", SAMPLER_NAMES)
@@ -218,6 +229,9 @@ def test_samplers_run_in_any_study(name: str) -> None:
         study = create_study(create_sampler(name, SPACE, 1))
         study.optimize(objective, n_trials=25)
         assert all(map(SPACE.contains, proposals(study)))
+        assert (
+            len({branch.operation for branch in proposals(study)[0].branches}) > 1
+        )  # one random stream, not one per parameter
         assert len({trial.params["learning_rate"] for trial in study.trials}) >= EVOLUTION_POPULATION
         runs.append([trial.params for trial in study.get_trials(deepcopy=False)])
     assert runs[0] == runs[1]

@@ -5,16 +5,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hypothesis import given
-from hypothesis import strategies as st
 from scipy import stats
 
 import search.space
 from reference.cell import BACKBONE_FEATURE, OPERATIONS, Branch, Cell, Operation
 from search.cli import InputError
 from search.space import SearchSpace, canonical_form, cell_hash, load_cell
+from tests.strategies import cells, rng_seeds
 
 FALSE_ALARM_RATE = 1e-6  # of a whole test, shared by its chi-square tests (Bonferroni)
-SEEDS = st.integers(0, 2**32 - 1)
 POOL = Operation("pyramid_pooling", grid_size=(1, 1))
 
 
@@ -72,34 +71,27 @@ def test_sizes_count_every_cell(num_branches: int) -> None:
     assert all(map(space.contains, cells))
 
 
-@pytest.mark.parametrize("num_branches", [1, 2, 3, 4])
+@pytest.mark.parametrize("num_branches", [1, 2, 3, 4, 5])
 def test_canonical_forms_are_equal_exactly_for_isomorphic_cells(
     num_branches: int, two_operations: tuple[Operation, ...]
 ) -> None:
     cells_of_form: dict[Cell, set[Cell]] = {}
     for cell in all_cells(num_branches, two_operations):
         cells_of_form.setdefault(canonical_form(cell), set()).add(cell)
-    for form, cells in cells_of_form.items():
-        assert cells == isomorphic_cells(form)
+    for form, same in cells_of_form.items():
+        assert same == isomorphic_cells(form)
     assert len(cells_of_form) == SearchSpace(num_branches).canonical_size()
     assert sum(map(len, cells_of_form.values())) == SearchSpace(num_branches).size()
 
 
-@given(num_branches=st.integers(1, 10), seed=SEEDS)
-def test_branch_order_does_not_change_the_canonical_form(num_branches: int, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    cell = SearchSpace(num_branches).sample(rng)
-    other = renumbered(cell, random_order(cell, rng))
+@given(cell=cells(), seed=rng_seeds())
+def test_branch_order_does_not_change_the_canonical_form(cell: Cell, seed: int) -> None:
+    other = renumbered(cell, random_order(cell, np.random.default_rng(seed)))
     form = canonical_form(cell)
     assert canonical_form(other) == form
     assert cell_hash(other) == cell_hash(cell) == cell_hash(form)
     assert canonical_form(form) == form
     assert sorted(str(b.operation) for b in form.branches) == sorted(str(b.operation) for b in cell.branches)
-
-
-def test_canonical_form_takes_operations_outside_the_paper() -> None:
-    first, second = Branch(-1, Operation("atrous_separable_conv", rate=(2, 5))), Branch(-1, OPERATIONS[0])
-    assert canonical_form(Cell((first, second))) == canonical_form(Cell((second, first)))
 
 
 def test_cell_hash_stays_the_same_between_releases() -> None:
@@ -136,10 +128,10 @@ def test_mutations_are_uniform_over_the_neighbours() -> None:
     assert stats.chisquare(list(counts.values())).pvalue > FALSE_ALARM_RATE
 
 
-@given(num_branches=st.integers(1, 6), seed=SEEDS)
-def test_neighbours_differ_in_one_choice(num_branches: int, seed: int) -> None:
+@given(cell=cells(max_branches=6, searchable=True))
+def test_neighbours_differ_in_one_choice(cell: Cell) -> None:
+    num_branches = len(cell.branches)
     space = SearchSpace(num_branches)
-    cell = space.sample(np.random.default_rng(seed))
     neighbours = list(space.neighbours(cell))
     assert len(set(neighbours)) == len(neighbours) == num_branches * (num_branches - 1) // 2 + 80 * num_branches
     for neighbour in neighbours:
@@ -148,11 +140,10 @@ def test_neighbours_differ_in_one_choice(num_branches: int, seed: int) -> None:
         assert sum((a.input_index != b.input_index) + (a.operation != b.operation) for a, b in pairs) == 1
 
 
-@given(num_branches=st.integers(1, 6), seed=SEEDS)
-def test_neighbours_are_mutual(num_branches: int, seed: int) -> None:
-    space, rng = SearchSpace(num_branches), np.random.default_rng(seed)
-    cell = space.sample(rng)
-    assert cell in space.neighbours(space.mutate(cell, rng))
+@given(cell=cells(max_branches=6, searchable=True), seed=rng_seeds())
+def test_neighbours_are_mutual(cell: Cell, seed: int) -> None:
+    space = SearchSpace(len(cell.branches))
+    assert cell in space.neighbours(space.mutate(cell, np.random.default_rng(seed)))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,63 @@
+"""Parameters and multiply-adds of a cell, counted as the paper's Table 1 counts them.
+
+Convolution weights only: no batch norms, and without the 1×1 projection behind the concatenation (given apart, as
+`projection`). One multiply-add is two floating point operations. This gives the published cell's 0.36M and 0.81M parameters
+exactly, and all four rows of multiply-adds within one percent (the paper's own rows follow no single rule).
+"""
+
+from dataclasses import dataclass
+
+from reference.cell import BACKBONE_FEATURE, Cell, Operation
+from reference.pyramid_pooling import window_size
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Number of weights, and multiply-adds for one image."""
+
+    parameters: int
+    multiply_adds: int
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.parameters + other.parameters, self.multiply_adds + other.multiply_adds)
+
+
+@dataclass(frozen=True)
+class CellCost:
+    """The cost of each branch, in order, their sum (what Table 1 states), and the projection, which Table 1 leaves out."""
+
+    branches: tuple[Cost, ...]
+    projection: Cost
+
+    @property
+    def total(self) -> Cost:
+        return sum(self.branches, start=Cost(0, 0))
+
+
+def cell_cost(
+    cell: Cell, in_channels: int, feature_size: tuple[int, int], *, branch_channels: int = 256, cell_channels: int = 256
+) -> CellCost:
+    """Cost of a cell on a feature map of (h, w) = `feature_size`.
+
+    >>> from search.space import load_cell
+    >>> cell_cost(load_cell("dpc"), 320, (65, 129)).total  # a Cityscapes image at output stride 16
+    Cost(parameters=356160, multiply_adds=2986401600)
+    """
+    branches = []
+    for branch in cell.branches:
+        channels = in_channels if branch.input_index == BACKBONE_FEATURE else branch_channels
+        branches.append(_operation_cost(branch.operation, channels, branch_channels, feature_size))
+    return CellCost(tuple(branches), _pointwise_cost(len(branches) * branch_channels, cell_channels, feature_size))
+
+
+def _operation_cost(operation: Operation, in_channels: int, channels: int, size: tuple[int, int]) -> Cost:
+    if operation.rate is not None:
+        return Cost(9 * in_channels, 9 * in_channels * size[0] * size[1]) + _pointwise_cost(in_channels, channels, size)
+    if operation.grid_size is not None:  # the convolution runs on the pooled map
+        pooled = [extent - window_size(extent, grid) + 1 for extent, grid in zip(size, operation.grid_size, strict=True)]
+        return _pointwise_cost(in_channels, channels, (pooled[0], pooled[1]))
+    return _pointwise_cost(in_channels, channels, size)
+
+
+def _pointwise_cost(in_channels: int, channels: int, size: tuple[int, int]) -> Cost:
+    return Cost(in_channels * channels, in_channels * channels * size[0] * size[1])

@@ -1,0 +1,82 @@
+"""The small backbone of the embedded default: five plain convolutions, trained on the generated scenes in about half a minute.
+
+timm's smallest models take several times as long per image on a CPU, and would have to be downloaded to mean anything.
+"""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import trange
+
+from fast.backbone import Backbone
+from fast.upsampled_cross_entropy import upsampled_cross_entropy
+from search.cli import InputError
+from search.datasets import open_dataset
+
+CHANNELS = (16, 32, 64, 128, 128)
+ITERATIONS = 120
+_BATCH = 8
+
+
+class _Body(nn.Module):
+    def __init__(self, output_stride: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        strides = (2, 2, 2, 2 if output_stride == 16 else 1, 1)
+        for in_channels, channels, stride in zip((3, *CHANNELS), CHANNELS, strides, strict=False):
+            convolution = nn.Conv2d(in_channels, channels, kernel_size=3, stride=stride, padding=1, bias=False)
+            layers += [convolution, nn.BatchNorm2d(channels), nn.ReLU()]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        return [self.layers(images)]
+
+
+def shapes_backbone(cache_dir: Path, output_stride: int) -> Backbone:
+    """The trained backbone, from `cache_dir` if it was trained before. Raises InputError if that cannot be written."""
+    half = torch.full((3,), 127.5)
+    backbone = Backbone(
+        "shapes_cnn", _Body(output_stride), channels=CHANNELS[-1], output_stride=output_stride, mean=half, std=half
+    )
+    path = cache_dir / f"shapes_cnn-os{output_stride}.safetensors"
+    try:
+        if not path.exists():
+            _train(backbone)
+            cache_dir.mkdir(parents=True, exist_ok=True)
+            partial = path.with_name(path.name + ".partial")
+            save_file(backbone.state_dict(), partial)
+            os.replace(partial, path)
+        backbone.load_state_dict(load_file(path))
+    except OSError as error:
+        raise InputError(f"cannot write {path} ({error}): give another --cache-dir, or make room and run again") from error
+    except Exception as error:  # safetensors and load_state_dict have no common error for a damaged or foreign file
+        raise InputError(f"{path} is damaged: delete it and run again") from error
+    return backbone.eval()
+
+
+def _train(backbone: Backbone) -> None:
+    """Pixel classification with a linear classifier on the features: what they cannot tell is left to the context."""
+    dataset = open_dataset("shapes", "train", None)
+    samples = [dataset[i] for i in range(len(dataset))]
+    images = torch.from_numpy(np.stack([sample.image for sample in samples])).permute(0, 3, 1, 2)  # (N, 3, H, W) uint8
+    labels = torch.from_numpy(np.stack([sample.label for sample in samples]))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        classifier = nn.Conv2d(backbone.channels, len(dataset.class_names), kernel_size=1)
+        for module in backbone.modules():
+            if isinstance(module, nn.Conv2d | nn.BatchNorm2d):
+                module.reset_parameters()  # from the seed
+        network = nn.Sequential(backbone, classifier).train()
+        optimizer = torch.optim.AdamW(network.parameters(), weight_decay=1e-4)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.01, total_steps=ITERATIONS)
+        for _ in trange(ITERATIONS, desc="small backbone for the shapes", unit="step"):
+            batch = torch.randint(len(samples), (_BATCH,))
+            loss = upsampled_cross_entropy(network(images[batch].float()), labels[batch])
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            schedule.step()

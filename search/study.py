@@ -1,0 +1,216 @@
+"""A run on disk: what is asked, what came of it, and how it goes on after any interruption.
+
+`runs/<name>/` holds `settings.json`, and an Optuna storage (`study.db`, SQLite, or any database by URL) with two studies: the
+search, one trial per cell, and the comparison, one trial per known or winning cell and seed. Each trial carries its cell and
+its result as attributes, so the run is complete without any other file. One process writes; a file lock, which dies with its
+process, keeps a second one out. A trial that was interrupted is still RUNNING in the study and is evaluated again, as itself.
+"""
+
+import json
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+from filelock import FileLock, Timeout
+from numpy.typing import NDArray
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
+
+from reference.cell import Cell
+from search.cli import InputError
+from search.features import write_json
+from search.proxy import ProxyResult
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """One cell of the search, finished: with a result, or a failure and its reason."""
+
+    number: int
+    cell: Cell
+    result: ProxyResult | None
+    failure: str | None
+    duplicate_of: int | None
+
+
+@dataclass(frozen=True)
+class BaselineRecord:
+    """A known cell ("aspp", "dpc"), or the search's best again ("trial 7"), scored by the same proxy with its own seed."""
+
+    name: str
+    seed: int
+    cell: Cell
+    result: ProxyResult
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that a finished or interrupted run holds."""
+
+    directory: Path
+    settings: dict[str, Any]
+    command: str
+    class_names: tuple[str, ...]
+    palette: NDArray[np.uint8]  # (K, 3) RGB
+    trials: list[TrialRecord]  # finished ones, by number
+    baselines: list[BaselineRecord]
+
+
+class Study:
+    """The two Optuna studies of a run, for the one process that writes."""
+
+    def __init__(self, directory: Path, storage_url: str, sampler: optuna.samplers.BaseSampler | None = None) -> None:
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self.directory = directory
+        self._storage = optuna.storages.RDBStorage(storage_url)
+        self.search, self.comparison = (
+            optuna.create_study(
+                storage=self._storage,
+                study_name=f"{directory.name} {part}",
+                direction="maximize",
+                sampler=sampler,
+                load_if_exists=True,
+            )
+            for part in ("search", "comparison")
+        )
+
+    def unfinished(self) -> list[optuna.Trial]:
+        """Trials of the search that an earlier process left behind, by number."""
+        return [self._revive(self.search, frozen) for frozen in _with_state(self.search, TrialState.RUNNING)]
+
+    def tell(self, study: optuna.Study, number: int, cell: Cell, result: ProxyResult, **attributes: Any) -> None:
+        """Record a result: first all attributes, last the state, so that a trial is either whole or will be done again."""
+        attributes |= {"cell": json.loads(cell.to_json()), "result": asdict(result)}
+        self._set_attributes(study, number, attributes)
+        study.tell(number, result.mean_iou)
+
+    def tell_failure(self, number: int, cell: Cell, reason: str) -> None:
+        """Record that a cell of the search has no score, and why."""
+        self._set_attributes(self.search, number, {"cell": json.loads(cell.to_json()), "failure": reason})
+        self.search.tell(number, state=TrialState.FAIL)
+
+    def discard_unfinished_comparisons(self) -> None:
+        """Comparison trials hold nothing before they are told: what an earlier process left of them is closed."""
+        for frozen in _with_state(self.comparison, TrialState.RUNNING):
+            self.comparison.tell(frozen.number, state=TrialState.FAIL)
+
+    def records(self) -> list[TrialRecord]:
+        finished = _with_state(self.search, TrialState.COMPLETE, TrialState.FAIL)
+        return [_trial_record(frozen) for frozen in finished if "cell" in frozen.user_attrs]
+
+    def baselines(self) -> list[BaselineRecord]:
+        records = []
+        for frozen in _with_state(self.comparison, TrialState.COMPLETE):
+            attributes = frozen.user_attrs
+            cell, result = _cell(attributes), _result(attributes["result"])
+            records.append(BaselineRecord(attributes["name"], attributes["seed"], cell, result))
+        return records
+
+    def _revive(self, study: optuna.Study, frozen: FrozenTrial) -> optuna.Trial:
+        return optuna.Trial(study, frozen._trial_id)  # what its sampler had not proposed before the end, it proposes now
+
+    def _set_attributes(self, study: optuna.Study, number: int, attributes: dict[str, Any]) -> None:
+        trial_id = self._storage.get_trial_id_from_study_id_trial_number(study._study_id, number)
+        for key, value in attributes.items():
+            self._storage.set_trial_user_attr(trial_id, key, value)
+
+
+@contextmanager
+def open_run(
+    directory: Path,
+    settings: dict[str, Any],
+    sampler: optuna.samplers.BaseSampler,
+    *,
+    storage: str | None,
+    command: list[str],
+    class_names: tuple[str, ...],
+    palette: NDArray[np.uint8],
+) -> Iterator[Study]:
+    """Begin a run, or go on with it. Raises InputError for other settings, a second process, or an unwritable folder."""
+    url = storage or f"sqlite:///{directory.absolute() / 'study.db'}"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with FileLock(directory / "lock", timeout=0):
+            _check_settings(directory, settings)
+            description = {"settings": settings, "storage": url, "command": shlex.join(command)}
+            write_json(directory / "settings.json", description | {"class_names": class_names, "palette": palette.tolist()})
+            yield Study(directory, url, sampler)
+    except Timeout as error:
+        raise InputError(f"{directory} is in use by another process: wait for it, or give another --name") from error
+    except SQLAlchemyError as error:
+        raise InputError(f"the study {url} cannot be used ({_first_line(error)}): check --storage and the disk") from error
+    except OSError as error:
+        raise InputError(f"cannot write {directory} ({error}): give another --runs-dir, or make room and run again") from error
+
+
+def load_run(directory: Path) -> Run:
+    """Read a run, also while another process writes it. Raises InputError for a folder that is none."""
+    path = directory / "settings.json"
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+        study = Study(directory, description["storage"])
+    except FileNotFoundError as error:
+        raise InputError(f"{directory} is not a run (no settings.json): give the folder of a `search.random` run") from error
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{path} is damaged ({error}): delete the run {directory} and start it again") from error
+    except SQLAlchemyError as error:
+        raise InputError(f"the study of {directory} cannot be read: {_first_line(error)}") from error
+    return Run(
+        directory,
+        description["settings"],
+        description["command"],
+        tuple(description["class_names"]),
+        np.array(description["palette"], dtype=np.uint8),
+        study.records(),
+        study.baselines(),
+    )
+
+
+def ranked(records: list[TrialRecord]) -> list[TrialRecord]:
+    """The distinct cells that have a score, best first."""
+    scored = [record for record in records if record.result is not None and record.duplicate_of is None]
+    return sorted(scored, key=lambda record: -record.result.mean_iou if record.result else 0.0)
+
+
+def _check_settings(directory: Path, settings: dict[str, Any]) -> None:
+    path = directory / "settings.json"
+    if not path.exists():
+        return
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))["settings"]
+    except (ValueError, KeyError) as error:
+        raise InputError(f"{path} is damaged ({error}): delete the run {directory} and start it again") from error
+    for field in sorted(before.keys() | settings.keys()):
+        if before.get(field) != settings.get(field):
+            raise InputError(
+                f"run {directory} was started with --{field.replace('_', '-')} {before.get(field)}, now it is "
+                f"{settings.get(field)}: use the same value, another --name, or delete that folder"
+            )
+
+
+def _with_state(study: optuna.Study, *states: TrialState) -> list[FrozenTrial]:
+    return sorted(study.get_trials(deepcopy=False, states=states), key=lambda frozen: frozen.number)
+
+
+def _trial_record(frozen: FrozenTrial) -> TrialRecord:
+    attributes = frozen.user_attrs
+    result = _result(attributes["result"]) if frozen.state == TrialState.COMPLETE else None
+    return TrialRecord(frozen.number, _cell(attributes), result, attributes.get("failure"), attributes.get("duplicate_of"))
+
+
+def _cell(attributes: dict[str, Any]) -> Cell:
+    return Cell.from_json(json.dumps(attributes["cell"]))
+
+
+def _result(fields: dict[str, Any]) -> ProxyResult:
+    curve = tuple((iteration, loss) for iteration, loss in fields["loss_curve"])
+    return ProxyResult(**{**fields, "class_iou": tuple(fields["class_iou"]), "loss_curve": curve})
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]

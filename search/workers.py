@@ -1,0 +1,133 @@
+"""Who evaluates cells: this process, or several workers under Ray, on one machine or a cluster.
+
+Workers only evaluate; the process that asks also writes the study. A worker that dies gives its cell back.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from fast.segmentation import SegmentationHead
+from reference.cell import Cell
+from search.cli import InputError
+from search.proxy import NotFiniteError, ProxyResult, ProxyTask
+
+MAX_DEATHS = 3
+
+
+class Job(NamedTuple):
+    """A cell to evaluate; `key` is the caller's own, `seed` all of its randomness."""
+
+    key: Any
+    cell: Cell
+    seed: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a job: a result with the trained head, or the reason why there is none."""
+
+    job: Job
+    result: ProxyResult | None = None
+    head: SegmentationHead | None = None
+    failure: str | None = None
+
+
+class Workers(Protocol):
+    """Submit up to `capacity` jobs, then wait for whichever is finished first."""
+
+    capacity: int
+
+    def submit(self, job: Job) -> None: ...
+    def wait(self) -> Outcome: ...
+    def close(self) -> None: ...
+
+
+def evaluate(task: ProxyTask, job: Job, on_step: Callable[[int], None] = lambda iteration: None) -> Outcome:
+    """Run one job; what belongs to the cell (a loss that is not finite, too little memory) is a failure, not an error."""
+    try:
+        result, head = task.evaluate(job.cell, job.seed, on_step)
+    except NotFiniteError as error:
+        return Outcome(job, failure=str(error))
+    except torch.OutOfMemoryError as error:
+        torch.cuda.empty_cache()
+        return Outcome(job, failure=f"out of GPU memory: {str(error).splitlines()[0]}")
+    return Outcome(job, result, head)
+
+
+class InProcess:
+    """One job at a time in this process; `on_step(job, iteration)` follows its progress."""
+
+    capacity = 1
+
+    def __init__(self, task: ProxyTask, on_step: Callable[[Job, int], None]) -> None:
+        self._task = task
+        self._on_step = on_step
+        self._jobs: list[Job] = []
+
+    def submit(self, job: Job) -> None:
+        self._jobs.append(job)
+
+    def wait(self) -> Outcome:
+        job = self._jobs.pop(0)
+        return evaluate(self._task, job, lambda iteration: self._on_step(job, iteration))
+
+    def close(self) -> None:
+        """Nothing runs on behind our back."""
+
+
+class RayWorkers:
+    """`count` actors, each with a task of its own made by `create_task`; one GPU each if the device is CUDA.
+
+    Joins the cluster that RAY_ADDRESS names, else starts Ray on this machine. Raises InputError if Ray is not installed.
+    """
+
+    def __init__(self, create_task: Callable[[], ProxyTask], count: int, device: str) -> None:
+        try:
+            import ray
+        except ImportError as error:
+            raise InputError("--workers above 1 needs Ray: pip install 'dense-prediction-cell[workers]'") from error
+        self._ray: Any = ray
+        self.capacity = count
+        if not ray.is_initialized():
+            ray.init(logging_level="error", log_to_driver=False, include_dashboard=False)
+        gpus = 1 if device.startswith("cuda") else 0
+        threads = max(1, torch.get_num_threads() // count)
+        actor_class: Any = ray.remote(num_gpus=gpus, num_cpus=0)(_Evaluator)
+        self._create: Callable[[], Any] = lambda: actor_class.remote(create_task, threads)
+        self._idle = [self._create() for _ in range(count)]
+        self._running: dict[Any, tuple[Job, Any, int]] = {}  # by reference: the job, its actor, deaths so far
+
+    def submit(self, job: Job, deaths: int = 0) -> None:
+        actor = self._idle.pop()
+        self._running[actor.evaluate.remote(job)] = (job, actor, deaths)
+
+    def wait(self) -> Outcome:
+        while True:
+            (reference,), _ = self._ray.wait(list(self._running), num_returns=1)
+            job, actor, deaths = self._running.pop(reference)
+            try:
+                outcome: Outcome = self._ray.get(reference)
+            except self._ray.exceptions.RayActorError:
+                self._idle.append(self._create())
+                if deaths + 1 == MAX_DEATHS:
+                    return Outcome(job, failure=f"its worker died {MAX_DEATHS} times")
+                self.submit(job, deaths + 1)
+            else:
+                self._idle.append(actor)
+                return outcome
+
+    def close(self) -> None:
+        """Stop the workers; what they were evaluating will be evaluated again by the next run."""
+        self._ray.shutdown()
+
+
+class _Evaluator:
+    def __init__(self, create_task: Callable[[], ProxyTask], threads: int) -> None:
+        torch.set_num_threads(threads)
+        self._task = create_task()
+
+    def evaluate(self, job: Job) -> Outcome:
+        return evaluate(self._task, job)
