@@ -116,7 +116,7 @@ def draw_context() -> Figure:
     """Why context: one pixel of a bus through windows of growing size."""
     image, _ = street(385, 577)
     row, column = 240, 480  # on the bus, below its windows
-    figure = Figure(figsize=(WIDTH, 2.55), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 2.3), layout="constrained")
     panels = figure.subplots(1, 4, width_ratios=(1, 1, 1, 1.5))
     questions = ("17 pixels: grey", "65 pixels: a wall?", "193 pixels: a bus", "the whole image: a bus on a street")
     for axes, half, question, colour in zip(panels, (8, 32, 96, None), questions, (VERMILION, BLUE, GREEN, None), strict=True):
@@ -157,9 +157,9 @@ def draw_layout() -> Figure:
     rows, columns = np.mgrid[0:33:16, 0:65:16]
     grid.scatter(columns, rows, s=46, color=VERMILION, edgecolor="white", linewidth=1.2, zorder=3, clip_on=False)
     for row, column in zip(rows.ravel(), columns.ravel(), strict=True):
-        below = row < 32
-        grid.text(column, row + (2.2 if below else -2.2), f"({row // 16}, {column // 16})", ha="center",
-                  va="top" if below else "bottom", fontsize=8, fontweight="bold")  # fmt: skip
+        side = {0: "left", 64: "right"}.get(column, "center")
+        name, (shift, side_v) = f"({row // 16}, {column // 16})", (2.0, "top") if row < 32 else (-2.0, "bottom")
+        grid.text(column, row + shift, name, ha=side, va=side_v, fontsize=8.5, fontweight="bold")
     grid.set(xticks=range(0, 65, 16), yticks=range(0, 33, 16), xlabel="pixel column", ylabel="pixel row")
     grid.set_title("feature (i, j) sits on pixel (16 i, 16 j): 33 × 65 pixels, 3 × 5 features", pad=10)
     frame(grid, SOFT)
@@ -170,8 +170,8 @@ def draw_operations() -> Figure:
     """The 81 operations: where each reads for one output position, at one scale for all."""
     figure = Figure(figsize=(WIDTH, 4.7))
     point, convolutions, poolings = (figure.add_axes(rectangle) for rectangle in
-        ((0.01, 0.46, 0.06, 0.115), (0.14, 0.1, 0.43, 0.8), (0.65, 0.1, 0.34, 0.65)))  # fmt: skip
-    tile = 50
+        ((0.025, 0.1, 0.05, 0.1), (0.155, 0.1, 0.43, 0.82), (0.655, 0.1, 0.34, 0.65)))  # fmt: skip
+    tile = 54
     for axes, count in ((point, 1), (convolutions, 8), (poolings, 4)):
         for row, column in np.ndindex(count, count):
             corner = (column * tile - tile / 2 + 1, row * tile - tile / 2 + 1)
@@ -201,8 +201,8 @@ def draw_operations() -> Figure:
             corner = (column * tile - wide / 2, row * tile - high / 2)
             poolings.add_patch(Rectangle(corner, wide, high, facecolor=ORANGE, edgecolor="none"))
             outline = (column * tile - 16.5, row * tile - 16.5)
-            poolings.add_patch(Rectangle(outline, 33, 33, fill=False, edgecolor=SOFT, linewidth=0.6))
-    poolings.set_title("16 pyramid poolings, windows on a 33 × 33 map")
+            poolings.add_patch(Rectangle(outline, 33, 33, fill=False, edgecolor=SOFT, linewidth=0.72))
+    poolings.set_title("16 pyramid poolings (of 33 × 33)")
     poolings.set_xticks([tile * k for k in range(4)], [str(grid) for grid in GRID_SIZES])
     poolings.set_yticks([tile * k for k in range(4)], [str(grid) for grid in GRID_SIZES])
     poolings.set(xlabel="grid$_w$", ylabel="grid$_h$")
@@ -217,8 +217,8 @@ def draw_batch_norm() -> Figure:
     norm = BatchNorm(np.array([1.0, 1.0, 0.5]), np.array([0.0, 0.0, 1.0]), np.zeros(3), np.ones(3))
     stages = (
         ("before: three channels", x),
-        ("after, training", batch_norm(x, norm, training=True)),
-        ("and ReLU", batch_norm_relu(x, norm, training=True)),
+        ("after (training)", batch_norm(x, norm, training=True)),
+        ("after ReLU", batch_norm_relu(x, norm, training=True)),
     )
     figure = Figure(figsize=(WIDTH, 2.6), layout="constrained")
     panels = figure.subplots(1, 4, width_ratios=(1, 1, 1, 1.25))
@@ -229,14 +229,11 @@ def draw_batch_norm() -> Figure:
             axes.hist(values[:, channel].ravel(), bins=64, range=span, color=colour, histtype="step", linewidth=1.4)
         axes.set(title=title, yticks=[], xlabel="value", xlim=span)
         axes.spines["left"].set_visible(False)
-    panels[0].set_ylim(0, 2800)
+    panels[0].set_ylim(0, 1900)
     panels[1].set_ylim(0, 1500)
     panels[2].set_ylim(0, 1500)
     panels[1].text(4.0, 1350, "green has scale ½,\noffset 1", color=GREEN, fontsize=8.5, ha="right", va="top")
-    panels[2].annotate(
-        "what was negative\nis 0", (0.1, 1480), (3.9, 1350), fontsize=8.5, ha="right", va="top",
-        arrowprops={"arrowstyle": "->", "color": SOFT, "shrinkA": 0},
-    )  # fmt: skip
+    panels[2].text(0.35, 1350, "negative values\nare now 0", fontsize=8.5, va="top")
 
     sizes = np.arange(2, 21)
     plain = BatchNorm(*(np.full(20_000, value) for value in (1.0, 0.0, 0.0, 1.0)))
@@ -244,10 +241,11 @@ def draw_batch_norm() -> Figure:
     unbiased = [updated_running_statistics(batch, plain, momentum=1.0).running_var.mean() for batch in batches]
     biased = [batch.var(axis=(0, 2, 3)).mean() for batch in batches]
     panels[3].axhline(1.0, color=SOFT, linewidth=0.8, linestyle="--")
-    panels[3].plot(sizes, unbiased, "o-", color=BLUE, markersize=3.5, label="unbiased, ÷ (n − 1): remembered")
-    panels[3].plot(sizes, biased, "s-", color=VERMILION, markersize=3.5, label="biased, ÷ n: normalises")
+    panels[3].plot(sizes, unbiased, "o-", color=BLUE, markersize=3.5)
+    panels[3].plot(sizes, biased, "s-", color=VERMILION, markersize=3.5)
     panels[3].set(title="mean variance estimate, truth 1", xlabel="values n per channel in the batch", ylim=(0.4, 1.25))
-    panels[3].legend(loc="lower right")
+    panels[3].text(20, 1.04, "unbiased, ÷ (n − 1): remembered", color=BLUE, fontsize=8.5, ha="right")
+    panels[3].text(20, 0.72, "biased, ÷ n: normalises", color=VERMILION, fontsize=8.5, ha="right")
     return figure
 
 
@@ -257,25 +255,26 @@ def draw_pointwise_conv() -> Figure:
     x = image.transpose(2, 0, 1)[None]
     weight = np.array([[0.33, 0.33, 0.33], [-1.0, 2.0, -1.0], [1.5, -0.5, -1.0]])
     y = pointwise_conv(x, weight[:, :, None, None])
-    figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
-    panels = figure.subplots(3, 4, width_ratios=(1, 0.3, 0.75, 1), gridspec_kw={"hspace": 0.02})
+    figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
+    panels = figure.subplots(3, 3, width_ratios=(1, 1.25, 1))
     for row, (name, meaning) in enumerate(zip("RGB", ("brightness", "greenness", "redness"), strict=True)):
         show(panels[row, 0], x[0, row], vmin=0, vmax=1)
-        panels[row, 0].set_ylabel(f"c = {row} ({name})", rotation=0, ha="right", va="center")
-        show(panels[row, 3], y[0, row], cmap=SIGNED, vmin=-1, vmax=1)
-        panels[row, 3].set_ylabel(f"o = {row}", rotation=0, ha="right", va="center", labelpad=6)
-        panels[row, 3].yaxis.set_label_position("right")
-        panels[row, 3].set_ylabel(f"o = {row}\n{meaning}", rotation=0, ha="left", va="center", labelpad=6)
+        panels[row, 0].set_ylabel(f"c = {row}\n({name})", rotation=0, ha="right", va="center", labelpad=6)
         panels[row, 1].set_axis_off()
-        panels[row, 2].set_axis_off()
-    matrix = figure.add_subplot(panels[0, 2].get_gridspec()[:, 2])
+        if row:
+            show(panels[row, 2], y[0, row], cmap=SIGNED, vmin=-1, vmax=1)
+        else:
+            show(panels[row, 2], y[0, row], vmin=0, vmax=1)
+        panels[row, 2].yaxis.set_label_position("right")
+        panels[row, 2].set_ylabel(f"o = {row}\n{meaning}", rotation=0, ha="left", va="center", labelpad=6)
+    matrix = figure.add_subplot(panels[0, 1].get_gridspec()[:, 1])
     matrix.imshow(weight, cmap=SIGNED, vmin=-2, vmax=2)
     for (o, c), value in np.ndenumerate(weight):
-        matrix.text(c, o, f"{value:g}", ha="center", va="center", color="white" if abs(value) > 1.2 else INK)
+        matrix.text(c, o, f"{value:g}".replace("-", "−"), ha="center", va="center", color="white" if abs(value) > 1.2 else INK)
     matrix.set(xticks=range(3), yticks=range(3), xlabel="input channel c", ylabel="output channel o", title="weight[o, c]")
     frame(matrix, SOFT)
     panels[0, 0].set_title("x: three channels")
-    panels[0, 3].set_title("y = weight · x, pixel by pixel")
+    panels[0, 2].set_title("y = weight · x, pixel by pixel")
     return figure
 
 
@@ -284,7 +283,7 @@ def draw_depthwise_conv() -> Figure:
     x = street_map()
     impulse = np.zeros_like(x)
     impulse[0, 0, 16, 24] = 1.0
-    figure = Figure(figsize=(WIDTH, 5.3), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 4.75), layout="constrained")
     panels = figure.subplots(3, 4)
     mean, ones = np.full((1, 1, 3, 3), 1 / 9), np.ones((1, 1, 3, 3))
     inputs = (impulse, x, np.ones_like(x))
@@ -298,14 +297,11 @@ def draw_depthwise_conv() -> Figure:
         show(panels[1, column], depthwise_conv(x, mean, rate=rate)[0, 0], vmin=0, vmax=1)
         taps = depthwise_conv(inputs[2], ones, rate=rate)[0, 0]
         show(panels[2, column], taps, cmap="Blues", vmin=0, vmax=13)
-        middle_h, middle_w = 16, 24
-        edge_h, edge_w = (rate[0] - 1) / 2, (rate[1] - 1) / 2
-        for row, col in ((middle_h, middle_w), (middle_h, edge_w), (edge_h, middle_w), (edge_h, edge_w)):
-            count = taps[int(row), int(col)]
-            wide_enough = min(row, col) >= 1.5
-            if wide_enough:
-                panels[2, column].text(col, row, f"{count:.0f}", ha="center", va="center", fontsize=9, fontweight="bold")
-    panels[0, 0].set_xlabel("")
+        edge_h, edge_w = (min(r, size - r) / 2 - 0.5 for r, size in zip(rate, (33, 49), strict=True))
+        for row, col in ((16, 24), (16, edge_w), (edge_h, 24), (edge_h, edge_w)):
+            if min(row, col) >= 1.0:  # there is room for the number
+                count = f"{taps[int(row), int(col)]:.0f}"
+                panels[2, column].text(col, row, count, ha="center", va="center", fontweight="bold")
     for axes, note in zip(panels[:, 3], ("weights all 1", "weights all 1/9", "taps inside the map"), strict=True):
         axes.yaxis.set_label_position("right")
         axes.set_ylabel(note, rotation=270, va="bottom", labelpad=6)
@@ -340,8 +336,9 @@ def draw_separable_conv() -> Figure:
         start = left + column * pitch
         centres.append(start + 0.0625)
         if colour:
-            box = FancyBboxPatch((start + 0.004, 0.775), 0.117, 0.12, boxstyle="round,pad=0,rounding_size=0.012",
-                                 facecolor="#fbe3d6" if colour == VERMILION else "#dbe8fb", edgecolor=colour, linewidth=1.2)  # fmt: skip
+            fill = "#fbe3d6" if colour == VERMILION else "#dbe8fb"
+            shape, corner = "round,pad=0,rounding_size=0.012", (start + 0.004, 0.775)
+            box = FancyBboxPatch(corner, 0.117, 0.12, shape, facecolor=fill, edgecolor=colour, linewidth=1.2)
             figure.add_artist(box)
         figure.text(centres[-1], 0.835, name, ha="center", va="center", fontsize=8.5)
         largest = np.abs(values).max()
@@ -357,7 +354,7 @@ def draw_separable_conv() -> Figure:
         ends = ((centres[column] + (0.0605 if column else 0.014), 0.835), (centres[column + 1] - 0.0595, 0.835))
         arrow = ConnectionPatch(*ends, "figure fraction", arrowstyle="-|>", mutation_scale=8, color=SOFT, shrinkA=0, shrinkB=0)
         figure.add_artist(arrow)
-    note = "in the authors' code, not in the paper's words"
+    note = "in the authors’ code, not in the paper’s words"
     figure.text((centres[2] + centres[3]) / 2, 0.945, note, ha="center", color=VERMILION, fontsize=9)
     return figure
 
@@ -410,21 +407,21 @@ def draw_pyramid_pooling() -> Figure:
         rows, columns = (pooling_matrix(size, count, variant=variant) for size, count in zip((33, 49), grid, strict=True))
         means = rows @ x @ columns.T
         source, matrix, pooled, resized = panels[row]
-        show(source, x[0, 0], vmin=0.2, vmax=1)
+        show(source, x[0, 0], vmin=0.35, vmax=0.95)
         for top, left in ((0, 0), (8, 17), (16, 36)) if row == 0 else np.ndindex(grid):
             i, j = (top, left)
             span_h, span_w = np.flatnonzero(rows[i]), np.flatnonzero(columns[j])
             corner = (span_w[0] - 0.5, span_h[0] - 0.5)
-            source.add_patch(Rectangle(corner, len(span_w), len(span_h), fill=False, edgecolor=VERMILION, linewidth=1.8))
+            source.add_patch(Rectangle(corner, len(span_w), len(span_h), fill=False, edgecolor=VERMILION, linewidth=1.3))
         window = f"{np.count_nonzero(rows[0])} × {np.count_nonzero(columns[0])}"
         source.set_ylabel(variant.replace("_", " "))
         source.set_xlabel(f"every window of {window}" if row == 0 else f"{grid[0]} × {grid[1]} cells of {window}")
         show(matrix, columns, cmap=WEIGHTS, vmin=0, vmax=1.4 * columns.max())
         matrix.set_aspect("auto")
         matrix.set_xlabel(f"{columns.shape[0]} × {columns.shape[1]}")
-        show(pooled, means[0, 0], vmin=0.2, vmax=1)
+        show(pooled, means[0, 0], vmin=0.35, vmax=0.95)
         pooled.set_xlabel(f"{means.shape[2]} × {means.shape[3]}")
-        show(resized, bilinear_resize(means, (33, 49))[0, 0], vmin=0.2, vmax=1)
+        show(resized, bilinear_resize(means, (33, 49))[0, 0], vmin=0.35, vmax=0.95)
         resized.set_xlabel("33 × 49")
     for axes, title in zip(panels[0], ("x, 33 × 49", "Q: means along a row", "P X Qᵀ", "resized"), strict=True):
         axes.set_title(title)
@@ -434,14 +431,13 @@ def draw_pyramid_pooling() -> Figure:
 def draw_pyramid_grids() -> Figure:
     """Six grids on one map: the coarser the grid, the wider the context."""
     x = street_map()
-    figure = Figure(figsize=(WIDTH, 2.75), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 4.3), layout="constrained")
     panels = figure.subplots(2, 3).ravel()
-    figure.set_size_inches(WIDTH, 4.3)
     for axes, grid in zip(panels, ((1, 1), (2, 2), (4, 4), (8, 8), (1, 8), (8, 1)), strict=True):
         rows = pooling_matrix(33, grid[0], variant="sliding_window")
         columns = pooling_matrix(49, grid[1], variant="sliding_window")
         means = rows @ x @ columns.T
-        show(axes, bilinear_resize(means, (33, 49))[0, 0], vmin=0.2, vmax=1)
+        show(axes, bilinear_resize(means, (33, 49))[0, 0], vmin=0.35, vmax=0.95)
         high, wide = window_size(33, grid[0]), window_size(49, grid[1])
         axes.set_title(f"grid {grid[0]} × {grid[1]}: window {high} × {wide}")
         axes.set_xlabel(f"{means.shape[2]} × {means.shape[3]} means, resized", fontsize=8.5)
@@ -474,11 +470,12 @@ def draw_concat_project() -> Figure:
     right.imshow(output[0].reshape(4, 24), cmap=MAP, aspect="auto")
     right.set(title="ReLU(BN(weight · concatenation))\n(4 rows)", xticks=[], yticks=range(4), xlabel="24 pixels")
     frame(right, SOFT)
+    left.text(-0.6, 3.82, "branch", ha="right", va="top")
     for i, colour in enumerate(colours):
         middle.add_patch(Rectangle((-1.6, 3 * i - 0.45), 0.7, 2.9, color=colour, clip_on=False, linewidth=0))
         middle.text(-2.0, 3 * i + 1, str(i), ha="right", va="center", fontweight="bold", color=colour)
         left.add_patch(Rectangle((3 * i - 0.45, 3.58), 2.9, 0.16, color=colour, clip_on=False, linewidth=0))
-        left.text(3 * i + 1, 3.82, f"branch {i}" if i == 0 else str(i), ha="center", va="top", fontweight="bold", color=colour)
+        left.text(3 * i + 1, 3.82, str(i), ha="center", va="top", fontweight="bold", color=colour)
     return figure
 
 
@@ -499,7 +496,7 @@ def draw_dense_prediction_cell() -> Figure:
         axes = figure.add_axes((0.385 + 0.2 * column, 0.525 - 0.475 * row, 0.188, 0.393))
         axes.set_facecolor("black")
         visible = np.ma.masked_less(field, 0.5)
-        axes.imshow(visible, cmap=COUNTS, norm=LogNorm(0.4, 40), extent=(-32.5, 32.5, 32.5, -32.5))
+        axes.imshow(visible, cmap=COUNTS, norm=LogNorm(0.12, 40), extent=(-32.5, 32.5, 32.5, -32.5))
         axes.set(xticks=(-25, 0, 25), yticks=(-25, 0, 25))
         axes.tick_params(labelsize=7.5, labelleft=column == 0, labelbottom=row == 1)
         frame(axes, SOFT, ticks=True)
@@ -514,7 +511,7 @@ def draw_dense_prediction_cell() -> Figure:
 
 def draw_upsampled_cross_entropy() -> Figure:
     """Small logits, upsampled probabilities, loss map, and the gradient back at the small logits."""
-    image, labels = street(129, 193)
+    _, labels = street(129, 193)
     labels[126:] = IGNORE_INDEX
     rng = np.random.default_rng(2)
     small = street(9, 13)[1]
@@ -538,11 +535,11 @@ def draw_upsampled_cross_entropy() -> Figure:
     panels[0, 2].imshow(np.clip(np.einsum("khw,kc->hwc", probabilities[0], PALETTE), 0, 1))
     panels[0, 2].set_title("probabilities after the resize, mixed")
     loss_image = panels[1, 0].imshow(surprise, cmap=MAP, vmin=0, vmax=5)
-    panels[1, 0].set_title(f"− log p(label) per pixel; mean {loss:.2f} nats")
+    panels[1, 0].set_title(f"loss per pixel, mean {loss:.2f} nats")
     figure.colorbar(loss_image, ax=panels[1, 0], shrink=0.8, pad=0.02).outline.set_linewidth(0.4)  # type: ignore[operator]
     for axes, name in zip(panels[1, 1:], ("vehicle", "building"), strict=True):
         values = gradient[CLASSES.index(name)] * 1000
-        picture = axes.imshow(values, cmap=SIGNED, vmin=-1.5, vmax=1.5)
+        picture = axes.imshow(values, cmap=SIGNED, vmin=-3, vmax=3)
         axes.set_title(f"gradient for “{name}”, 9 × 13 (× 10⁻³)")
         figure.colorbar(picture, ax=axes, shrink=0.8, pad=0.02)
     for axes in panels.ravel():
@@ -554,28 +551,28 @@ def draw_upsampled_cross_entropy() -> Figure:
 
 def draw_mean_iou() -> Figure:
     """Two overlapping regions, the counts, and the score."""
-    y, x = np.mgrid[0:12, 0:18]
-    labels = ((x - 6.5) ** 2 + (y - 5.5) ** 2 < 4.6**2).astype(np.int64)
-    predictions = ((x - 9.5) ** 2 + (y - 6.0) ** 2 < 4.3**2).astype(np.int64)
-    labels[:, 17] = IGNORE_INDEX
+    y, x = np.mgrid[0:12, 0:20]
+    labels = ((x - 5.5) ** 2 + (y - 5.5) ** 2 < 5.1**2).astype(np.int64)
+    predictions = ((x - 11.5) ** 2 + (y - 5.5) ** 2 < 5.1**2).astype(np.int64)
+    labels[:, 19] = IGNORE_INDEX
     confusion = confusion_matrix(predictions, labels, num_classes=2)
     iou = class_iou(confusion)
     kind = np.where(labels == IGNORE_INDEX, 4, labels + 2 * predictions)  # 0 neither, 1 label, 2 prediction, 3 both, 4 ignored
     colours = ListedColormap(["#eef1f5", ORANGE, SKY, BLUE, "white"])
 
     figure = Figure(figsize=(WIDTH, 2.9), layout="constrained")
-    regions, table, score = figure.subplots(1, 3, width_ratios=(1.75, 1, 1.15))
+    regions, table, score = figure.subplots(1, 3, width_ratios=(1.8, 1, 1.1))
     show(regions, kind, cmap=colours, norm=BoundaryNorm(np.arange(-0.5, 5), 5))
-    regions.set_xticks(np.arange(0.5, 17.5), minor=True)
+    regions.set_xticks(np.arange(0.5, 19.5), minor=True)
     regions.set_yticks(np.arange(0.5, 11.5), minor=True)
     regions.grid(which="minor", color="white", linewidth=0.8)
     regions.tick_params(which="minor", length=0)
     regions.set_title("class 1: label and prediction")
-    places = ((3.2, 5.5, 1, "label\nonly", INK), (8, 5.7, 3, "both", "white"), (12.4, 6, 2, "predicted\nonly", INK))
+    places = ((3.5, 5.5, 1, "label\nonly", INK), (8.5, 5.5, 3, "both", "white"), (13.5, 5.5, 2, "predicted\nonly", INK))
     for column, row, value, name, colour in places:
         count = np.count_nonzero(kind == value)
         regions.text(column, row, f"{name}\n{count}", ha="center", va="center", color=colour, fontweight="bold")
-    regions.text(17, 5.5, "ignored", ha="center", va="center", rotation=90, color=SOFT, fontsize=8.5)
+    regions.text(19, 5.5, "ignored", ha="center", va="center", rotation=90, color=SOFT, fontsize=8.5)
 
     table.imshow(confusion, cmap=WEIGHTS, vmin=0, vmax=1.6 * confusion.max())
     for (label, prediction), count in np.ndenumerate(confusion):
@@ -583,13 +580,14 @@ def draw_mean_iou() -> Figure:
     table.set(xticks=(0, 1), yticks=(0, 1), xlabel="prediction", ylabel="label", title="M[label, prediction]")
     frame(table, SOFT, ticks=True)
 
-    score.bar((0, 1), iou, color=("#b7bfca", BLUE), width=0.6)
+    score.bar((0, 1), iou, color=("#b7bfca", BLUE), width=0.72)
     for k in range(2):
         intersection, union = confusion[k, k], confusion[k].sum() + confusion[:, k].sum() - confusion[k, k]
-        score.text(k, iou[k] + 0.02, f"{intersection} / {union}\n= {iou[k]:.3f}", ha="center", va="bottom")
+        text = f"{intersection} / {union}\n= {iou[k]:.3f}"
+        score.text(k, 0.03, text, ha="center", va="bottom", color="white" if k else INK)
     score.axhline(mean_iou(confusion), color=VERMILION, linewidth=1.2, linestyle="--")
-    score.text(1.34, mean_iou(confusion) + 0.02, f"mIOU\n{mean_iou(confusion):.3f}", color=VERMILION, va="bottom", ha="left")
-    score.set(xticks=(0, 1), ylim=(0, 1), xlim=(-0.45, 1.95), title="intersection / union")
+    score.text(1.45, mean_iou(confusion) + 0.02, f"mIOU\n{mean_iou(confusion):.3f}", color=VERMILION, va="bottom", ha="left")
+    score.set(xticks=(0, 1), ylim=(0, 1), xlim=(-0.5, 2.1), title="intersection / union")
     score.set_xticklabels(("class 0", "class 1"))
     return figure
 

@@ -151,8 +151,8 @@ def draw_cell(cell: Cell, axes: Axes) -> None:
     layout = layout_cell(cell)
     axes.set(xlim=(0, layout.width), ylim=(0, layout.height), aspect="equal")
     axes.set_axis_off()
-    width, height = axes.bbox.size / axes.figure.dpi
-    scale = float(min(width / layout.width, height / layout.height))
+    inches = axes.bbox.transformed(axes.figure.dpi_scale_trans.inverted())
+    scale = min(inches.width / layout.width, inches.height / layout.height)
     for curve in layout.arrows:
         arrow = FancyArrowPatch(
             path=curve, arrowstyle="-|>", mutation_scale=8 * scale, linewidth=1.1 * scale, color=_ARROW_COLOUR, capstyle="butt"
@@ -186,8 +186,8 @@ def structural_receptive_field(cell: Cell, size: int) -> NDArray[np.float64]:
     """How much each input position adds to the centre output, summed over branches, on a map of size × size: (size, size).
 
     Every weight is one: a value counts the paths from the input position to the centre output, a path through a pooling
-    counting as its share of the mean. Zeros beyond the map's border cut paths as they do in the cell. It is the gradient of the
-    cell with unit weights and no batch norm or ReLU. Raises ValueError for a size without a centre.
+    counting as its share of the mean. Zeros beyond the map's border cut paths as they do in the cell. It is the gradient of
+    the cell with unit weights and no batch norm or ReLU. Raises ValueError for a size without a centre.
 
     >>> cell = Cell.from_json('[{"op": "conv", "kernel": 3, "rate": [1, 2], "input": -1}]')
     >>> structural_receptive_field(cell, 5)
@@ -224,12 +224,11 @@ def draw_receptive_field(cell: Cell, axes: Axes) -> None:
     """Draw `structural_receptive_field` on a logarithmic colour scale; black is never read."""
     field = structural_receptive_field(cell, RECEPTIVE_FIELD_SIZE)
     reach = RECEPTIVE_FIELD_SIZE / 2
-    axes.set_facecolor("black")
     floor = field[field > 0].min()
     image = axes.imshow(
         np.ma.masked_equal(field, 0.0),
         norm=LogNorm(floor / 4, max(field.max(), 2 * floor)),  # the least value stands out against black
-        cmap="inferno",
+        cmap=matplotlib.colormaps["inferno"].with_extremes(bad="black"),
         interpolation="nearest",
         extent=(-reach, reach, reach, -reach),
     )
@@ -245,7 +244,7 @@ def draw_receptive_field(cell: Cell, axes: Axes) -> None:
     if field.max() < 50 * floor:  # few powers of ten to mark
         ticks = [tick for tick in (1, 2, 5, 10, 20, 50) if floor <= tick <= field.max()]
         bar.set_ticks(ticks, labels=[str(tick) for tick in ticks])
-    bar.outline.set_visible(False)  # type: ignore[operator]  # the stubs take it for a method
+    bar.outline.set_visible(False)
 
 
 def cell_svg(cell: Cell) -> str:

@@ -63,6 +63,10 @@ class FeatureSettings:
     """cpu, cuda, cuda:1, ...; auto takes the GPU if there is one."""
 
 
+class HalfWrittenError(InputError):
+    """A cache that is absent or unfinished, and that computing the features will finish."""
+
+
 @dataclass(frozen=True)
 class FeatureCache:
     """Features and labels of one split, memory-mapped.
@@ -88,7 +92,7 @@ def open_cache(directory: Path, expected: dict[str, Any] | None = None) -> Featu
     """Map a finished cache. Raises InputError for one that is absent, half-written, damaged, or not made from `expected`."""
     path = directory / "manifest.json"
     if not path.is_file():
-        raise InputError(f"{directory} is not a feature cache (no manifest.json): make it with `python -m search.features`")
+        raise HalfWrittenError(f"{directory} is not a feature cache (no manifest.json): make it with `python -m search.features`")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         done, features_shape, labels_shape = manifest["done"], manifest["features_shape"], manifest["labels_shape"]
@@ -101,7 +105,7 @@ def open_cache(directory: Path, expected: dict[str, Any] | None = None) -> Featu
                 f"{_brief(value)}; delete that folder or give another --cache-dir"
             )
     if done < features_shape[0]:
-        raise InputError(
+        raise HalfWrittenError(
             f"cache {directory} is half-written ({done} of {features_shape[0]} images): "
             "finish it by running `python -m search.features` with the same flags"
         )
@@ -140,9 +144,7 @@ def prepare_caches(settings: FeatureSettings) -> dict[str, FeatureCache]:
         directory = settings.cache_dir / name
         try:
             caches[split] = open_cache(directory, identity)
-        except InputError as error:
-            if (directory / "manifest.json").is_file() and "half-written" not in str(error):
-                raise
+        except HalfWrittenError:
             caches[split] = build_cache(directory, dataset, backbone, identity, device)
     return caches
 

@@ -56,8 +56,10 @@ class RandomSettings(FeatureSettings, ProxySettings):
     """Number of cells to try in all, those of earlier runs of this command included."""
     iterations: int = 100
     """Training steps per cell. The paper: 30,000."""
-    learning_rate: float = 0.05
+    learning_rate: float = 0.2
     """Initial learning rate; it falls to 0 by the power 0.9 of the remaining share of steps. The paper: 0.01."""
+    branch_channels: int = 64
+    """Filters of each branch and of the cell's output. The paper: 256."""
     branches: int = NUM_BRANCHES
     """Branches per cell."""
     sampler: str = "paper"

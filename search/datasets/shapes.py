@@ -1,16 +1,17 @@
-"""Generated scenes in which only context tells the classes apart: the data set that is always there.
+"""Generated scenes in which context tells the classes apart: the data set that is always there.
 
-Every surface, the background included, draws its colours and texture from one distribution, so a small patch says next
-to nothing about its class. What decides is extent and aspect ratio, at scales from 1/12 to 3/4 of the picture:
+All shapes draw their colours and texture from one distribution, so a patch from the inside of one says nothing about its
+class. What decides is extent and aspect ratio, at scales from 1/12 to 3/4 of the picture, and what lies around:
 
-- a block is about as wide as it is high, a wide bar at least three times as wide, a tall bar three times as high;
-- the hole of a ring is background, though it looks like a disc;
-- one and the same small disc is a *dot* on the background and an *inlay* within a larger shape.
+- a block is about as wide as it is high, a wide bar two to four times as wide, a tall bar two to four times as high;
+- a disc is filled, a ring has a hole through which the background shows;
+- one and the same small disc is a *dot* on the background and an *inlay* within a shape.
 
-Surfaces overlap; illumination and noise lie over everything; a thin contour between classes is ignored.
+Shapes overlap; illumination and noise lie over everything; a thin contour between classes is ignored.
 """
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
@@ -94,12 +95,12 @@ def draw_scene(rng: np.random.Generator, size: int) -> tuple[NDArray[np.uint8], 
 
 
 def _place_shapes(image: NDArray[np.float32], label: NDArray[np.uint8], rng: np.random.Generator) -> None:
-    kinds = [*range(BLOCK, DOT), *rng.integers(BLOCK, DOT, size=2)]
+    """Every kind once and two more, with little overlap; what finds no room is left out."""
+    kinds = [*range(BLOCK, DOT), *rng.integers(BLOCK, DOT, size=2).tolist()]
     extents = [(kind, _draw_extent(kind, len(label), rng)) for kind in kinds]
-    for kind, extent in sorted(extents, key=lambda pair: -pair[1][0] * pair[1][1]):  # large first, so that none hides another
-        for _ in range(30):
-            window = _draw_window(extent, len(label), rng)
-            if np.count_nonzero(label[window]) < 0.2 * label[window].size:  # little overlap
+    for kind, extent in sorted(extents, key=lambda pair: -pair[1][0] * pair[1][1]):  # large first, so that none is hidden
+        for window in _draw_windows(extent, len(label), rng):
+            if np.count_nonzero(label[window]) < 0.2 * label[window].size:
                 mask = _silhouette(kind, extent, rng)
                 _paint(image, window, mask, rng, brightness=(90, 160))
                 label[window][mask] = kind
@@ -107,19 +108,19 @@ def _place_shapes(image: NDArray[np.float32], label: NDArray[np.uint8], rng: np.
 
 
 def _place_small_discs(image: NDArray[np.float32], label: NDArray[np.uint8], rng: np.random.Generator) -> None:
-    missing = {DOT: 4, INLAY: 5}
+    """Small discs of one appearance, each well within one host: a dot on the background, an inlay within a shape."""
     margin = 4  # pixels of the host around the disc
-    for _ in range(100):
+    for kind in [DOT] * 6 + [INLAY] * 5:
         extent = _draw_extent(DOT, len(label), rng)
-        rows, columns = _draw_window((extent[0] + 2 * margin, extent[1] + 2 * margin), len(label), rng)
-        host = label[rows.start, columns.start]
-        kind = DOT if host == BACKGROUND else INLAY
-        if host < DOT and missing[kind] and np.all(label[rows, columns] == host):
-            missing[kind] -= 1
-            window = np.s_[rows.start + margin : rows.stop - margin, columns.start + margin : columns.stop - margin]
-            mask = _silhouette(kind, extent, rng)
-            _paint(image, window, mask, rng, brightness=(200, 250))
-            label[window][mask] = kind
+        for rows, columns in _draw_windows((extent[0] + 2 * margin, extent[1] + 2 * margin), len(label), rng):
+            host = label[rows.start, columns.start]
+            is_host = host == BACKGROUND if kind == DOT else BACKGROUND < host < DOT
+            if is_host and np.all(label[rows, columns] == host):
+                window = np.s_[rows.start + margin : rows.stop - margin, columns.start + margin : columns.stop - margin]
+                mask = _silhouette(kind, extent, rng)
+                _paint(image, window, mask, rng, brightness=(200, 250))
+                label[window][mask] = kind
+                break
 
 
 def _draw_extent(kind: int, size: int, rng: np.random.Generator) -> tuple[int, int]:
@@ -132,19 +133,23 @@ def _draw_extent(kind: int, size: int, rng: np.random.Generator) -> tuple[int, i
     return round(height), round(width)
 
 
-def _draw_window(extent: tuple[int, int], size: int, rng: np.random.Generator) -> Window:
-    top, left = (int(rng.random() * (size - side + 1)) for side in extent)
-    return slice(top, top + extent[0]), slice(left, left + extent[1])
+def _draw_windows(extent: tuple[int, int], size: int, rng: np.random.Generator) -> Iterator[Window]:
+    """Random places for something of this height and width; as many as are worth trying."""
+    height, width = extent
+    for down, right in rng.random((30, 2)).tolist():
+        top, left = int(down * (size - height + 1)), int(right * (size - width + 1))
+        yield slice(top, top + height), slice(left, left + width)
 
 
 def _silhouette(kind: int, extent: tuple[int, int], rng: np.random.Generator) -> NDArray[np.bool_]:
     """Which pixels of its (height, width) window belong to the shape."""
     if kind in (BLOCK, WIDE_BAR, TALL_BAR):
         return np.ones(extent, bool)
-    y, x = (np.linspace(-1, 1, side, dtype=np.float32) for side in extent)
-    radius_squared = (y**2)[:, None] + x**2
+    y, x = (np.linspace(-1, 1, side, dtype=np.float32) ** 2 for side in extent)
+    radius_squared = y[:, None] + x
     hole = rng.uniform(0.45, 0.6) if kind == RING else 0.0
-    return (radius_squared <= 1) & (radius_squared >= hole**2)
+    mask: NDArray[np.bool_] = (radius_squared <= 1) & (radius_squared >= hole**2)
+    return mask
 
 
 def _paint(
@@ -155,7 +160,7 @@ def _paint(
     *,
     brightness: tuple[float, float],
 ) -> None:
-    """Cover `mask` with stripes or checks of a random pair of colours: the one source of all surfaces."""
+    """Cover `mask` with stripes or checks of a random pair of colours, whatever the class."""
     angle = rng.uniform(0, np.pi)
     pattern = _wave(mask.shape, angle, rng)
     if rng.random() < 0.5:
