@@ -7,6 +7,7 @@ Two runs write the same bytes.
 from collections.abc import Callable, Sequence
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -37,7 +38,7 @@ INK, SOFT = "#20242c", "#7a828f"
 BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9"
 MAP, SIGNED, WEIGHTS, COUNTS = "cividis", "PuOr_r", "Blues", "inferno"
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9.5,
     "axes.titlesize": 9.5,
@@ -103,7 +104,8 @@ def street(height: int, width: int) -> tuple[Array, NDArray[np.int64]]:
 def street_map(height: int = 33, width: int = 49) -> Array:
     """Brightness of the street at feature size, for pictures that need one channel: (1, 1, height, width) in 0..1."""
     image, _ = street(8 * height, 8 * width)
-    return image.mean(axis=2).reshape(height, 8, width, 8).mean(axis=(1, 3))[None, None]
+    brightness: Array = image.mean(axis=2).reshape(height, 8, width, 8).mean(axis=(1, 3))
+    return brightness[None, None]
 
 
 def identity_norm(channels: int) -> BatchNorm[Array]:
@@ -169,8 +171,8 @@ def draw_layout() -> Figure:
 def draw_operations() -> Figure:
     """The 81 operations: where each reads for one output position, at one scale for all."""
     figure = Figure(figsize=(WIDTH, 4.7))
-    point, convolutions, poolings = (figure.add_axes(rectangle) for rectangle in
-        ((0.025, 0.1, 0.05, 0.1), (0.155, 0.1, 0.43, 0.82), (0.655, 0.1, 0.34, 0.65)))  # fmt: skip
+    places = ((0.025, 0.1, 0.05, 0.1), (0.155, 0.1, 0.43, 0.82), (0.655, 0.1, 0.34, 0.65))
+    point, convolutions, poolings = (figure.add_axes(place) for place in places)
     tile = 54
     for axes, count in ((point, 1), (convolutions, 8), (poolings, 4)):
         for row, column in np.ndindex(count, count):
@@ -377,8 +379,8 @@ def draw_bilinear_resize() -> Figure:
     samples = np.array([1.0, 3.0, 2.0, 2.5])
     axes = mosaic["curve"]
     axes.plot(np.arange(10), matrix @ samples, "o-", color=BLUE, markersize=5, linewidth=1.2, label="output, 10 pixels")
-    axes.scatter(np.arange(4) * 3, samples, s=90, facecolor="none", edgecolor=VERMILION, linewidth=1.8, zorder=3,
-                 label="input, 4 pixels")  # fmt: skip
+    rings: dict[str, Any] = {"s": 90, "facecolor": "none", "edgecolor": VERMILION, "linewidth": 1.8, "zorder": 3}
+    axes.scatter(np.arange(4) * 3, samples, label="input, 4 pixels", **rings)
     axes.set(xticks=range(10), ylim=(0.6, 3.6), xlabel="output pixel i", title="first and last pixels coincide")
     axes.legend(loc="upper right", ncols=2)
 
@@ -536,7 +538,7 @@ def draw_upsampled_cross_entropy() -> Figure:
     panels[0, 2].set_title("probabilities after the resize, mixed")
     loss_image = panels[1, 0].imshow(surprise, cmap=MAP, vmin=0, vmax=5)
     panels[1, 0].set_title(f"loss per pixel, mean {loss:.2f} nats")
-    figure.colorbar(loss_image, ax=panels[1, 0], shrink=0.8, pad=0.02).outline.set_linewidth(0.4)  # type: ignore[operator]
+    figure.colorbar(loss_image, ax=panels[1, 0], shrink=0.8, pad=0.02)
     for axes, name in zip(panels[1, 1:], ("vehicle", "building"), strict=True):
         values = gradient[CLASSES.index(name)] * 1000
         picture = axes.imshow(values, cmap=SIGNED, vmin=-3, vmax=3)

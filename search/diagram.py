@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -254,20 +254,26 @@ def cell_svg(cell: Cell) -> str:
 
 def receptive_field_svg(cell: Cell) -> str:
     """The cell's receptive field as an SVG element for a page."""
-    figure = Figure(figsize=(3.3, 2.7), layout="constrained")
-    draw_receptive_field(cell, figure.add_subplot())
+    figure = Figure(figsize=(3.3, 2.75))
+    draw_receptive_field(cell, figure.add_axes((0.12, 0.15, 0.81, 0.83)))
     return figure_svg(figure, f"Receptive field of the cell {cell}")
 
 
 def figure_svg(figure: Figure, description: str) -> str:
     """A figure as an SVG element that can stand in an HTML page: no prolog, no metadata, ink in the page's text colour."""
     buffer = StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "dense-prediction-cell"}):
-        figure.savefig(buffer, format="svg", transparent=True, dpi=200)
+    _save(figure, buffer, "svg", transparent=True)
     svg = buffer.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     quoted = description.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
     return svg.replace("<svg ", f'<svg role="img" aria-label="{quoted}" ', 1).replace(INK, "currentColor")
+
+
+def _save(figure: Figure, target: Path | StringIO, suffix: str, **options: Any) -> None:
+    """Write the figure; an SVG keeps its text as text and is the same file each time."""
+    metadata = {"Date": None} if suffix == "svg" else None
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "dense-prediction-cell"}):
+        figure.savefig(target, format=suffix, dpi=200, metadata=metadata, **options)
 
 
 def _cell_figure(cell: Cell) -> Figure:
@@ -309,7 +315,7 @@ def write_diagram(settings: DiagramSettings) -> None:
         raise InputError(f"--output {settings.output}: give a file that ends in .svg, .png or .pdf")
     figure = _cell_and_receptive_field_figure(cell)
     try:
-        figure.savefig(settings.output, dpi=200)
+        _save(figure, settings.output, settings.output.suffix[1:])
     except OSError as error:
         raise InputError(f"--output {settings.output}: cannot be written ({error.strerror}); choose another place") from error
 

@@ -92,7 +92,7 @@ def open_cache(directory: Path, expected: dict[str, Any] | None = None) -> Featu
     """Map a finished cache. Raises InputError for one that is absent, half-written, damaged, or not made from `expected`."""
     path = directory / "manifest.json"
     if not path.is_file():
-        raise HalfWrittenError(f"{directory} is not a feature cache (no manifest.json): make it with `python -m search.features`")
+        raise HalfWrittenError(f"{directory} holds no feature cache: make it with `python -m search.features`")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         done, features_shape, labels_shape = manifest["done"], manifest["features_shape"], manifest["labels_shape"]

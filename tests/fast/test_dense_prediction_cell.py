@@ -1,0 +1,171 @@
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from fast.batch_norm import MOMENTUM
+from fast.dense_prediction_cell import DensePredictionCell, decays, load_reference_weights, reference_weights
+from reference.batch_norm import Array
+from reference.cell import BACKBONE_FEATURE, CONV1X1, OPERATIONS, Branch, Cell, Operation
+from reference.dense_prediction_cell import (
+    BranchOptions,
+    CellWeights,
+    dense_prediction_cell,
+    dense_prediction_cell_backward,
+)
+from reference.pyramid_pooling import PoolingVariant
+from tests.fast.against_reference import (
+    LAYOUTS,
+    Layout,
+    Step,
+    assert_equal_steps,
+    assert_step_within_budget,
+    every_device,
+    reference_step,
+    rounded,
+    single_values_allowed,
+    to_tensors,
+    torch_step,
+)
+from tests.fast.plain_torch import plain_cell
+from tests.reference.directional_derivative import leaves
+from tests.strategies import cells, map_sizes, random_cell_weights, rng_seeds
+
+IN_CHANNELS, BRANCH_CHANNELS, CELL_CHANNELS = 3, 4, 5
+PUBLISHED = Path(__file__).parents[2] / "search" / "cells"
+VARIANTS = st.sampled_from(("sliding_window", "grid_cells"))
+
+KINDS = (  # one operation of each kind and each shape that differs in its code or its numbers
+    CONV1X1,
+    Operation("atrous_separable_conv", rate=(1, 1)),
+    Operation("atrous_separable_conv", rate=(6, 3)),
+    Operation("atrous_separable_conv", rate=(21, 1)),
+    Operation("pyramid_pooling", grid_size=(1, 1)),
+    Operation("pyramid_pooling", grid_size=(2, 4)),
+    Operation("pyramid_pooling", grid_size=(8, 1)),
+)
+
+
+def single(operation: Operation) -> Cell:
+    return Cell((Branch(BACKBONE_FEATURE, operation),))
+
+
+def small_cell(cell: Cell, options: BranchOptions, **arguments: Any) -> DensePredictionCell:
+    module = DensePredictionCell(
+        cell,
+        IN_CHANNELS,
+        branch_channels=BRANCH_CHANNELS,
+        cell_channels=CELL_CHANNELS,
+        output_stride=16 // options.rate_multiplier,
+        dropout_rate=0.0,
+        pooling=options.pooling,
+        pooling_size=options.pooling_size,
+        **arguments,
+    )
+    return module.train(options.training)
+
+
+def draw(cell: Cell, size: tuple[int, int], batch: int, seed: int) -> tuple[Array, CellWeights[Array], Array]:
+    """Features, weights and the cotangent of the output."""
+    rng = np.random.default_rng(seed)
+    features = rng.standard_normal((batch, IN_CHANNELS, *size))
+    weights = random_cell_weights(cell, IN_CHANNELS, BRANCH_CHANNELS, CELL_CHANNELS, rng)
+    return features, weights, rng.standard_normal((batch, CELL_CHANNELS, *size))
+
+
+def expected_step(cell: Cell, features: Array, weights: CellWeights[Array], cotangent: Array, options: BranchOptions) -> Step:
+    return reference_step(
+        lambda x, w: dense_prediction_cell(x, cell, w, options),
+        lambda g, x, w: dense_prediction_cell_backward(g, x, cell, w, options),
+        (features, weights),
+        cotangent,
+    )
+
+
+def module_step(
+    module: DensePredictionCell,
+    features: Array,
+    weights: CellWeights[Array],
+    cotangent: Array,
+    layout: Layout = "contiguous",
+    autocast: torch.dtype | None = None,
+) -> Step:
+    """In the dtype and on the device of the module."""
+    load_reference_weights(module, weights)
+    parameter = module.projection.weight
+    maps = to_tensors(features, parameter.device.type, layout, parameter.dtype)
+    return torch_step(lambda x, _: module(x), (maps, module.weights()), cotangent, autocast)
+
+
+def check(
+    cell: Cell, size: tuple[int, int], batch: int, options: BranchOptions, layout: Layout, device: str, seed: int
+) -> None:
+    features, weights, cotangent = draw(cell, size, batch, seed)
+    actual = module_step(small_cell(cell, options).to(device, torch.float64), features, weights, cotangent, layout)
+    assert_equal_steps(actual, expected_step(cell, features, weights, cotangent, options))
+
+
+@single_values_allowed
+@every_device
+@pytest.mark.parametrize("training", [False, True])
+@given(cells(), map_sizes(9), st.integers(1, 2), VARIANTS, st.sampled_from((1, 2)), LAYOUTS, rng_seeds())
+def test_step_equals_reference(
+    device: str,
+    training: bool,
+    cell: Cell,
+    size: tuple[int, int],
+    batch: int,
+    pooling: PoolingVariant,
+    rate_multiplier: int,
+    layout: Layout,
+    seed: int,
+) -> None:
+    check(cell, size, batch, BranchOptions(training, rate_multiplier, pooling), layout, device, seed)
+
+
+@single_values_allowed
+@every_device
+@given(cells(), map_sizes(9), st.data(), st.booleans(), LAYOUTS, rng_seeds())
+def test_step_equals_reference_with_pinned_pooling_size(
+    device: str, cell: Cell, size: tuple[int, int], data: st.DataObject, training: bool, layout: Layout, seed: int
+) -> None:
+    pinned = data.draw(st.tuples(st.integers(1, size[0]), st.integers(1, size[1])))  # so that every window fits
+    check(cell, size, 2, BranchOptions(training, pooling_size=pinned), layout, device, seed)
+
+
+@every_device
+@pytest.mark.parametrize("operation", OPERATIONS, ids=str)
+def test_every_searchable_operation_equals_reference(device: str, operation: Operation) -> None:
+    for training in (False, True):
+        check(single(operation), (5, 8), 2, BranchOptions(training), "contiguous", device, seed=0)
+
+
+@every_device
+@pytest.mark.parametrize("name", ["dpc", "aspp", "psp"])
+@pytest.mark.parametrize("training", [False, True])
+def test_published_cells_equal_reference(device: str, name: str, training: bool) -> None:
+    check(Cell.load(PUBLISHED / f"{name}.json"), (9, 13), 2, BranchOptions(training), "contiguous", device, seed=0)
+
+
+@every_device
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("pooling", ["sliding_window", "grid_cells"])
+@pytest.mark.parametrize("operation", KINDS, ids=str)
+def test_low_precision_is_within_budget(
+    device: str, training: bool, autocast: torch.dtype | None, pooling: PoolingVariant, operation: Operation
+) -> None:
+    cell, options = single(operation), BranchOptions(training, pooling=pooling)
+    features, weights, cotangent = rounded(draw(cell, (9, 13), 4, seed=0), torch.float32)
+    expected = expected_step(cell, features, weights, cotangent, options)
+    inputs = to_tensors((features, weights), device, dtype=torch.float32)
+    yardstick = torch_step(lambda x, w: plain_cell(x, w, cell, options), inputs, cotangent, autocast)
+    for layout in ("contiguous", "channels_last", "window"):
+        actual = module_step(small_cell(cell, options).to(device), features, weights, cotangent, layout, autocast)
+        assert_step_within_budget(actual, expected, yardstick, autocast or torch.float32)

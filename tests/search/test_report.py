@@ -1,0 +1,207 @@
+import html
+import os
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from search.cli import InputError
+from search.proxy import ProxyResult
+from search.report import ReportSettings, main, pareto_front, percent, quantity, write_report
+from search.space import SearchSpace, load_cell
+from search.study import BaselineRecord, Run, TrialRecord
+
+CLASS_NAMES = ("road", "car & <b>van</b>", "sky")
+FAILURE = "the loss was nan at iteration 3 <script>"
+
+
+def make_result(score: float, *, multiply_adds: int = 600_000_000) -> ProxyResult:
+    curve = tuple((iteration, 2.0 / iteration) for iteration in range(1, 61))
+    return ProxyResult(score, (score, None, 0.5 * score), curve, 804_000, multiply_adds, 12.3, 10**9)
+
+
+def make_run(directory: Path, scores: list[float | None], baselines: dict[str, list[float]] | None = None) -> Run:
+    """A run with one trial per score, None for a failed one, and each baseline's scores by seed."""
+    rng = np.random.default_rng(0)
+    space = SearchSpace()
+    trials = [
+        TrialRecord(i, space.sample(rng), None if score is None else make_result(score), None if score else FAILURE, None)
+        for i, score in enumerate(scores)
+    ]
+    compared = [
+        BaselineRecord(name, seed, load_cell(name) if name in ("aspp", "dpc") else trials[0].cell, make_result(score))
+        for name, group in (baselines or {}).items()
+        for seed, score in enumerate(group)
+    ]
+    settings = {"dataset": "shapes", "iterations": 1500, "crop_size": None, "learning_rate": 0.05}
+    palette = np.array([[128, 64, 128], [0, 0, 142], [70, 130, 180]], dtype=np.uint8)
+    command = "python -m search.random --dataset shapes"
+    return Run(directory, settings, command, CLASS_NAMES, palette, trials, compared)
+
+
+def read_report(run: Run) -> str:
+    return write_report(run).read_text(encoding="utf-8")
+
+
+def visible_text(page: str) -> str:
+    return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", page)).split())
+
+
+BASELINES = {"aspp": [0.41, 0.42, 0.43], "dpc": [0.40, 0.44]}
+
+
+def test_the_numbers_are_in_the_page(tmp_path: Path) -> None:
+    run = make_run(tmp_path, [0.30, 0.4512, None, 0.35, 0.25, 0.33], BASELINES | {"trial 1": [0.44, 0.43]})
+    run.trials.append(replace(run.trials[1], number=6, duplicate_of=1))
+    text = visible_text(read_report(run))
+    assert "The best of 5 distinct cells is that of trial 1, with 45.12 % mIOU" in text
+    assert "Trained again with 2 other seeds it scores 43.50 ± 0.71 %" in text
+    assert "ASPP 42.00 % ± 1.00, n = 3 best cell again +1.50 points" in text
+    assert "Published DPC 42.00 % ± 2.83, n = 2 best cell again +1.50 points" in text
+    assert "5 scored · 1 duplicate · 1 failed" in text
+    assert "804 K 600 M 12.3" in text
+    assert "absent" in text  # the class without IoU
+    assert "python -m search.random --dataset shapes" in text
+    assert "crop_size None" in text
+    assert "1,500 training steps" in text
+    assert FAILURE in text
+
+
+def test_the_best_and_the_worst_cells_are_drawn_once_each(tmp_path: Path) -> None:
+    scores: list[float | None] = [0.1 * k for k in range(1, 8)]
+    text = visible_text(read_report(make_run(tmp_path, scores)))
+    assert re.findall(r"No\. (\d) of 7", text) == ["1", "2", "3", "6", "7"]
+    assert text.count("among the worst") == 2
+
+
+def test_without_a_second_scoring_the_best_is_called_a_single_one(tmp_path: Path) -> None:
+    text = visible_text(read_report(make_run(tmp_path, [0.30, 0.45], {"aspp": [0.47]})))
+    assert "ASPP 47.00 % n = 1 best cell -2.00 points" in text
+    assert "picked as the best of many and scored once" in text
+
+
+@pytest.mark.parametrize(
+    ("scores", "baselines", "message"),
+    [
+        ([], {}, "No trial has finished yet."),
+        ([], BASELINES, "No trial has finished yet."),
+        ([None, None], {}, "No cell has a score yet: 2 of 2 trials failed."),
+        ([0.4], {}, "The best of 1 distinct cell is that of trial 0"),
+        ([0.4], BASELINES, "The best of 1 distinct cell is that of trial 0"),
+        ([0.4, 0.4, 0.4], {}, "The best of 3 distinct cells is that of trial 0"),
+        ([None, 0.0, 0.4], {}, "with 40.00 % mIOU"),
+    ],
+)
+def test_small_and_broken_runs_have_a_report(
+    tmp_path: Path, scores: list[float | None], baselines: dict[str, list[float]], message: str
+) -> None:
+    assert message in visible_text(read_report(make_run(tmp_path, scores, baselines)))
+
+
+def test_a_result_without_loss_curve_has_a_report(tmp_path: Path) -> None:
+    run = make_run(tmp_path, [0.4])
+    run.trials[0] = replace(run.trials[0], result=replace(make_result(0.4), loss_curve=()))
+    assert "Training loss" in read_report(run)
+
+
+def write_examples(run: Run) -> None:
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)
+    label = np.full((12, 16), 2, dtype=np.uint8)
+    label[:, :8] = 255
+    predictions = {f"prediction_0/{model}": np.ones((12, 16), dtype=np.uint8) for model in ("dpc", "best", "aspp")}
+    np.savez(run.directory / "examples.npz", allow_pickle=False, image_0=image, label_0=label, **predictions)
+
+
+def test_predictions_are_shown_in_order(tmp_path: Path) -> None:
+    run = make_run(tmp_path, [0.4], BASELINES)
+    write_examples(run)
+    page = read_report(run)
+    assert re.findall(r'<img src="data:image/jpeg;base64,[^"]+" alt="([^"]+)"', page) == [
+        "image",
+        "label",
+        "best cell",
+        "ASPP",
+        "Published DPC",
+    ]
+
+
+def test_damaged_examples_are_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "examples.npz").write_bytes(b"PK not a zip")
+    with pytest.raises(InputError, match=r"examples\.npz is damaged"):
+        write_report(make_run(tmp_path, [0.4]))
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_the_page_loads_nothing(tmp_path: Path) -> None:
+    run = make_run(tmp_path, [0.3, 0.4], BASELINES)
+    write_examples(run)
+    page = read_report(run)
+    links: list[str] = []
+
+    class Links(HTMLParser):
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            assert tag not in ("script", "link", "iframe", "object")
+            links.extend(value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "srcset"))
+
+    Links().feed(page)
+    assert links
+    assert all(link.startswith(("data:", "#")) for link in links)
+    assert not re.search(r"url\((?!#)|@import", page)
+
+
+def test_names_and_reasons_are_escaped(tmp_path: Path) -> None:
+    run = make_run(tmp_path, [0.4, None], BASELINES)
+    write_examples(run)
+    page = read_report(run)
+    assert "<b>van" not in page
+    assert "<script" not in page
+    assert page.count("car &amp; &lt;b&gt;van&lt;/b&gt;") == 2  # the table of classes and the legend
+
+
+def test_the_report_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path, [0.4])
+    path = write_report(run)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["report.html"]
+    before = path.read_text(encoding="utf-8")
+
+    def full_disk(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(InputError, match=r"cannot write .*report\.html \(No space left on device\)"):
+        write_report(make_run(tmp_path, [0.5]))
+    assert path.read_text(encoding="utf-8") == before
+
+
+def test_command_refuses_a_folder_that_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is not a run"):
+        main(ReportSettings(tmp_path))
+
+
+def test_pareto_front_keeps_what_nothing_beats() -> None:
+    rng = np.random.default_rng(0)
+    points = [(float(cost), float(score)) for cost, score in rng.integers(0, 12, (60, 2))]
+    expected = {
+        (cost, score)
+        for cost, score in points
+        if not any(c <= cost and s >= score and (c, s) != (cost, score) for c, s in points)
+    }
+    front = pareto_front(points)
+    assert set(front) == expected
+    assert front == sorted(front)
+
+
+def test_numbers_in_print() -> None:
+    assert [percent(0.5), percent(0.12345, 1)] == ["50.00 %", "12.3 %"]
+    assert [quantity(count) for count in (7, 1_000, 80_440, 804_000, 1_234_567, 98_700_000_000)] == [
+        "7",
+        "1.00 K",
+        "80.4 K",
+        "804 K",
+        "1.23 M",
+        "98.7 B",
+    ]
