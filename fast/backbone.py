@@ -88,7 +88,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling a stranger's file can fail in any way
-        reason = str(error).splitlines()[0]
+        reason = next(iter(str(error).splitlines()), type(error).__name__)  # an empty file: EOFError()
         raise ValueError(f"weights file {path} cannot be read as safetensors or as a PyTorch state dict: {reason}") from error
     state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):

@@ -13,7 +13,7 @@ from reference.pointwise_conv import ConvNorm
 
 def dropout(x: Tensor, *, rate: float) -> Tensor:
     """Zero a share `rate` of the elements at random and scale the others by 1 / (1 − rate); any shape, same shape."""
-    if rate == 0.0 or x.device.type != "cpu":
+    if rate == 0.0 or x.device.type != "cpu" or torch.compiler.is_compiling():  # no compiler traces random_
         return F.dropout(x, rate)
     # On a CPU drawing random numbers is the cost; 16 bits each, four from one draw, are enough for a rate and 2× quicker.
     draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)

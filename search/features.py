@@ -9,6 +9,7 @@ and right with the mean pixel and label 255.
 """
 
 import json
+import math
 import os
 import shutil
 from dataclasses import dataclass
@@ -190,7 +191,7 @@ def _fill(directory: Path, dataset: Dataset, backbone: Backbone, identity: dict[
     manifest = _resumable_manifest(directory, {**identity, **shape, "done": 0})
     _require_space(directory, shape)
     arrays = [
-        np.memmap(directory / file, dtype, "r+" if (directory / file).exists() else "w+", shape=tuple(shape[key]))
+        np.memmap(directory / file, dtype, "r+" if manifest["done"] else "w+", shape=tuple(shape[key]))
         for file, dtype, key in (("features.bin", np.int16, "features_shape"), ("labels.bin", np.uint8, "labels_shape"))
     ]
     dtype = _DTYPES[identity["feature_dtype"]]
@@ -214,23 +215,27 @@ def _fill(directory: Path, dataset: Dataset, backbone: Backbone, identity: dict[
 
 def _shapes(dataset: Dataset, backbone: Backbone, identity: dict[str, Any], device: str) -> dict[str, list[int]]:
     count = len(dataset) * (2 if identity["mirrored"] else 1)
-    height, width = identity["image_size"]
+    (height, width), stride = identity["image_size"], identity["output_stride"]
+    if min(height, width) < 1 or (height - 1) % stride or (width - 1) % stride:
+        raise InputError(f"--image-size {height} {width} must be {stride}·k + 1 each, such as {16 * stride + 1}")
     with torch.inference_mode():
         _, channels, h, w = backbone(torch.zeros(1, 3, height, width, device=device)).shape
-    stride = identity["output_stride"]
     if (height, width) != (stride * (h - 1) + 1, stride * (w - 1) + 1):
-        raise InputError(f"--image-size {height} {width} must be {stride}·k + 1, such as {stride * (h - 1) + 1}")
+        raise InputError(
+            f"--backbone {backbone.name} has no feature on every {stride}th pixel, the corners included: give another"
+        )
     return {"features_shape": [count, channels, h, w], "labels_shape": [count, height, width]}
 
 
 def _resumable_manifest(directory: Path, fresh: dict[str, Any]) -> dict[str, Any]:
-    """The manifest of a cache that was interrupted, if it is of the same identity and its arrays are there."""
+    """The manifest of a cache that was interrupted, if it is of the same identity and its arrays are whole."""
     try:
         manifest: dict[str, Any] = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return fresh
-    arrays_exist = all((directory / file).exists() for file in ("features.bin", "labels.bin"))
-    return manifest if arrays_exist and {**manifest, "done": 0} == fresh else fresh
+    sizes = {"features.bin": 2 * math.prod(fresh["features_shape"]), "labels.bin": math.prod(fresh["labels_shape"])}
+    whole = all((path := directory / file).is_file() and path.stat().st_size == size for file, size in sizes.items())
+    return manifest if whole and {**manifest, "done": 0} == fresh else fresh
 
 
 def _batch(dataset: Dataset, indices: range, size: tuple[int, int], mean: Tensor) -> tuple[Tensor, NDArray[np.uint8]]:

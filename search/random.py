@@ -298,9 +298,9 @@ def _check(settings: RandomSettings) -> None:
         if getattr(settings, field) < 1:
             raise InputError(f"--{field.replace('_', '-')} must be at least 1, got {getattr(settings, field)}")
     for field in ("lag", "weight_decay", "momentum"):
-        if getattr(settings, field) < 0:
+        if not getattr(settings, field) >= 0:  # nor NaN
             raise InputError(f"--{field.replace('_', '-')} must not be negative, got {getattr(settings, field)}")
-    if settings.learning_rate <= 0:
+    if not settings.learning_rate > 0:
         raise InputError(f"--learning-rate must be above 0, got {settings.learning_rate}")
     if not 0 <= settings.dropout < 1:
         raise InputError(f"--dropout must be at least 0 and below 1, got {settings.dropout}")

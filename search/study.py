@@ -132,12 +132,12 @@ def open_run(
     palette: NDArray[np.uint8],
 ) -> Iterator[Study]:
     """Begin a run, or go on with it. Raises InputError for other settings, a second process, or an unwritable folder."""
-    url = storage or f"sqlite:///{directory.absolute() / 'study.db'}"
+    url = _storage_url(directory, storage)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with FileLock(directory / "lock", timeout=0):
             _check_settings(directory, settings)
-            description = {"settings": settings, "storage": url, "command": shlex.join(command)}
+            description = {"settings": settings, "storage": storage, "command": shlex.join(command)}
             write_json(directory / "settings.json", description | {"class_names": class_names, "palette": palette.tolist()})
             yield Study(directory, url, sampler)
     except Timeout as error:
@@ -153,7 +153,7 @@ def load_run(directory: Path) -> Run:
     path = directory / "settings.json"
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
-        study = Study(directory, description["storage"])
+        study = Study(directory, _storage_url(directory, description["storage"]))
     except FileNotFoundError as error:
         raise InputError(f"{directory} is not a run (no settings.json): give the folder of a `search.random` run") from error
     except (OSError, ValueError, KeyError) as error:
@@ -175,6 +175,11 @@ def ranked(records: list[TrialRecord]) -> list[TrialRecord]:
     """The distinct cells that have a score, best first."""
     scored = [record for record in records if record.result is not None and record.duplicate_of is None]
     return sorted(scored, key=lambda record: -record.result.mean_iou if record.result else 0.0)
+
+
+def _storage_url(directory: Path, storage: str | None) -> str:
+    """The file beside the settings by default, wherever the folder may have been moved."""
+    return storage or f"sqlite:///{directory.absolute() / 'study.db'}"
 
 
 def _check_settings(directory: Path, settings: dict[str, Any]) -> None:

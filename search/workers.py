@@ -3,6 +3,7 @@
 Workers only evaluate; the process that asks also writes the study. A worker that dies gives its cell back.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -92,7 +93,7 @@ class RayWorkers:
         self._ray: Any = ray
         self.capacity = count
         if not ray.is_initialized():
-            ray.init(logging_level="error", log_to_driver=False, include_dashboard=False)
+            ray.init(logging_level=logging.ERROR, log_to_driver=False, include_dashboard=False)
         gpus = 1 if device.startswith("cuda") else 0
         threads = max(1, torch.get_num_threads() // count)
         actor_class: Any = ray.remote(num_gpus=gpus, num_cpus=0)(_Evaluator)

@@ -1,0 +1,134 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import fast.checkpoint
+from fast import DensePredictionCell, SegmentationHead
+from fast.checkpoint import FORMAT, load_head, save_head
+from reference.cell import BACKBONE_FEATURE, CONV1X1, Branch, Cell, Operation
+from reference.pyramid_pooling import PoolingVariant
+
+CELL = Cell(
+    (
+        Branch(BACKBONE_FEATURE, Operation("atrous_separable_conv", rate=(6, 3))),
+        Branch(0, Operation("pyramid_pooling", grid_size=(2, 4))),
+        Branch(BACKBONE_FEATURE, CONV1X1),
+    )
+)
+CLASSES = ("sky", "road", "öther")
+BACKBONE = {"name": "mobilenetv2_100", "weights_hash": "0123", "output_stride": 8}
+
+
+def trained_head(pooling: PoolingVariant = "sliding_window", pooling_size: tuple[int, int] | None = None) -> SegmentationHead:
+    """After one step, so that running statistics are not the initial ones."""
+    torch.manual_seed(0)
+    context = DensePredictionCell(
+        CELL,
+        3,
+        branch_channels=4,
+        cell_channels=5,
+        output_stride=8,
+        dropout_rate=0.3,
+        pooling=pooling,
+        pooling_size=pooling_size,
+    )
+    head = SegmentationHead(context, len(CLASSES)).train()
+    head(torch.randn(2, 3, 5, 6))
+    return head
+
+
+def save(path: Path, **arguments: Any) -> SegmentationHead:
+    head = trained_head(**arguments)
+    save_head(path, head, class_names=CLASSES, backbone=BACKBONE)
+    return head
+
+
+@pytest.mark.parametrize(
+    "arguments", [{}, {"pooling": "grid_cells"}, {"pooling_size": (4, 5)}], ids=["default", "grid_cells", "pinned"]
+)
+def test_round_trip(tmp_path: Path, arguments: dict[str, Any]) -> None:
+    """From the file alone: weights, statistics, architecture, options and description."""
+    path = tmp_path / "new" / "folder" / "head.safetensors"
+    head = save(path, **arguments)
+    loaded, description = load_head(path)
+    assert not any(module.training for module in loaded.modules())
+    assert loaded.context.cell == CELL
+    assert (loaded.context.output_stride, loaded.context.dropout.p) == (8, 0.3)
+    assert (loaded.context.pooling, loaded.context.pooling_size) == (head.context.pooling, head.context.pooling_size)
+    assert (tuple(description["class_names"]), description["backbone"]) == (CLASSES, BACKBONE)
+    state = head.state_dict()
+    assert loaded.state_dict().keys() == state.keys()
+    for key, value in loaded.state_dict().items():
+        assert torch.equal(value, state[key]), key
+    features = torch.randn(1, 3, 7, 6)
+    assert torch.equal(loaded(features), head.eval()(features))
+
+
+def test_nothing_but_the_file_is_left(tmp_path: Path) -> None:
+    path = tmp_path / "head.safetensors"
+    save(path)
+    save(path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "head.safetensors"
+    save(path)
+    before = path.read_bytes()
+
+    def half_written(state: dict[str, Any], target: Path, metadata: dict[str, str]) -> None:
+        target.write_bytes(before[:100])
+        raise OSError("disk full")
+
+    monkeypatch.setattr(fast.checkpoint, "save_file", half_written)
+    with pytest.raises(OSError, match="disk full"):
+        save(path)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -1])
+def test_truncated_file_is_refused(tmp_path: Path, keep: int) -> None:
+    path = tmp_path / "head.safetensors"
+    save(path)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"head .*head\.safetensors cannot be read as safetensors"):
+        load_head(path)
+
+
+@pytest.mark.parametrize("content", [b"not a head", b"\x80\x04\x95" + bytes(100), b"\xff" * 100])
+def test_foreign_file_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "head.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"head .*head\.safetensors cannot be read as safetensors"):
+        load_head(path)
+
+
+def test_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"head .*absent\.safetensors cannot be read"):
+        load_head(tmp_path / "absent.safetensors")
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
+def test_other_safetensors_are_refused(tmp_path: Path, metadata: dict[str, str] | None) -> None:
+    path = tmp_path / "other.safetensors"
+    save_file({"weight": torch.zeros(2)}, path, metadata=metadata)
+    with pytest.raises(ValueError, match=r"other\.safetensors is not in the format 'dense-prediction-cell head 1'"):
+        load_head(path)
+
+
+@pytest.mark.parametrize("change", ["lacks", "unknown", "other shape"])
+def test_weights_that_do_not_fit_the_description_are_refused(tmp_path: Path, change: str) -> None:
+    path = tmp_path / "head.safetensors"
+    save(path)
+    description, state = json.dumps(load_head(path)[1]), load_file(path)
+    if change == "lacks":
+        del state["classifier.bias"]
+    else:
+        state["classifier.bias" if change == "other shape" else "unknown"] = torch.zeros(7)
+    save_file(state, path, metadata={"format": FORMAT, "description": description})
+    with pytest.raises(ValueError, match=r"head\.safetensors does not hold the weights that its description names"):
+        load_head(path)

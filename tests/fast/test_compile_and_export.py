@@ -1,0 +1,73 @@
+"""What PyTorch makes of a cell ahead of time computes the same, and nothing needs a GPU's tools at import."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from fast import DensePredictionCell
+from reference.cell import BACKBONE_FEATURE, CONV1X1, Branch, Cell, Operation
+
+ROOT = Path(__file__).parents[2]
+CELL = Cell(
+    (
+        Branch(BACKBONE_FEATURE, Operation("atrous_separable_conv", rate=(6, 3))),
+        Branch(0, Operation("pyramid_pooling", grid_size=(2, 4))),
+        Branch(BACKBONE_FEATURE, CONV1X1),
+    )
+)
+ROUNDING = 1e-5  # float32 through a few convolutions, values of order 1; a compiler may fuse and reorder
+
+
+def build(dropout_rate: float = 0.0) -> DensePredictionCell:
+    torch.manual_seed(0)
+    return DensePredictionCell(CELL, 3, branch_channels=4, cell_channels=5, dropout_rate=dropout_rate)
+
+
+def train_step(module: DensePredictionCell, features: Tensor, backend: str | None = None) -> list[Tensor]:
+    """Output, gradients and all state after one step, which holds the running statistics."""
+    features = features.clone().requires_grad_()
+    output = (torch.compile(module, backend=backend, fullgraph=True) if backend else module)(features)
+    output.square().sum().backward()
+    assert features.grad is not None
+    gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+    assert len(gradients) == len(list(module.parameters()))
+    return [output.detach(), features.grad, *gradients, *module.buffers()]
+
+
+def assert_same(actual: list[Tensor], expected: list[Tensor]) -> None:
+    for a, e in zip(actual, expected, strict=True):
+        assert torch.allclose(a, e, rtol=0, atol=ROUNDING * max(1.0, e.abs().max().item()))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_step_is_the_same(backend: str) -> None:
+    torch._dynamo.reset()
+    features = torch.randn(2, 3, 7, 9, generator=torch.Generator().manual_seed(0))
+    assert_same(train_step(build(), features, backend), train_step(build(), features))
+
+
+def test_compiled_dropout_draws_afresh() -> None:
+    torch._dynamo.reset()
+    cell = build(dropout_rate=0.5).train()
+    compiled = torch.compile(cell, backend="aot_eager", fullgraph=True)
+    features = torch.randn(1, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+    assert not torch.equal(compiled(features), compiled(features))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_exported_program_is_the_same(training: bool) -> None:
+    features = torch.randn(2, 3, 7, 9, generator=torch.Generator().manual_seed(0))
+    program = torch.export.export(build().train(training), (features,))
+    assert torch.allclose(program.module()(features), build().train(training)(features), rtol=0, atol=ROUNDING)
+
+
+def test_import_without_triton() -> None:
+    code = (
+        "import sys; sys.modules['triton'] = None; import fast, fast.checkpoint, fast.mean_iou, fast.upsampled_cross_entropy"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr

@@ -1,0 +1,313 @@
+"""Cached features: exact in content and place, whole or refused by name, and the same after any interruption."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from filelock import FileLock
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import search.features
+from fast.backbone import Backbone
+from search.cli import InputError
+from search.datasets import IGNORE_INDEX, Sample
+from search.features import FeatureSettings, HalfWrittenError, build_cache, open_cache, prepare_caches
+from tests.strategies import rng_seeds
+
+STRIDE = 16
+MEAN = (10.0, 20.0, 30.0)
+
+
+class EveryNthPixel(nn.Module):
+    """A body whose feature (i, j) is the pixel (s·i, s·j), so that every value in a cache is known."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(scale))
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        return [self.scale * images[:, :, ::STRIDE, ::STRIDE]]
+
+
+def pixel_backbone(scale: float = 1.0) -> Backbone:
+    """Features are the pixels minus `MEAN`, times `scale`."""
+    body, ones = EveryNthPixel(scale), torch.ones(3)
+    return Backbone("pixels", body, channels=3, output_stride=STRIDE, mean=torch.tensor(MEAN), std=ones)
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Random pictures of given sizes; label (y, x) is a function of the red pixel there. Picture `broken` raises `error`."""
+
+    sizes: tuple[tuple[int, int], ...]
+    seed: int = 0
+    broken: int = -1
+    error: type[BaseException] = KeyboardInterrupt
+
+    name, split = "pictures", "train"
+    class_names = ("even", "odd")
+    palette = np.zeros((2, 3), np.uint8)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __getitem__(self, index: int) -> Sample:
+        if index == self.broken:
+            raise self.error(f"picture {index}")
+        rng = np.random.default_rng([self.seed, index])
+        image = rng.integers(0, 256, (*self.sizes[index], 3), dtype=np.uint8)
+        return Sample(image, image[..., 0] % 2, f"picture {index}")
+
+    def fingerprint(self) -> str:
+        return f"{self.seed} {self.sizes}"
+
+
+def identity(dataset: Pictures, backbone: Backbone, size: tuple[int, int] = (33, 49), **changes: Any) -> dict[str, Any]:
+    settings = FeatureSettings(image_size=size, **changes)
+    return search.features._identity(settings, dataset, backbone, settings.mirrored)
+
+
+def build(folder: Path, dataset: Pictures, backbone: Backbone | None = None, **changes: Any) -> search.features.FeatureCache:
+    backbone = backbone or pixel_backbone()
+    return build_cache(folder, dataset, backbone, identity(replace(dataset, broken=-1), backbone, **changes), "cpu")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "lock"}
+
+
+TWENTY = Pictures(((33, 49),) * 20)
+
+
+# What a cache holds
+
+
+@given(
+    seed=rng_seeds(),
+    sizes=st.lists(st.tuples(st.integers(1, 33), st.integers(1, 49)), min_size=1, max_size=10),
+    mirrored=st.booleans(),
+    dtype=st.sampled_from(("float16", "bfloat16")),
+)
+def test_every_feature_and_label_is_where_it_belongs(
+    tmp_path_factory: pytest.TempPathFactory, seed: int, sizes: list[tuple[int, int]], mirrored: bool, dtype: str
+) -> None:
+    dataset = Pictures(tuple(sizes), seed)
+    cache = build(tmp_path_factory.mktemp("cache"), dataset, mirrored=mirrored, feature_dtype=dtype)
+    count = len(sizes) * (2 if mirrored else 1)
+    assert cache.features.shape == (count, 3, 3, 4)
+    assert cache.labels.shape == (count, 33, 49)
+    assert str(cache.features.dtype) == f"torch.{dtype}"
+    assert (cache.class_names, cache.output_stride) == (("even", "odd"), STRIDE)
+
+    for index in range(count):
+        image, label, _ = dataset[index % len(sizes)]
+        if index >= len(sizes):
+            image, label = image[:, ::-1], label[:, ::-1]
+        height, width = label.shape
+        padded = np.tile(np.array(MEAN), (33, 49, 1))
+        padded[:height, :width] = image
+        expected = torch.from_numpy((padded - MEAN).transpose(2, 0, 1)[:, ::STRIDE, ::STRIDE].copy()).to(cache.features.dtype)
+        torch.testing.assert_close(cache.features[index], expected, rtol=0, atol=0)
+
+        assert torch.equal(cache.labels[index, :height, :width], torch.from_numpy(label.copy()))
+        assert bool(
+            (cache.labels[index, height:] == IGNORE_INDEX).all() and (cache.labels[index, :, width:] == IGNORE_INDEX).all()
+        )
+        red = (cache.features[index, 0].float() + MEAN[0]).to(torch.uint8)  # feature (i, j) and label pixel (s·i, s·j)
+        at_features = cache.labels[index, ::STRIDE, ::STRIDE]
+        labelled = at_features != IGNORE_INDEX
+        if dtype == "float16":  # holds pixels exactly
+            assert torch.equal((red % 2)[labelled], at_features[labelled])
+
+
+def test_a_cache_cannot_be_changed_by_who_reads_it(tmp_path: Path) -> None:
+    cache = build(tmp_path, TWENTY)
+    before = contents(tmp_path)
+    cache.features.zero_()
+    cache.labels.zero_()
+    assert contents(tmp_path) == before
+
+
+# Interruptions
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, InputError])
+@pytest.mark.parametrize("broken", [0, 7, 8, 12, 19])
+def test_an_interrupted_cache_is_finished_to_the_same_bytes(
+    tmp_path: Path, broken: int, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(tmp_path / "whole", TWENTY)
+    with pytest.raises(error):
+        build(tmp_path / "cache", replace(TWENTY, broken=broken, error=error))
+    with pytest.raises(
+        HalfWrittenError, match="holds no feature cache" if broken < 8 else r"half-written \((8|16) of 20 images\)"
+    ):
+        open_cache(tmp_path / "cache")
+
+    asked = []
+    original = Pictures.__getitem__
+    monkeypatch.setattr(Pictures, "__getitem__", lambda self, index: asked.append(index) or original(self, index))
+    build(tmp_path / "cache", TWENTY)
+    assert asked == [0, *range(broken // 8 * 8, 20)]  # the first for its size; what was finished is not computed again
+    assert contents(tmp_path / "cache") == contents(tmp_path / "whole")
+
+
+def test_what_is_left_of_a_larger_cache_does_no_harm(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "cache", replace(TWENTY, broken=3), size=(65, 65))
+    build(tmp_path / "cache", TWENTY)
+    build(tmp_path / "whole", TWENTY)
+    assert contents(tmp_path / "cache") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("file", ["features.bin", "labels.bin"])
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: os.truncate(path, 100)], ids=["lost", "truncated"])
+def test_an_interrupted_cache_whose_arrays_were_damaged_starts_again(
+    tmp_path: Path, file: str, damage: Callable[[Path], object]
+) -> None:
+    build(tmp_path / "whole", TWENTY)
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "cache", replace(TWENTY, broken=12))
+    damage(tmp_path / "cache" / file)
+    build(tmp_path / "cache", TWENTY)
+    assert contents(tmp_path / "cache") == contents(tmp_path / "whole")
+
+
+def test_a_second_process_is_refused(tmp_path: Path) -> None:
+    tmp_path.joinpath("cache").mkdir()
+    with FileLock(tmp_path / "cache" / "lock"), pytest.raises(InputError, match="is being written by another process: wait"):
+        build(tmp_path / "cache", TWENTY)
+    build(tmp_path / "cache", TWENTY)
+
+
+# Refusals
+
+
+STALE: dict[str, tuple[Pictures, float, dict[str, Any]]] = {
+    "weights_hash": (TWENTY, 2.0, {}),
+    "data_fingerprint": (replace(TWENTY, seed=1), 1.0, {}),
+    "output_stride": (TWENTY, 1.0, {"output_stride": 8}),
+    "image_size": (TWENTY, 1.0, {"size": (49, 49)}),
+    "mirrored": (TWENTY, 1.0, {"mirrored": True}),
+    "feature_dtype": (TWENTY, 1.0, {"feature_dtype": "bfloat16"}),
+}
+
+
+@pytest.mark.parametrize("field", STALE)
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_cache_of_something_else_is_refused_by_name(tmp_path: Path, field: str, interrupted: bool) -> None:
+    if interrupted:
+        with pytest.raises(KeyboardInterrupt):
+            build(tmp_path, replace(TWENTY, broken=12))
+    else:
+        build(tmp_path, TWENTY)
+    before = contents(tmp_path)
+    dataset, scale, changes = STALE[field]
+    with pytest.raises(
+        InputError, match=rf"cache {tmp_path} is stale: it was made with {field} .*; delete that folder"
+    ) as caught:
+        open_cache(tmp_path, identity(dataset, pixel_backbone(scale), **changes))
+    assert not isinstance(caught.value, HalfWrittenError)  # which would be finished, with features of two kinds
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("file", ["features.bin", "labels.bin"])
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: os.truncate(path, 100)], ids=["lost", "truncated"])
+def test_damaged_arrays_are_refused_by_name(tmp_path: Path, file: str, damage: Callable[[Path], object]) -> None:
+    build(tmp_path, TWENTY)
+    damage(tmp_path / file)
+    with pytest.raises(InputError, match=rf"{tmp_path}/{file} is damaged \(\d+ bytes instead of \d+\): delete the folder"):
+        open_cache(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "{}", "[]", "3", '{"done": 3}', "\0\0\0", '"text"', "null"])
+def test_a_damaged_manifest_is_refused_by_name(tmp_path: Path, text: str) -> None:
+    build(tmp_path, TWENTY)
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(InputError, match=rf"{tmp_path}/manifest\.json is damaged \(.*\): delete the folder {tmp_path}"):
+        open_cache(tmp_path)
+
+
+def test_a_manifest_that_is_not_text_is_refused(tmp_path: Path) -> None:
+    build(tmp_path, TWENTY)
+    (tmp_path / "manifest.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="is damaged"):
+        open_cache(tmp_path)
+
+
+def test_features_beyond_float16_are_refused_and_fit_bfloat16(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"features of pictures leave the range of float16: .*bfloat16"):
+        build(tmp_path / "half", TWENTY, pixel_backbone(scale=1e4))
+    cache = build(tmp_path / "brain", TWENTY, pixel_backbone(scale=1e4), feature_dtype="bfloat16")
+    assert bool(cache.features.isfinite().all())
+
+
+def test_a_picture_larger_than_the_canvas_is_refused(tmp_path: Path) -> None:
+    dataset = Pictures(((33, 49), (33, 50)))
+    with pytest.raises(InputError, match=r"image picture 1 is 33×50, larger than 33×49: give a larger --image-size"):
+        build(tmp_path, dataset)
+
+
+@pytest.mark.parametrize("size", [(32, 49), (33, 48), (0, 49), (33, -15)])
+def test_a_canvas_off_the_grid_is_refused(tmp_path: Path, size: tuple[int, int]) -> None:
+    with pytest.raises(InputError, match=rf"--image-size {size[0]} {size[1]} must be 16·k \+ 1"):
+        build(tmp_path, TWENTY, size=size)
+    assert contents(tmp_path) == {}
+
+
+def test_a_backbone_without_the_corners_is_refused(tmp_path: Path) -> None:
+    class Patches(nn.Module):
+        def forward(self, images: Tensor) -> list[Tensor]:
+            return [nn.functional.avg_pool2d(images, STRIDE)]
+
+    backbone = Backbone("patches", Patches(), channels=3, output_stride=STRIDE, mean=torch.zeros(3), std=torch.ones(3))
+    with pytest.raises(InputError, match="--backbone patches has no feature on every 16th pixel"):
+        build(tmp_path, TWENTY, backbone)
+
+
+def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search.features.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    with pytest.raises(InputError, match=r"cannot write .*needs .* GiB of free disk.*--cache-dir"):
+        build(tmp_path, TWENTY)
+    assert contents(tmp_path) == {}
+
+
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(InputError, match=r"cannot write .*file/cache .*give another --cache-dir"):
+        build(tmp_path / "file" / "cache", TWENTY)
+
+
+# Both splits
+
+
+def test_caches_are_made_once_for_both_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def open_dataset(name: str, split: str, data_dir: Path | None) -> Pictures:
+        dataset = Pictures(((20, 40),) * 3, seed=len(split))
+        object.__setattr__(dataset, "split", split)
+        asked.append(split)
+        return dataset
+
+    monkeypatch.setattr(search.features, "open_dataset", open_dataset)
+    monkeypatch.setattr(search.features, "create_backbone", lambda settings: pixel_backbone())
+    settings = FeatureSettings(dataset="pictures", cache_dir=tmp_path, mirrored=True, device="cpu")
+    caches = prepare_caches(settings)
+    assert asked == ["train", "val"]
+    assert {split: len(cache.features) for split, cache in caches.items()} == {"train": 6, "val": 3}  # val is never mirrored
+    assert caches["val"].labels.shape[1:] == (33, 49)  # the first picture's size, rounded up to the grid
+
+    monkeypatch.setattr(search.features, "build_cache", lambda *_: pytest.fail("the caches are there"))
+    again = prepare_caches(settings)
+    for split in ("train", "val"):
+        assert torch.equal(again[split].features, caches[split].features)
+        assert json.loads((again[split].directory / "manifest.json").read_text()) == again[split].manifest

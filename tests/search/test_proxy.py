@@ -1,0 +1,287 @@
+"""The proxy task: what a score depends on, that crops fit their labels, that cells learn, and what is refused."""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import search.proxy
+from fast.mean_iou import confusion_matrix
+from fast.segmentation import SegmentationHead
+from reference.cell import Cell
+from reference.mean_iou import class_iou, mean_iou
+from search.cli import InputError
+from search.cost import cell_cost
+from search.features import FeatureCache
+from search.proxy import NotFiniteError, ProxyResult, ProxySettings, ProxyTask
+from search.space import load_cell
+from tests.strategies import cells, rng_seeds
+
+STRIDE = 16
+SIZE = (4, 5)  # of a feature map
+CELL = Cell.from_json('[{"op": "conv", "kernel": 3, "rate": [1, 1], "input": -1}, {"op": "conv", "kernel": 1, "input": 0}]')
+SETTINGS = ProxySettings(
+    iterations=4, batch_size=3, learning_rate=0.2, branch_channels=8, statistics_batches=2, weight_decay=4e-5, dropout=0.1
+)
+
+
+def make_cache(features: torch.Tensor, labels: torch.Tensor, num_classes: int) -> FeatureCache:
+    manifest = {"class_names": [f"class {i}" for i in range(num_classes)], "output_stride": STRIDE}
+    return FeatureCache(Path("in memory"), features, labels.to(torch.uint8), manifest)
+
+
+def label_size(size: tuple[int, int]) -> tuple[int, int]:
+    return STRIDE * (size[0] - 1) + 1, STRIDE * (size[1] - 1) + 1
+
+
+def easy_cache(seed: int, count: int = 6, num_classes: int = 3) -> FeatureCache:
+    """The class of a pixel is told by the nearest feature, up to noise; a tenth of the pixels is not labelled."""
+    rng = np.random.default_rng(seed)
+    classes = rng.integers(0, num_classes, (count, *SIZE))
+    features = np.eye(num_classes)[classes].transpose(0, 3, 1, 2) + 0.1 * rng.normal(size=(count, num_classes, *SIZE))
+    rows, columns = (np.round(np.arange(extent) / STRIDE).astype(int) for extent in label_size(SIZE))
+    labels = classes[:, rows][:, :, columns]
+    labels[rng.random(labels.shape) < 0.1] = 255
+    return make_cache(torch.from_numpy(features).half(), torch.from_numpy(labels), num_classes)
+
+
+TRAIN, VAL = easy_cache(0), easy_cache(1, count=5)
+
+
+def make_task(**changes: Any) -> ProxyTask:
+    return ProxyTask(TRAIN, VAL, replace(SETTINGS, **changes))
+
+
+def measured(result: ProxyResult) -> dict[str, Any]:
+    return {key: value for key, value in asdict(result).items() if key not in ("seconds", "peak_memory_bytes")}
+
+
+# What a score depends on
+
+
+@given(cell=cells(max_branches=3, searchable=True), seed=rng_seeds())
+def test_the_same_cell_and_seed_give_the_same_result(cell: Cell, seed: int) -> None:
+    first, head = make_task().evaluate(cell, (seed, 0))
+    torch.manual_seed(seed + 1)  # nobody else's random numbers
+    np.random.seed(1)  # noqa: NPY002  # the global state is what must not matter
+    again, head_again = make_task().evaluate(cell, (seed, 0))
+    assert measured(first) == measured(again)
+    torch.testing.assert_close(head.state_dict(), head_again.state_dict(), rtol=0, atol=0)
+    other, _ = make_task().evaluate(cell, (seed, 1))
+    assert other.loss_curve != first.loss_curve
+
+
+def test_the_task_leaves_the_random_numbers_of_others_alone() -> None:
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    make_task().evaluate(CELL, (0,))
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_earlier_evaluations_do_not_matter() -> None:
+    task = make_task()
+    first, _ = task.evaluate(CELL, (5,))
+    task.evaluate(load_cell("aspp"), (6,))
+    again, _ = task.evaluate(CELL, (5,))
+    assert measured(again) == measured(first)
+
+
+# Learning
+
+
+def test_an_easy_task_is_learned() -> None:
+    result, head = make_task(iterations=60).evaluate(CELL, (0,))
+    losses = [loss for _, loss in result.loss_curve]
+    assert losses[0] == pytest.approx(np.log(3), rel=0.1)  # a fresh classifier knows nothing
+    assert np.mean(losses[-5:]) < 0.5 * losses[0]
+    assert result.mean_iou > 0.6  # chance: below 0.2
+    assert result.mean_iou == pytest.approx(np.mean([iou for iou in result.class_iou if iou is not None]))
+    assert not head.training
+    assert [iteration for iteration, _ in result.loss_curve] == list(range(1, 61))
+
+
+def test_shuffled_labels_are_not_learned() -> None:
+    """So the score above comes from the features, and no label leaks into a prediction."""
+    order = torch.from_numpy(np.random.default_rng(0).permutation(VAL.labels[0].numel()))
+    shuffled = VAL.labels.flatten(1)[:, order].view_as(VAL.labels)
+    task = ProxyTask(TRAIN, make_cache(VAL.features, shuffled, 3), replace(SETTINGS, iterations=60))
+    assert task.evaluate(CELL, (0,))[0].mean_iou < 0.3
+
+
+def test_the_loss_curve_is_thinned_and_keeps_its_end() -> None:
+    result, _ = make_task(iterations=250, batch_size=1, statistics_batches=1).evaluate(CELL, (0,))
+    assert [iteration for iteration, _ in result.loss_curve] == list(range(2, 251, 2))
+
+
+def test_cost_time_and_memory_are_recorded() -> None:
+    result, _ = make_task().evaluate(CELL, (0,))
+    cost = cell_cost(CELL, 3, SIZE, branch_channels=8, cell_channels=8).total
+    assert (result.parameters, result.multiply_adds) == (cost.parameters, cost.multiply_adds)
+    assert 0 < result.seconds < 60
+    assert result.peak_memory_bytes > 10**7
+
+
+@pytest.mark.parametrize("rate", [1e30, float("inf")])
+def test_a_loss_that_is_not_finite_is_an_error(rate: float) -> None:
+    with pytest.raises(NotFiniteError, match="try a lower --learning-rate"):
+        make_task(learning_rate=rate).evaluate(CELL, (0,))
+
+
+def test_scores_that_are_not_finite_are_an_error() -> None:
+    """Also where the last loss was read before the weights were ruined."""
+    with pytest.raises(NotFiniteError, match="scores that are not finite"):
+        make_task(learning_rate=1e38, iterations=1).evaluate(CELL, (0,))
+
+
+# The optimizer
+
+
+def test_schedule_and_weight_decay(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates: list[float] = []
+    decays: dict[int, float] = {}
+    momenta = set()
+
+    class Spy(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            rates.append(self.param_groups[0]["lr"])
+            assert all(group["lr"] == rates[-1] for group in self.param_groups)
+            momenta.update(group["momentum"] for group in self.param_groups)
+            decays.update({p.data_ptr(): group["weight_decay"] for group in self.param_groups for p in group["params"]})
+            return super().step(closure)
+
+    monkeypatch.setattr(search.proxy.torch.optim, "SGD", Spy)
+    _, head = make_task(iterations=10).evaluate(CELL, (0,))
+    np.testing.assert_allclose(rates, [0.2 * (1 - t / 10) ** 0.9 for t in range(10)], rtol=1e-12)  # from 0.2, towards 0
+    assert momenta == {0.9}
+
+    decay = {name: decays.pop(parameter.data_ptr()) for name, parameter in head.named_parameters()}
+    assert decays == {}  # nothing else is trained
+    assert {name for name, value in decay.items() if value == SETTINGS.weight_decay} == {
+        "context.branches.0.pointwise.weight",
+        "context.branches.1.pointwise.weight",
+        "context.projection.weight",
+        "classifier.weight",
+    }
+    assert {value for value in decay.values() if value} == {SETTINGS.weight_decay}
+    assert decay["context.branches.0.depthwise.weight"] == decay["classifier.bias"] == 0
+
+
+# Crops
+
+
+@given(
+    height=st.integers(1, SIZE[0]),
+    width=st.integers(1, SIZE[1]),
+    size=st.tuples(st.integers(SIZE[0], 7), st.integers(SIZE[1], 7)),
+    seed=rng_seeds(),
+)
+def test_crops_of_features_lie_on_their_labels(height: int, width: int, size: tuple[int, int], seed: int) -> None:
+    """Features say where they are; labels say which feature they belong to."""
+    h, w = size
+    index, i, j = np.meshgrid(np.arange(3), np.arange(h), np.arange(w), indexing="ij")
+    features = torch.from_numpy(np.stack([index, i, j], axis=1)).half()
+    labels = np.full((3, *label_size(size)), 255)
+    labels[:, ::STRIDE, ::STRIDE] = index * h * w + i * w + j
+    task = ProxyTask(
+        make_cache(features, torch.from_numpy(labels), 147), VAL, replace(SETTINGS, crop_size=label_size((height, width)))
+    )
+    rng = np.random.default_rng(seed)
+    seen = set()
+    for _ in range(10):
+        batch, targets = task._draw_batch(rng)
+        assert batch.shape == (SETTINGS.batch_size, 3, height, width)
+        assert targets.shape == (SETTINGS.batch_size, *label_size((height, width)))
+        n, y, x = batch.long().unbind(dim=1)
+        assert torch.equal(targets[:, ::STRIDE, ::STRIDE].long(), n * h * w + y * w + x)
+        assert int((targets != 255).sum()) == n.numel()  # and nothing in between
+        seen |= set(zip(n[:, 0, 0].tolist(), y[:, 0, 0].tolist(), x[:, 0, 0].tolist(), strict=True))
+    assert all(y <= h - height and x <= w - width for _, y, x in seen)
+
+
+def test_crops_reach_every_picture_and_place_equally_often() -> None:
+    index, i, j = np.meshgrid(np.arange(2), np.arange(4), np.arange(5), indexing="ij")
+    features = torch.from_numpy(np.stack([index, i, j], axis=1)).half()
+    labels = torch.zeros(2, *label_size((4, 5)))
+    task = ProxyTask(make_cache(features, labels, 2), VAL, replace(SETTINGS, crop_size=label_size((2, 3)), batch_size=60))
+    rng = np.random.default_rng(0)
+    counts = np.zeros((2, 3, 3))
+    for _ in range(50):
+        np.add.at(counts, tuple(task._draw_batch(rng)[0][:, :, 0, 0].long().numpy().T), 1)
+    expected = counts.sum() / counts.size
+    assert ((counts - expected) ** 2 / expected).sum() < 45.3  # chi-square of 17 degrees: false alarm once in 4,000 seeds
+
+
+@pytest.mark.parametrize("crop", [(40, 33), (33, 40), (65, 33), (33, 81), (0, 33), (-15, 33)])
+def test_a_crop_that_does_not_fit_is_refused(crop: tuple[int, int]) -> None:
+    wrong = next(extent for extent in crop if extent != 33)
+    largest = label_size(SIZE)[crop.index(wrong)]
+    with pytest.raises(InputError, match=rf"--crop-size {wrong} must be 16·k \+ 1, at most {largest}"):
+        make_task(crop_size=crop)
+
+
+def test_the_largest_crop_is_the_whole_image() -> None:
+    assert make_task(crop_size=label_size(SIZE)).crop == make_task().crop == SIZE
+
+
+# Scoring
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 8])
+def test_every_labelled_pixel_is_counted_once(batch_size: int) -> None:
+    task = make_task(batch_size=batch_size)
+    torch.manual_seed(0)
+    head = task._create_head(CELL).eval()
+    confusion = task._confusion(head)
+    labels = VAL.labels[VAL.labels != 255]
+    np.testing.assert_array_equal(confusion.sum(axis=1), np.bincount(labels.numpy(), minlength=3))
+
+    with torch.inference_mode():
+        logits = head(VAL.features.float())
+        upsampled = torch.nn.functional.interpolate(logits, label_size(SIZE), mode="bilinear", align_corners=True)
+    expected = confusion_matrix(upsampled.argmax(dim=1), VAL.labels, num_classes=3).numpy()
+    assert np.abs(confusion - expected).sum() <= 0.001 * expected.sum()  # pixels between two classes may fall to either side
+
+
+def test_the_recorded_score_is_that_of_the_returned_head() -> None:
+    task = make_task()
+    result, head = task.evaluate(CELL, (0,))
+    confusion = task._confusion(head)
+    assert result.mean_iou == mean_iou(confusion)
+    assert result.class_iou == tuple(class_iou(confusion))
+
+
+def test_a_class_that_is_nowhere_has_no_score() -> None:
+    train, val = (make_cache(cache.features, cache.labels, 4) for cache in (TRAIN, VAL))
+    result, _ = ProxyTask(train, val, replace(SETTINGS, iterations=20)).evaluate(CELL, (0,))
+    assert result.class_iou[3] is None
+    present = [iou for iou in result.class_iou if iou is not None]
+    assert len(present) == 3
+    assert result.mean_iou == pytest.approx(np.mean(present))
+
+
+def test_statistics_are_those_of_the_trained_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before scoring, running statistics are recomputed in as many batches as asked for, without touching a weight."""
+    seen: dict[str, Any] = {}
+    original = search.proxy.recompute_statistics
+
+    def spy(head: SegmentationHead, batches: Any) -> None:
+        before = [p.clone() for p in head.parameters()]
+        batches = list(batches)
+        original(head, iter(batches))
+        seen.update(count=len(batches), unchanged=all(map(torch.equal, before, head.parameters())))
+
+    monkeypatch.setattr(search.proxy, "recompute_statistics", spy)
+    make_task(statistics_batches=5).evaluate(CELL, (0,))
+    assert seen == {"count": 5, "unchanged": True}
+
+
+def test_progress_is_told_step_by_step() -> None:
+    steps: list[int] = []
+    make_task(iterations=5).evaluate(CELL, (0,), steps.append)
+    assert steps == [1, 2, 3, 4, 5]

@@ -1,0 +1,436 @@
+"""The main job from end to end on a tiny CamVid: it finishes, goes on after any end, repeats itself, and reports failures."""
+
+import csv
+import json
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import search.features
+import search.random
+from fast.checkpoint import load_head
+from reference.cell import CONV1X1, Branch, Cell, Operation
+from reference.mean_iou import mean_iou
+from search.cli import InputError
+from search.datasets import SPLITS
+from search.features import open_cache
+from search.proxy import NotFiniteError, ProxyResult, ProxyTask
+from search.random import KNOWN_CELLS, RandomSettings
+from search.space import canonical_form, load_cell
+from search.study import Run, Study, load_run, ranked
+
+BACKBONE = "test_efficientnet"
+OUTPUTS = ("settings.json", "study.db", "cells.csv", "examples.npz", "report.html", "best_cells/rank_01.json")
+
+
+def write_camvid(folder: Path, size: tuple[int, int] = (33, 49)) -> Path:
+    """Five training and four validation pictures in SegNet's layout: each half of a picture has a colour and a class."""
+    rng = np.random.default_rng(0)
+    for split, count in zip(SPLITS, (5, 4), strict=True):
+        for name in (split, f"{split}annot"):
+            (folder / name).mkdir(parents=True)
+        for i in range(count):
+            label = np.repeat(rng.integers(0, 4, 2), (16, size[1] - 16)).astype(np.uint8)[None].repeat(size[0], axis=0)
+            image = 60 * label[..., None] + rng.integers(0, 30, (*size, 3), dtype=np.uint8)
+            Image.fromarray(image.astype(np.uint8)).save(folder / split / f"{i}.png")
+            Image.fromarray(label).save(folder / f"{split}annot" / f"{i}.png")
+        lines = [f"/SegNet/{split}/{i}.png /SegNet/{split}annot/{i}.png\n" for i in range(count)]
+        (folder / f"{split}.txt").write_text("".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> RandomSettings:
+    """Settings of a whole search that takes a second."""
+    folder = tmp_path_factory.mktemp("tiny")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        torch.save(timm.create_model(BACKBONE).state_dict(), folder / "weights.pth")
+    return RandomSettings(
+        dataset="camvid",
+        data_dir=write_camvid(folder / "camvid"),
+        backbone=BACKBONE,
+        weights=folder / "weights.pth",
+        cache_dir=folder / "cache",
+        runs_dir=folder / "runs",
+        device="cpu",
+        cells=6,
+        iterations=8,
+        batch_size=4,
+        learning_rate=0.5,
+        branch_channels=8,
+        branches=2,
+        lag=1,
+        statistics_batches=2,
+    )
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny: RandomSettings) -> Run:
+    """The whole run, with its real report."""
+    search.random.main(replace(tiny, name="uninterrupted"))
+    return load_run(tiny.runs_dir / "uninterrupted")
+
+
+@pytest.fixture
+def settings(tiny: RandomSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RandomSettings:
+    """The same search in a folder of its own, without a drawn report."""
+    monkeypatch.setattr(search.random, "write_report", skip_report)
+    return replace(tiny, runs_dir=tmp_path)
+
+
+def skip_report(run: Run) -> Path:
+    return run.directory / "report.html"
+
+
+def run_search(settings: RandomSettings) -> Run:
+    search.random.main(settings)
+    return load_run(settings.runs_dir / (settings.name or settings.dataset))
+
+
+def measured(result: ProxyResult | None) -> ProxyResult | None:
+    """Without what the machine's mood decides."""
+    return result and replace(result, seconds=0.0, peak_memory_bytes=0)
+
+
+def trials(run: Run) -> list[Any]:
+    return [replace(record, result=measured(record.result)) for record in run.trials]
+
+
+def comparisons(run: Run) -> list[Any]:
+    return [replace(record, result=measured(record.result)) for record in run.baselines]
+
+
+def forbid_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    def evaluate(*_: object) -> None:
+        raise AssertionError("nothing is left to evaluate")
+
+    monkeypatch.setattr(ProxyTask, "evaluate", evaluate)
+
+
+def test_a_run_leaves_what_it_is_for(
+    tiny: RandomSettings, uninterrupted: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = uninterrupted.directory
+    assert all((folder / name).is_file() for name in OUTPUTS)
+    assert [record.number for record in uninterrupted.trials] == list(range(tiny.cells))
+    assert len({canonical_form(record.cell) for record in uninterrupted.trials}) == tiny.cells
+    best = ranked(uninterrupted.trials)
+    assert [record.result.mean_iou for record in best if record.result] == sorted(
+        (record.result.mean_iou for record in uninterrupted.trials if record.result), reverse=True
+    )
+    for rank, record in enumerate(best, start=1):
+        assert Cell.load(folder / "best_cells" / f"rank_{rank:02d}.json") == record.cell
+    with (folder / "cells.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row, record in zip(rows, uninterrupted.trials, strict=True):
+        assert record.result is not None
+        assert (int(row["trial"]), float(row["mean_iou"])) == (record.number, record.result.mean_iou)
+        assert (int(row["parameters"]), Cell.from_json(row["cell"])) == (record.result.parameters, record.cell)
+    assert [(record.name, record.seed) for record in uninterrupted.baselines] == [
+        ("aspp", 0),
+        ("dpc", 0),
+        (f"trial {best[0].number}", 0),
+    ]
+    assert [record.cell for record in uninterrupted.baselines[:2]] == [load_cell(name) for name in KNOWN_CELLS]
+
+    capsys.readouterr()
+    forbid_evaluation(monkeypatch)
+    search.random.main(replace(tiny, name="uninterrupted"))
+    table = capsys.readouterr().out
+    for line in (f"trial {best[0].number} ", "aspp (n=1)", "dpc (n=1)", f"trial {best[0].number} again (n=1)"):
+        assert line in table
+    assert best[0].result is not None
+    assert f"{100 * best[0].result.mean_iou:.2f}" in table
+
+
+@pytest.mark.parametrize("name", ["best", *KNOWN_CELLS])
+def test_a_saved_head_has_the_recorded_score(tiny: RandomSettings, uninterrupted: Run, name: str) -> None:
+    expected = {record.name: record for record in uninterrupted.baselines} | {"best": ranked(uninterrupted.trials)[0]}
+    file = uninterrupted.directory / "heads" / f"{name if name == 'best' else name + '_seed0'}.safetensors"
+    head, description = load_head(file)
+    assert head.context.cell == expected[name].cell
+    assert (description["backbone"]["backbone"], description["backbone"]["output_stride"]) == (BACKBONE, 16)
+
+    train, val = (open_cache(tiny.cache_dir / f"camvid-{split}-{BACKBONE}-os16") for split in SPLITS)
+    result = expected[name].result
+    assert result is not None
+    assert mean_iou(ProxyTask(train, val, tiny)._confusion(head)) == result.mean_iou
+
+
+def test_examples_hold_pictures_labels_and_predictions(uninterrupted: Run) -> None:
+    with np.load(uninterrupted.directory / "examples.npz") as examples:
+        names = {f"{kind}_{i}" for i in range(4) for kind in ("image", "label")}
+        names |= {f"prediction_{i}/{model}" for i in range(4) for model in ("best", *KNOWN_CELLS)}
+        assert set(examples) == names
+        assert all(examples[name].shape[:2] == (33, 49) and examples[name].dtype == np.uint8 for name in names)
+
+
+def test_the_same_command_again_keeps_everything(
+    settings: RandomSettings, uninterrupted: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run_search(settings)
+    assert trials(first) == trials(uninterrupted)  # a second process of the same seed: the same cells, scores and curves
+    assert comparisons(first) == comparisons(uninterrupted)
+
+    forbid_evaluation(monkeypatch)
+    again = run_search(settings)
+    assert (again.trials, again.baselines, again.settings) == (first.trials, first.baselines, first.settings)
+
+
+def test_more_cells_continue_the_search(settings: RandomSettings, uninterrupted: Run) -> None:
+    few = run_search(replace(settings, cells=2))
+    more = run_search(settings)
+    assert len(few.trials) == 2
+    assert few.trials == more.trials[:2]
+    assert trials(more) == trials(uninterrupted)
+
+
+def test_more_comparison_seeds_keep_the_first(settings: RandomSettings, uninterrupted: Run) -> None:
+    run_search(replace(settings, cells=1))
+    run = run_search(replace(settings, cells=1, comparison_seeds=2))
+    scores = {(record.name, record.seed): record for record in comparisons(run)}
+    assert set(scores) == {(name, seed) for name in (*KNOWN_CELLS, "trial 0") for seed in (0, 1)}
+    assert len(run.baselines) == len(scores)
+    assert scores["dpc", 0] == comparisons(uninterrupted)[1]
+    assert scores["dpc", 1].result.loss_curve != scores["dpc", 0].result.loss_curve
+
+
+def test_another_seed_is_another_search(settings: RandomSettings, uninterrupted: Run) -> None:
+    other = run_search(replace(settings, cells=2, seed=1))
+    assert {record.cell for record in other.trials}.isdisjoint(record.cell for record in uninterrupted.trials)
+
+
+# Ends without warning. Each child dies by SIGKILL at the n-th call of a function, and the same command goes on from there.
+
+DEATHS: dict[str, tuple[object, str, int]] = {
+    "while features are cached": (search.features, "write_json", 1),
+    "in the first comparison": (ProxyTask, "evaluate", 1),
+    "before a comparison is told": (optuna.Study, "tell", 2),
+    "before a cell is proposed": (search.random, "suggest_cell", 3),
+    "in the middle of a training": (ProxyTask, "_draw_batch", 4 * 10 + 3),  # 10 batches each: the fifth job
+    "before a head is saved": (search.random, "save_head", 3),
+    "before a cell's result is written": (Study, "_set_attributes", 5),
+    "after the result, before the trial is finished": (optuna.Study, "tell", 6),
+    "in the last comparison": (ProxyTask, "evaluate", 2 + 6 + 1),
+    "before the report": (search.random, "finish", 1),
+}
+
+
+def die_at(owner: Any, name: str, call: int) -> None:
+    original, calls = getattr(owner, name), 0
+
+    def counting(*args: Any, **keywords: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **keywords)
+
+    setattr(owner, name, counting)
+
+
+def search_until_death(settings: RandomSettings, death: str) -> None:
+    torch.set_num_threads(1)
+    search.random.write_report = skip_report
+    die_at(*DEATHS[death])
+    search.random.main(settings)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a server of children that have everything imported needs fork")
+@pytest.mark.parametrize("death", DEATHS)
+def test_a_killed_search_goes_on_as_if_nothing_had_happened(
+    settings: RandomSettings, uninterrupted: Run, death: str, tmp_path: Path
+) -> None:
+    if death == "while features are cached":
+        settings = replace(settings, cache_dir=tmp_path / "cache")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    child = context.Process(target=search_until_death, args=(settings, death))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+
+    run = run_search(settings)
+    assert trials(run) == trials(uninterrupted)
+    assert comparisons(run) == comparisons(uninterrupted)
+    for name in ("best", "aspp_seed0", "dpc_seed0"):
+        file = f"heads/{name}.safetensors"
+        (head, description), (expected, expected_description) = (load_head(r.directory / file) for r in (run, uninterrupted))
+        assert description == expected_description
+        torch.testing.assert_close(head.state_dict(), expected.state_dict(), rtol=0, atol=0)
+
+
+def test_ctrl_c_reports_what_is_there_and_goes_on(
+    settings: RandomSettings,
+    uninterrupted: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(ProxyTask, "evaluate", interrupted_at((0, 0, 3), KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            search.random.main(settings)
+    assert "best cell:" in capsys.readouterr().out
+    assert (settings.runs_dir / "camvid" / "best_cells" / "rank_03.json").is_file()
+    assert trials(load_run(settings.runs_dir / "camvid")) == trials(uninterrupted)[:3]
+    assert trials(run_search(settings)) == trials(uninterrupted)
+
+
+def interrupted_at(seed: tuple[int, ...], error: BaseException) -> Callable[..., Any]:
+    original = ProxyTask.evaluate
+
+    def evaluate(self: ProxyTask, cell: Cell, job_seed: Sequence[int], on_step: Any) -> Any:
+        if job_seed == seed:
+            raise error
+        return original(self, cell, job_seed, on_step)
+
+    return evaluate
+
+
+# Trials without a score
+
+
+def test_a_failed_trial_has_its_reason_and_the_search_goes_on(
+    settings: RandomSettings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = NotFiniteError("the loss was nan at iteration 2")
+    with monkeypatch.context() as patch:
+        patch.setattr(ProxyTask, "evaluate", interrupted_at((0, 0, 1), error))
+        run = run_search(settings)
+    assert [record.number for record in run.trials] == list(range(settings.cells))
+    assert {record.number: record.failure for record in run.trials if record.failure} == {1: str(error)}
+    assert run.trials[1].result is None
+    assert f"trial 1 failed: {error}" in capsys.readouterr().err
+    assert str(error) in (run.directory / "cells.csv").read_text()
+
+    forbid_evaluation(monkeypatch)  # a failure is final: it would fail again
+    assert run_search(settings).trials == run.trials
+
+
+def test_a_learning_rate_that_ruins_every_cell_still_ends_in_order(
+    settings: RandomSettings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_search(replace(settings, learning_rate=1e30, cells=2))
+    assert [record.result for record in run.trials] == [None, None]
+    assert all("not finite" in str(record.failure) or "the loss was" in str(record.failure) for record in run.trials)
+    assert run.baselines == []
+    assert "no cell has a score yet (2 failed)" in capsys.readouterr().err
+
+
+def test_an_equal_graph_is_not_evaluated_twice(settings: RandomSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = Operation("pyramid_pooling", grid_size=(1, 1))
+    cells = [Cell((Branch(-1, op) for op in order)) for order in ((CONV1X1, pool), (pool, CONV1X1))]
+    monkeypatch.setattr(search.random, "suggest_cell", lambda trial, space: cells[trial.number % 2])
+    evaluated = []
+    original = ProxyTask.evaluate
+
+    def evaluate(self: ProxyTask, cell: Cell, *rest: Any) -> Any:
+        evaluated.append(cell)
+        return original(self, cell, *rest)
+
+    monkeypatch.setattr(ProxyTask, "evaluate", evaluate)
+    run = run_search(replace(settings, cells=4, sampler="tpe"))
+    assert evaluated.count(cells[0]) == 2  # as trial 0, and as the best once more
+    assert evaluated.count(cells[1]) == 0
+    assert [record.duplicate_of for record in run.trials] == [None, 0, 0, 0]
+    assert [record.cell for record in run.trials] == [cells[i % 2] for i in range(4)]
+    assert len({record.result for record in run.trials}) == 1
+    assert len(ranked(run.trials)) == 1
+    assert len(list((run.directory / "best_cells").iterdir())) == 1
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "sentence"),
+    [
+        ("cells", 0, "--cells must be at least 1, got 0"),
+        ("iterations", 0, "--iterations must be at least 1"),
+        ("statistics_batches", 0, "--statistics-batches must be at least 1"),
+        ("comparison_seeds", 0, "--comparison-seeds must be at least 1"),
+        ("lag", -1, "--lag must not be negative"),
+        ("weight_decay", -1.0, "--weight-decay must not be negative"),
+        ("learning_rate", 0.0, "--learning-rate must be above 0"),
+        ("learning_rate", float("nan"), "--learning-rate must be above 0"),
+        ("dropout", 1.0, "--dropout must be at least 0 and below 1"),
+        ("seed", -1, "--seed must be 0 or more"),
+        ("sampler", "bayes", "--sampler bayes is unknown; choose one of paper"),
+        ("output_stride", 7, "--output-stride must be 8 or 16, got 7"),
+        ("crop_size", (40, 33), r"--crop-size 40 must be 16·k \+ 1, at most 33"),
+        ("image_size", (40, 49), r"--image-size 40 49 must be 16·k \+ 1"),
+        ("image_size", (17, 49), "is 33×49, larger than 17×49: give a larger --image-size"),
+        ("image_size", (0, 0), r"--image-size 0 0 must be 16·k \+ 1"),
+        ("image_size", (-15, 49), r"--image-size -15 49 must be 16·k \+ 1"),
+        ("device", "abacus", "--device abacus cannot be used .* give --device cpu"),
+        ("backbone", "resnet_of_nobody", "'resnet_of_nobody' is not a timm model.*correct --backbone"),
+        ("backbone", "test_resnet", r"weights\.pth is not of test_resnet: it lacks"),
+        ("weights", None, "random weights: give --weights FILE, or --pretrained"),
+        ("weights", Path("nowhere.pth"), "weights file nowhere.pth does not exist"),
+        ("dataset", "imagenet", "--dataset imagenet is unknown; choose one of"),
+        ("data_dir", Path("nowhere"), "--data-dir nowhere is not a folder"),
+        ("storage", "not a database", "the study not a database cannot be used .*--storage"),
+        ("storage", "nosuchdatabase://host/name", "--storage"),
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_work_are_refused(
+    settings: RandomSettings, tmp_path: Path, field: str, value: Any, sentence: str
+) -> None:
+    cache = {"cache_dir": tmp_path / "cache"} if field == "image_size" else {}
+    with pytest.raises(InputError, match=sentence) as caught:
+        search.random.main(replace(settings, **{"name": "refused", field: value} | cache))
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.glob("refused/*.csv"))
+    assert not list(tmp_path.rglob("*.partial*"))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "before"),
+    [("iterations", 9, 8), ("learning_rate", 0.2, 0.5), ("seed", 1, 0), ("branches", 3, 2), ("sampler", "tpe", "paper")],
+)
+def test_a_run_with_other_settings_is_refused(
+    tiny: RandomSettings, uninterrupted: Run, field: str, value: Any, before: Any
+) -> None:
+    files = {path: path.read_bytes() for path in uninterrupted.directory.iterdir() if path.is_file()}
+    flag = field.replace("_", "-")
+    with pytest.raises(InputError, match=f"with --{flag} {before}, now it is {value}: .*another --name"):
+        search.random.main(replace(tiny, name="uninterrupted", **{field: value}))
+    assert files == {path: path.read_bytes() for path in files}
+
+
+def test_features_of_other_weights_are_refused(settings: RandomSettings, uninterrupted: Run, tmp_path: Path) -> None:
+    state = timm.create_model(BACKBONE).state_dict()
+    torch.save({key: value + 1 for key, value in state.items()}, tmp_path / "other.pth")
+    with pytest.raises(InputError, match=r"cache .*camvid-train-.* is stale: it was made with weights_hash \w+"):
+        search.random.main(replace(settings, weights=tmp_path / "other.pth"))
+
+
+def test_a_moved_folder_is_a_run_still(uninterrupted: Run, tmp_path: Path) -> None:
+    moved = tmp_path / "elsewhere" / uninterrupted.directory.name
+    moved.parent.mkdir()
+    os.rename(uninterrupted.directory, moved)
+    try:
+        run = load_run(moved)
+        assert (run.trials, run.baselines) == (uninterrupted.trials, uninterrupted.baselines)
+    finally:
+        os.rename(moved, uninterrupted.directory)
+
+
+def test_settings_of_a_run_can_be_read(uninterrupted: Run, tiny: RandomSettings) -> None:
+    described = json.loads((uninterrupted.directory / "settings.json").read_text())
+    assert described["settings"]["iterations"] == tiny.iterations
+    assert described["command"].startswith("python -m search.random")
+    assert len(described["class_names"]) == len(described["palette"]) == 11
