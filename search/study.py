@@ -156,7 +156,7 @@ def load_run(directory: Path) -> Run:
         study = Study(directory, _storage_url(directory, description["storage"]))
     except FileNotFoundError as error:
         raise InputError(f"{directory} is not a run (no settings.json): give the folder of a `search.random` run") from error
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged ({error}): delete the run {directory} and start it again") from error
     except SQLAlchemyError as error:
         raise InputError(f"the study of {directory} cannot be read: {_first_line(error)}") from error
@@ -188,7 +188,7 @@ def _check_settings(directory: Path, settings: dict[str, Any]) -> None:
         return
     try:
         before = json.loads(path.read_text(encoding="utf-8"))["settings"]
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged ({error}): delete the run {directory} and start it again") from error
     for field in sorted(before.keys() | settings.keys()):
         if before.get(field) != settings.get(field):

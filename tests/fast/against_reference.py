@@ -38,12 +38,18 @@ class Step(NamedTuple):
 
 
 def reference_step(
-    forward: Callable[..., Array], backward: Callable[..., Any], inputs: tuple[Any, ...], cotangent: Array, **arguments: Any
+    forward: Callable[..., Array],
+    backward: Callable[..., Any],
+    inputs: tuple[Any, ...],
+    cotangent: Array,
+    *,
+    momentum: float = MOMENTUM,
+    **arguments: Any,
 ) -> Step:
     output, calls = with_batch_norms(lambda *x: forward(*x, **arguments), inputs)
     gradients = backward(cotangent, *inputs, **arguments)
     norms = [
-        updated_running_statistics(call.x, call.norm, momentum=MOMENTUM) if call.training else call.norm for call in calls
+        updated_running_statistics(call.x, call.norm, momentum=momentum) if call.training else call.norm for call in calls
     ]
     return Step(output, gradients, [array for norm in norms for array in (norm.running_mean, norm.running_var)])
 

@@ -77,14 +77,14 @@ def test_dropout_zeroes_its_share_and_scales_the_rest(device: str, rate: float) 
 
 @every_device
 def test_dropout_of_neighbours_is_independent(device: str) -> None:
-    """Both of two elements are dropped with probability rate²; six standard deviations, for seven distances."""
+    """Both of two elements are dropped with probability rate²; six standard deviations, for each distance."""
     torch.manual_seed(0)
     rate, count = 0.3, 200_000
     dropped = dropout(torch.ones(count, device=device), rate=rate) == 0
-    for distance in range(1, 8):
+    for distance in (*range(1, 8), count // 4, count // 2):  # within a draw, and between what draws may share
         both = int((dropped[distance:] & dropped[:-distance]).sum())
-        # Of count pairs, each shares an element with two others: independent pairs' variance plus twice that covariance.
-        variance = count * (rate**2 * (1 - rate**2) + 2 * (rate**3 - rate**4))
+        # Each pair shares an element with two others: independent pairs' variance plus twice that covariance.
+        variance = (count - distance) * (rate**2 * (1 - rate**2) + 2 * (rate**3 - rate**4))
         assert abs(both - (count - distance) * rate**2) <= 6 * variance**0.5
 
 

@@ -18,7 +18,6 @@ LABEL_DTYPES = st.sampled_from((torch.uint8, torch.int64))
 def test_confusion_matrix_equals_reference(
     device: str, size: tuple[int, int], num_classes: int, ignored: float, dtype: torch.dtype, seed: int
 ) -> None:
-    """uint8 too: label · num_classes + prediction must not wrap at 256."""
     rng = np.random.default_rng(seed)
     predictions = rng.integers(num_classes, size=size)
     labels = np.where(rng.random(size) < ignored, 255, rng.integers(num_classes, size=size))
@@ -51,6 +50,14 @@ def test_upsampled_confusion_matrix_equals_reference(
     actual = upsampled_confusion_matrix(*on_device)
     expected = reference.confusion_matrix(upsampled.argmax(axis=1), labels, num_classes=num_classes)
     assert np.array_equal(actual.cpu(), expected)
+
+
+@every_device
+def test_labels_in_bytes_do_not_wrap(device: str) -> None:
+    """Label 18 of 19: 18 · 19 + 18 = 360 exceeds a byte."""
+    last = torch.full((2, 3), 18, dtype=torch.uint8, device=device)
+    confusion = confusion_matrix(last, last, num_classes=19)
+    assert confusion[18, 18] == confusion.sum() == 6
 
 
 def test_other_ignore_index() -> None:

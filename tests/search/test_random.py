@@ -331,7 +331,7 @@ def test_a_learning_rate_that_ruins_every_cell_still_ends_in_order(
 
 def test_an_equal_graph_is_not_evaluated_twice(settings: RandomSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     pool = Operation("pyramid_pooling", grid_size=(1, 1))
-    cells = [Cell((Branch(-1, op) for op in order)) for order in ((CONV1X1, pool), (pool, CONV1X1))]
+    cells = [Cell(Branch(-1, op) for op in order) for order in ((CONV1X1, pool), (pool, CONV1X1))]
     monkeypatch.setattr(search.random, "suggest_cell", lambda trial, space: cells[trial.number % 2])
     evaluated = []
     original = ProxyTask.evaluate

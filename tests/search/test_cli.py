@@ -1,0 +1,228 @@
+"""What a user meets at the command line: one sentence and exit code 2 for bad input, 130 for Ctrl-C, never a traceback."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import search.features
+import search.random
+from search.cli import InputError, run_command
+from search.features import FeatureSettings
+from search.random import RandomSettings
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Flags of a command."""
+
+    count: int = 1
+    """How many."""
+
+
+def run(monkeypatch: pytest.MonkeyPatch, command: Callable[[Settings], None], *flags: str) -> object:
+    monkeypatch.setattr(sys, "argv", ["command", *flags])
+    try:
+        run_command(Settings, command, prog="command")
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+def test_flags_reach_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Settings] = []
+    assert run(monkeypatch, seen.append, "--count", "3") == 0
+    assert run(monkeypatch, seen.append) == 0
+    assert seen == [Settings(3), Settings(1)]
+
+
+def test_bad_input_is_one_line_and_code_2(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def refuse(settings: Settings) -> None:
+        raise InputError(f"--count {settings.count} is too large: give less")
+
+    assert run(monkeypatch, refuse, "--count", "9") == 2
+    assert capsys.readouterr() == ("", "error: --count 9 is too large: give less\n")
+
+
+def test_ctrl_c_is_one_line_and_code_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def stop(settings: Settings) -> None:
+        raise KeyboardInterrupt
+
+    assert run(monkeypatch, stop) == 130
+    assert capsys.readouterr().err.strip() == "stopped; the same command goes on from here"
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(settings: Settings) -> None:
+        raise IndexError("a bug")
+
+    with pytest.raises(IndexError, match="a bug"):
+        run(monkeypatch, fail)
+
+
+@pytest.mark.parametrize("flags", [["--count", "many"], ["--cuont", "3"], ["3"]])
+def test_flags_that_do_not_exist_or_fit_are_code_2(monkeypatch: pytest.MonkeyPatch, flags: list[str]) -> None:
+    assert run(monkeypatch, lambda settings: pytest.fail("must not run"), *flags) == 2
+
+
+# The commands themselves on bad input
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "weights.pth"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        torch.save(timm.create_model("test_efficientnet").state_dict(), path)
+    return path
+
+
+def write_camvid(folder: Path) -> Path:
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for name in (split, f"{split}annot"):
+            (folder / name).mkdir(parents=True)
+        for i in range(2):
+            Image.fromarray(rng.integers(0, 256, (17, 33, 3), dtype=np.uint8)).save(folder / split / f"{i}.png")
+            Image.fromarray(rng.integers(0, 12, (17, 33), dtype=np.uint8)).save(folder / f"{split}annot" / f"{i}.png")
+        (folder / f"{split}.txt").write_text("".join(f"{split}/{i}.png {split}annot/{i}.png\n" for i in range(2)))
+    return folder
+
+
+def flags_for(folder: Path, weights: Path) -> list[str]:
+    flags = {"dataset": "camvid", "data-dir": folder / "camvid", "backbone": "test_efficientnet", "weights": weights}
+    return [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+
+
+def spoil(path: str, change: Callable[[Path], object]) -> Callable[[Path], list[str]]:
+    """Damage a file of the tiny CamVid; no flags are needed to find out."""
+
+    def act(folder: Path) -> list[str]:
+        change(folder / "camvid" / path)
+        return []
+
+    return act
+
+
+def save(array: np.ndarray) -> Callable[[Path], None]:  # type: ignore[type-arg]
+    return lambda path: Image.fromarray(array).save(path)
+
+
+def in_the_way(flag: str) -> Callable[[Path], list[str]]:
+    def act(folder: Path) -> list[str]:
+        (folder / "file").write_text("in the way")
+        return [flag, str(folder / "file")]
+
+    return act
+
+
+def add(*flags: str) -> Callable[[Path], list[str]]:
+    return lambda folder: list(flags)
+
+
+BAD_INPUT: dict[str, tuple[Callable[[Path], list[str]], str]] = {
+    "data folder missing": (add("--data-dir", "nowhere"), r"--data-dir nowhere is not a folder"),
+    "list missing": (spoil("val.txt", Path.unlink), r"list .*val\.txt is missing"),
+    "image missing": (spoil("val/1.png", Path.unlink), r"val/1\.png .*is missing .*restore"),
+    "image truncated": (spoil("train/1.png", lambda p: os.truncate(p, 200)), r"train/1\.png is truncated or unreadable"),
+    "label value": (spoil("valannot/1.png", save(np.full((17, 33), 12, np.uint8))), r"valannot/1\.png holds the value 12"),
+    "label size": (spoil("trainannot/1.png", save(np.zeros((17, 32), np.uint8))), r"trainannot/1\.png is 17×32, .* 17×33"),
+    "unknown data set": (add("--dataset", "imagenet"), r"--dataset imagenet is unknown"),
+    "unknown backbone": (add("--backbone", "resnet_of_nobody"), r"'resnet_of_nobody' is not a timm model"),
+    "weights missing": (add("--weights", "nowhere.pth"), r"weights file nowhere\.pth does not exist"),
+    "weights of another": (add("--backbone", "test_resnet"), r"weights\.pth is not of test_resnet: it lacks"),
+    "output stride": (add("--output-stride", "7"), r"--output-stride must be 8 or 16, got 7"),
+    "image size": (add("--image-size", "20", "20"), r"--image-size 20 20 must be 16·k \+ 1"),
+    "device": (add("--device", "abacus"), r"--device abacus cannot be used"),
+    "unwritable cache": (in_the_way("--cache-dir"), r"cannot write .*file.*: give another --cache-dir"),
+}
+BAD_SEARCH = BAD_INPUT | {
+    "no cells": (add("--cells", "0"), r"--cells must be at least 1, got 0"),
+    "crop size": (add("--crop-size", "50", "33"), r"--crop-size 50 must be 16·k \+ 1, at most 17"),
+    "sampler": (add("--sampler", "bayes"), r"--sampler bayes is unknown"),
+    "unwritable runs": (in_the_way("--runs-dir"), r"cannot write .*file.*: give another --runs-dir"),
+}
+
+
+def is_one_sentence(error: str, sentence: str) -> bool:
+    """Exactly one error, on the last line; only progress bars may stand before it."""
+    lines = [line for line in error.splitlines() if not line.startswith("features of")]
+    return len(lines) == 1 and re.match(rf"error: .*{sentence}", lines[0]) is not None
+
+
+@pytest.mark.parametrize(
+    ("module", "case"), [("features", case) for case in BAD_INPUT] + [("random", case) for case in BAD_SEARCH]
+)
+def test_bad_input_is_refused_and_nothing_is_left_half_written(
+    tmp_path: Path,
+    weights: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    module: str,
+    case: str,
+) -> None:
+    write_camvid(tmp_path / "camvid")
+    monkeypatch.chdir(tmp_path)
+    act, sentence = BAD_SEARCH[case]
+    monkeypatch.setattr(sys, "argv", ["command", *flags_for(tmp_path, weights), *act(tmp_path)])
+    with pytest.raises(SystemExit) as end:
+        if module == "features":
+            run_command(FeatureSettings, search.features.main, prog="command")
+        else:
+            run_command(RandomSettings, search.random.main, prog="command")
+    assert end.value.code == 2
+    output = capsys.readouterr()
+    assert is_one_sentence(output.err, sentence), output.err
+    assert output.out == ""
+    assert not list(tmp_path.rglob("*.partial*"))
+    assert not (tmp_path / "runs").exists()
+
+
+# As separate processes: a whole import of PyTorch each, so only a few
+
+
+def start(*arguments: str, cwd: Path) -> "subprocess.Popen[str]":
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", *arguments]
+    return subprocess.Popen(command, cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def test_a_real_process_refuses_bad_input(tmp_path: Path, weights: Path) -> None:
+    write_camvid(tmp_path / "camvid")
+    os.truncate(tmp_path / "camvid" / "train" / "0.png", 200)
+    process = start("search.random", *flags_for(tmp_path, weights), cwd=tmp_path)
+    output, error = process.communicate(timeout=200)
+    assert process.returncode == 2
+    assert output == ""
+    assert is_one_sentence(error, r"train/0\.png is truncated")
+
+
+def test_a_real_ctrl_c_stops_a_search_cleanly(tmp_path: Path, weights: Path) -> None:
+    write_camvid(tmp_path / "camvid")
+    sizes = ("--iterations", "20", "--branch-channels", "4", "--branches", "2", "--cells", "10000")
+    process = start("search.random", *flags_for(tmp_path, weights), *sizes, "--device", "cpu", cwd=tmp_path)
+    deadline = time.monotonic() + 200
+    while not (tmp_path / "runs/camvid/heads/best.safetensors").exists():  # the first cell has a score
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    output, error = process.communicate(timeout=200)
+    assert process.returncode == 130
+    assert "Traceback" not in error
+    assert error.endswith("stopped; the same command goes on from here\n")
+    assert "report:" in output or "no cell has a score yet" in error
+    assert (tmp_path / "runs/camvid/settings.json").exists()

@@ -1,0 +1,203 @@
+"""A run on disk: what is told is kept, what is interrupted is done again, and what cannot go on is refused by name."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+
+from search.cli import InputError
+from search.proxy import ProxyResult
+from search.sampler import create_sampler, suggest_cell
+from search.space import SearchSpace, load_cell
+from search.study import Study, TrialRecord, load_run, open_run, ranked
+
+SPACE = SearchSpace(2)
+SETTINGS = {"iterations": 10, "learning_rate": 0.1, "crop_size": None, "backbone": "tiny"}
+CELL = load_cell("dpc")
+
+
+def make_result(mean_iou: float = 0.5) -> ProxyResult:
+    return ProxyResult(mean_iou, (0.25, None, 0.75), ((1, 2.5), (2, 1 / 3)), 356_160, 3 * 10**9, 1.25, 2**33)
+
+
+def begin(directory: Path, storage: str | None = None, **changes: Any) -> AbstractContextManager[Study]:
+    command = ["python", "-m", "search.random", "--data-dir", "my pictures"]
+    palette = np.array([[1, 2, 3], [4, 5, 6], [255, 0, 9]], np.uint8)
+    sampler = create_sampler("paper", SPACE, 0)
+    names = ("sky", "road", "tree")
+    return open_run(
+        directory, SETTINGS | changes, sampler, storage=storage, command=command, class_names=names, palette=palette
+    )
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("original") / "run"
+    with begin(directory) as study:
+        for number in range(4):
+            trial = study.search.ask()
+            assert trial.number == number
+            cell = suggest_cell(trial, SPACE)
+            if number == 0:
+                study.tell(study.search, 0, cell, make_result(0.25))
+            elif number == 1:
+                study.tell_failure(1, cell, "the loss was nan")
+            elif number == 2:
+                study.tell(study.search, 2, cell, make_result(0.25), duplicate_of=0)
+        study.tell(study.comparison, study.comparison.ask().number, CELL, make_result(0.75), name="dpc", seed=3)
+        study.comparison.ask()
+    return directory
+
+
+@pytest.fixture
+def directory(original: Path, tmp_path: Path) -> Path:
+    """A run with a scored cell, a failed one, a duplicate, one that was interrupted, and a comparison."""
+    return shutil.copytree(original, tmp_path / "run")
+
+
+def test_what_was_told_is_read_back(directory: Path) -> None:
+    run = load_run(directory)
+    assert run.directory == directory
+    assert run.settings == SETTINGS
+    assert run.command == "python -m search.random --data-dir 'my pictures'"
+    assert run.class_names == ("sky", "road", "tree")
+    assert run.palette.dtype == np.uint8
+    assert run.palette.tolist() == [[1, 2, 3], [4, 5, 6], [255, 0, 9]]
+    outcomes = [(record.number, record.result, record.failure, record.duplicate_of) for record in run.trials]
+    assert outcomes == [
+        (0, make_result(0.25), None, None),
+        (1, None, "the loss was nan", None),
+        (2, make_result(0.25), None, 0),
+    ]
+    assert [(b.name, b.seed, b.cell, b.result) for b in run.baselines] == [("dpc", 3, CELL, make_result(0.75))]
+
+
+def test_the_cells_read_back_are_those_proposed(directory: Path) -> None:
+    proposed = optuna.create_study(sampler=create_sampler("paper", SPACE, 0), direction="maximize")
+    assert load_run(directory).trials[0].cell == suggest_cell(proposed.ask(), SPACE)
+
+
+def test_a_run_can_be_read_while_it_is_written(directory: Path) -> None:
+    with begin(directory) as study:
+        assert len(load_run(directory).trials) == 3
+        (trial,) = study.unfinished()
+        study.tell(study.search, trial.number, suggest_cell(trial, SPACE), make_result())
+        assert len(load_run(directory).trials) == 4
+
+
+def test_an_interrupted_trial_comes_back_as_itself(directory: Path) -> None:
+    def unfinished() -> list[Any]:
+        with begin(directory) as study:
+            return [(trial.number, suggest_cell(trial, SPACE)) for trial in study.unfinished()]
+
+    before = unfinished()
+    assert [number for number, _ in before] == [3]
+    assert unfinished() == before
+    with begin(directory) as study:
+        assert study.search.ask().number == 4
+
+
+def test_an_unfinished_comparison_is_closed(directory: Path) -> None:
+    with begin(directory) as study:
+        study.discard_unfinished_comparisons()
+        states = [trial.state.name for trial in study.comparison.get_trials()]
+        assert states == ["COMPLETE", "FAIL"]
+        assert len(study.baselines()) == 1
+
+
+def test_ranked_is_best_first_without_duplicates_and_failures() -> None:
+    scores = [0.2, None, 0.9, 0.5, 0.9]
+    records = [TrialRecord(i, CELL, None if s is None else make_result(s), None, None) for i, s in enumerate(scores)]
+    records.append(TrialRecord(5, CELL, make_result(0.9), None, duplicate_of=2))
+    assert [record.number for record in ranked(records)] == [2, 4, 3, 0]
+
+
+def test_a_moved_run_goes_on(directory: Path, tmp_path: Path) -> None:
+    before = load_run(directory)
+    (tmp_path / "elsewhere").mkdir()
+    moved = tmp_path / "elsewhere" / "run"
+    os.rename(directory, moved)
+    assert load_run(moved).trials == before.trials
+    with begin(moved) as study:
+        assert study.records() == before.trials
+    assert not directory.exists()
+
+
+def test_another_storage_is_kept_in_the_settings(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'other.db'}"
+    with begin(tmp_path / "run", storage=url) as study:
+        study.tell(study.comparison, study.comparison.ask().number, CELL, make_result(), name="dpc", seed=0)
+    assert not (tmp_path / "run" / "study.db").exists()
+    assert len(load_run(tmp_path / "run").baselines) == 1
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "flag"),
+    [
+        ("iterations", 20, "--iterations 10"),
+        ("learning_rate", 0.2, "--learning-rate 0.1"),
+        ("crop_size", [33, 33], "--crop-size None"),
+    ],
+)
+def test_other_settings_are_refused_by_flag(directory: Path, field: str, value: object, flag: str) -> None:
+    settings = (directory / "settings.json").read_bytes()
+    with pytest.raises(
+        InputError, match=f"was started with {flag}, now it is .*: use the same value, another --name, or delete"
+    ):
+        begin(directory, **{field: value}).__enter__()
+    assert (directory / "settings.json").read_bytes() == settings
+
+
+def test_a_second_process_is_refused(directory: Path) -> None:
+    with (
+        begin(directory),
+        pytest.raises(InputError, match="is in use by another process: wait for it, or give another --name"),
+    ):
+        begin(directory).__enter__()
+    with begin(directory):
+        pass
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "{}", "null", '"text"'])
+@pytest.mark.parametrize("open_it", [load_run, lambda path: begin(path).__enter__()], ids=["load_run", "open_run"])
+def test_damaged_settings_are_refused_by_name(directory: Path, text: str, open_it: Callable[[Path], object]) -> None:
+    (directory / "settings.json").write_text(text)
+    with pytest.raises(InputError, match=rf"{directory}/settings\.json is damaged \(.*\): delete the run"):
+        open_it(directory)
+    assert (directory / "settings.json").read_text() == text
+
+
+@pytest.mark.parametrize("open_it", [load_run, lambda path: begin(path).__enter__()], ids=["load_run", "open_run"])
+def test_a_damaged_study_is_refused_by_name(directory: Path, open_it: Callable[[Path], object]) -> None:
+    (directory / "study.db").write_bytes(b"no database" * 1000)
+    with pytest.raises(InputError, match=r"the study .*cannot be (used|read)") as caught:
+        open_it(directory)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_that_is_no_run_is_refused_and_left_alone(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"is not a run \(no settings\.json\)"):
+        load_run(tmp_path)
+    with pytest.raises(InputError, match="is not a run"):
+        load_run(tmp_path / "nowhere")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(InputError, match="cannot write .*give another --runs-dir"):
+        begin(tmp_path / "file").__enter__()
+
+
+def test_settings_are_plain_json(directory: Path) -> None:
+    assert json.loads((directory / "settings.json").read_text())["settings"] == SETTINGS
