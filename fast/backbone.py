@@ -70,7 +70,8 @@ def timm_backbone(
             name, pretrained=pretrained, features_only=True, out_indices=(-1,), output_stride=output_stride, **options
         )
     except (TypeError, NotImplementedError, AssertionError, RuntimeError) as error:
-        raise ValueError(f"backbone {name!r} cannot give features at output stride {output_stride}: {error}") from error
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"backbone {name!r} cannot give features at output stride {output_stride} ({reason})") from error
     reduction = body.feature_info.reduction()[-1]
     if reduction != output_stride:
         raise ValueError(f"backbone {name!r} gives output stride {reduction}, asked for {output_stride}")

@@ -36,7 +36,10 @@ def save_head(path: Path, head: SegmentationHead, *, class_names: tuple[str, ...
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     state = {key: value.detach().cpu().contiguous() for key, value in head.state_dict().items()}
-    save_file(state, partial, metadata={"format": FORMAT, "description": json.dumps(description)})
+    try:
+        save_file(state, partial, metadata={"format": FORMAT, "description": json.dumps(description)})
+    except SafetensorError as error:
+        raise OSError(f"cannot write {partial}: {error}") from error
     os.replace(partial, path)
 
 

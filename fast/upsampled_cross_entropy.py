@@ -22,7 +22,8 @@ def upsampled_cross_entropy(logits: Tensor, labels: Tensor, *, ignore_index: int
     Computed in float32, or in float64 if the logits are. Differentiable once.
     """
     precise = logits if logits.dtype == torch.float64 else logits.float()
-    loss: Tensor = _UpsampledCrossEntropy.apply(precise, labels, ignore_index)
+    with torch.autocast(logits.device.type, enabled=False):  # its products would be rounded to bf16
+        loss: Tensor = _UpsampledCrossEntropy.apply(precise, labels, ignore_index)
     return loss
 
 

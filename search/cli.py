@@ -15,11 +15,13 @@ class InputError(ValueError):
 
 def run_command(settings_type: type[Settings], command: Callable[[Settings], None], *, prog: str) -> None:
     """Parse the flags of `settings_type`, run `command`, and exit: 0 done, 2 bad input, 130 stopped by Ctrl-C."""
-    settings = tyro.cli(settings_type, prog=prog, config=(tyro.conf.FlagConversionOff,))
+    settings = tyro.cli(settings_type, prog=prog, config=(tyro.conf.FlagCreatePairsOff,))
     try:
         command(settings)
     except InputError as error:
         sys.exit(_fail(str(error)))
+    except OSError as error:
+        sys.exit(_fail(f"{error}: check the path, its permissions and the disk"))
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         sys.exit(130)

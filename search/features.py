@@ -155,6 +155,8 @@ def create_backbone(settings: FeatureSettings) -> Backbone:
     if settings.output_stride not in (8, 16):
         raise InputError(f"--output-stride must be 8 or 16, got {settings.output_stride}")
     if settings.dataset == "shapes" and settings.backbone is None:
+        if settings.weights is not None or settings.pretrained:
+            raise InputError("--weights and --pretrained belong to a --backbone: name it, or leave them out")
         return shapes_backbone(settings.cache_dir, settings.output_stride)
     if settings.weights is None and not settings.pretrained:
         raise InputError(
@@ -171,7 +173,9 @@ def create_backbone(settings: FeatureSettings) -> Backbone:
     except ValueError as error:
         raise InputError(f"{error}; correct --backbone, --weights or --output-stride") from error
     except OSError as error:
-        raise InputError(f"timm could not load the weights of {settings.backbone} ({error}): give --weights FILE") from error
+        raise InputError(
+            f"timm could not load its weights of {settings.backbone or 'mobilenetv2_100'} ({error}): give --weights FILE"
+        ) from error
 
 
 def resolve_device(device: str) -> str:
@@ -189,6 +193,8 @@ def resolve_device(device: str) -> str:
 def _fill(directory: Path, dataset: Dataset, backbone: Backbone, identity: dict[str, Any], device: str) -> None:
     shape = _shapes(dataset, backbone, identity, device)
     manifest = _resumable_manifest(directory, {**identity, **shape, "done": 0})
+    if not manifest["done"]:
+        (directory / "manifest.json").unlink(missing_ok=True)  # what it counted is about to be overwritten
     _require_space(directory, shape)
     arrays = [
         np.memmap(directory / file, dtype, "r+" if manifest["done"] else "w+", shape=tuple(shape[key]))
@@ -268,6 +274,7 @@ def _identity(settings: FeatureSettings, dataset: Dataset, backbone: Backbone, m
         "palette": dataset.palette.tolist(),
         "backbone": backbone.name,
         "weights_hash": backbone.weights_hash(),
+        "weights_origin": settings.weights_origin,
         "output_stride": stride,
         "image_size": list(size),
         "mirrored": mirrored,

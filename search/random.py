@@ -39,7 +39,7 @@ _EXAMPLES = 4
 _TOP = 10  # cells in the table and in best_cells/
 
 # Settings that may change between two runs of the command: they move files, add work, or spread it, but change no score.
-_FREE = {"name", "runs_dir", "cache_dir", "data_dir", "weights", "storage", "device", "workers", "cells", "comparison_seeds"}
+_FREE = {"name", "runs_dir", "cache_dir", "data_dir", "weights", "device", "workers", "cells", "compare", "comparison_seeds"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +68,10 @@ class RandomSettings(FeatureSettings, ProxySettings):
     """The paper's sampler ignores this many latest results, so that its cells do not depend on up to lag + 1 workers."""
     seed: int = 0
     """Seed of everything: the cells, their initial weights, crops and dropout."""
+    compare: tuple[str, ...] = KNOWN_CELLS
+    """Cells to score beside the search: aspp, dpc, psp, or paths of cell JSON files."""
     comparison_seeds: int = 1
-    """Seeds with which ASPP, the published cell and the best cell found are scored for comparison."""
+    """Seeds with which these and the best cell found are scored."""
     workers: int = 1
     """Cells evaluated at a time; above 1 by Ray (install the extra `workers`), on CUDA with one GPU each."""
 
@@ -78,8 +80,10 @@ def main(settings: RandomSettings) -> None:
     """Search, compare, report."""
     _check(settings)
     device = resolve_device(settings.device)
-    caches = prepare_caches(settings)
     sampler = create_sampler(settings.sampler, SearchSpace(settings.branches), settings.seed, lag=settings.lag)
+    known_cells(settings)
+    caches = prepare_caches(settings)
+    task = ProxyTask(caches["train"], caches["val"], settings, device)  # refuses a wrong crop before the run begins
     directory = settings.runs_dir / (settings.name or settings.dataset)
     description: dict[str, Any] = {
         "command": ["python", "-m", "search.random", *sys.argv[1:]],
@@ -88,15 +92,17 @@ def main(settings: RandomSettings) -> None:
     }
     with (
         open_run(directory, _identity(settings, caches), sampler, storage=settings.storage, **description) as study,
-        _workers(settings, caches, device) as workers,
+        _workers(settings, caches, device, task) as workers,
     ):
-        search = _Search(settings, study, workers, caches)
         try:
-            search.run()
-        except KeyboardInterrupt:
+            _Search(settings, study, workers, caches).run()
+        finally:  # also after Ctrl-C: what there is, is shown
             finish(directory, caches, settings)
-            raise
-    finish(directory, caches, settings)
+
+
+def known_cells(settings: RandomSettings) -> dict[str, Cell]:
+    """The cells to compare with, by their short names. Raises InputError for one that is not there."""
+    return {Path(name).stem: load_cell(name) for name in settings.compare}
 
 
 class _Search:
@@ -111,15 +117,16 @@ class _Search:
 
     def run(self) -> None:
         self.study.discard_unfinished_comparisons()
-        for name in KNOWN_CELLS:
-            self._compare(name, load_cell(name))
+        for name, cell in known_cells(self.settings).items():
+            self._compare(name, cell)
         self._search()
         best = ranked(self.study.records())[:1]
         for record in best:  # the best of many is partly luck: scored again with the seeds of the known cells
             self._compare(f"trial {record.number}", record.cell)
 
     def _compare(self, name: str, cell: Cell) -> None:
-        done = {record.seed for record in self.study.baselines() if record.name == name}
+        done = self.study.compared(name)
+        comparison = self.study.comparison
         for seed in range(self.settings.comparison_seeds):
             if seed in done:
                 continue
@@ -128,10 +135,10 @@ class _Search:
             outcome = self.workers.wait()
             if outcome.result is None:
                 print(f"comparison: {name}, seed {seed} failed: {outcome.failure}", file=sys.stderr)
+                self.study.tell_comparison_failure(comparison.ask().number, name, seed, outcome.failure or "unknown")
                 continue
             if seed == 0:
                 self._save(outcome, f"{name.replace(' ', '_')}_seed0")
-            comparison = self.study.comparison
             self.study.tell(comparison, comparison.ask().number, cell, outcome.result, name=name, seed=seed)
 
     def _search(self) -> None:
@@ -200,7 +207,7 @@ class _Search:
 
 
 @contextmanager
-def _workers(settings: RandomSettings, caches: dict[str, FeatureCache], device: str) -> Iterator[Workers]:
+def _workers(settings: RandomSettings, caches: dict[str, FeatureCache], device: str, task: ProxyTask) -> Iterator[Workers]:
     directories = {split: cache.directory for split, cache in caches.items()}
 
     def create_task() -> ProxyTask:
@@ -218,7 +225,7 @@ def _workers(settings: RandomSettings, caches: dict[str, FeatureCache], device: 
                     bar.set_description(f"trial {job.key}" if isinstance(job.key, int) else job.key)
                 bar.update()
 
-            yield InProcess(create_task(), on_step)
+            yield InProcess(task, on_step)
 
 
 def finish(directory: Path, caches: dict[str, FeatureCache], settings: RandomSettings) -> None:
@@ -274,7 +281,7 @@ def _write_examples(directory: Path, val: FeatureCache, settings: RandomSettings
     dataset = open_dataset(settings.dataset, "val", settings.data_dir)
     heads = {
         name: load_head(path)[0]
-        for name in ("best", *KNOWN_CELLS)
+        for name in ("best", *known_cells(settings))
         if (path := directory / "heads" / f"{name if name == 'best' else name + '_seed0'}.safetensors").exists()
     }
     arrays: dict[str, np.typing.NDArray[np.uint8]] = {}
@@ -310,6 +317,7 @@ def _identity(settings: RandomSettings, caches: dict[str, FeatureCache]) -> dict
     """What the scores of a run depend on; the same command goes on, another one is refused."""
     fields = {field: value for field, value in asdict(settings).items() if field not in _FREE}
     hashes = {key: caches["train"].manifest[key] for key in ("backbone", "weights_hash", "data_fingerprint", "image_size")}
+    hashes["val_fingerprint"] = caches["val"].manifest["data_fingerprint"]
     identity: dict[str, Any] = json.loads(json.dumps(fields | hashes))
     return identity
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import trange
@@ -44,17 +45,18 @@ def shapes_backbone(cache_dir: Path, output_stride: int) -> Backbone:
     )
     dataset = open_dataset("shapes", "train", None)
     path = cache_dir / f"shapes_cnn-os{output_stride}-{dataset.fingerprint()[:8]}.safetensors"
-    try:
-        if not path.exists():
-            _train(backbone, dataset)
+    if not path.exists():
+        _train(backbone, dataset)
+        try:
             cache_dir.mkdir(parents=True, exist_ok=True)
             partial = path.with_name(path.name + ".partial")
             save_file(backbone.state_dict(), partial)
             os.replace(partial, path)
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"cannot write {path} ({error}): give another --cache-dir, or make room and run again") from error
+    try:
         backbone.load_state_dict(load_file(path))
-    except OSError as error:
-        raise InputError(f"cannot write {path} ({error}): give another --cache-dir, or make room and run again") from error
-    except Exception as error:  # safetensors and load_state_dict have no common error for a damaged or foreign file
+    except (OSError, SafetensorError, RuntimeError) as error:  # the last is load_state_dict's
         raise InputError(f"{path} is damaged: delete it and run again") from error
     return backbone.eval()
 

@@ -8,6 +8,7 @@ process, keeps a second one out. A trial that was interrupted is still RUNNING i
 
 import json
 import shlex
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -25,6 +26,9 @@ from reference.cell import Cell
 from search.cli import InputError
 from search.features import write_json
 from search.proxy import ProxyResult
+
+# What a run depends on without a flag of its own, and the flags behind it.
+_FLAGS = {"weights_hash": "--weights", "data_fingerprint": "--data-dir", "val_fingerprint": "--data-dir"}
 
 
 @dataclass(frozen=True)
@@ -64,19 +68,19 @@ class Run:
 class Study:
     """The two Optuna studies of a run, for the one process that writes."""
 
-    def __init__(self, directory: Path, storage_url: str, sampler: optuna.samplers.BaseSampler | None = None) -> None:
+    def __init__(self, directory: Path, url: str, run_id: str, sampler: optuna.samplers.BaseSampler | None = None) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.directory = directory
-        self._storage = optuna.storages.RDBStorage(storage_url)
+        self._storage = optuna.storages.RDBStorage(url)
         self.search, self.comparison = (
             optuna.create_study(
                 storage=self._storage,
-                study_name=f"{directory.name} {part}",
+                study_name=f"{run_id} {part}",
                 direction="maximize",
-                sampler=sampler,
+                sampler=part_sampler,
                 load_if_exists=True,
             )
-            for part in ("search", "comparison")
+            for part, part_sampler in (("search", sampler), ("comparison", optuna.samplers.RandomSampler()))
         )
 
     def unfinished(self) -> list[optuna.Trial]:
@@ -93,6 +97,17 @@ class Study:
         """Record that a cell of the search has no score, and why."""
         self._set_attributes(self.search, number, {"cell": json.loads(cell.to_json()), "failure": reason})
         self.search.tell(number, state=TrialState.FAIL)
+
+    def tell_comparison_failure(self, number: int, name: str, seed: int, reason: str) -> None:
+        """Record that a comparison has no score, and why; it is not tried again."""
+        self._set_attributes(self.comparison, number, {"name": name, "seed": seed, "failure": reason})
+        self.comparison.tell(number, state=TrialState.FAIL)
+
+    def compared(self, name: str) -> set[int]:
+        """The seeds with which `name` has been scored, or has failed; what was only interrupted has no failure."""
+        told = [frozen.user_attrs for frozen in _with_state(self.comparison, TrialState.COMPLETE)]
+        told += [f.user_attrs for f in _with_state(self.comparison, TrialState.FAIL) if "failure" in f.user_attrs]
+        return {attributes["seed"] for attributes in told if attributes["name"] == name}
 
     def discard_unfinished_comparisons(self) -> None:
         """Comparison trials hold nothing before they are told: what an earlier process left of them is closed."""
@@ -136,13 +151,13 @@ def open_run(
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with FileLock(directory / "lock", timeout=0):
-            _check_settings(directory, settings)
-            description = {"settings": settings, "storage": storage, "command": shlex.join(command)}
+            run_id = _check_settings(directory, settings) or uuid.uuid4().hex  # names its studies, also in a shared database
+            description = {"id": run_id, "settings": settings, "storage": storage, "command": shlex.join(command)}
             write_json(directory / "settings.json", description | {"class_names": class_names, "palette": palette.tolist()})
-            yield Study(directory, url, sampler)
+            yield Study(directory, url, run_id, sampler)
     except Timeout as error:
         raise InputError(f"{directory} is in use by another process: wait for it, or give another --name") from error
-    except SQLAlchemyError as error:
+    except (SQLAlchemyError, optuna.exceptions.OptunaError, ImportError) as error:
         raise InputError(f"the study {url} cannot be used ({_first_line(error)}): check --storage and the disk") from error
     except OSError as error:
         raise InputError(f"cannot write {directory} ({error}): give another --runs-dir, or make room and run again") from error
@@ -153,12 +168,12 @@ def load_run(directory: Path) -> Run:
     path = directory / "settings.json"
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
-        study = Study(directory, _storage_url(directory, description["storage"]))
+        study = Study(directory, _storage_url(directory, description["storage"]), description["id"])
     except FileNotFoundError as error:
         raise InputError(f"{directory} is not a run (no settings.json): give the folder of a `search.random` run") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged ({error}): delete the run {directory} and start it again") from error
-    except SQLAlchemyError as error:
+    except (SQLAlchemyError, optuna.exceptions.OptunaError, ImportError) as error:
         raise InputError(f"the study of {directory} cannot be read: {_first_line(error)}") from error
     return Run(
         directory,
@@ -182,20 +197,24 @@ def _storage_url(directory: Path, storage: str | None) -> str:
     return storage or f"sqlite:///{directory.absolute() / 'study.db'}"
 
 
-def _check_settings(directory: Path, settings: dict[str, Any]) -> None:
+def _check_settings(directory: Path, settings: dict[str, Any]) -> str | None:
+    """The id of the run that is there, None if there is none. Raises InputError if its settings differ."""
     path = directory / "settings.json"
     if not path.exists():
-        return
+        return None
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))["settings"]
+        description = json.loads(path.read_text(encoding="utf-8"))
+        before, run_id = dict(description["settings"]), str(description["id"])
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged ({error}): delete the run {directory} and start it again") from error
     for field in sorted(before.keys() | settings.keys()):
         if before.get(field) != settings.get(field):
+            flag = _FLAGS.get(field, f"--{field.replace('_', '-')}")
             raise InputError(
-                f"run {directory} was started with --{field.replace('_', '-')} {before.get(field)}, now it is "
-                f"{settings.get(field)}: use the same value, another --name, or delete that folder"
+                f"run {directory} was started with {flag} {before.get(field)}, now it is {settings.get(field)}: "
+                "use the same value, another --name, or delete that folder"
             )
+    return run_id
 
 
 def _with_state(study: optuna.Study, *states: TrialState) -> list[FrozenTrial]:

@@ -89,16 +89,24 @@ class RayWorkers:
         try:
             import ray
         except ImportError as error:
-            raise InputError("--workers above 1 needs Ray: pip install 'dense-prediction-cell[workers]'") from error
+            raise InputError("--workers above 1 needs Ray: pip install -e '.[workers]'") from error
         self._ray: Any = ray
         self.capacity = count
         if not ray.is_initialized():
             ray.init(logging_level=logging.ERROR, log_to_driver=False, include_dashboard=False)
         gpus = 1 if device.startswith("cuda") else 0
+        resources: Any = ray.cluster_resources  # untyped
+        available = int(resources().get("GPU", 0))
+        if gpus * count > available:
+            raise InputError(f"--workers {count} on CUDA needs {count} GPUs, Ray has {available}: give fewer workers")
         threads = max(1, torch.get_num_threads() // count)
         actor_class: Any = ray.remote(num_gpus=gpus, num_cpus=0)(_Evaluator)
         self._create: Callable[[], Any] = lambda: actor_class.remote(create_task, threads)
         self._idle = [self._create() for _ in range(count)]
+        try:
+            ray.get([actor.ready.remote() for actor in self._idle])
+        except ray.exceptions.RayActorError as error:  # not a cell's fault, so better said before the first cell
+            raise InputError(f"the workers cannot start: {str(error).strip().splitlines()[-1]}") from error
         self._running: dict[Any, tuple[Job, Any, int]] = {}  # by reference: the job, its actor, deaths so far
 
     def submit(self, job: Job, deaths: int = 0) -> None:
@@ -111,7 +119,7 @@ class RayWorkers:
             job, actor, deaths = self._running.pop(reference)
             try:
                 outcome: Outcome = self._ray.get(reference)
-            except self._ray.exceptions.RayActorError:
+            except (self._ray.exceptions.RayActorError, self._ray.exceptions.ObjectLostError):
                 self._idle.append(self._create())
                 if deaths + 1 == MAX_DEATHS:
                     return Outcome(job, failure=f"its worker died {MAX_DEATHS} times")
@@ -129,6 +137,9 @@ class _Evaluator:
     def __init__(self, create_task: Callable[[], ProxyTask], threads: int) -> None:
         torch.set_num_threads(threads)
         self._task = create_task()
+
+    def ready(self) -> None:
+        """Answers once the task is made."""
 
     def evaluate(self, job: Job) -> Outcome:
         return evaluate(self._task, job)

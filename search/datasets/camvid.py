@@ -84,7 +84,7 @@ class CamVid:
         digest = hashlib.sha256(self.split.encode())
         for path in (path for pair in self.files for path in pair):
             state = path.stat()
-            digest.update(f"{path.parent.name}/{path.name} {state.st_size} {state.st_mtime_ns}\n".encode())
+            digest.update(f"{path.parent.name}/{path.name} {state.st_size}\n".encode())
         return digest.hexdigest()
 
 

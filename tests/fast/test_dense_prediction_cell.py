@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from fast.batch_norm import MOMENTUM
 from fast.dense_prediction_cell import DensePredictionCell, decays, load_reference_weights, reference_weights
 from reference.atrous_separable_conv import SeparableConv
 from reference.batch_norm import Array
@@ -77,12 +78,20 @@ def draw(cell: Cell, size: tuple[int, int], batch: int, seed: int) -> tuple[Arra
     return features, weights, rng.standard_normal((batch, CELL_CHANNELS, *size))
 
 
-def expected_step(cell: Cell, features: Array, weights: CellWeights[Array], cotangent: Array, options: BranchOptions) -> Step:
+def expected_step(
+    cell: Cell,
+    features: Array,
+    weights: CellWeights[Array],
+    cotangent: Array,
+    options: BranchOptions,
+    momentum: float = MOMENTUM,
+) -> Step:
     return reference_step(
         lambda x, w: dense_prediction_cell(x, cell, w, options),
         lambda g, x, w: dense_prediction_cell_backward(g, x, cell, w, options),
         (features, weights),
         cotangent,
+        momentum=momentum,
     )
 
 
@@ -142,6 +151,35 @@ def test_step_equals_reference_with_pinned_pooling_size(
 def test_every_searchable_operation_equals_reference(device: str, operation: Operation) -> None:
     for training in (False, True):
         check(single(operation), (5, 8), 2, BranchOptions(training), "contiguous", device, seed=0)
+
+
+@every_device
+@pytest.mark.parametrize(
+    "options",
+    [
+        BranchOptions(training=True, rate_multiplier=2),
+        BranchOptions(training=False, rate_multiplier=2, pooling="grid_cells"),
+        BranchOptions(training=True, pooling_size=(4, 6)),
+        BranchOptions(training=False, pooling_size=(6, 4)),
+    ],
+)
+def test_options_reach_the_operations(device: str, options: BranchOptions) -> None:
+    """With rates and grids whose undoubled, transposed or unpinned form would read other pixels of this map."""
+    separable, pool = Operation("atrous_separable_conv", rate=(1, 3)), Operation("pyramid_pooling", grid_size=(2, 3))
+    cell = Cell((Branch(BACKBONE_FEATURE, separable), Branch(BACKBONE_FEATURE, pool), Branch(0, CONV1X1)))
+    check(cell, (8, 11), 2, options, "contiguous", device, seed=0)
+
+
+@pytest.mark.parametrize("operation", KINDS, ids=str)
+def test_momentum_of_the_norms_is_used(operation: Operation) -> None:
+    cell, options = single(operation), BranchOptions(training=True)
+    features, weights, cotangent = draw(cell, (5, 8), 2, seed=0)
+    module = small_cell(cell, options).double()
+    for norm in module.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.momentum = 0.25
+    actual = module_step(module, features, weights, cotangent)
+    assert_equal_steps(actual, expected_step(cell, features, weights, cotangent, options, momentum=0.25))
 
 
 @every_device

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
 import search.features
@@ -117,7 +118,7 @@ def spoil(path: str, change: Callable[[Path], object]) -> Callable[[Path], list[
     return act
 
 
-def save(array: np.ndarray) -> Callable[[Path], None]:  # type: ignore[type-arg]
+def save(array: NDArray[np.uint8]) -> Callable[[Path], None]:
     return lambda path: Image.fromarray(array).save(path)
 
 
@@ -157,9 +158,15 @@ BAD_SEARCH = BAD_INPUT | {
 }
 
 
+COMMANDS: dict[str, Callable[[], None]] = {
+    "features": lambda: run_command(FeatureSettings, search.features.main, prog="command"),
+    "random": lambda: run_command(RandomSettings, search.random.main, prog="command"),
+}
+
+
 def is_one_sentence(error: str, sentence: str) -> bool:
     """Exactly one error, on the last line; only progress bars may stand before it."""
-    lines = [line for line in error.splitlines() if not line.startswith("features of")]
+    lines = [line for line in error.splitlines() if line and not line.startswith("features of")]
     return len(lines) == 1 and re.match(rf"error: .*{sentence}", lines[0]) is not None
 
 
@@ -179,10 +186,7 @@ def test_bad_input_is_refused_and_nothing_is_left_half_written(
     act, sentence = BAD_SEARCH[case]
     monkeypatch.setattr(sys, "argv", ["command", *flags_for(tmp_path, weights), *act(tmp_path)])
     with pytest.raises(SystemExit) as end:
-        if module == "features":
-            run_command(FeatureSettings, search.features.main, prog="command")
-        else:
-            run_command(RandomSettings, search.random.main, prog="command")
+        COMMANDS[module]()
     assert end.value.code == 2
     output = capsys.readouterr()
     assert is_one_sentence(output.err, sentence), output.err

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -154,7 +155,12 @@ def test_an_interrupted_cache_is_finished_to_the_same_bytes(
 
     asked = []
     original = Pictures.__getitem__
-    monkeypatch.setattr(Pictures, "__getitem__", lambda self, index: asked.append(index) or original(self, index))
+
+    def getitem(self: Pictures, index: int) -> Sample:
+        asked.append(index)
+        return original(self, index)
+
+    monkeypatch.setattr(Pictures, "__getitem__", getitem)
     build(tmp_path / "cache", TWENTY)
     assert asked == [0, *range(broken // 8 * 8, 20)]  # the first for its size; what was finished is not computed again
     assert contents(tmp_path / "cache") == contents(tmp_path / "whole")
@@ -274,7 +280,7 @@ def test_a_backbone_without_the_corners_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(search.features.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     with pytest.raises(InputError, match=r"cannot write .*needs .* GiB of free disk.*--cache-dir"):
         build(tmp_path, TWENTY)
     assert contents(tmp_path) == {}

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from scipy.stats import chi2
 
 import search.proxy
+from fast.batch_norm import recompute_statistics
 from fast.mean_iou import confusion_matrix
 from fast.segmentation import SegmentationHead
 from reference.cell import Cell
@@ -146,7 +147,7 @@ def test_scores_that_are_not_finite_are_an_error() -> None:
 def test_schedule_and_weight_decay(monkeypatch: pytest.MonkeyPatch) -> None:
     rates: list[float] = []
     decays: dict[int, float] = {}
-    momenta = set()
+    momenta: set[float] = set()
 
     class Spy(torch.optim.SGD):
         def step(self, closure: Any = None) -> Any:
@@ -156,7 +157,7 @@ def test_schedule_and_weight_decay(monkeypatch: pytest.MonkeyPatch) -> None:
             decays.update({p.data_ptr(): group["weight_decay"] for group in self.param_groups for p in group["params"]})
             return super().step(closure)
 
-    monkeypatch.setattr(search.proxy.torch.optim, "SGD", Spy)
+    monkeypatch.setattr(torch.optim, "SGD", Spy)
     _, head = make_task(iterations=10).evaluate(CELL, (0,))
     np.testing.assert_allclose(rates, [0.2 * (1 - t / 10) ** 0.9 for t in range(10)], rtol=1e-12)  # from 0.2, towards 0
     assert momenta == {0.9}
@@ -269,7 +270,7 @@ def test_a_class_that_is_nowhere_has_no_score() -> None:
 def test_statistics_are_those_of_the_trained_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """Before scoring, running statistics are recomputed in as many batches as asked for, without touching a weight."""
     seen: dict[str, Any] = {}
-    original = search.proxy.recompute_statistics
+    original = recompute_statistics
 
     def spy(head: SegmentationHead, batches: Any) -> None:
         before = [p.clone() for p in head.parameters()]

@@ -27,13 +27,15 @@ def make_result(mean_iou: float = 0.5) -> ProxyResult:
     return ProxyResult(mean_iou, (0.25, None, 0.75), ((1, 2.5), (2, 1 / 3)), 356_160, 3 * 10**9, 1.25, 2**33)
 
 
-def begin(directory: Path, storage: str | None = None, **changes: Any) -> AbstractContextManager[Study]:
+def begin(
+    directory: Path, changes: dict[str, object] | None = None, *, storage: str | None = None
+) -> AbstractContextManager[Study]:
     command = ["python", "-m", "search.random", "--data-dir", "my pictures"]
     palette = np.array([[1, 2, 3], [4, 5, 6], [255, 0, 9]], np.uint8)
     sampler = create_sampler("paper", SPACE, 0)
     names = ("sky", "road", "tree")
     return open_run(
-        directory, SETTINGS | changes, sampler, storage=storage, command=command, class_names=names, palette=palette
+        directory, SETTINGS | (changes or {}), sampler, storage=storage, command=command, class_names=names, palette=palette
     )
 
 
@@ -112,6 +114,21 @@ def test_an_unfinished_comparison_is_closed(directory: Path) -> None:
         assert len(study.baselines()) == 1
 
 
+@pytest.mark.parametrize("is_failure", [False, True])
+def test_a_failed_comparison_is_final_and_an_interrupted_one_is_not(directory: Path, is_failure: bool) -> None:
+    with begin(directory) as study:
+        number = study.comparison.ask().number
+        if is_failure:
+            study.tell_comparison_failure(number, "aspp", 0, "the loss was nan")
+        else:  # killed between writing and telling
+            study._set_attributes(study.comparison, number, {"name": "aspp", "seed": 0, "result": {}})
+    with begin(directory) as study:
+        study.discard_unfinished_comparisons()
+        assert study.compared("aspp") == ({0} if is_failure else set())
+        assert study.compared("dpc") == {3}
+        assert [record.name for record in study.baselines()] == ["dpc"]
+
+
 def test_ranked_is_best_first_without_duplicates_and_failures() -> None:
     scores = [0.2, None, 0.9, 0.5, 0.9]
     records = [TrialRecord(i, CELL, None if s is None else make_result(s), None, None) for i, s in enumerate(scores)]
@@ -154,7 +171,7 @@ def test_other_settings_are_refused_by_flag(directory: Path, field: str, value: 
     with pytest.raises(
         InputError, match=f"was started with {flag}, now it is .*: use the same value, another --name, or delete"
     ):
-        begin(directory, **{field: value}).__enter__()
+        begin(directory, {field: value}).__enter__()
     assert (directory / "settings.json").read_bytes() == settings
 
 
@@ -195,7 +212,7 @@ def test_a_folder_that_is_no_run_is_refused_and_left_alone(tmp_path: Path) -> No
 
 def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(InputError, match="cannot write .*give another --runs-dir"):
+    with pytest.raises(InputError, match=r"cannot write .*give another --runs-dir"):
         begin(tmp_path / "file").__enter__()
 
 
