@@ -47,7 +47,7 @@ class Dataset(Protocol):
         """Sample `index`; IndexError beyond the end, InputError for a file that cannot be used."""
 
     def fingerprint(self) -> str:
-        """Hexadecimal digest that changes whenever the samples may have changed."""
+        """Hexadecimal digest of what the samples come from: the generator, or the names and sizes of the files."""
 
 
 def open_dataset(name: str, split: str, data_dir: Path | None) -> Dataset:

@@ -217,12 +217,9 @@ def test_another_seed_is_another_search(settings: RandomSettings, uninterrupted:
 
 DEATHS: dict[str, tuple[object, str, int]] = {
     "while features are cached": (search.features, "write_json", 1),
-    "in the first comparison": (ProxyTask, "evaluate", 1),
     "before a comparison is told": (optuna.Study, "tell", 2),
-    "before a cell is proposed": (search.random, "suggest_cell", 3),
     "in the middle of a training": (ProxyTask, "_draw_batch", 4 * 10 + 3),  # 10 batches each: the fifth job
     "before a head is saved": (search.random, "save_head", 3),
-    "before a cell's result is written": (Study, "_set_attributes", 5),
     "after the result, before the trial is finished": (optuna.Study, "tell", 6),
     "in the last comparison": (ProxyTask, "evaluate", 2 + 6 + 1),
     "before the report": (search.random, "finish", 1),
@@ -352,13 +349,12 @@ def test_an_equal_graph_is_not_evaluated_twice(settings: RandomSettings, monkeyp
     assert len(list((run.directory / "best_cells").iterdir())) == 1
 
 
-# Refusals
+# Refusals; those that features and search have in common are in test_cli.py
 
 
 @pytest.mark.parametrize(
     ("field", "value", "sentence"),
     [
-        ("cells", 0, "--cells must be at least 1, got 0"),
         ("iterations", 0, "--iterations must be at least 1"),
         ("statistics_batches", 0, "--statistics-batches must be at least 1"),
         ("comparison_seeds", 0, "--comparison-seeds must be at least 1"),
@@ -368,20 +364,10 @@ def test_an_equal_graph_is_not_evaluated_twice(settings: RandomSettings, monkeyp
         ("learning_rate", float("nan"), "--learning-rate must be above 0"),
         ("dropout", 1.0, "--dropout must be at least 0 and below 1"),
         ("seed", -1, "--seed must be 0 or more"),
-        ("sampler", "bayes", "--sampler bayes is unknown; choose one of paper"),
-        ("output_stride", 7, "--output-stride must be 8 or 16, got 7"),
-        ("crop_size", (40, 33), r"--crop-size 40 must be 16·k \+ 1, at most 33"),
-        ("image_size", (40, 49), r"--image-size 40 49 must be 16·k \+ 1"),
         ("image_size", (17, 49), "is 33×49, larger than 17×49: give a larger --image-size"),
         ("image_size", (0, 0), r"--image-size 0 0 must be 16·k \+ 1"),
         ("image_size", (-15, 49), r"--image-size -15 49 must be 16·k \+ 1"),
-        ("device", "abacus", "--device abacus cannot be used .* give --device cpu"),
-        ("backbone", "resnet_of_nobody", "'resnet_of_nobody' is not a timm model.*correct --backbone"),
-        ("backbone", "test_resnet", r"weights\.pth is not of test_resnet: it lacks"),
         ("weights", None, "random weights: give --weights FILE, or --pretrained"),
-        ("weights", Path("nowhere.pth"), "weights file nowhere.pth does not exist"),
-        ("dataset", "imagenet", "--dataset imagenet is unknown; choose one of"),
-        ("data_dir", Path("nowhere"), "--data-dir nowhere is not a folder"),
         ("storage", "not a database", "the study not a database cannot be used .*--storage"),
         ("storage", "nosuchdatabase://host/name", "--storage"),
     ],
