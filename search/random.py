@@ -309,6 +309,8 @@ def _check(settings: RandomSettings) -> None:
             raise InputError(f"--{field.replace('_', '-')} must not be negative, got {getattr(settings, field)}")
     if not settings.learning_rate > 0:
         raise InputError(f"--learning-rate must be above 0, got {settings.learning_rate}")
+    if settings.sampler == "paper" and settings.workers > settings.lag + 1:
+        raise InputError(f"--workers {settings.workers} needs --lag {settings.workers - 1} or more, or some would never work")
     if not 0 <= settings.dropout < 1:
         raise InputError(f"--dropout must be at least 0 and below 1, got {settings.dropout}")
 

@@ -28,7 +28,7 @@ from search.features import open_cache
 from search.proxy import NotFiniteError, ProxyResult, ProxyTask
 from search.random import RandomSettings
 from search.space import canonical_form, load_cell
-from search.study import Run, Study, load_run, ranked
+from search.study import Run, load_run, ranked
 
 BACKBONE = "test_efficientnet"
 KNOWN_CELLS = ("aspp", "dpc")
