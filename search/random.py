@@ -27,7 +27,7 @@ from reference.cell import NUM_BRANCHES, Cell
 from search.cli import InputError, run_command
 from search.datasets import open_dataset
 from search.features import FeatureCache, FeatureSettings, open_cache, prepare_caches, resolve_device, write_text
-from search.proxy import ProxySettings, ProxyTask
+from search.proxy import ProxyResult, ProxySettings, ProxyTask
 from search.report import write_report
 from search.sampler import LAG, PaperSampler, create_sampler, suggest_cell
 from search.space import SearchSpace, canonical_form, load_cell
@@ -114,6 +114,7 @@ class _Search:
         self.workers = workers
         self.caches = caches
         self.space = SearchSpace(settings.branches)
+        self.scored: dict[Cell, tuple[int, ProxyResult]] = {}  # by canonical form: the trial that was evaluated
 
     def run(self) -> None:
         self.study.discard_unfinished_comparisons()
@@ -146,12 +147,14 @@ class _Search:
         finished = {record.number for record in records}
         queue = self.study.unfinished()
         running: set[int] = set()
-        best = max((record.result.mean_iou for record in records if record.result), default=0.0)
+        for record in records:
+            if record.result:
+                self.scored.setdefault(canonical_form(record.cell), (record.number, record.result))
+        best = max((result.mean_iou for _, result in self.scored.values()), default=0.0)
+        failed = sum(record.failure is not None for record in records)
         with tqdm(total=self.settings.cells, initial=len(finished), desc="search", unit="cell") as bar:
             while True:
-                bar.set_postfix(
-                    best_mIOU=f"{100 * best:.2f}%", failed=sum(r.failure is not None for r in self.study.records())
-                )
+                bar.set_postfix(best_mIOU=f"{100 * best:.2f}%", failed=failed)
                 while len(running) < self.workers.capacity and (trial := self._next_trial(queue, finished, running)):
                     running |= self._start(trial, finished)
                     bar.update(trial.number in finished)
@@ -160,6 +163,7 @@ class _Search:
                 outcome = self.workers.wait()
                 running.remove(outcome.job.key)
                 finished.add(outcome.job.key)
+                failed += outcome.failure is not None
                 best = max(best, self._finish_trial(outcome, best))
                 bar.update()
 
@@ -177,12 +181,11 @@ class _Search:
     def _start(self, trial: optuna.Trial, finished: set[int]) -> set[int]:
         """Submit the trial's cell, or take the score of an equal cell; returns the trials that now run."""
         cell = suggest_cell(trial, self.space)
-        form = canonical_form(cell)
-        for record in self.study.records():
-            if record.result is not None and canonical_form(record.cell) == form:
-                self.study.tell(self.study.search, trial.number, cell, record.result, duplicate_of=record.number)
-                finished.add(trial.number)
-                return set()
+        if twin := self.scored.get(canonical_form(cell)):
+            number, result = twin
+            self.study.tell(self.study.search, trial.number, cell, result, duplicate_of=number)
+            finished.add(trial.number)
+            return set()
         self.workers.submit(Job(trial.number, cell, (self.settings.seed, 0, trial.number)))
         return {trial.number}
 
@@ -196,6 +199,7 @@ class _Search:
         if score > best:
             self._save(outcome, "best")
         self.study.tell(self.study.search, number, outcome.job.cell, outcome.result)
+        self.scored.setdefault(canonical_form(outcome.job.cell), (number, outcome.result))
         return score
 
     def _save(self, outcome: Outcome, name: str) -> None:
