@@ -200,7 +200,10 @@ def test_bad_input_is_refused_and_nothing_is_left_half_written(
 
 def start(*arguments: str, cwd: Path) -> "subprocess.Popen[str]":
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", *arguments]
+    # As from a terminal, also where the tests themselves run in the background, which makes Ctrl-C ignored.
+    module = "import runpy, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    module += "; sys.argv = sys.argv[1:]; runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)"
+    command = [sys.executable, "-c", module, *arguments]
     return subprocess.Popen(command, cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
