@@ -14,13 +14,19 @@ MOMENTUM = 0.0003  # the authors' decay of 0.9997
 
 def batch_norm(x: Tensor, norm: BatchNorm[Tensor], *, training: bool, momentum: float = MOMENTUM, eps: float = EPS) -> Tensor:
     """Normalise x: (N, C, H, W) -> (N, C, H, W)."""
+    training = uses_batch_statistics(x, training)
+    return F.batch_norm(x, norm.running_mean, norm.running_var, norm.scale, norm.offset, training, momentum, eps)
+
+
+def uses_batch_statistics(x: Tensor, training: bool) -> bool:
+    """Whether a map (N, any C, H, W) is normalised by its own statistics: in training, unless it has one value a channel."""
     if training and x.numel() == x.shape[1]:
         warnings.warn(
             "one value per channel has no batch statistics, the running ones are used: raise the batch size or the map",
-            stacklevel=2,
+            stacklevel=3,
         )
-        training = False
-    return F.batch_norm(x, norm.running_mean, norm.running_var, norm.scale, norm.offset, training, momentum, eps)
+        return False
+    return training
 
 
 def batch_norm_relu(x: Tensor, norm: BatchNorm[Tensor], *, training: bool, momentum: float = MOMENTUM) -> Tensor:

@@ -1,4 +1,4 @@
-"""`reference/concat_project.py` on PyTorch. Dropout draws its mask from PyTorch's generator."""
+"""`reference/concat_project.py` on PyTorch. Dropout draws from PyTorch's generator: its mask, or with kernels a seed for it."""
 
 from collections.abc import Sequence
 
@@ -7,18 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fast.batch_norm import MOMENTUM
-from fast.pointwise_conv import conv1x1
+from fast.kernels import Dropout, NormedMap, backend_for
+from fast.lazy_norm import Pointwise, conv_norm, value
+from fast.pointwise_conv import lazy_conv1x1
 from reference.pointwise_conv import ConvNorm
-
-
-def dropout(x: Tensor, *, rate: float) -> Tensor:
-    """Zero a share `rate` of the elements at random and scale the others by 1 / (1 − rate); any shape, same shape."""
-    if rate == 0.0 or x.device.type != "cpu" or torch.compiler.is_compiling():  # no compiler traces random_
-        return F.dropout(x, rate)
-    # On a CPU drawing random numbers is the cost; 16 bits each, four from one draw, are enough for a rate and 2× quicker.
-    draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-    keep = draws.view(torch.int16)[: x.numel()].view(x.shape) >= round(rate * 2**16) - 2**15
-    return torch.where(keep, x * (1.0 / (1.0 - rate)), 0.0)
 
 
 def concat_project(
@@ -30,5 +22,27 @@ def concat_project(
     momentum: float = MOMENTUM,
 ) -> Tensor:
     """B maps (N, C, H, W) -> (N, C_out, H, W); a dropout_rate above 0 drops out, whatever `training` says of the norm."""
-    concat = torch.cat(tuple(branches), dim=1)  # (N, B·C, H, W)
-    return conv1x1(dropout(concat, rate=dropout_rate), weights, training=training, momentum=momentum)
+    maps = [NormedMap(branch) for branch in branches]
+    return value(lazy_concat_project(maps, weights, training=training, dropout_rate=dropout_rate, momentum=momentum))
+
+
+def lazy_concat_project(
+    branches: Sequence[NormedMap],
+    weights: ConvNorm[Tensor],
+    *,
+    training: bool,
+    dropout_rate: float = 0.0,
+    momentum: float = MOMENTUM,
+) -> NormedMap:
+    """`concat_project` from and to maps whose norm is not yet applied; kernels do not concatenate."""
+    raw = branches[0].raw
+    if backend := backend_for(raw):
+        dropout = draw_dropout(dropout_rate, raw.device) if dropout_rate > 0.0 else None
+        return conv_norm(backend, Pointwise(dropout), branches, *weights, training=training, momentum=momentum)
+    concat = torch.cat([branch.raw for branch in branches], dim=1)  # (N, B·C, H, W)
+    return lazy_conv1x1(NormedMap(F.dropout(concat, dropout_rate)), weights, training=training, momentum=momentum)
+
+
+def draw_dropout(rate: float, device: torch.device) -> Dropout:
+    """A new mask, for kernels: its seed is drawn on the device, so that a captured graph draws one at each replay."""
+    return Dropout(rate, torch.randint(2**63 - 1, (1,), device=device))

@@ -7,11 +7,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fast.atrous_separable_conv import atrous_separable_conv
+from fast.atrous_separable_conv import lazy_atrous_separable_conv
 from fast.batch_norm import MOMENTUM
-from fast.concat_project import concat_project
-from fast.pointwise_conv import conv1x1
-from fast.pyramid_pooling import pyramid_pooling
+from fast.concat_project import lazy_concat_project
+from fast.kernels import NormedMap, backend_for
+from fast.lazy_norm import value
+from fast.pointwise_conv import lazy_conv1x1
+from fast.pyramid_pooling import lazy_pyramid_pooling
 from reference.atrous_separable_conv import SeparableConv
 from reference.batch_norm import EPS, Array, BatchNorm
 from reference.cell import BACKBONE_FEATURE, Cell, Operation
@@ -60,14 +62,21 @@ class DensePredictionCell(nn.Module):
         self.projection = _ConvNorm((cell_channels, len(cell.branches) * branch_channels, 1, 1))
 
     def forward(self, features: Tensor) -> Tensor:
+        return value(self.lazy(features))
+
+    def lazy(self, features: Tensor) -> NormedMap:
+        """The output with its norm not yet applied, for whatever can apply it on load."""
         if features.ndim != 4 or features.shape[1] != self.in_channels:
             raise ValueError(f"cell needs features: (N, {self.in_channels}, H, W), got {tuple(features.shape)}")
-        maps = {BACKBONE_FEATURE: features}
+        device = features.device.type
+        if device == "cuda" and torch.is_autocast_enabled(device) and backend_for(features) is not None:
+            features = features.to(torch.get_autocast_dtype(device))  # kernels compute in the dtype of their maps
+        maps = {BACKBONE_FEATURE: NormedMap(features)}
         for i, (branch, module) in enumerate(zip(self.cell.branches, self.branches, strict=True)):
             maps[i] = module(maps[branch.input_index])
         dropout_rate = self.dropout.p if self.dropout.training else 0.0
         branches = [maps[i] for i in range(len(self.branches))]
-        return concat_project(branches, self.projection.weights(), dropout_rate=dropout_rate, **self.projection.mode())
+        return lazy_concat_project(branches, self.projection.weights(), dropout_rate=dropout_rate, **self.projection.mode())
 
     def weights(self) -> CellWeights[Tensor]:
         """The live parameters and statistics, in the reference's containers."""
@@ -130,8 +139,8 @@ class _Conv1x1Branch(nn.Module):
     def weights(self) -> ConvNorm[Tensor]:
         return self.pointwise.weights()
 
-    def forward(self, x: Tensor) -> Tensor:
-        return conv1x1(x, self.weights(), **self.pointwise.mode())
+    def forward(self, x: NormedMap) -> NormedMap:
+        return lazy_conv1x1(x, self.weights(), **self.pointwise.mode())
 
 
 class _PoolingBranch(_Conv1x1Branch):
@@ -139,8 +148,8 @@ class _PoolingBranch(_Conv1x1Branch):
         super().__init__(in_channels, channels)
         self.pooling = pooling
 
-    def forward(self, x: Tensor) -> Tensor:
-        return pyramid_pooling(x, self.weights(), **self.pooling, **self.pointwise.mode())
+    def forward(self, x: NormedMap) -> NormedMap:
+        return lazy_pyramid_pooling(x, self.weights(), **self.pooling, **self.pointwise.mode())
 
 
 class _SeparableBranch(nn.Module):
@@ -153,8 +162,8 @@ class _SeparableBranch(nn.Module):
     def weights(self) -> SeparableConv[Tensor]:
         return SeparableConv(self.depthwise.weights(), self.pointwise.weights())
 
-    def forward(self, x: Tensor) -> Tensor:
-        return atrous_separable_conv(x, self.weights(), rate=self.rate, **self.pointwise.mode())
+    def forward(self, x: NormedMap) -> NormedMap:
+        return lazy_atrous_separable_conv(x, self.weights(), rate=self.rate, **self.pointwise.mode())
 
 
 def _branch(

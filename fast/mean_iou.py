@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from fast.bilinear_resize import bilinear_resize
+from fast.kernels import backend_for
 from reference.upsampled_cross_entropy import IGNORE_INDEX
 
 
@@ -17,8 +18,11 @@ def confusion_matrix(predictions: Tensor, labels: Tensor, *, num_classes: int, i
 def upsampled_confusion_matrix(logits: Tensor, labels: Tensor, *, ignore_index: int = IGNORE_INDEX) -> Tensor:
     """Resize logits: (N, K, h, w) to labels: (N, H, W), take the best class, count -> (K, K).
 
-    One image at a time, so that full-size logits of a batch never exist.
+    By kernels, or one image at a time: full-size logits of a batch never exist.
     """
+    if backend := backend_for(logits):
+        precise = logits if logits.dtype == torch.float64 else logits.float()
+        return backend.upsampled_confusion_matrix(precise.contiguous(), labels, ignore_index)
     num_classes = logits.shape[1]
     total = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=logits.device)
     for logit, label in zip(logits, labels, strict=True):

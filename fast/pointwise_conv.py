@@ -5,16 +5,33 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fast.batch_norm import MOMENTUM, batch_norm_relu
+from fast.kernels import NormedMap, backend_for
+from fast.lazy_norm import Pointwise, conv_norm, value
 from reference.pointwise_conv import ConvNorm
 
 
 def pointwise_conv(x: Tensor, weight: Tensor) -> Tensor:
     """x: (N, C_in, H, W), weight: (C_out, C_in, 1, 1) -> (N, C_out, H, W)."""
-    if x.device.type == "cpu" and x.is_contiguous():  # one product per image, without the library's copies into columns
-        return torch.matmul(weight.flatten(1), x.flatten(2)).view(x.shape[0], weight.shape[0], *x.shape[2:])
-    return F.conv2d(x, weight)
+    return lazy_pointwise_conv(NormedMap(x), weight)
+
+
+def lazy_pointwise_conv(x: NormedMap, weight: Tensor) -> Tensor:
+    """`pointwise_conv` of a map whose norm is not yet applied."""
+    if backend := backend_for(x.raw):
+        return conv_norm(backend, Pointwise(), [x], weight, None).raw
+    if x.raw.device.type == "cpu" and x.raw.is_contiguous():  # without the library's copies into columns
+        return torch.matmul(weight.flatten(1), x.raw.flatten(2)).view(x.raw.shape[0], weight.shape[0], *x.raw.shape[2:])
+    return F.conv2d(x.raw, weight)
 
 
 def conv1x1(x: Tensor, weights: ConvNorm[Tensor], *, training: bool, momentum: float = MOMENTUM) -> Tensor:
     """Pointwise convolution, batch norm, ReLU: (N, C_in, H, W) -> (N, C_out, H, W)."""
-    return batch_norm_relu(pointwise_conv(x, weights.weight), weights.norm, training=training, momentum=momentum)
+    return value(lazy_conv1x1(NormedMap(x), weights, training=training, momentum=momentum))
+
+
+def lazy_conv1x1(x: NormedMap, weights: ConvNorm[Tensor], *, training: bool, momentum: float = MOMENTUM) -> NormedMap:
+    """`conv1x1` from and to maps whose norm is not yet applied."""
+    if backend := backend_for(x.raw):
+        return conv_norm(backend, Pointwise(), [x], *weights, training=training, momentum=momentum)
+    raw = pointwise_conv(x.raw, weights.weight)
+    return NormedMap(batch_norm_relu(raw, weights.norm, training=training, momentum=momentum))

@@ -1,16 +1,25 @@
 """`reference/pyramid_pooling.py` on PyTorch.
 
-A sliding mean is taken along rows, then along columns: k_h + k_w reads per output instead of k_h · k_w.
+A sliding mean is taken along rows, then along columns: k_h + k_w reads per output instead of k_h · k_w. Where the kernels have
+a product of planes with small matrices, it makes the means, and the resize back, in one pass over the map each.
 """
 
+import functools
+
+import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fast.batch_norm import MOMENTUM
 from fast.bilinear_resize import bilinear_resize
-from fast.pointwise_conv import conv1x1
+from fast.kernels import NormedMap, backend_for
+from fast.lazy_norm import plane_product, value
+from fast.pointwise_conv import lazy_conv1x1
+from reference.batch_norm import Array
+from reference.bilinear_resize import interpolation_matrix
 from reference.pointwise_conv import ConvNorm
-from reference.pyramid_pooling import PoolingVariant, window_size
+from reference.pyramid_pooling import PoolingVariant, pooling_matrix, window_size
 
 
 def pyramid_pooling(
@@ -24,11 +33,56 @@ def pyramid_pooling(
     momentum: float = MOMENTUM,
 ) -> Tensor:
     """Means, conv1x1 (with BN and ReLU), resize back: (N, C_in, H, W) -> (N, C_out, H, W)."""
-    height, width = x.shape[2:]
+    return lazy_pyramid_pooling(
+        NormedMap(x),
+        weights,
+        grid_size=grid_size,
+        training=training,
+        variant=variant,
+        pooling_size=pooling_size,
+        momentum=momentum,
+    ).raw
+
+
+def lazy_pyramid_pooling(
+    x: NormedMap,
+    weights: ConvNorm[Tensor],
+    *,
+    grid_size: tuple[int, int],
+    training: bool,
+    variant: PoolingVariant = "sliding_window",
+    pooling_size: tuple[int, int] | None = None,
+    momentum: float = MOMENTUM,
+) -> NormedMap:
+    """`pyramid_pooling` of a map whose norm is not yet applied; its own result is a value."""
+    size = (x.raw.shape[2], x.raw.shape[3])
+    pin_h, pin_w = pooling_size or (None, None)
+    backend = backend_for(x.raw)
+    if hasattr(backend, "plane_product"):  # means and resize are each a small matrix along either axis
+        rows = _pooling(size[0], grid_size[0], variant, pin_h, x.raw.dtype)
+        columns = _pooling(size[1], grid_size[1], variant, pin_w, x.raw.dtype)
+        means = NormedMap(plane_product(backend, x, rows, columns))
+        normed = lazy_conv1x1(means, weights, training=training, momentum=momentum)
+        rows, columns = (_resize(means.raw.shape[2 + i], size[i], x.raw.dtype) for i in range(2))
+        return NormedMap(plane_product(backend, normed, rows, columns))
     if variant == "grid_cells":
-        means = F.adaptive_avg_pool2d(x, grid_size)
+        means = NormedMap(F.adaptive_avg_pool2d(value(x), grid_size))
     else:
-        pin_h, pin_w = pooling_size or (None, None)
-        window_h, window_w = window_size(height, grid_size[0], pin_h), window_size(width, grid_size[1], pin_w)
-        means = F.avg_pool2d(F.avg_pool2d(x, (window_h, 1), stride=1), (1, window_w), stride=1)
-    return bilinear_resize(conv1x1(means, weights, training=training, momentum=momentum), (height, width))
+        window_h, window_w = window_size(size[0], grid_size[0], pin_h), window_size(size[1], grid_size[1], pin_w)
+        means = NormedMap(F.avg_pool2d(F.avg_pool2d(value(x), (window_h, 1), stride=1), (1, window_w), stride=1))
+    return NormedMap(bilinear_resize(value(lazy_conv1x1(means, weights, training=training, momentum=momentum)), size))
+
+
+@functools.lru_cache(maxsize=256)
+def _pooling(size: int, grid: int, variant: PoolingVariant, pooling_size: int | None, dtype: torch.dtype) -> Tensor:
+    return _tensor(pooling_matrix(size, grid, variant=variant, pooling_size=pooling_size), dtype)
+
+
+@functools.lru_cache(maxsize=256)
+def _resize(in_size: int, out_size: int, dtype: torch.dtype) -> Tensor:
+    return _tensor(interpolation_matrix(in_size, out_size), dtype)
+
+
+def _tensor(matrix: Array, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):  # a matrix first made in inference serves training too
+        return torch.from_numpy(np.ascontiguousarray(matrix)).to(dtype)

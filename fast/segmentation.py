@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from fast.backbone import Backbone
 from fast.bilinear_resize import bilinear_resize
 from fast.dense_prediction_cell import DensePredictionCell
+from fast.pointwise_conv import lazy_pointwise_conv
 
 
 class SegmentationHead(nn.Module):
@@ -19,11 +20,13 @@ class SegmentationHead(nn.Module):
         self.context = context
         self.classifier = nn.Conv2d(context.cell_channels, num_classes, kernel_size=1)
         nn.init.trunc_normal_(self.classifier.weight, std=0.01, a=-0.02, b=0.02)
-        nn.init.zeros_(self.classifier.bias)  # type: ignore[arg-type]  # a Conv2d built with a bias has one
+        nn.init.zeros_(self.classifier.bias)  # type: ignore[arg-type]  # as below
 
     def forward(self, features: Tensor) -> Tensor:
-        logits: Tensor = self.classifier(self.context(features))
-        return logits
+        logits = lazy_pointwise_conv(self.context.lazy(features), self.classifier.weight)
+        bias = self.classifier.bias
+        assert bias is not None  # a Conv2d built with a bias has one
+        return logits + bias[:, None, None]
 
 
 class SegmentationNetwork(nn.Module):

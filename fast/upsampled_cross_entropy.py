@@ -1,4 +1,4 @@
-"""`reference/upsampled_cross_entropy.py` on PyTorch, by bands of rows.
+"""`reference/upsampled_cross_entropy.py` on PyTorch: by kernels, or by bands of rows.
 
 Full-size logits of a batch, 360 MB at the paper's proxy size, never exist: one image's band is upsampled, its loss taken and
 its gradient sent back to the small logits at once, while the band is in the cache. So the gradient is ready when the loss is.
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fast.kernels import backend_for
 from reference.bilinear_resize import interpolation_matrix
 from reference.upsampled_cross_entropy import IGNORE_INDEX
 
@@ -21,6 +22,8 @@ def upsampled_cross_entropy(logits: Tensor, labels: Tensor, *, ignore_index: int
 
     Computed in float32, or in float64 if the logits are. Differentiable once.
     """
+    if logits.shape[0] != labels.shape[0]:
+        raise ValueError(f"{logits.shape[0]} images have logits, {labels.shape[0]} have labels")
     precise = logits if logits.dtype == torch.float64 else logits.float()
     with torch.autocast(logits.device.type, enabled=False):  # its products would be rounded to bf16
         loss: Tensor = _UpsampledCrossEntropy.apply(precise, labels, ignore_index)
@@ -30,33 +33,39 @@ def upsampled_cross_entropy(logits: Tensor, labels: Tensor, *, ignore_index: int
 class _UpsampledCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
-        height, width = labels.shape[1:]
-        rows, columns = _matrix(logits, logits.shape[2], height), _matrix(logits, logits.shape[3], width)
-        band = max(1, BAND_BYTES.get(logits.device.type, 1 << 22) // (logits.shape[1] * width * logits.element_size()))
-        total, grad = logits.new_zeros((), dtype=torch.float64), torch.empty_like(logits)
-        for n in range(logits.shape[0]):
-            wide = logits[n] @ columns.T  # (K, h, W)
-            grad_wide = torch.zeros_like(wide)
-            for top in range(0, height, band):
-                weights = rows[top : top + band]  # (band, h), nonzero only between the feature rows around the band
-                first, last = top * (logits.shape[2] - 1) // max(height - 1, 1), logits.shape[2]
-                last = min(last, (top + weights.shape[0] - 1) * (logits.shape[2] - 1) // max(height - 1, 1) + 2)
-                weights = weights[:, first:last]
-                loss, grad_band = _softmax_cross_entropy(
-                    weights @ wide[:, first:last], labels[n, top : top + band], ignore_index
-                )
-                total += loss
-                grad_wide[:, first:last] += weights.T @ grad_band
-            grad[n] = grad_wide @ columns
-        count = (labels != ignore_index).sum().clamp(min=1)
-        ctx.save_for_backward(grad.div_(count))
-        return (total / count).to(logits.dtype)
+        backend = backend_for(logits)
+        compute = _by_bands if backend is None else backend.upsampled_cross_entropy
+        loss, grad = compute(logits.contiguous(), labels, ignore_index)
+        ctx.save_for_backward(grad)
+        return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None]:
         (grad,) = ctx.saved_tensors
         return grad * grad_loss, None, None
+
+
+def _by_bands(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """The mean loss and the gradient of the logits."""
+    height, width = labels.shape[1:]
+    rows, columns = _matrix(logits, logits.shape[2], height), _matrix(logits, logits.shape[3], width)
+    band = max(1, BAND_BYTES.get(logits.device.type, 1 << 22) // (logits.shape[1] * width * logits.element_size()))
+    total, grad = logits.new_zeros((), dtype=torch.float64), torch.empty_like(logits)
+    for n in range(logits.shape[0]):
+        wide = logits[n] @ columns.T  # (K, h, W)
+        grad_wide = torch.zeros_like(wide)
+        for top in range(0, height, band):
+            weights = rows[top : top + band]  # (band, h), nonzero only between the feature rows around the band
+            first, last = top * (logits.shape[2] - 1) // max(height - 1, 1), logits.shape[2]
+            last = min(last, (top + weights.shape[0] - 1) * (logits.shape[2] - 1) // max(height - 1, 1) + 2)
+            weights = weights[:, first:last]
+            loss, grad_band = _softmax_cross_entropy(weights @ wide[:, first:last], labels[n, top : top + band], ignore_index)
+            total += loss
+            grad_wide[:, first:last] += weights.T @ grad_band
+        grad[n] = grad_wide @ columns
+    count = (labels != ignore_index).sum().clamp(min=1)
+    return (total / count).to(logits.dtype), grad.div_(count)
 
 
 def _softmax_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:

@@ -9,8 +9,21 @@ authors use for pooled maps, logits and decoder. With corners aligned, feature (
 """
 
 import numpy as np
+from numpy.typing import NDArray
 
 from reference.batch_norm import Array
+
+
+def interpolation_taps(in_size: int, out_size: int) -> tuple[NDArray[np.int64], Array]:
+    """For each output along one axis: the lower of the two neighbours it reads, and the weight of the upper one.
+
+    >>> interpolation_taps(2, 3)
+    (array([0, 0, 1]), array([0. , 0.5, 0. ]))
+    """
+    step = (in_size - 1) / (out_size - 1) if out_size > 1 else 0.0
+    position = np.arange(out_size) * step
+    lower = np.minimum(position.astype(np.int64), in_size - 1)
+    return lower, position - lower
 
 
 def interpolation_matrix(in_size: int, out_size: int) -> Array:
@@ -21,15 +34,11 @@ def interpolation_matrix(in_size: int, out_size: int) -> Array:
            [0.5, 0.5],
            [0. , 1. ]])
     """
-    step = (in_size - 1) / (out_size - 1) if out_size > 1 else 0.0
-    position = np.arange(out_size) * step
-    lower = np.minimum(position.astype(np.int64), in_size - 1)
-    upper = np.minimum(lower + 1, in_size - 1)
-    fraction = position - lower
+    lower, fraction = interpolation_taps(in_size, out_size)
     matrix = np.zeros((out_size, in_size), dtype=np.float64)
     rows = np.arange(out_size)
     matrix[rows, lower] += 1.0 - fraction
-    matrix[rows, upper] += fraction
+    matrix[rows, np.minimum(lower + 1, in_size - 1)] += fraction
     return matrix
 
 

@@ -1,7 +1,6 @@
 """The proxy task (paper, sections 3.3 and 4.1): train a cell and its classifier briefly on cached features, and score it.
 
-No image and no backbone is touched. Crops are drawn on the feature grid: a crop of h × w features at (i, j) belongs to the
-window of s·(h − 1) + 1 by s·(w − 1) + 1 labels at pixel (s·i, s·j), for output stride s.
+No image and no backbone is touched. Training itself, crops included, is `fast/train_step.py`.
 """
 
 import math
@@ -17,10 +16,10 @@ import torch
 from torch import Tensor
 
 from fast.batch_norm import recompute_statistics
-from fast.dense_prediction_cell import DensePredictionCell, decays
+from fast.dense_prediction_cell import DensePredictionCell
 from fast.mean_iou import upsampled_confusion_matrix
 from fast.segmentation import SegmentationHead
-from fast.upsampled_cross_entropy import upsampled_cross_entropy
+from fast.train_step import Precision, TrainStep
 from reference.cell import Cell
 from reference.mean_iou import class_iou, mean_iou
 from reference.pyramid_pooling import PoolingVariant
@@ -53,6 +52,8 @@ class ProxySettings:
     """Filters of each branch and of the cell's output."""
     pooling: PoolingVariant = "sliding_window"
     """Pyramid pooling as in the authors' code (sliding_window) or in the paper's words (grid_cells)."""
+    precision: Precision = "auto"
+    """Of the products in training: float32, bfloat16, or the latter where the device is quicker at it (auto)."""
     statistics_batches: int = 16
     """Training batches from which the batch norm statistics are recomputed before scoring."""
 
@@ -96,12 +97,11 @@ class ProxyTask:
         _reset_peak_memory(self.device)
         number = int(np.random.SeedSequence(list(seed)).generate_state(1)[0])
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(number)  # initial weights and dropout
-            rng = np.random.default_rng(number)  # crops
+            torch.manual_seed(number)  # initial weights, crops and dropout
             head = self._create_head(cell).to(self.device)
-            curve = self._train_head(head, rng, on_step)
-            statistics = (self._draw_batch(rng)[0] for _ in range(self.settings.statistics_batches))
-            recompute_statistics(head, statistics)
+            step = self._create_step(head)
+            curve = self._train_head(step, on_step)
+            recompute_statistics(head, (step.draw()[0] for _ in range(self.settings.statistics_batches)))
         confusion = self._confusion(head)
         iou = class_iou(confusion)
         size = self._val[0].shape[2:]
@@ -131,48 +131,33 @@ class ProxyTask:
         )
         return SegmentationHead(context, self.num_classes)
 
-    def _train_head(
-        self, head: SegmentationHead, rng: np.random.Generator, on_step: Callable[[int], None]
-    ) -> tuple[tuple[int, float], ...]:
+    def _create_step(self, head: SegmentationHead) -> TrainStep:
         settings = self.settings
-        decay = decays(head)
-        groups = [
-            {"params": [p for name, p in head.named_parameters() if decay[name]], "weight_decay": settings.weight_decay},
-            {"params": [p for name, p in head.named_parameters() if not decay[name]], "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.SGD(groups, lr=settings.learning_rate, momentum=settings.momentum)
-        schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, settings.iterations, power=0.9)
-        head.train()
+        return TrainStep(
+            head,
+            *self._train,
+            output_stride=self.output_stride,
+            crop=self.crop,
+            batch_size=settings.batch_size,
+            iterations=settings.iterations,
+            learning_rate=settings.learning_rate,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+            precision=settings.precision,
+        )
+
+    def _train_head(self, step: TrainStep, on_step: Callable[[int], None]) -> tuple[tuple[int, float], ...]:
+        iterations = self.settings.iterations
         curve = []
-        every = max(1, settings.iterations // _CURVE_POINTS)
-        for iteration in range(1, settings.iterations + 1):
-            features, labels = self._draw_batch(rng)
-            loss = upsampled_cross_entropy(head(features), labels)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            schedule.step()
-            if iteration % every == 0 or iteration == settings.iterations:  # reading the loss waits for the device
+        every = max(1, iterations // _CURVE_POINTS)
+        for iteration in range(1, iterations + 1):
+            loss = step()
+            if iteration % every == 0 or iteration == iterations:  # reading the loss waits for the device
                 curve.append((iteration, loss.item()))
                 if not math.isfinite(curve[-1][1]):
                     raise NotFiniteError(f"the loss was {curve[-1][1]} at iteration {iteration}; try a lower --learning-rate")
             on_step(iteration)
         return tuple(curve)
-
-    def _draw_batch(self, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """Random crops: features (N, C, h, w) float32 and their labels (N, H, W) uint8, on the device."""
-        features, labels = self._train
-        stride, (height, width) = self.output_stride, self.crop
-        window = (stride * (height - 1) + 1, stride * (width - 1) + 1)
-        crops = []
-        for index in rng.integers(features.shape[0], size=self.settings.batch_size):
-            top = int(rng.integers(features.shape[2] - height + 1))
-            left = int(rng.integers(features.shape[3] - width + 1))
-            crop = features[index, :, top : top + height, left : left + width]
-            label = labels[index, stride * top :, stride * left :][: window[0], : window[1]]
-            crops.append((crop, label))
-        batch, targets = (torch.stack(parts) for parts in zip(*crops, strict=True))
-        return batch.to(self.device, torch.float32), targets.to(self.device)
 
     @torch.inference_mode()
     def _confusion(self, head: SegmentationHead) -> np.typing.NDArray[np.int64]:
@@ -203,7 +188,8 @@ class ProxyTask:
         if self.device.type == "cuda":
             size = cache.features.nbytes + cache.labels.nbytes
             if size < torch.cuda.mem_get_info(self.device)[0] // 2:
-                return cache.features.to(self.device), cache.labels.to(self.device)
+                features = cache.features.to(self.device, memory_format=torch.channels_last)  # crops are then contiguous rows
+                return features, cache.labels.to(self.device)
         return cache.features, cache.labels
 
 

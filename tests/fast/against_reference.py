@@ -4,6 +4,7 @@ A step is the output, the gradients of <cotangent, output> for all inputs and we
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fast.batch_norm import MOMENTUM
+from fast.kernels import using
 from reference.batch_norm import Array, BatchNorm, updated_running_statistics
 from tests.fast.error_budget import assert_within_budget
 from tests.reference.directional_derivative import leaves, rebuilt, with_batch_norms
@@ -120,12 +122,14 @@ def check(
     layout: Layout = "contiguous",
     **arguments: Any,
 ) -> None:
-    """Same name, same arguments: `fast(*inputs, **arguments)` in float64 makes the reference's step."""
+    """Same name, same arguments: `fast(*inputs, **arguments)` in float64 makes the reference's step, also without kernels."""
     forward, backward = reference
     cotangent = rng.standard_normal(forward(*inputs, **arguments).shape)
     expected = reference_step(forward, backward, inputs, cotangent, **arguments)
-    actual = torch_step(lambda *x: fast(*x, **arguments), to_tensors(inputs, device, layout), cotangent)
-    assert_equal_steps(actual, expected)
+    for kernels in (nullcontext(), using(None)):
+        with kernels:
+            actual = torch_step(lambda *x: fast(*x, **arguments), to_tensors(inputs, device, layout), cotangent)
+        assert_equal_steps(actual, expected)
 
 
 def _laid_out(tensor: Tensor, layout: Layout) -> Tensor:

@@ -20,6 +20,7 @@ from PIL import Image
 import search.features
 import search.random
 from fast.checkpoint import load_head
+from fast.train_step import TrainStep
 from reference.cell import CONV1X1, Branch, Cell, Operation
 from reference.mean_iou import mean_iou
 from search.cli import InputError
@@ -218,7 +219,7 @@ def test_another_seed_is_another_search(settings: RandomSettings, uninterrupted:
 DEATHS: dict[str, tuple[object, str, int]] = {
     "while features are cached": (search.features, "write_json", 1),
     "before a comparison is told": (optuna.Study, "tell", 2),
-    "in the middle of a training": (ProxyTask, "_draw_batch", 4 * 10 + 3),  # 10 batches each: the fifth job
+    "in the middle of a training": (TrainStep, "draw", 4 * 10 + 3),  # 10 batches each: the fifth job
     "before a head is saved": (search.random, "save_head", 3),
     "after the result, before the trial is finished": (optuna.Study, "tell", 6),
     "in the last comparison": (ProxyTask, "evaluate", 2 + 6 + 1),

@@ -1,0 +1,160 @@
+"""Where the fast path leaves the library: C++ kernels for CPUs (`cpp/`), Triton kernels for GPUs, behind one interface.
+
+Between kernels a map travels as the raw output of its convolution with two numbers per channel: its value is
+relu(scale · raw + offset). Whoever loads it applies them, so a normalised map is never written, and the batch norm costs the
+sums that the convolution takes of its output while that is still in a register or a cache. The same on the way back: the
+gradient that a convolution gets through its own statistics is slope · raw + intercept per channel, added on load.
+
+    raw = conv(x)   mean, var over (N, H, W)      scale = γ / √(var + ε)    offset = β - mean · scale           (`fold`)
+    G = ∂L/∂scale - mean · ∂L/∂offset             ∂L/∂γ = G / √(var + ε)    ∂L/∂β = ∂L/∂offset                  (`unfold`)
+    slope = -γ · G / (var + ε)^(3/2) / (N·H·W)    intercept = -scale · ∂L/∂offset / (N·H·W) - slope · mean
+"""
+
+import contextlib
+import importlib
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from typing import Any, NamedTuple, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from reference.batch_norm import BatchNorm
+
+
+class NormedMap(NamedTuple):
+    """A map whose value is relu(scale · raw + offset), or raw itself where both are None. Also the container of gradients."""
+
+    raw: Tensor  # (N, C, H, W)
+    scale: Tensor | None = None  # (C,), float32, or float64 for a float64 map
+    offset: Tensor | None = None  # (C,)
+
+
+class Folded(NamedTuple):
+    """A batch norm in training, as two numbers per channel, and what its gradient needs."""
+
+    scale: Tensor  # (C,)
+    offset: Tensor  # (C,)
+    mean: Tensor  # (C,)
+    inv_std: Tensor  # (C,), 1 / √(var + ε)
+
+
+class Unfolded(NamedTuple):
+    """Gradients of a batch norm in training: its parameters', and what its input gets through the statistics."""
+
+    slope: Tensor  # (C,)
+    intercept: Tensor  # (C,)
+    gamma: Tensor  # (C,)
+    beta: Tensor  # (C,)
+
+
+class Dropout(NamedTuple):
+    """Which elements of a concatenation are dropped: a function of the seed and of each element's place alone."""
+
+    rate: float  # in (0, 1)
+    seed: Tensor  # (1,), int64, on the device: a captured CUDA graph draws a new one at each replay
+
+
+class Backend(Protocol):
+    """What a device's kernels compute. Maps are dense in `memory_format`; results are the same at every call.
+
+    `moments` is the backend's own: whatever `fold` needs to know of the sums over (N, H, W).
+    """
+
+    memory_format: torch.memory_format
+
+    def depthwise_forward(
+        self, x: NormedMap, weight: Tensor, rate: tuple[int, int], *, statistics: bool
+    ) -> tuple[Tensor, Any]:
+        """weight: (C, 1, 3, 3) -> raw output (N, C, H, W) and its moments, or None without `statistics`."""
+        ...
+
+    def depthwise_backward(
+        self,
+        grad: Tensor,
+        raw: Tensor,
+        unfolded: Unfolded | None,  # None: the norm used running statistics
+        x: NormedMap,
+        weight: Tensor,
+        rate: tuple[int, int],
+        *,
+        need_input: bool,
+    ) -> tuple[NormedMap | None, Tensor]:
+        """Gradients of x.raw, x.scale and x.offset, and of the weight, given that of the raw output."""
+        ...
+
+    def pointwise_forward(
+        self, maps: Sequence[NormedMap], weight: Tensor, dropout: Dropout | None, *, statistics: bool
+    ) -> tuple[Tensor, Any]:
+        """weight: (C_out, C, 1, 1) for C channels of all maps together, never concatenated -> (N, C_out, H, W), moments."""
+        ...
+
+    def pointwise_backward(
+        self,
+        grad: Tensor,
+        raw: Tensor,
+        unfolded: Unfolded | None,
+        maps: Sequence[NormedMap],
+        weight: Tensor,
+        dropout: Dropout | None,
+        *,
+        need_input: Sequence[bool],
+    ) -> tuple[list[NormedMap | None], Tensor]:
+        """Gradients of each map that needs one, and of the weight."""
+        ...
+
+    def fold(self, moments: Any, norm: BatchNorm[Tensor], *, count: int, momentum: float, eps: float) -> Folded:
+        """Batch statistics over `count` values a channel into scale and offset; moves the running statistics in place."""
+        ...
+
+    def unfold(self, grad_scale: Tensor, grad_offset: Tensor, folded: Folded, gamma: Tensor, *, count: int) -> Unfolded:
+        """The way back through `fold`."""
+        ...
+
+    def normalise(self, x: NormedMap) -> Tensor:
+        """The value, relu(scale · raw + offset)."""
+        ...
+
+    def normalise_backward(self, grad: Tensor, x: NormedMap) -> NormedMap:
+        """Gradients of x.raw, x.scale and x.offset."""
+        ...
+
+    def upsampled_cross_entropy(self, logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+        """logits: (N, K, h, w), labels: (N, H, W) uint8 or int64 -> the mean loss (), and its gradient (N, K, h, w)."""
+        ...
+
+    def upsampled_confusion_matrix(self, logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+        """Pixels by (label, best class): (K, K), int64."""
+        ...
+
+
+_AUTOMATIC = "by device"
+_chosen: ContextVar[Backend | str | None] = ContextVar("chosen_backend", default=_AUTOMATIC)
+
+
+@contextlib.contextmanager
+def using(backend: Backend | None) -> Iterator[None]:
+    """These kernels whatever the device, or with None the library's operations: to compare, or to differentiate twice."""
+    token = _chosen.set(backend)
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def backend_for(x: Tensor) -> Backend | None:
+    """The kernels for maps such as x; None where the library computes: chosen so, traced, or no kernels for x."""
+    chosen = _chosen.get()
+    if not isinstance(chosen, str):
+        return chosen
+    traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    if traced or type(x) not in (Tensor, torch.nn.Parameter) or x.numel() == 0:
+        return None
+    if x.device.type == "cuda" and x.dtype in (torch.float32, torch.float16, torch.bfloat16):
+        name = "triton_backend"
+    elif x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):
+        name = "cpu"
+    else:
+        return None
+    module = importlib.import_module(f"fast.kernels.{name}")
+    return cast(Backend, module) if module.is_available() else None

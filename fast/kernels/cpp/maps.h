@@ -1,0 +1,149 @@
+// Maps on their way between kernels, and what is done to a row of one whenever it is loaded.
+//
+//   value = dropout(relu(scale · raw + offset))      gradient = grad + slope · raw + intercept      (fast/kernels/__init__.py)
+//
+// Maps are (N, C, H, W), contiguous; a "plane" is the H·W values of one image and channel. Every sum is taken in an order that
+// depends on shapes alone, never on the number of threads: tasks write partial sums to places of their own, added up afterwards.
+
+#pragma once
+
+#include "vectors.h"
+
+template <class T>
+struct Map {  // of the forward pass; scale is null where the value is raw itself
+    const T *raw, *scale, *offset;
+    long channels;
+};
+template <class T>
+struct MapGradient {  // raw is null where no gradient is needed
+    T *raw, *scale, *offset;
+};
+struct Dropout {
+    double rate;
+    uint64_t seed;
+};
+template <class T>
+struct Gradient {  // of a raw output: grad + slope · raw + intercept; slope is null without statistics
+    const T *grad, *raw, *slope, *intercept;
+};
+
+// A short piece of a row that will be read soon: the processor's own prefetcher does not see from plane to plane.
+template <class T>
+inline void prefetch(const T* row, long size) {
+    for (long i = 0; i < size; i += 64 / sizeof(T)) __builtin_prefetch(row + i);
+}
+constexpr long ROWS_AHEAD = 8;
+
+template <class T>
+inline void normalise_row(T* out, const T* raw, const T* scale, const T* offset, long c, long size) {
+    if (!scale) {
+        std::memcpy(out, raw, size * sizeof(T));
+        return;
+    }
+    const T a = scale[c], b = offset[c];
+    for (long i = 0; i < size; i++) {
+        const T y = a * raw[i] + b;
+        out[i] = y < 0 ? T(0) : y;  // so that NaN stays NaN
+    }
+}
+
+template <class T>
+inline void gradient_row(T* out, const Gradient<T>& g, long start, long c, long size, long row_stride = 0) {
+    prefetch(g.grad + start + ROWS_AHEAD * row_stride, size);
+    if (g.slope) prefetch(g.raw + start + ROWS_AHEAD * row_stride, size);
+    if (!g.slope) {
+        std::memcpy(out, g.grad + start, size * sizeof(T));
+        return;
+    }
+    const T p = g.slope[c], q = g.intercept[c];
+    for (long i = 0; i < size; i++) out[i] = g.grad[start + i] + (p * g.raw[start + i] + q);
+}
+
+// From the gradient of a value to that of its raw map, in place; adds what scale and offset get.
+template <class T>
+inline void normalise_row_backward(T* grad, const T* raw, T a, T b, long size, double* grad_scale, double* grad_offset) {
+    T s = 0, o = 0;
+#pragma omp simd reduction(+ : s, o)
+    for (long i = 0; i < size; i++) {
+        const T g = a * raw[i] + b > 0 ? grad[i] : T(0);
+        s += g * raw[i];
+        o += g;
+        grad[i] = g * a;
+    }
+    *grad_scale += s;
+    *grad_offset += o;
+}
+
+inline uint64_t mix(uint64_t x) {  // splitmix64's finaliser
+    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+    x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+    return x ^ (x >> 31);
+}
+
+// row: n · (all channels) + channel, first: position in the plane of values[0]
+template <class T>
+inline void dropout_row(T* values, Dropout dropout, uint64_t row, long first, long size) {
+    if (dropout.rate == 0) return;
+    const uint32_t key = uint32_t(mix(dropout.seed + 0x9e3779b97f4a7c15u * (row + 1)));
+    const uint32_t threshold = uint32_t(std::min(dropout.rate * 4294967296.0, 4294967295.0));
+    const T kept = dropout.rate < 1 ? T(1 / (1 - dropout.rate)) : T(0);
+    for (long i = 0; i < size; i++) {
+        uint32_t x = uint32_t(first + i) * 0x9e3779b9u + key;
+        x = (x ^ (x >> 16)) * 0x7feb352du;
+        x = (x ^ (x >> 15)) * 0x846ca68bu;
+        x ^= x >> 16;
+        values[i] = x < threshold ? T(0) : values[i] * kept;
+    }
+}
+
+struct Moments {
+    double mean, m2, count;  // m2: sum of squared deviations from the mean
+};
+
+template <class T>
+inline Moments row_moments(const T* x, long size) {
+    const T shift = x[0];  // one of the values: what is squared is then no larger than their spread
+    T s = 0, s2 = 0;
+#pragma omp simd reduction(+ : s, s2)
+    for (long i = 0; i < size; i++) {
+        const T deviation = x[i] - shift;
+        s += deviation;
+        s2 += deviation * deviation;
+    }
+    return {double(shift) + double(s) / size, double(s2) - double(s) * s / size, double(size)};
+}
+
+// Moments of `parts` rows of each channel, [part][channel], into mean and biased variance (Chan et al., 1979).
+template <class T>
+void combine_moments(const std::vector<Moments>& moments, long parts, long channels, T* mean, T* var, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (long c = 0; c < channels; c++) {
+        Moments all{0, 0, 0};
+        for (long part = 0; part < parts; part++) {
+            const Moments& m = moments[part * channels + c];
+            const double count = all.count + m.count, delta = m.mean - all.mean;
+            if (m.count == 0) continue;
+            all.m2 += m.m2 + delta * delta * all.count * m.count / count;
+            all.mean += delta * m.count / count;
+            all.count = count;
+        }
+        mean[c] = T(all.mean);
+        var[c] = T(all.m2 / all.count);
+    }
+}
+
+template <class T>
+void add_parts(const std::vector<double>& partial, long parts, long size, T* out) {  // [part][size] -> [size]
+    for (long i = 0; i < size; i++) {
+        double total = 0;
+        for (long part = 0; part < parts; part++) total += partial[part * size + i];
+        out[i] = T(total);
+    }
+}
+
+template <class T>
+T* scratch(std::vector<T>& buffer, long size) {  // 64-byte aligned; grows, never shrinks
+    if (long(buffer.size()) < size + 64) buffer.resize(size + 64);
+    const auto address = reinterpret_cast<uintptr_t>(buffer.data());
+    return reinterpret_cast<T*>((address + 63) / 64 * 64);
+}

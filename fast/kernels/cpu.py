@@ -1,0 +1,422 @@
+"""The C++ kernels in `cpp/` as a `Backend`: compiled once per machine, called through ctypes, without Python's lock.
+
+The compiler is $CXX, c++, g++ or clang++, whichever is found first. The library lies in $XDG_CACHE_HOME/dense-prediction-cell
+(by default ~/.cache) under a name made of the sources, the compiler and the processor. Without a compiler PyTorch's own
+operations are used, and one warning says so.
+
+Under torch.autocast pointwise products are the library's, in bf16: worth it where the processor has AMX or AVX-512 bf16.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fast.kernels import Dropout, Folded, NormedMap, Unfolded
+from reference.batch_norm import BatchNorm
+from reference.bilinear_resize import interpolation_taps
+
+memory_format = torch.contiguous_format
+
+_SOURCES = Path(__file__).with_name("cpp")
+_FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
+_OPTIONAL_FLAGS = [["-march=native", "-ffp-contract=fast"], ["-fopenmp"]]  # not every compiler and system has them
+_SUFFIX = {torch.float32: "f32", torch.float64: "f64", torch.uint8: "u8", torch.int64: "i64"}
+
+
+def is_available() -> bool:
+    """Whether the kernels are compiled, or can be; compiles them at the first call, which takes some ten seconds."""
+    return _library() is not None
+
+
+def depthwise_forward(x: NormedMap, weight: Tensor, rate: tuple[int, int], *, statistics: bool) -> tuple[Tensor, Any]:
+    out = torch.empty_like(x.raw)
+    moments = _Moments(x.raw, x.raw.shape[1]) if statistics else None
+    n, _, height, width = x.raw.shape
+    _call("depthwise_forward", x.raw, _map(x, x.raw), weight, n, height, width, *rate, out, *_pointers(moments))
+    return out, moments
+
+
+def depthwise_backward(
+    grad: Tensor,
+    raw: Tensor,
+    unfolded: Unfolded | None,
+    x: NormedMap,
+    weight: Tensor,
+    rate: tuple[int, int],
+    *,
+    need_input: bool,
+) -> tuple[NormedMap | None, Tensor]:
+    n, _, height, width = x.raw.shape
+    grad_weight, grad_x = torch.empty_like(weight), _empty_gradient(x) if need_input else None
+    gradient = _gradient(grad, raw, unfolded)
+    _call(
+        "depthwise_backward",
+        x.raw,
+        gradient,
+        _map(x, x.raw),
+        weight,
+        n,
+        height,
+        width,
+        *rate,
+        _map_gradient(grad_x),
+        grad_weight,
+    )
+    return grad_x, grad_weight
+
+
+def pointwise_forward(
+    maps: Sequence[NormedMap], weight: Tensor, dropout: Dropout | None, *, statistics: bool
+) -> tuple[Tensor, Any]:
+    if _products_are_bf16():
+        return _bf16_pointwise_forward(maps, weight, dropout, statistics=statistics)
+    n, _, height, width = maps[0].raw.shape
+    out = maps[0].raw.new_empty(n, weight.shape[0], height, width)
+    moments = _Moments(out, weight.shape[0]) if statistics else None
+    array = _array(_Map, [_map(x, maps[0].raw) for x in maps])
+    _call(
+        "pointwise_forward",
+        out,
+        array,
+        len(maps),
+        weight,
+        weight.shape[0],
+        n,
+        height * width,
+        *_dropout(dropout),
+        out,
+        *_pointers(moments),
+    )
+    return out, moments
+
+
+def pointwise_backward(
+    grad: Tensor,
+    raw: Tensor,
+    unfolded: Unfolded | None,
+    maps: Sequence[NormedMap],
+    weight: Tensor,
+    dropout: Dropout | None,
+    *,
+    need_input: Sequence[bool],
+) -> tuple[list[NormedMap | None], Tensor]:
+    if _products_are_bf16():
+        return _bf16_pointwise_backward(grad, raw, unfolded, maps, weight, dropout, need_input=need_input)
+    n, _, height, width = maps[0].raw.shape
+    grad_weight = torch.empty_like(weight)
+    grad_maps = [_empty_gradient(x) if needed else None for x, needed in zip(maps, need_input, strict=True)]
+    _call(
+        "pointwise_backward",
+        grad,
+        _gradient(grad, raw, unfolded),
+        _array(_Map, [_map(x, maps[0].raw) for x in maps]),
+        len(maps),
+        weight,
+        weight.shape[0],
+        n,
+        height * width,
+        *_dropout(dropout),
+        _array(_MapGradient, [_map_gradient(g) for g in grad_maps]),
+        grad_weight,
+    )
+    return grad_maps, grad_weight
+
+
+def _products_are_bf16() -> bool:
+    return torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+
+
+def _bf16_pointwise_forward(
+    maps: Sequence[NormedMap], weight: Tensor, dropout: Dropout | None, *, statistics: bool
+) -> tuple[Tensor, Any]:
+    n, _, height, width = maps[0].raw.shape
+    with torch.autocast("cpu", enabled=False):
+        parts = [w.bfloat16() @ x for w, x in zip(_split(weight, maps), _bf16_values(maps, dropout), strict=True)]
+        out = torch.stack([part.float() for part in parts]).sum(0).view(n, weight.shape[0], height, width)
+        moments = _Moments(out, weight.shape[0]) if statistics else None
+        if moments is not None:
+            moments.var, moments.mean = torch.var_mean(out, (0, 2, 3), correction=0)
+    return out, moments
+
+
+def _bf16_pointwise_backward(
+    grad: Tensor,
+    raw: Tensor,
+    unfolded: Unfolded | None,
+    maps: Sequence[NormedMap],
+    weight: Tensor,
+    dropout: Dropout | None,
+    *,
+    need_input: Sequence[bool],
+) -> tuple[list[NormedMap | None], Tensor]:
+    if unfolded is not None:
+        grad = grad + (unfolded.slope[:, None, None] * raw + unfolded.intercept[:, None, None])
+    with torch.autocast("cpu", enabled=False):
+        g = grad.flatten(2).bfloat16()  # (N, C_out, H·W)
+        grad_weights = [(g @ x.mT).float().sum(0) for x in _bf16_values(maps, dropout)]
+        grad_maps: list[NormedMap | None] = []
+        first = 0
+        for x, w, needed in zip(maps, _split(weight, maps), need_input, strict=True):
+            grad_map = None
+            if needed:
+                grad_value = (w.mT.bfloat16() @ g).float().view_as(x.raw)
+                grad_map = normalise_backward(
+                    normalise(NormedMap(grad_value), dropout, first=first, channels=weight.shape[1]), x
+                )
+            grad_maps.append(grad_map)
+            first += x.raw.shape[1]
+    return grad_maps, torch.cat(grad_weights, dim=1).view_as(weight)
+
+
+def _bf16_values(maps: Sequence[NormedMap], dropout: Dropout | None) -> Iterator[Tensor]:
+    """Each map's value, dropped out: (N, C, H·W)."""
+    first, channels = 0, sum(x.raw.shape[1] for x in maps)
+    for x in maps:
+        yield normalise(x, dropout, first=first, channels=channels).flatten(2).bfloat16()
+        first += x.raw.shape[1]
+
+
+def _split(weight: Tensor, maps: Sequence[NormedMap]) -> tuple[Tensor, ...]:
+    return torch.split_with_sizes(weight.flatten(1), [x.raw.shape[1] for x in maps], dim=1)
+
+
+def fold(moments: "_Moments", norm: BatchNorm[Tensor], *, count: int, momentum: float, eps: float) -> Folded:
+    mean, var = moments.mean, moments.var
+    inv_std = (var + eps).rsqrt()
+    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
+    norm.running_var.lerp_((var * (count / (count - 1))).to(norm.running_var.dtype), momentum)
+    scale = norm.scale.to(mean.dtype) * inv_std
+    return Folded(scale, norm.offset.to(mean.dtype) - mean * scale, mean, inv_std)
+
+
+def unfold(grad_scale: Tensor, grad_offset: Tensor, folded: Folded, gamma: Tensor, *, count: int) -> Unfolded:
+    scale, _, mean, inv_std = folded
+    centred = grad_scale - mean * grad_offset
+    slope = gamma * centred * inv_std**3 / -count
+    return Unfolded(slope, scale * grad_offset / -count - slope * mean, centred * inv_std, grad_offset)
+
+
+def normalise(x: NormedMap, dropout: Dropout | None = None, *, first: int = 0, channels: int = 0) -> Tensor:
+    """The value; with `dropout` as it is for channels `first` and on of a concatenation of `channels`."""
+    out = torch.empty_like(x.raw)
+    size = x.raw.shape[2] * x.raw.shape[3]
+    _call("normalise", out, _map(x, x.raw), x.raw.shape[0], size, *_dropout(dropout), first, channels, out)
+    return out
+
+
+def normalise_backward(grad: Tensor, x: NormedMap) -> NormedMap:
+    if x.scale is None:
+        return NormedMap(grad)
+    grad_x = _empty_gradient(x)
+    grad_x.raw.copy_(grad)
+    _call("normalise_backward", grad, _map(x, grad), x.raw.shape[0], x.raw.shape[2] * x.raw.shape[3], _map_gradient(grad_x))
+    return grad_x
+
+
+def plane_product(x: NormedMap, rows: Tensor, columns: Tensor) -> Tensor:
+    """P · X · Qᵀ for each plane X of the value: x: (N, C, H, W), rows P: (R, H), columns Q: (S, W) -> (N, C, R, S)."""
+    n, channels, height, width = x.raw.shape
+    columns_t = columns.T.contiguous()
+    out = x.raw.new_empty(n, channels, rows.shape[0], columns.shape[0])
+    _call("plane_product", out, _map(x, x.raw), rows, columns_t, n, height, width, rows.shape[0], columns.shape[0], out)
+    return out
+
+
+def upsampled_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    grad, loss = torch.empty_like(logits), torch.zeros((), dtype=torch.float64)
+    _call_with_labels("upsampled_cross_entropy", logits, labels, ignore_index, loss, grad)
+    return loss.to(logits.dtype), grad
+
+
+def upsampled_confusion_matrix(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    confusion = torch.zeros(logits.shape[1], logits.shape[1], dtype=torch.int64)
+    _call_with_labels("upsampled_confusion_matrix", logits, labels, ignore_index, confusion)
+    return confusion
+
+
+def _call_with_labels(name: str, logits: Tensor, labels: Tensor, ignore_index: int, *results: Tensor) -> None:
+    n, classes, height, width = logits.shape
+    if labels.dtype != torch.uint8:
+        labels = labels.to(torch.int64)
+    axes = (_axis(height, labels.shape[1]), _axis(width, labels.shape[2]))
+    arguments = (logits, labels.contiguous(), n, classes, *axes, ignore_index, *results)
+    function = _function(f"{name}_{_SUFFIX[logits.dtype]}_{_SUFFIX[labels.dtype]}", ctypes.c_bool)
+    if not function(*map(_argument, arguments), torch.get_num_threads()):
+        wrong = sorted(set(labels[(labels != ignore_index) & ((labels < 0) | (labels >= classes))].tolist()))
+        raise ValueError(f"labels must be 0 to {classes - 1}, or {ignore_index} to be ignored, got {wrong}")
+
+
+class _Moments:
+    """Mean and biased variance per channel, written by a kernel."""
+
+    def __init__(self, like: Tensor, channels: int) -> None:
+        self.mean, self.var = like.new_empty(channels), like.new_empty(channels)
+
+
+# The structs of cpp/maps.h. A struct of pointers owns nothing: the caller holds the tensors until the call returns.
+class _Map(ctypes.Structure):
+    _fields_ = (
+        ("raw", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("offset", ctypes.c_void_p),
+        ("channels", ctypes.c_long),
+    )
+
+
+class _MapGradient(ctypes.Structure):
+    _fields_ = (("raw", ctypes.c_void_p), ("scale", ctypes.c_void_p), ("offset", ctypes.c_void_p))
+
+
+class _Gradient(ctypes.Structure):
+    _fields_ = (
+        ("grad", ctypes.c_void_p),
+        ("raw", ctypes.c_void_p),
+        ("slope", ctypes.c_void_p),
+        ("intercept", ctypes.c_void_p),
+    )
+
+
+class _Axis(ctypes.Structure):
+    _fields_ = (
+        ("low", ctypes.c_void_p),
+        ("fraction", ctypes.c_void_p),
+        ("in_size", ctypes.c_long),
+        ("out_size", ctypes.c_long),
+    )
+
+
+def _map(x: NormedMap, like: Tensor) -> _Map:
+    for tensor in x:
+        if tensor is not None:
+            _check(tensor, like)
+    return _Map(x.raw.data_ptr(), _address(x.scale), _address(x.offset), x.raw.shape[1])
+
+
+def _empty_gradient(x: NormedMap) -> NormedMap:
+    return NormedMap(*(None if tensor is None else torch.empty_like(tensor) for tensor in x))  # type: ignore[arg-type]
+
+
+def _map_gradient(x: NormedMap | None) -> _MapGradient:
+    return _MapGradient() if x is None else _MapGradient(*(_address(tensor) for tensor in x))
+
+
+def _gradient(grad: Tensor, raw: Tensor, unfolded: Unfolded | None) -> _Gradient:
+    for tensor in (grad, *((raw, *unfolded[:2]) if unfolded else ())):
+        _check(tensor, raw)
+    slope, intercept = (None, None) if unfolded is None else unfolded[:2]
+    return _Gradient(grad.data_ptr(), raw.data_ptr(), _address(slope), _address(intercept))
+
+
+def _array(struct: Any, items: list[Any]) -> Any:
+    return (struct * len(items))(*items)
+
+
+def _dropout(dropout: Dropout | None) -> tuple[ctypes.c_double, ctypes.c_uint64]:
+    rate, seed = (0.0, 0) if dropout is None else (dropout.rate, int(dropout.seed.item()))
+    return ctypes.c_double(rate), ctypes.c_uint64(seed)
+
+
+def _pointers(moments: _Moments | None) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if moments is None else (moments.mean, moments.var)
+
+
+@functools.lru_cache(maxsize=64)
+def _axis(in_size: int, out_size: int) -> _Axis:
+    low, fraction = interpolation_taps(in_size, out_size)
+    low, fraction = np.ascontiguousarray(low, dtype=np.int32), np.ascontiguousarray(fraction)
+    axis = _Axis(low.ctypes.data, fraction.ctypes.data, in_size, out_size)
+    axis.arrays = (low, fraction)  # alive as long as the pointers
+    return axis
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _argument(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return ctypes.c_void_p(value.data_ptr())
+    if isinstance(value, ctypes.Structure):
+        return ctypes.byref(value)
+    return ctypes.c_long(value) if isinstance(value, int) else value
+
+
+def _call(name: str, like: Tensor, *arguments: Any) -> None:
+    """Call the kernel for like's dtype, on as many threads as PyTorch would use."""
+    for tensor in arguments:
+        if isinstance(tensor, Tensor):
+            _check(tensor, like)
+    _function(f"{name}_{_SUFFIX[like.dtype]}")(*map(_argument, arguments), torch.get_num_threads())
+
+
+def _check(tensor: Tensor, like: Tensor) -> None:
+    """A kernel sees addresses alone, so what it assumes of them is checked here."""
+    if tensor.dtype != like.dtype or tensor.device != like.device:
+        raise ValueError(f"tensors must share dtype and device: {tensor.dtype} {tensor.device}, {like.dtype} {like.device}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"kernels need contiguous tensors, got {tuple(tensor.shape)} with strides {tensor.stride()}")
+
+
+@functools.cache
+def _function(name: str, result: Any = None) -> Any:
+    function = getattr(_library(), name)
+    function.restype = result
+    return function
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
+    if compiler is None:
+        warnings.warn("no C++ compiler found (install g++, or set CXX): PyTorch's slower operations are used", stacklevel=2)
+        return None
+    try:
+        return ctypes.CDLL(str(_compiled(compiler)))
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = getattr(error, "stderr", "") or str(error)
+        warnings.warn(f"the C++ kernels do not work here, PyTorch's slower operations are used: {reason}", stacklevel=2)
+        return None
+
+
+def _compiled(compiler: str) -> Path:
+    """The shared library for this source, compiler and processor; compiled if it is not there yet."""
+    version = subprocess.run([*compiler.split(), "--version"], check=True, capture_output=True, text=True).stdout
+    sources = [path.read_text(encoding="utf-8") for path in sorted(_SOURCES.iterdir())]
+    identity = "\n".join([version, _processor(), str(_FLAGS), str(_OPTIONAL_FLAGS), *sources])
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dense-prediction-cell"
+    path = folder / f"cpu-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as aside:
+            _compile(compiler, Path(aside) / "cpu.so")
+            os.replace(Path(aside) / "cpu.so", path)
+    return path
+
+
+def _compile(compiler: str, path: Path) -> None:
+    command = [*compiler.split(), *_FLAGS, str(_SOURCES / "kernels.cpp"), "-o", str(path)]
+    wanted = [flag for flags in _OPTIONAL_FLAGS for flag in flags]
+    if subprocess.run([*command, *wanted], capture_output=True).returncode != 0:
+        subprocess.run(command, check=True, capture_output=True, text=True)
+
+
+def _processor() -> str:
+    """What -march=native looks at: a home folder may be shared by machines of different kinds."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))

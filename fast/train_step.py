@@ -1,0 +1,176 @@
+"""One iteration of the proxy task's training (paper, section 3.3): crops, forward, loss, backward, SGD.
+
+On CUDA the whole iteration, the drawing of crops and the learning rate included, is one graph: captured once per cell,
+replayed without Python or the host. On a CPU the same calls run one by one.
+"""
+
+import ctypes
+import functools
+import sys
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fast.dense_prediction_cell import decays
+from fast.segmentation import SegmentationHead
+from fast.upsampled_cross_entropy import upsampled_cross_entropy
+
+Precision = Literal["auto", "float32", "bfloat16"]
+POWER = 0.9  # of the polynomial decay of the learning rate
+_EAGER_ITERATIONS = 3  # before a graph is captured, so that libraries have made what they make at a first call
+
+
+class TrainStep:
+    """Trains `head` on random crops of features (images, C, H, W), any float dtype, and labels (images, H', W'), uint8.
+
+    A crop of h × w features at (i, j) belongs to the window of s·(h − 1) + 1 by s·(w − 1) + 1 labels at pixel (s·i, s·j), for
+    output stride s. Each call is one iteration and returns its loss, (), on the head's device. All randomness is drawn from
+    PyTorch's default generator of that device. Weight decay is left out where `decays` says so.
+    """
+
+    def __init__(
+        self,
+        head: SegmentationHead,
+        features: Tensor,
+        labels: Tensor,
+        *,
+        output_stride: int,
+        crop: tuple[int, int],
+        batch_size: int,
+        iterations: int,
+        learning_rate: float = 0.01,
+        momentum: float = 0.9,
+        weight_decay: float = 4e-5,
+        precision: Precision = "auto",
+    ) -> None:
+        self.head = head
+        self.device, self._dtype = head.classifier.weight.device, head.classifier.weight.dtype
+        self._features, self._labels = features, labels
+        self._stride, self._crop, self._batch_size = output_stride, crop, batch_size
+        self._window = (output_stride * (crop[0] - 1) + 1, output_stride * (crop[1] - 1) + 1)
+        self._bf16 = precision == "bfloat16" or (precision == "auto" and has_fast_bf16(self.device))
+        decay = decays(head)
+        groups = [
+            {"params": [p for name, p in head.named_parameters() if decay[name]], "weight_decay": weight_decay},
+            {"params": [p for name, p in head.named_parameters() if not decay[name]], "weight_decay": 0.0},
+        ]
+        self._initial_rate, self._iterations = learning_rate, iterations
+        self._rate = torch.tensor(learning_rate, device=self.device)
+        self._done = torch.zeros((), device=self.device)  # iterations so far, counted on the device
+        self._optimizer = torch.optim.SGD(groups, lr=self._rate, momentum=momentum, fused=True)
+        self._calls = 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._batch: tuple[Tensor, Tensor] | None = None  # where crops from the host arrive
+        self._loss = torch.zeros((), device=self.device)
+        head.train()
+        if self.device.type == "cpu":
+            _keep_freed_memory()
+
+    def __call__(self) -> Tensor:
+        self._calls += 1
+        if self._features.device != self.device:
+            self._receive()
+        if self.device.type != "cuda":
+            self._iterate()
+        elif self._calls <= _EAGER_ITERATIONS:
+            self._iterate_on_side_stream()
+        else:
+            self._replay()
+        return self._loss
+
+    def draw(self) -> tuple[Tensor, Tensor]:
+        """Random crops: features (N, C, h, w) in the head's dtype, their labels (N, H, W), uint8, on its device."""
+        if self._features.device != self.device:
+            self._receive()
+            assert self._batch is not None
+            return self._batch
+        count, _, height, width = self._features.shape
+        corners = [
+            torch.randint(limit, (self._batch_size,), device=self.device)
+            for limit in (count, height - self._crop[0] + 1, width - self._crop[1] + 1)
+        ]
+        if self.device.type == "cpu":
+            return self._cut(*(corner.tolist() for corner in corners))
+        index, top, left = corners
+        batch = _gather(self._features, index, top, left, self._crop).permute(0, 3, 1, 2)
+        targets = _gather(self._labels[:, None], index, self._stride * top, self._stride * left, self._window)[..., 0]
+        return batch.to(self._dtype), targets
+
+    def _iterate(self) -> None:
+        self._rate.copy_(self._initial_rate * (1 - self._done / self._iterations).clamp(min=0) ** POWER)
+        self._done += 1
+        features, labels = self._batch or self.draw()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16):
+            logits = self.head(features)
+        loss = upsampled_cross_entropy(logits, labels)
+        self._optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self._optimizer.step()
+        self._loss.copy_(loss.detach())
+
+    def _iterate_on_side_stream(self) -> None:
+        stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            self._iterate()
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+
+    def _replay(self) -> None:
+        if self._graph is None:
+            self._graph = torch.cuda.CUDAGraph()
+            self._optimizer.zero_grad(set_to_none=True)
+            with torch.cuda.graph(self._graph):
+                self._iterate()
+        self._graph.replay()
+
+    def _receive(self) -> None:
+        """Draw a batch from features that do not fit the GPU into the place where the graph reads it."""
+        limits = [self._features.shape[0], *(self._features.shape[2 + i] - self._crop[i] + 1 for i in range(2))]
+        batch, targets = self._cut(*(torch.randint(limit, (self._batch_size,)).tolist() for limit in limits))
+        if self._batch is None:
+            self._batch = batch.to(self.device), targets.to(self.device)
+        else:
+            self._batch[0].copy_(batch)
+            self._batch[1].copy_(targets)
+
+    def _cut(self, indices: list[int], tops: list[int], lefts: list[int]) -> tuple[Tensor, Tensor]:
+        (height, width), stride = self._crop, self._stride
+        batch = torch.empty(self._batch_size, self._features.shape[1], height, width, dtype=self._dtype)
+        targets = torch.empty(self._batch_size, *self._window, dtype=torch.uint8)
+        for i, (index, top, left) in enumerate(zip(indices, tops, lefts, strict=True)):
+            batch[i] = self._features[index, :, top : top + height, left : left + width]
+            targets[i] = self._labels[index, stride * top :, stride * left :][: self._window[0], : self._window[1]]
+        return batch, targets
+
+
+@functools.cache
+def _keep_freed_memory() -> None:
+    """Maps are freed and allocated again at each iteration: without this glibc returns their pages and takes a tenth of the
+    time to have them zeroed anew. For the whole process; other C libraries are left as they are.
+    """
+    m_trim_threshold, m_mmap_threshold, one_gigabyte = -1, -3, 1 << 30  # malloc.h
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(m_trim_threshold, one_gigabyte)
+        mallopt(m_mmap_threshold, one_gigabyte)
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether products in bf16 are quicker than in float32: GPUs from Ampere on, CPUs with AMX or AVX-512 bf16."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    try:
+        processor = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:  # not Linux
+        return False
+    return "amx_bf16" in processor or "avx512_bf16" in processor
+
+
+def _gather(maps: Tensor, index: Tensor, top: Tensor, left: Tensor, size: tuple[int, int]) -> Tensor:
+    """Windows of maps (images, C, H, W) at (top, left), each (N,) -> (N, *size, C), without asking the host."""
+    rows = top[:, None] + torch.arange(size[0], device=maps.device)  # (N, h)
+    columns = left[:, None] + torch.arange(size[1], device=maps.device)  # (N, w)
+    windows: Tensor = maps[index[:, None, None], :, rows[:, :, None], columns[:, None, :]]
+    return windows

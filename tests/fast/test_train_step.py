@@ -1,0 +1,218 @@
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import chi2
+from torch import Tensor
+
+import fast.train_step
+from fast.dense_prediction_cell import DensePredictionCell, decays
+from fast.kernels import using
+from fast.segmentation import SegmentationHead
+from fast.train_step import TrainStep
+from reference.cell import Cell
+from tests.fast.against_reference import every_device
+from tests.strategies import rng_seeds
+
+STRIDE = 16
+CELL = Cell.from_json(
+    '[{"op": "conv", "kernel": 3, "rate": [1, 6], "input": -1}, {"op": "conv", "kernel": 1, "input": 0},'
+    ' {"op": "pyramid_pooling", "grid_size": [2, 1], "input": 0}]'
+)
+
+
+def label_size(size: tuple[int, int]) -> tuple[int, int]:
+    return STRIDE * (size[0] - 1) + 1, STRIDE * (size[1] - 1) + 1
+
+
+def make_head(device: str = "cpu", *, in_channels: int = 3, classes: int = 4, dropout_rate: float = 0.0) -> SegmentationHead:
+    torch.manual_seed(0)
+    context = DensePredictionCell(CELL, in_channels, branch_channels=8, cell_channels=8, dropout_rate=dropout_rate)
+    return SegmentationHead(context, classes).to(device, torch.float64)
+
+
+def make_step(head: SegmentationHead, features: Tensor, labels: Tensor, **settings: Any) -> TrainStep:
+    defaults: dict[str, Any] = {"output_stride": STRIDE, "crop": (3, 4), "batch_size": 3, "iterations": 6}
+    return TrainStep(head, features, labels, **defaults | {"precision": "float32"} | settings)
+
+
+def random_data(device: str = "cpu") -> tuple[Tensor, Tensor]:
+    rng = np.random.default_rng(0)
+    labels = rng.choice([0, 1, 2, 3, 255], (5, *label_size((5, 6)))).astype(np.uint8)
+    return torch.from_numpy(rng.standard_normal((5, 3, 5, 6))).to(device), torch.from_numpy(labels).to(device)
+
+
+@dataclass
+class PlainStep:
+    """The same iteration as anyone would write it, on given batches."""
+
+    head: SegmentationHead
+    iterations: int
+
+    def run(self, batches: Iterator[tuple[Tensor, Tensor]]) -> list[float]:
+        decay = decays(self.head)
+        groups = [
+            {"params": [p for n, p in self.head.named_parameters() if decay[n] is wanted], "weight_decay": 4e-5 * wanted}
+            for wanted in (True, False)
+        ]
+        optimizer = torch.optim.SGD(groups, lr=0.01, momentum=0.9)
+        schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, self.iterations, power=0.9)
+        losses = []
+        for features, labels in batches:
+            with using(None):
+                logits = self.head(features)
+            size = (labels.shape[1], labels.shape[2])
+            upsampled = F.interpolate(logits, size, mode="bilinear", align_corners=True)
+            loss = F.cross_entropy(upsampled, labels.long(), ignore_index=255)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.item())
+        return losses
+
+
+@every_device
+def test_follows_plain_training(device: str) -> None:
+    """Losses, weights and statistics of six iterations; the learning rate is kept in float32, hence 1e-6."""
+    drawn: list[tuple[Tensor, Tensor]] = []
+    head, other = make_head(device), make_head(device)
+    step = make_step(head, *random_data(device), learning_rate=0.01)
+    draw = step.draw
+
+    def recording() -> tuple[Tensor, Tensor]:
+        drawn.append(draw())
+        return drawn[-1]
+
+    step.draw = recording  # type: ignore[method-assign]
+    step._replay = step._iterate  # type: ignore[method-assign]  # what a graph draws cannot be recorded
+    losses = [step().item() for _ in range(6)]
+    np.testing.assert_allclose(losses, PlainStep(other, 6).run(iter(drawn)), rtol=1e-6)
+    for (name, tensor), expected in zip(head.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.allclose(tensor, expected, rtol=1e-6, atol=1e-9), name
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_graph_trains_as_the_same_calls_do() -> None:
+    """Replays draw new crops and dropout from the same generator as calls would: the same losses, in float32."""
+    losses = []
+    for captured in (True, False):
+        head = make_head("cuda", dropout_rate=0.1).float()
+        torch.manual_seed(1)
+        step = make_step(head, *random_data("cuda"), iterations=20)
+        if not captured:
+            step._replay = step._iterate  # type: ignore[method-assign]
+        losses.append([step().item() for _ in range(12)])
+    assert len(set(losses[0])) == 12
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+
+
+@every_device
+def test_features_elsewhere_arrive_on_the_device(device: str) -> None:
+    if device == "cpu":
+        pytest.skip("a CPU has its features at home")
+    step = make_step(make_head(device).float(), *random_data("cpu"))
+    assert all(torch.isfinite(step()) for _ in range(6))
+
+
+def test_training_learns() -> None:
+    """Labels that the features show: the loss falls to less than half."""
+    torch.manual_seed(0)
+    classes = torch.randint(4, (6, 5, 6))
+    features = F.one_hot(classes, 4).permute(0, 3, 1, 2).double()
+    labels = torch.full((6, *label_size((5, 6))), 255, dtype=torch.uint8)
+    labels[:, ::STRIDE, ::STRIDE] = classes
+    head = make_head(in_channels=4, dropout_rate=0.1)
+    step = make_step(head, features, labels, crop=(4, 5), batch_size=8, iterations=150, learning_rate=0.5)
+    losses = [step().item() for _ in range(150)]
+    assert np.mean(losses[-10:]) < 0.5 * losses[0]
+
+
+def test_depends_on_the_seed_alone() -> None:
+    def losses(seed: int) -> list[float]:
+        head = make_head(dropout_rate=0.5)
+        torch.manual_seed(seed)
+        step = make_step(head, *random_data())
+        return [step().item() for _ in range(4)]
+
+    assert losses(1) == losses(1)
+    assert losses(1) != losses(2)
+
+
+def test_bfloat16_stays_near(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only products are rounded, to 8 bits: of logits of about 1, the loss moves by a few thousandths."""
+    data = random_data()
+    losses = []
+    for precision in ("float32", "bfloat16"):
+        head = make_head().float()
+        torch.manual_seed(1)
+        torch.nn.init.normal_(head.classifier.weight)
+        losses.append(make_step(head, *data, precision=precision)().item())
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], abs=0.02)
+
+    monkeypatch.setattr(fast.train_step, "has_fast_bf16", lambda device: True)
+    torch.manual_seed(1)
+    assert make_step(make_head().float(), *data, precision="auto")._bf16
+
+
+# Crops
+
+
+def make_crops(features: Tensor, labels: Tensor, crop: tuple[int, int], batch_size: int) -> TrainStep:
+    return make_step(make_head(), features, labels.to(torch.uint8), crop=crop, batch_size=batch_size)
+
+
+@given(
+    crop=st.tuples(st.integers(1, 4), st.integers(1, 5)),
+    size=st.tuples(st.integers(4, 7), st.integers(5, 7)),
+    seed=rng_seeds(),
+)
+def test_crops_of_features_lie_on_their_labels(crop: tuple[int, int], size: tuple[int, int], seed: int) -> None:
+    """Features say where they are; labels say which feature they belong to."""
+    h, w = size
+    index, i, j = np.meshgrid(np.arange(3), np.arange(h), np.arange(w), indexing="ij")
+    features = torch.from_numpy(np.stack([index, i, j], axis=1)).half()
+    labels = np.full((3, *label_size(size)), 255)
+    labels[:, ::STRIDE, ::STRIDE] = index * h * w + i * w + j
+    step = make_crops(features, torch.from_numpy(labels), crop, 3)
+    torch.manual_seed(seed)
+    seen = set()
+    for _ in range(10):
+        batch, targets = step.draw()
+        assert batch.shape == (3, 3, *crop)
+        assert targets.shape == (3, *label_size(crop))
+        n, y, x = batch.long().unbind(dim=1)
+        assert torch.equal(targets[:, ::STRIDE, ::STRIDE].long(), n * h * w + y * w + x)
+        assert int((targets != 255).sum()) == n.numel()  # and nothing in between
+        seen |= set(zip(n[:, 0, 0].tolist(), y[:, 0, 0].tolist(), x[:, 0, 0].tolist(), strict=True))
+    assert all(y <= h - crop[0] and x <= w - crop[1] for _, y, x in seen)
+
+
+def test_gathered_crops_equal_cut_ones() -> None:
+    """A GPU gathers windows without asking the host; the same places, the same values."""
+    features, labels = random_data()
+    index, top, left = torch.tensor([4, 0, 4]), torch.tensor([2, 0, 1]), torch.tensor([0, 2, 1])
+    batch, targets = make_crops(features, labels, (3, 4), 3)._cut(index.tolist(), top.tolist(), left.tolist())
+    gathered = fast.train_step._gather(features, index, top, left, (3, 4)).permute(0, 3, 1, 2)
+    assert torch.equal(gathered, batch)
+    windows = fast.train_step._gather(labels[:, None], index, STRIDE * top, STRIDE * left, label_size((3, 4)))
+    assert torch.equal(windows[..., 0], targets)
+
+
+def test_crops_reach_every_picture_and_place_equally_often() -> None:
+    index, i, j = np.meshgrid(np.arange(2), np.arange(4), np.arange(5), indexing="ij")
+    features = torch.from_numpy(np.stack([index, i, j], axis=1)).half()
+    step = make_crops(features, torch.zeros(2, *label_size((4, 5))), (2, 3), 60)
+    torch.manual_seed(0)
+    counts = np.zeros((2, 3, 3))
+    for _ in range(50):
+        np.add.at(counts, tuple(step.draw()[0][:, :, 0, 0].long().numpy().T), 1)
+    expected = counts.sum() / counts.size
+    assert ((counts - expected) ** 2 / expected).sum() < chi2.isf(1e-4, 17)  # false alarm: one seed in 10,000
