@@ -38,6 +38,9 @@ _AUTHORS_LOW_LEVEL = {
 }
 
 
+_XCEPTIONS = ("xception41", "xception65", "xception71")  # with the authors' blocks
+
+
 class Backbone(nn.Module):
     """A network cut after its last feature map: images (N, 3, H, W), values 0 to 255 -> (N, channels, h, w).
 
@@ -178,16 +181,34 @@ def _create_body(name: str, output_stride: int, pretrained: bool, *, stride_4: b
             if 4 not in reductions[:-1]:
                 raise ValueError(f"backbone {name!r} has no map at stride 4 for a decoder, only at {reductions}")
             indices = (len(reductions) - 1 - reductions[::-1].index(4), len(reductions) - 1)
-        body: Any = timm.create_model(
-            name, pretrained=pretrained, features_only=True, out_indices=indices, output_stride=output_stride, **options
-        )
+        # At stride 8 timm's xception71 would lack a shortcut's convolution that its weights have.
+        dilate = name.split(".")[0] in _XCEPTIONS and output_stride == 8
+        options = {"output_stride": 16 if dilate else output_stride, **options}
+        body: Any = timm.create_model(name, pretrained=pretrained, features_only=True, out_indices=indices, **options)
     except (TypeError, NotImplementedError, AssertionError, RuntimeError) as error:
         reason = str(error) or type(error).__name__
         raise ValueError(f"backbone {name!r} cannot give features at output stride {output_stride} ({reason})") from error
     reduction = body.feature_info.reduction()[-1]
+    if dilate:
+        _halve_output_stride(body)
+        reduction //= 2
     if reduction != output_stride:
         raise ValueError(f"backbone {name!r} gives output stride {reduction}, asked for {output_stride}")
     return body
+
+
+def _halve_output_stride(body: nn.Module) -> None:
+    """The last stride of 2 becomes 1, and the convolutions of all later blocks are dilated twice as much."""
+    blocks = [module for name, module in body.named_children() if name.startswith("blocks_")]
+    last = max(i for i, block in enumerate(blocks) if any(conv.stride == (2, 2) for conv in _convolutions(block)))
+    for conv in _convolutions(blocks[last]):
+        conv.stride = (1, 1)
+    for conv in (conv for block in blocks[last + 1 :] for conv in _convolutions(block) if conv.kernel_size == (3, 3)):
+        conv.dilation = conv.padding = (2 * conv.dilation[0], 2 * conv.dilation[1])
+
+
+def _convolutions(module: nn.Module) -> list[nn.Conv2d]:
+    return [child for child in module.modules() if isinstance(child, nn.Conv2d)]
 
 
 def _load_body(body: nn.Module, name: str, options: dict[str, Any], path: Path) -> None:
