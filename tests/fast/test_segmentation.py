@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fast import Decoder, DensePredictionCell, SegmentationHead, SegmentationNetwork, predict_scales
-from fast.backbone import Backbone, LowLevel
+from fast.backbone import Backbone, LowLevel, timm_backbone
 from fast.batch_norm import recompute_statistics
 from reference.batch_norm import Array
 from reference.bilinear_resize import bilinear_resize
@@ -194,3 +194,17 @@ def test_one_scale_predicts_as_the_network_does() -> None:
 def test_scales_must_be_above_0(scales: tuple[float, ...]) -> None:
     with pytest.raises(ValueError, match="scales must be numbers above 0"):
         predict_scales(network_with_decoder(), torch.zeros(1, 3, 33, 33), scales=scales)
+
+
+def test_a_network_whose_decoder_taps_the_backbone_compiles_and_exports() -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    tapped = timm_backbone("mobilenetv2_100", weights_origin="tensorflow", low_level=True)
+    network = SegmentationNetwork(tapped, head(in_channels=320), Decoder(144, channels=6)).eval()
+    images = torch.rand(1, 3, 34, 50) * 255
+    with torch.no_grad():
+        expected = network(images)
+        exported = torch.export.export(network, (images,)).module()(images)
+        compiled = torch.compile(network, backend="aot_eager", fullgraph=True)(images)
+    for actual in (exported, compiled):
+        assert torch.allclose(actual, expected, rtol=0, atol=1e-6)  # of logits below 0.1; a compiler may fuse and reorder
