@@ -1,6 +1,7 @@
 """The operations of `reference/` on PyTorch, under the same names, and the modules built from them."""
 
+from fast.decoder import Decoder
 from fast.dense_prediction_cell import DensePredictionCell
-from fast.segmentation import SegmentationHead, SegmentationNetwork
+from fast.segmentation import SegmentationHead, SegmentationNetwork, predict_scales
 
-__all__ = ["DensePredictionCell", "SegmentationHead", "SegmentationNetwork"]
+__all__ = ["Decoder", "DensePredictionCell", "SegmentationHead", "SegmentationNetwork", "predict_scales"]

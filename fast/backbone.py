@@ -2,7 +2,7 @@
 
 import hashlib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import timm
 import torch
@@ -11,8 +11,34 @@ from torch import Tensor, nn
 
 WeightsOrigin = Literal["timm", "tensorflow"]
 
-# What TensorFlow-trained weights expect of timm's model: padding, epsilon of the norms, and inputs of p / 127.5 − 1.
-_TENSORFLOW = {"pad_type": "same", "bn_eps": 1e-3}
+# What weights trained in the authors' code expect (research/deeplab/core/feature_extractor.py): inputs of p / 127.5 − 1,
+# epsilon 1e-3 of the norms, and statistics that move by this share per step. MobileNet-v2 pads as TensorFlow's SAME does (at
+# stride 2 an even size gets 0 before and 1 after), Xception by 1 on each side at every size, which is timm's own way.
+_TENSORFLOW_EPS = 1e-3
+_TENSORFLOW_MOMENTUM = {"mobilenetv2": 0.003, "xception": 0.0003}
+
+
+class LowLevel(NamedTuple):
+    """The map on every 4th pixel that a decoder reads: the output of `module` within the body, with so many channels.
+
+    Without a module it is the first map of the body's list.
+    """
+
+    channels: int
+    module: str | None = None
+
+
+# The maps that the authors' decoder reads (`networks_to_feature_maps`): of Xception 256 channels after batch norm and before
+# ReLU, of MobileNet-v2 144 after the second depthwise convolution at stride 4. For others it is timm's own map at stride 4.
+_AUTHORS_LOW_LEVEL = {
+    "mobilenetv2_100": LowLevel(144, "blocks.1.1.bn2"),
+    "xception41": LowLevel(256, "blocks_1.stack.conv2"),
+    "xception65": LowLevel(256, "blocks_1.stack.conv2"),
+    "xception71": LowLevel(256, "blocks_2.stack.conv2"),
+}
+
+
+_XCEPTIONS = ("xception41", "xception65", "xception71")  # with the authors' blocks
 
 
 class Backbone(nn.Module):
@@ -25,16 +51,54 @@ class Backbone(nn.Module):
     mean: Tensor  # (1, 3, 1, 1), of pixel values 0 to 255
     std: Tensor
 
-    def __init__(self, name: str, body: nn.Module, *, channels: int, output_stride: int, mean: Tensor, std: Tensor) -> None:
+    def __init__(
+        self,
+        name: str,
+        body: nn.Module,
+        *,
+        channels: int,
+        output_stride: int,
+        mean: Tensor,
+        std: Tensor,
+        low_level: LowLevel | None = None,
+        weights_origin: WeightsOrigin = "timm",
+        from_timm: bool = False,
+    ) -> None:
         super().__init__()
         self.name, self.channels, self.output_stride = name, channels, output_stride
+        self.low_level = low_level
+        self.weights_origin: WeightsOrigin = weights_origin
+        self.from_timm = from_timm  # so `timm_backbone` can build it again
         self.body = body
         self.register_buffer("mean", mean.view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", std.view(1, 3, 1, 1), persistent=False)
+        self._tapped: list[Tensor] = []
+        if low_level is not None and low_level.module is not None:
+            _keep_unchanged(body, low_level.module)
+            body.get_submodule(low_level.module).register_forward_hook(self._tap)
 
     def forward(self, images: Tensor) -> Tensor:
-        features: list[Tensor] = self.body((images - self.mean) / self.std)
-        return features[-1]
+        return self._maps(images)[-1]
+
+    def with_low_level(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The map for a decoder (N, low_level.channels, ceil(H / 4), ceil(W / 4)), and the last one.
+
+        Raises ValueError for a backbone that was built without.
+        """
+        if self.low_level is None:
+            raise ValueError(f"backbone {self.name} was built without the map at stride 4 that a decoder reads")
+        maps = self._maps(images)
+        return maps[0], maps[-1]
+
+    def _maps(self, images: Tensor) -> list[Tensor]:
+        self._tapped.clear()
+        maps: list[Tensor] = list(self.body((images - self.mean) / self.std))
+        tapped = [*self._tapped, *maps]
+        self._tapped.clear()  # keeps no activation alive
+        return tapped
+
+    def _tap(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        self._tapped.append(output)
 
     def weights_hash(self) -> str:
         """A hash of all weights and statistics: features cached with one backbone are not mistaken for another's."""
@@ -53,33 +117,43 @@ def timm_backbone(
     weights: Path | None = None,
     pretrained: bool = False,
     weights_origin: WeightsOrigin = "timm",
+    low_level: bool = False,
 ) -> Backbone:
     """A backbone from timm, any model with `features_only`; the paper's are mobilenetv2_100, xception65 and xception71.
 
     `weights` is a local file (safetensors, or a PyTorch state dict read with `weights_only=True`) in timm's key names;
     `pretrained=True` lets timm download its own; with neither the weights are random. `weights_origin="tensorflow"` is for
-    weights that were trained in TensorFlow: SAME padding, epsilon 1e-3 and inputs scaled to −1..1, where timm's own use the
-    mean and deviation in their configuration. Raises ValueError naming the model, or the file and the keys that do not fit.
+    weights that were trained in TensorFlow: its padding, epsilon 1e-3 and inputs scaled to −1..1, where timm's own use the
+    mean and deviation in their configuration. `low_level=True` also gives the map at stride 4 that a decoder reads. Raises
+    ValueError naming the model, or the file and the keys that do not fit.
     """
-    if name not in timm.list_models():
+    if not timm.is_model(name):
         similar = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:8]) or "see timm.list_models()"
         raise ValueError(f"backbone {name!r} is not a timm model; similar names: {similar}")
-    options: dict[str, Any] = _TENSORFLOW if weights_origin == "tensorflow" else {}
-    try:
-        body: Any = timm.create_model(
-            name, pretrained=pretrained, features_only=True, out_indices=(-1,), output_stride=output_stride, **options
-        )
-    except (TypeError, NotImplementedError, AssertionError, RuntimeError) as error:
-        reason = str(error) or type(error).__name__
-        raise ValueError(f"backbone {name!r} cannot give features at output stride {output_stride} ({reason})") from error
-    reduction = body.feature_info.reduction()[-1]
-    if reduction != output_stride:
-        raise ValueError(f"backbone {name!r} gives output stride {reduction}, asked for {output_stride}")
+    tap = _AUTHORS_LOW_LEVEL.get(name.split(".")[0]) if low_level else None
+    options: dict[str, Any] = {}
+    if weights_origin == "tensorflow" and not name.startswith("xception"):
+        options["pad_type"] = "same"
+    body = _create_body(name, output_stride, pretrained, stride_4=low_level and tap is None, options=options)
     if weights is not None:
         _load_body(body, name, options, weights)
+    if weights_origin == "tensorflow":
+        _follow_tensorflow(body, name)
     mean, std = _normalisation(body, weights_origin)
-    channels = body.feature_info.channels()[-1]
-    return Backbone(name, body, channels=channels, output_stride=output_stride, mean=mean, std=std)
+    channels: list[int] = body.feature_info.channels()
+    if low_level and tap is None:
+        tap = LowLevel(channels[0])
+    return Backbone(
+        name,
+        body,
+        channels=channels[-1],
+        output_stride=output_stride,
+        mean=mean,
+        std=std,
+        low_level=tap,
+        weights_origin=weights_origin,
+        from_timm=True,
+    )
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -97,11 +171,55 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return state
 
 
+def _create_body(name: str, output_stride: int, pretrained: bool, *, stride_4: bool, options: dict[str, Any]) -> Any:
+    """timm's `features_only` model that gives the last map, and before it the last one at stride 4 if wanted."""
+    indices: tuple[int, ...] = (-1,)
+    try:
+        if stride_4:
+            whole: Any = timm.create_model(name, features_only=True, output_stride=output_stride)
+            reductions = whole.feature_info.reduction()
+            if 4 not in reductions[:-1]:
+                raise ValueError(f"backbone {name!r} has no map at stride 4 for a decoder, only at {reductions}")
+            indices = (len(reductions) - 1 - reductions[::-1].index(4), len(reductions) - 1)
+        # At stride 8 timm's xception71 would lack a shortcut's convolution that its weights have.
+        dilate = name.split(".")[0] in _XCEPTIONS and output_stride == 8
+        options = {"output_stride": 16 if dilate else output_stride, **options}
+        body: Any = timm.create_model(name, pretrained=pretrained, features_only=True, out_indices=indices, **options)
+    except (TypeError, NotImplementedError, AssertionError, RuntimeError) as error:
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"backbone {name!r} cannot give features at output stride {output_stride} ({reason})") from error
+    reduction = body.feature_info.reduction()[-1]
+    if dilate:
+        _halve_output_stride(body)
+        reduction //= 2
+    if reduction != output_stride:
+        raise ValueError(f"backbone {name!r} gives output stride {reduction}, asked for {output_stride}")
+    return body
+
+
+def _halve_output_stride(body: nn.Module) -> None:
+    """The last stride of 2 becomes 1, and the convolutions of all later blocks are dilated twice as much."""
+    blocks = [module for name, module in body.named_children() if name.startswith("blocks_")]
+    last = max(i for i, block in enumerate(blocks) if any(conv.stride == (2, 2) for conv in _convolutions(block)))
+    for conv in _convolutions(blocks[last]):
+        conv.stride = (1, 1)
+    for conv in (conv for block in blocks[last + 1 :] for conv in _convolutions(block) if conv.kernel_size == (3, 3)):
+        conv.dilation = conv.padding = (2 * conv.dilation[0], 2 * conv.dilation[1])
+
+
+def _convolutions(module: nn.Module) -> list[nn.Conv2d]:
+    return [child for child in module.modules() if isinstance(child, nn.Conv2d)]
+
+
 def _load_body(body: nn.Module, name: str, options: dict[str, Any], path: Path) -> None:
     """Strict: the file must fit the whole timm model, or exactly the part of it that computes features."""
     state = read_weights(path)
     wanted = body.state_dict()
-    head = timm.create_model(name, **options).state_dict().keys() - wanted.keys()  # conv_head, classifier and the like
+    whole = timm.create_model(name, **options).state_dict().keys()
+    # Where timm computes features by hooks, it writes a model's `blocks.0` as `blocks_0`; a file may have either.
+    inner = {key: flat for key in whole if (flat := key.replace(".", "_", 1)) in wanted and key not in wanted}
+    state = {inner.get(key, key): value for key, value in state.items()}
+    head = whole - wanted.keys() - inner.keys()  # conv_head, classifier and the like
     missing = [key for key in wanted if key not in state]
     unknown = [key for key in state if key not in wanted and key not in head]
     misshapen = [key for key in wanted if key in state and state[key].shape != wanted[key].shape]
@@ -109,6 +227,21 @@ def _load_body(body: nn.Module, name: str, options: dict[str, Any], path: Path) 
         if keys:
             raise ValueError(f"weights file {path} is not of {name}: it {problem} {len(keys)} keys, first {keys[0]!r}")
     body.load_state_dict({key: state[key] for key in wanted})
+
+
+def _follow_tensorflow(body: nn.Module, name: str) -> None:
+    momentum = next((value for family, value in _TENSORFLOW_MOMENTUM.items() if name.startswith(family)), None)
+    for norm in body.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.eps = _TENSORFLOW_EPS
+            norm.momentum = norm.momentum if momentum is None else momentum
+
+
+def _keep_unchanged(body: nn.Module, tapped: str) -> None:
+    """Let no activation that follows overwrite the tapped map (timm's Xception applies ReLU to it in place)."""
+    for module in body.get_submodule(tapped.rpartition(".")[0]).children():
+        if isinstance(module, nn.ReLU):
+            module.inplace = False
 
 
 def _normalisation(body: nn.Module, weights_origin: WeightsOrigin) -> tuple[Tensor, Tensor]:

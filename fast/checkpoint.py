@@ -1,4 +1,4 @@
-"""A trained head as one file: weights beside the architecture they belong to, so that loading needs the file alone.
+"""A trained head or network as one file: weights beside the architecture they belong to, so that loading needs the file alone.
 
 The format is safetensors; its metadata hold a JSON description. Nothing in it is ever executed.
 """
@@ -8,20 +8,70 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor, nn
 
+from fast.backbone import Backbone, timm_backbone
+from fast.decoder import Decoder
 from fast.dense_prediction_cell import DensePredictionCell
-from fast.segmentation import SegmentationHead
+from fast.segmentation import SegmentationHead, SegmentationNetwork
 from reference.cell import Cell
 
 FORMAT = "dense-prediction-cell head 1"
+NETWORK_FORMAT = "dense-prediction-cell network 1"
 
 
 def save_head(path: Path, head: SegmentationHead, *, class_names: tuple[str, ...], backbone: dict[str, Any]) -> None:
     """Write atomically; `backbone` says which features the head was trained on (name, weights hash, and so on)."""
-    context = head.context
+    _write(path, head, FORMAT, {**_describe_head(head), "class_names": class_names, "backbone": backbone})
+
+
+def load_head(path: Path) -> tuple[SegmentationHead, dict[str, Any]]:
+    """The head in evaluation mode, and its description. Raises ValueError naming the file."""
+    description, state = _read(path, "head", FORMAT)
+    head = _build_head(description)
+    _fill(head, state, path, "head")
+    return head, description
+
+
+def save_network(
+    path: Path, network: SegmentationNetwork, *, class_names: tuple[str, ...], source: dict[str, Any] | None = None
+) -> None:
+    """Write atomically; `source` says where the weights come from (training settings, a converted file, and so on).
+
+    Raises ValueError for a backbone that is not from timm, and so could not be built again from the file, and for class names
+    that are not as many as the classifier's classes.
+    """
+    classes = network.head.classifier.out_channels
+    if len(class_names) != classes:
+        raise ValueError(f"network has {classes} classes, got {len(class_names)} class names")
     description = {
+        **_describe_head(network.head),
+        "class_names": class_names,
+        "backbone": _describe_backbone(network.backbone),
+        "decoder": None if network.decoder is None else {"projected_channels": network.decoder.projected_channels},
+        "source": source or {},
+    }
+    _write(path, network, NETWORK_FORMAT, description)
+
+
+def load_network(path: Path) -> tuple[SegmentationNetwork, dict[str, Any]]:
+    """The network in evaluation mode, and its description. Raises ValueError naming the file."""
+    description, state = _read(path, "network", NETWORK_FORMAT)
+    backbone = _build_backbone(description["backbone"], low_level=description["decoder"] is not None)
+    decoder = None
+    if description["decoder"] is not None and backbone.low_level is not None:
+        decoder = Decoder(backbone.low_level.channels, channels=description["cell_channels"], **description["decoder"])
+    network = SegmentationNetwork(backbone, _build_head(description), decoder)
+    _fill(network, state, path, "network")
+    return network, description
+
+
+def _describe_head(head: SegmentationHead) -> dict[str, Any]:
+    context = head.context
+    return {
         "cell": json.loads(context.cell.to_json()),
         "in_channels": context.in_channels,
         "branch_channels": context.branch_channels,
@@ -30,30 +80,10 @@ def save_head(path: Path, head: SegmentationHead, *, class_names: tuple[str, ...
         "dropout_rate": context.dropout.p,
         "pooling": context.pooling,
         "pooling_size": context.pooling_size,
-        "class_names": class_names,
-        "backbone": backbone,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    state = {key: value.detach().cpu().contiguous() for key, value in head.state_dict().items()}
-    try:
-        save_file(state, partial, metadata={"format": FORMAT, "description": json.dumps(description)})
-    except SafetensorError as error:
-        raise OSError(f"cannot write {partial}: {error}") from error
-    os.replace(partial, path)
 
 
-def load_head(path: Path) -> tuple[SegmentationHead, dict[str, Any]]:
-    """The head in evaluation mode, and its description. Raises ValueError naming the file."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a dict, has no iterator
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"head {path} cannot be read as safetensors: {error}") from error
-    if metadata.get("format") != FORMAT:
-        raise ValueError(f"head {path} is not in the format {FORMAT!r}, got {metadata.get('format')!r}")
-    description = json.loads(metadata["description"])
+def _build_head(description: dict[str, Any]) -> SegmentationHead:
     pooling_size = description["pooling_size"]
     context = DensePredictionCell(
         Cell.from_json(json.dumps(description["cell"])),
@@ -65,9 +95,59 @@ def load_head(path: Path) -> tuple[SegmentationHead, dict[str, Any]]:
         pooling=description["pooling"],
         pooling_size=tuple(pooling_size) if pooling_size else None,
     )
-    head = SegmentationHead(context, len(description["class_names"]))
+    return SegmentationHead(context, len(description["class_names"]))
+
+
+def _describe_backbone(backbone: Backbone) -> dict[str, Any]:
+    if not backbone.from_timm:
+        raise ValueError(f"backbone {backbone.name} is not from timm, so a file could not tell how to build it again")
+    return {
+        "name": backbone.name,
+        "output_stride": backbone.output_stride,
+        "weights_origin": backbone.weights_origin,  # decides padding and the norms' epsilon
+        "mean": backbone.mean.flatten().tolist(),
+        "std": backbone.std.flatten().tolist(),
+    }
+
+
+def _build_backbone(description: dict[str, Any], *, low_level: bool) -> Backbone:
+    backbone = timm_backbone(
+        description["name"],
+        output_stride=description["output_stride"],
+        weights_origin=description["weights_origin"],
+        low_level=low_level,
+    )
+    for buffer, values in ((backbone.mean, description["mean"]), (backbone.std, description["std"])):
+        buffer.copy_(torch.tensor(values).view(1, 3, 1, 1))
+    return backbone
+
+
+def _write(path: Path, module: nn.Module, file_format: str, description: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    state = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
     try:
-        head.load_state_dict(state)
+        save_file(state, partial, metadata={"format": file_format, "description": json.dumps(description)})
+    except SafetensorError as error:
+        raise OSError(f"cannot write {partial}: {error}") from error
+    os.replace(partial, path)
+
+
+def _read(path: Path, kind: str, file_format: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a dict, has no iterator
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{kind} {path} cannot be read as safetensors: {error}") from error
+    if metadata.get("format") != file_format:
+        raise ValueError(f"{kind} {path} is not in the format {file_format!r}, got {metadata.get('format')!r}")
+    return json.loads(metadata["description"]), state
+
+
+def _fill(module: nn.Module, state: dict[str, Tensor], path: Path, kind: str) -> None:
+    try:
+        module.load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError(f"head {path} does not hold the weights that its description names: {error}") from error
-    return head.eval(), description
+        raise ValueError(f"{kind} {path} does not hold the weights that its description names: {error}") from error
+    module.eval()

@@ -1,10 +1,14 @@
 """From features, or images, to class scores: the cell with its classifier, and with a backbone below."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from fast.backbone import Backbone
 from fast.bilinear_resize import bilinear_resize
+from fast.decoder import OUTPUT_STRIDE as DECODER_STRIDE
+from fast.decoder import Decoder
 from fast.dense_prediction_cell import DensePredictionCell
 from fast.pointwise_conv import lazy_pointwise_conv
 
@@ -30,13 +34,13 @@ class SegmentationHead(nn.Module):
 
 
 class SegmentationNetwork(nn.Module):
-    """Backbone and head: images (N, 3, H, W) with values 0 to 255 -> logits (N, K, ceil(H / s), ceil(W / s)) at output stride
-    s.
+    """Backbone and head, with a decoder between context and classifier or without.
 
-    Raises ValueError where backbone and head disagree on channels or output stride.
+    Images (N, 3, H, W) with values 0 to 255 -> logits (N, K, ceil(H / s), ceil(W / s)), where s is `logits_stride`: 4 with a
+    decoder, else the backbone's output stride. Raises ValueError where the parts disagree on channels or output stride.
     """
 
-    def __init__(self, backbone: Backbone, head: SegmentationHead) -> None:
+    def __init__(self, backbone: Backbone, head: SegmentationHead, decoder: Decoder | None = None) -> None:
         super().__init__()
         wanted = (head.context.in_channels, head.context.output_stride)
         if wanted != (backbone.channels, backbone.output_stride):
@@ -44,14 +48,60 @@ class SegmentationNetwork(nn.Module):
                 f"head was built for {wanted[0]} channels at output stride {wanted[1]}, "
                 f"backbone {backbone.name} gives {backbone.channels} at {backbone.output_stride}"
             )
+        if decoder is not None:
+            given = (head.context.cell_channels, backbone.low_level.channels if backbone.low_level is not None else None)
+            if given != (decoder.channels, decoder.low_level_channels):
+                raise ValueError(
+                    f"decoder was built for {decoder.channels} channels of context and {decoder.low_level_channels} at stride "
+                    f"4, the cell gives {given[0]} and backbone {backbone.name} {given[1]}"
+                )
         self.backbone = backbone
         self.head = head
+        self.decoder = decoder
+
+    @property
+    def logits_stride(self) -> int:
+        return self.backbone.output_stride if self.decoder is None else DECODER_STRIDE
 
     def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.backbone(images))
+        if self.decoder is None:
+            logits: Tensor = self.head(self.backbone(images))
+            return logits
+        low_level, features = self.backbone.with_low_level(images)
+        logits = self.head.classifier(self.decoder(self.head.context(features), low_level))
         return logits
 
     @torch.no_grad()
     def predict(self, images: Tensor) -> Tensor:
         """The best class per pixel: (N, 3, H, W) -> (N, H, W), int64; logits are resized before the choice."""
         return bilinear_resize(self(images).float(), (images.shape[2], images.shape[3])).argmax(dim=1)
+
+
+@torch.no_grad()
+def predict_scales(
+    network: SegmentationNetwork, images: Tensor, *, scales: Sequence[float] = (1.0,), flip: bool = False
+) -> Tensor:
+    """Class probabilities averaged over scales and mirror images: (N, 3, H, W) -> (N, K, H, W) float32.
+
+    As `predict_labels_multi_scale` of research/deeplab/model.py: the image is resized to int((H − 1)·scale + 1) rows, its
+    logits to the size they have at scale 1 (larger for larger scales), then to the image's, and softmax is averaged. The best
+    class is the argmax over dimension 1. Raises ValueError for scales that are not above 0.
+    """
+    if not scales or not all(scale > 0 for scale in scales):
+        raise ValueError(f"scales must be numbers above 0, at least one, got {scales}")
+    size = (images.shape[2], images.shape[3])
+    total: Tensor | None = None
+    for scale in scales:
+        scaled = bilinear_resize(images.float(), _scaled(size, scale)) if scale != 1.0 else images.float()
+        for mirrored in (False, True) if flip else (False,):
+            logits = network(scaled.flip(3) if mirrored else scaled).float()
+            # For scales below 1 this differs from one resize to the image's size.
+            logits = bilinear_resize(logits, _scaled(size, max(1.0, scale) / network.logits_stride))
+            probabilities = bilinear_resize(logits.flip(3) if mirrored else logits, size).softmax(dim=1)
+            total = probabilities if total is None else total + probabilities
+    assert total is not None  # at least one scale
+    return total / (len(scales) * (2 if flip else 1))
+
+
+def _scaled(size: tuple[int, int], scale: float) -> tuple[int, int]:
+    return int((size[0] - 1) * scale + 1), int((size[1] - 1) * scale + 1)

@@ -47,7 +47,7 @@ class FeatureSettings:
     weights: Path | None = None
     """Local file of the backbone's weights (safetensors or PyTorch state dict, in timm's key names)."""
     weights_origin: WeightsOrigin = "timm"
-    """Where the weights were trained: tensorflow ones expect SAME padding, batch norm epsilon 1e-3 and inputs in -1..1."""
+    """Where the weights were trained: tensorflow ones expect its padding, batch norm epsilon 1e-3 and inputs in -1..1."""
     pretrained: bool = False
     """Let timm download its pretrained weights."""
     output_stride: int = 16

@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fast.checkpoint
-from fast import DensePredictionCell, SegmentationHead
-from fast.checkpoint import FORMAT, load_head, save_head
+from fast import Decoder, DensePredictionCell, SegmentationHead, SegmentationNetwork
+from fast.backbone import Backbone, timm_backbone
+from fast.checkpoint import FORMAT, NETWORK_FORMAT, load_head, load_network, save_head, save_network
 from reference.cell import BACKBONE_FEATURE, CONV1X1, Branch, Cell, Operation
 from reference.pyramid_pooling import PoolingVariant
 
@@ -132,3 +133,77 @@ def test_weights_that_do_not_fit_the_description_are_refused(tmp_path: Path, cha
     save_file(state, path, metadata={"format": FORMAT, "description": description})
     with pytest.raises(ValueError, match=r"head\.safetensors does not hold the weights that its description names"):
         load_head(path)
+
+
+def trained_network(*, decoder: bool, output_stride: int = 8) -> SegmentationNetwork:
+    """After one step, so that running statistics are not the initial ones."""
+    torch.manual_seed(0)
+    backbone = timm_backbone("mobilenetv2_035", output_stride=output_stride, weights_origin="tensorflow", low_level=decoder)
+    backbone.mean.fill_(100.0)
+    context = DensePredictionCell(
+        CELL, backbone.channels, branch_channels=4, cell_channels=5, output_stride=output_stride, dropout_rate=0.3
+    )
+    parts = Decoder(backbone.low_level.channels, channels=5, projected_channels=3) if backbone.low_level else None
+    network = SegmentationNetwork(backbone, SegmentationHead(context, len(CLASSES)), parts).train()
+    network(torch.rand(2, 3, 33, 40) * 255)
+    return network
+
+
+@pytest.mark.parametrize("decoder", [False, True])
+@pytest.mark.parametrize("output_stride", [8, 16])
+def test_network_round_trip(tmp_path: Path, decoder: bool, output_stride: int) -> None:
+    """From the file alone: even sizes too, where the padding of the weights' origin shows."""
+    network, path = trained_network(decoder=decoder, output_stride=output_stride), tmp_path / "new" / "network.safetensors"
+    save_network(path, network, class_names=CLASSES, source={"data": "made"})
+    loaded, description = load_network(path)
+    assert list(path.parent.iterdir()) == [path]
+    assert not any(module.training for module in loaded.modules())
+    assert (tuple(description["class_names"]), description["source"]) == (CLASSES, {"data": "made"})
+    assert loaded.head.context.cell == CELL
+    assert (loaded.logits_stride, loaded.backbone.output_stride) == (4 if decoder else output_stride, output_stride)
+    for key, value in network.state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[key]), key
+    images = torch.rand(1, 3, 34, 50) * 255
+    with torch.no_grad():
+        assert torch.equal(loaded(images), network.eval()(images))
+
+
+def test_network_of_an_unknown_backbone_is_not_saved(tmp_path: Path) -> None:
+    network = trained_network(decoder=False)
+    network.backbone.from_timm = False
+    with pytest.raises(ValueError, match="backbone mobilenetv2_035 is not from timm"):
+        save_network(tmp_path / "network.safetensors", network, class_names=CLASSES)
+    assert (
+        Backbone("own", torch.nn.Identity(), channels=3, output_stride=8, mean=torch.ones(3), std=torch.ones(3)).from_timm
+        is False
+    )
+
+
+def test_network_needs_a_name_for_each_class(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="network has 3 classes, got 2 class names"):
+        save_network(tmp_path / "network.safetensors", trained_network(decoder=False), class_names=CLASSES[:2])
+
+
+def test_heads_and_networks_are_told_apart(tmp_path: Path) -> None:
+    head, network = tmp_path / "head.safetensors", tmp_path / "network.safetensors"
+    save(head)
+    save_network(network, trained_network(decoder=True), class_names=CLASSES)
+    with pytest.raises(
+        ValueError, match=r"network .*head\.safetensors is not in the format 'dense-prediction-cell network 1'"
+    ):
+        load_network(head)
+    with pytest.raises(ValueError, match=r"head .*network\.safetensors is not in the format 'dense-prediction-cell head 1'"):
+        load_head(network)
+
+
+@pytest.mark.parametrize("change", ["lacks", "other shape"])
+def test_weights_that_do_not_fit_the_network_are_refused(tmp_path: Path, change: str) -> None:
+    path = tmp_path / "network.safetensors"
+    save_network(path, trained_network(decoder=True), class_names=CLASSES)
+    description, state = json.dumps(load_network(path)[1]), load_file(path)
+    del state["decoder.projection.weight"]
+    if change == "other shape":
+        state["decoder.projection.weight"] = torch.zeros(2, 2)
+    save_file(state, path, metadata={"format": NETWORK_FORMAT, "description": description})
+    with pytest.raises(ValueError, match=r"network\.safetensors does not hold the weights that its description names"):
+        load_network(path)

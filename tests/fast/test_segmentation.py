@@ -1,10 +1,14 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from fast import DensePredictionCell, SegmentationHead, SegmentationNetwork
-from fast.backbone import Backbone
+from fast import Decoder, DensePredictionCell, SegmentationHead, SegmentationNetwork, predict_scales
+from fast.backbone import Backbone, LowLevel, timm_backbone
+from fast.batch_norm import recompute_statistics
+from reference.batch_norm import Array
 from reference.bilinear_resize import bilinear_resize
 from reference.cell import BACKBONE_FEATURE, CONV1X1, Branch, Cell
 
@@ -91,3 +95,116 @@ def test_weights_hash_follows_weights_statistics_and_normalisation() -> None:
     normalisation.std.fill_(2.0)
     hashes |= {statistics.weights_hash(), normalisation.weights_hash()}
     assert len(hashes) == 4
+
+
+class TwoMaps(nn.Module):
+    """Every 4th pixel, then every 16th."""
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        return [images[:, :2, ::4, ::4], images[:, :, ::16, ::16]]
+
+
+def decoder_backbone() -> Backbone:
+    """Gives two channels at stride 4."""
+    zeros, ones = torch.zeros(3), torch.full((3,), 100.0)
+    return Backbone("two", TwoMaps(), channels=3, output_stride=16, mean=zeros, std=ones, low_level=LowLevel(2))
+
+
+def network_with_decoder() -> SegmentationNetwork:
+    network = SegmentationNetwork(decoder_backbone(), head(), Decoder(2, channels=6, projected_channels=3))
+    images = torch.randint(256, (2, 3, 65, 65), generator=torch.Generator().manual_seed(2)).float()
+    recompute_statistics(network, [images])  # or the initial weights would shrink the decoder's output to nothing
+    return network
+
+
+@pytest.mark.parametrize("size", [(33, 49), (32, 50)])
+def test_decoder_stands_between_context_and_classifier(size: tuple[int, int]) -> None:
+    network = network_with_decoder()
+    assert (network.logits_stride, SegmentationNetwork(backbone(), head()).logits_stride) == (4, 16)
+    images = torch.randint(256, (2, 3, *size), generator=torch.Generator().manual_seed(0)).float()
+    low_level, features = network.backbone.with_low_level(images)
+    assert network.decoder is not None
+    logits = network(images)
+    assert logits.shape == (2, 5, -(-size[0] // 4), -(-size[1] // 4))
+    refined = network.decoder(network.head.context(features), low_level)
+    assert torch.equal(logits, network.head.classifier(refined))
+    assert network.predict(images).shape == (2, *size)
+
+
+@pytest.mark.parametrize(
+    ("decoder", "message"),
+    [
+        (Decoder(3, channels=6), "built for 6 channels of context and 3 at stride 4, the cell gives 6 and backbone two 2"),
+        (Decoder(2, channels=8), "built for 8 channels of context and 2 at stride 4, the cell gives 6 and backbone two 2"),
+    ],
+)
+def test_network_refuses_a_decoder_for_other_maps(decoder: Decoder, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SegmentationNetwork(decoder_backbone(), head(), decoder)
+    with pytest.raises(ValueError, match="every-16th None"):
+        SegmentationNetwork(backbone(), head(), Decoder(2, channels=6))
+
+
+def expected_probabilities(network: SegmentationNetwork, images: Tensor, scales: list[float], flip: bool) -> Array:
+    """Step by step in float64, resizes by the reference."""
+    size, stride, total = (images.shape[2], images.shape[3]), network.logits_stride, []
+    for scale in scales:
+        for step in (1, -1) if flip else (1,):
+            pixels = images.double().numpy()[:, :, :, ::step]
+            scaled = bilinear_resize(pixels, _at(size, scale))
+            logits = network(torch.from_numpy(scaled)).detach().numpy()[:, :, :, ::step]
+            middle = _at(size, max(1.0, scale) / stride)
+            logits = bilinear_resize(bilinear_resize(logits, middle), size)
+            exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
+            total.append(exponentials / exponentials.sum(axis=1, keepdims=True))
+    mean: Array = np.mean(total, axis=0)
+    return mean
+
+
+def _at(size: tuple[int, int], scale: float) -> tuple[int, int]:
+    return int((size[0] - 1) * scale + 1), int((size[1] - 1) * scale + 1)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("scales", [[1.0], [0.5, 1.0, 1.75], [0.75]])
+@pytest.mark.parametrize("with_decoder", [False, True])
+def test_scales_and_mirror_images_are_averaged(scales: list[float], flip: bool, with_decoder: bool) -> None:
+    network = network_with_decoder() if with_decoder else SegmentationNetwork(backbone(), head()).eval()
+    nn.init.normal_(network.head.classifier.weight, std=3.0)  # so that classes differ
+    images = torch.randint(256, (2, 3, 49, 66), generator=torch.Generator().manual_seed(0)).float()
+    probabilities = predict_scales(network, images, scales=scales, flip=flip)
+    assert probabilities.dtype == torch.float32
+    expected = expected_probabilities(copy.deepcopy(network).double(), images, scales, flip)
+    assert expected.std() > 0.01
+    # absolute, on probabilities: float32 logits up to 20 carry 2e-6 each, resized pixels of 255 as much again
+    np.testing.assert_allclose(probabilities, expected, rtol=0, atol=5e-5)
+
+
+def test_one_scale_predicts_as_the_network_does() -> None:
+    network = network_with_decoder()
+    images = torch.randint(256, (1, 3, 50, 35), generator=torch.Generator().manual_seed(1)).float()
+    probabilities = predict_scales(network, images)
+    assert probabilities.sum(dim=1).sub(1).abs().max() < 1e-5  # of float32 sums of 5
+    top = probabilities.topk(2, dim=1).values
+    differs = probabilities.argmax(dim=1) != network.predict(images)
+    assert (top[:, 0] - top[:, 1])[differs].lt(1e-6).all()  # only where softmax rounds two classes to one value
+
+
+@pytest.mark.parametrize("scales", [(), (1.0, 0.0), (-1.0,)])
+def test_scales_must_be_above_0(scales: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match="scales must be numbers above 0"):
+        predict_scales(network_with_decoder(), torch.zeros(1, 3, 33, 33), scales=scales)
+
+
+def test_a_network_whose_decoder_taps_the_backbone_compiles_and_exports() -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    tapped = timm_backbone("mobilenetv2_100", weights_origin="tensorflow", low_level=True)
+    network = SegmentationNetwork(tapped, head(in_channels=320), Decoder(144, channels=6)).eval()
+    images = torch.rand(1, 3, 34, 50) * 255
+    with torch.no_grad():
+        expected = network(images)
+        exported = torch.export.export(network, (images,)).module()(images)
+        compiled = torch.compile(network, backend="aot_eager", fullgraph=True)(images)
+    for actual in (exported, compiled):
+        assert torch.allclose(actual, expected, rtol=0, atol=1e-6)  # of logits below 0.1; a compiler may fuse and reorder
