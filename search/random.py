@@ -96,7 +96,7 @@ def main(settings: RandomSettings) -> None:
     known_cells(settings)
     caches = prepare_caches(settings)
     task = ProxyTask(caches["train"], caches["val"], settings, device)  # refuses a wrong crop before the run begins
-    directory = settings.runs_dir / (settings.name or Path(settings.dataset).stem)
+    directory = settings.runs_dir / (settings.name or caches["train"].manifest["dataset"])
     description: dict[str, Any] = {
         "command": ["python", "-m", "search.random", *sys.argv[1:]],
         "class_names": caches["train"].class_names,

@@ -1,5 +1,6 @@
 """Labels in MATLAB files: SBD's and PASCAL-Part's. Needs SciPy (`pip install 'dense-prediction-cell[mat]'`)."""
 
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def _load(path: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = loadmat(path, squeeze_me=True, struct_as_record=False)
     # What SciPy raises for damaged files: of its own kind, of its struct and zlib readers, and for MATLAB's newer format.
-    except (MatReadError, OSError, ValueError, TypeError, KeyError, IndexError, NotImplementedError, MemoryError) as error:
+    except (MatReadError, zlib.error, OSError, ValueError, TypeError, LookupError, NotImplementedError, MemoryError) as error:
         raise InputError(
             f"label {path} is truncated or no MATLAB file ({error}); restore it from the original data set"
         ) from error

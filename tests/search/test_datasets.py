@@ -16,7 +16,7 @@ from PIL import Image
 from scipy import ndimage
 
 from search.cli import InputError
-from search.datasets import DATASETS, IGNORE_INDEX, SPLITS, Dataset, Sample, open_dataset, shapes
+from search.datasets import DATASETS, IGNORE_INDEX, SPLITS, Dataset, Sample, camvid, open_dataset, shapes
 
 REAL_CAMVID = Path(__file__).parents[2].parent / "shared" / "data" / "camvid"
 
@@ -204,6 +204,20 @@ def test_camvid_is_read_in_the_order_of_its_list(tmp_path: Path, suffix: str, sp
     assert image.dtype == label.dtype == np.uint8
     with pytest.raises(IndexError):
         dataset[2]
+
+
+def test_trainval_of_camvid_is_train_then_val(tmp_path: Path) -> None:
+    folder = write_camvid(tmp_path / "camvid")
+    for part in ("", "annot"):
+        shutil.copytree(folder / f"val{part}", folder / f"test{part}")
+    shutil.copy(folder / "val.txt", folder / "test.txt")
+    for path in (folder / "val", folder / "valannot"):
+        for picture in path.iterdir():
+            picture.rename(path / f"v{picture.name}")
+    (folder / "val.txt").write_text((folder / "val.txt").read_text().replace("0001TP", "v0001TP"))
+    names = {split: [sample.name for sample in read_all(open_dataset("camvid", split, folder))] for split in camvid.LENGTHS}
+    assert names["trainval"] == names["train"] + names["val"] == ["0001TP_1", "0001TP_0", "v0001TP_1", "v0001TP_0"]
+    assert names["test"] == names["train"]
 
 
 def test_fingerprint_of_camvid_follows_its_files(tmp_path: Path) -> None:
