@@ -39,9 +39,11 @@ class FeatureSettings:
     """Which features: the data set and the backbone that turns its images into them."""
 
     dataset: str = "shapes"
-    """Data set: shapes (generated on the fly) or camvid (SegNet's layout, needs --data-dir)."""
+    """Data set: shapes (generated), camvid, cityscapes, pascal_voc, pascal_person_part, or a TOML file (docs/datasets.md)."""
     data_dir: Path | None = None
-    """Folder of the data set."""
+    """Folder of the data set. A TOML file describes the folder it lies in unless told otherwise."""
+    train_split: str = "train"
+    """Split to train on, such as pascal_voc's train_aug."""
     backbone: str | None = None
     """Any timm model with feature maps. Default: a small one trained on the spot for shapes, mobilenetv2_100 for the rest."""
     weights: Path | None = None
@@ -133,20 +135,21 @@ def build_cache(directory: Path, dataset: Dataset, backbone: Backbone, identity:
 
 
 def prepare_caches(settings: FeatureSettings) -> dict[str, FeatureCache]:
-    """The caches of the training and validation splits, opened if they exist and computed if not."""
+    """The caches to train and to validate on, by "train" and "val", opened if they exist and computed if not."""
     device = resolve_device(settings.device)
-    datasets = {split: open_dataset(settings.dataset, split, settings.data_dir) for split in SPLITS}
+    names = dict(zip(SPLITS, (settings.train_split, "val"), strict=True))
+    datasets = {role: open_dataset(settings.dataset, split, settings.data_dir) for role, split in names.items()}
     backbone = create_backbone(settings)
     caches = {}
-    for split, dataset in datasets.items():
-        mirrored = settings.mirrored and split == "train"
+    for role, dataset in datasets.items():
+        mirrored = settings.mirrored and role == "train"
         identity = _identity(settings, dataset, backbone, mirrored)
-        name = f"{settings.dataset}-{split}-{backbone.name}-os{settings.output_stride}" + ("-mirrored" if mirrored else "")
+        name = f"{dataset.name}-{dataset.split}-{backbone.name}-os{settings.output_stride}" + ("-mirrored" if mirrored else "")
         directory = settings.cache_dir / name
         try:
-            caches[split] = open_cache(directory, identity)
+            caches[role] = open_cache(directory, identity)
         except HalfWrittenError:
-            caches[split] = build_cache(directory, dataset, backbone, identity, device)
+            caches[role] = build_cache(directory, dataset, backbone, identity, device)
     return caches
 
 

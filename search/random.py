@@ -39,7 +39,19 @@ _EXAMPLES = 4
 _TOP = 10  # cells in the table and in best_cells/
 
 # Settings that may change between two runs of the command: they move files, add work, or spread it, but change no score.
-_FREE = {"name", "runs_dir", "cache_dir", "data_dir", "weights", "device", "workers", "cells", "compare", "comparison_seeds"}
+_FREE = {
+    "name",
+    "runs_dir",
+    "cache_dir",
+    "data_dir",
+    "train_split",
+    "weights",
+    "device",
+    "workers",
+    "cells",
+    "compare",
+    "comparison_seeds",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +96,7 @@ def main(settings: RandomSettings) -> None:
     known_cells(settings)
     caches = prepare_caches(settings)
     task = ProxyTask(caches["train"], caches["val"], settings, device)  # refuses a wrong crop before the run begins
-    directory = settings.runs_dir / (settings.name or settings.dataset)
+    directory = settings.runs_dir / (settings.name or caches["train"].manifest["dataset"])
     description: dict[str, Any] = {
         "command": ["python", "-m", "search.random", *sys.argv[1:]],
         "class_names": caches["train"].class_names,
@@ -322,7 +334,9 @@ def _check(settings: RandomSettings) -> None:
 def _identity(settings: RandomSettings, caches: dict[str, FeatureCache]) -> dict[str, Any]:
     """What the scores of a run depend on; the same command goes on, another one is refused."""
     fields = {field: value for field, value in asdict(settings).items() if field not in _FREE}
-    hashes = {key: caches["train"].manifest[key] for key in ("backbone", "weights_hash", "data_fingerprint", "image_size")}
+    hashes = {
+        key: caches["train"].manifest[key] for key in ("backbone", "weights_hash", "data_fingerprint", "image_size", "dataset")
+    }
     hashes["val_fingerprint"] = caches["val"].manifest["data_fingerprint"]
     identity: dict[str, Any] = json.loads(json.dumps(fields | hashes))
     return identity

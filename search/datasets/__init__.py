@@ -1,7 +1,9 @@
 """Data sets for the search: pictures with one class per pixel, behind one small protocol.
 
-A data set called `x` is the module `search/datasets/x.py` with a function `open_split(split, data_dir)`, listed in
-`DATASETS`; modules are imported on first use, so that a reader's dependencies matter only to those who ask for it.
+A data set called `x` is the module `search/datasets/x.py`, listed in `DATASETS`, with `LENGTHS` (its splits and how many
+pictures each officially has) and a function `open_split(split, data_dir)`; modules are imported on first use, so that a
+reader's dependencies matter only to those who ask for it. Any other folder is described by a TOML file (`described.py`).
+`python -m search.datasets check` verifies a folder; docs/datasets.md says where each set is had.
 """
 
 import importlib
@@ -14,12 +16,15 @@ from numpy.typing import NDArray
 from reference.upsampled_cross_entropy import IGNORE_INDEX as IGNORE_INDEX
 from search.cli import InputError
 
-DATASETS = ("shapes", "camvid")
-SPLITS = ("train", "val")
+DATASETS = ("shapes", "camvid", "cityscapes", "pascal_voc", "pascal_person_part")
+SPLITS = ("train", "val")  # what a search needs; a data set may have more
 
 
 class Sample(NamedTuple):
-    """One picture: `image` (H, W, 3) uint8 RGB, `label` (H, W) uint8 classes or `IGNORE_INDEX`, `name` within its split."""
+    """One picture: `image` (H, W, 3) uint8 RGB, `label` (H, W) uint8 classes or `IGNORE_INDEX`, `name` within its split.
+
+    The label of a picture whose truth is not public (a test split) is `IGNORE_INDEX` throughout.
+    """
 
     image: NDArray[np.uint8]
     label: NDArray[np.uint8]
@@ -29,7 +34,8 @@ class Sample(NamedTuple):
 class Dataset(Protocol):
     """One split of a data set: `len(dataset)` samples, the same ones at every reading.
 
-    `class_names` names the K classes 0 to K − 1, `palette` (K, 3) uint8 RGB colours them.
+    `class_names` names the K classes 0 to K − 1, `palette` (K, 3) uint8 RGB colours them, and `label_ids` says which value
+    each of them has in the data set's own label files, for predictions that others are to read.
     """
 
     @property
@@ -40,6 +46,8 @@ class Dataset(Protocol):
     def class_names(self) -> tuple[str, ...]: ...
     @property
     def palette(self) -> NDArray[np.uint8]: ...
+    @property
+    def label_ids(self) -> tuple[int, ...]: ...
 
     def __len__(self) -> int: ...
 
@@ -49,20 +57,51 @@ class Dataset(Protocol):
     def fingerprint(self) -> str:
         """Hexadecimal digest of what the samples come from: the generator, or the names and sizes of the files."""
 
+    def problems(self) -> list[str]:
+        """What is wrong as far as lists and file names tell, a sentence each; pixels are checked when they are read."""
+
+
+def split_names(name: str) -> tuple[str, ...]:
+    """The splits of data set `name`. Raises InputError for an unknown name and for a bad description."""
+    if name.endswith(".toml"):
+        return tuple(importlib.import_module("search.datasets.described").load_description(Path(name)).splits)
+    if name not in DATASETS:
+        raise InputError(
+            f"--dataset {name} is unknown; choose one of: {', '.join(DATASETS)}, or a TOML file that describes yours"
+        )
+    return tuple(importlib.import_module(f"search.datasets.{name}").LENGTHS)
+
+
+def open_unchecked(name: str, split: str, data_dir: Path | None) -> Dataset:
+    """`open_dataset` for one who wants to see all `problems()`, not only the first.
+
+    Raises InputError for an unknown name or split, and for a folder in which there is nothing to list.
+    """
+    splits = split_names(name)
+    if split not in splits:
+        raise InputError(f"split {split!r} of {name} is unknown; choose one of: {', '.join(splits)}")
+    dataset: Dataset
+    if name.endswith(".toml"):
+        dataset = importlib.import_module("search.datasets.described").open_split(Path(name), split, data_dir)
+    else:
+        dataset = importlib.import_module(f"search.datasets.{name}").open_split(split, data_dir)
+    return dataset
+
 
 def open_dataset(name: str, split: str, data_dir: Path | None) -> Dataset:
-    """Open `split` ("train" or "val") of data set `name`; `data_dir` is its folder, None for generated data.
+    """Open `split` of data set `name`, one of `DATASETS` or a TOML file; `data_dir` is its folder, None for generated data.
 
-    Raises InputError for an unknown name or split, and for a folder that does not hold the data set.
+    Raises InputError for an unknown name or split, and for a folder that does not hold the data set, whole.
 
     >>> dataset = open_dataset("shapes", "val", None)
     >>> image, label, name = dataset[0]
     >>> name, image.shape, label.shape
     ('val_000', (257, 257, 3), (257, 257))
     """
-    if name not in DATASETS:
-        raise InputError(f"--dataset {name} is unknown; choose one of: {', '.join(DATASETS)}")
-    if split not in SPLITS:
-        raise InputError(f"split {split!r} is unknown; choose one of: {', '.join(SPLITS)}")
-    dataset: Dataset = importlib.import_module(f"search.datasets.{name}").open_split(split, data_dir)
+    dataset = open_unchecked(name, split, data_dir)
+    first, *others = dataset.problems() or [""]
+    if others:
+        first += f" ({len(others)} more: `python -m search.datasets check {name} --data-dir {data_dir}` lists them)"
+    if first:
+        raise InputError(first)
     return dataset

@@ -59,6 +59,7 @@ class Shapes:
     name = "shapes"
     class_names = CLASS_NAMES
     palette = PALETTE
+    label_ids = tuple(range(len(CLASS_NAMES)))
 
     def __len__(self) -> int:
         return self.length
@@ -73,6 +74,9 @@ class Shapes:
         digest = hashlib.sha256(repr(astuple(self)).encode())
         digest.update(self[0].image.tobytes())  # so that a change of the generator itself shows
         return digest.hexdigest()
+
+    def problems(self) -> list[str]:
+        return []  # nothing is read
 
 
 def open_split(split: str, data_dir: Path | None) -> Shapes:

@@ -1,5 +1,6 @@
 """The data sets: scenes that need context and depend on nothing but their seed, and CamVid with every way it can be broken."""
 
+import importlib
 import os
 import shutil
 import socket
@@ -15,7 +16,7 @@ from PIL import Image
 from scipy import ndimage
 
 from search.cli import InputError
-from search.datasets import IGNORE_INDEX, SPLITS, Dataset, Sample, camvid, open_dataset, shapes
+from search.datasets import DATASETS, IGNORE_INDEX, SPLITS, Dataset, Sample, camvid, open_dataset, shapes
 
 REAL_CAMVID = Path(__file__).parents[2].parent / "shared" / "data" / "camvid"
 
@@ -33,15 +34,23 @@ def scenes() -> list[Sample]:
 # open_dataset
 
 
-@pytest.mark.parametrize(("name", "split"), [("imagenet", "train"), ("shapes", "test"), ("camvid", "trainval")])
-def test_unknown_name_or_split_is_refused_with_the_choices(name: str, split: str) -> None:
-    with pytest.raises(InputError, match=r"choose one of: (shapes, camvid|train, val)$"):
+@pytest.mark.parametrize(
+    ("name", "split", "choices"),
+    [
+        ("imagenet", "train", ", ".join(DATASETS)),
+        ("shapes", "test", "train, val"),
+        ("camvid", "train_aug", "train, val, trainval, test"),
+    ],
+)
+def test_unknown_name_or_split_is_refused_with_the_choices(name: str, split: str, choices: str) -> None:
+    with pytest.raises(InputError, match=rf"unknown; choose one of: {choices}(, or a TOML file that describes yours)?$"):
         open_dataset(name, split, None)
 
 
-@pytest.mark.parametrize("module", [shapes, camvid])
-def test_every_class_has_its_own_colour(module: object) -> None:
-    names, palette = module.CLASS_NAMES, module.PALETTE  # type: ignore[attr-defined]
+@pytest.mark.parametrize("name", DATASETS)
+def test_every_class_has_its_own_colour(name: str) -> None:
+    module = importlib.import_module(f"search.datasets.{name}")
+    names, palette = module.CLASS_NAMES, module.PALETTE
     assert palette.shape == (len(names), 3)
     assert palette.dtype == np.uint8
     assert len(np.unique(palette, axis=0)) == len(set(names)) == len(names)
@@ -195,6 +204,20 @@ def test_camvid_is_read_in_the_order_of_its_list(tmp_path: Path, suffix: str, sp
     assert image.dtype == label.dtype == np.uint8
     with pytest.raises(IndexError):
         dataset[2]
+
+
+def test_trainval_of_camvid_is_train_then_val(tmp_path: Path) -> None:
+    folder = write_camvid(tmp_path / "camvid")
+    for part in ("", "annot"):
+        shutil.copytree(folder / f"val{part}", folder / f"test{part}")
+    shutil.copy(folder / "val.txt", folder / "test.txt")
+    for path in (folder / "val", folder / "valannot"):
+        for picture in path.iterdir():
+            picture.rename(path / f"v{picture.name}")
+    (folder / "val.txt").write_text((folder / "val.txt").read_text().replace("0001TP", "v0001TP"))
+    names = {split: [sample.name for sample in read_all(open_dataset("camvid", split, folder))] for split in camvid.LENGTHS}
+    assert names["trainval"] == names["train"] + names["val"] == ["0001TP_1", "0001TP_0", "v0001TP_1", "v0001TP_0"]
+    assert names["test"] == names["train"]
 
 
 def test_fingerprint_of_camvid_follows_its_files(tmp_path: Path) -> None:

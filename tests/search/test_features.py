@@ -56,6 +56,7 @@ class Pictures:
     name, split = "pictures", "train"
     class_names = ("even", "odd")
     palette = np.zeros((2, 3), np.uint8)
+    label_ids = (0, 1)
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -69,6 +70,9 @@ class Pictures:
 
     def fingerprint(self) -> str:
         return f"{self.seed} {self.sizes}"
+
+    def problems(self) -> list[str]:
+        return []
 
 
 def identity(dataset: Pictures, backbone: Backbone, size: tuple[int, int] = (33, 49), **changes: Any) -> dict[str, Any]:

@@ -1,0 +1,219 @@
+"""Verify a data set's folder before a long run: `python -m search.datasets check <name> --data-dir <folder>`.
+
+Reads every picture of every split and lists all that is wrong: files that are missing or unreadable, sizes of image and label
+that differ, label values that mean nothing, a number of pictures that is not the official one, pictures in more than one
+split. Then each class's share of the labelled pixels. Exit code 0 if all is well, 1 if not, 2 for flags that cannot work.
+"""
+
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import combinations
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+import numpy as np
+import tyro
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from search.cli import InputError
+from search.datasets import IGNORE_INDEX, SPLITS, Dataset, open_unchecked, split_names
+from search.datasets.files import FileDataset
+
+Place = tuple[int, int]  # which of the opened splits, which of its pictures
+_CHUNK = 8  # pictures that a process takes at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckSettings:
+    """Verify a data set's folder: list all that is wrong with it, and print the share of each class."""
+
+    command: Annotated[Literal["check"], tyro.conf.Positional]
+    """What to do."""
+    dataset: Annotated[str, tyro.conf.Positional]
+    """shapes, camvid, cityscapes, pascal_voc, pascal_person_part, or the TOML file that describes your folder."""
+    data_dir: Path | None = None
+    """Folder of the data set. A TOML file describes the folder it lies in unless told otherwise."""
+    splits: tuple[str, ...] = ()
+    """Splits that must be there. Default: train and val, and those of the others that are there."""
+    processes: int = 1
+    """Processes that read pictures."""
+
+
+class Finding(NamedTuple):
+    """What reading one picture gave: its (H, W), its number of pixels of each label 0 to 255, and what is wrong, if it is."""
+
+    size: tuple[int, int] | None
+    pixels: NDArray[np.int64]
+    problem: str
+
+
+def main(settings: CheckSettings) -> None:
+    """Read everything, print the tables and the problems, and leave with code 1 if there are any."""
+    if settings.processes < 1:
+        raise InputError(f"--processes must be at least 1, got {settings.processes}")
+    datasets, problems, notes = _open_splits(settings)
+    for dataset in datasets:
+        problems += _list_problems(dataset)
+    problems += _overlaps(datasets)
+    findings = _read_all(datasets, settings.processes)
+    problems += dict.fromkeys(finding.problem for row in findings for finding in row if finding.problem)
+    problems = list(dict.fromkeys(problems))  # the splits share pictures: each problem once
+    if datasets:
+        print(_split_table(datasets, findings))
+        print("\n" + _class_table(datasets, findings))
+    for note in notes:
+        print(f"\n{note}")
+    if problems:
+        print(f"\n{len(problems)} problem{'s' if len(problems) > 1 else ''}:", *problems, sep="\n  ")
+        sys.exit(1)
+    print("\nno problems")
+
+
+def _open_splits(settings: CheckSettings) -> tuple[list[Dataset], list[str], list[str]]:
+    """The splits that are there, problems of those that had to be, and notes about the others."""
+    names = split_names(settings.dataset)
+    if unknown := [split for split in settings.splits if split not in names]:
+        raise InputError(f"--splits {' '.join(unknown)} of {settings.dataset} is unknown; choose from: {' '.join(names)}")
+    datasets, problems, notes = [], [], []
+    for split in settings.splits or names:
+        try:
+            datasets.append(open_unchecked(settings.dataset, split, settings.data_dir))
+        except InputError as error:
+            if split in (settings.splits or SPLITS):
+                problems.append(str(error))
+            else:
+                notes.append(f"{split} is not there ({error})")
+    if not datasets and (settings.data_dir is None or not settings.data_dir.is_dir()):
+        raise InputError(problems[0])  # there is nothing to verify: a flag is wrong, not the data
+    return datasets, problems, notes
+
+
+def _list_problems(dataset: Dataset) -> list[str]:
+    """What is wrong with the list of the pictures; absent files are found when they are to be read."""
+    if not isinstance(dataset, FileDataset):
+        return dataset.problems()
+    official = dataset.official_lengths
+    if not official or len(dataset) in official:
+        return list(dataset.faults)
+    count = f"{dataset.split} has {len(dataset):,} instead of {_official(dataset)} pictures"
+    return [*dataset.faults, f"{count}; restore {dataset.listing} and what belongs to it from the original data set"]
+
+
+def _overlaps(datasets: list[Dataset]) -> list[str]:
+    """Pictures that are both in a split to train on and in one to validate or test on."""
+    names = {
+        dataset.split: {pair.image for pair in dataset.pairs}
+        for dataset in datasets
+        if isinstance(dataset, FileDataset) and dataset.split != "trainval"
+    }
+    return [
+        f"{first} and {second} have pictures in common ({len(shared):,}, such as {min(shared)}); take them out of one"
+        for first, second in combinations(names, 2)
+        if not (first.startswith("train") and second.startswith("train")) and (shared := names[first] & names[second])
+    ]
+
+
+def _read_all(datasets: list[Dataset], processes: int) -> list[list[Finding]]:
+    """A finding for each picture of each split; a picture that several splits share is read once."""
+    keys = [[_key(dataset, index) for index in range(len(dataset))] for dataset in datasets]
+    first: dict[object, Place] = {}
+    for row, of_split in enumerate(keys):
+        for index, key in enumerate(of_split):
+            first.setdefault(key, (row, index))
+    with _mapper(datasets, processes) as findings, tqdm(total=len(first), desc="pictures", unit="picture") as bar:
+        found = {}
+        for key, finding in zip(first, findings(list(first.values())), strict=True):
+            found[key] = finding
+            bar.update()
+    return [[found[key] for key in of_split] for of_split in keys]
+
+
+def _key(dataset: Dataset, index: int) -> object:
+    return dataset.pairs[index] if isinstance(dataset, FileDataset) else (dataset.split, index)
+
+
+@contextmanager
+def _mapper(datasets: list[Dataset], processes: int) -> Iterator[Callable[[list[Place]], Iterator[Finding]]]:
+    """What turns (number of the split, index) into findings, here or in other processes."""
+    if processes == 1:
+        yield lambda places: (_examine(datasets[row], index) for row, index in places)
+        return
+    # Spawned, because a fork of a process that has threads (PyTorch's) may hang.
+    pool = ProcessPoolExecutor(processes, get_context("spawn"), initializer=_start_process, initargs=(datasets,))
+    try:
+        yield lambda places: pool.map(_examine_there, places, chunksize=_CHUNK)
+    except BrokenProcessPool as error:
+        raise InputError(
+            "a process that read pictures was killed, perhaps for lack of memory; give fewer --processes"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_opened: list[Dataset] = []  # of a process: the splits it reads from, sent once and not with each picture
+
+
+def _start_process(datasets: list[Dataset]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends its processes
+    _opened.extend(datasets)
+
+
+def _examine_there(place: Place) -> Finding:
+    return _examine(_opened[place[0]], place[1])
+
+
+def _examine(dataset: Dataset, index: int) -> Finding:
+    try:
+        label = dataset[index].label
+    except InputError as error:
+        return Finding(None, np.zeros(256, np.int64), str(error))
+    return Finding((label.shape[0], label.shape[1]), np.bincount(label.ravel(), minlength=256), "")
+
+
+def _split_table(datasets: list[Dataset], findings: list[list[Finding]]) -> str:
+    rows = [("split", "pictures", "officially", "height × width", "ignored %")]
+    for dataset, of_split in zip(datasets, findings, strict=True):
+        pixels = np.sum([finding.pixels for finding in of_split], axis=0)
+        sizes = [finding.size for finding in of_split if finding.size]
+        extent = " × ".join("–".join(map(str, dict.fromkeys((min(axis), max(axis))))) for axis in zip(*sizes, strict=True))
+        ignored = f"{100 * pixels[IGNORE_INDEX] / pixels.sum():.2f}" if pixels.sum() else "-"
+        rows.append((dataset.split, f"{len(dataset):,}", _official(dataset), extent or "-", ignored))
+    return _aligned(rows)
+
+
+def _class_table(datasets: list[Dataset], findings: list[list[Finding]]) -> str:
+    """The share of each class in the labelled pixels of each split; a split without any has no column."""
+    names = datasets[0].class_names
+    columns = []
+    for dataset, of_split in zip(datasets, findings, strict=True):
+        pixels = np.sum([finding.pixels for finding in of_split], axis=0)[: len(names)]
+        if pixels.sum():
+            columns.append((f"{dataset.split} %", *(f"{100 * share:.2f}" for share in pixels / pixels.sum())))
+    rows = zip(("", *map(str, range(len(names)))), ("class", *names), *columns, strict=True)
+    return _aligned(list(rows))
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> str:
+    """A table whose first column with letters is flush left, the numbers flush right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    names = next(i for i, heading in enumerate(rows[0]) if heading)
+    lines = [
+        "  ".join(
+            text.ljust(width) if i == names else text.rjust(width)
+            for i, (text, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _official(dataset: Dataset) -> str:
+    lengths = dataset.official_lengths if isinstance(dataset, FileDataset) else ()
+    return " or ".join(f"{length:,}" for length in lengths) or "-"

@@ -1,0 +1,76 @@
+"""Cityscapes with fine annotations (Cordts et al., CVPR 2016): 19 classes of street scenes, 1024 × 2048.
+
+    leftImg8bit/{train,val,test}/<city>/<city>_000000_000019_leftImg8bit.png
+    gtFine/{train,val,test}/<city>/<city>_000000_000019_gtFine_labelIds.png
+
+as `leftImg8bit_trainvaltest.zip` and `gtFine_trainvaltest.zip` unpack. Of the 34 label ids 19 are classes; the table is
+torchvision's copy of the official one. Labels of the test split say nothing, so all of their pixels are 255.
+"""
+
+from pathlib import Path
+
+import numpy as np
+from torchvision.datasets import Cityscapes
+
+from search.cli import InputError
+from search.datasets import IGNORE_INDEX
+from search.datasets.files import FileDataset, LabelReader, Pair, repeated, require_layout
+
+_CLASSES = sorted(
+    (label for label in Cityscapes.classes if 0 <= label.train_id < IGNORE_INDEX), key=lambda label: label.train_id
+)
+CLASS_NAMES = tuple(label.name for label in _CLASSES)
+PALETTE = np.array([label.color for label in _CLASSES], np.uint8)
+PALETTE.flags.writeable = False
+LABEL_IDS = tuple(label.id for label in _CLASSES)
+LENGTHS = {"train": (2975,), "val": (500,), "trainval": (3475,), "test": (1525,)}
+
+_ORIGIN = "leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip of cityscapes-dataset.com"
+_IMAGE, _LABEL = "_leftImg8bit.png", "_gtFine_labelIds.png"
+_LABELS = LabelReader(
+    # The licence plate has id −1: no file holds it.
+    {label.id: label.train_id for label in Cityscapes.classes if label.id >= 0},
+    remedy=f"it must be a *{_LABEL} of {_ORIGIN}",
+)
+
+
+def open_split(split: str, data_dir: Path | None) -> FileDataset:
+    """List the pictures of `split` in `data_dir`, by name. Raises InputError for a folder that is missing or empty."""
+    if data_dir is None:
+        raise InputError(f"--dataset cityscapes needs --data-dir: the folder with leftImg8bit/ and gtFine/ from {_ORIGIN}")
+    parts = [_list_pairs(part, data_dir) for part in (("train", "val") if split == "trainval" else (split,))]
+    pairs = [pair for part, _ in parts for pair in part]
+    listing = data_dir / "leftImg8bit" / split
+    return FileDataset(
+        name="cityscapes",
+        split=split,
+        class_names=CLASS_NAMES,
+        palette=PALETTE,
+        label_ids=LABEL_IDS,
+        pairs=tuple(pairs),
+        read_label=_LABELS,
+        listing=listing,
+        faults=(*(fault for _, faults in parts for fault in faults), *repeated((pair.name for pair in pairs), listing)),
+        official_lengths=LENGTHS[split],
+    )
+
+
+def _list_pairs(split: str, data_dir: Path) -> tuple[list[Pair], list[str]]:
+    """The pictures that the folder of images holds, and a sentence for each label without one."""
+    image_dir, label_dir = data_dir / "leftImg8bit" / split, data_dir / "gtFine" / split
+    layout = f"expected leftImg8bit/{split}/ and gtFine/{split}/ from {_ORIGIN}; correct --data-dir or unpack them there"
+    require_layout(data_dir, (image_dir, label_dir), layout)  # torchvision would unpack archives that lie there
+    try:
+        found = Cityscapes(str(data_dir), split, mode="fine", target_type="semantic")
+    except NotADirectoryError as error:
+        raise InputError(f"{error.filename} lies among the folders of the cities; remove it") from error
+    pairs = [
+        Pair(Path(image).name.removesuffix(_IMAGE), Path(image), Path(labels[0]))
+        for image, labels in sorted(zip(found.images, found.targets, strict=True))
+        if image.endswith(_IMAGE)
+    ]
+    if not pairs:
+        raise InputError(f"folder {image_dir} holds no <city>/*{_IMAGE}; {layout}")
+    with_image = {pair.label for pair in pairs}
+    widowed = sorted(path for path in label_dir.glob(f"*/*{_LABEL}") if path not in with_image)
+    return pairs, [f"label {path} has no image in {image_dir}; restore the image, or remove the label" for path in widowed]

@@ -1,0 +1,219 @@
+"""What all data sets of files share: pairs of an image and a label, read and checked in one way, with one set of sentences.
+
+A label file holds a number per pixel that means what its data set says; `LabelReader` turns it into a class or 255.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from search.cli import InputError
+from search.datasets import IGNORE_INDEX, Sample
+
+# What Pillow raises for damaged files and for absurd sizes.
+_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+
+class Pair(NamedTuple):
+    """A picture's name within its split, its image, and its label; None where the truth is not public."""
+
+    name: str
+    image: Path
+    label: Path | None
+
+
+@dataclass(frozen=True, eq=False)
+class LabelReader:
+    """Reads label files whose value v means the class `train_ids[v]`, or 255; any other value is refused.
+
+    `remedy` ends the sentence about a label that cannot be used. `read_mat` reads the values of a `.mat` file, where there are
+    such files.
+    """
+
+    train_ids: Mapping[int, int]
+    remedy: str
+    read_mat: Callable[[Path], NDArray[np.uint8]] | None = None
+
+    def __call__(self, path: Path) -> NDArray[np.uint8]:
+        """(H, W) uint8, classes or 255. Raises InputError naming the file."""
+        values = self.read_mat(path) if self.read_mat and path.suffix == ".mat" else self._read_picture(path)
+        present = np.flatnonzero(np.bincount(values.ravel(), minlength=256)).tolist()
+        if unknown := [value for value in present if value not in self.train_ids]:
+            raise InputError(
+                f"label {path} holds the value{'s' if len(unknown) > 1 else ''} {spans(unknown)}; "
+                f"allowed are {self._meaning()}: {self.remedy}"
+            )
+        table = np.full(256, IGNORE_INDEX, np.uint8)
+        table[list(self.train_ids)] = list(self.train_ids.values())
+        return table[values]
+
+    def _read_picture(self, path: Path) -> NDArray[np.uint8]:
+        picture = open_picture(path)
+        if picture.mode not in ("L", "P"):
+            raise InputError(
+                f"label {path} must be an 8-bit picture with one channel that holds class numbers, "
+                f"it has mode {picture.mode}; {self.remedy}"
+            )
+        return np.array(picture, np.uint8)
+
+    def _meaning(self) -> str:
+        classes = [value for value, train_id in self.train_ids.items() if train_id != IGNORE_INDEX]
+        void = [value for value, train_id in self.train_ids.items() if train_id == IGNORE_INDEX]
+        return f"{spans(classes)} for the classes" + (f" and {spans(void)} for void" if void else "")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FileDataset:
+    """One split of pictures on disk, a `Dataset`.
+
+    `listing` is the list or folder that the pairs' names come from, `faults` what is wrong with it; `official_lengths` are the
+    numbers of pictures that a whole split may have (none where nobody says), `alternative` a remark behind an absent file's
+    name, and `recipe` what the labels depend on beside their files.
+    """
+
+    name: str
+    split: str
+    class_names: tuple[str, ...]
+    palette: NDArray[np.uint8] = field(repr=False)
+    label_ids: tuple[int, ...] = field(repr=False)
+    pairs: tuple[Pair, ...] = field(repr=False)
+    read_label: LabelReader = field(repr=False)
+    listing: Path
+    faults: tuple[str, ...] = ()
+    official_lengths: tuple[int, ...] = ()
+    alternative: str = ""
+    recipe: str = ""
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < len(self.pairs):
+            raise IndexError(f"picture {index} of {len(self.pairs)}")
+        name, image_path, label_path = self.pairs[index]
+        image, image_error = self._attempt(read_image, image_path)
+        if label_path is None and image is not None:
+            return Sample(image, np.full(image.shape[:2], IGNORE_INDEX, np.uint8), name)
+        label, label_error = self._attempt(self.read_label, label_path) if label_path else (None, "")
+        if image is None or label is None:
+            raise InputError("; ".join(filter(None, (image_error, label_error))))
+        if image.shape[:2] != label.shape:
+            raise InputError(
+                f"label {label_path} is {_size(label)}, its image {image_path} is {_size(image)} (height × width); "
+                "they must be equal: restore both from the original data set"
+            )
+        return Sample(image, label, name)
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256((self.split + self.recipe).encode())
+        for path in (path for pair in self.pairs for path in pair[1:] if path is not None):
+            digest.update(f"{path.parent.name}/{path.name} {path.stat().st_size}\n".encode())
+        return digest.hexdigest()
+
+    def problems(self) -> list[str]:
+        absent = [path for pair in self.pairs for path in pair[1:] if path is not None and not path.is_file()]
+        return [*self.faults, *map(self._absence, absent)]
+
+    def _attempt(self, read: Callable[[Path], NDArray[np.uint8]], path: Path) -> tuple[NDArray[np.uint8] | None, str]:
+        """What was read, or why not, so that an image's error does not hide its label's."""
+        if not path.is_file():
+            return None, self._absence(path)
+        try:
+            return read(path), ""
+        except InputError as error:
+            return None, str(error)
+
+    def _absence(self, path: Path) -> str:
+        return (
+            f"{path}{self.alternative} is missing though {self.listing} lists it; "
+            "restore the file, or take the picture out of the split"
+        )
+
+
+def read_image(path: Path) -> NDArray[np.uint8]:
+    """(H, W, 3) uint8 RGB. Raises InputError naming the file."""
+    return np.array(open_picture(path).convert("RGB"), np.uint8)
+
+
+def open_picture(path: Path) -> Image.Image:
+    """A picture, decoded. Raises InputError naming the file."""
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            return picture
+    except _UNREADABLE as error:
+        raise InputError(
+            f"picture {path} is truncated or unreadable ({error}); restore it from the original data set"
+        ) from error
+
+
+def require_layout(data_dir: Path, paths: Iterable[Path], layout: str) -> None:
+    """Refuse a folder that lacks one of the files (those with a suffix) or folders `paths`; `layout` says what is expected."""
+    if not data_dir.is_dir():
+        raise InputError(f"--data-dir {data_dir} is not a folder; {layout}")
+    if not any(data_dir.iterdir()):
+        raise InputError(f"--data-dir {data_dir} is empty; {layout}")
+    for path in paths:
+        if path.suffix and not path.is_file():
+            raise InputError(f"list {path} is missing; {layout}")
+        if not path.suffix and not path.is_dir():
+            raise InputError(f"folder {path} is missing; {layout}")
+
+
+def read_lines(path: Path, remedy: str) -> list[tuple[int, str]]:
+    """The lines of a list that are not blank, with their numbers. Raises InputError for a list that is empty or no text."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"list {path} is no text in UTF-8 ({error.reason} at byte {error.start}); {remedy}") from error
+    except FileNotFoundError as error:
+        raise InputError(f"list {path} is missing; {remedy}") from error
+    lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
+    if not lines:
+        raise InputError(f"list {path} is empty; {remedy}")
+    return lines
+
+
+def repeated(names: Iterable[str], listing: Path) -> list[str]:
+    """A sentence for each name that occurs more than once."""
+    return [
+        f"{listing} lists {name} {count} times; keep one of its lines" for name, count in Counter(names).items() if count > 1
+    ]
+
+
+def spans(values: Iterable[int]) -> str:
+    """Numbers as text, three and more in a row shortened.
+
+    >>> spans([7, 0, 1, 2, 4, 5])
+    '0 to 2, 4, 5, 7'
+    """
+    ordered = sorted(values)
+    breaks = [0, *(i for i, (a, b) in enumerate(pairwise(ordered), start=1) if b != a + 1), len(ordered)]
+    runs = [ordered[start:stop] for start, stop in pairwise(breaks)]
+    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
+
+
+def voc_palette(classes: int) -> NDArray[np.uint8]:
+    """(classes, 3): the colours of PASCAL VOC's devkit, which spreads the bits of a class over the high bits of its RGB.
+
+    >>> voc_palette(3).tolist()
+    [[0, 0, 0], [128, 0, 0], [0, 128, 0]]
+    """
+    numbers = np.arange(classes)[:, None]
+    palette = np.zeros((classes, 3), np.uint8)
+    for k in range(3):  # bits 3k, 3k + 1 and 3k + 2 of the class are bit 7 − k of red, green and blue
+        palette |= (((numbers >> (3 * k + np.arange(3))) & 1) << (7 - k)).astype(np.uint8)
+    palette.flags.writeable = False
+    return palette
+
+
+def _size(pixels: NDArray[np.uint8]) -> str:
+    return f"{pixels.shape[0]}×{pixels.shape[1]}"
