@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -51,3 +53,14 @@ def test_window_that_exceeds_the_map_is_refused() -> None:
     weights = to_tensors(random_pointwise(3, 4, np.random.default_rng(0)))
     with pytest.raises(ValueError, match=r"window of 9 .* must be 1 to the map's 5"):
         pyramid_pooling(torch.zeros(1, 3, 5, 5).double(), weights, grid_size=(1, 1), training=False, pooling_size=(9, 5))
+
+
+def test_trains_after_inference_of_the_same_size() -> None:
+    """What is kept between calls must not remember that it was made without gradients."""
+    rng = np.random.default_rng(0)
+    x, weights = to_tensors((rng.standard_normal((2, 3, 11, 13)), random_pointwise(3, 4, rng)))
+    arguments: dict[str, Any] = {"grid_size": (2, 4), "training": True}
+    with torch.inference_mode():
+        pyramid_pooling(x, weights, **arguments)
+    pyramid_pooling(x, weights, **arguments).sum().backward()  # type: ignore[no-untyped-call]
+    assert x.grad is not None

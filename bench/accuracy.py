@@ -1,0 +1,61 @@
+"""Which results are right: no time is reported for one that is not.
+
+Errors are relative to the largest expected value of their kind (the output, all gradients together). The root mean square
+decides, because a ReLU whose input is zero up to rounding may pass the gradient of that one element or not; the largest error
+is reported beside it. A tap, a border row or a statistic that is wrong costs more than a tenth of the mean square.
+"""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+
+from bench.cases import Parts, Truth, array
+from reference.batch_norm import Array
+
+# What nobody may exceed. float32 leaves room for TF32's ten bits of mantissa, which libraries use for it on a GPU, and for
+# ReLUs that flip; bfloat16's eight bits lose 4e-3 at each of the ten roundings of a cell's training step.
+LIMIT = {"float32": 2e-3, "float16": 1e-2, "bfloat16": 5e-2}
+
+# Ours besides may not exceed this multiple of eager PyTorch's error plus the floor. Two right orders of summation differ by
+# luck, by up to five (tests/fast/error_budget.py); the floor is one flipped ReLU among a small case's ten thousand.
+MULTIPLE = 8.0
+FLOOR = {"float32": 1e-4, "float16": 3e-3, "bfloat16": 1e-2}
+
+
+class Error(NamedTuple):
+    """The worst over the kinds of results; infinite if anything is not finite or of another shape."""
+
+    maximum: float
+    rms: float
+
+
+def error_of(actual: Parts, expected: Truth) -> Error:
+    """Compare a workload's parts with the truth, or with another workload's."""
+    if actual.keys() != expected.keys():
+        return Error(np.inf, np.inf)
+    errors = [_error(_joined(map(array, actual[kind])), _joined(expected[kind])) for kind in expected]
+    return Error(max(error.maximum for error in errors), max(error.rms for error in errors))
+
+
+def budget(dtype: str, yardstick: Error | None = None) -> float:
+    """The largest RMS error that is accepted, with eager PyTorch's error as the yardstick for ours."""
+    limit = LIMIT[dtype]
+    return limit if yardstick is None else min(limit, MULTIPLE * yardstick.rms + FLOOR[dtype])
+
+
+def as_truth(parts: Parts) -> Truth:
+    """A workload's parts as what others are compared with."""
+    return {kind: [array(part) for part in tensors] for kind, tensors in parts.items()}
+
+
+def _error(actual: Array, expected: Array) -> Error:
+    if actual.shape != expected.shape or not np.isfinite(actual).all():
+        return Error(np.inf, np.inf)
+    scale = float(np.abs(expected).max(initial=0.0)) or 1.0
+    difference = np.abs(actual - expected) / scale
+    return Error(float(difference.max(initial=0.0)), float(np.sqrt(np.mean(difference**2))))
+
+
+def _joined(parts: Iterable[Array]) -> Array:
+    return np.concatenate([np.ravel(part) for part in parts] or [np.zeros(1)])

@@ -1,0 +1,120 @@
+"""What a case costs at least: bytes that must move, each input read once and each output written once, and operations.
+
+Operations are those of convolutions, two for a multiply-add, as PyTorch's own counter has them; the loss is counted by hand.
+Training is one pass forward and one back: a convolution's product is made again for the gradient of its weight, and for the
+gradient of its input where somebody needs that. Parameters are float32 whatever the maps are.
+
+A cell is the sum of its operations, because a batch norm in training ends each of them: its statistics need the whole map.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from reference.cell import BACKBONE_FEATURE, Cell, Operation
+from reference.pyramid_pooling import window_size
+
+Mode = Literal["inference", "training"]
+_PARAMETER_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Bytes to and from the memory, and floating point operations."""
+
+    bytes: int
+    flops: int
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.bytes + other.bytes, self.flops + other.flops)
+
+
+@dataclass(frozen=True)
+class MapSize:
+    """The maps of an operation, (batch, channels, height, width), and the bytes of an element."""
+
+    batch: int
+    height: int
+    width: int
+    element_bytes: int
+
+    @property
+    def positions(self) -> int:
+        return self.batch * self.height * self.width
+
+
+def map_cost(size: MapSize, in_channels: int, channels: int, weights: int, mode: Mode, *, need_input: bool) -> int:
+    """Bytes of x -> y with `weights` parameters; back also y's gradient and x in, and the gradients out."""
+    x, y = (size.positions * c * size.element_bytes for c in (in_channels, channels))
+    parameters = weights * _PARAMETER_BYTES
+    forward = x + y + parameters
+    return forward if mode == "inference" else forward + y + x + parameters + parameters + (x if need_input else 0)
+
+
+def conv_flops(size: MapSize, weights: int, mode: Mode, *, need_input: bool) -> int:
+    """Operations of a stride-1 convolution with that many weights."""
+    products = 1 if mode == "inference" else 3 if need_input else 2
+    return 2 * products * weights * size.positions
+
+
+def depthwise_cost(size: MapSize, channels: int, mode: Mode, *, need_input: bool = True) -> Cost:
+    """The dilated 3×3 convolution alone."""
+    weights = 9 * channels
+    moved = map_cost(size, channels, channels, weights, mode, need_input=need_input)
+    return Cost(moved, conv_flops(size, weights, mode, need_input=need_input))
+
+
+def operation_cost(
+    operation: Operation, size: MapSize, in_channels: int, channels: int, mode: Mode, *, need_input: bool = True
+) -> Cost:
+    """One of the 81 operations, as one pass: what lies between its convolutions need not reach the memory."""
+    pointwise = in_channels * channels
+    weights, flops = pointwise, 0
+    if operation.rate is not None:
+        weights += 9 * in_channels
+        flops = conv_flops(size, 9 * in_channels, mode, need_input=need_input)
+    if operation.grid_size is not None:  # the convolution runs on the pooled map
+        height, width = (
+            extent - window_size(extent, grid) + 1
+            for extent, grid in zip((size.height, size.width), operation.grid_size, strict=True)
+        )
+        pooled = MapSize(size.batch, height, width, size.element_bytes)
+        flops = conv_flops(pooled, pointwise, mode, need_input=need_input)
+    else:
+        # behind a depthwise convolution, the gradient of the pointwise one's input is always needed
+        flops += conv_flops(size, pointwise, mode, need_input=need_input or operation.rate is not None)
+    return Cost(map_cost(size, in_channels, channels, weights, mode, need_input=need_input), flops)
+
+
+def pointwise_cost(size: MapSize, in_channels: int, channels: int, mode: Mode) -> Cost:
+    """A 1×1 convolution whose input has a gradient."""
+    weights = in_channels * channels
+    moved = map_cost(size, in_channels, channels, weights, mode, need_input=True)
+    return Cost(moved, conv_flops(size, weights, mode, need_input=True))
+
+
+def cell_cost(cell: Cell, size: MapSize, in_channels: int, channels: int, mode: Mode) -> Cost:
+    """All branches and the projection; the backbone's features have no gradient."""
+    total = pointwise_cost(size, len(cell.branches) * channels, channels, mode)
+    for branch in cell.branches:
+        from_backbone = branch.input_index == BACKBONE_FEATURE
+        incoming = in_channels if from_backbone else channels
+        total += operation_cost(branch.operation, size, incoming, channels, mode, need_input=not from_backbone)
+    return total
+
+
+def loss_cost(size: MapSize, num_classes: int, label_size: tuple[int, int], mode: Mode) -> Cost:
+    """Training: the loss and the gradient of the small logits; inference: the confusion matrix.
+
+    Per pixel and class a linear interpolation (2) and a maximum (1); for the loss also a difference, an exponential and a
+    sum, and on the way back a product and the interpolation's transpose (2): nine.
+    """
+    pixels = size.batch * label_size[0] * label_size[1]
+    logits = size.positions * num_classes * size.element_bytes
+    if mode == "inference":
+        return Cost(logits + pixels + 8 * num_classes**2, 3 * num_classes * pixels)
+    return Cost(2 * logits + pixels, 9 * num_classes * pixels)
+
+
+def sgd_cost(parameters: int) -> Cost:
+    """SGD with momentum reads parameter, gradient and momentum, and writes parameter and momentum."""
+    return Cost(5 * _PARAMETER_BYTES * parameters, 6 * parameters)

@@ -1,0 +1,191 @@
+"""What a run found: one row per case, provider and dtype, and where it came from. Written as CSV, whole or not at all."""
+
+import csv
+import io
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from bench.cases import EAGER, OURS, OURS_WITHOUT_KERNELS, Suite
+from bench.costs import Mode
+from bench.roofline import Roofs
+from search.features import write_text
+
+OK, WRONG, FAILED, NOT_SUPPORTED = "ok", "WRONG", "failed", "not supported here"
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Where and on what a run was made."""
+
+    device: str
+    folder: str  # the device's, in bench/results
+    threads: int
+    commit: str
+    timestamp: str  # UTC, ISO 8601
+    python: str
+    torch: str
+    triton: str
+    cuda: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One provider's result; a number that was not measured is None."""
+
+    suite: Suite
+    case: str
+    mode: Mode
+    provider: str
+    memory_format: str
+    dtype: str
+    shape: str
+    status: str
+    median_ms: float | None = None
+    p20_ms: float | None = None
+    p80_ms: float | None = None
+    warm_median_ms: float | None = None
+    first_call_s: float | None = None
+    peak_memory_mb: float | None = None
+    bytes: int | None = None
+    flops: int | None = None
+    percent_of_roof: float | None = None
+    max_error: float | None = None
+    rms_error: float | None = None
+    ratio_to_best_other: float | None = None
+    rounds: int = 0
+    note: str = ""
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What the rows of all providers of one case share."""
+        return (self.suite, self.case, self.mode, self.dtype, self.shape)
+
+
+@dataclass
+class Results:
+    """Grows while a run goes on."""
+
+    environment: Environment
+    roofs: Roofs
+    omissions: tuple[str, ...] = ()
+    rows: list[Row] = field(default_factory=list)
+    is_complete: bool = False
+
+    def groups(self, suite: Suite | None = None) -> Iterator[list[Row]]:
+        """The rows of one case at a time, all providers."""
+        groups: dict[tuple[str, ...], list[Row]] = {}
+        for row in self.rows:
+            if suite in (None, row.suite):
+                groups.setdefault(row.key, []).append(row)
+        yield from groups.values()
+
+    @property
+    def stem(self) -> Path:
+        """<device>/<date>-<commit>"""
+        return Path(self.environment.folder) / f"{self.environment.timestamp[:10]}-{self.environment.commit}"
+
+
+def ours(rows: Iterable[Row]) -> Row | None:
+    """Our row of a case, if it has a time."""
+    return next((row for row in rows if row.provider == OURS.name and row.median_ms), None)
+
+
+def best_other(rows: Iterable[Row]) -> Row | None:
+    """The quickest right row that is not ours."""
+    others = [row for row in rows if row.provider != OURS.name and row.median_ms]
+    return min(others, key=lambda row: row.median_ms or 0.0, default=None)
+
+
+def eager(rows: Iterable[Row]) -> Row | None:
+    """Eager PyTorch in its default layout, or in a search our own code on the library's operations."""
+    return next((row for row in rows if row.provider in (EAGER.name, OURS_WITHOUT_KERNELS.name) and row.median_ms), None)
+
+
+def ratio(rows: Iterable[Row]) -> float | None:
+    """How many times as long the best other provider takes as ours."""
+    group = list(rows)
+    mine, other = ours(group), best_other(group)
+    return other.median_ms / mine.median_ms if mine and other and mine.median_ms and other.median_ms else None
+
+
+def write_csv(path: Path, results: Results) -> None:
+    """All rows, each with the environment."""
+    text = io.StringIO()
+    provenance = {f.name: getattr(results.environment, f.name) for f in fields(Environment) if f.name != "folder"}
+    writer = csv.DictWriter(text, [*(f.name for f in fields(Row)), *provenance], lineterminator="\n")
+    writer.writeheader()
+    for row in results.rows:
+        writer.writerow({name: _cell(value) for name, value in (asdict(row) | provenance).items()})
+    write_text(path, text.getvalue())
+
+
+def _cell(value: object) -> object:
+    return f"{value:.6g}" if isinstance(value, float) else value
+
+
+def environment(device: torch.device) -> Environment:
+    """This machine and this checkout."""
+    name = device_name(device)
+    return Environment(
+        device=name,
+        folder=folder_name(name),
+        threads=torch.get_num_threads(),
+        commit=_commit(),
+        timestamp=datetime.now(UTC).isoformat(timespec="seconds"),
+        python=platform.python_version(),
+        torch=torch.__version__,
+        triton=_version("triton"),
+        cuda=torch.version.cuda or "none" if device.type == "cuda" else "none",
+    )
+
+
+def device_name(device: torch.device) -> str:
+    """The graphics card as its driver calls it, or the processor and how many cores of it this process may use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+    except OSError:
+        match = None
+    model = match[1].strip() if match else platform.processor() or platform.machine()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{model}, {cores} cores"
+
+
+def folder_name(name: str) -> str:
+    """
+    >>> folder_name("AMD EPYC, 2 cores"), folder_name("Intel(R) Xeon(R) CPU @ 2.20GHz, 4 cores")
+    ('amd-epyc-2-cores', 'intel-xeon-cpu-2-20ghz-4-cores')
+    """
+    plain = re.sub(r"\((r|tm)\)", "", name.lower())
+    return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")
+
+
+def _commit() -> str:
+    """The short hash, with -dirty where tracked or new files differ from it."""
+    try:
+        short, changes = (_git("rev-parse", "--short", "HEAD"), _git("status", "--porcelain", "--", ".", ":!bench/results"))
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return f"{short}-dirty" if changes else short
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"

@@ -1,0 +1,67 @@
+"""The roof of this machine, measured in the same run: how quickly it copies, and how quickly it multiplies matrices."""
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from bench.cases import DTYPES
+from bench.costs import Cost
+from bench.timing import last_level_cache_bytes, synchronise
+from fast.pointwise_conv import pointwise_conv
+
+
+@dataclass(frozen=True)
+class Roofs:
+    """The best that was seen: bytes read plus bytes written by a copy, operations of a matrix product."""
+
+    copy_gb_per_s: float
+    matrix_gflops: Mapping[str, float]  # by dtype
+
+    def floor_ms(self, cost: Cost, dtype: str) -> float:
+        """No version of the case runs much faster than this."""
+        return max(cost.bytes / self.copy_gb_per_s, cost.flops / self.matrix_gflops[dtype]) * 1e-6
+
+    def percent(self, cost: Cost | None, dtype: str, milliseconds: float) -> float | None:
+        """The share of the roof that was reached; None where no cost is stated."""
+        return None if cost is None or dtype not in self.matrix_gflops else 100 * self.floor_ms(cost, dtype) / milliseconds
+
+
+def measure_roofs(device: torch.device, dtypes: Iterable[str], *, quick: bool) -> Roofs:
+    """Large copies; the best of a few square products by the library, and of a 1×1 convolution by ours, if that is quicker."""
+    copy_bytes = max(4 * last_level_cache_bytes(device), 1 << (30 if device.type == "cuda" else 27))
+    source = torch.ones(copy_bytes, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    copy_s = _best_seconds(lambda: target.copy_(source), device)
+    sizes = (4096, 8192, 16384) if device.type == "cuda" else (1024, 2048) if quick else (1024, 2048, 4096)
+    matrix = {
+        dtype: max(_pointwise_gflops(dtype, device), *(_matrix_gflops(size, dtype, device) for size in sizes))
+        for dtype in dtypes
+    }
+    return Roofs(2 * copy_bytes / copy_s / 1e9, matrix)
+
+
+def _matrix_gflops(size: int, dtype: str, device: torch.device) -> float:
+    a, b = (torch.randn(size, size, device=device).to(DTYPES[dtype]) for _ in range(2))
+    out = torch.empty_like(a)
+    return 2 * size**3 / _best_seconds(lambda: torch.mm(a, b, out=out), device) / 1e9
+
+
+def _pointwise_gflops(dtype: str, device: torch.device) -> float:
+    x = torch.randn(8, 512, 64, 64, device=device).to(DTYPES[dtype])
+    weight = torch.randn(512, 512, 1, 1, device=device).to(DTYPES[dtype])
+    with torch.no_grad():
+        return 2 * 512 * x.numel() / _best_seconds(lambda: pointwise_conv(x, weight), device) / 1e9
+
+
+def _best_seconds(call: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
+    """The shortest of a few calls behind one that warms up: a roof is what is possible."""
+    times = []
+    for _ in range(repeats + 1):
+        synchronise(device)
+        start = time.perf_counter()
+        call()
+        synchronise(device)
+        times.append(time.perf_counter() - start)
+    return min(times[1:])

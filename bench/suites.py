@@ -1,0 +1,272 @@
+"""Which cases a run measures, by which providers, and what it leaves out: a list to read, and to print beside the results."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bench.cases import (
+    COMPILE,
+    COMPILE_MAX,
+    EAGER,
+    EAGER_CHANNELS_LAST,
+    OURS,
+    OURS_WITHOUT_KERNELS,
+    Case,
+    CellCase,
+    DepthwiseCase,
+    LossCase,
+    OperationCase,
+    Provider,
+    Suite,
+)
+from bench.costs import Mode
+from bench.training_cases import NewCellCase, ProxyCase, SearchCase, random_cells
+from fast.train_step import has_fast_bf16
+from reference.cell import CONV1X1, GRID_SIZES, RATES, Operation
+from search.proxy import ProxySettings
+from search.space import load_cell
+
+PUBLISHED_RATES = tuple((h, w) for h in RATES for w in RATES)
+FEW_RATES = ((1, 1), (6, 6), (6, 21), (21, 21))  # the densest reads, two of the published cell's kind, the farthest reads
+MODES: tuple[Mode, ...] = ("inference", "training")
+NEW_CELL = "first iteration of a new cell"
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large, and how much."""
+
+    maps: tuple[tuple[int, int, int, int], ...]  # (batch, channels, height, width); the last one exceeds every cache
+    proxy: tuple[int, int, int, tuple[int, int]]  # batch, features' channels, cell's channels, crop in features
+    num_classes: int
+    rates: tuple[tuple[int, int], ...]
+    grids: tuple[tuple[int, int], ...]
+    random_cells: int
+    search: ProxySettings
+    search_cells: int
+    search_images: tuple[int, int]  # training, validation
+    rounds: int
+
+
+PAPER = Scale(
+    maps=((8, 256, 49, 49), (16, 256, 97, 97)),
+    proxy=(8, 320, 256, (49, 49)),
+    num_classes=19,
+    rates=PUBLISHED_RATES,
+    grids=tuple((h, w) for h in GRID_SIZES for w in GRID_SIZES),
+    random_cells=20,
+    search=ProxySettings(iterations=80, learning_rate=0.05, branch_channels=256),
+    search_cells=4,
+    search_images=(240, 60),
+    rounds=10,
+)
+QUICK = Scale(
+    maps=PAPER.maps[:1],
+    proxy=PAPER.proxy,
+    num_classes=PAPER.num_classes,
+    rates=((6, 21),),
+    grids=((2, 4),),
+    random_cells=0,
+    search=ProxySettings(iterations=5, learning_rate=0.05, branch_channels=256, statistics_batches=2),
+    search_cells=1,
+    search_images=(16, 8),
+    rounds=3,
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A case in one dtype, with those who compute it."""
+
+    case: Case
+    dtype: str
+    providers: tuple[Provider, ...]
+    in_fresh_process: tuple[Provider, ...]  # whose first call and memory are measured too
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured, and in words what is not."""
+
+    jobs: tuple[Job, ...]
+    omissions: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    unsupported: tuple[str, ...]  # dtypes
+    rounds: int
+
+
+def make_plan(suites: Sequence[Suite], device: torch.device, *, quick: bool, full: bool) -> Plan:
+    """The cases of a run, in the order of the suites."""
+    scale = QUICK if quick else PAPER
+    dtypes, unsupported = supported_dtypes(device)
+    if quick:
+        dtypes = dtypes[-1:] if device.type == "cuda" else dtypes[:1]
+    planner = Planner(scale, device, quick=quick, full=full)
+    jobs = [planner.job(case, dtype) for case in planner.cases(suites) for dtype in dtypes if planner.takes(case, dtype)]
+    return Plan(tuple(jobs), tuple(planner.omissions(suites, unsupported)), dtypes, unsupported, scale.rounds)
+
+
+def supported_dtypes(device: torch.device) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What this machine computes in earnest, and what it would only emulate."""
+    if device.type == "cuda":
+        return ("float32", "float16", "bfloat16"), ()
+    return (("float32", "bfloat16"), ()) if has_fast_bf16(device) else (("float32",), ("bfloat16",))
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Turns a scale into cases, and cases into jobs."""
+
+    scale: Scale
+    device: torch.device
+    quick: bool
+    full: bool
+
+    def cases(self, suites: Sequence[Suite]) -> Iterator[Case]:
+        makers = {"ops": self._ops, "loss": self._loss, "cell": self._cells, "proxy": self._proxy, "search": self._search}
+        for suite in dict.fromkeys(suites):
+            yield from makers[suite]()
+
+    def takes(self, case: Case, dtype: str) -> bool:
+        """Whether a case is measured in a dtype: training steps know no loss scaling, and a search chooses for itself."""
+        if isinstance(case, SearchCase):
+            return dtype == ("bfloat16" if has_fast_bf16(self.device) else "float32")
+        return dtype != "float16" or not isinstance(case, ProxyCase)
+
+    def job(self, case: Case, dtype: str) -> Job:
+        """Who takes part."""
+        if isinstance(case, SearchCase):
+            return Job(case, dtype, (OURS, OURS_WITHOUT_KERNELS), in_fresh_process=())
+        if isinstance(case, NewCellCase):
+            return Job(case, dtype, (OURS, EAGER), in_fresh_process=())
+        providers = [OURS, EAGER, EAGER_CHANNELS_LAST]
+        if self._is_compiled(case):
+            providers.append(COMPILE)
+            if not self._leaves_max_autotune_out:
+                providers.append(COMPILE_MAX)
+        fresh: list[Provider] = []
+        if self.quick:
+            fresh += [OURS, EAGER] if isinstance(case, ProxyCase) else []
+        elif self._is_typical(case):
+            fresh += providers
+        return Job(case, dtype, tuple(providers), tuple(fresh))
+
+    def omissions(self, suites: Sequence[Suite], unsupported: Sequence[str]) -> Iterator[str]:
+        """What a reader might expect and does not find."""
+        for dtype in unsupported:
+            yield f"{dtype}: not supported here (the processor has neither AMX nor AVX-512 bf16)"
+        if self._leaves_max_autotune_out:
+            yield "torch.compile max-autotune: left out by --quick on a CPU, where it compiles for minutes"
+        if self.quick:
+            yield "torch.compile: left out by --quick but for the separable convolution"
+            yield "--quick: one map size, rate and grid, the published cell, few rounds; first call and memory of the proxy"
+            return
+        if self.device.type == "cuda":
+            yield "float16: not for training steps and searches, which would need loss scaling"
+        if self.full:
+            return
+        rates = ", ".join("{}×{}".format(*rate) for rate in FEW_RATES)
+        if {"ops", "cell"}.intersection(suites):
+            yield f"torch.compile: at rates {rates}, one grid, the published cell and ASPP only; --full compiles everything"
+            yield "first call and memory: of the cases that are compiled"
+        if "ops" in suites and self.device.type == "cpu":
+            yield f"16×256×97×97 on a CPU: at rates {rates} and one grid only; --full runs all 64 rates and 16 grids"
+
+    @property
+    def _leaves_max_autotune_out(self) -> bool:
+        return self.quick and self.device.type == "cpu"
+
+    def _is_compiled(self, case: Case) -> bool:
+        if self.quick:
+            return isinstance(case, OperationCase) and bool(case.operation.rate)
+        return self.full or self._is_typical(case)
+
+    def _is_typical(self, case: Case) -> bool:
+        """Stands for its likes, where something is too slow to be done for all of them."""
+        if isinstance(case, OperationCase):
+            operation = case.operation
+            few = self._few_rates()
+            return operation.rate in few if operation.rate else operation.grid_size in (None, self.scale.grids[0])
+        if isinstance(case, CellCase):
+            return case.name in ("dpc", "aspp")
+        return True
+
+    def _few_rates(self) -> tuple[tuple[int, int], ...]:
+        return tuple(rate for rate in FEW_RATES if rate in self.scale.rates) or self.scale.rates
+
+    def _ops(self) -> Iterator[Case]:
+        for k, (batch, channels, height, width) in enumerate(self.scale.maps):
+            all_of_them = k == 0 or self.full or self.device.type == "cuda"
+            rates = self.scale.rates if all_of_them else self._few_rates()
+            grids = self.scale.grids if all_of_them else self.scale.grids[:1]
+            operations = [Operation("atrous_separable_conv", rate=rate) for rate in rates]
+            operations += [CONV1X1, *(Operation("pyramid_pooling", grid_size=grid) for grid in grids)]
+            size: dict[str, Any] = {"batch": batch, "height": height, "width": width}
+            size |= {"in_channels": channels, "channels": channels}
+            for mode in MODES:
+                for operation in operations:
+                    yield OperationCase(suite="ops", name=str(operation), mode=mode, operation=operation, **size)
+                for rate in self._few_rates():
+                    yield DepthwiseCase(suite="ops", name="depthwise {}x{}".format(*rate), mode=mode, rate=rate, **size)
+
+    def _loss(self) -> Iterator[Case]:
+        batch, _, _, (height, width) = self.scale.proxy
+        label_size = (16 * (height - 1) + 1, 16 * (width - 1) + 1)
+        for mode, name in (("training", "loss and gradient"), ("inference", "confusion matrix")):
+            yield LossCase(
+                suite="loss",
+                name=name,
+                mode="training" if mode == "training" else "inference",
+                batch=batch,
+                num_classes=self.scale.num_classes,
+                size=(height, width),
+                label_size=label_size,
+            )
+
+    def _cells(self) -> Iterator[Case]:
+        batch, in_channels, channels, (height, width) = self.scale.proxy
+        cells = [("dpc", load_cell("dpc"))]
+        if not self.quick:
+            cells.append(("aspp", load_cell("aspp")))
+        cells += [(f"random {i}", cell) for i, cell in enumerate(random_cells(self.scale.random_cells))]
+        for mode in MODES:
+            for name, cell in cells:
+                yield CellCase(
+                    suite="cell",
+                    name=name,
+                    mode=mode,
+                    cell=cell,
+                    batch=batch,
+                    in_channels=in_channels,
+                    channels=channels,
+                    height=height,
+                    width=width,
+                )
+
+    def _proxy(self) -> Iterator[Case]:
+        batch, in_channels, channels, crop = self.scale.proxy
+        for case_type, name in ((ProxyCase, "iteration"), (NewCellCase, NEW_CELL)):
+            yield case_type(
+                suite="proxy",
+                name=name,
+                mode="training",
+                cell=load_cell("dpc"),
+                batch=batch,
+                in_channels=in_channels,
+                channels=channels,
+                num_classes=self.scale.num_classes,
+                crop=crop,
+            )
+
+    def _search(self) -> Iterator[Case]:
+        yield SearchCase(
+            suite="search",
+            name="cells",
+            mode="training",
+            cells=self.scale.search_cells,
+            settings=self.scale.search,
+            train_images=self.scale.search_images[0],
+            val_images=self.scale.search_images[1],
+        )

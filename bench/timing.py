@@ -1,0 +1,211 @@
+"""How time and memory are taken.
+
+Providers take turns, in a new order each round, so that whatever slows the machine for a while slows all of them. Each turn
+is two calls: one with the caches flushed (cold) and one right behind it (warm). A call that lasts longer than `LONG_MS` goes
+through the caches many times by itself and is made once. The first call and the memory are measured in a fresh process.
+"""
+
+import ctypes
+import gc
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from bench.cases import Case, Provider
+
+LONG_MS = 300.0
+_QUEUED_CYCLES = 20_000_000  # about 10 ms: longer than the host needs to launch any case
+
+
+class Summary(NamedTuple):
+    """Of the milliseconds of all rounds."""
+
+    median: float
+    p20: float
+    p80: float
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> "Summary":
+        """
+        >>> Summary.of([1.0, 2.0, 3.0, 4.0, 100.0])
+        Summary(median=3.0, p20=1.8, p80=23.2)
+        """
+        p20, median, p80 = (float(value) for value in np.percentile(samples, (20, 50, 80)))
+        return cls(round(median, 6), round(p20, 6), round(p80, 6))
+
+    def differs_from(self, other: "Summary") -> bool:
+        """Whether the medians are further apart than either one's middle 60 % is wide."""
+        return abs(self.median - other.median) > max(self.p80 - self.p20, other.p80 - other.p20)
+
+
+@dataclass
+class Samples:
+    """Milliseconds of each round."""
+
+    cold: list[float] = field(default_factory=list)
+    warm: list[float] = field(default_factory=list)
+
+
+def interleaved(
+    calls: Mapping[str, Callable[[], None]],
+    rounds: int,
+    clock: Callable[[Callable[[], None]], float],
+    flush: Callable[[], None],
+    rng: np.random.Generator,
+) -> dict[str, Samples]:
+    """Time every call once per round, cold and then warm, the providers in a new order each round."""
+    samples = {name: Samples() for name in calls}
+    names = list(calls)
+    for _ in range(rounds):
+        for i in rng.permutation(len(names)):
+            name = names[i]
+            flush()
+            samples[name].cold.append(clock(calls[name]))
+            if samples[name].cold[-1] < LONG_MS:
+                samples[name].warm.append(clock(calls[name]))
+    return samples
+
+
+class Clock:
+    """Milliseconds of a call: of the device alone, or of the user who waits for it."""
+
+    def __init__(self, device: torch.device, *, launches_count: bool) -> None:
+        self._device = device
+        self._of_device = device.type == "cuda" and not launches_count
+
+    def __call__(self, call: Callable[[], None]) -> float:
+        if self._of_device:
+            return self._busy(call)
+        synchronise(self._device)
+        start = time.perf_counter()
+        call()
+        synchronise(self._device)
+        return 1e3 * (time.perf_counter() - start)
+
+    def _busy(self, call: Callable[[], None]) -> float:
+        """The device waits while the host launches, so that no gap between two launches is counted."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        torch.cuda._sleep(_QUEUED_CYCLES)  # type: ignore[no-untyped-call]  # PyTorch's own tests hold a stream by it
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end))
+
+
+class CacheFlush:
+    """Writes a buffer four times as large as the last-level cache."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._buffer = torch.zeros(4 * last_level_cache_bytes(device), dtype=torch.uint8, device=device)
+
+    def __call__(self) -> None:
+        self._buffer.add_(1)
+
+
+def last_level_cache_bytes(device: torch.device) -> int:
+    """As the driver or the system states it; 64 MiB where neither does."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).L2_cache_size)
+    sizes = [_kibibytes(path.read_text()) for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return 1024 * max(sizes, default=64 * 1024)
+
+
+def _kibibytes(text: str) -> int:
+    match = re.fullmatch(r"(\d+)([KM])\s*", text)
+    return int(match[1]) * {"K": 1, "M": 1024}[match[2]] if match else 0
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until the device is idle."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class FirstCall(NamedTuple):
+    """Of a fresh process that has imported everything and holds inputs and weights."""
+
+    seconds: float
+    peak_memory_bytes: int | None  # of an iteration, above what there was before; None where nobody can tell
+
+
+def first_call(case: Case, provider: Provider, dtype: str, device_name: str, threads: int) -> FirstCall:
+    """To be run in a fresh process.
+
+    Memory counts from before the first call: what a step keeps from then on (momentum, buffers, a captured graph's pool) is
+    its own. Only where that call compiles, it counts from behind it, because a compiler's memory is not an iteration's.
+    """
+    torch.set_num_threads(threads)
+    device = torch.device(device_name)
+    workload = case.workload(provider, dtype, device)
+    gc.collect()
+    meter = _MemoryMeter(device)
+    start = time.perf_counter()
+    workload()
+    synchronise(device)
+    seconds = time.perf_counter() - start
+    if provider.compile_mode:
+        workload.drop()
+        gc.collect()
+        meter = _MemoryMeter(device)
+    for _ in range(warm_up_calls(device)):
+        workload()
+    synchronise(device)
+    return FirstCall(seconds, meter.peak())
+
+
+class _MemoryMeter:
+    """Peak memory since it was made, above what there was then."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            self._before = torch.cuda.memory_allocated(device)
+            return
+        _return_free_memory()
+        self._resets = _write("/proc/self/clear_refs", "5")
+        self._before, self._code_before = _status("VmRSS"), _status("RssFile")
+
+    def peak(self) -> int | None:
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device) - self._before
+        if not self._resets or not self._before:  # not Linux
+            return None
+        code = _status("RssFile") - self._code_before  # pages of libraries touched meanwhile are not data
+        return max(0, _status("VmHWM") - self._before - code)
+
+
+def _return_free_memory() -> None:
+    """Give back what the allocator keeps for later, or the iteration could use it unseen."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def _write(path: str, text: str) -> bool:
+    try:
+        Path(path).write_text(text)
+    except OSError:
+        return False
+    return True
+
+
+def _status(field_name: str) -> int:
+    """Bytes, from /proc/self/status; 0 where there is none."""
+    try:
+        match = re.search(rf"{field_name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    except OSError:
+        return 0
+    return int(match[1]) * 1024 if match else 0
+
+
+def warm_up_calls(device: torch.device) -> int:
+    """How many calls lead past compilation, and past those in which graphs are recorded (our step's is the fourth)."""
+    return 5 if device.type == "cuda" else 1

@@ -1,0 +1,323 @@
+"""Whole training steps and whole searches as cases: the proxy iteration, the start of a new cell, cells per hour."""
+
+import functools
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bench.cases import (
+    SEED,
+    Case,
+    Parts,
+    Provider,
+    Truth,
+    Workload,
+    array,
+    arrays,
+    contexts,
+    draw_labels,
+    normal,
+    ours_from_plain,
+    trainable,
+)
+from bench.costs import Cost, MapSize, cell_cost, loss_cost, pointwise_cost, sgd_cost
+from bench.plain_torch import PlainCell, PlainHead, PlainTrainStep, decayed, randomise
+from fast.segmentation import SegmentationHead
+from fast.train_step import Precision, TrainStep
+from reference.cell import Cell
+from reference.concat_project import DROPOUT_RATE
+from reference.dense_prediction_cell import BranchOptions, dense_prediction_cell, dense_prediction_cell_backward
+from reference.pointwise_conv import pointwise_conv, pointwise_conv_backward
+from reference.upsampled_cross_entropy import upsampled_cross_entropy, upsampled_cross_entropy_backward
+from search.datasets import SPLITS, open_dataset
+from search.features import FeatureCache
+from search.proxy import ProxySettings, ProxyTask
+from search.space import SearchSpace
+
+_STRIDE = 16
+_MOMENTUM, _WEIGHT_DECAY = 0.9, 4e-5  # as `search.proxy.ProxySettings` has them
+_PATCH_CHANNELS = 320  # as many as MobileNet-v2's last feature map has, the paper's proxy backbone
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProxyCase(Case):
+    """One iteration of the proxy task: draw crops, go forward, take the loss, go back, take a step of SGD."""
+
+    cell: Cell
+    batch: int
+    in_channels: int
+    channels: int
+    num_classes: int
+    crop: tuple[int, int]  # in features
+    images: int = 16
+    margin: int = 8  # features by which an image exceeds the crop along each axis
+    learning_rate: float = 0.01
+    dropout_rate: float = DROPOUT_RATE
+
+    @property
+    def shape(self) -> str:
+        label_size = "{}×{}".format(*self._pixels(0))
+        return f"{self.batch}×{self.in_channels}×{self.crop[0]}×{self.crop[1]}, labels {label_size}"
+
+    def cost(self, element_bytes: int) -> Cost | None:
+        size = MapSize(self.batch, *self.crop, element_bytes)
+        parameters = sum(parameter.numel() for parameter in self._plain().parameters())
+        return (
+            cell_cost(self.cell, size, self.in_channels, self.channels, "training")
+            + pointwise_cost(size, self.channels, self.num_classes, "training")
+            + loss_cost(size, self.num_classes, self._pixels(0), "training")
+            + sgd_cost(parameters)
+        )
+
+    def without_chance(self) -> Self:
+        """One image no larger than the crop, so that every crop is the same, and a rate at which an update can be read."""
+        return replace(self, images=1, margin=0, learning_rate=1.0, dropout_rate=0.0)
+
+    def small(self) -> Self:
+        return replace(self.without_chance(), batch=2, in_channels=20, channels=16, num_classes=5, crop=(7, 8))
+
+    def workload(self, provider: Provider, dtype: str, device: torch.device) -> Workload:
+        return _ProxyWorkload(self, provider, dtype, device)
+
+    def truth(self, dtype: str) -> Truth:
+        """The loss, and what the first step changes: the learning rate times the gradient with its weight decay."""
+        assert (self.images, self.margin, self.dropout_rate) == (1, 0, 0.0), "chance has no truth"
+        plain = self._plain()
+        weights, classifier = arrays(cast(PlainCell, plain[0]).weights()), cast(nn.Conv2d, plain[1])
+        matrix, bias = array(classifier.weight), array(cast(Tensor, classifier.bias))
+        features, labels = (tensor.expand(self.batch, *tensor.shape[1:]) for tensor in self.data())
+        x, targets = array(features), labels.numpy()
+
+        context = dense_prediction_cell(x, self.cell, weights, BranchOptions(training=True))
+        logits = pointwise_conv(context, matrix) + bias[:, None, None]
+        grad_logits = upsampled_cross_entropy_backward(logits, targets)
+        grad_context, grad_matrix = pointwise_conv_backward(grad_logits, context, matrix)
+        options = BranchOptions(training=True)
+        _, grad_weights = dense_prediction_cell_backward(grad_context, x, self.cell, weights, options)
+        gradients = [*trainable(grad_weights), grad_matrix, grad_logits.sum(axis=(0, 2, 3))]
+
+        parameters = _head_parameters(plain)
+        decay = [any(parameter is p for p in decayed(plain)) for parameter in parameters]
+        updates = [
+            -self.learning_rate * (gradient + (_WEIGHT_DECAY * array(parameter) if decays else 0.0))
+            for gradient, parameter, decays in zip(gradients, parameters, decay, strict=True)
+        ]
+        return {"output": [np.array(upsampled_cross_entropy(logits, targets))], "gradients": updates}
+
+    def data(self, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+        """Features (images, C, H, W), float16 as caches hold them, and labels (images, H_px, W_px), uint8."""
+        height, width = (extent + self.margin for extent in self.crop)
+        features = normal((self.images, self.in_channels, height, width), SEED, device).half()
+        return features, draw_labels((self.images, *self._pixels(self.margin)), self.num_classes, device)
+
+    def _pixels(self, margin: int) -> tuple[int, int]:
+        height, width = (_STRIDE * (extent + margin - 1) + 1 for extent in self.crop)
+        return height, width
+
+    def _plain(self) -> PlainHead:
+        cell = PlainCell(self.cell, self.in_channels, self.channels, self.dropout_rate)
+        head = PlainHead(cell, self.channels, self.num_classes)
+        randomise(head, SEED)
+        return head
+
+    def head(self, provider: Provider) -> PlainHead | SegmentationHead:
+        """The same weights for every provider."""
+        plain = self._plain()
+        if not provider.is_ours:
+            return plain
+        cell = cast(PlainCell, plain[0])
+        context = ours_from_plain(cell, self.cell, self.in_channels, self.channels, self.dropout_rate)
+        head = SegmentationHead(context, self.num_classes)
+        head.classifier.load_state_dict(plain[1].state_dict())
+        return head
+
+    def step(
+        self, provider: Provider, dtype: str, head: PlainHead | SegmentationHead, data: tuple[Tensor, Tensor]
+    ) -> TrainStep | PlainTrainStep:
+        """The training step, ready for its first call."""
+        arguments: dict[str, Any] = {
+            "output_stride": _STRIDE,
+            "crop": self.crop,
+            "batch_size": self.batch,
+            "iterations": 30_000,
+            "learning_rate": self.learning_rate,
+            "momentum": _MOMENTUM,
+            "weight_decay": _WEIGHT_DECAY,
+        }
+        if provider.is_ours:
+            precision: Precision = "bfloat16" if dtype == "bfloat16" else "float32"
+            return TrainStep(cast(SegmentationHead, head), *data, **arguments, precision=precision)
+        memory_format = provider.memory_format(data[0].device)
+        if memory_format == torch.channels_last:
+            head = head.to(memory_format=memory_format)
+        return PlainTrainStep(
+            cast(PlainHead, head),
+            *data,
+            **arguments,
+            compile_mode=provider.compile_mode,
+            memory_format=memory_format,
+        )
+
+
+class _ProxyWorkload(Workload):
+    """The step is made at the first call: what it prepares belongs to the first iteration."""
+
+    def __init__(self, case: ProxyCase, provider: Provider, dtype: str, device: torch.device) -> None:
+        self._case, self._provider, self._dtype, self._device = case, provider, dtype, device
+        self._head = case.head(provider).to(device).train()
+        self._data = case.data(device)
+        self._before = [parameter.detach().clone() for parameter in _head_parameters(self._head)]
+        self._step: TrainStep | PlainTrainStep | None = None
+        self._loss: Tensor | None = None
+
+    def __call__(self) -> None:
+        if self._provider.compile_mode:
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+        with ExitStack() as stack:
+            for context in contexts(self._provider, self._dtype, self._device):
+                stack.enter_context(context)
+            if self._step is None:
+                self._step = self._case.step(self._provider, self._dtype, self._head, self._data)
+            self._loss = self._step()
+
+    def parts(self) -> Parts:
+        assert self._loss is not None, "called first"
+        parameters = _head_parameters(self._head)
+        updates = [p.detach() - before for p, before in zip(parameters, self._before, strict=True)]
+        return {"output": [self._loss.detach()], "gradients": updates}
+
+
+def _head_parameters(head: nn.Module) -> list[nn.Parameter]:
+    """In the order of the reference's containers, then the classifier's."""
+    if isinstance(head, SegmentationHead):
+        cell_weights, classifier = head.context.weights(), head.classifier
+    else:
+        children = list(head.children())
+        cell_weights, classifier = cast(PlainCell, children[0]).weights(), cast(nn.Conv2d, children[1])
+    return cast(list[nn.Parameter], [*trainable(cell_weights), classifier.weight, classifier.bias])
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewCellCase(ProxyCase):
+    """From a cell that was never seen to the end of its first iteration, in a process that has trained others before."""
+
+    def cost(self, element_bytes: int) -> None:
+        return None
+
+    def workload(self, provider: Provider, dtype: str, device: torch.device) -> Workload:
+        return _NewCellWorkload(self, provider, dtype, device)
+
+
+class _NewCellWorkload(Workload):
+    def __init__(self, case: NewCellCase, provider: Provider, dtype: str, device: torch.device) -> None:
+        self._case, self._provider, self._dtype, self._device = case, provider, dtype, device
+        self._cells = _random_cells(SEED)
+        self._next = case.cell  # the first one has a truth; the others are random
+        self._data = case.data(device)
+        self._last: _ProxyWorkload | None = None
+
+    def __call__(self) -> None:
+        case = replace(self._case, cell=self._next)
+        self._last = None
+        workload = _ProxyWorkload(case, self._provider, self._dtype, self._device)
+        workload()
+        self._last, self._next = workload, next(self._cells)
+
+    def parts(self) -> Parts:
+        assert self._last is not None, "called first"
+        return self._last.parts()
+
+
+def _random_cells(seed: int) -> Iterator[Cell]:
+    rng, space = np.random.default_rng(seed), SearchSpace()
+    while True:
+        yield space.sample(rng)
+
+
+def random_cells(count: int) -> list[Cell]:
+    """The first `count` cells of the space for the benchmark's seed."""
+    cells = _random_cells(SEED)
+    return [next(cells) for _ in range(count)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchCase(Case):
+    """Train and score `cells` random cells on the embedded scenes, as a search does: `ProxyTask.evaluate`.
+
+    A fixed random projection of patches stands for the backbone: what a feature is worth does not matter to the clock.
+    """
+
+    cells: int
+    settings: ProxySettings
+    train_images: int = 240
+    val_images: int = 60
+
+    @property
+    def shape(self) -> str:
+        settings = self.settings
+        count = "1 cell" if self.cells == 1 else f"{self.cells} cells"
+        return f"{count}, {settings.iterations} iterations of {settings.batch_size}×{_PATCH_CHANNELS}×17×17"
+
+    def cost(self, element_bytes: int) -> None:
+        return None
+
+    def without_chance(self) -> None:
+        return None  # at full size the losses of long trainings part ways by rounding alone
+
+    def small(self) -> Self:
+        # Large enough a rate that four losses tell a wrong gradient, and no chance.
+        settings = replace(self.settings, iterations=4, batch_size=2, branch_channels=16, dropout=0.0, statistics_batches=1)
+        return replace(self, cells=1, settings=settings, train_images=4, val_images=2)
+
+    def workload(self, provider: Provider, dtype: str, device: torch.device) -> Workload:
+        return _SearchWorkload(self, provider, dtype, device)
+
+    def truth(self, dtype: str) -> Truth:
+        """The reference trains no cells: the losses of the same search by the library's operations, in float32."""
+        workload = _SearchWorkload(self, Provider("library", is_ours=True, uses_kernels=False), "float32", torch.device("cpu"))
+        workload()
+        return {kind: [array(part) for part in parts] for kind, parts in workload.parts().items()}
+
+
+class _SearchWorkload(Workload):
+    def __init__(self, case: SearchCase, provider: Provider, dtype: str, device: torch.device) -> None:
+        caches = [
+            _patch_cache(split, count) for split, count in zip(SPLITS, (case.train_images, case.val_images), strict=True)
+        ]
+        self._task = ProxyTask(caches[0], caches[1], case.settings, str(device))
+        self._cells = random_cells(case.cells)
+        self._provider, self._dtype, self._device = provider, dtype, device
+        self._losses: list[float] = []
+
+    def __call__(self) -> None:
+        self._losses = []
+        with ExitStack() as stack:
+            for context in contexts(self._provider, self._dtype, self._device):
+                stack.enter_context(context)
+            for i, cell in enumerate(self._cells):
+                result, _ = self._task.evaluate(cell, (0, 0, i))
+                self._losses += [loss for _, loss in result.loss_curve]
+
+    def parts(self) -> Parts:
+        return {"output": [torch.tensor(self._losses)]}
+
+
+@functools.lru_cache(maxsize=4)
+def _patch_cache(split: str, count: int) -> FeatureCache:
+    """`count` generated scenes of `split`, and their features in memory."""
+    dataset = open_dataset("shapes", split, None)
+    samples = [dataset[i] for i in range(count)]
+    images = torch.from_numpy(np.stack([sample.image for sample in samples])).permute(0, 3, 1, 2)  # (N, 3, H, W), uint8
+    labels = torch.from_numpy(np.stack([sample.label for sample in samples]))
+    patches = nn.Conv2d(3, _PATCH_CHANNELS, kernel_size=_STRIDE, stride=_STRIDE, padding=_STRIDE // 2, bias=False)
+    randomise(patches, SEED)
+    with torch.no_grad():
+        features = patches(images / 127.5 - 1.0).relu()
+    manifest = {"class_names": list(dataset.class_names), "output_stride": _STRIDE}
+    return FeatureCache(Path("in memory"), features.half(), labels, manifest)

@@ -1,0 +1,160 @@
+"""Ours, the baselines and `reference/` compute the same thing from the same inputs, and costs are counted as PyTorch does."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench.accuracy import Error, budget, error_of
+from bench.cases import (
+    COMPILE,
+    EAGER,
+    EAGER_CHANNELS_LAST,
+    OURS,
+    SUITES,
+    Case,
+    CellCase,
+    DepthwiseCase,
+    MapCase,
+    OperationCase,
+    Provider,
+)
+from bench.costs import Cost
+from bench.suites import MODES, NEW_CELL, PAPER, PUBLISHED_RATES, make_plan
+from bench.training_cases import ProxyCase, SearchCase
+from reference.cell import BACKBONE_FEATURE, RATES
+from tests.bench.tiny_runs import CPU, SEPARABLE, tiny_jobs
+
+CASES = [job.case for suite in SUITES for job in tiny_jobs(suite)]
+ids = [f"{case.suite}-{case.name}-{case.mode}-{case.shape}".replace(" ", "_") for case in CASES]
+every_case = pytest.mark.parametrize("case", CASES, ids=ids)
+
+MAP_CASES = [case for case in CASES if isinstance(case, MapCase)]
+every_map_case = pytest.mark.parametrize(
+    "case", MAP_CASES, ids=[f"{case.name}-{case.mode}-{case.shape}".replace(" ", "_") for case in MAP_CASES]
+)
+
+# float32 through a cell's training step: eager PyTorch itself is up to 1e-6 from the truth; a flipped ReLU would show as 3e-5.
+ROUNDING = 1e-5
+
+
+def run(case: Case, provider: Provider) -> dict[str, list[torch.Tensor]]:
+    workload = case.workload(provider, "float32", CPU)
+    workload()
+    return workload.parts()
+
+
+@every_case
+@pytest.mark.parametrize("provider", [OURS, EAGER, EAGER_CHANNELS_LAST], ids=lambda provider: provider.name)
+def test_every_provider_computes_the_reference(case: Case, provider: Provider) -> None:
+    if isinstance(case, SearchCase) and provider != OURS:
+        pytest.skip("a search is made of our own code")
+    small = case.small()
+    assert error_of(run(small, provider), small.truth("float32")).rms < ROUNDING
+
+
+@every_case
+def test_a_second_call_computes_the_same(case: Case) -> None:
+    if isinstance(case, ProxyCase | SearchCase):
+        pytest.skip("a step changes the weights; a search is too slow to run twice here")
+    workload = case.small().workload(OURS, "float32", CPU)
+    workload()
+    first = {kind: [part.clone() for part in parts] for kind, parts in workload.parts().items()}
+    workload()
+    assert all(torch.equal(a, b) for kind in first for a, b in zip(first[kind], workload.parts()[kind], strict=True))
+
+
+def counted(case: Case) -> int:
+    workload = case.workload(EAGER, "float32", CPU)
+    with FlopCounterMode(display=False) as counter:
+        workload()
+    return int(counter.get_total_flops())
+
+
+def flops(case: Case) -> int:
+    cost = case.cost(4)
+    assert cost is not None
+    return cost.flops
+
+
+@every_map_case
+def test_operations_are_counted_as_torch_counts_them(case: MapCase) -> None:
+    if case.mode == "training" and not (isinstance(case, OperationCase) and case.operation.rate is None):
+        pytest.skip("PyTorch's counter takes the weight gradient of a grouped convolution for that of a full one")
+    assert flops(case) == counted(case)
+
+
+@every_map_case
+def test_training_is_three_times_inference_where_the_input_needs_a_gradient(case: MapCase) -> None:
+    training, inference = (flops(replace(case, mode=mode)) for mode in MODES[::-1])
+    spared = 0
+    if isinstance(case, CellCase):  # the backbone's features need none
+        first = [branch.operation for branch in case.cell.branches if branch.input_index == BACKBONE_FEATURE]
+        for operation in first:
+            alone = OperationCase(**vars_of(case, "inference"), operation=operation)
+            depthwise = DepthwiseCase(**(vars_of(case, "inference") | {"channels": case.in_channels}), rate=(1, 1))
+            spared += flops(alone if operation.rate is None else depthwise)
+    assert training == 3 * inference - spared
+
+
+def vars_of(case: MapCase, mode: str) -> dict[str, Any]:
+    sizes = ("batch", "in_channels", "channels", "height", "width")
+    return {"suite": case.suite, "name": case.name, "mode": mode} | {name: getattr(case, name) for name in sizes}
+
+
+def test_bytes_of_a_separable_convolution_by_hand() -> None:
+    x, weights = 4 * 2 * 6 * 7 * 8, 4 * (9 * 6 + 36)  # a map, and the parameters
+    # Forward: x and weights in, y out. Back: y's gradient, x and weights in, their gradients out.
+    assert SEPARABLE.cost(4) == Cost(bytes=5 * x + 3 * weights, flops=2 * 3 * (9 * 6 + 36) * 2 * 7 * 8)
+
+
+def test_half_the_element_size_moves_half_the_map() -> None:
+    full, half = SEPARABLE.cost(4), SEPARABLE.cost(2)
+    assert full.bytes - half.bytes == 5 * 2 * 2 * 6 * 7 * 8
+
+
+def test_budget_grows_with_the_yardstick_up_to_the_limit() -> None:
+    assert budget("float32") == budget("float32", Error(1.0, 1.0)) > budget("float32", Error(1e-7, 1e-8)) > 0
+
+
+@pytest.mark.parametrize("damage", ["nan", "missing", "other shape", "other kind"])
+def test_unusable_results_have_no_finite_error(damage: str) -> None:
+    small = SEPARABLE.small()
+    parts, truth = run(small, OURS), small.truth("float32")
+    output = parts["output"][0].clone()
+    output[0, 0, 0, 0] = torch.nan
+    damaged: dict[str, Any] = {
+        "nan": {**parts, "output": [output]},
+        "missing": {**parts, "gradients": parts["gradients"][:-1]},
+        "other shape": {**parts, "output": [parts["output"][0][..., :-1]]},
+        "other kind": {"output": parts["output"]},
+    }
+    assert error_of(damaged[damage], truth).rms == float("inf")
+
+
+def test_the_plan_holds_every_rate_grid_and_cell() -> None:
+    plan = make_plan(SUITES, CPU, quick=False, full=False)
+    separable = [job.case for job in plan.jobs if isinstance(job.case, OperationCase) and job.case.operation.rate]
+    first_size = [case for case in separable if case.height == 49]
+    assert {(case.operation.rate, case.mode) for case in first_size} == {
+        (rate, mode) for rate in PUBLISHED_RATES for mode in ("inference", "training")
+    }
+    assert len(PUBLISHED_RATES) == len(RATES) ** 2 == 64
+    assert {case.shape for case in separable} == {"8×256×49×49", "16×256×97×97"}
+    cells = {job.case.name for job in plan.jobs if isinstance(job.case, CellCase)}
+    assert cells == {"dpc", "aspp", *(f"random {i}" for i in range(PAPER.random_cells))}
+    assert [job.case.name for job in plan.jobs if job.case.suite == "proxy"][:2] == ["iteration", NEW_CELL]
+
+
+def test_the_full_plan_compiles_and_runs_more() -> None:
+    default, full = (make_plan(["ops"], CPU, quick=False, full=full) for full in (False, True))
+    assert sum(COMPILE in job.providers for job in full.jobs) == len(full.jobs) > len(default.jobs)
+    assert len(full.omissions) < len(default.omissions)
+
+
+def test_quick_leaves_max_autotune_out_and_says_so() -> None:
+    plan = make_plan(SUITES, CPU, quick=True, full=False)
+    assert "torch.compile max-autotune" not in {provider.name for job in plan.jobs for provider in job.providers}
+    assert any("max-autotune" in omission and "--quick" in omission for omission in plan.omissions)

@@ -1,0 +1,195 @@
+"""Tables, files and exit codes: whole or not at all, readable, and no claim that was not measured."""
+
+import csv
+import re
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+import bench.run
+from bench.cases import EAGER, OURS
+from bench.costs import Cost
+from bench.report import extrapolation, judged_targets, table
+from bench.results import Environment, Results, Row, environment, ratio, write_csv
+from bench.roofline import Roofs, measure_roofs
+from bench.run import BenchSettings, main, write
+from bench.suites import NEW_CELL, Job, Plan
+from fast.atrous_separable_conv import atrous_separable_conv
+from search.cli import InputError
+from tests.bench.tiny_runs import CPU, ENVIRONMENT, ROOFS, SEPARABLE, row, tiny_results
+
+
+def results_of(*rows: Row, **changes: Any) -> Results:
+    return Results(replace(ENVIRONMENT, **changes), ROOFS, rows=list(rows), is_complete=True)
+
+
+def test_a_whole_run_is_written_and_read_back(tmp_path: Path) -> None:
+    results = tiny_results()
+    paths = write(results, tmp_path)
+    assert [path.name for path in paths] == [f"2026-01-02-0123abc.{suffix}" for suffix in ("csv", "md", "png")]
+    assert {path.parent.name for path in paths} == {"some-cpu-2-cores"}
+    with paths[0].open(newline="") as file:
+        read = list(csv.DictReader(file))
+    wanted = {f.name for f in fields(Row)} | {f.name for f in fields(Environment)} - {"folder"}
+    assert set(read[0]) == wanted
+    assert len(read) == len(results.rows)
+    timed = [line for line in read if line["status"] == "ok"]
+    assert all(float(line["p20_ms"]) <= float(line["median_ms"]) <= float(line["p80_ms"]) for line in timed)
+    assert {line["suite"] for line in timed} == {"ops", "loss", "cell", "proxy", "search"}
+    assert [line["dtype"] for line in read if line["status"] == "not supported here"] == ["bfloat16"] * 5
+    with Image.open(paths[2]) as picture:
+        assert picture.width > 1000
+    summary = paths[1].read_text()
+    assert all(f"\n## {suite}\n" in summary for suite in ("ops", "loss", "cell", "proxy", "search"))
+    assert "nothing but time" in summary
+    assert all(len(line) <= 120 for line in table(results, colour=False).splitlines())
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.csv"
+    write_csv(path, results_of(row("ours", 1.0)))
+    before = path.read_text()
+
+    def fail(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(KeyboardInterrupt):
+        write_csv(path, results_of(row("ours", 2.0)))
+    assert path.read_text() == before
+
+
+def test_ratio_is_to_the_best_of_the_right_others() -> None:
+    rows = [row("ours", 2.0), row("eager", 10.0), row("torch.compile", 6.0), row("eager channels-last", None)]
+    assert ratio(rows) == 3.0
+    assert ratio(rows[:1]) is ratio(rows[1:]) is None
+    assert ratio([row("ours", None), row("eager", 1.0)]) is None
+
+
+def test_the_highlighted_ratio_is_green_when_quicker_and_red_when_slower() -> None:
+    quick, slow = ([row("ours", ms), row("eager", 10.0)] for ms in (5.0, 20.0))
+    assert "\033[32m        2.00×" in table(results_of(*quick), colour=True)
+    assert "\033[31m        0.50×" in table(results_of(*slow), colour=True)
+    assert "\033" not in table(results_of(*quick), colour=False)
+
+
+def verdicts(results: Results) -> dict[str, str]:
+    return {f"{device} {text}": verdict for device, text, verdict in judged_targets(results)}
+
+
+def test_targets_are_met_missed_or_not_measured() -> None:
+    rows = [row("ours", 100.0, peak_memory_mb=1200.0), row("eager", 600.0), row("torch.compile", 300.0)]
+    found = verdicts(results_of(*rows))
+    assert found["CPU proxy iteration, float32: at least 5× as quick as eager PyTorch"] == "met: 6.00×"
+    assert found["CPU proxy iteration: at least 4× as quick as the best of PyTorch"] == "missed: 3.00×"
+    assert found["CPU peak memory of an iteration: under 1000 MB"] == "missed: 1.2e+03 MB"
+    assert found["CPU a new cell has trained its first iteration within 1 s"] == "not measured"
+    assert {verdict for target, verdict in found.items() if target.startswith("GPU")} == {"not measured"}
+
+
+def test_gpu_targets_are_judged_on_a_gpu_only() -> None:
+    rows = [row("ours", 0.5), row("eager", 5.0), row("ours", 40.0, case=NEW_CELL)]
+    found = verdicts(results_of(*rows, cuda="13.0"))
+    assert found["GPU proxy iteration: at most 0.67 ms"] == "met: 0.5 ms"
+    assert found["GPU a cell all in, 30,000 iterations and its start: at most 21.6 s"] == "met: 15.0 s"
+    assert {verdict for target, verdict in found.items() if target.startswith("CPU")} == {"not measured"}
+
+
+def test_one_slower_rate_misses_never_slower() -> None:
+    rows = [
+        row(provider, ms, suite="ops", case=f"sep3x3 {rate}x1")
+        for rate, mine in ((1, 1.0), (3, 2.5))
+        for provider, ms in (("ours", mine), ("eager", 2.0))
+    ]
+    found = verdicts(results_of(*rows, cuda="13.0"))
+    assert found["GPU separable convolution: never slower, at any rate"] == "missed: least 0.80×"
+
+
+def test_extrapolation_to_the_papers_search() -> None:
+    lines = extrapolation(results_of(row("ours", 0.72), row("eager", 7.2)))
+    assert lines == [
+        "28,000 cells × 30,000 iterations in float32: device-days 7 by ours, 70 by eager (the paper: 2,590 GPU-days)"
+    ]
+    search = row("ours", 60_000.0, suite="search", shape="4 cells, 80 iterations")
+    assert extrapolation(results_of(search)) == ["4 cells, 80 iterations, ours, float32: 240 cells per hour"]
+
+
+def test_the_roof_is_the_slower_of_bytes_and_operations() -> None:
+    roofs = Roofs(copy_gb_per_s=100.0, matrix_gflops={"float32": 1000.0})
+    assert roofs.floor_ms(Cost(bytes=10**9, flops=10**9), "float32") == pytest.approx(10.0)
+    assert roofs.floor_ms(Cost(bytes=10**6, flops=10**10), "float32") == pytest.approx(10.0)
+    assert roofs.percent(Cost(10**9, 0), "float32", 20.0) == pytest.approx(50.0)
+    assert roofs.percent(None, "float32", 20.0) is None
+
+
+def test_measured_roofs_are_those_of_a_computer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench.roofline.last_level_cache_bytes", lambda device: 1 << 20)
+    roofs = measure_roofs(CPU, ["float32"], quick=True)
+    assert 0.1 < roofs.copy_gb_per_s < 10_000  # a slip of units would be a factor of a thousand
+    assert 0.1 < roofs.matrix_gflops["float32"] < 100_000
+
+
+def test_the_environment_names_device_and_commit() -> None:
+    found = environment(CPU)
+    assert re.fullmatch(r"[a-z0-9-]+-cores", found.folder)
+    assert found.torch == torch.__version__
+    assert re.fullmatch(r"[0-9a-f]{7,}(-dirty)?|unknown", found.commit)
+
+
+@pytest.fixture
+def tiny_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`main` with a single tiny job."""
+    plan = Plan((Job(SEPARABLE, "float32", (OURS, EAGER), ()),) * 2, (), ("float32",), (), rounds=1)
+    monkeypatch.setattr(bench.run, "make_plan", lambda *arguments, **flags: plan)
+    monkeypatch.setattr(bench.run, "measure_roofs", lambda *arguments, **flags: ROOFS)
+
+
+@pytest.mark.usefixtures("tiny_plan")
+def test_main_writes_and_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(BenchSettings(device="cpu", out=tmp_path))
+    printed = capsys.readouterr().out
+    written = sorted(tmp_path.rglob("*.*"))
+    assert [path.suffix for path in written] == [".csv", ".md", ".png"]
+    assert all(str(path) in printed for path in written)
+    assert "sep3x3 6x21" in printed
+
+
+@pytest.mark.usefixtures("tiny_plan")
+def test_main_exits_with_1_on_a_wrong_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "bench.cases.atrous_separable_conv", lambda *args, **kwargs: 2 * atrous_separable_conv(*args, **kwargs)
+    )
+    with pytest.raises(SystemExit) as stopped:
+        main(BenchSettings(device="cpu", out=tmp_path))
+    assert stopped.value.code == 1
+    assert "WRONG" in next(tmp_path.rglob("*.csv")).read_text()
+
+
+@pytest.mark.usefixtures("tiny_plan")
+def test_ctrl_c_writes_what_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured: list[Row] = []
+
+    def measure_once(*arguments: Any, **keywords: Any) -> list[Row]:
+        if measured:
+            raise KeyboardInterrupt
+        measured.append(row("ours", 1.0))
+        return measured
+
+    monkeypatch.setattr(bench.run, "measure", measure_once)
+    with pytest.raises(SystemExit) as stopped:
+        main(BenchSettings(device="cpu", out=tmp_path))
+    assert stopped.value.code == 130
+    assert len(next(tmp_path.rglob("*.csv")).read_text().splitlines()) == 2
+    assert "stopped before its end" in next(tmp_path.rglob("*.md")).read_text()
+
+
+@pytest.mark.parametrize("settings", [BenchSettings(rounds=0), BenchSettings(quick=True, full=True)])
+def test_flags_that_cannot_work_are_refused(settings: BenchSettings) -> None:
+    with pytest.raises(InputError):
+        main(settings)

@@ -1,0 +1,83 @@
+"""Benchmark runs small enough for a test."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from bench.cases import EAGER, EAGER_CHANNELS_LAST, OURS, OURS_WITHOUT_KERNELS, SUITES, OperationCase, Suite
+from bench.results import Environment, Results, Row
+from bench.roofline import Roofs
+from bench.run import run_plan
+from bench.suites import QUICK, Job, Plan, Planner, Scale
+from reference.cell import Operation
+from search.proxy import ProxySettings
+
+CPU = torch.device("cpu")
+TINY = replace(
+    QUICK,
+    maps=((2, 6, 7, 8), (2, 6, 9, 8)),
+    proxy=(2, 10, 6, (4, 5)),
+    num_classes=3,
+    rates=((1, 1), (6, 21)),
+    random_cells=1,
+    search=ProxySettings(iterations=2, learning_rate=0.05, branch_channels=8, batch_size=2, statistics_batches=1),
+    search_images=(3, 2),
+)
+ROOFS = Roofs(copy_gb_per_s=10.0, matrix_gflops={"float32": 50.0})
+ENVIRONMENT = Environment(
+    device="Some CPU, 2 cores",
+    folder="some-cpu-2-cores",
+    threads=1,
+    commit="0123abc",
+    timestamp="2026-01-02T03:04:05+00:00",
+    python="3.11",
+    torch="2",
+    triton="none",
+    cuda="none",
+)
+SEPARABLE = OperationCase(
+    suite="ops",
+    name="sep3x3 6x21",
+    mode="training",
+    operation=Operation("atrous_separable_conv", rate=(6, 21)),
+    batch=2,
+    in_channels=6,
+    channels=6,
+    height=7,
+    width=8,
+)
+NOT_COMPILED = (OURS, EAGER, EAGER_CHANNELS_LAST, OURS_WITHOUT_KERNELS)
+
+
+def tiny_jobs(suite: Suite, scale: Scale = TINY) -> list[Job]:
+    """All jobs of a suite without compilers and fresh processes."""
+    planner = Planner(scale, CPU, quick=False, full=False)
+    jobs = [planner.job(case, "float32") for case in planner.cases([suite])]
+    return [replace(job, in_fresh_process=(), providers=tuple(p for p in job.providers if p in NOT_COMPILED)) for job in jobs]
+
+
+def tiny_results() -> Results:
+    """A whole run of everything, two rounds."""
+    jobs = [job for suite in SUITES for job in tiny_jobs(suite)]
+    results = Results(ENVIRONMENT, ROOFS, omissions=("nothing but time",))
+    run_plan(Plan(tuple(jobs), results.omissions, ("float32",), ("bfloat16",), rounds=2), results, CPU, 2)
+    return results
+
+
+def row(provider: str, median_ms: float | None, **changes: Any) -> Row:
+    """A made-up result of one case."""
+    made = Row(
+        suite="proxy",
+        case="iteration",
+        mode="training",
+        provider=provider,
+        memory_format="NCHW",
+        dtype="float32",
+        shape="2×3×4×5",
+        status="ok" if median_ms else "WRONG",
+        median_ms=median_ms,
+        p20_ms=median_ms,
+        p80_ms=median_ms,
+    )
+    return replace(made, **changes)
