@@ -4,7 +4,9 @@ import multiprocessing
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,8 +67,19 @@ def measure(
     check_at_full_size(job, trials, device)
     right = {trial.provider.name: trial for trial in trials if trial.is_right}
     calls = {name: trial.workload for name, trial in right.items() if trial.workload}
-    clock = Clock(device, launches_count=job.case.launches_count)
-    for name, samples in interleaved(calls, rounds, clock, flush or CacheFlush(device), rng).items():
+    with ExitStack() as processes:
+        if in_own_processes(job.case, device):
+            for trial in right.values():
+                trial.workload = None  # the memory is theirs
+            remote = {
+                name: processes.enter_context(OwnProcess(job.case, trial.provider, job.dtype, device))
+                for name, trial in right.items()
+            }
+            timed = interleaved(remote, rounds, _own_milliseconds, flush or (lambda: None), rng)
+        else:
+            clock = Clock(device, launches_count=job.case.launches_count)
+            timed = interleaved(calls, rounds, clock, flush or CacheFlush(device), rng)
+    for name, samples in timed.items():
         right[name].samples = samples
     for trial in trials:
         trial.workload = None  # the fresh process needs the memory
@@ -139,6 +152,55 @@ def _warm(case: Case, trial: Trial, dtype: str, device: torch.device, calls: int
         trial.fail(error)
         return None
     return workload
+
+
+def in_own_processes(case: Case, device: torch.device) -> bool:
+    """Whole training iterations on a CPU: our step tells its process to keep freed memory, which must not help the others."""
+    return device.type == "cpu" and case.suite == "proxy"
+
+
+class OwnProcess:
+    """A provider's workload in a process of its own; a call makes it run once there, and gives the milliseconds."""
+
+    def __init__(self, case: Case, provider: Provider, dtype: str, device: torch.device) -> None:
+        arguments = (case, provider, dtype, str(device), torch.get_num_threads())
+        context = multiprocessing.get_context("spawn")
+        self._executor = ProcessPoolExecutor(1, context, initializer=_hold, initargs=arguments)
+
+    def __enter__(self) -> Callable[[], Any]:
+        self()  # built, and past its first calls
+        return self
+
+    def __call__(self) -> float:
+        return self._executor.submit(_time_held).result()
+
+    def __exit__(self, *exception: object) -> None:
+        self._executor.shutdown()
+
+
+def _own_milliseconds(call: Callable[[], Any]) -> float:
+    milliseconds: float = call()
+    return milliseconds
+
+
+_held: list[tuple[Workload, CacheFlush, Clock]] = []
+
+
+def _hold(case: Case, provider: Provider, dtype: str, device_name: str, threads: int) -> None:
+    torch.set_num_threads(threads)
+    device = torch.device(device_name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        workload = case.workload(provider, dtype, device)
+        for _ in range(warm_up_calls(device)):
+            workload()
+    _held.append((workload, CacheFlush(device), Clock(device, launches_count=case.launches_count)))
+
+
+def _time_held() -> float:
+    workload, flush, clock = _held[0]
+    flush()
+    return clock(workload)
 
 
 def in_fresh_process(case: Case, provider: Provider, dtype: str, device: torch.device) -> FirstCall:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from fast.batch_norm import MOMENTUM, batch_norm_relu
 from fast.kernels import NormedMap, backend_for
-from fast.lazy_norm import Depthwise, conv_norm, value
+from fast.lazy_norm import Depthwise, conv_norm, dense, frozen, is_inference, value
 from fast.pointwise_conv import lazy_conv1x1
 from reference.atrous_separable_conv import SeparableConv
 
@@ -29,6 +29,13 @@ def lazy_atrous_separable_conv(
 ) -> NormedMap:
     """`atrous_separable_conv` from and to maps whose norm is not yet applied."""
     if backend := backend_for(x.raw):
+        if is_inference(x, *weights, training=training):
+            (depthwise, depthwise_norm), (pointwise, pointwise_norm) = weights
+            norms = frozen(depthwise_norm, x.raw), frozen(pointwise_norm, x.raw)
+            x = dense(x, backend)
+            return NormedMap(
+                backend.separable_inference(x, depthwise.contiguous(), norms[0], rate, pointwise.contiguous(), norms[1])
+            )
         middle = conv_norm(backend, Depthwise(rate), [x], *weights.depthwise, training=training, momentum=momentum)
     else:
         raw = depthwise_conv(x.raw, weights.depthwise.weight, rate=rate)

@@ -1,4 +1,4 @@
-"""`reference/concat_project.py` on PyTorch. Dropout draws from PyTorch's generator: its mask, or with kernels a seed for it."""
+"""`reference/concat_project.py` on PyTorch. Dropout draws from PyTorch's generator: its mask, or with kernels a seed."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fast.batch_norm import MOMENTUM
 from fast.kernels import Dropout, NormedMap, backend_for
-from fast.lazy_norm import Pointwise, conv_norm, value
+from fast.lazy_norm import Pointwise, conv_norm, dense, frozen, is_inference, value
 from fast.pointwise_conv import lazy_conv1x1
 from reference.pointwise_conv import ConvNorm
 
@@ -37,6 +37,9 @@ def lazy_concat_project(
     """`concat_project` from and to maps whose norm is not yet applied; kernels do not concatenate."""
     raw = branches[0].raw
     if backend := backend_for(raw):
+        if dropout_rate == 0.0 and is_inference(*branches, weights, training=training):
+            maps = [dense(branch, backend) for branch in branches]
+            return NormedMap(backend.pointwise_inference(maps, weights.weight.contiguous(), frozen(weights.norm, raw)))
         dropout = draw_dropout(dropout_rate, raw.device) if dropout_rate > 0.0 else None
         return conv_norm(backend, Pointwise(dropout), branches, *weights, training=training, momentum=momentum)
     concat = torch.cat([branch.raw for branch in branches], dim=1)  # (N, B·C, H, W)

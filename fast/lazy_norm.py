@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from fast.batch_norm import MOMENTUM, uses_batch_statistics
 from fast.kernels import Backend, Dropout, Folded, NormedMap, Unfolded, backend_for
 from reference.batch_norm import EPS, BatchNorm
+from reference.pointwise_conv import ConvNorm
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,11 @@ def value(x: NormedMap) -> Tensor:
     return result
 
 
+def dense(x: NormedMap, backend: Backend) -> NormedMap:
+    """The same map in the layout that the kernels read."""
+    return x._replace(raw=x.raw.contiguous(memory_format=backend.memory_format))
+
+
 def conv_norm(
     backend: Backend,
     conv: Depthwise | Pointwise,
@@ -49,10 +55,24 @@ def conv_norm(
 ) -> NormedMap:
     """A convolution and its norm with ReLU, not yet applied; without a norm the raw output alone."""
     training = norm is not None and uses_batch_statistics(maps[0].raw, training)
-    dense = [x._replace(raw=x.raw.contiguous(memory_format=backend.memory_format)) for x in maps]
-    tensors = [tensor for x in dense for tensor in x]
+    tensors = [tensor for x in maps for tensor in dense(x, backend)]
     result: Any = _ConvNorm.apply(backend, conv, training, momentum, weight.contiguous(), *(norm or [None] * 4), *tensors)
     return NormedMap(*result) if norm else NormedMap(result)
+
+
+def is_inference(*tensors: Tensor | NormedMap | ConvNorm[Tensor], training: bool) -> bool:
+    """Whether norms are frozen and no gradient is asked for, of any of these or what is inside."""
+    return not training and not (torch.is_grad_enabled() and any(map(_requires_grad, tensors)))
+
+
+def _requires_grad(tree: Any) -> bool:
+    return tree.requires_grad if isinstance(tree, Tensor) else any(leaf is not None and _requires_grad(leaf) for leaf in tree)
+
+
+def frozen(norm: BatchNorm[Tensor], raw: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and offset, (C,) each, of a norm that uses its running statistics on maps like raw."""
+    scale, offset, *_ = _frozen(norm, raw)
+    return scale, offset
 
 
 class _ConvNorm(torch.autograd.Function):
@@ -129,8 +149,7 @@ def _backward(
 
 def plane_product(backend: Any, x: NormedMap, rows: Tensor, columns: Tensor) -> Tensor:
     """P · X · Qᵀ for every plane X of the value: (N, C, H, W), rows P: (R, H), columns Q: (S, W) -> (N, C, R, S)."""
-    x = x._replace(raw=x.raw.contiguous(memory_format=backend.memory_format))
-    result: Tensor = _PlaneProduct.apply(backend, rows, columns, *x)
+    result: Tensor = _PlaneProduct.apply(backend, rows, columns, *dense(x, backend))
     return result
 
 

@@ -103,6 +103,22 @@ class Backend(Protocol):
         """Gradients of each map that needs one, and of the weight."""
         ...
 
+    def pointwise_inference(self, maps: Sequence[NormedMap], weight: Tensor, norm: tuple[Tensor, Tensor]) -> Tensor:
+        """The value after a frozen norm, given as scale and offset: (C_out,) each -> (N, C_out, H, W)."""
+        ...
+
+    def separable_inference(
+        self,
+        x: NormedMap,
+        depthwise_weight: Tensor,
+        depthwise_norm: tuple[Tensor, Tensor],
+        rate: tuple[int, int],
+        pointwise_weight: Tensor,
+        pointwise_norm: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        """A whole separable convolution with frozen norms, each as scale and offset: (C,) each -> (N, C_out, H, W)."""
+        ...
+
     def fold(self, moments: Any, norm: BatchNorm[Tensor], *, count: int, momentum: float, eps: float) -> Folded:
         """Batch statistics over `count` values a channel into scale and offset; moves the running statistics in place."""
         ...

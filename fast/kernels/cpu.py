@@ -83,6 +83,37 @@ def pointwise_forward(
 ) -> tuple[Tensor, Any]:
     if _products_are_bf16():
         return _bf16_pointwise_forward(maps, weight, dropout, statistics=statistics)
+    return _pointwise_forward(maps, weight, dropout, None, statistics=statistics)
+
+
+def pointwise_inference(maps: Sequence[NormedMap], weight: Tensor, norm: tuple[Tensor, Tensor]) -> Tensor:
+    if _products_are_bf16():
+        raw, _ = _bf16_pointwise_forward(maps, weight, None, statistics=False)
+        return normalise(NormedMap(raw, *norm))
+    out, _ = _pointwise_forward(maps, weight, None, norm, statistics=False)
+    return out
+
+
+def separable_inference(
+    x: NormedMap,
+    depthwise_weight: Tensor,
+    depthwise_norm: tuple[Tensor, Tensor],
+    rate: tuple[int, int],
+    pointwise_weight: Tensor,
+    pointwise_norm: tuple[Tensor, Tensor],
+) -> Tensor:
+    raw, _ = depthwise_forward(x, depthwise_weight, rate, statistics=False)
+    return pointwise_inference([NormedMap(raw, *depthwise_norm)], pointwise_weight, pointwise_norm)
+
+
+def _pointwise_forward(
+    maps: Sequence[NormedMap],
+    weight: Tensor,
+    dropout: Dropout | None,
+    norm: tuple[Tensor, Tensor] | None,
+    *,
+    statistics: bool,
+) -> tuple[Tensor, Any]:
     n, _, height, width = maps[0].raw.shape
     out = maps[0].raw.new_empty(n, weight.shape[0], height, width)
     moments = _Moments(out, weight.shape[0]) if statistics else None
@@ -97,6 +128,7 @@ def pointwise_forward(
         n,
         height * width,
         *_dropout(dropout),
+        *(norm or (None, None)),
         out,
         *_pointers(moments),
     )

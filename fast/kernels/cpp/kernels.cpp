@@ -17,8 +17,9 @@
         depthwise_backward(*grad, *x, weight, n, height, width, rate_h, rate_w, *grad_x, grad_weight, threads);                 \
     }                                                                                                                           \
     EXPORT void pointwise_forward_##SUFFIX(const Map<T>* maps, long count, const T* weight, long out_channels, long n,          \
-                                           long size, double rate, uint64_t seed, T* out, T* mean, T* var, int threads) {       \
-        pointwise_forward(maps, count, weight, out_channels, n, size, {rate, seed}, out, mean, var, threads);                   \
+                                           long size, double rate, uint64_t seed, const T* scale, const T* offset, T* out,      \
+                                           T* mean, T* var, int threads) {                                                      \
+        pointwise_forward(maps, count, weight, out_channels, n, size, {rate, seed}, scale, offset, out, mean, var, threads);    \
     }                                                                                                                           \
     EXPORT void pointwise_backward_##SUFFIX(const Gradient<T>* grad, const Map<T>* maps, long count, const T* weight,           \
                                             long out_channels, long n, long size, double rate, uint64_t seed,                   \

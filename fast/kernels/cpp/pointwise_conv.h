@@ -130,9 +130,10 @@ struct Concat {  // several maps as one, and the dropout on it
     }
 };
 
+// The raw output and its moments; or, with scale and offset of a frozen norm, the value.
 template <class T>
 void pointwise_forward(const Map<T>* maps, long map_count, const T* weight, long out_channels, long n, long size,
-                       Dropout dropout, T* out, T* mean, T* var, int threads) {
+                       Dropout dropout, const T* scale, const T* offset, T* out, T* mean, T* var, int threads) {
     const Concat<T> x(maps, map_count, size, dropout);
     const Packed<T> packed(weight, out_channels, x.channels, x.channels, 1, threads);
     const Spans<T> spans(size);
@@ -149,6 +150,8 @@ void pointwise_forward(const Map<T>* maps, long map_count, const T* weight, long
                                 [&](T* row, long k) { x.row(row, image, k, first, length); });
             if (mean)
                 for (long i = 0; i < out_channels; i++) moments[task * out_channels + i] = row_moments(c + i * size, length);
+            if (scale)
+                for (long i = 0; i < out_channels; i++) normalise_row(c + i * size, c + i * size, scale, offset, i, length);
         }
     }
     if (mean) combine_moments(moments, n * spans.count, out_channels, mean, var, threads);
