@@ -63,12 +63,14 @@ def measure(
     trials = [Trial(provider) for provider in job.providers]
     torch.compiler.reset()  # each case meets the compiler afresh: past a few shapes it would give up and stay eager
     check_against_reference(job, trials, device)
-    prepare(job, trials, device)
+    own_processes = in_own_processes(job.case, device)
+    if not own_processes:
+        prepare(job, trials, device)
     check_at_full_size(job, trials, device)
     right = {trial.provider.name: trial for trial in trials if trial.is_right}
     calls = {name: trial.workload for name, trial in right.items() if trial.workload}
     with ExitStack() as processes:
-        if in_own_processes(job.case, device):
+        if own_processes:
             for trial in right.values():
                 trial.workload = None  # the memory is theirs
             remote = {

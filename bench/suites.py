@@ -71,7 +71,7 @@ QUICK = Scale(
     random_cells=0,
     search=ProxySettings(iterations=5, learning_rate=0.05, branch_channels=256, statistics_batches=2),
     search_cells=1,
-    search_images=(16, 8),
+    search_images=(8, 4),
     rounds=3,
 )
 
@@ -141,14 +141,14 @@ class Planner:
             return Job(case, dtype, (OURS, OURS_WITHOUT_KERNELS), in_fresh_process=())
         if isinstance(case, NewCellCase):
             return Job(case, dtype, (OURS, EAGER), in_fresh_process=())
-        providers = [OURS, EAGER, EAGER_CHANNELS_LAST]
+        providers = [OURS, EAGER]
+        if not (self.quick and self.device.type == "cpu"):
+            providers.append(EAGER_CHANNELS_LAST)
         if self._is_compiled(case):
-            providers.append(COMPILE)
-            if not self._leaves_max_autotune_out:
-                providers.append(COMPILE_MAX)
+            providers += [COMPILE, COMPILE_MAX]
         fresh: list[Provider] = []
         if self.quick:
-            fresh += [OURS, EAGER] if isinstance(case, ProxyCase) else []
+            fresh += [OURS] if isinstance(case, ProxyCase) else []
         elif self._is_typical(case):
             fresh += providers
         return Job(case, dtype, tuple(providers), tuple(fresh))
@@ -157,11 +157,13 @@ class Planner:
         """What a reader might expect and does not find."""
         for dtype in unsupported:
             yield f"{dtype}: not supported here (the processor has neither AMX nor AVX-512 bf16)"
-        if self._leaves_max_autotune_out:
-            yield "torch.compile max-autotune: left out by --quick on a CPU, where it compiles for minutes"
         if self.quick:
-            yield "torch.compile: left out by --quick but for the separable convolution"
-            yield "--quick: one map size, rate and grid, the published cell, few rounds; first call and memory of the proxy"
+            if self.device.type == "cpu":
+                yield "torch.compile and eager channels-last: left out by --quick on a CPU"
+            else:
+                yield "torch.compile: left out by --quick but for the separable convolution"
+            yield "--quick: one map size, rate and grid, the published cell, few rounds; first call and memory of ours alone"
+            yield "the first iteration of a new cell: left out by --quick"
             return
         if self.device.type == "cuda":
             yield "float16: not for training steps and searches, which would need loss scaling"
@@ -174,13 +176,9 @@ class Planner:
         if "ops" in suites and self.device.type == "cpu":
             yield f"16×256×97×97 on a CPU: at rates {rates} and one grid only; --full runs all 64 rates and 16 grids"
 
-    @property
-    def _leaves_max_autotune_out(self) -> bool:
-        return self.quick and self.device.type == "cpu"
-
     def _is_compiled(self, case: Case) -> bool:
         if self.quick:
-            return isinstance(case, OperationCase) and bool(case.operation.rate)
+            return self.device.type != "cpu" and isinstance(case, OperationCase) and bool(case.operation.rate)
         return self.full or self._is_typical(case)
 
     def _is_typical(self, case: Case) -> bool:
@@ -247,7 +245,7 @@ class Planner:
 
     def _proxy(self) -> Iterator[Case]:
         batch, in_channels, channels, crop = self.scale.proxy
-        for case_type, name in ((ProxyCase, "iteration"), (NewCellCase, NEW_CELL)):
+        for case_type, name in ((ProxyCase, "iteration"), (NewCellCase, NEW_CELL))[: 1 if self.quick else 2]:
             yield case_type(
                 suite="proxy",
                 name=name,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fast.atrous_separable_conv import lazy_atrous_separable_conv
 from fast.batch_norm import MOMENTUM
 from fast.concat_project import lazy_concat_project
-from fast.kernels import NormedMap, backend_for
+from fast.kernels import NormedMap
 from fast.lazy_norm import value
 from fast.pointwise_conv import lazy_conv1x1
 from fast.pyramid_pooling import lazy_pyramid_pooling
@@ -68,9 +68,6 @@ class DensePredictionCell(nn.Module):
         """The output with its norm not yet applied, for whatever can apply it on load."""
         if features.ndim != 4 or features.shape[1] != self.in_channels:
             raise ValueError(f"cell needs features: (N, {self.in_channels}, H, W), got {tuple(features.shape)}")
-        device = features.device.type
-        if device == "cuda" and torch.is_autocast_enabled(device) and backend_for(features) is not None:
-            features = features.to(torch.get_autocast_dtype(device))  # kernels compute in the dtype of their maps
         maps = {BACKBONE_FEATURE: NormedMap(features)}
         for i, (branch, module) in enumerate(zip(self.cell.branches, self.branches, strict=True)):
             maps[i] = module(maps[branch.input_index])

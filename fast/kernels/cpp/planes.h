@@ -46,31 +46,63 @@ struct Banded {  // a matrix whose rows are zero outside of first .. last
     }
 };
 
-// P · X · Qᵀ for every plane X of x: (N·C, H, W); rows P: (R, H), columns_t Qᵀ: (W, S) -> (N·C, R, S).
+// out = P · in, in: (H, width) -> (R, width)
 template <class T>
-void plane_product(Map<T> x, const T* rows, const T* columns_t, long n, long height, long width, long out_height,
-                   long out_width, T* out, int threads) {
-    const Banded<T> p(rows, out_height, height), q(columns_t, width, out_width);
+void multiply_rows(const Banded<T>& p, const T* in, long width, T* out) {
+    for (long r = 0; r < p.rows; r++) {
+        T* to = out + r * width;
+        std::fill(to, to + width, T(0));
+        for (long y = p.first[r]; y < p.last[r]; y++) {
+            const T weight = p.values[r * p.columns + y];
+            for (long c = 0; c < width; c++) to[c] += weight * in[y * width + c];
+        }
+    }
+}
+
+// out = in · Qᵀ, in: (height, W) -> (height, S); by products of rows where there are few, else by rows of Qᵀ.
+template <class T>
+void multiply_columns(const Banded<T>& q, const Banded<T>& q_t, const T* in, long height, T* out) {
+    const long wide = q.columns, narrow = q.rows;
+    for (long y = 0; y < height; y++) {
+        const T* from = in + y * wide;
+        T* to = out + y * narrow;
+        if (2 * narrow < wide) {
+            for (long s = 0; s < narrow; s++) {
+                T total = 0;
+#pragma omp simd reduction(+ : total)
+                for (long c = q.first[s]; c < q.last[s]; c++) total += from[c] * q.values[s * wide + c];
+                to[s] = total;
+            }
+            continue;
+        }
+        std::fill(to, to + narrow, T(0));
+        for (long c = 0; c < wide; c++) {
+            const T* weight = q_t.values + c * narrow;
+            for (long s = q_t.first[c]; s < q_t.last[c]; s++) to[s] += from[c] * weight[s];
+        }
+    }
+}
+
+// P · X · Qᵀ for every plane X of x: (N·C, H, W); rows P: (R, H), columns Q: (S, W) and its transpose -> (N·C, R, S).
+template <class T>
+void plane_product(Map<T> x, const T* rows, const T* columns, const T* columns_t, long n, long height, long width,
+                   long out_height, long out_width, T* out, int threads) {
+    const Banded<T> p(rows, out_height, height), q(columns, out_width, width), q_t(columns_t, width, out_width);
+    const long size = height * width, out_size = out_height * out_width;
 #pragma omp parallel num_threads(threads)
     {
         std::vector<T> buffer;
-        T* plane = scratch(buffer, height * width + width);
-        T* line = plane + height * width;
+        T* plane = scratch(buffer, size + std::max(out_height * width, height * out_width));
+        T* between = plane + size;
 #pragma omp for
         for (long i = 0; i < n * x.channels; i++) {
-            normalise_row(plane, x.raw + i * height * width, x.scale, x.offset, i % x.channels, height * width);
-            for (long r = 0; r < out_height; r++) {
-                std::fill(line, line + width, T(0));
-                for (long y = p.first[r]; y < p.last[r]; y++) {
-                    const T weight = p.values[r * height + y];
-                    for (long c = 0; c < width; c++) line[c] += weight * plane[y * width + c];
-                }
-                T* to = out + (i * out_height + r) * out_width;
-                std::fill(to, to + out_width, T(0));
-                for (long c = 0; c < width; c++) {
-                    const T* weight = q.values + c * out_width;
-                    for (long s = q.first[c]; s < q.last[c]; s++) to[s] += line[c] * weight[s];
-                }
+            normalise_row(plane, x.raw + i * size, x.scale, x.offset, i % x.channels, size);
+            if (out_height <= height) {  // the axis first that makes the map smaller
+                multiply_rows(p, plane, width, between);
+                multiply_columns(q, q_t, between, out_height, out + i * out_size);
+            } else {
+                multiply_columns(q, q_t, plane, height, between);
+                multiply_rows(p, between, out_width, out + i * out_size);
             }
         }
     }

@@ -1,0 +1,587 @@
+"""The Triton kernels beside this file as a `Backend`: checks, allocations, grids and block sizes; no arithmetic.
+
+Maps are float32, float16 or bfloat16, channels last in memory: (N·H·W, C) to a kernel. Under autocast a convolution of a
+float32 map writes the lower precision, and its products are taken in it. Sums, moments and norms are float32, and so are
+products of float32 maps unless `torch.set_float32_matmul_precision` allows TF32. Nothing here waits for the device or copies
+from the host, so all of it can be captured in a CUDA graph. Sums over tiles go through buffers that a second, small kernel
+adds up in the order of the tiles: every call gives the same bits.
+"""
+
+import contextlib
+import importlib.util
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fast.kernels import Dropout, Folded, NormedMap, Unfolded
+from reference.batch_norm import BatchNorm
+
+if importlib.util.find_spec("triton") is not None:
+    from fast.kernels.batch_norm import (
+        fold_kernel,
+        normalise_backward_kernel,
+        normalise_kernel,
+        sum_partials_kernel,
+        unfold_kernel,
+    )
+    from fast.kernels.depthwise_conv import depthwise_backward_kernel, depthwise_forward_kernel
+    from fast.kernels.pointwise_conv import (
+        pointwise_forward_kernel,
+        pointwise_input_gradient_kernel,
+        pointwise_weight_gradient_kernel,
+    )
+    from fast.kernels.separable_inference import separable_inference_kernel
+    from fast.kernels.upsampled_confusion_matrix import confusion_matrix_kernel
+    from fast.kernels.upsampled_cross_entropy import cell_gradients_kernel, gather_corners_kernel, mean_loss_kernel
+
+memory_format = torch.channels_last
+
+
+class Launch(NamedTuple):
+    """Tile sizes along positions (rows), channels (columns) and the summed axis; warps per program, depth of the pipeline."""
+
+    block_p: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+
+
+LARGE = 1 << 16  # positions N·H·W from which a map of 256 channels is beyond any cache: the second column of the table
+
+# (kernel, bytes per value) -> sizes up to LARGE positions, and beyond. For an H200; chosen by counting, not yet by measuring:
+# 32 or fewer values of a map per thread, two programs or more per multiprocessor at 8·49·49 positions, at most 160 KB of
+# shared memory. Float32 products at full precision have no matrix unit, so their tiles are what registers can feed.
+LAUNCHES = {
+    ("normalise", 2): (Launch(32, 64, 0, 4, 1), Launch(64, 64, 0, 4, 1)),
+    ("normalise", 4): (Launch(32, 64, 0, 4, 1), Launch(64, 64, 0, 4, 1)),
+    ("depthwise_forward", 2): (Launch(32, 64, 0, 4, 1), Launch(64, 64, 0, 8, 1)),
+    ("depthwise_forward", 4): (Launch(32, 64, 0, 4, 1), Launch(64, 32, 0, 4, 1)),
+    ("depthwise_backward", 2): (Launch(64, 64, 0, 8, 1), Launch(64, 64, 0, 8, 1)),
+    ("depthwise_backward", 4): (Launch(64, 32, 0, 8, 1), Launch(64, 32, 0, 8, 1)),
+    ("pointwise_forward", 2): (Launch(64, 128, 64, 8, 3), Launch(128, 128, 32, 8, 3)),
+    ("pointwise_forward", 4): (Launch(64, 64, 32, 8, 2), Launch(64, 64, 32, 8, 2)),
+    ("pointwise_input_gradient", 2): (Launch(128, 128, 32, 8, 3), Launch(128, 128, 32, 8, 3)),
+    ("pointwise_input_gradient", 4): (Launch(64, 64, 16, 8, 2), Launch(64, 64, 16, 8, 2)),
+    ("pointwise_weight_gradient", 2): (Launch(128, 128, 32, 8, 3), Launch(128, 128, 32, 8, 3)),
+    ("pointwise_weight_gradient", 4): (Launch(64, 64, 32, 8, 2), Launch(64, 64, 32, 8, 2)),
+    ("separable_inference", 2): (Launch(64, 256, 16, 8, 2), Launch(64, 256, 16, 8, 2)),
+    ("separable_inference", 4): (Launch(64, 64, 16, 8, 1), Launch(64, 64, 16, 8, 1)),
+}
+WEIGHT_GRADIENT_PROGRAMS = 264  # two for each multiprocessor of an H200: how finely the positions are split
+FOLD = {"BLOCK_T": 64, "BLOCK_C": 16}  # few channels a program, as there are few channels
+SUM = {"BLOCK_T": 32, "BLOCK_C": 32}
+UNFOLD_BLOCK = 128
+CELL_WIDTH = 16  # label pixels at a time in a cell of the loss: the whole width at output stride 16
+CONFUSION_WIDTH = 32
+MEAN_LOSS_BLOCK = 1024
+
+
+class Moments(NamedTuple):
+    """Mean and squared deviations of each tile of positions of a convolution's output."""
+
+    partials: Tensor  # (tiles, 2, C), float32
+    tile_size: int  # positions; the last tile may have fewer
+
+
+def is_available() -> bool:
+    """Whether Triton is installed and PyTorch sees a CUDA device."""
+    return importlib.util.find_spec("triton") is not None and torch.cuda.is_available()
+
+
+def depthwise_forward(
+    x: NormedMap, weight: Tensor, rate: tuple[int, int], *, statistics: bool
+) -> tuple[Tensor, Moments | None]:
+    _check_depthwise(x, weight, rate)
+    raw = _dense(x.raw)
+    n, channels, height, width = raw.shape
+    out = _empty_map(raw, dtype=_out_dtype(raw))
+    launch = _launch_sizes("depthwise_forward", out)
+    tiles = _tiles(out, launch)
+    partials = _empty(raw, tiles, 2, channels) if statistics else None
+    _launch(
+        depthwise_forward_kernel,
+        tiles * _ceil_div(channels, launch.block_n),
+        launch,
+        (raw, x.scale, x.offset, weight.contiguous(), out, partials, n * height * width, height, width, *rate, channels),
+        BLOCK_P=launch.block_p,
+        BLOCK_C=launch.block_n,
+    )
+    return out, None if partials is None else Moments(partials, launch.block_p)
+
+
+def depthwise_backward(
+    grad: Tensor,
+    raw: Tensor,
+    unfolded: Unfolded | None,
+    x: NormedMap,
+    weight: Tensor,
+    rate: tuple[int, int],
+    *,
+    need_input: bool,
+) -> tuple[NormedMap | None, Tensor]:
+    _check_depthwise(x, weight, rate)
+    x_raw = _dense(x.raw)
+    n, channels, height, width = x_raw.shape
+    launch = _launch_sizes("depthwise_backward", x_raw)
+    tiles, rows = _tiles(x_raw, launch), 11 if need_input and x.scale is not None else 9
+    grad_x, partials = _empty_map(x_raw) if need_input else None, _empty(x_raw, tiles, rows, channels)
+    gradient = (_dense(grad), _dense(raw), *_slope_and_intercept(unfolded))
+    sizes = (n * height * width, height, width, *rate, channels)
+    _launch(
+        depthwise_backward_kernel,
+        tiles * _ceil_div(channels, launch.block_n),
+        launch,
+        (*gradient, x_raw, x.scale, x.offset, weight.contiguous(), grad_x, partials, *sizes),
+        ROWS=rows,
+        BLOCK_P=launch.block_p,
+        BLOCK_C=launch.block_n,
+    )
+    sums = _sum_partials(partials, interleaved=9)
+    grad_weight = sums[: 9 * channels].view_as(weight).to(weight.dtype)
+    if grad_x is None:
+        return None, grad_weight
+    if x.scale is None:
+        return NormedMap(grad_x), grad_weight
+    return NormedMap(grad_x, *sums[9 * channels :].view(2, channels)), grad_weight
+
+
+def pointwise_forward(
+    maps: Sequence[NormedMap], weight: Tensor, dropout: Dropout | None, *, statistics: bool
+) -> tuple[Tensor, Moments | None]:
+    return _pointwise_product(_Maps.of(maps, weight, dropout), weight, (None, None), statistics=statistics)
+
+
+def pointwise_inference(maps: Sequence[NormedMap], weight: Tensor, norm: tuple[Tensor, Tensor]) -> Tensor:
+    out, _ = _pointwise_product(_Maps.of(maps, weight, None), weight, _float32(norm), statistics=False)
+    return out
+
+
+def pointwise_backward(
+    grad: Tensor,
+    raw: Tensor,
+    unfolded: Unfolded | None,
+    maps: Sequence[NormedMap],
+    weight: Tensor,
+    dropout: Dropout | None,
+    *,
+    need_input: Sequence[bool],
+) -> tuple[list[NormedMap | None], Tensor]:
+    gradient = (_dense(grad), _dense(raw), *_slope_and_intercept(unfolded))
+    product = _Maps.of(maps, weight, dropout)
+    grad_weight = _pointwise_weight_gradient(gradient, product, weight)
+    needed = [i for i, need in enumerate(need_input) if need]
+    grad_maps: list[NormedMap | None] = [None] * len(maps)
+    if needed:
+        for i, grad_map in zip(needed, _pointwise_input_gradient(gradient, product.only(needed), weight), strict=True):
+            grad_maps[i] = grad_map
+    return grad_maps, grad_weight
+
+
+def fold(moments: Moments, norm: BatchNorm[Tensor], *, count: int, momentum: float, eps: float) -> Folded:
+    tiles, _, channels = moments.partials.shape
+    folded = _empty(moments.partials, 4, channels)
+    parameters = (norm.scale, norm.offset, norm.running_mean, norm.running_var, folded)
+    _launch(
+        fold_kernel,
+        _ceil_div(channels, FOLD["BLOCK_C"]),
+        None,
+        (moments.partials, *parameters, tiles, moments.tile_size, count, momentum if count > 1 else 0.0, eps, channels),
+        **FOLD,
+    )
+    return Folded(*folded)
+
+
+def unfold(grad_scale: Tensor, grad_offset: Tensor, folded: Folded, gamma: Tensor, *, count: int) -> Unfolded:
+    unfolded = _empty(grad_scale, 4, len(gamma))
+    sums = (grad_scale.contiguous(), grad_offset.contiguous())
+    _launch(
+        unfold_kernel,
+        _ceil_div(len(gamma), UNFOLD_BLOCK),
+        None,
+        (*sums, folded.scale, folded.mean, folded.inv_std, gamma, unfolded, count, len(gamma)),
+        BLOCK_C=UNFOLD_BLOCK,
+    )
+    return Unfolded(*unfolded)
+
+
+def normalise(x: NormedMap) -> Tensor:
+    if x.scale is None:
+        return x.raw.clone(memory_format=memory_format)
+    raw = _dense(x.raw)
+    launch, out = _launch_sizes("normalise", raw), _empty_map(raw)
+    _launch(
+        normalise_kernel,
+        _tiles(raw, launch) * _ceil_div(raw.shape[1], launch.block_n),
+        launch,
+        (raw, x.scale, x.offset, out, _positions(raw), raw.shape[1]),
+        BLOCK_P=launch.block_p,
+        BLOCK_C=launch.block_n,
+    )
+    return out
+
+
+def normalise_backward(grad: Tensor, x: NormedMap) -> NormedMap:
+    if x.scale is None:
+        return NormedMap(grad)
+    raw = _dense(x.raw)
+    launch, grad_x, channels = _launch_sizes("normalise", raw), _empty_map(raw), raw.shape[1]
+    partials = _empty(raw, _tiles(raw, launch), 2, channels)
+    _launch(
+        normalise_backward_kernel,
+        len(partials) * _ceil_div(channels, launch.block_n),
+        launch,
+        (_dense(grad), raw, x.scale, x.offset, grad_x, partials, _positions(raw), channels),
+        BLOCK_P=launch.block_p,
+        BLOCK_C=launch.block_n,
+    )
+    return NormedMap(grad_x, *_sum_partials(partials).view(2, channels))
+
+
+def separable_inference(
+    x: NormedMap,
+    depthwise_weight: Tensor,
+    depthwise_norm: tuple[Tensor, Tensor],
+    rate: tuple[int, int],
+    pointwise_weight: Tensor,
+    pointwise_norm: tuple[Tensor, Tensor],
+) -> Tensor:
+    """Both convolutions with their norms, frozen, each as (scale, offset): (C,) -> (N, C_out, H, W), normalised."""
+    _check_depthwise(x, depthwise_weight, rate)
+    raw = _dense(x.raw)
+    n, channels, height, width = raw.shape
+    out_channels = pointwise_weight.shape[0]
+    if pointwise_weight.shape[1] != channels:
+        raise ValueError(f"{channels} channels of the map, pointwise weight {tuple(pointwise_weight.shape)}")
+    out = _empty_map(raw, out_channels, _out_dtype(raw))
+    launch = _launch_sizes("separable_inference", out)
+    block_n, block_k = _block(launch.block_n, out_channels), _block(launch.block_k, channels)
+    depthwise = (depthwise_weight.contiguous(), *_float32(depthwise_norm))
+    pointwise = (pointwise_weight.contiguous(), *_float32(pointwise_norm))
+    sizes = (n * height * width, height, width, *rate, channels, out_channels)
+    _launch(
+        separable_inference_kernel,
+        _tiles(raw, launch) * _ceil_div(out_channels, block_n),
+        launch,
+        (raw, x.scale, x.offset, *depthwise, *pointwise, out, *sizes),
+        BLOCK_P=launch.block_p,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        INPUT_PRECISION=_input_precision(out.dtype),
+    )
+    return out
+
+
+def upsampled_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """A label that is neither a class nor ignore_index cannot raise without waiting for the device: the loss becomes NaN."""
+    labels, sizes = _labels_and_sizes(logits, labels)
+    n, classes, height, width = logits.shape
+    cells_h, cells_w = sizes[4:]
+    cells, block_k = n * cells_h * cells_w, _power_of_two(classes)
+    grad, loss, share = torch.empty_like(logits), logits.new_empty(()), _empty(logits, 1)
+    corners, losses = _empty(logits, cells, 4, classes), _empty(logits, cells)
+    counts = torch.empty(cells, dtype=torch.int32, device=logits.device)
+    _launch(
+        cell_gradients_kernel,
+        cells,
+        _class_launch(block_k * CELL_WIDTH, 512),
+        (logits, labels, corners, losses, counts, *sizes, *logits.stride(), ignore_index, classes),
+        BLOCK_K=block_k,
+        BLOCK_X=CELL_WIDTH,
+    )
+    _launch(mean_loss_kernel, 1, None, (losses, counts, loss, share, cells), BLOCK=MEAN_LOSS_BLOCK)
+    block_q = max(1, 2048 // block_k)
+    _launch(
+        gather_corners_kernel,
+        _ceil_div(n * height * width, block_q),
+        None,
+        (corners, share, grad, n * height * width, height, width, cells_h, cells_w, *grad.stride(), classes),
+        BLOCK_Q=block_q,
+        BLOCK_K=block_k,
+    )
+    return loss, grad
+
+
+def upsampled_confusion_matrix(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    labels, sizes = _labels_and_sizes(logits, labels)
+    n, classes = logits.shape[:2]
+    confusion, block_k = torch.zeros(classes, classes, dtype=torch.int64, device=logits.device), _power_of_two(classes)
+    _launch(
+        confusion_matrix_kernel,
+        n * sizes[4] * _ceil_div(labels.shape[2], CONFUSION_WIDTH),
+        _class_launch(block_k * CONFUSION_WIDTH, 1024),
+        (logits, labels, confusion, *sizes, *logits.stride(), ignore_index, classes),
+        BLOCK_K=block_k,
+        BLOCK_X=CONFUSION_WIDTH,
+    )
+    return confusion
+
+
+class _Maps(NamedTuple):
+    """Several maps as the arguments of a pointwise kernel."""
+
+    raws: tuple[Tensor, ...]
+    scales: tuple[Tensor, ...]
+    offsets: tuple[Tensor, ...]
+    channels: tuple[int, ...]
+    columns: tuple[int, ...]  # where each map's channels begin in the weight
+    normed: tuple[bool, ...]
+    dropout: Dropout | None
+
+    @classmethod
+    def of(cls, maps: Sequence[NormedMap], weight: Tensor, dropout: Dropout | None) -> "_Maps":
+        channels = tuple(x.raw.shape[1] for x in maps)
+        if sum(channels) != weight.shape[1] or len({(x.raw.shape[0], *x.raw.shape[2:]) for x in maps}) != 1:
+            shapes = [tuple(x.raw.shape) for x in maps]
+            raise ValueError(f"maps of one size are needed, with the channels of the weight {tuple(weight.shape)}: {shapes}")
+        # Under autocast a float32 map may come beside others; a kernel chooses between pointers of one type.
+        dtypes = {x.raw.dtype for x in maps}
+        dtype = dtypes.pop() if len(dtypes) == 1 else min(dtypes, key=lambda dtype: dtype.itemsize)
+        unread = _empty(maps[0].raw, 1)  # for a map without a norm: an address of the right type
+        return cls(
+            tuple(_dense(x.raw.to(dtype)) for x in maps),
+            tuple(unread if x.scale is None else x.scale for x in maps),
+            tuple(unread if x.offset is None else x.offset for x in maps),
+            channels,
+            tuple(sum(channels[:i]) for i in range(len(channels))),
+            tuple(x.scale is not None for x in maps),
+            dropout,
+        )
+
+    def only(self, indices: Sequence[int]) -> "_Maps":
+        return self._replace(
+            raws=tuple(self.raws[i] for i in indices),
+            scales=tuple(self.scales[i] for i in indices),
+            offsets=tuple(self.offsets[i] for i in indices),
+            channels=tuple(self.channels[i] for i in indices),
+            columns=tuple(self.columns[i] for i in indices),
+            normed=tuple(self.normed[i] for i in indices),
+        )
+
+    def pointers(self) -> tuple[tuple[Any, ...], ...]:
+        return self.raws, self.scales, self.offsets, self.channels, self.columns
+
+    @property
+    def seed(self) -> Tensor | None:
+        return None if self.dropout is None else self.dropout.seed
+
+    def numbers(self) -> tuple[int, int, float]:
+        """Which maps are normalised, as bits; below which of 2¹⁶ draws an element is dropped; by what the others grow."""
+        bits = sum(normed << b for b, normed in enumerate(self.normed))
+        rate = 0.0 if self.dropout is None else self.dropout.rate
+        return bits, round(rate * 2**16), 1.0 / (1.0 - rate)
+
+
+def _pointwise_product(
+    product: _Maps, weight: Tensor, norm: tuple[Tensor | None, Tensor | None], *, statistics: bool
+) -> tuple[Tensor, Moments | None]:
+    x, out_channels = product.raws[0], weight.shape[0]
+    out = _empty_map(x, out_channels, _out_dtype(x))
+    launch = _launch_sizes("pointwise_forward", out)
+    tiles = _tiles(out, launch)
+    block_n, block_k = _block(launch.block_n, out_channels), _block(launch.block_k, *product.channels)
+    partials = _empty(x, tiles, 2, out_channels) if statistics else None
+    _launch(
+        pointwise_forward_kernel,
+        tiles * _ceil_div(out_channels, block_n),
+        launch,
+        (
+            *product.pointers(),
+            weight.contiguous(),
+            product.seed,
+            *norm,
+            out,
+            partials,
+            _positions(x),
+            *product.numbers(),
+            weight.shape[1],
+            out_channels,
+        ),
+        BLOCK_P=launch.block_p,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        INPUT_PRECISION=_input_precision(out.dtype),
+    )
+    return out, None if partials is None else Moments(partials, launch.block_p)
+
+
+def _pointwise_input_gradient(gradient: tuple[Any, ...], product: _Maps, weight: Tensor) -> list[NormedMap]:
+    x = product.raws[0]
+    out_channels, in_channels = weight.shape[:2]
+    launch = _launch_sizes("pointwise_input_gradient", gradient[0])
+    block_n, block_k = _block(launch.block_n, *product.channels), _block(launch.block_k, out_channels)
+    grad_maps, tiles = tuple(_empty_map(raw) for raw in product.raws), _tiles(x, launch)
+    partials = _empty(x, tiles, 2, in_channels) if any(product.normed) else None
+    _launch(
+        pointwise_input_gradient_kernel,
+        tiles * sum(_ceil_div(channels, block_n) for channels in product.channels),
+        launch,
+        (
+            *gradient,
+            *product.pointers(),
+            grad_maps,
+            weight.contiguous(),
+            product.seed,
+            partials,
+            _positions(x),
+            *product.numbers(),
+            in_channels,
+            out_channels,
+        ),
+        BLOCK_P=launch.block_p,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        INPUT_PRECISION=_input_precision(gradient[0].dtype),
+    )
+    if partials is None:
+        return [NormedMap(grad_map) for grad_map in grad_maps]
+    sums = _sum_partials(partials).view(2, in_channels)
+    return [
+        NormedMap(grad_map, *sums[:, column : column + channels]) if normed else NormedMap(grad_map)
+        for grad_map, column, channels, normed in zip(
+            grad_maps, product.columns, product.channels, product.normed, strict=True
+        )
+    ]
+
+
+def _pointwise_weight_gradient(gradient: tuple[Any, ...], product: _Maps, weight: Tensor) -> Tensor:
+    x = product.raws[0]
+    out_channels, in_channels = weight.shape[:2]
+    launch = _launch_sizes("pointwise_weight_gradient", gradient[0])
+    block_o, block_n = _block(launch.block_p, out_channels), _block(launch.block_n, *product.channels)
+    tiles = _ceil_div(out_channels, block_o) * sum(_ceil_div(channels, block_n) for channels in product.channels)
+    splits = min(_ceil_div(WEIGHT_GRADIENT_PROGRAMS, tiles), _ceil_div(_positions(x), launch.block_k))
+    split_size = _ceil_div(_ceil_div(_positions(x), max(splits, 1)), launch.block_k) * launch.block_k
+    splits = _ceil_div(_positions(x), max(split_size, 1))  # without the last, if it has become empty
+    partials = _empty(x, splits, out_channels, in_channels)
+    _launch(
+        pointwise_weight_gradient_kernel,
+        splits * tiles,
+        launch,
+        (
+            *gradient,
+            *product.pointers(),
+            product.seed,
+            partials,
+            _positions(x),
+            *product.numbers(),
+            split_size,
+            in_channels,
+            out_channels,
+        ),
+        BLOCK_P=block_o,
+        BLOCK_N=block_n,
+        BLOCK_K=launch.block_k,
+        INPUT_PRECISION=_input_precision(gradient[0].dtype),
+    )
+    return _sum_partials(partials).view_as(weight).to(weight.dtype)
+
+
+def _sum_partials(partials: Tensor, interleaved: int = 0) -> Tensor:
+    """Sum over tiles: (tiles, rows, C) -> (rows · C,), the first `interleaved` rows transposed."""
+    tiles, rows, channels = partials.shape
+    sums = _empty(partials, rows * channels)
+    _launch(
+        sum_partials_kernel,
+        _ceil_div(rows * channels, SUM["BLOCK_C"]),
+        None,
+        (partials, sums, tiles, interleaved, rows, channels),
+        **SUM,
+    )
+    return sums
+
+
+def _labels_and_sizes(logits: Tensor, labels: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """Dense labels in a dtype that kernels read; height and width of logits, of labels, and the number of logit cells."""
+    if logits.ndim != 4 or labels.ndim != 3 or logits.shape[0] != labels.shape[0]:
+        raise ValueError(f"needs logits: (N, K, h, w) and labels: (N, H, W), got {logits.shape}, {labels.shape}")
+    if logits.numel() == 0 and labels.numel() > 0:
+        raise ValueError(f"no logits, {tuple(logits.shape)}, for labels {tuple(labels.shape)}")
+    for size, label_size in zip(logits.shape[2:], labels.shape[1:], strict=True):
+        if size * label_size >= 2**31:
+            raise ValueError(f"kernels count positions in 32 bits: {size} logits times {label_size} labels are too many")
+    labels = labels if labels.dtype == torch.uint8 else labels.to(torch.int64)
+    cells = [max(size - 1, 1) for size in logits.shape[2:]]
+    return labels.contiguous(), (*logits.shape[2:], *labels.shape[1:], *cells)
+
+
+def _check_depthwise(x: NormedMap, weight: Tensor, rate: tuple[int, int]) -> None:
+    if weight.shape != (x.raw.shape[1], 1, 3, 3) or min(rate) < 1:
+        shapes = (tuple(x.raw.shape), tuple(weight.shape))
+        raise ValueError(f"a depthwise convolution needs x: (N, C, H, W), weight: (C, 1, 3, 3), rate >= 1: {shapes}, {rate}")
+
+
+def _slope_and_intercept(unfolded: Unfolded | None) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if unfolded is None else (unfolded.slope, unfolded.intercept)
+
+
+def _float32(norm: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    scale, offset = norm
+    return scale.float().contiguous(), offset.float().contiguous()
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=memory_format)
+
+
+def _empty_map(like: Tensor, channels: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    n, own_channels, height, width = like.shape
+    shape = (n, own_channels if channels is None else channels, height, width)
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=memory_format)
+
+
+def _out_dtype(x: Tensor) -> torch.dtype:
+    """Of a convolution of x."""
+    autocast = x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type)
+    return torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+
+
+def _empty(like: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
+def _positions(x: Tensor) -> int:
+    return x.shape[0] * x.shape[2] * x.shape[3]
+
+
+def _tiles(x: Tensor, launch: Launch) -> int:
+    return _ceil_div(_positions(x), launch.block_p)
+
+
+def _launch_sizes(kernel: str, x: Tensor) -> Launch:
+    return LAUNCHES[kernel, x.dtype.itemsize][_positions(x) >= LARGE]
+
+
+def _class_launch(values: int, values_per_warp: int) -> Launch:
+    """For a tile with all classes in it: warps as it has values."""
+    return Launch(0, 0, 0, min(max(values // values_per_warp, 1), 16), 1)
+
+
+def _block(most: int, *sizes: int) -> int:
+    """A tile no larger than the sizes need; a matrix unit takes 16 at least."""
+    return min(most, max(16, _power_of_two(max(sizes))))
+
+
+def _power_of_two(size: int) -> int:
+    return 1 << max(size - 1, 0).bit_length()
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _input_precision(dtype: torch.dtype) -> str:
+    """How float32 products are taken; other dtypes have one way only, and one compilation."""
+    return "ieee" if dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def _launch(kernel: Any, programs: int, launch: Launch | None, arguments: tuple[Any, ...], **constants: Any) -> None:
+    """Run `programs` programs where the arguments are; a·b + c may be rounded once, whatever Triton's default."""
+    if programs == 0:
+        return
+    device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
+    options = {} if launch is None else {"num_warps": launch.warps, "num_stages": launch.stages}
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[(programs,)](*arguments, **constants, **options, enable_fp_fusion=True)

@@ -1,0 +1,85 @@
+"""Upsample the logits, take the best class of every pixel, count (label, class) pairs; full-size logits never exist.
+
+    M[a, b] = #{p : label_p = a ≠ ignore, first argmax_k z_p[k] = b}         z: see upsampled_cross_entropy.py
+
+A program walks down the pixel rows between two rows of logits, over BLOCK_X columns that it interpolated once. Neighbouring
+pixels mostly fall on the same entry of M, so those of one row that do are counted by the first of them: one atomic instead of
+up to BLOCK_X. Integer atomics are exact in any order.
+
+Bytes for N·H·W labels: N·H·W (uint8) + 4·N·h·w·K. Operations: about 4 per pixel and class, and BLOCK_X comparisons per pixel.
+
+Ladder (not measured: no GPU was at hand)
+  1. interpolate, argmax, bincount by the library: 360 MB written and read, and a sort
+  2. an atomic per pixel: millions on the few large entries of the diagonal, one after the other
+  3. this: expected 10 times fewer atomics on maps whose segments are wider than BLOCK_X
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from fast.kernels.upsampled_cross_entropy import SIZES, STRIDES, first_pixel, within_cell
+
+
+def cost(
+    n: int, classes: int, size: tuple[int, int], label_size: tuple[int, int], label_dtype: torch.dtype = torch.uint8
+) -> tuple[int, int]:
+    """Bytes and floating-point operations."""
+    logits, pixels = n * classes * size[0] * size[1], n * label_size[0] * label_size[1]
+    return 4 * logits + pixels * label_dtype.itemsize + 8 * classes**2, 4 * pixels * classes
+
+
+@triton.jit(do_not_specialize=[*SIZES, *STRIDES, "ignore_index"])
+def confusion_matrix_kernel(
+    logits_ptr,
+    labels_ptr,  # (N, label_height, label_width)
+    confusion_ptr,  # (K, K), int64
+    height,
+    width,
+    label_height,
+    label_width,
+    cells_h,
+    cells_w,
+    stride_n,
+    stride_k,
+    stride_h,
+    stride_w,
+    ignore_index,
+    K,
+    BLOCK_K: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+):
+    """The pixels between logit rows i and i + 1 of one image, BLOCK_X columns. Labels out of range count nowhere."""
+    tiles_x = tl.cdiv(label_width, BLOCK_X)
+    row = tl.program_id(0) // tiles_x
+    n, i = row // cells_h, row % cells_h
+    x = tl.program_id(0) % tiles_x * BLOCK_X + tl.arange(0, BLOCK_X)
+    mask_x = x < label_width
+    k = tl.arange(0, BLOCK_K)
+    mask = (k < K)[:, None] & mask_x[None, :]
+    j = tl.minimum(x * (width - 1) // tl.maximum(label_width - 1, 1), cells_w - 1)
+    below, right = tl.minimum(i + 1, height - 1), tl.minimum(j + 1, width - 1)
+    image_ptr = logits_ptr + n.to(tl.int64) * stride_n + k[:, None].to(tl.int64) * stride_k
+    left, right = (j * stride_w)[None, :], (right * stride_w)[None, :]
+    fx = within_cell(x, j, width, label_width)[None, :]
+    top = tl.load(image_ptr + i * stride_h + left, mask=mask, other=0.0).to(tl.float32) * (1.0 - fx)
+    top += tl.load(image_ptr + i * stride_h + right, mask=mask, other=0.0).to(tl.float32) * fx
+    bottom = tl.load(image_ptr + below * stride_h + left, mask=mask, other=0.0).to(tl.float32) * (1.0 - fx)
+    bottom += tl.load(image_ptr + below * stride_h + right, mask=mask, other=0.0).to(tl.float32) * fx  # (BLOCK_K, BLOCK_X)
+
+    first_y = first_pixel(i, height, label_height)
+    end_y = tl.where(i == cells_h - 1, label_height, tl.minimum(first_pixel(i + 1, height, label_height), label_height))
+    for y in range(first_y, end_y):
+        fy = within_cell(y, i, height, label_height)
+        z = top * (1.0 - fy) + bottom * fy
+        z = tl.where(z != z, float("inf"), z)  # as in PyTorch, NaN is the largest: its row of M shows it
+        z = tl.where((k < K)[:, None], z, float("-inf"))
+        best = tl.min(
+            tl.where(z == tl.max(z, axis=0)[None, :], k[:, None], BLOCK_K), axis=0
+        )  # (BLOCK_X,), the first of equals
+        label = tl.load(labels_ptr + (n.to(tl.int64) * label_height + y) * label_width + x, mask=mask_x, other=0).to(tl.int64)
+        counted = mask_x & (label != ignore_index) & (label >= 0) & (label < K)
+        entry = tl.where(counted, label.to(tl.int32) * K + best, -1)
+        same = (entry[:, None] == entry[None, :]).to(tl.int32)  # (BLOCK_X, BLOCK_X)
+        earlier = tl.sum(tl.where(x[None, :] < x[:, None], same, 0), axis=1)
+        tl.atomic_add(confusion_ptr + entry, tl.sum(same, axis=1).to(tl.int64), mask=counted & (earlier == 0), sem="relaxed")

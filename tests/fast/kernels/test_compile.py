@@ -1,0 +1,41 @@
+"""Every kernel compiles for three generations of GPUs without one, and keeps its values in registers."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton has no build for this system")
+
+ROOT = Path(__file__).parents[3]
+KERNELS = {path.stem for path in (ROOT / "fast" / "kernels").glob("*.py")} - {"__init__", "cpu", "triton_backend"}
+SHARED_BYTES = {
+    80: 163 * 1024,
+    90: 227 * 1024,
+    100: 227 * 1024,
+}  # for one program (CUDA programming guide, compute capabilities)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "arguments"),  # variants and float32 once: for the time it takes
+    [(80, ["bfloat16"]), (90, ["bfloat16", "float32", "--variants"]), (100, ["bfloat16"])],
+    ids=str,
+)
+def test_nothing_is_spilled(architecture: int, arguments: list[str], record_property: Callable[[str, object], None]) -> None:
+    from tests.fast.kernels.compile_report import CUOBJDUMP  # imports Triton
+
+    if not CUOBJDUMP.exists():
+        pytest.skip("this build of Triton comes without cuobjdump")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.fast.kernels.compile_report", str(architecture), *arguments]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(result.stdout)
+    record_property("resources", rows)
+    assert {row["file"] for row in rows} == KERNELS
+    assert [row for row in rows if row["stack"] or row["local"]] == []
+    assert [row for row in rows if row["shared"] > SHARED_BYTES[architecture]] == []

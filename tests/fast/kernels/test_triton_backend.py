@@ -1,0 +1,593 @@
+"""The Triton kernels against the reference: compiled on a GPU, elsewhere run by Triton's interpreter on tiny maps.
+
+Every tensor that the backend allocates is full of NaN at first, so an element that no kernel writes fails. Maps come in every
+layout, one of them a window in a map of NaN. Values lie on a coarse grid, where float32 takes scale · raw + offset exactly:
+the sign before a ReLU is then the same in the reference's float64, at 0 too.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+pytest.importorskip("triton", reason="Triton has no build for this system")
+
+from fast import kernels
+from fast.atrous_separable_conv import atrous_separable_conv
+from fast.kernels import Dropout, Folded, NormedMap, Unfolded, depthwise_conv, pointwise_conv, triton_backend
+from fast.kernels.triton_backend import Launch, Moments
+from reference import atrous_separable_conv as separable
+from reference.batch_norm import EPS, Array, BatchNorm, batch_norm_relu, batch_norm_relu_backward, updated_running_statistics
+from reference.bilinear_resize import bilinear_resize
+from reference.mean_iou import confusion_matrix
+from reference.pointwise_conv import pointwise_conv as reference_pointwise_conv
+from reference.pointwise_conv import pointwise_conv_backward
+from reference.upsampled_cross_entropy import upsampled_cross_entropy, upsampled_cross_entropy_backward
+from tests.fast.against_reference import (
+    LAYOUTS,
+    Layout,
+    assert_equal_steps,
+    reference_step,
+    rounded,
+    to_tensors,
+    torch_step,
+)
+from tests.fast.kernels.expected import Expected, effective_gradient, of, relative_error, to_array
+from tests.strategies import map_sizes, random_separable, rng_seeds
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu" and not type(depthwise_conv.depthwise_forward_kernel).__name__.startswith("Interpreted"):
+    pytest.skip("Triton was imported before TRITON_INTERPRET was set, and there is no CUDA device", allow_module_level=True)
+
+# Relative to the largest |expected|. Float32 rounding is 6e-8; sums here have up to 200 terms of both signs, whose errors add
+# up like a random walk, to 15 times that, and cancellation leaves a sum some ten times smaller than its terms.
+CLOSE = 1e-5
+
+# The interpreter takes 5 to 50 ms for a program: fewer examples than the profile, but never fewer than dev's ten.
+few_examples = settings(max_examples=max(10, settings.get_profile(settings.get_current_profile_name()).max_examples // 5))
+tilings = st.sampled_from(("table", "small"))
+layouts = st.sampled_from(LAYOUTS)
+channel_counts = st.integers(1, 20)
+rates = st.tuples(st.integers(1, 8), st.integers(1, 8))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def poisoned_allocations() -> Iterator[None]:
+    def poisoning(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def allocate_poisoned(*arguments: Any, **keywords: Any) -> Tensor:
+            tensor = allocate(*arguments, **keywords)
+            return tensor.fill_(torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
+
+        return allocate_poisoned
+
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
+            patch.setattr(owner, name, poisoning(getattr(owner, name)))
+        yield
+
+
+@contextlib.contextmanager
+def tiled(tiling: str) -> Iterator[None]:
+    """The launch table's own tiles, which hold a tiny map whole, or ones so small that it needs several."""
+    small = {key: (Launch(32, 16, 16, 4, 1),) * 2 for key in triton_backend.LAUNCHES}
+    with contextlib.ExitStack() as stack:
+        if tiling == "small":
+            stack.enter_context(mock.patch.dict(triton_backend.LAUNCHES, small))
+            stack.enter_context(mock.patch.dict(triton_backend.FOLD, BLOCK_T=2))
+            stack.enter_context(mock.patch.dict(triton_backend.SUM, BLOCK_T=2))
+            stack.enter_context(mock.patch.object(triton_backend, "WEIGHT_GRADIENT_PROGRAMS", 3))
+        yield
+
+
+def draw(rng: np.random.Generator, *shape: int) -> Array:
+    """Near standard normal, multiples of 1/64 up to 4: products of two and a sum are exact in float32."""
+    return np.clip(np.round(rng.standard_normal(shape) * 64), -256, 256) / 64
+
+
+def draw_tensor(rng: np.random.Generator, *shape: int, layout: Layout = "contiguous") -> Tensor:
+    tensor: Tensor = to_tensors(draw(rng, *shape), DEVICE, layout, torch.float32)
+    return tensor.detach()
+
+
+def draw_map(
+    rng: np.random.Generator, channels: int, size: tuple[int, int], *, batch: int = 2, layout: Layout, normed: bool
+) -> NormedMap:
+    raw = draw_tensor(rng, batch, channels, *size, layout=layout)
+    return NormedMap(raw, draw_tensor(rng, channels), draw_tensor(rng, channels)) if normed else NormedMap(raw)
+
+
+def draw_norm(rng: np.random.Generator, channels: int) -> BatchNorm[Tensor]:
+    scale, offset, mean = (draw_tensor(rng, channels) for _ in range(3))
+    return BatchNorm(scale, offset, mean, draw_tensor(rng, channels).abs() + 0.5)
+
+
+def draw_unfolded(rng: np.random.Generator, channels: int) -> Unfolded:
+    return Unfolded(*(draw_tensor(rng, channels) for _ in range(4)))
+
+
+def assert_close(actual: NormedMap | Tensor | None, expected: Any, bound: float = CLOSE) -> None:
+    if isinstance(actual, NormedMap):
+        for part, expected_part in zip(actual, expected, strict=True):
+            assert relative_error(part, expected_part) <= bound
+    else:
+        assert relative_error(actual, expected) <= bound
+
+
+@few_examples
+@given(tilings, map_sizes(7), channel_counts, rates, layouts, st.booleans(), rng_seeds())
+def test_depthwise_forward_and_fold(
+    tiling: str, size: tuple[int, int], channels: int, rate: tuple[int, int], layout: Layout, normed: bool, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    x, weight = draw_map(rng, channels, size, layout=layout, normed=normed), draw_tensor(rng, channels, 1, 3, 3)
+    with tiled(tiling):
+        raw, moments = triton_backend.depthwise_forward(x, weight, rate, statistics=True)
+        assert_close(raw, separable.depthwise_conv(of(x).value(), to_array(weight), rate=rate))
+        check_fold(moments, raw, draw_norm(rng, channels))
+    assert triton_backend.depthwise_forward(x, weight, rate, statistics=False)[1] is None
+
+
+def check_fold(moments: Moments | None, raw: Tensor, norm: BatchNorm[Tensor]) -> None:
+    """The norm of a convolution's output, as two numbers per channel, and the running statistics after it."""
+    assert moments is not None
+    before = BatchNorm(*map(to_array, norm))
+    mean, var = to_array(raw).mean(axis=(0, 2, 3)), to_array(raw).var(axis=(0, 2, 3))
+    folded = triton_backend.fold(moments, norm, count=raw[:, 0].numel(), momentum=0.25, eps=EPS)
+    inv_std = (var + EPS) ** -0.5
+    # Relative to all channels' largest: a channel without variance has a scale of up to 1 / √eps = 316.
+    assert_close(folded.mean, mean)
+    assert_close(folded.inv_std, inv_std)
+    assert_close(folded.scale, before.scale * inv_std)
+    assert_close(folded.offset, before.offset - mean * before.scale * inv_std)
+    after = updated_running_statistics(to_array(raw), before, momentum=0.25)
+    assert_close(norm.running_mean, after.running_mean)
+    assert_close(norm.running_var, after.running_var)
+
+
+@few_examples
+@given(tilings, map_sizes(7), channel_counts, rates, layouts, st.booleans(), st.booleans(), st.booleans(), rng_seeds())
+def test_depthwise_backward(
+    tiling: str,
+    size: tuple[int, int],
+    channels: int,
+    rate: tuple[int, int],
+    layout: Layout,
+    normed: bool,
+    through_statistics: bool,
+    need_input: bool,
+    seed: int,
+) -> None:
+    rng = np.random.default_rng(seed)
+    x, weight = draw_map(rng, channels, size, layout=layout, normed=normed), draw_tensor(rng, channels, 1, 3, 3)
+    raw, grad = (draw_tensor(rng, 2, channels, *size, layout=layout) for _ in range(2))
+    unfolded = draw_unfolded(rng, channels) if through_statistics else None
+    with tiled(tiling):
+        grad_x, grad_weight = triton_backend.depthwise_backward(grad, raw, unfolded, x, weight, rate, need_input=need_input)
+    grad_raw = effective_gradient(to_array(grad), to_array(raw), unfolded)
+    grad_value, expected_weight = separable.depthwise_conv_backward(grad_raw, of(x).value(), to_array(weight), rate=rate)
+    assert_close(grad_weight, expected_weight)
+    assert_close(grad_x, of(x).backward(grad_value) if need_input else None)
+
+
+maps_of_channels = st.lists(st.tuples(channel_counts, st.booleans(), layouts), min_size=1, max_size=3)
+
+
+@few_examples
+@given(tilings, map_sizes(6), maps_of_channels, st.integers(1, 20), rng_seeds())
+def test_pointwise_forward_fold_and_inference(
+    tiling: str, size: tuple[int, int], maps_drawn: list[tuple[int, bool, Layout]], out_channels: int, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    maps = [draw_map(rng, channels, size, layout=layout, normed=normed) for channels, normed, layout in maps_drawn]
+    weight = draw_tensor(rng, out_channels, sum(channels for channels, _, _ in maps_drawn), 1, 1)
+    expected, norm = reference_pointwise_conv(concatenated(maps), to_array(weight)), draw_norm(rng, out_channels)
+    with tiled(tiling):
+        raw, moments = triton_backend.pointwise_forward(maps, weight, None, statistics=True)
+        assert_close(raw, expected)
+        check_fold(moments, raw, draw_norm(rng, out_channels))
+        inference = triton_backend.pointwise_inference(maps, weight, (norm.scale, norm.offset))
+    assert_close(inference, Expected(expected, to_array(norm.scale), to_array(norm.offset)).value())
+
+
+@few_examples
+@given(tilings, map_sizes(6), maps_of_channels, st.integers(1, 20), st.booleans(), st.sampled_from((0.0, 0.4)), rng_seeds())
+def test_pointwise_backward(
+    tiling: str,
+    size: tuple[int, int],
+    maps_drawn: list[tuple[int, bool, Layout]],
+    out_channels: int,
+    through_statistics: bool,
+    dropout_rate: float,
+    seed: int,
+) -> None:
+    """With dropout by the mask that the forward drew, which a product with the identity shows."""
+    rng = np.random.default_rng(seed)
+    maps = [draw_map(rng, channels, size, layout=layout, normed=normed) for channels, normed, layout in maps_drawn]
+    widths = [channels for channels, _, _ in maps_drawn]
+    weight = draw_tensor(rng, out_channels, sum(widths), 1, 1)
+    raw, grad = (draw_tensor(rng, 2, out_channels, *size) for _ in range(2))
+    unfolded, need_input = draw_unfolded(rng, out_channels) if through_statistics else None, rng.random(len(maps)) < 0.7
+    dropout = Dropout(dropout_rate, torch.tensor([seed], device=DEVICE)) if dropout_rate else None
+    keep = 1.0 if dropout is None else kept(dropout, 2, widths, size) / (1.0 - dropout_rate)
+    with tiled(tiling):
+        grad_maps, grad_weight = triton_backend.pointwise_backward(
+            grad, raw, unfolded, maps, weight, dropout, need_input=[bool(need) for need in need_input]
+        )
+    grad_raw = effective_gradient(to_array(grad), to_array(raw), unfolded)
+    grad_concat, expected_weight = pointwise_conv_backward(grad_raw, concatenated(maps) * keep, to_array(weight))
+    assert_close(grad_weight, expected_weight)
+    grad_values = np.split(grad_concat * keep, np.cumsum(widths)[:-1], axis=1)
+    for x, grad_map, grad_value, need in zip(maps, grad_maps, grad_values, need_input, strict=True):
+        assert_close(grad_map, of(x).backward(grad_value) if need else None)
+
+
+def concatenated(maps: list[NormedMap]) -> Array:
+    return np.concatenate([of(x).value() for x in maps], axis=1)
+
+
+def kept(dropout: Dropout, batch: int, widths: list[int], size: tuple[int, int]) -> Array:
+    """Which elements of a concatenation of maps the forward keeps, as 0 and 1: (N, C, H, W)."""
+    ones = [NormedMap(torch.ones(batch, channels, *size, device=DEVICE)) for channels in widths]
+    identity = torch.eye(sum(widths), device=DEVICE)[:, :, None, None]
+    out, _ = triton_backend.pointwise_forward(ones, identity, dropout, statistics=False)
+    return (to_array(out) > 0.0).astype(np.float64)
+
+
+def test_dropout_follows_its_rate_and_seed() -> None:
+    """Of 6272 elements 10 % ± 2.3 % are dropped: six standard deviations, √(0.1 · 0.9 / 6272) each."""
+    widths, size = [40, 24], (7, 7)
+    first, again, other = (
+        kept(Dropout(0.1, torch.tensor([seed], device=DEVICE)), 2, widths, size) for seed in (3, 3, 2**62 + 3)
+    )
+    assert abs(first.mean() - 0.9) <= 0.023
+    assert np.array_equal(first, again)
+    assert 0.1 <= np.mean(first != other) <= 0.26  # independent masks differ in 18 % of the elements; ± 16 deviations
+    assert abs(np.corrcoef(first[:, :24].ravel(), first[:, 40:].ravel())[0, 1]) <= 0.13  # six deviations of 1 / √2352
+    x = NormedMap(torch.ones(1, 3, 2, 2, device=DEVICE))
+    out, _ = triton_backend.pointwise_forward(
+        [x], torch.eye(3, device=DEVICE)[:, :, None, None], Dropout(0.5, torch.tensor([1], device=DEVICE)), statistics=False
+    )
+    assert set(out.ravel().tolist()) <= {0.0, 2.0}
+
+
+@few_examples
+@given(tilings, map_sizes(7), channel_counts, layouts, rng_seeds())
+def test_norm_and_its_way_back(tiling: str, size: tuple[int, int], channels: int, layout: Layout, seed: int) -> None:
+    """A batch norm with ReLU in training by fold, normalise and unfold, as after a convolution with the identity."""
+    rng = np.random.default_rng(seed)
+    x, norm = draw_map(rng, channels, size, layout=layout, normed=False).raw, draw_norm(rng, channels)
+    count, grad = x[:, 0].numel(), draw_tensor(rng, 2, channels, *size, layout=layout)
+    expected_norm = BatchNorm(*map(to_array, norm))
+    expected = batch_norm_relu(to_array(x), expected_norm, training=True)
+    assume(np.all((expected == 0.0) | (expected > 1e-3)))  # a sign before the ReLU that rounding could turn
+    identity = torch.zeros(channels, 1, 3, 3, device=DEVICE)
+    identity[:, 0, 1, 1] = 1.0
+    with tiled(tiling):
+        raw, moments = triton_backend.depthwise_forward(NormedMap(x), identity, (1, 1), statistics=True)
+        assert moments is not None
+        folded = triton_backend.fold(moments, norm, count=count, momentum=0.25, eps=EPS)
+        normed = NormedMap(raw, folded.scale, folded.offset)
+        actual, grad_map = triton_backend.normalise(normed), triton_backend.normalise_backward(grad, normed)
+        assert grad_map.scale is not None
+        assert grad_map.offset is not None
+        unfolded = triton_backend.unfold(grad_map.scale, grad_map.offset, folded, norm.scale, count=count)
+    expected_grad, expected_grad_norm = batch_norm_relu_backward(to_array(grad), to_array(x), expected_norm, training=True)
+    grad_x = effective_gradient(to_array(grad_map.raw), to_array(raw), unfolded)
+    # Two values of a channel may lie 1/64 apart: a deviation of 1/128 magnifies rounding of the values, 2e-7, by 128.
+    bound = 128 * CLOSE
+    assert_close(actual, expected, bound)
+    assert_close(unfolded.gamma, expected_grad_norm.scale, bound)
+    assert_close(unfolded.beta, expected_grad_norm.offset, bound)
+    scale = np.abs(to_array(grad_map.raw)).max() or 1.0  # of the terms, which cancel
+    assert np.abs(grad_x - expected_grad).max() <= bound * scale
+
+
+def test_large_mean_leaves_the_variance() -> None:
+    """At mean 10⁴ and deviation 1, E[x²] - E[x]² in float32 would be off by 10⁸ · 6e-8 = 6."""
+    rng = np.random.default_rng(0)
+    x = NormedMap(torch.from_numpy(rng.normal(1e4, 1.0, (2, 5, 9, 9))).to(DEVICE, torch.float32))
+    norm = draw_norm(rng, 5)
+    with tiled("small"):
+        raw, moments = triton_backend.pointwise_forward(
+            [x], torch.eye(5, device=DEVICE)[:, :, None, None], None, statistics=True
+        )
+        assert moments is not None
+        folded = triton_backend.fold(moments, norm, count=162, momentum=1.0, eps=EPS)
+    bound = 1e-3  # means of tiles and of all are rounded by 10⁴ · 6e-8 = 6e-4, beside values with a deviation of 1
+    assert_close(folded.inv_std, (to_array(raw).var(axis=(0, 2, 3)) + EPS) ** -0.5, bound)
+    assert_close(norm.running_var, to_array(raw).var(axis=(0, 2, 3), ddof=1), bound)
+
+
+@few_examples
+@given(tilings, map_sizes(6), channel_counts, st.integers(1, 20), rates, layouts, st.booleans(), rng_seeds())
+def test_separable_inference(
+    tiling: str,
+    size: tuple[int, int],
+    channels: int,
+    out_channels: int,
+    rate: tuple[int, int],
+    layout: Layout,
+    normed: bool,
+    seed: int,
+) -> None:
+    rng = np.random.default_rng(seed)
+    x, weights = draw_map(rng, channels, size, layout=layout, normed=normed), random_separable(channels, out_channels, rng)
+    depthwise, pointwise = ((conv.weight, frozen(conv.norm)) for conv in weights)
+    with tiled(tiling):
+        actual = triton_backend.separable_inference(
+            x, as_tensor(depthwise[0]), depthwise[1], rate, as_tensor(pointwise[0]), pointwise[1]
+        )
+    assert_close(actual, separable.atrous_separable_conv(of(x).value(), weights, rate=rate, training=False))
+
+
+def frozen(norm: BatchNorm[Array]) -> tuple[Tensor, Tensor]:
+    scale = norm.scale / np.sqrt(norm.running_var + EPS)
+    return as_tensor(scale), as_tensor(norm.offset - norm.running_mean * scale)
+
+
+def as_tensor(array: Array) -> Tensor:
+    return torch.from_numpy(array).to(DEVICE, torch.float32)
+
+
+label_dtypes = st.sampled_from((torch.uint8, torch.int64))
+ignore_indices = st.sampled_from((255, 2))
+
+
+@few_examples
+@given(
+    map_sizes(4),
+    map_sizes(9),
+    st.integers(1, 20),
+    st.sampled_from((0.0, 0.3, 1.0)),
+    ignore_indices,
+    label_dtypes,
+    layouts,
+    rng_seeds(),
+)
+def test_upsampled_cross_entropy(
+    size: tuple[int, int],
+    label_size: tuple[int, int],
+    classes: int,
+    ignored: float,
+    ignore_index: int,
+    label_dtype: torch.dtype,
+    layout: Layout,
+    seed: int,
+) -> None:
+    """Labels larger and smaller than the logits, maps of one row or column, one class, all pixels ignored."""
+    rng = np.random.default_rng(seed)
+    logits, labels = (
+        draw_tensor(rng, 2, classes, *size, layout=layout),
+        draw_labels(rng, label_size, classes, ignored, ignore_index),
+    )
+    expected = upsampled_cross_entropy(to_array(logits), labels, ignore_index=ignore_index)
+    expected_grad = upsampled_cross_entropy_backward(to_array(logits), labels, ignore_index=ignore_index)
+    on_device = torch.from_numpy(labels).to(DEVICE, label_dtype)
+    loss, grad = triton_backend.upsampled_cross_entropy(logits, on_device, ignore_index)
+    assert_close(loss, np.asarray(expected))
+    # Where softmax and label almost cancel, what is left is the rounding of a probability, 6e-8, times a pixel's share.
+    assert bool(torch.isfinite(grad).all())
+    assert np.abs(to_array(grad) - expected_grad).max() <= CLOSE * max(np.abs(expected_grad).max(), 0.01)
+
+
+def draw_labels(
+    rng: np.random.Generator, size: tuple[int, int], classes: int, ignored: float, ignore_index: int
+) -> np.ndarray[Any, np.dtype[np.int64]]:
+    labels = rng.integers(classes, size=(2, *size))
+    return np.where(rng.random(labels.shape) < ignored, ignore_index, labels)
+
+
+@few_examples
+@given(map_sizes(4), map_sizes(9), st.integers(1, 9), ignore_indices, label_dtypes, layouts, rng_seeds())
+def test_upsampled_confusion_matrix(
+    size: tuple[int, int],
+    label_size: tuple[int, int],
+    classes: int,
+    ignore_index: int,
+    label_dtype: torch.dtype,
+    layout: Layout,
+    seed: int,
+) -> None:
+    rng = np.random.default_rng(seed)
+    logits, labels = (
+        draw_tensor(rng, 2, classes, *size, layout=layout),
+        draw_labels(rng, label_size, classes, 0.3, ignore_index),
+    )
+    upsampled = bilinear_resize(to_array(logits), label_size)
+    ordered = np.sort(upsampled, axis=1)
+    assume(classes == 1 or np.all(ordered[:, -1] - ordered[:, -2] > CLOSE))  # ties have their own test
+    expected = confusion_matrix(upsampled.argmax(axis=1), labels, num_classes=classes, ignore_index=ignore_index)
+    on_device = torch.from_numpy(labels).to(DEVICE, label_dtype)
+    actual = triton_backend.upsampled_confusion_matrix(logits, on_device, ignore_index)
+    assert actual.dtype == torch.int64
+    assert actual.tolist() == expected.tolist()
+
+
+def test_first_of_equal_classes_is_the_prediction() -> None:
+    logits = torch.zeros(1, 5, 2, 2, device=DEVICE)
+    logits[:, 2:4] = 1.0
+    confusion = triton_backend.upsampled_confusion_matrix(logits, torch.ones(1, 3, 40, dtype=torch.uint8, device=DEVICE), 255)
+    assert confusion[1].tolist() == [0, 0, 120, 0, 0]
+    assert confusion.sum() == 120
+
+
+def test_large_logits_do_not_overflow() -> None:
+    logits = torch.tensor([1e4, -1e4, 9.99e3], device=DEVICE).view(1, 3, 1, 1)
+    loss, grad = triton_backend.upsampled_cross_entropy(logits, torch.tensor([[[1]]], device=DEVICE), 255)
+    assert loss.item() == pytest.approx(2e4)
+    assert grad.ravel().tolist() == pytest.approx([1.0, -1.0, 0.0], abs=1e-4)  # e⁻¹⁰ = 4.5e-5
+
+
+@pytest.mark.parametrize("label", [5, 200, -1, 2**32])
+def test_wrong_label_makes_the_loss_nan(label: int) -> None:
+    """What the reference raises an error for; in the confusion matrix it counts nowhere."""
+    logits, labels = torch.zeros(1, 5, 2, 2, device=DEVICE), torch.zeros(1, 3, 3, dtype=torch.int64, device=DEVICE)
+    labels[0, 1, 1] = label
+    assert triton_backend.upsampled_cross_entropy(logits, labels, 255)[0].isnan()
+    assert triton_backend.upsampled_confusion_matrix(logits, labels, 255).sum() == 8
+
+
+@pytest.mark.parametrize("batch", [0, 1])
+def test_empty_maps(batch: int) -> None:
+    """No image, or images without rows: empty maps, and gradients of weights that are 0."""
+    size = (3, 4) if batch == 0 else (0, 4)
+    rng = np.random.default_rng(0)
+    x = draw_map(rng, 5, size, batch=batch, layout="contiguous", normed=True)
+    depthwise, pointwise = draw_tensor(rng, 5, 1, 3, 3), draw_tensor(rng, 7, 5, 1, 1)
+    raw, _ = triton_backend.depthwise_forward(x, depthwise, (1, 2), statistics=True)
+    grad_x, grad_weight = triton_backend.depthwise_backward(raw, raw, None, x, depthwise, (1, 2), need_input=True)
+    assert raw.shape == x.raw.shape
+    assert_zero_gradients(grad_x, grad_weight)
+    out, moments = triton_backend.pointwise_forward([x], pointwise, None, statistics=True)
+    (grad_x,), grad_weight = triton_backend.pointwise_backward(out, out, None, [x], pointwise, None, need_input=[True])
+    assert out.shape == (batch, 7, *size)
+    assert_zero_gradients(grad_x, grad_weight)
+    assert triton_backend.normalise(x).shape == x.raw.shape
+    assert_zero_gradients(triton_backend.normalise_backward(x.raw, x), torch.zeros(1))
+    norm = draw_norm(rng, 7)
+    before = norm.running_mean.clone(), norm.running_var.clone()
+    assert moments is not None
+    triton_backend.fold(moments, norm, count=0, momentum=0.5, eps=EPS)
+    assert torch.equal(norm.running_mean, before[0])
+    assert torch.equal(norm.running_var, before[1])
+
+
+def assert_zero_gradients(grad_map: NormedMap | None, grad_weight: Tensor) -> None:
+    assert grad_map is not None
+    assert grad_map.raw.numel() == 0
+    for gradient in (grad_weight, grad_map.scale, grad_map.offset):
+        assert gradient is not None
+        assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+@pytest.mark.parametrize(("batch", "label_size"), [(0, (3, 4)), (2, (0, 4))])
+def test_no_labels(batch: int, label_size: tuple[int, int]) -> None:
+    logits, labels = (
+        torch.ones(batch, 3, 2, 2, device=DEVICE),
+        torch.zeros(batch, *label_size, dtype=torch.uint8, device=DEVICE),
+    )
+    loss, grad = triton_backend.upsampled_cross_entropy(logits, labels, 255)
+    assert loss == 0.0
+    assert torch.equal(grad, torch.zeros_like(logits))
+    assert torch.equal(triton_backend.upsampled_confusion_matrix(logits, labels, 255), torch.zeros(3, 3, device=DEVICE).long())
+
+
+def test_second_call_gives_the_same_bits() -> None:
+    rng = np.random.default_rng(0)
+    x, plain = (draw_map(rng, 19, (5, 4), layout="contiguous", normed=normed) for normed in (True, False))
+    depthwise, pointwise = draw_tensor(rng, 19, 1, 3, 3), draw_tensor(rng, 21, 38, 1, 1)
+    grad, dropout = draw_tensor(rng, 2, 21, 5, 4), Dropout(0.1, torch.tensor([5], device=DEVICE))
+    unfolded = draw_unfolded(rng, 19)
+    logits, labels = draw_tensor(rng, 2, 19, 3, 2), torch.from_numpy(draw_labels(rng, (8, 9), 19, 0.1, 255)).to(DEVICE)
+    calls: list[Callable[[], Any]] = [
+        lambda: triton_backend.depthwise_forward(x, depthwise, (2, 3), statistics=True),
+        lambda: triton_backend.depthwise_backward(x.raw, plain.raw, unfolded, x, depthwise, (2, 3), need_input=True),
+        lambda: triton_backend.pointwise_forward([x, plain], pointwise, dropout, statistics=True),
+        lambda: triton_backend.pointwise_backward(grad, grad, None, [x, plain], pointwise, dropout, need_input=[True, True]),
+        lambda: triton_backend.normalise_backward(plain.raw, x),
+        lambda: triton_backend.upsampled_cross_entropy(logits, labels, 255),
+    ]
+    with tiled("small"):
+        for call in calls:
+            first, second = list(tensors(call())), list(tensors(call()))
+            assert first
+            assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def tensors(tree: Any) -> Iterator[Tensor]:
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, (tuple, list)):
+        for child in tree:
+            yield from tensors(child)
+
+
+@pytest.mark.parametrize("rate", [(1, 1), (3, 2)], ids=str)
+def test_separable_conv_of_the_fast_path_runs_on_these_kernels(rate: tuple[int, int]) -> None:
+    """A training step through autograd: output, gradients and running statistics."""
+    rng = np.random.default_rng(0)
+    inputs = rounded((rng.standard_normal((2, 5, 6, 7)), random_separable(5, 4, rng)), torch.float32)
+    cotangent = rng.standard_normal((2, 4, 6, 7))
+    functions = separable.atrous_separable_conv, separable.atrous_separable_conv_backward
+    expected = reference_step(*functions, inputs, cotangent, rate=rate, training=True)
+    calls = mock.Mock(wraps=triton_backend.pointwise_backward)
+    with kernels.using(triton_backend), mock.patch.object(triton_backend, "pointwise_backward", calls):
+        actual = torch_step(
+            lambda x, weights: atrous_separable_conv(x, weights, rate=rate, training=True),
+            to_tensors(inputs, DEVICE, dtype=torch.float32),
+            cotangent,
+        )
+    assert calls.called
+    assert_equal_steps(actual, expected, CLOSE)
+
+
+def test_autocast_computes_in_lower_precision() -> None:
+    """float16 has 11 bits: rounding of both operands and of the result, 2⁻¹¹ each. (The interpreter has no bfloat16.)"""
+    rng, bound = np.random.default_rng(0), 3 * 2.0**-11
+    full, half = (draw_map(rng, channels, (5, 4), layout="contiguous", normed=True) for channels in (20, 3))
+    maps, weight, grad = (
+        [full, half._replace(raw=half.raw.half())],
+        draw_tensor(rng, 17, 23, 1, 1),
+        draw_tensor(rng, 2, 17, 5, 4),
+    )
+    with torch.autocast(DEVICE, torch.float16):
+        middle, _ = triton_backend.depthwise_forward(full, draw_tensor(rng, 20, 1, 3, 3), (1, 1), statistics=False)
+        raw, _ = triton_backend.pointwise_forward([full], weight[:, :20], None, statistics=False)
+        both, _ = triton_backend.pointwise_forward(maps, weight, None, statistics=False)
+        grad_maps, grad_weight = triton_backend.pointwise_backward(
+            grad.half(), both, None, maps, weight, None, need_input=[True, True]
+        )
+    assert middle.dtype == raw.dtype == both.dtype == torch.float16
+    assert grad_weight.dtype == torch.float32
+    assert_close(raw, reference_pointwise_conv(of(full).value(), to_array(weight[:, :20])), bound)
+    assert_close(both, reference_pointwise_conv(concatenated(maps), to_array(weight)), bound)
+    grad_concat, expected_weight = pointwise_conv_backward(to_array(grad), concatenated(maps), to_array(weight))
+    assert_close(grad_weight, expected_weight, bound)
+    assert grad_maps[0] is not None
+    assert_close(grad_maps[0].raw, of(full).backward(grad_concat[:, :20]).raw, bound)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x: triton_backend.depthwise_forward(x, torch.ones(4, 1, 3, 3), (1, 1), statistics=False), "rate >= 1"),
+        (lambda x: triton_backend.depthwise_forward(x, torch.ones(3, 1, 3, 3), (0, 1), statistics=False), "rate >= 1"),
+        (lambda x: triton_backend.pointwise_forward([x, x], torch.ones(4, 3, 1, 1), None, statistics=False), "channels"),
+        (lambda x: triton_backend.upsampled_cross_entropy(x.raw, torch.zeros(2, 3, 3).long(), 255), "logits"),
+        (lambda x: triton_backend.upsampled_confusion_matrix(x.raw[..., :0], torch.zeros(1, 3, 3).long(), 255), "no logits"),
+    ],
+)
+def test_wrong_shapes_are_refused(call: Callable[[NormedMap], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(NormedMap(torch.ones(1, 3, 4, 4)))
+
+
+def test_counted_operations_are_those_of_the_library() -> None:
+    """PyTorch counts two operations for each multiply-add, also where a tap lies in the padding."""
+    x = torch.zeros(2, 6, 5, 4)
+    with FlopCounterMode(display=False) as counter:
+        torch.nn.functional.conv2d(x, torch.zeros(7, 6, 1, 1))
+    assert pointwise_conv.cost(2, 6, 7, 5, 4, torch.float32) == (4 * (2 * 20 * 13 + 42), counter.get_total_flops())
+    with FlopCounterMode(display=False) as counter:
+        torch.nn.functional.conv2d(x, torch.zeros(6, 1, 3, 3), padding=1, groups=6)
+    assert depthwise_conv.cost(2, 6, 5, 4, torch.bfloat16) == (2 * 2 * x.numel(), counter.get_total_flops())
+
+
+def test_fold_needs_no_more_than_its_moments() -> None:
+    """By hand: tiles of two, two and one values with mean 1, 2, 5 and M2 2, 0, 0 are 0, 2, 2, 2, 5."""
+    partials = torch.tensor([[1.0, 2.0], [2.0, 0.0], [5.0, 0.0]], device=DEVICE).view(3, 2, 1)
+    one = torch.ones(1, device=DEVICE)
+    norm = BatchNorm(one * 2.0, one * 3.0, one * 0.0, one * 1.0)
+    folded: Folded = triton_backend.fold(Moments(partials, 2), norm, count=5, momentum=0.5, eps=EPS)
+    values = np.array([0.0, 2.0, 2.0, 2.0, 5.0])
+    assert folded.mean.item() == pytest.approx(values.mean())
+    assert folded.scale.item() == pytest.approx(2.0 / np.sqrt(values.var() + EPS))
+    assert norm.running_var.item() == pytest.approx(0.5 + 0.5 * values.var(ddof=1))

@@ -1,0 +1,212 @@
+"""What only a GPU can show: error budgets at real sizes in each dtype, equal bits in ten runs, capture in a CUDA graph."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fast import kernels
+from fast.kernels import Dropout, Folded, NormedMap
+from reference.batch_norm import EPS, Array, BatchNorm
+from tests.fast.error_budget import assert_within_budget
+
+if not torch.cuda.is_available():
+    pytest.skip("no CUDA device", allow_module_level=True)
+
+from fast.kernels import triton_backend
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+SIZES = [(8, 256, 49, 49), (3, 72, 37, 53), (2, 19, 5, 101)]  # N, C, H, W
+OUT_CHANNELS = 136
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+every_size = pytest.mark.parametrize("size", SIZES, ids=str)
+
+
+class Layer:
+    """Depthwise, norm, ReLU, dropout, pointwise of one map: the weights, and one training step by kernels or by PyTorch."""
+
+    def __init__(self, size: tuple[int, int, int, int], dtype: torch.dtype, seed: int) -> None:
+        generator = torch.Generator("cuda").manual_seed(seed)
+        channels = size[1]
+
+        def draw(*shape: int, like: torch.dtype = torch.float32) -> Tensor:
+            return torch.randn(shape, generator=generator, device="cuda").to(like)
+
+        self.x = draw(*size, like=dtype).contiguous(memory_format=torch.channels_last)
+        self.depthwise, self.pointwise = draw(channels, 1, 3, 3) / 3, draw(OUT_CHANNELS, channels, 1, 1) / channels**0.5
+        self.gamma, self.beta = draw(channels), draw(channels)
+        grad = draw(size[0], OUT_CHANNELS, *size[2:], like=dtype)
+        self.grad = grad.contiguous(memory_format=torch.channels_last)
+        self.rate, self.count = (3, 6), self.x[:, 0].numel()
+
+    def by_kernels(self, dropout: Dropout | None = None) -> list[Tensor]:
+        """Output, gradients of x, both weights, γ and β, and the running statistics."""
+        running = BatchNorm(self.gamma, self.beta, torch.zeros_like(self.gamma), torch.ones_like(self.gamma))
+        x = NormedMap(self.x)
+        raw, moments = triton_backend.depthwise_forward(x, self.depthwise, self.rate, statistics=True)
+        assert moments is not None
+        folded: Folded = triton_backend.fold(moments, running, count=self.count, momentum=0.1, eps=EPS)
+        middle = NormedMap(raw, folded.scale, folded.offset)
+        out, _ = triton_backend.pointwise_forward([middle], self.pointwise, dropout, statistics=False)
+        (grad_middle,), grad_pointwise = triton_backend.pointwise_backward(
+            self.grad, out, None, [middle], self.pointwise, dropout, need_input=[True]
+        )
+        assert grad_middle is not None
+        assert grad_middle.scale is not None
+        assert grad_middle.offset is not None
+        unfolded = triton_backend.unfold(grad_middle.scale, grad_middle.offset, folded, self.gamma, count=self.count)
+        grad_x, grad_depthwise = triton_backend.depthwise_backward(
+            grad_middle.raw, raw, unfolded, x, self.depthwise, self.rate, need_input=True
+        )
+        assert grad_x is not None
+        gradients = [grad_x.raw, grad_depthwise, grad_pointwise, unfolded.gamma, unfolded.beta]
+        return [out, *gradients, running.running_mean, running.running_var]
+
+    def by_pytorch(self, dtype: torch.dtype) -> list[Tensor]:
+        """The same in `dtype`; in float64 the truth, with the same inputs."""
+        tensors = (self.x, self.depthwise, self.pointwise)
+        x, depthwise, pointwise = (tensor.to(dtype).detach().requires_grad_() for tensor in tensors)
+        norm_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        gamma, beta = (tensor.to(norm_dtype).detach().requires_grad_() for tensor in (self.gamma, self.beta))
+        mean, var = torch.zeros_like(gamma), torch.ones_like(gamma)
+        raw = F.conv2d(x, depthwise, padding=self.rate, dilation=self.rate, groups=x.shape[1])
+        out = F.conv2d(F.relu(F.batch_norm(raw, mean.detach(), var.detach(), gamma, beta, True, 0.1, EPS)), pointwise)
+        out.backward(self.grad.to(dtype))  # type: ignore[no-untyped-call]
+        gradients = [leaf.grad for leaf in (x, depthwise, pointwise, gamma, beta)]
+        assert all(gradient is not None for gradient in gradients)
+        return [out, *(gradient for gradient in gradients if gradient is not None), mean.detach(), var.detach()]
+
+
+@every_dtype
+@every_size
+def test_separable_step_is_within_budget(size: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    assert_budget_over_draws(
+        lambda seed: Layer(size, dtype, seed),
+        lambda layer: layer.by_kernels(),
+        lambda layer, precision: layer.by_pytorch(precision),
+        dtype,
+    )
+
+
+@every_size
+def test_tf32_is_within_tf32_budget(size: tuple[int, int, int, int]) -> None:
+    """Where TF32 is allowed, both use it."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    convolutions, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, True
+    try:
+        test_separable_step_is_within_budget(size, torch.float32)
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        torch.backends.cudnn.allow_tf32 = convolutions
+
+
+@every_dtype
+def test_separable_inference_is_within_budget(dtype: torch.dtype) -> None:
+    def fused(layer: Layer) -> list[Tensor]:
+        numbers = torch.ones(OUT_CHANNELS, device="cuda"), torch.zeros(OUT_CHANNELS, device="cuda")
+        norms = (layer.gamma, layer.beta), numbers
+        x = NormedMap(layer.x)
+        return [triton_backend.separable_inference(x, layer.depthwise, norms[0], layer.rate, layer.pointwise, norms[1])]
+
+    def plain(layer: Layer, precision: torch.dtype) -> list[Tensor]:
+        x, depthwise, pointwise = (tensor.to(precision) for tensor in (layer.x, layer.depthwise, layer.pointwise))
+        gamma, beta = (tensor.to(precision)[:, None, None] for tensor in (layer.gamma, layer.beta))
+        raw = F.conv2d(x, depthwise, padding=layer.rate, dilation=layer.rate, groups=x.shape[1])
+        return [F.relu(F.conv2d(F.relu(gamma * raw + beta), pointwise))]
+
+    for size in SIZES:
+        assert_budget_over_draws(lambda seed, size=size: Layer(size, dtype, seed), fused, plain, dtype)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(("classes", "size", "label_size"), [(19, (49, 49), (769, 769)), (150, (33, 17), (100, 333))])
+def test_loss_is_within_budget(classes: int, size: tuple[int, int], label_size: tuple[int, int]) -> None:
+    def draw(seed: int) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator("cuda").manual_seed(seed)
+        logits = 3.0 * torch.randn(4, classes, *size, generator=generator, device="cuda")
+        labels = torch.randint(classes + 1, (4, *label_size), generator=generator, device="cuda")
+        return logits, labels.where(labels < classes, 255).to(torch.uint8)
+
+    def plain(drawn: tuple[Tensor, Tensor], dtype: torch.dtype) -> list[Tensor]:
+        logits = drawn[0].to(dtype).requires_grad_()
+        upsampled = F.interpolate(logits, label_size, mode="bilinear", align_corners=True)
+        loss = F.cross_entropy(upsampled, drawn[1].long(), ignore_index=255)
+        loss.backward()  # type: ignore[no-untyped-call]
+        assert logits.grad is not None
+        return [loss, logits.grad]
+
+    assert_budget_over_draws(
+        draw, lambda drawn: triton_backend.upsampled_cross_entropy(drawn[0], drawn[1], 255), plain, torch.float32
+    )
+
+
+def test_confusion_matrix_counts_every_pixel() -> None:
+    """Predictions may differ where two classes are equal up to rounding: of 2.4 million random pixels, by far below 100."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    logits = torch.randn(4, 19, 49, 49, generator=generator, device="cuda")
+    labels = torch.randint(19, (4, 769, 769), generator=generator, device="cuda").to(torch.uint8)
+    predictions = F.interpolate(logits.double(), (769, 769), mode="bilinear", align_corners=True).argmax(dim=1)
+    expected = torch.bincount((labels.long() * 19 + predictions).ravel(), minlength=361).view(19, 19)
+    actual = triton_backend.upsampled_confusion_matrix(logits, labels, 255)
+    assert actual.sum() == labels.numel()
+    assert (actual - expected).abs().sum() <= 100
+
+
+@every_dtype
+def test_ten_runs_give_the_same_bits(dtype: torch.dtype) -> None:
+    layer, dropout = Layer(SIZES[0], dtype, 0), Dropout(0.1, torch.tensor([7], device="cuda"))
+    logits = torch.randn(8, 19, 49, 49, device="cuda")
+    labels = torch.randint(19, (8, 769, 769), device="cuda").to(torch.uint8)
+    runs = [[*layer.by_kernels(dropout), *triton_backend.upsampled_cross_entropy(logits, labels, 255)] for _ in range(10)]
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
+
+
+@every_dtype
+def test_captured_step_equals_the_step(dtype: torch.dtype) -> None:
+    """Forward and backward in one CUDA graph; a new seed on the device gives a new mask at the next replay."""
+    layer, seed = Layer(SIZES[1], dtype, 0), torch.tensor([7], device="cuda")
+    dropout = Dropout(0.1, seed)
+    expected = layer.by_kernels(dropout)  # compiles, too
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = layer.by_kernels(dropout)
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(expected, captured, strict=True))
+    seed.fill_(8)
+    graph.replay()
+    assert not torch.equal(expected[0], captured[0])
+
+
+def test_backend_is_chosen_for_the_device() -> None:
+    for dtype in DTYPES:
+        assert kernels.backend_for(torch.zeros(1, device="cuda", dtype=dtype)) is triton_backend
+    assert kernels.backend_for(torch.zeros(1, device="cuda", dtype=torch.float64)) is None
+
+
+def assert_budget_over_draws(
+    draw: Callable[[int], Any],
+    fast: Callable[[Any], Sequence[Tensor]],
+    plain: Callable[[Any, torch.dtype], Sequence[Tensor]],
+    dtype: torch.dtype,
+) -> None:
+    """Each result's median error over nine draws, against PyTorch's own in the same dtype."""
+    drawn = [draw(seed) for seed in range(9)]
+    actual, expected, yardstick = [], [], []
+    for case in drawn:
+        actual.append(list(arrays(fast(case))))
+        expected.append(list(arrays(plain(case, torch.float64))))
+        yardstick.append(list(arrays(plain(case, dtype))))
+    for actual_part, expected_part, yardstick_part in zip(
+        *(zip(*parts, strict=True) for parts in (actual, expected, yardstick)), strict=True
+    ):
+        assert_within_budget(actual_part, expected_part, yardstick_part, dtype)
+
+
+def arrays(tensors: Sequence[Tensor]) -> Iterator[Array]:
+    for tensor in tensors:
+        yield np.asarray(tensor.detach().cpu().double().numpy())
