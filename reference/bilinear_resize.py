@@ -21,8 +21,8 @@ def interpolation_taps(in_size: int, out_size: int) -> tuple[NDArray[np.int64], 
     (array([0, 0, 1]), array([0. , 0.5, 0. ]))
     """
     step = (in_size - 1) / (out_size - 1) if out_size > 1 else 0.0
-    position = np.arange(out_size) * step
-    lower = np.minimum(position.astype(np.int64), in_size - 1)
+    position = np.arange(out_size, dtype=np.float64) * step
+    lower: NDArray[np.int64] = np.minimum(position.astype(np.int64), in_size - 1)
     return lower, position - lower
 
 

@@ -263,7 +263,9 @@ def plane_product(x: NormedMap, rows: Tensor, columns: Tensor) -> Tensor:
     n, channels, height, width = x.raw.shape
     columns_t = columns.T.contiguous()
     out = x.raw.new_empty(n, channels, rows.shape[0], columns.shape[0])
-    _call("plane_product", out, _map(x, x.raw), rows, columns, columns_t, n, height, width, rows.shape[0], columns.shape[0], out)
+    _call(
+        "plane_product", out, _map(x, x.raw), rows, columns, columns_t, n, height, width, rows.shape[0], columns.shape[0], out
+    )
     return out
 
 
