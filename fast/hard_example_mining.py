@@ -17,8 +17,8 @@ from reference.upsampled_cross_entropy import IGNORE_INDEX
 def mined_share(share: float, iteration: int, iterations: int) -> float:
     """The share at `iteration`, which falls from 1 to `share` over `iterations`; from the start if that is 0.
 
-    >>> mined_share(0.25, 40, 100)
-    0.7
+    >>> mined_share(0.5, 2, 4)
+    0.75
     """
     progress = min(1.0, iteration / iterations) if iterations > 0 else 1.0
     return progress * share + 1 - progress

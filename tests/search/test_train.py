@@ -15,6 +15,7 @@ from torch import nn
 import search.train
 import search.training_run
 from fast.backbone import plain_backbone
+from fast.batch_norm import recompute_statistics
 from fast.checkpoint import load_network, save_network
 from fast.decoder import Decoder
 from fast.dense_prediction_cell import DensePredictionCell
@@ -47,6 +48,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TrainSettings:
         torch.manual_seed(0)
         names = open_dataset("camvid", "val", data_dir).class_names
         network = small_network(len(names))
+        # Statistics and a classifier with which the scores depend on the picture, also with frozen norms.
+        recompute_statistics(network, [torch.rand(4, 3, 33, 33) * 255])
+        nn.init.normal_(network.head.classifier.weight, std=0.3)
         nn.init.constant_(network.head.classifier.bias[:4], 2.0)  # type: ignore[index]  # the four classes that occur
         save_network(folder / "init.safetensors", network, class_names=names)
     return TrainSettings(
@@ -243,7 +247,7 @@ def test_a_broken_picture_is_named(tiny: TrainSettings, tmp_path: Path, workers:
 
 
 def test_frozen_norms_keep_their_statistics_and_learn_the_rest(tiny: TrainSettings, tmp_path: Path) -> None:
-    search.train.main(replace(tiny, out=tmp_path, frozen_batch_norm=True))
+    search.train.main(replace(tiny, out=tmp_path, frozen_batch_norm=True, learning_rate=0.01))
     assert tiny.init is not None
     before, after = (load_network(path)[0].state_dict() for path in (tiny.init, tmp_path / "last.safetensors"))
     statistics = [key for key in before if "running_" in key or "num_batches" in key]
@@ -258,8 +262,13 @@ def test_accumulation_is_the_whole_batch(tiny: TrainSettings, tmp_path: Path) ->
     curves = []
     for accumulate in (1, 2, 4):
         directory = tmp_path / str(accumulate)
-        search.train.main(replace(tiny, out=directory, frozen_batch_norm=True, dropout=0.0, accumulate=accumulate))
+        changes: dict[str, Any] = {"frozen_batch_norm": True, "learning_rate": 0.01, "dropout": 0.0, "accumulate": accumulate}
+        search.train.main(replace(tiny, out=directory, **changes))
         curves.append(losses(directory))
+    weight = "backbone.body.layers.0.weight"
+    assert tiny.init is not None
+    before, after = (load_network(path)[0].state_dict()[weight] for path in (tiny.init, tmp_path / "1" / "last.safetensors"))
+    assert (after - before).abs().max() > 1e-3 * before.abs().max()  # gradients reach the first layer
     # the same sums in another order: float32, over 8 steps that carry the difference on
     assert curves[1] == pytest.approx(curves[0], rel=1e-5)
     assert curves[2] == pytest.approx(curves[0], rel=1e-5)
