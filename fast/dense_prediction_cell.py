@@ -88,6 +88,8 @@ def decays(module: nn.Module) -> dict[str, bool]:
     """Which parameters carry weight decay, by name: all but depthwise weights, batch norms and biases (deeplab's rule)."""
     exempt = {name for name, child in module.named_modules() if isinstance(child, nn.BatchNorm2d)}
     exempt |= {f"{name}.depthwise" for name, child in module.named_modules() if isinstance(child, _SeparableBranch)}
+    convolutions = {name: child for name, child in module.named_modules() if isinstance(child, nn.Conv2d)}
+    exempt |= {name for name, conv in convolutions.items() if 1 < conv.groups == conv.in_channels}  # a backbone's depthwise
     return {
         name: not name.endswith(".bias") and name.rpartition(".")[0] not in exempt for name, _ in module.named_parameters()
     }
