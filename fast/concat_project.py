@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fast.batch_norm import MOMENTUM
 from fast.kernels import Dropout, NormedMap, backend_for
-from fast.lazy_norm import Pointwise, conv_norm, dense, frozen, is_inference, value
+from fast.lazy_norm import Pointwise, check_shapes, conv_norm, dense, frozen, is_inference, value
 from fast.pointwise_conv import lazy_conv1x1
 from reference.pointwise_conv import ConvNorm
 
@@ -38,6 +38,7 @@ def lazy_concat_project(
     raw = branches[0].raw
     if backend := backend_for(raw):
         if dropout_rate == 0.0 and is_inference(*branches, weights, training=training):
+            check_shapes(Pointwise(), branches, weights.weight)
             maps = [dense(branch, backend) for branch in branches]
             return NormedMap(backend.pointwise_inference(maps, weights.weight.contiguous(), frozen(weights.norm, raw)))
         dropout = draw_dropout(dropout_rate, raw.device) if dropout_rate > 0.0 else None

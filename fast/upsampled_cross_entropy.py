@@ -22,12 +22,20 @@ def upsampled_cross_entropy(logits: Tensor, labels: Tensor, *, ignore_index: int
 
     Computed in float32, or in float64 if the logits are. Differentiable once.
     """
-    if logits.shape[0] != labels.shape[0]:
-        raise ValueError(f"{logits.shape[0]} images have logits, {labels.shape[0]} have labels")
+    check_labels(logits, labels)
     precise = logits if logits.dtype == torch.float64 else logits.float()
     with torch.autocast(logits.device.type, enabled=False):  # its products would be rounded to bf16
         loss: Tensor = _UpsampledCrossEntropy.apply(precise, labels, ignore_index)
     return loss
+
+
+def check_labels(logits: Tensor, labels: Tensor) -> None:
+    """Raises ValueError unless labels: (N, H, W) belong to logits: (N, K, h, w), on one device."""
+    if logits.ndim != 4 or labels.ndim != 3 or logits.shape[0] != labels.shape[0] or logits.device != labels.device:
+        raise ValueError(
+            f"logits: (N, K, h, w) and labels: (N, H, W) on one device are needed, got {tuple(logits.shape)} on "
+            f"{logits.device}, {tuple(labels.shape)} on {labels.device}"
+        )
 
 
 class _UpsampledCrossEntropy(torch.autograd.Function):

@@ -164,6 +164,7 @@ def backend_for(x: Tensor) -> Backend | None:
     if not isinstance(chosen, str):
         return chosen
     traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    traced = traced or torch._C._functorch.peek_interpreter_stack() is not None  # torch.func, vmap
     if traced or type(x) not in (Tensor, torch.nn.Parameter) or x.numel() == 0:
         return None
     if x.device.type == "cuda" and x.dtype in (torch.float32, torch.float16, torch.bfloat16):
