@@ -57,7 +57,8 @@ def test_picture_and_label_stay_in_step(height: int, width: int, seed: int) -> N
     image = np.repeat(100 * label[..., None], 3, axis=2)
     picture, classes = draw(Augmentation((33, 49), MEAN), image, label, seed)
     shown = classes != IGNORE_INDEX
-    assert np.all(np.abs(picture[shown] - 100.0 * classes[shown][:, None]) <= 100 + 1e-3)
+    # The nearest of four neighbours has a weight of at least 1/4; the others are at most 200 grey values away.
+    assert np.all(np.abs(picture[shown] - 100.0 * classes[shown][:, None]) <= 150 + 1e-3)
     flat = shown & np.all(np.isin(picture, (0.0, 100.0, 200.0)), axis=2)
     # Between two classes a blurred pixel can have a third one's grey by chance, at seams alone.
     assert np.mean(picture[flat][:, 0] == 100.0 * classes[flat]) > 0.8
