@@ -48,5 +48,10 @@ def lazy_concat_project(
 
 
 def draw_dropout(rate: float, device: torch.device) -> Dropout:
-    """A new mask, for kernels: its seed is drawn on the device, so that a captured graph draws one at each replay."""
+    """A new mask, for kernels: its seed is drawn on the device, so that a captured graph draws one at each replay.
+
+    Raises ValueError unless 0 < rate < 1: kept elements grow by 1 / (1 - rate).
+    """
+    if not 0.0 < rate < 1.0:
+        raise ValueError(f"a dropout rate must be at least 0 and below 1, got {rate}")
     return Dropout(rate, torch.randint(2**63 - 1, (1,), device=device))

@@ -21,7 +21,7 @@ def upsampled_confusion_matrix(logits: Tensor, labels: Tensor, *, ignore_index: 
 
     By kernels, or one image at a time: full-size logits of a batch never exist.
     """
-    check_labels(logits, labels)
+    check_labels(logits, labels, ignore_index)
     if backend := backend_for(logits):
         precise = logits if logits.dtype == torch.float64 else logits.float()
         return backend.upsampled_confusion_matrix(precise.contiguous(), labels, ignore_index)

@@ -150,7 +150,10 @@ _chosen: ContextVar[Backend | str | None] = ContextVar("chosen_backend", default
 
 @contextlib.contextmanager
 def using(backend: Backend | None) -> Iterator[None]:
-    """These kernels whatever the device, or with None the library's operations: to compare, or to differentiate twice."""
+    """These kernels whatever the device, or with None the library's operations: to compare, or to differentiate twice.
+
+    Holds in this context alone: a thread that is started inside chooses by device again.
+    """
     token = _chosen.set(backend)
     try:
         yield
