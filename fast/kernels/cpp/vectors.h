@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -20,8 +21,9 @@ constexpr int VECTOR_BYTES = 64, MR = 14;  // 28 of 32 registers accumulate
 constexpr int VECTOR_BYTES = 32, MR = 6;  // 12 of 16 registers accumulate
 #endif
 constexpr int NV = 2;                             // vectors in a tile's row
-constexpr long K_BLOCK = 256, COLUMN_PANELS = 6;  // a packed block of both operands fits the L2 cache
-constexpr long WEIGHT_PARTS = 16;                 // at least as many tasks share the sum of a weight's gradient
+constexpr long K_BLOCK = 256;                     // a tile of the left operand and as many rows of the right fit the L1 cache
+constexpr long FORWARD_PANELS = 6, BACKWARD_PANELS = 12;  // tiles side by side: blocks of all operands fit the L2 cache
+constexpr long WEIGHT_PARTS = 16;  // so many tasks share the sum of a weight's gradient, and at most twice as many
 
 template <class T>
 using V __attribute__((vector_size(VECTOR_BYTES))) = T;
