@@ -18,6 +18,7 @@ template <class T, long A_ROW, long A_DEPTH>
 __attribute__((noinline)) void multiply_tile(long kc, const T* __restrict a, const T* __restrict b, long b_stride, T* c, long c_stride, bool add) {
     V<T> acc[MR][NV] = {};
     for (int i = 0; i < MR; i++) __builtin_prefetch(c + i * c_stride, 1), __builtin_prefetch(c + i * c_stride + NR<T> - 1, 1);
+#pragma GCC unroll 4
     for (long k = 0; k < kc; k++, a += A_DEPTH, b += b_stride) {
         const V<T> b0 = load(b), b1 = load(b + L<T>);
 #pragma GCC unroll 16
@@ -79,16 +80,20 @@ void multiply_span(const Packed<T>& left, long block, long kc, const T* rows, lo
                                             add, left.rows - i, size - j);
 }
 
-// Rows of `panels` tiles lie an odd number of cache lines apart: a column of tiles then falls into all sets of the L1 cache.
+// Rows of a span lie an odd number of cache lines apart: a column of tiles then falls into all sets of the L1 cache.
 template <class T>
-constexpr long row_stride(long panels) { return panels * NR<T> + 64 / long(sizeof(T)); }
+constexpr long ROW_STRIDE = LONG_SPAN * NR<T> + 64 / long(sizeof(T));
 
 // `size` positions, cut into `count` spans of tiles that differ by one tile at most.
 template <class T>
 struct Spans {
     long size, panels, count;
     Spans(long size, long count) : size(size), panels(ceil_div(size, NR<T>)), count(count) {}
-    static Spans of_at_most(long panels, long size) { return {size, ceil_div(ceil_div(size, NR<T>), panels)}; }
+    static Spans longest(long size) { return {size, ceil_div(ceil_div(size, NR<T>), LONG_SPAN)}; }
+    static Spans for_tasks(long size, long wanted) {  // as long as so many allow
+        const long panels = ceil_div(size, NR<T>);
+        return {size, std::max(ceil_div(panels, LONG_SPAN), std::min(wanted, ceil_div(panels, SHORT_SPAN)))};
+    }
     long start(long i) const { return std::min(size, panels * i / count * NR<T>); }
 };
 
@@ -120,10 +125,10 @@ struct Concat {  // several maps as one, and the dropout on it
 template <class T>
 void pointwise_forward(const Map<T>* maps, long map_count, const T* weight, long out_channels, long n, long size,
                        Dropout dropout, const T* scale, const T* offset, T* out, T* mean, T* var, int threads) {
-    constexpr long STRIDE = row_stride<T>(FORWARD_PANELS);
+    constexpr long STRIDE = ROW_STRIDE<T>;
     const Concat<T> x(maps, map_count, size, dropout);
     const Packed<T> packed(weight, out_channels, x.channels, x.channels, 1, threads);
-    const Spans<T> spans = Spans<T>::of_at_most(FORWARD_PANELS, size);
+    const Spans<T> spans = Spans<T>::for_tasks(size, ceil_div(FORWARD_TASKS, n));
     std::vector<Moments> moments(mean ? n * spans.count * out_channels : 0);
 #pragma omp parallel num_threads(threads)
     {
@@ -191,13 +196,13 @@ struct Parts {
     Spans<T> pieces;        // of an image
     Parts(long n, long size)
         : n(n), images(ceil_div(n, 2 * WEIGHT_PARTS)), count(0),
-          pieces(size, std::min(ceil_div(WEIGHT_PARTS, n), ceil_div(size, BACKWARD_PANELS * NR<T>))) {
+          pieces(size, std::min(ceil_div(WEIGHT_PARTS, n), ceil_div(size, LONG_SPAN * NR<T>))) {
         count = ceil_div(n, images) * pieces.count;
     }
     template <class Visit>
     void each_span(long part, Visit visit) const {
         const long begin = pieces.start(part % pieces.count), size = pieces.start(part % pieces.count + 1) - begin;
-        const Spans<T> spans = Spans<T>::of_at_most(BACKWARD_PANELS, size);
+        const Spans<T> spans = Spans<T>::longest(size);
         const long first_image = part / pieces.count * images;
         for (long image = first_image; image < std::min(n, first_image + images); image++)
             for (long i = 0; i < spans.count; i++)
@@ -208,13 +213,13 @@ struct Parts {
 // What one thread holds of a span of positions: the gradient by rows, the same transposed, and rows of a map's value.
 template <class T>
 struct SpanOfGradient {
-    static constexpr long STRIDE = row_stride<T>(BACKWARD_PANELS), CHUNK = 16 * MR;
+    static constexpr long STRIDE = ROW_STRIDE<T>, CHUNK = 16 * MR;
     std::vector<T> buffer;
     T *rows, *transposed, *values;
     explicit SpanOfGradient(long out_channels) {
         const long padded = ceil_div(out_channels, NR<T>) * NR<T>;
-        rows = scratch(buffer, padded * STRIDE + padded * BACKWARD_PANELS * NR<T> + CHUNK * STRIDE);
-        transposed = rows + padded * STRIDE, values = transposed + padded * BACKWARD_PANELS * NR<T>;
+        rows = scratch(buffer, padded * STRIDE + padded * LONG_SPAN * NR<T> + CHUNK * STRIDE);
+        transposed = rows + padded * STRIDE, values = transposed + padded * LONG_SPAN * NR<T>;
     }
     void read(const Gradient<T>& grad, long out_channels, long image, long first, long length, long size) {
         for (long j = 0; j < out_channels; j += NR<T>) {
@@ -294,12 +299,15 @@ void pointwise_backward(const Concat<T>& x, Gradient<T> grad, const T* weight, l
             });
         }
     }
-#pragma omp parallel for num_threads(threads)
-    for (long c = 0; c < x.channels; c++) {
-        for (long o = 0; o < out_channels; o++) {
-            double total = 0;
-            for (long part = 0; part < parts.count; part++) total += sums[part * weights + c * out_channels + o];
-            grad_weight[o * x.channels + c] = T(total);
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<double> total(out_channels);
+#pragma omp for
+        for (long c = 0; c < x.channels; c++) {
+            std::fill(total.begin(), total.end(), 0.0);
+            for (long part = 0; part < parts.count; part++)
+                for (long o = 0; o < out_channels; o++) total[o] += sums[part * weights + c * out_channels + o];
+            for (long o = 0; o < out_channels; o++) grad_weight[o * x.channels + c] = T(total[o]);
         }
     }
     std::vector<T> all_scales(x.channels), all_offsets(x.channels);

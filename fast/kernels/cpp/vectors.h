@@ -22,7 +22,8 @@ constexpr int VECTOR_BYTES = 32, MR = 6;  // 12 of 16 registers accumulate
 #endif
 constexpr int NV = 2;                             // vectors in a tile's row
 constexpr long K_BLOCK = 256;                     // a tile of the left operand and as many rows of the right fit the L1 cache
-constexpr long FORWARD_PANELS = 6, BACKWARD_PANELS = 12;  // tiles side by side: blocks of all operands fit the L2 cache
+constexpr long LONG_SPAN = 16, SHORT_SPAN = 6;    // tiles side by side: blocks of both operands fit the L2 cache
+constexpr long FORWARD_TASKS = 64;                // long spans are quicker, if there are so many; shorter ones keep threads busy
 constexpr long WEIGHT_PARTS = 16;  // so many tasks share the sum of a weight's gradient, and at most twice as many
 
 template <class T>
