@@ -34,6 +34,15 @@ inline void prefetch(const T* row, long size) {
 }
 constexpr long ROWS_AHEAD = 8;
 
+// Calls of(x) for the first place x of each vector of a row. The last one overlaps the one before, where a row is long enough:
+// what is stored there is stored twice, so that the row must not be read from where it is written.
+template <class T, class Of>
+inline void each_vector(long size, Of of) {
+    long x = 0;
+    for (; x + L<T> <= size; x += L<T>) of(x);
+    if (x < size) of(size - L<T>);
+}
+
 template <class T>
 inline void normalise_row(T* out, const T* raw, const T* scale, const T* offset, long c, long size) {
     if (!scale) {
