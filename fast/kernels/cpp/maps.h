@@ -50,10 +50,13 @@ inline void normalise_row(T* out, const T* raw, const T* scale, const T* offset,
         return;
     }
     const T a = scale[c], b = offset[c];
-    for (long i = 0; i < size; i++) {
-        const T y = a * raw[i] + b;
-        out[i] = y < 0 ? T(0) : y;  // so that NaN stays NaN
-    }
+    const auto value = [=](auto x, auto zero) {
+        const auto y = a * x + b;
+        return y < zero ? zero : y;  // so that NaN stays NaN
+    };
+    if (size < L<T> || out == raw)
+        for (long i = 0; i < size; i++) out[i] = value(raw[i], T(0));
+    else each_vector<T>(size, [&](long i) { store(out + i, value(load(raw + i), V<T>{})); });
 }
 
 template <class T>
@@ -65,7 +68,10 @@ inline void gradient_row(T* out, const Gradient<T>& g, long start, long c, long 
         return;
     }
     const T p = g.slope[c], q = g.intercept[c];
-    for (long i = 0; i < size; i++) out[i] = g.grad[start + i] + (p * g.raw[start + i] + q);
+    const T *grad = g.grad + start, *raw = g.raw + start;
+    if (size < L<T>)
+        for (long i = 0; i < size; i++) out[i] = grad[i] + (p * raw[i] + q);
+    else each_vector<T>(size, [&](long i) { store(out + i, load(grad + i) + (p * load(raw + i) + q)); });
 }
 
 // From the gradient of a value to that of its raw map, in place; adds what scale and offset get.

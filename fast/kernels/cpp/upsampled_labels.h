@@ -93,7 +93,8 @@ struct Strip {
     Strip(const Axis& x, long classes, long longest)
         : padded(ceil_div(x.out_size, L<T>) * L<T>), classes(classes), columns(x), fraction(x.fraction, x.fraction + x.out_size),
           targets(longest * padded, -1) {
-        top = scratch(buffer, 4 * classes * padded);
+        fraction.resize(x.out_size + L<T>);  // a vector from the last column
+        top = scratch(buffer, 4 * classes * padded + L<T>);
         std::fill(top, top + 4 * classes * padded, T(0));
         step = top + classes * padded, grad_top = step + classes * padded, grad_bottom = grad_top + classes * padded;
         powers = reinterpret_cast<V<T>*>(scratch(vectors, 4 * classes * L<T>));
@@ -155,19 +156,22 @@ struct Strip {
                 grad_bottom[place] -= f;
             }
     }
-    // The way back from one row's gradient in full width: (K, padded) -> (K, w).
+    // The way back from one row's gradient in full width: (K, padded) -> (K, w). Vectors past a logit's columns are masked.
     void narrow(T* out, const T* grad, long w) const {
         std::fill(out, out + classes * w, T(0));
+        Mask<T> lane;
+        for (int l = 0; l < L<T>; l++) lane[l] = l;
         for (long k = 0; k < classes; k++)
             for (long j = 0; j < w; j++) {
-                T left = 0, right = 0;
-#pragma omp simd reduction(+ : left, right)
-                for (long i = columns.begin[j]; i < columns.begin[j + 1]; i++) {
-                    right += fraction[i] * grad[k * padded + i];
-                    left += grad[k * padded + i];
+                V<T> all{}, right{};
+                for (long i = columns.begin[j]; i < columns.begin[j + 1]; i += L<T>) {
+                    const V<T> g = lane < Lane<T>(columns.begin[j + 1] - i) ? load(grad + k * padded + i) : V<T>{};
+                    right += load(&fraction[i]) * g;
+                    all += g;
                 }
-                out[k * w + j] += left - right;
-                out[k * w + std::min(j + 1, w - 1)] += right;
+                const T to_right = sum<T>(right);
+                out[k * w + j] += sum<T>(all) - to_right;
+                out[k * w + std::min(j + 1, w - 1)] += to_right;
             }
     }
     Mask<T> target(long y, long x) const {

@@ -48,9 +48,13 @@ inline void store(T* p, Vector v) {
     std::memcpy(p, &v, sizeof v);
 }
 template <class T>
-inline T sum(V<T> v) {
-    T total = 0;
-    for (int i = 0; i < L<T>; i++) total += v[i];
-    return total;
+inline T sum(V<T> v) {  // halves, then quarters, ...: short chains of additions
+    T part[L<T>];
+    store(part, v);
+#pragma GCC unroll 4
+    for (int size = L<T> / 2; size > 0; size /= 2)
+#pragma GCC unroll 16
+        for (int i = 0; i < size; i++) part[i] += part[i + size];
+    return part[0];
 }
 inline long ceil_div(long a, long b) { return (a + b - 1) / b; }
