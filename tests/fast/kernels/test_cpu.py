@@ -264,8 +264,8 @@ def plain_upsampled_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(wide, labels, ignore_index=255)
 
 
-def test_sums_of_weight_gradients_are_few_whatever_the_batch() -> None:
-    """Each part of a sum is as large as the weight: 40 images need no more of them than 32, and give the same gradient."""
+def test_images_of_a_large_batch_share_parts_of_the_weight_gradient() -> None:
+    """A part is as large as the weight, so beyond 32 images several add to one."""
     x, grad = (torch.randn(40, 16, 2, 2, generator=torch.Generator().manual_seed(seed)) for seed in range(2))
     weight = torch.ones(16, 16, 1, 1)
     _, grad_weight = cpu.pointwise_backward(grad, grad, None, [NormedMap(x)], weight, None, need_input=[False])
