@@ -32,7 +32,8 @@ memory_format = torch.contiguous_format
 
 _SOURCES = Path(__file__).with_name("cpp")
 _FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
-_OPTIONAL_FLAGS = [["-march=native", "-ffp-contract=fast"], ["-fopenmp"]]  # not every compiler and system has them
+_VECTORS, _THREADS = ["-march=native", "-ffp-contract=fast"], ["-fopenmp"]  # not every compiler and system has them
+_OPTIONAL_FLAGS = [[*_VECTORS, *_THREADS], _VECTORS, _THREADS, []]  # the first that compile are used
 _SUFFIX = {torch.float32: "f32", torch.float64: "f64", torch.uint8: "u8", torch.int64: "i64"}
 
 
@@ -441,10 +442,15 @@ def _compiled(compiler: str) -> Path:
 
 
 def _compile(compiler: str, path: Path) -> None:
+    """With as many of the optional flags as the compiler accepts; a warning names those that it does not."""
     command = [*compiler.split(), *_FLAGS, str(_SOURCES / "kernels.cpp"), "-o", str(path)]
-    wanted = [flag for flags in _OPTIONAL_FLAGS for flag in flags]
-    if subprocess.run([*command, *wanted], capture_output=True).returncode != 0:
-        subprocess.run(command, check=True, capture_output=True, text=True)
+    for flags in _OPTIONAL_FLAGS:
+        run = subprocess.run([*command, *flags], check=not flags, capture_output=True, text=True)
+        if run.returncode == 0:
+            break
+    missing = [flag for flag in _OPTIONAL_FLAGS[0] if flag not in flags]
+    if missing:
+        warnings.warn(f"{compiler} compiles the C++ kernels only without {' '.join(missing)}: they are slower", stacklevel=2)
 
 
 def _processor() -> str:

@@ -113,7 +113,8 @@ def cell_gradients_kernel(
             loss += tl.where(labelled, surprise, 0.0)
             count += labelled.to(tl.int32)
             grad = exp_z * (1.0 / total)[None, :] - is_label.to(tl.float32)
-            grad = tl.where(labelled[None, :], grad, 0.0)
+            grad *= labelled.to(tl.float32)[None, :]  # not where: NaN stays NaN at ignored pixels, as in PyTorch
+            grad = tl.where(mask_x[None, :], grad, 0.0)
             grad_top += grad * (1.0 - fy)
             grad_bottom += grad * fy
         g00 += tl.sum(grad_top * (1.0 - fx), axis=1)

@@ -24,9 +24,8 @@
     EXPORT void pointwise_backward_##SUFFIX(const Gradient<T>* grad, const Map<T>* maps, long count, const T* weight,           \
                                             long out_channels, long n, long size, double rate, uint64_t seed,                   \
                                             const MapGradient<T>* grad_maps, T* grad_weight, int threads) {                     \
-        const Concat<T> x(maps, count, size, {rate, seed});                                                                     \
-        pointwise_backward_input(x, *grad, weight, out_channels, n, grad_maps, threads);                                        \
-        pointwise_backward_weight(x, *grad, out_channels, n, grad_weight, threads);                                             \
+        pointwise_backward<T>({maps, count, size, {rate, seed}}, *grad, weight, out_channels, n, grad_maps, grad_weight,        \
+                              threads);                                                                                         \
     }                                                                                                                           \
     EXPORT void normalise_##SUFFIX(const Map<T>* x, long n, long size, double rate, uint64_t seed, long first, long channels,   \
                                    T* out, int threads) {                                                                       \

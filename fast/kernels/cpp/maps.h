@@ -34,6 +34,15 @@ inline void prefetch(const T* row, long size) {
 }
 constexpr long ROWS_AHEAD = 8;
 
+// Calls of(x) for the first place x of each vector of a row. The last one overlaps the one before, where a row is long enough:
+// what is stored there is stored twice, so that the row must not be read from where it is written.
+template <class T, class Of>
+inline void each_vector(long size, Of of) {
+    long x = 0;
+    for (; x + L<T> <= size; x += L<T>) of(x);
+    if (x < size) of(size - L<T>);
+}
+
 template <class T>
 inline void normalise_row(T* out, const T* raw, const T* scale, const T* offset, long c, long size) {
     if (!scale) {
@@ -41,10 +50,13 @@ inline void normalise_row(T* out, const T* raw, const T* scale, const T* offset,
         return;
     }
     const T a = scale[c], b = offset[c];
-    for (long i = 0; i < size; i++) {
-        const T y = a * raw[i] + b;
-        out[i] = y < 0 ? T(0) : y;  // so that NaN stays NaN
-    }
+    const auto value = [=](auto x, auto zero) {
+        const auto y = a * x + b;
+        return y < zero ? zero : y;  // so that NaN stays NaN
+    };
+    if (size < L<T> || out == raw)
+        for (long i = 0; i < size; i++) out[i] = value(raw[i], T(0));
+    else each_vector<T>(size, [&](long i) { store(out + i, value(load(raw + i), V<T>{})); });
 }
 
 template <class T>
@@ -56,7 +68,10 @@ inline void gradient_row(T* out, const Gradient<T>& g, long start, long c, long 
         return;
     }
     const T p = g.slope[c], q = g.intercept[c];
-    for (long i = 0; i < size; i++) out[i] = g.grad[start + i] + (p * g.raw[start + i] + q);
+    const T *grad = g.grad + start, *raw = g.raw + start;
+    if (size < L<T>)
+        for (long i = 0; i < size; i++) out[i] = grad[i] + (p * raw[i] + q);
+    else each_vector<T>(size, [&](long i) { store(out + i, load(grad + i) + (p * load(raw + i) + q)); });
 }
 
 // From the gradient of a value to that of its raw map, in place; adds what scale and offset get.

@@ -5,25 +5,32 @@
 // statistics are taken of rows that are still in the cache.
 //
 // At 8×256×49×49 → 256 channels on two cores with AVX2 (Zen 3), peak 184 GFLOP/s. The library's product alone: 27 ms.
-//   forward   packed blocks 23 ms; statistics in one pass, tiles of the output prefetched 17 ms
+//   forward   packed blocks 23 ms; statistics in one pass, tiles of the output prefetched 17 ms; rows read where they were
+//             normalised instead of packed panels, loop unrolled, longer spans: 0.87 of that
 //   weight    products along positions, summed across vectors at the end 32 ms; both operands transposed while packing 24 ms
 //   input     of five concatenated maps: each map by itself 180 ms; the gradient packed once for all 106 ms
+//   both      one after the other 43 ms, of five maps 227 ms; both from one visit, the gradient alone transposed 38 and 205 ms;
+//             loop unrolled, sums over parts by rows 35 and 176 ms
+// The compiler must keep a tile's two vectors of the right operand in registers: inlined it read them twelve times from memory,
+// which cost a third, so multiply_tile is not inlined. No gain: fetching the next operands into the L2 cache during a product,
+// huge pages, twice as many parts.
 
 #pragma once
 
 #include "maps.h"
 
-// c (MR × NR) = or += a (kc × MR) · b (kc × NR), both packed.
-template <class T>
-inline void multiply_tile(long kc, const T* __restrict a, const T* __restrict b, T* c, long c_stride, bool add) {
+// c (MR × NR) = or += a (MR × kc) · b (kc × NR). Element (i, k) of a lies at i · A_ROW + k · A_DEPTH; a row of b is NR values.
+template <class T, long A_ROW, long A_DEPTH>
+__attribute__((noinline)) void multiply_tile(long kc, const T* __restrict a, const T* __restrict b, long b_stride, T* c, long c_stride, bool add) {
     V<T> acc[MR][NV] = {};
     for (int i = 0; i < MR; i++) __builtin_prefetch(c + i * c_stride, 1), __builtin_prefetch(c + i * c_stride + NR<T> - 1, 1);
-    for (long k = 0; k < kc; k++, a += MR, b += NR<T>) {
+#pragma GCC unroll 4
+    for (long k = 0; k < kc; k++, a += A_DEPTH, b += b_stride) {
         const V<T> b0 = load(b), b1 = load(b + L<T>);
 #pragma GCC unroll 16
         for (int i = 0; i < MR; i++) {
-            acc[i][0] += a[i] * b0;
-            acc[i][1] += a[i] * b1;
+            acc[i][0] += a[i * A_ROW] * b0;
+            acc[i][1] += a[i * A_ROW] * b1;
         }
     }
 #pragma GCC unroll 16
@@ -34,12 +41,13 @@ inline void multiply_tile(long kc, const T* __restrict a, const T* __restrict b,
         }
 }
 
-// The same where only rows × columns of the tile exist; `edge` holds MR × NR values.
-template <class T>
-inline void multiply_clipped_tile(long kc, const T* a, const T* b, T* c, long c_stride, bool add, long rows, long columns,
-                                  T* edge) {
-    if (rows >= MR && columns >= NR<T>) return multiply_tile(kc, a, b, c, c_stride, add);
-    multiply_tile(kc, a, b, edge, NR<T>, false);
+// The same where only rows × columns of the tile exist.
+template <class T, long A_ROW, long A_DEPTH>
+inline void multiply_clipped_tile(long kc, const T* a, const T* b, long b_stride, T* c, long c_stride, bool add, long rows,
+                                  long columns) {
+    if (rows >= MR && columns >= NR<T>) return multiply_tile<T, A_ROW, A_DEPTH>(kc, a, b, b_stride, c, c_stride, add);
+    alignas(VECTOR_BYTES) T edge[MR * NR<T>];
+    multiply_tile<T, A_ROW, A_DEPTH>(kc, a, b, b_stride, edge, NR<T>, false);
     for (long y = 0; y < std::min<long>(rows, MR); y++)
         for (long x = 0; x < std::min(columns, NR<T>); x++)
             c[y * c_stride + x] = edge[y * NR<T> + x] + (add ? c[y * c_stride + x] : T(0));
@@ -68,41 +76,30 @@ struct Packed {
     }
 };
 
+// out (left.rows × size) = or += left[:, block .. block + kc] · rows (kc × size)
 template <class T>
-struct Product {  // a left operand, and where its product with some columns goes: (rows × columns), any row stride
-    const Packed<T>* left;
-    T* out;
-};
-
-// The products of several left operands with the same `size` columns; `fill(row, k)` writes row k of these columns.
-template <class T, class Fill>
-void multiply_columns(const std::vector<Product<T>>& products, long depth, long size, long stride, std::vector<T>& buffer,
-                      Fill fill) {
-    const long panels = ceil_div(size, NR<T>), padded = panels * NR<T>;
-    T* packed = scratch(buffer, K_BLOCK * padded + padded + MR * NR<T>);
-    T *row = packed + K_BLOCK * padded, *edge = row + padded;
-    std::memset(row, 0, padded * sizeof(T));
-    for (long block = 0; block < depth; block += K_BLOCK) {
-        const long kc = std::min(K_BLOCK, depth - block);
-        for (long k = 0; k < kc; k++) {
-            fill(row, block + k);
-            for (long j = 0; j < panels; j++)
-                std::memcpy(packed + j * kc * NR<T> + k * NR<T>, row + j * NR<T>, NR<T> * sizeof(T));
-        }
-        for (const Product<T>& product : products)
-            for (long j = 0; j < panels; j++)
-                for (long i = 0; i < product.left->rows; i += MR)
-                    multiply_clipped_tile(kc, product.left->tile(block, i / MR), packed + j * kc * NR<T>,
-                                          product.out + i * stride + j * NR<T>, stride, block > 0, product.left->rows - i,
-                                          size - j * NR<T>, edge);
-    }
+void multiply_span(const Packed<T>& left, long block, long kc, const T* rows, long row_stride, long size, T* out, long stride,
+                   bool add) {
+    for (long j = 0; j < size; j += NR<T>)
+        for (long i = 0; i < left.rows; i += MR)
+            multiply_clipped_tile<T, 1, MR>(kc, left.tile(block, i / MR), rows + j, row_stride, out + i * stride + j, stride,
+                                            add, left.rows - i, size - j);
 }
 
-// The positions of a plane, cut into equal spans of at most COLUMN_PANELS panels.
+// Rows of a span lie an odd number of cache lines apart: a column of tiles then falls into all sets of the L1 cache.
+template <class T>
+constexpr long ROW_STRIDE = LONG_SPAN * NR<T> + 64 / long(sizeof(T));
+
+// `size` positions, cut into `count` spans of tiles that differ by one tile at most.
 template <class T>
 struct Spans {
     long size, panels, count;
-    explicit Spans(long size) : size(size), panels(ceil_div(size, NR<T>)), count(ceil_div(panels, COLUMN_PANELS)) {}
+    Spans(long size, long count) : size(size), panels(ceil_div(size, NR<T>)), count(count) {}
+    static Spans longest(long size) { return {size, ceil_div(ceil_div(size, NR<T>), LONG_SPAN)}; }
+    static Spans for_tasks(long size, long wanted) {  // as long as so many allow
+        const long panels = ceil_div(size, NR<T>);
+        return {size, std::max(ceil_div(panels, LONG_SPAN), std::min(wanted, ceil_div(panels, SHORT_SPAN)))};
+    }
     long start(long i) const { return std::min(size, panels * i / count * NR<T>); }
 };
 
@@ -134,20 +131,25 @@ struct Concat {  // several maps as one, and the dropout on it
 template <class T>
 void pointwise_forward(const Map<T>* maps, long map_count, const T* weight, long out_channels, long n, long size,
                        Dropout dropout, const T* scale, const T* offset, T* out, T* mean, T* var, int threads) {
+    constexpr long STRIDE = ROW_STRIDE<T>;
     const Concat<T> x(maps, map_count, size, dropout);
     const Packed<T> packed(weight, out_channels, x.channels, x.channels, 1, threads);
-    const Spans<T> spans(size);
+    const Spans<T> spans = Spans<T>::for_tasks(size, ceil_div(FORWARD_TASKS, n));
     std::vector<Moments> moments(mean ? n * spans.count * out_channels : 0);
 #pragma omp parallel num_threads(threads)
     {
         std::vector<T> buffer;
+        T* rows = scratch(buffer, K_BLOCK * STRIDE);
 #pragma omp for schedule(dynamic)
         for (long task = 0; task < n * spans.count; task++) {
             const long image = task / spans.count, first = spans.start(task % spans.count);
             const long length = spans.start(task % spans.count + 1) - first;
             T* c = out + image * out_channels * size + first;
-            multiply_columns<T>({{&packed, c}}, x.channels, length, size, buffer,
-                                [&](T* row, long k) { x.row(row, image, k, first, length); });
+            for (long block = 0; block < x.channels; block += K_BLOCK) {
+                const long kc = std::min(K_BLOCK, x.channels - block);
+                for (long k = 0; k < kc; k++) x.row(rows + k * STRIDE, image, block + k, first, length);
+                multiply_span(packed, block, kc, rows, STRIDE, length, c, size, block > 0);
+            }
             if (mean)
                 for (long i = 0; i < out_channels; i++) moments[task * out_channels + i] = row_moments(c + i * size, length);
             if (scale)
@@ -155,59 +157,6 @@ void pointwise_forward(const Map<T>* maps, long map_count, const T* weight, long
         }
     }
     if (mean) combine_moments(moments, n * spans.count, out_channels, mean, var, threads);
-}
-
-// Gradients of the maps of a concatenation: Wᵀ · gradient, back through dropout and norm.
-template <class T>
-void pointwise_backward_input(const Concat<T>& x, Gradient<T> grad, const T* weight, long out_channels, long n,
-                              const MapGradient<T>* grad_maps, int threads) {
-    const long size = x.size;
-    const Spans<T> spans(size);
-    std::vector<Packed<T>> packed;
-    std::vector<long> wanted, begin(x.count);
-    for (long m = 0, channel = 0; m < x.count; channel += x.maps[m++].channels) {
-        begin[m] = channel;
-        if (!grad_maps[m].raw) continue;
-        wanted.push_back(m);
-        packed.emplace_back(weight + channel, x.maps[m].channels, out_channels, 1, x.channels, threads);
-    }
-    std::vector<double> scales(n * spans.count * x.channels), offsets(scales.size());
-#pragma omp parallel num_threads(threads)
-    {
-        std::vector<T> buffer;
-        std::vector<Product<T>> products(wanted.size());
-#pragma omp for schedule(dynamic)
-        for (long task = 0; task < n * spans.count; task++) {
-            const long image = task / spans.count, first = spans.start(task % spans.count);
-            const long length = spans.start(task % spans.count + 1) - first;
-            for (size_t i = 0; i < wanted.size(); i++)
-                products[i] = {&packed[i], grad_maps[wanted[i]].raw + image * packed[i].rows * size + first};
-            multiply_columns(products, out_channels, length, size, buffer, [&](T* row, long k) {
-                gradient_row(row, grad, (image * out_channels + k) * size + first, k, length, size);
-            });
-            for (const Product<T>& product : products) {
-                const long m = wanted[&product - products.data()];
-                const Map<T>& map = x.maps[m];
-                for (long i = 0; i < map.channels; i++) {
-                    T* row = product.out + i * size;
-                    if (map.scale) prefetch(map.raw + (image * map.channels + i + ROWS_AHEAD) * size + first, length);
-                    dropout_row(row, x.dropout, uint64_t(image * x.channels + begin[m] + i), first, length);
-                    if (map.scale)
-                        normalise_row_backward(row, map.raw + (image * map.channels + i) * size + first, map.scale[i],
-                                               map.offset[i], length, &scales[task * x.channels + begin[m] + i],
-                                               &offsets[task * x.channels + begin[m] + i]);
-                }
-            }
-        }
-    }
-    std::vector<T> all_scales(x.channels), all_offsets(x.channels);
-    add_parts(scales, n * spans.count, x.channels, all_scales.data());
-    add_parts(offsets, n * spans.count, x.channels, all_offsets.data());
-    for (long m : wanted)
-        if (x.maps[m].scale) {
-            std::copy_n(&all_scales[begin[m]], x.maps[m].channels, grad_maps[m].scale);
-            std::copy_n(&all_offsets[begin[m]], x.maps[m].channels, grad_maps[m].offset);
-        }
 }
 
 template <class T, size_t... I>
@@ -234,64 +183,145 @@ inline void transpose(V<T>* rows) {  // L × L
     }
 }
 
-// to[p · width + i] = rows[i · stride + p], zero for rows beyond `count`. A row's last vector may be read, and the last
-// position's written, beyond the length: both buffers have room, and what is written there is written again or never read.
+// to[p · NR + i] = rows[i · stride + p], zero for rows beyond `count`. A row's last vector may be read beyond the length.
 template <class T>
-void pack_transposed(T* to, const T* rows, long stride, long count, long width, long length) {
-    constexpr long GROUPS = 2;  // of L rows: MR and NR are at most 2 · L
-    static_assert(MR <= GROUPS * L<T> && NR<T> <= GROUPS * L<T>);
-    for (long p = 0; p < length; p += L<T>) {
-        V<T> block[GROUPS][L<T>];
-        for (long g = 0; g * L<T> < width; g++) {
-            for (long i = 0; i < L<T>; i++)
-                block[g][i] = g * L<T> + i < count ? load(rows + (g * L<T> + i) * stride + p) : V<T>{};
-            transpose<T>(block[g]);
+void pack_transposed(T* to, const T* rows, long stride, long count, long length) {
+    for (long p = 0; p < length; p += L<T>)
+        for (long g = 0; g < NV; g++) {
+            V<T> block[L<T>];
+            for (long i = 0; i < L<T>; i++) block[i] = g * L<T> + i < count ? load(rows + (g * L<T> + i) * stride + p) : V<T>{};
+            transpose<T>(block);
+            for (long l = 0; l < std::min<long>(L<T>, length - p); l++) store(to + (p + l) * NR<T> + g * L<T>, block[l]);
         }
-        for (long l = 0; l < std::min<long>(L<T>, length - p); l++)
-            for (long g = 0; g * L<T> < width; g++) store(to + (p + l) * width + g * L<T>, block[g][l]);
+}
+
+// Who adds up which positions of which images: so many parts that threads have work, so few that their sums fit in memory.
+template <class T>
+struct Parts {
+    long n, images, count;  // images of a part
+    Spans<T> pieces;        // of an image
+    Parts(long n, long size)
+        : n(n), images(ceil_div(n, 2 * WEIGHT_PARTS)), count(0),
+          pieces(size, std::min(ceil_div(WEIGHT_PARTS, n), ceil_div(size, LONG_SPAN * NR<T>))) {
+        count = ceil_div(n, images) * pieces.count;
+    }
+    template <class Visit>
+    void each_span(long part, Visit visit) const {
+        const long begin = pieces.start(part % pieces.count), size = pieces.start(part % pieces.count + 1) - begin;
+        const Spans<T> spans = Spans<T>::longest(size);
+        const long first_image = part / pieces.count * images;
+        for (long image = first_image; image < std::min(n, first_image + images); image++)
+            for (long i = 0; i < spans.count; i++)
+                visit(image, begin + spans.start(i), spans.start(i + 1) - spans.start(i));
+    }
+};
+
+// What one thread holds of a span of positions: the gradient by rows, the same transposed, and rows of a map's value.
+template <class T>
+struct SpanOfGradient {
+    static constexpr long STRIDE = ROW_STRIDE<T>, CHUNK = 16 * MR;
+    std::vector<T> buffer;
+    T *rows, *transposed, *values;
+    explicit SpanOfGradient(long out_channels) {
+        const long padded = ceil_div(out_channels, NR<T>) * NR<T>;
+        rows = scratch(buffer, padded * STRIDE + padded * LONG_SPAN * NR<T> + CHUNK * STRIDE);
+        transposed = rows + padded * STRIDE, values = transposed + padded * LONG_SPAN * NR<T>;
+    }
+    void read(const Gradient<T>& grad, long out_channels, long image, long first, long length, long size) {
+        for (long j = 0; j < out_channels; j += NR<T>) {
+            const long count = std::min(NR<T>, out_channels - j);
+            for (long k = j; k < j + count; k++)
+                gradient_row(rows + k * STRIDE, grad, (image * out_channels + k) * size + first, k, length, size);
+            pack_transposed(transposed + j * length, rows + j * STRIDE, STRIDE, count, length);
+        }
+    }
+};
+
+// Wᵀ · gradient: what a map gets, back through dropout and norm.
+template <class T>
+void map_gradient(const Concat<T>& x, const SpanOfGradient<T>& grad, const Packed<T>& weight, long m, long begin, long image,
+                  long first, long length, T* out, double* scales, double* offsets) {
+    const Map<T>& map = x.maps[m];
+    out += image * map.channels * x.size + first;
+    for (long block = 0; block < weight.depth; block += K_BLOCK)
+        multiply_span(weight, block, std::min(K_BLOCK, weight.depth - block), grad.rows + block * grad.STRIDE, grad.STRIDE,
+                      length, out, x.size, block > 0);
+    for (long i = 0; i < map.channels; i++) {
+        T* row = out + i * x.size;
+        const T* raw = map.raw + (image * map.channels + i) * x.size + first;
+        if (map.scale) prefetch(raw + ROWS_AHEAD * x.size, length);
+        dropout_row(row, x.dropout, uint64_t(image * x.channels + begin + i), first, length);
+        if (map.scale)
+            normalise_row_backward(row, raw, map.scale[i], map.offset[i], length, &scales[begin + i], &offsets[begin + i]);
     }
 }
 
-// Σ over images and positions of gradient (rows: output channels) times value (rows: input channels), by parts of an image.
+// sums (channels × out_channels) = or += value · gradientᵀ, for channels `begin` and on
 template <class T>
-void pointwise_backward_weight(const Concat<T>& x, Gradient<T> grad, long out_channels, long n, T* grad_weight, int threads) {
-    const long size = x.size, tiles = ceil_div(out_channels, MR), weights = out_channels * x.channels;
-    const long pieces = std::min(ceil_div(WEIGHT_PARTS, n), ceil_div(size, K_BLOCK));
-    std::vector<T> partial(n * pieces * weights);
+void weight_gradient(const Concat<T>& x, const SpanOfGradient<T>& grad, long begin, long channels, long out_channels,
+                     long image, long first, long length, T* sums, bool add) {
+    constexpr long STRIDE = SpanOfGradient<T>::STRIDE, CHUNK = SpanOfGradient<T>::CHUNK;
+    for (long chunk = 0; chunk < channels; chunk += CHUNK) {
+        const long count = std::min(CHUNK, channels - chunk);
+        for (long i = 0; i < count; i++) x.row(grad.values + i * STRIDE, image, begin + chunk + i, first, length);
+        for (long j = 0; j < out_channels; j += NR<T>)
+            for (long i = 0; i < count; i += MR)
+                multiply_clipped_tile<T, STRIDE, 1>(length, grad.values + i * STRIDE, grad.transposed + j * length, NR<T>,
+                                                    sums + (begin + chunk + i) * out_channels + j, out_channels, add,
+                                                    count - i, out_channels - j);
+    }
+}
+
+// Gradients of the maps of a concatenation and of the weight: both read the gradient and the maps, so both are made at once.
+template <class T>
+void pointwise_backward(const Concat<T>& x, Gradient<T> grad, const T* weight, long out_channels, long n,
+                        const MapGradient<T>* grad_maps, T* grad_weight, int threads) {
+    const Parts<T> parts(n, x.size);
+    const long weights = out_channels * x.channels;
+    std::vector<long> begin(x.count);
+    std::vector<Packed<T>> packed;
+    for (long m = 0, channel = 0; m < x.count; channel += x.maps[m++].channels) {
+        begin[m] = channel;
+        packed.emplace_back(weight + channel, grad_maps[m].raw ? x.maps[m].channels : 0, out_channels, 1, x.channels, threads);
+    }
+    std::vector<double> scales(parts.count * x.channels), offsets(scales.size());
+    const std::unique_ptr<T[]> sums(new T[parts.count * weights]);  // (part, channel, output channel), not initialised
 #pragma omp parallel num_threads(threads)
     {
-        std::vector<T> buffer;
-        T* left = scratch(buffer, (tiles * MR + 2 * NR<T> + MR) * K_BLOCK + MR * NR<T> + L<T>);
-        T *right = left + tiles * MR * K_BLOCK + L<T>, *rows = right + NR<T> * K_BLOCK, *edge = rows + NR<T> * K_BLOCK;
+        SpanOfGradient<T> span(out_channels);
 #pragma omp for schedule(dynamic)
-        for (long task = 0; task < n * pieces; task++) {
-            const long image = task / pieces, end = size * (task % pieces + 1) / pieces;
-            for (long first = size * (task % pieces) / pieces; first < end; first += K_BLOCK) {
-                const long length = std::min(K_BLOCK, end - first);
-                for (long tile = 0; tile < tiles; tile++) {
-                    const long count = std::min<long>(MR, out_channels - tile * MR);
-                    for (long i = 0; i < count; i++) {
-                        const long c = tile * MR + i;
-                        gradient_row(rows + i * K_BLOCK, grad, (image * out_channels + c) * size + first, c, length, size);
-                    }
-                    pack_transposed(left + tile * MR * length, rows, K_BLOCK, count, MR, length);
+        for (long part = 0; part < parts.count; part++) {
+            bool add = false;
+            parts.each_span(part, [&](long image, long first, long length) {
+                span.read(grad, out_channels, image, first, length, x.size);
+                for (long m = 0; m < x.count; m++) {
+                    if (grad_maps[m].raw)
+                        map_gradient(x, span, packed[m], m, begin[m], image, first, length, grad_maps[m].raw,
+                                     &scales[part * x.channels], &offsets[part * x.channels]);
+                    weight_gradient(x, span, begin[m], x.maps[m].channels, out_channels, image, first, length,
+                                    &sums[part * weights], add);
                 }
-                for (long j = 0; j < x.channels; j += NR<T>) {
-                    const long count = std::min(NR<T>, x.channels - j);
-                    for (long i = 0; i < count; i++) x.row(rows + i * K_BLOCK, image, j + i, first, length);
-                    pack_transposed(right, rows, K_BLOCK, count, NR<T>, length);
-                    for (long tile = 0; tile < tiles; tile++)
-                        multiply_clipped_tile(length, left + tile * MR * length, right,
-                                              &partial[task * weights + tile * MR * x.channels + j], x.channels, true,
-                                              out_channels - tile * MR, count, edge);
-                }
-            }
+                add = true;
+            });
         }
     }
-#pragma omp parallel for num_threads(threads)
-    for (long i = 0; i < weights; i++) {
-        double total = 0;
-        for (long part = 0; part < n * pieces; part++) total += partial[part * weights + i];
-        grad_weight[i] = T(total);
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<double> total(out_channels);
+#pragma omp for
+        for (long c = 0; c < x.channels; c++) {
+            std::fill(total.begin(), total.end(), 0.0);
+            for (long part = 0; part < parts.count; part++)
+                for (long o = 0; o < out_channels; o++) total[o] += sums[part * weights + c * out_channels + o];
+            for (long o = 0; o < out_channels; o++) grad_weight[o * x.channels + c] = T(total[o]);
+        }
     }
+    std::vector<T> all_scales(x.channels), all_offsets(x.channels);
+    add_parts(scales, parts.count, x.channels, all_scales.data());
+    add_parts(offsets, parts.count, x.channels, all_offsets.data());
+    for (long m = 0; m < x.count; m++)
+        if (grad_maps[m].raw && x.maps[m].scale) {
+            std::copy_n(&all_scales[begin[m]], x.maps[m].channels, grad_maps[m].scale);
+            std::copy_n(&all_offsets[begin[m]], x.maps[m].channels, grad_maps[m].offset);
+        }
 }

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -20,8 +21,10 @@ constexpr int VECTOR_BYTES = 64, MR = 14;  // 28 of 32 registers accumulate
 constexpr int VECTOR_BYTES = 32, MR = 6;  // 12 of 16 registers accumulate
 #endif
 constexpr int NV = 2;                             // vectors in a tile's row
-constexpr long K_BLOCK = 256, COLUMN_PANELS = 6;  // a packed block of both operands fits the L2 cache
-constexpr long WEIGHT_PARTS = 16;                 // at least as many tasks share the sum of a weight's gradient
+constexpr long K_BLOCK = 256;                     // a tile of the left operand and as many rows of the right fit the L1 cache
+constexpr long LONG_SPAN = 16, SHORT_SPAN = 6;    // tiles side by side: blocks of both operands fit the L2 cache
+constexpr long FORWARD_TASKS = 64;                // long spans are quicker, if there are so many; shorter ones keep threads busy
+constexpr long WEIGHT_PARTS = 16;  // so many tasks share the sum of a weight's gradient, and at most twice as many
 
 template <class T>
 using V __attribute__((vector_size(VECTOR_BYTES))) = T;
@@ -45,9 +48,13 @@ inline void store(T* p, Vector v) {
     std::memcpy(p, &v, sizeof v);
 }
 template <class T>
-inline T sum(V<T> v) {
-    T total = 0;
-    for (int i = 0; i < L<T>; i++) total += v[i];
-    return total;
+inline T sum(V<T> v) {  // halves, then quarters, ...: short chains of additions
+    T part[L<T>];
+    store(part, v);
+#pragma GCC unroll 4
+    for (int size = L<T> / 2; size > 0; size /= 2)
+#pragma GCC unroll 16
+        for (int i = 0; i < size; i++) part[i] += part[i + size];
+    return part[0];
 }
 inline long ceil_div(long a, long b) { return (a + b - 1) / b; }

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import fast.kernels
@@ -214,6 +215,64 @@ def test_variance_survives_an_outlier_in_the_first_place() -> None:
     assert torch.allclose(moments.var.double(), x.double().var(dim=(0, 2, 3), correction=0), rtol=1e-3)  # float32 sums
 
 
+@pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "library"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_nan_under_ignored_labels_is_as_pytorchs(dtype: torch.dtype, kernels: bool) -> None:
+    """The loss is that of the labelled pixels, the gradient NaN: cross_entropy(ignore_index) does the same.
+
+    The library's operations upsample by dense products, which spread the NaN over the image: the loss is NaN as well.
+    """
+    logits = torch.randn(2, 5, 6, 7, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    logits[1, 2, 1, 2] = torch.nan
+    labels = torch.randint(0, 5, (2, 21, 25), generator=torch.Generator().manual_seed(1))
+    labels[1, :12, :16] = 255  # every pixel that reads the NaN
+    results = []
+    for loss_of in (upsampled_cross_entropy, plain_upsampled_cross_entropy):
+        given = logits.clone().requires_grad_()
+        with using(cpu if kernels else None):
+            loss = loss_of(given, labels)
+        loss.backward()  # type: ignore[no-untyped-call]
+        assert given.grad is not None
+        results.append((loss.item(), given.grad))
+    (loss, grad), (expected, expected_grad) = results
+    # float32 sums of 800 pixels
+    assert loss == pytest.approx(expected if kernels else torch.nan, rel=1e-6, nan_ok=not kernels)
+    assert torch.isnan(grad[1, 2, 1, 2])
+    assert torch.isnan(expected_grad[1, 2, 1, 2])
+    assert torch.isfinite(grad[0]).all()
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0, 1000.0])
+def test_loss_where_neighbouring_logits_are_far_apart(scale: float) -> None:
+    """Between two rows that prefer other classes by far, all logits lie far below a straight line through the largest."""
+    logits = scale * torch.randn(2, 5, 6, 7, generator=torch.Generator().manual_seed(0))
+    labels = torch.randint(0, 5, (2, 21, 25), generator=torch.Generator().manual_seed(1))
+    results = []
+    for given, backend in ((logits, cpu), (logits.double(), None), (logits, None)):
+        leaf = given.clone().requires_grad_()
+        with using(backend):
+            loss = upsampled_cross_entropy(leaf, labels)
+        loss.backward()  # type: ignore[no-untyped-call]
+        assert leaf.grad is not None
+        results.append(joined([loss.detach(), leaf.grad]))
+    for actual, expected, yardstick in zip(*results, strict=True):
+        assert_within_budget([actual], [expected], [yardstick], torch.float32)
+
+
+def plain_upsampled_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    wide = F.interpolate(logits, labels.shape[1:], mode="bilinear", align_corners=True)
+    return F.cross_entropy(wide, labels, ignore_index=255)
+
+
+def test_images_of_a_large_batch_share_parts_of_the_weight_gradient() -> None:
+    """A part is as large as the weight, so beyond 32 images several add to one."""
+    x, grad = (torch.randn(40, 16, 2, 2, generator=torch.Generator().manual_seed(seed)) for seed in range(2))
+    weight = torch.ones(16, 16, 1, 1)
+    _, grad_weight = cpu.pointwise_backward(grad, grad, None, [NormedMap(x)], weight, None, need_input=[False])
+    expected = torch.einsum("nohw,nchw->oc", grad.double(), x.double())
+    assert torch.allclose(grad_weight[:, :, 0, 0].double(), expected, atol=1e-4)  # 160 products of order 1 in float32
+
+
 def test_transforms_of_functions_use_the_library() -> None:
     x, weight = torch.randn(1, 3, 4, 4), torch.randn(2, 3, 1, 1)
     gradient = torch.func.grad(lambda w: pointwise_conv(x, w).square().sum())(weight)
@@ -246,6 +305,24 @@ def test_compiled_once_per_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert list((tmp_path / "dense-prediction-cell").iterdir()) == [library]
     monkeypatch.setattr(cpu, "_compile", lambda *arguments: pytest.fail("compiled again"))
     assert cpu._compiled("c++") == library
+
+
+@pytest.mark.parametrize(
+    ("refused", "kept"),
+    [("-fopenmp", ["-march=native", "-ffp-contract=fast"]), ("-march=native", ["-fopenmp"]), ("-fopenmp|-march=native", [])],
+)
+def test_a_flag_that_the_compiler_lacks_costs_no_other(tmp_path: Path, refused: str, kept: list[str]) -> None:
+    """A compiler that refuses a flag, and otherwise writes its arguments to the library's place."""
+    compiler, library = tmp_path / "compiler", tmp_path / "cpu.so"
+    compiler.write_text(
+        f'#!/bin/sh\nfor flag; do case "$flag" in {refused}) exit 1;; esac; done\necho "$@" > {library}\n', encoding="utf-8"
+    )
+    compiler.chmod(0o755)
+    missing = [flag for flag in ("-march=native", "-ffp-contract=fast", "-fopenmp") if flag not in kept]
+    with pytest.warns(UserWarning, match=f"only without {' '.join(missing)}: they are slower"):
+        cpu._compile(str(compiler), library)
+    given = library.read_text(encoding="utf-8").split()
+    assert [flag for flag in given if flag in ("-march=native", "-ffp-contract=fast", "-fopenmp")] == kept
 
 
 @pytest.mark.parametrize(

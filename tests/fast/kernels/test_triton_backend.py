@@ -435,6 +435,17 @@ def test_wrong_label_makes_the_loss_nan(label: int) -> None:
     assert triton_backend.upsampled_confusion_matrix(logits, labels, 255).sum() == 8
 
 
+def test_nan_under_ignored_labels_stays_in_the_gradient() -> None:
+    """As in PyTorch: the loss is that of the labelled pixels, but the gradient must not look sound."""
+    logits, labels = torch.zeros(1, 3, 3, 3, device=DEVICE), torch.zeros(1, 5, 5, dtype=torch.uint8, device=DEVICE)
+    logits[0, 1, 0, 0] = torch.nan
+    labels[0, :2, :2] = 255  # every pixel that reads the NaN
+    loss, grad = triton_backend.upsampled_cross_entropy(logits, labels, 255)
+    assert loss.item() == pytest.approx(np.log(3))
+    assert grad[0, 1, 0, 0].isnan()
+    assert torch.isfinite(grad[0, :, 2, 2]).all()
+
+
 @pytest.mark.parametrize("batch", [0, 1])
 def test_empty_maps(batch: int) -> None:
     """No image, or images without rows: empty maps, and gradients of weights that are 0."""
