@@ -20,7 +20,7 @@ from PIL import Image
 from reference.cell import Cell
 from search.cli import InputError, run_command
 from search.datasets import IGNORE_INDEX
-from search.diagram import INK, cell_svg, figure_svg, operation_label, receptive_field_svg
+from search.diagram import INK, cell_svg, figure_svg, operation_label, paths_svg
 from search.features import write_text
 from search.proxy import ProxyResult
 from search.study import Run, TrialRecord, load_run, ranked
@@ -166,7 +166,7 @@ def _drawings(best: Sequence[TrialRecord]) -> Iterator[dict[str, Any]]:
                 "is_worst": rank >= worst_from,
                 "record": record,
                 "diagram": Markup(cell_svg(record.cell)),
-                "field": Markup(receptive_field_svg(record.cell)),
+                "field": Markup(paths_svg(record.cell)),
             }
 
 
