@@ -222,7 +222,7 @@ def _draw_field(field: NDArray[np.float64], axes: Axes, floor: float, label: str
     bar.set_label(label, fontsize=FONT_SIZE, color=INK)
     bar.ax.tick_params(which="both", labelsize=FONT_SIZE - 1, colors=INK, length=2)
     bar.ax.minorticks_off()
-    bar.outline.set_visible(False)  # type: ignore[operator]  # annotated as if a list
+    bar.outline.set_visible(False)
     return bar
 
 

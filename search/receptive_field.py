@@ -160,7 +160,8 @@ class _Gated:
         up, across = (
             torch.from_numpy(interpolation_matrix(extent, x.shape[2])).float() for extent in (means.shape[2], means.shape[3])
         )
-        return up @ means @ across.T
+        resized: Tensor = up @ means @ across.T
+        return resized
 
     def _pointwise(self, x: Tensor, weights: ConvNorm[Tensor]) -> Tensor:
         return self._gate(F.conv2d(x, _plain(weights.weight)), weights.norm)

@@ -133,7 +133,7 @@ def test_drawn_fields_are_black_exactly_where_nothing_is_read() -> None:
     cell = load_cell("dpc")
     axes = Figure().add_subplot()
     draw_paths(cell, axes, BranchOptions(training=False, rate_multiplier=2))
-    drawn = np.ma.getmaskarray(axes.images[0].get_array())
+    drawn = np.ma.getmaskarray(np.ma.asarray(axes.images[0].get_array()))
     np.testing.assert_array_equal(~drawn, structural_receptive_field(cell, 65, BranchOptions(False, 2)) > 0)
 
 
@@ -143,7 +143,7 @@ def test_a_cell_that_hands_on_nothing_is_drawn_black() -> None:
         context.weights().projection.weight.zero_()
     axes = Figure().add_subplot()
     draw_effective_field(context, axes)
-    assert np.ma.getmaskarray(axes.images[0].get_array()).all()
+    assert np.ma.getmaskarray(np.ma.asarray(axes.images[0].get_array())).all()
 
 
 def test_svg_stands_alone_and_is_reproducible() -> None:
