@@ -1,5 +1,6 @@
 """The benchmark: `python bench/run.py`, from the repository's root (bench/README.md says how to read what it writes)."""
 
+import itertools
 import os
 import sys
 import tempfile
@@ -87,8 +88,15 @@ def run_plan(plan: Plan, results: Results, device: torch.device, rounds: int) ->
 
 
 def write(results: Results, out: Path) -> list[Path]:
-    """The CSV, the summary and the picture of a run; each is written aside, then renamed."""
+    """The CSV, the summary and the picture of a run; each is written aside, then renamed.
+
+    A second run of the same day and commit gets "-2" behind its name: none replaces another.
+    """
     stem = out / results.stem
+    for again in itertools.count(2):
+        if not stem.with_name(stem.name + ".csv").exists():
+            break
+        stem = out / results.stem.with_name(f"{results.stem.name}-{again}")
     paths = [stem.with_name(stem.name + suffix) for suffix in (".csv", ".md", ".png")]
     for path, writer in zip(paths, (write_csv, write_markdown, draw), strict=True):
         writer(path, results)

@@ -28,6 +28,7 @@ from bench.cases import (
 )
 from bench.costs import Cost, MapSize, cell_cost, loss_cost, pointwise_cost, sgd_cost
 from bench.plain_torch import PlainCell, PlainHead, PlainTrainStep, decayed, randomise
+from fast.dense_prediction_cell import DensePredictionCell
 from fast.segmentation import SegmentationHead
 from fast.train_step import Precision, TrainStep
 from reference.cell import Cell
@@ -195,12 +196,9 @@ class _ProxyWorkload(Workload):
 
 def _head_parameters(head: nn.Module) -> list[nn.Parameter]:
     """In the order of the reference's containers, then the classifier's."""
-    if isinstance(head, SegmentationHead):
-        cell_weights, classifier = head.context.weights(), head.classifier
-    else:
-        children = list(head.children())
-        cell_weights, classifier = cast(PlainCell, children[0]).weights(), cast(nn.Conv2d, children[1])
-    return cast(list[nn.Parameter], [*trainable(cell_weights), classifier.weight, classifier.bias])
+    context, classifier = head.children()
+    weights = cast(PlainCell | DensePredictionCell, context).weights()
+    return cast(list[nn.Parameter], [*trainable(weights), classifier.weight, classifier.bias])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from fast.batch_norm import MOMENTUM, batch_norm_relu
 from fast.kernels import NormedMap, backend_for
-from fast.lazy_norm import Depthwise, conv_norm, dense, frozen, is_inference, value
+from fast.lazy_norm import Depthwise, Pointwise, check_shapes, conv_norm, dense, frozen, is_inference, value
 from fast.pointwise_conv import lazy_conv1x1
 from reference.atrous_separable_conv import SeparableConv
 
@@ -31,6 +31,8 @@ def lazy_atrous_separable_conv(
     if backend := backend_for(x.raw):
         if is_inference(x, *weights, training=training):
             (depthwise, depthwise_norm), (pointwise, pointwise_norm) = weights
+            check_shapes(Depthwise(rate), [x], depthwise)
+            check_shapes(Pointwise(), [x], pointwise)
             norms = frozen(depthwise_norm, x.raw), frozen(pointwise_norm, x.raw)
             x = dense(x, backend)
             return NormedMap(

@@ -110,6 +110,39 @@ class Backbone(nn.Module):
         return digest.hexdigest()
 
 
+class PlainBody(nn.Module):
+    """Plain 3×3 convolutions with batch norm and ReLU; each of the first ones halves the map, up to `output_stride`."""
+
+    def __init__(self, channels: tuple[int, ...], output_stride: int) -> None:
+        super().__init__()
+        self.channels = channels
+        layers: list[nn.Module] = []
+        stride = 1
+        for in_channels, out_channels in zip((3, *channels), channels, strict=False):
+            step = 2 if stride < output_stride else 1
+            stride *= step
+            convolution = nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=step, padding=1, bias=False)
+            layers += [convolution, nn.BatchNorm2d(out_channels), nn.ReLU()]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        return [self.layers(images)]
+
+
+def plain_backbone(name: str, channels: tuple[int, ...], *, output_stride: int, low_level: bool = False) -> Backbone:
+    """A small backbone with a `PlainBody` of random weights, for images scaled to −1..1; its low-level map is the second."""
+    half = torch.full((3,), 127.5)
+    return Backbone(
+        name,
+        PlainBody(channels, output_stride),
+        channels=channels[-1],
+        output_stride=output_stride,
+        mean=half,
+        std=half,
+        low_level=LowLevel(channels[1], "layers.5") if low_level else None,
+    )
+
+
 def timm_backbone(
     name: str,
     *,

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fast.backbone import Backbone, timm_backbone
+from fast.backbone import Backbone, PlainBody, plain_backbone, timm_backbone
 from fast.decoder import Decoder
 from fast.dense_prediction_cell import DensePredictionCell
 from fast.segmentation import SegmentationHead, SegmentationNetwork
@@ -51,8 +51,8 @@ def save_network(
 ) -> None:
     """Write atomically; `source` says where the weights come from (training settings, a converted file, and so on).
 
-    Raises ValueError for a backbone that is not from timm, and so could not be built again from the file, and for class names
-    that are not as many as the classifier's classes.
+    Raises ValueError for a backbone that is neither from timm nor plain, and so could not be built again from the file, and
+    for class names that are not as many as the classifier's classes.
     """
     classes = network.head.classifier.out_channels
     if len(class_names) != classes:
@@ -109,6 +109,14 @@ def _build_head(description: dict[str, Any]) -> SegmentationHead:
 
 
 def _describe_backbone(backbone: Backbone) -> dict[str, Any]:
+    if isinstance(backbone.body, PlainBody):
+        return {
+            "name": backbone.name,
+            "output_stride": backbone.output_stride,
+            "plain_channels": backbone.body.channels,
+            "mean": backbone.mean.flatten().tolist(),
+            "std": backbone.std.flatten().tolist(),
+        }
     if not backbone.from_timm:
         raise ValueError(f"backbone {backbone.name} is not from timm, so a file could not tell how to build it again")
     return {
@@ -121,12 +129,13 @@ def _describe_backbone(backbone: Backbone) -> dict[str, Any]:
 
 
 def _build_backbone(description: dict[str, Any], *, low_level: bool) -> Backbone:
-    backbone = timm_backbone(
-        description["name"],
-        output_stride=description["output_stride"],
-        weights_origin=description["weights_origin"],
-        low_level=low_level,
-    )
+    name, output_stride = description["name"], description["output_stride"]
+    if "plain_channels" in description:
+        channels = tuple(description["plain_channels"])
+        backbone = plain_backbone(name, channels, output_stride=output_stride, low_level=low_level)
+    else:
+        origin = description["weights_origin"]
+        backbone = timm_backbone(name, output_stride=output_stride, weights_origin=origin, low_level=low_level)
     for buffer, values in ((backbone.mean, description["mean"]), (backbone.std, description["std"])):
         buffer.copy_(torch.tensor(values).view(1, 3, 1, 1))
     return backbone

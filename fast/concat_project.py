@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fast.batch_norm import MOMENTUM
 from fast.kernels import Dropout, NormedMap, backend_for
-from fast.lazy_norm import Pointwise, conv_norm, dense, frozen, is_inference, value
+from fast.lazy_norm import Pointwise, check_shapes, conv_norm, dense, frozen, is_inference, value
 from fast.pointwise_conv import lazy_conv1x1
 from reference.pointwise_conv import ConvNorm
 
@@ -38,6 +38,7 @@ def lazy_concat_project(
     raw = branches[0].raw
     if backend := backend_for(raw):
         if dropout_rate == 0.0 and is_inference(*branches, weights, training=training):
+            check_shapes(Pointwise(), branches, weights.weight)
             maps = [dense(branch, backend) for branch in branches]
             return NormedMap(backend.pointwise_inference(maps, weights.weight.contiguous(), frozen(weights.norm, raw)))
         dropout = draw_dropout(dropout_rate, raw.device) if dropout_rate > 0.0 else None
@@ -47,5 +48,10 @@ def lazy_concat_project(
 
 
 def draw_dropout(rate: float, device: torch.device) -> Dropout:
-    """A new mask, for kernels: its seed is drawn on the device, so that a captured graph draws one at each replay."""
+    """A new mask, for kernels: its seed is drawn on the device, so that a captured graph draws one at each replay.
+
+    Raises ValueError unless 0 < rate < 1: kept elements grow by 1 / (1 - rate).
+    """
+    if not 0.0 < rate < 1.0:
+        raise ValueError(f"a dropout rate must be at least 0 and below 1, got {rate}")
     return Dropout(rate, torch.randint(2**63 - 1, (1,), device=device))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fast.atrous_separable_conv import atrous_separable_conv
 from fast.bilinear_resize import bilinear_resize
-from fast.dense_prediction_cell import _ConvNorm, _SeparableBranch
+from fast.dense_prediction_cell import ConvNormLayer, SeparableBranch
 from fast.pointwise_conv import conv1x1
 
 OUTPUT_STRIDE = 4
@@ -32,15 +32,15 @@ class Decoder(nn.Module):
     def __init__(self, low_level_channels: int, *, channels: int = 256, projected_channels: int = LOW_LEVEL_CHANNELS) -> None:
         super().__init__()
         self.low_level_channels, self.channels, self.projected_channels = low_level_channels, channels, projected_channels
-        self.projection = _ConvNorm((projected_channels, low_level_channels, 1, 1))
+        self.projection = ConvNormLayer((projected_channels, low_level_channels, 1, 1))
         self.refinement = nn.ModuleList(
-            _SeparableBranch(in_channels, channels, (1, 1)) for in_channels in (channels + projected_channels, channels)
+            SeparableBranch(in_channels, channels, (1, 1)) for in_channels in (channels + projected_channels, channels)
         )
 
     def forward(self, context: Tensor, low_level: Tensor) -> Tensor:
         low = conv1x1(low_level, self.projection.weights(), **self.projection.mode())
         x = torch.cat((bilinear_resize(context, (low.shape[2], low.shape[3])), low), dim=1)  # (N, 256 + 48, H, W)
         for module in self.refinement:
-            branch = cast(_SeparableBranch, module)
+            branch = cast(SeparableBranch, module)
             x = atrous_separable_conv(x, branch.weights(), rate=branch.rate, **branch.pointwise.mode())
         return x

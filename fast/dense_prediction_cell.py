@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from fast.atrous_separable_conv import lazy_atrous_separable_conv
 from fast.batch_norm import MOMENTUM
 from fast.concat_project import lazy_concat_project
-from fast.kernels import NormedMap
-from fast.lazy_norm import value
+from fast.kernels import NormedMap, backend_for
+from fast.lazy_norm import dense, value
 from fast.pointwise_conv import lazy_conv1x1
 from fast.pyramid_pooling import lazy_pyramid_pooling
 from reference.atrous_separable_conv import SeparableConv
@@ -48,6 +48,8 @@ class DensePredictionCell(nn.Module):
         pooling_size: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
+        if not 0.0 <= dropout_rate < 1.0:
+            raise ValueError(f"dropout_rate must be at least 0 and below 1, got {dropout_rate}")
         self.cell = cell
         self.in_channels, self.branch_channels, self.cell_channels = in_channels, branch_channels, cell_channels
         self.output_stride = output_stride
@@ -59,7 +61,7 @@ class DensePredictionCell(nn.Module):
             channels = in_channels if branch.input_index == BACKBONE_FEATURE else branch_channels
             self.branches.append(_branch(branch.operation, channels, branch_channels, multiplier, pooling, pooling_size))
         self.dropout = nn.Dropout(dropout_rate)
-        self.projection = _ConvNorm((cell_channels, len(cell.branches) * branch_channels, 1, 1))
+        self.projection = ConvNormLayer((cell_channels, len(cell.branches) * branch_channels, 1, 1))
 
     def forward(self, features: Tensor) -> Tensor:
         return value(self.lazy(features))
@@ -68,7 +70,10 @@ class DensePredictionCell(nn.Module):
         """The output with its norm not yet applied, for whatever can apply it on load."""
         if features.ndim != 4 or features.shape[1] != self.in_channels:
             raise ValueError(f"cell needs features: (N, {self.in_channels}, H, W), got {tuple(features.shape)}")
-        maps = {BACKBONE_FEATURE: NormedMap(features)}
+        x = NormedMap(features)
+        if backend := backend_for(features):
+            x = dense(x, backend)  # here once, not in every branch that reads it
+        maps = {BACKBONE_FEATURE: x}
         for i, (branch, module) in enumerate(zip(self.cell.branches, self.branches, strict=True)):
             maps[i] = module(maps[branch.input_index])
         dropout_rate = self.dropout.p if self.dropout.training else 0.0
@@ -77,7 +82,7 @@ class DensePredictionCell(nn.Module):
 
     def weights(self) -> CellWeights[Tensor]:
         """The live parameters and statistics, in the reference's containers."""
-        branches = (cast(_Conv1x1Branch | _SeparableBranch, branch) for branch in self.branches)
+        branches = (cast(_Conv1x1Branch | SeparableBranch, branch) for branch in self.branches)
         return CellWeights(tuple(branch.weights() for branch in branches), self.projection.weights())
 
     def extra_repr(self) -> str:
@@ -87,7 +92,9 @@ class DensePredictionCell(nn.Module):
 def decays(module: nn.Module) -> dict[str, bool]:
     """Which parameters carry weight decay, by name: all but depthwise weights, batch norms and biases (deeplab's rule)."""
     exempt = {name for name, child in module.named_modules() if isinstance(child, nn.BatchNorm2d)}
-    exempt |= {f"{name}.depthwise" for name, child in module.named_modules() if isinstance(child, _SeparableBranch)}
+    exempt |= {f"{name}.depthwise" for name, child in module.named_modules() if isinstance(child, SeparableBranch)}
+    convolutions = {name: child for name, child in module.named_modules() if isinstance(child, nn.Conv2d)}
+    exempt |= {name for name, conv in convolutions.items() if 1 < conv.groups == conv.in_channels}  # a backbone's depthwise
     return {
         name: not name.endswith(".bias") and name.rpartition(".")[0] not in exempt for name, _ in module.named_parameters()
     }
@@ -106,7 +113,7 @@ def load_reference_weights(module: DensePredictionCell, weights: CellWeights[Arr
             tensor.copy_(torch.from_numpy(np.ascontiguousarray(array)))
 
 
-class _ConvNorm(nn.Module):
+class ConvNormLayer(nn.Module):
     """Holds the weights of a convolution and of its batch norm; the functions of `fast/` compute."""
 
     def __init__(self, shape: tuple[int, int, int, int], truncated_normal_std: float | None = None) -> None:
@@ -131,7 +138,7 @@ class _ConvNorm(nn.Module):
 class _Conv1x1Branch(nn.Module):
     def __init__(self, in_channels: int, channels: int) -> None:
         super().__init__()
-        self.pointwise = _ConvNorm((channels, in_channels, 1, 1))
+        self.pointwise = ConvNormLayer((channels, in_channels, 1, 1))
 
     def weights(self) -> ConvNorm[Tensor]:
         return self.pointwise.weights()
@@ -149,12 +156,14 @@ class _PoolingBranch(_Conv1x1Branch):
         return lazy_pyramid_pooling(x, self.weights(), **self.pooling, **self.pointwise.mode())
 
 
-class _SeparableBranch(nn.Module):
+class SeparableBranch(nn.Module):
+    """Holds the weights of an atrous separable convolution at a fixed rate."""
+
     def __init__(self, in_channels: int, channels: int, rate: tuple[int, int]) -> None:
         super().__init__()
         self.rate = rate
-        self.depthwise = _ConvNorm((in_channels, 1, 3, 3), truncated_normal_std=0.33)
-        self.pointwise = _ConvNorm((channels, in_channels, 1, 1), truncated_normal_std=0.06)
+        self.depthwise = ConvNormLayer((in_channels, 1, 3, 3), truncated_normal_std=0.33)
+        self.pointwise = ConvNormLayer((channels, in_channels, 1, 1), truncated_normal_std=0.06)
 
     def weights(self) -> SeparableConv[Tensor]:
         return SeparableConv(self.depthwise.weights(), self.pointwise.weights())
@@ -172,7 +181,7 @@ def _branch(
     pooling_size: tuple[int, int] | None,
 ) -> nn.Module:
     if operation.rate is not None:
-        return _SeparableBranch(in_channels, channels, (operation.rate[0] * multiplier, operation.rate[1] * multiplier))
+        return SeparableBranch(in_channels, channels, (operation.rate[0] * multiplier, operation.rate[1] * multiplier))
     if operation.grid_size is not None:
         return _PoolingBranch(in_channels, channels, grid_size=operation.grid_size, variant=variant, pooling_size=pooling_size)
     return _Conv1x1Branch(in_channels, channels)

@@ -54,10 +54,21 @@ def conv_norm(
     momentum: float = MOMENTUM,
 ) -> NormedMap:
     """A convolution and its norm with ReLU, not yet applied; without a norm the raw output alone."""
+    check_shapes(conv, maps, weight)
     training = norm is not None and uses_batch_statistics(maps[0].raw, training)
     tensors = [tensor for x in maps for tensor in dense(x, backend)]
     result: Any = _ConvNorm.apply(backend, conv, training, momentum, weight.contiguous(), *(norm or [None] * 4), *tensors)
     return NormedMap(*result) if norm else NormedMap(result)
+
+
+def check_shapes(conv: Depthwise | Pointwise, maps: Sequence[NormedMap], weight: Tensor) -> None:
+    """A kernel sees addresses alone. Raises ValueError where the weight or the maps' sizes do not fit."""
+    channels, sizes = sum(x.raw.shape[1] for x in maps), {(x.raw.shape[0], *x.raw.shape[2:]) for x in maps}
+    depthwise = isinstance(conv, Depthwise)
+    fits = weight.shape == (channels, 1, 3, 3) if depthwise else weight.ndim == 4 and weight.shape[1:] == (channels, 1, 1)
+    if not fits or len(sizes) != 1 or (isinstance(conv, Depthwise) and min(conv.rate) < 1):
+        shapes = [tuple(x.raw.shape) for x in maps]
+        raise ValueError(f"{conv} of maps {shapes} does not fit the weight {tuple(weight.shape)}")
 
 
 def is_inference(*tensors: Tensor | NormedMap | ConvNorm[Tensor], training: bool) -> bool:

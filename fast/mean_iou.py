@@ -5,6 +5,7 @@ from torch import Tensor
 
 from fast.bilinear_resize import bilinear_resize
 from fast.kernels import backend_for
+from fast.upsampled_cross_entropy import check_labels
 from reference.upsampled_cross_entropy import IGNORE_INDEX
 
 
@@ -20,6 +21,7 @@ def upsampled_confusion_matrix(logits: Tensor, labels: Tensor, *, ignore_index: 
 
     By kernels, or one image at a time: full-size logits of a batch never exist.
     """
+    check_labels(logits, labels, ignore_index)
     if backend := backend_for(logits):
         precise = logits if logits.dtype == torch.float64 else logits.float()
         return backend.upsampled_confusion_matrix(precise.contiguous(), labels, ignore_index)

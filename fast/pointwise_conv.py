@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fast.batch_norm import MOMENTUM, batch_norm_relu
 from fast.kernels import NormedMap, backend_for
-from fast.lazy_norm import Pointwise, conv_norm, dense, frozen, is_inference, value
+from fast.lazy_norm import Pointwise, check_shapes, conv_norm, dense, frozen, is_inference, value
 from reference.pointwise_conv import ConvNorm
 
 
@@ -34,6 +34,7 @@ def lazy_conv1x1(x: NormedMap, weights: ConvNorm[Tensor], *, training: bool, mom
     if backend := backend_for(x.raw):
         if is_inference(x, weights, training=training):
             weight, norm = weights
+            check_shapes(Pointwise(), [x], weight)
             return NormedMap(backend.pointwise_inference([dense(x, backend)], weight.contiguous(), frozen(norm, x.raw)))
         return conv_norm(backend, Pointwise(), [x], *weights, training=training, momentum=momentum)
     raw = pointwise_conv(x.raw, weights.weight)

@@ -6,18 +6,15 @@ a product of planes with small matrices, it makes the means, and the resize back
 
 import functools
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fast.batch_norm import MOMENTUM
-from fast.bilinear_resize import bilinear_resize
+from fast.bilinear_resize import bilinear_resize, constant, resize_matrix
 from fast.kernels import NormedMap, backend_for
 from fast.lazy_norm import plane_product, value
 from fast.pointwise_conv import lazy_conv1x1
-from reference.batch_norm import Array
-from reference.bilinear_resize import interpolation_matrix
 from reference.pointwise_conv import ConvNorm
 from reference.pyramid_pooling import PoolingVariant, pooling_matrix, window_size
 
@@ -59,11 +56,12 @@ def lazy_pyramid_pooling(
     pin_h, pin_w = pooling_size or (None, None)
     backend = backend_for(x.raw)
     if hasattr(backend, "plane_product"):  # means and resize are each a small matrix along either axis
-        rows = _pooling(size[0], grid_size[0], variant, pin_h, x.raw.dtype)
-        columns = _pooling(size[1], grid_size[1], variant, pin_w, x.raw.dtype)
+        like = (x.raw.dtype, x.raw.device)
+        rows = _pooling(size[0], grid_size[0], variant, pin_h, *like)
+        columns = _pooling(size[1], grid_size[1], variant, pin_w, *like)
         means = NormedMap(plane_product(backend, x, rows, columns))
         normed = lazy_conv1x1(means, weights, training=training, momentum=momentum)
-        rows, columns = (_resize(means.raw.shape[2 + i], size[i], x.raw.dtype) for i in range(2))
+        rows, columns = (resize_matrix(means.raw.shape[2 + i], size[i], *like) for i in range(2))
         return NormedMap(plane_product(backend, normed, rows, columns))
     if variant == "grid_cells":
         means = NormedMap(F.adaptive_avg_pool2d(value(x), grid_size))
@@ -80,15 +78,7 @@ def _sliding_means(x: Tensor, axis: int, grid: int, pooling_size: int | None) ->
 
 
 @functools.lru_cache(maxsize=256)
-def _pooling(size: int, grid: int, variant: PoolingVariant, pooling_size: int | None, dtype: torch.dtype) -> Tensor:
-    return _tensor(pooling_matrix(size, grid, variant=variant, pooling_size=pooling_size), dtype)
-
-
-@functools.lru_cache(maxsize=256)
-def _resize(in_size: int, out_size: int, dtype: torch.dtype) -> Tensor:
-    return _tensor(interpolation_matrix(in_size, out_size), dtype)
-
-
-def _tensor(matrix: Array, dtype: torch.dtype) -> Tensor:
-    with torch.inference_mode(False):  # a matrix first made in inference serves training too
-        return torch.from_numpy(np.ascontiguousarray(matrix)).to(dtype)
+def _pooling(
+    size: int, grid: int, variant: PoolingVariant, pooling_size: int | None, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    return constant(pooling_matrix(size, grid, variant=variant, pooling_size=pooling_size), dtype, device)

@@ -10,7 +10,22 @@ from fast.bilinear_resize import bilinear_resize
 from fast.decoder import OUTPUT_STRIDE as DECODER_STRIDE
 from fast.decoder import Decoder
 from fast.dense_prediction_cell import DensePredictionCell
+from fast.kernels import NormedMap
 from fast.pointwise_conv import lazy_pointwise_conv
+
+
+class Classifier(nn.Conv2d):
+    """A 1×1 convolution with bias that also reads a map whose norm is not yet applied."""
+
+    def __init__(self, channels: int, num_classes: int) -> None:
+        super().__init__(channels, num_classes, kernel_size=1)
+        self.bias: nn.Parameter  # as it was asked for
+        nn.init.trunc_normal_(self.weight, std=0.01, a=-0.02, b=0.02)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor | NormedMap) -> Tensor:
+        x = NormedMap(x) if isinstance(x, Tensor) else x
+        return lazy_pointwise_conv(x, self.weight) + self.bias[:, None, None]
 
 
 class SegmentationHead(nn.Module):
@@ -22,15 +37,12 @@ class SegmentationHead(nn.Module):
     def __init__(self, context: DensePredictionCell, num_classes: int) -> None:
         super().__init__()
         self.context = context
-        self.classifier = nn.Conv2d(context.cell_channels, num_classes, kernel_size=1)
-        nn.init.trunc_normal_(self.classifier.weight, std=0.01, a=-0.02, b=0.02)
-        nn.init.zeros_(self.classifier.bias)  # type: ignore[arg-type]  # as below
+        self.classifier = Classifier(context.cell_channels, num_classes)
 
     def forward(self, features: Tensor) -> Tensor:
-        logits = lazy_pointwise_conv(self.context.lazy(features), self.classifier.weight)
-        bias = self.classifier.bias
-        assert bias is not None  # a Conv2d built with a bias has one
-        return logits + bias[:, None, None]
+        hooked = self.context._forward_hooks or self.context._forward_pre_hooks  # these run, and see values
+        logits: Tensor = self.classifier(self.context(features) if hooked else self.context.lazy(features))
+        return logits
 
 
 class SegmentationNetwork(nn.Module):

@@ -62,6 +62,7 @@ class TrainStep:
         self._optimizer = torch.optim.SGD(groups, lr=self._rate, momentum=momentum, fused=True)
         self._calls = 0
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._stream: torch.cuda.Stream | None = None
         self._batch: tuple[Tensor, Tensor] | None = None  # where crops from the host arrive
         self._loss = torch.zeros((), device=self.device)
         head.train()
@@ -78,7 +79,7 @@ class TrainStep:
             self._iterate_on_side_stream()
         else:
             self._replay()
-        return self._loss
+        return self._loss.clone()
 
     def draw(self) -> tuple[Tensor, Tensor]:
         """Random crops: features (N, C, h, w) in the head's dtype, their labels (N, H, W), uint8, on its device."""
@@ -111,7 +112,7 @@ class TrainStep:
         self._loss.copy_(loss.detach())
 
     def _iterate_on_side_stream(self) -> None:
-        stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        stream = self._side_stream()
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             self._iterate()
@@ -119,11 +120,18 @@ class TrainStep:
 
     def _replay(self) -> None:
         if self._graph is None:
-            self._graph = torch.cuda.CUDAGraph()
+            graph = torch.cuda.CUDAGraph()
             self._optimizer.zero_grad(set_to_none=True)
-            with torch.cuda.graph(self._graph):
+            # The library's own stream for captures belongs to whichever device was first.
+            with torch.cuda.device(self.device), torch.cuda.graph(graph, stream=self._side_stream()):
                 self._iterate()
+            self._graph = graph
         self._graph.replay()
+
+    def _side_stream(self) -> torch.cuda.Stream:
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        return self._stream
 
     def _receive(self) -> None:
         """Draw a batch from features that do not fit the GPU into the place where the graph reads it."""
@@ -152,9 +160,9 @@ def _keep_freed_memory() -> None:
     """
     m_trim_threshold, m_mmap_threshold, one_gigabyte = -1, -3, 1 << 30  # malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
+    # Older versions refuse more than 32 MB; without this one the other would make things worse.
+    if mallopt is not None and (mallopt(m_mmap_threshold, one_gigabyte) or mallopt(m_mmap_threshold, 32 << 20)):
         mallopt(m_trim_threshold, one_gigabyte)
-        mallopt(m_mmap_threshold, one_gigabyte)
 
 
 def has_fast_bf16(device: torch.device) -> bool:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fast.bilinear_resize import resize_matrix
 from fast.kernels import backend_for
-from reference.bilinear_resize import interpolation_matrix
 from reference.upsampled_cross_entropy import IGNORE_INDEX
 
 BAND_BYTES = {"cpu": 1 << 22, "cuda": 1 << 28}  # of upsampled logits at a time: in a cache on CPU, in few launches on CUDA
@@ -22,12 +22,22 @@ def upsampled_cross_entropy(logits: Tensor, labels: Tensor, *, ignore_index: int
 
     Computed in float32, or in float64 if the logits are. Differentiable once.
     """
-    if logits.shape[0] != labels.shape[0]:
-        raise ValueError(f"{logits.shape[0]} images have logits, {labels.shape[0]} have labels")
+    check_labels(logits, labels, ignore_index)
     precise = logits if logits.dtype == torch.float64 else logits.float()
     with torch.autocast(logits.device.type, enabled=False):  # its products would be rounded to bf16
         loss: Tensor = _UpsampledCrossEntropy.apply(precise, labels, ignore_index)
     return loss
+
+
+def check_labels(logits: Tensor, labels: Tensor, ignore_index: int) -> None:
+    """Raises ValueError unless labels: (N, H, W) belong to logits: (N, K, h, w), on one device, and can hold ignore_index."""
+    if logits.ndim != 4 or labels.ndim != 3 or logits.shape[0] != labels.shape[0] or logits.device != labels.device:
+        raise ValueError(
+            f"logits: (N, K, h, w) and labels: (N, H, W) on one device are needed, got {tuple(logits.shape)} on "
+            f"{logits.device}, {tuple(labels.shape)} on {labels.device}"
+        )
+    if labels.dtype == torch.uint8 and not 0 <= ignore_index <= 255:
+        raise ValueError(f"uint8 labels cannot be ignore_index {ignore_index}: give 0 to 255, or labels as int64")
 
 
 class _UpsampledCrossEntropy(torch.autograd.Function):
@@ -49,7 +59,9 @@ class _UpsampledCrossEntropy(torch.autograd.Function):
 def _by_bands(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     """The mean loss and the gradient of the logits."""
     height, width = labels.shape[1:]
-    rows, columns = _matrix(logits, logits.shape[2], height), _matrix(logits, logits.shape[3], width)
+    rows, columns = (
+        resize_matrix(logits.shape[2 + i], (height, width)[i], logits.dtype, logits.device) for i in range(2)
+    )  # (H, h), (W, w)
     band = max(1, BAND_BYTES.get(logits.device.type, 1 << 22) // (logits.shape[1] * width * logits.element_size()))
     total, grad = logits.new_zeros((), dtype=torch.float64), torch.empty_like(logits)
     for n in range(logits.shape[0]):
@@ -79,7 +91,3 @@ def _softmax_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int) ->
     logits *= labelled / total
     logits.scatter_add_(0, target, -labelled[None].to(logits.dtype))
     return loss, logits
-
-
-def _matrix(like: Tensor, in_size: int, out_size: int) -> Tensor:
-    return torch.from_numpy(interpolation_matrix(in_size, out_size)).to(like.device, like.dtype)

@@ -25,18 +25,11 @@ from fast.dense_prediction_cell import DensePredictionCell
 from fast.segmentation import SegmentationHead, SegmentationNetwork
 from reference.cell import BACKBONE_FEATURE, CONV1X1, Branch, Cell, Operation
 from search.cli import InputError, run_command
+from search.datasets import cityscapes, pascal_voc
 from search.space import load_cell
 from search.tensor_bundle import TensorBundle
 
-_CITYSCAPES = (
-    "road, sidewalk, building, wall, fence, pole, traffic light, traffic sign, vegetation, terrain, sky, person, rider, car, "
-    "truck, bus, train, motorcycle, bicycle"
-)
-_VOC = (
-    "background, aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, diningtable, dog, horse, motorbike, "
-    "person, pottedplant, sheep, sofa, train, tvmonitor"
-)
-CLASS_NAMES = {19: tuple(_CITYSCAPES.split(", ")), 21: tuple(_VOC.split(", "))}  # the authors' data sets, by number of classes
+CLASS_NAMES = {len(names): names for names in (cityscapes.CLASS_NAMES, pascal_voc.CLASS_NAMES)}  # the authors' data sets
 
 _BACKBONES = {
     "MobilenetV2": "mobilenetv2_100",

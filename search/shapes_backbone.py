@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 from tqdm import trange
 
-from fast.backbone import Backbone
+from fast.backbone import Backbone, plain_backbone
 from fast.upsampled_cross_entropy import upsampled_cross_entropy
 from search.cli import InputError
 from search.datasets import Dataset, open_dataset
@@ -23,26 +23,12 @@ ITERATIONS = 120
 _BATCH = 8
 
 
-class _Body(nn.Module):
-    def __init__(self, output_stride: int) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        strides = (2, 2, 2, 2 if output_stride == 16 else 1, 1)
-        for in_channels, channels, stride in zip((3, *CHANNELS), CHANNELS, strides, strict=False):
-            convolution = nn.Conv2d(in_channels, channels, kernel_size=3, stride=stride, padding=1, bias=False)
-            layers += [convolution, nn.BatchNorm2d(channels), nn.ReLU()]
-        self.layers = nn.Sequential(*layers)
+def shapes_backbone(cache_dir: Path, output_stride: int, *, low_level: bool = False) -> Backbone:
+    """The trained backbone, from `cache_dir` if it was trained before. Raises InputError if that cannot be written.
 
-    def forward(self, images: Tensor) -> list[Tensor]:
-        return [self.layers(images)]
-
-
-def shapes_backbone(cache_dir: Path, output_stride: int) -> Backbone:
-    """The trained backbone, from `cache_dir` if it was trained before. Raises InputError if that cannot be written."""
-    half = torch.full((3,), 127.5)
-    backbone = Backbone(
-        "shapes_cnn", _Body(output_stride), channels=CHANNELS[-1], output_stride=output_stride, mean=half, std=half
-    )
+    `low_level=True` also gives the map at stride 4 that a decoder reads.
+    """
+    backbone = plain_backbone("shapes_cnn", CHANNELS, output_stride=output_stride, low_level=low_level)
     dataset = open_dataset("shapes", "train", None)
     path = cache_dir / f"shapes_cnn-os{output_stride}-{dataset.fingerprint()[:8]}.safetensors"
     if not path.exists():

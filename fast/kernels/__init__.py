@@ -150,7 +150,10 @@ _chosen: ContextVar[Backend | str | None] = ContextVar("chosen_backend", default
 
 @contextlib.contextmanager
 def using(backend: Backend | None) -> Iterator[None]:
-    """These kernels whatever the device, or with None the library's operations: to compare, or to differentiate twice."""
+    """These kernels whatever the device, or with None the library's operations: to compare, or to differentiate twice.
+
+    Holds in this context alone: a thread that is started inside chooses by device again.
+    """
     token = _chosen.set(backend)
     try:
         yield
@@ -164,6 +167,7 @@ def backend_for(x: Tensor) -> Backend | None:
     if not isinstance(chosen, str):
         return chosen
     traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    traced = traced or torch._C._functorch.peek_interpreter_stack() is not None  # torch.func, vmap
     if traced or type(x) not in (Tensor, torch.nn.Parameter) or x.numel() == 0:
         return None
     if x.device.type == "cuda" and x.dtype in (torch.float32, torch.float16, torch.bfloat16):

@@ -81,13 +81,13 @@ def depthwise_backward(
 def pointwise_forward(
     maps: Sequence[NormedMap], weight: Tensor, dropout: Dropout | None, *, statistics: bool
 ) -> tuple[Tensor, Any]:
-    if _products_are_bf16():
+    if _products_are_bf16(maps[0].raw):
         return _bf16_pointwise_forward(maps, weight, dropout, statistics=statistics)
     return _pointwise_forward(maps, weight, dropout, None, statistics=statistics)
 
 
 def pointwise_inference(maps: Sequence[NormedMap], weight: Tensor, norm: tuple[Tensor, Tensor]) -> Tensor:
-    if _products_are_bf16():
+    if _products_are_bf16(maps[0].raw):
         raw, _ = _bf16_pointwise_forward(maps, weight, None, statistics=False)
         return normalise(NormedMap(raw, *norm))
     out, _ = _pointwise_forward(maps, weight, None, norm, statistics=False)
@@ -145,7 +145,7 @@ def pointwise_backward(
     *,
     need_input: Sequence[bool],
 ) -> tuple[list[NormedMap | None], Tensor]:
-    if _products_are_bf16():
+    if _products_are_bf16(maps[0].raw):
         return _bf16_pointwise_backward(grad, raw, unfolded, maps, weight, dropout, need_input=need_input)
     n, _, height, width = maps[0].raw.shape
     grad_weight = torch.empty_like(weight)
@@ -167,8 +167,8 @@ def pointwise_backward(
     return grad_maps, grad_weight
 
 
-def _products_are_bf16() -> bool:
-    return torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+def _products_are_bf16(x: Tensor) -> bool:
+    return x.dtype == torch.float32 and torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
 
 
 def _bf16_pointwise_forward(
@@ -419,7 +419,7 @@ def _library() -> ctypes.CDLL | None:
         return None
     try:
         return ctypes.CDLL(str(_compiled(compiler)))
-    except (OSError, subprocess.CalledProcessError) as error:
+    except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:  # RuntimeError: no home folder
         reason = getattr(error, "stderr", "") or str(error)
         warnings.warn(f"the C++ kernels do not work here, PyTorch's slower operations are used: {reason}", stacklevel=2)
         return None

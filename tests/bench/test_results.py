@@ -156,6 +156,11 @@ def test_main_writes_and_prints(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert [path.suffix for path in written] == [".csv", ".md", ".png"]
     assert all(str(path) in printed for path in written)
     assert "sep3x3 6x21" in printed
+    first = written[0].read_bytes()
+    main(BenchSettings(device="cpu", out=tmp_path))  # of the same day and commit
+    assert {path.stem.removesuffix("-2") for path in tmp_path.rglob("*.*")} == {written[0].stem}
+    assert len(list(tmp_path.rglob("*.*"))) == 6
+    assert written[0].read_bytes() == first
 
 
 @pytest.mark.usefixtures("tiny_plan")

@@ -1,8 +1,9 @@
 import numpy as np
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fast.bilinear_resize import bilinear_resize
+from fast.bilinear_resize import bilinear_resize, resize_matrix
 from reference import bilinear_resize as reference
 from tests.fast.against_reference import LAYOUTS, Layout, check, every_device
 from tests.strategies import map_sizes, rng_seeds
@@ -21,3 +22,12 @@ def test_equals_reference(
         lambda grad_output, x: (reference.bilinear_resize_backward(grad_output, in_size),),
     )
     check(lambda x: bilinear_resize(x, out_size), pair, inputs, rng, device, layout)
+
+
+def test_matrix_is_made_once_and_serves_inference_and_training() -> None:
+    with torch.inference_mode():
+        first = resize_matrix(3, 9, torch.float32, torch.device("cpu"))
+    assert resize_matrix(3, 9, torch.float32, torch.device("cpu")) is first
+    x = torch.randn(1, 1, 3, 3, requires_grad=True)
+    (first @ x @ first.T).sum().backward()  # type: ignore[no-untyped-call]
+    torch.testing.assert_close((first @ x.detach() @ first.T), bilinear_resize(x.detach(), (9, 9)))

@@ -256,3 +256,9 @@ def test_initial_weights_are_the_authors() -> None:
         assert np.all(var == 1.0)
         assert not offset.any()
         assert not mean.any()
+
+
+@pytest.mark.parametrize("rate", [1.0, -0.1, float("nan")])
+def test_dropout_rate_that_keeps_nothing_is_refused(rate: float) -> None:
+    with pytest.raises(ValueError, match="dropout_rate must be at least 0 and below 1"):
+        DensePredictionCell(Cell((Branch(BACKBONE_FEATURE, CONV1X1),)), 4, dropout_rate=rate)

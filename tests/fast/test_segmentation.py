@@ -41,6 +41,21 @@ def test_head_classifies_each_feature() -> None:
     assert torch.allclose(model(features), expected, rtol=0, atol=1e-6)
 
 
+def test_hooks_run_and_see_values() -> None:
+    """Counters of operations, and whoever wants the context itself, hook the modules."""
+    model, features = head().train(), torch.randn(2, 3, 3, 4)  # in training mode kernels leave the norm to the classifier
+    model.context.dropout.p = 0.0
+    expected = model(features)
+    seen: dict[str, Tensor] = {}
+    model.classifier.register_forward_hook(lambda module, inputs, output: seen.update(logits=output))
+    assert torch.equal(model(features), expected)
+    assert torch.equal(seen["logits"], expected)
+    model.context.register_forward_hook(lambda module, inputs, output: seen.update(context=output))
+    # The norm is applied by another kernel, and so rounded once more.
+    torch.testing.assert_close(model(features), expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(seen["context"], model.context(features))
+
+
 def test_classifier_starts_as_the_authors_does() -> None:
     classifier = SegmentationHead(DensePredictionCell(CELL, 3), 50).classifier  # 12800 weights
     assert classifier.bias is not None

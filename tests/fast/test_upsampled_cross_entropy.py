@@ -139,3 +139,10 @@ def test_low_precision_is_within_budget(device: str, dtype: torch.dtype) -> None
         )
     assert_steps_within_budget(actual, expected, yardstick, dtype)
     assert upsampled_cross_entropy(torch.ones(1, 2, 1, 1, dtype=dtype), torch.zeros(1, 1, 1).long()).dtype == torch.float32
+
+
+def test_ignore_index_that_the_labels_cannot_hold_is_refused() -> None:
+    logits, labels = torch.zeros(1, 3, 2, 2), torch.zeros(1, 9, 9, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"uint8 labels cannot be ignore_index -100: give 0 to 255, or labels as int64"):
+        upsampled_cross_entropy(logits, labels, ignore_index=-100)
+    assert upsampled_cross_entropy(logits, labels.long(), ignore_index=-100).item() == pytest.approx(np.log(3))

@@ -230,7 +230,10 @@ def test_the_command_shows_progress_and_stops_at_ctrl_c(tmp_path: Path) -> None:
     for i in range(1000):
         (city[0] / f"b{i}_leftImg8bit.png").hardlink_to(city[0] / "a_leftImg8bit.png")
         (city[1] / f"b{i}_gtFine_labelIds.png").hardlink_to(city[1] / "a_gtFine_labelIds.png")
-    command = [sys.executable, "-m", "search.datasets", "check", "cityscapes", "--data-dir", str(tmp_path), "--processes", "2"]
+    # Where the tests run in the background, children are told to ignore Ctrl-C.
+    module = "import runpy, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    module += "; sys.argv[0] = 'search.datasets'; runpy.run_module('search.datasets', run_name='__main__')"
+    command = [sys.executable, "-c", module, "check", "cityscapes", "--data-dir", str(tmp_path), "--processes", "2"]
     process = subprocess.Popen(
         command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
     )

@@ -96,7 +96,7 @@ void depthwise_forward(Map<T> x, const T* weight, long n, long height, long widt
             for (long y = 0; y < height; y++)
                 normalise_row(plane.row(y), x.raw + i * size + y * width, x.scale, x.offset, c, width);
             correlate_plane(out + i * size, plane, w, height, rate_h);
-            if (mean) moments[i] = row_moments(out + i * size, size);
+            if (mean) moments[i] = plane_moments(out + i * size, size);
         }
     }
     if (mean) combine_moments(moments, n, channels, mean, var, threads);

@@ -110,23 +110,33 @@ inline Moments row_moments(const T* x, long size) {
         s += deviation;
         s2 += deviation * deviation;
     }
-    return {double(shift) + double(s) / size, double(s2) - double(s) * s / size, double(size)};
+    const double m2 = double(s2) - double(s) * s / size;
+    return {double(shift) + double(s) / size, m2 < 0 ? 0 : m2, double(size)};
 }
 
-// Moments of `parts` rows of each channel, [part][channel], into mean and biased variance (Chan et al., 1979).
+inline void merge(Moments& all, const Moments& part) {  // Chan et al., 1979
+    if (part.count == 0) return;
+    const double count = all.count + part.count, delta = part.mean - all.mean;
+    all.m2 += part.m2 + delta * delta * all.count * part.count / count;
+    all.mean += delta * part.count / count;
+    all.count = count;
+}
+
+// By pieces: in a long row one outlier as the shift would cost too many digits.
+template <class T>
+inline Moments plane_moments(const T* x, long size) {
+    Moments all{0, 0, 0};
+    for (long first = 0; first < size; first += 256) merge(all, row_moments(x + first, std::min(256L, size - first)));
+    return all;
+}
+
+// Moments of `parts` rows of each channel, [part][channel], into mean and biased variance.
 template <class T>
 void combine_moments(const std::vector<Moments>& moments, long parts, long channels, T* mean, T* var, int threads) {
 #pragma omp parallel for num_threads(threads)
     for (long c = 0; c < channels; c++) {
         Moments all{0, 0, 0};
-        for (long part = 0; part < parts; part++) {
-            const Moments& m = moments[part * channels + c];
-            const double count = all.count + m.count, delta = m.mean - all.mean;
-            if (m.count == 0) continue;
-            all.m2 += m.m2 + delta * delta * all.count * m.count / count;
-            all.mean += delta * m.count / count;
-            all.count = count;
-        }
+        for (long part = 0; part < parts; part++) merge(all, moments[part * channels + c]);
         mean[c] = T(all.mean);
         var[c] = T(all.m2 / all.count);
     }

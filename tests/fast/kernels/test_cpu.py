@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 import fast.kernels
+from fast.atrous_separable_conv import depthwise_conv
 from fast.dense_prediction_cell import DensePredictionCell
 from fast.kernels import Dropout, NormedMap, Unfolded, backend_for, cpu, using
 from fast.mean_iou import upsampled_confusion_matrix
+from fast.pointwise_conv import pointwise_conv
 from fast.segmentation import SegmentationHead
 from fast.upsampled_cross_entropy import upsampled_cross_entropy
 from reference.cell import Cell
@@ -183,6 +185,44 @@ def test_what_a_kernel_cannot_read_is_refused(change: dict[str, Tensor], message
     x = NormedMap(given["raw"], given["scale"], torch.zeros(3))
     with pytest.raises(ValueError, match=message):
         cpu.depthwise_forward(x, given["weight"], (1, 1), statistics=True)
+
+
+@pytest.mark.parametrize("shape", [(4, 6, 1, 1), (4, 8, 3, 3), (8, 4)])
+def test_weights_that_do_not_fit_are_refused(shape: tuple[int, ...]) -> None:
+    for training in (False, True):
+        with torch.set_grad_enabled(training), pytest.raises(ValueError, match="does not fit the weight"):
+            pointwise_conv(torch.ones(2, 8, 5, 5), torch.ones(shape))
+    with pytest.raises(ValueError, match="does not fit the weight"):
+        depthwise_conv(torch.ones(2, 8, 5, 5), torch.ones(4, 1, 3, 3), rate=(1, 1))
+    with pytest.raises(ValueError, match="does not fit the weight"):
+        depthwise_conv(torch.ones(2, 8, 5, 5), torch.ones(8, 1, 3, 3), rate=(1, -1))
+
+
+@pytest.mark.parametrize("function", [upsampled_cross_entropy, upsampled_confusion_matrix])
+@pytest.mark.parametrize("shape", [(2, 1, 13, 13), (1, 13, 13), (13, 13)])
+def test_labels_of_another_shape_are_refused(function: Callable[[Tensor, Tensor], Tensor], shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="on one device are needed"):
+        function(torch.zeros(2, 3, 4, 4), torch.zeros(shape, dtype=torch.uint8))
+
+
+def test_variance_survives_an_outlier_in_the_first_place() -> None:
+    x = torch.randn(1, 2, 300, 300, generator=torch.Generator().manual_seed(0))
+    x[:, :, 0, 0] = 1e4
+    centre = torch.zeros(2, 1, 3, 3)
+    centre[:, :, 1, 1] = 1.0
+    _, moments = cpu.depthwise_forward(NormedMap(x), centre, (1, 1), statistics=True)
+    assert torch.allclose(moments.var.double(), x.double().var(dim=(0, 2, 3), correction=0), rtol=1e-3)  # float32 sums
+
+
+def test_transforms_of_functions_use_the_library() -> None:
+    x, weight = torch.randn(1, 3, 4, 4), torch.randn(2, 3, 1, 1)
+    gradient = torch.func.grad(lambda w: pointwise_conv(x, w).square().sum())(weight)
+    assert gradient.shape == weight.shape
+
+
+def test_float64_is_left_alone_by_autocast() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        assert pointwise_conv(torch.ones(1, 3, 4, 4).double(), torch.ones(2, 3, 1, 1).double()).dtype == torch.float64
 
 
 def test_dropped_elements_get_no_gradient() -> None:

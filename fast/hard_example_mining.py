@@ -1,0 +1,54 @@
+"""Training on the hardest pixels only, as research/deeplab/utils/train_utils.py does.
+
+The loss is the mean over the share of all pixels that have the largest loss; the share falls linearly from 1 over the first
+iterations. What is not among them becomes an ignored pixel, so `upsampled_cross_entropy` computes loss and gradient, and the
+logits of a whole batch are never upsampled here either: one number per pixel is.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fast.bilinear_resize import resize_matrix
+from fast.upsampled_cross_entropy import BAND_BYTES
+from reference.upsampled_cross_entropy import IGNORE_INDEX
+
+
+def mined_share(share: float, iteration: int, iterations: int) -> float:
+    """The share at `iteration`, which falls from 1 to `share` over `iterations`; from the start if that is 0.
+
+    >>> mined_share(0.5, 2, 4)
+    0.75
+    """
+    progress = min(1.0, iteration / iterations) if iterations > 0 else 1.0
+    return progress * share + 1 - progress
+
+
+@torch.no_grad()
+def hardest_pixels(logits: Tensor, labels: Tensor, share: float, *, ignore_index: int = IGNORE_INDEX) -> Tensor:
+    """`labels` (N, H, W), with `ignore_index` wherever the loss of `logits` (N, K, h, w) is not among the largest.
+
+    int(share · N·H·W) pixels are kept, the ignored ones counted among the N·H·W; of those kept none has loss 0.
+    """
+    losses = _pixel_losses(logits.float(), labels, ignore_index).flatten()  # (N·H·W,)
+    hardest = losses.topk(int(share * losses.numel())).indices
+    kept = torch.zeros_like(losses, dtype=torch.bool)
+    kept[hardest] = losses[hardest] > 0
+    return labels.where(kept.view(labels.shape), ignore_index)
+
+
+def _pixel_losses(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    """(N, H, W), 0 where ignored; by bands of rows."""
+    height, width = labels.shape[1:]
+    rows, columns = (resize_matrix(logits.shape[2 + i], (height, width)[i], logits.dtype, logits.device) for i in range(2))
+    band = max(1, BAND_BYTES.get(logits.device.type, 1 << 22) // (logits.shape[1] * width * logits.element_size()))
+    losses = logits.new_empty(labels.shape)
+    for n, logit in enumerate(logits):
+        wide = logit @ columns.T  # (K, h, W)
+        for top in range(0, height, band):
+            target = labels[n, top : top + band].long()
+            upsampled = rows[top : top + band] @ wide  # (K, band, W)
+            losses[n, top : top + band] = F.cross_entropy(
+                upsampled[None], target[None], ignore_index=ignore_index, reduction="none"
+            )[0]
+    return losses

@@ -1,0 +1,82 @@
+"""One device, or several processes with one each: the few things a training asks of them.
+
+Started plainly, a training runs on one device and needs nothing. Started by `torchrun` or `accelerate launch`, each process
+has one device and Hugging Face Accelerate (the extra `devices`) joins them.
+"""
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from search.cli import InputError
+from search.features import resolve_device
+
+
+class Devices:
+    """Process `rank` of `count`, and its device."""
+
+    rank, count = 0, 1
+
+    def __init__(self, device: str) -> None:
+        self.device = torch.device(resolve_device(device))
+
+    def prepare(self, network: nn.Module) -> nn.Module:
+        """What is called in training; gradients of all processes are averaged in its backward pass."""
+        return network
+
+    def alone(self, network: nn.Module) -> AbstractContextManager[Any]:
+        """Where a backward pass only adds to this process's gradients, because another follows."""
+        return nullcontext()
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over all processes."""
+        return values
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+
+    def close(self) -> None:
+        """Leave the others in order."""
+
+
+class AcceleratedDevices(Devices):
+    """By Accelerate, which reads from the environment what the launcher says."""
+
+    def __init__(self, device: str) -> None:
+        try:
+            from accelerate import Accelerator
+        except ImportError as error:
+            raise InputError(
+                "several processes need Accelerate: install the extra `devices`, or start without torchrun"
+            ) from error
+        self._accelerator = Accelerator(cpu=device == "cpu")
+        self.device = self._accelerator.device
+        self.rank, self.count = self._accelerator.process_index, self._accelerator.num_processes
+
+    def prepare(self, network: nn.Module) -> nn.Module:
+        prepared: nn.Module = self._accelerator.prepare_model(network)
+        return prepared
+
+    def alone(self, network: nn.Module) -> AbstractContextManager[Any]:
+        context: AbstractContextManager[Any] = self._accelerator.no_sync(network)
+        return context
+
+    def total(self, values: Tensor) -> Tensor:
+        summed: Tensor = self._accelerator.reduce(values, reduction="sum")
+        return summed
+
+    def wait(self) -> None:
+        self._accelerator.wait_for_everyone()
+
+    def close(self) -> None:
+        self._accelerator.end_training()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def join_devices(device: str) -> Devices:
+    """What this process was started for. Raises InputError for a device that is not there, or if Accelerate is needed."""
+    return AcceleratedDevices(device) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else Devices(device)

@@ -1,0 +1,71 @@
+"""Hard example mining against the authors' losses and gradients where they are at hand, and by its definition."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fast.bilinear_resize import bilinear_resize
+from fast.hard_example_mining import hardest_pixels, mined_share
+from fast.upsampled_cross_entropy import BAND_BYTES, upsampled_cross_entropy
+from reference.upsampled_cross_entropy import IGNORE_INDEX
+
+LOSSES = Path(__file__).parents[3] / "shared" / "golden" / "train_facts" / "loss.npz"
+
+
+@pytest.mark.parametrize(
+    ("name", "share", "loss"),
+    [("plain", 1.0, 3.751829), ("topk25", 0.25, 5.41752), ("topk25_mining100_step40", mined_share(0.25, 40, 100), 4.163314)],
+)
+def test_losses_and_gradients_are_the_authors(name: str, share: float, loss: float) -> None:
+    if not LOSSES.exists():
+        pytest.skip("the authors' losses are not on this machine")
+    with np.load(LOSSES) as golden:
+        logits = torch.from_numpy(golden["logits"]).permute(0, 3, 1, 2).contiguous().requires_grad_()
+        labels = torch.from_numpy(golden["labels"][..., 0]).long()
+        expected = torch.from_numpy(golden[f"grad_{name}"]).permute(0, 3, 1, 2)
+    mined = hardest_pixels(logits.detach(), labels, share) if share < 1 else labels
+    actual = upsampled_cross_entropy(logits, mined)
+    actual.backward()  # type: ignore[no-untyped-call]
+    assert actual.item() == pytest.approx(loss, rel=2e-6)  # the values above have seven digits
+    assert logits.grad is not None
+    # sums of 50,000 float32 terms in another order, relative to the largest; a pixel more or less would be 1 / 12,000
+    assert (logits.grad - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def some_pixels(seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, 5, (2, 33, 49), generator=generator)
+    labels[torch.rand(labels.shape, generator=generator) < 0.2] = IGNORE_INDEX
+    return torch.randn(2, 5, 3, 4, generator=generator), labels
+
+
+@pytest.mark.parametrize("share", [0.01, 0.25, 0.75])
+def test_exactly_the_largest_losses_are_kept(share: float) -> None:
+    logits, labels = some_pixels()
+    losses = F.cross_entropy(bilinear_resize(logits, (33, 49)), labels, ignore_index=IGNORE_INDEX, reduction="none")
+    kept = hardest_pixels(logits, labels, share) != IGNORE_INDEX
+    assert kept.sum() == int(share * labels.numel())
+    assert losses[kept].min() >= losses[~kept].max() - 1e-5  # two float32 ways to the same loss
+
+
+def test_ignored_pixels_are_counted_but_never_kept() -> None:
+    logits, labels = some_pixels()
+    labels[:, :30] = IGNORE_INDEX
+    mined = hardest_pixels(logits, labels, 0.9)
+    assert torch.equal(mined, labels)
+
+
+def test_bands_do_not_change_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, labels = some_pixels()
+    expected = hardest_pixels(logits, labels, 0.25)
+    monkeypatch.setitem(BAND_BYTES, "cpu", 1)
+    assert torch.equal(hardest_pixels(logits, labels, 0.25), expected)
+
+
+def test_the_share_falls_linearly() -> None:
+    assert [mined_share(0.5, i, 4) for i in (0, 2, 4, 9)] == [1.0, 0.75, 0.5, 0.5]
+    assert mined_share(0.5, 0, 0) == 0.5

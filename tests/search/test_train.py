@@ -1,0 +1,363 @@
+"""Training from end to end on a tiny CamVid: it learns, goes on after any end with the same losses, and says what is wrong."""
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import search.train
+import search.training_run
+from fast.backbone import plain_backbone
+from fast.batch_norm import recompute_statistics
+from fast.checkpoint import load_network, save_network
+from fast.decoder import Decoder
+from fast.dense_prediction_cell import DensePredictionCell
+from fast.segmentation import SegmentationHead, SegmentationNetwork
+from reference.mean_iou import mean_iou
+from search.cli import InputError
+from search.datasets import open_dataset
+from search.evaluate import count_pixels
+from search.space import load_cell
+from search.train import Training, TrainSettings, averaged, check, complete
+from search.training_run import read_curve
+from tests.search.test_random import write_camvid
+
+ITERATIONS = 8
+
+
+def small_network(classes: int, *, decoder: bool = False) -> SegmentationNetwork:
+    backbone = plain_backbone("plain", (4, 6, 8, 8), output_stride=16, low_level=decoder)
+    context = DensePredictionCell(load_cell("dpc"), 8, branch_channels=4, cell_channels=4)
+    part = Decoder(6, channels=4) if decoder else None
+    return SegmentationNetwork(backbone, SegmentationHead(context, classes), part)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TrainSettings:
+    """Settings of a whole training that takes a second."""
+    folder = tmp_path_factory.mktemp("tiny")
+    data_dir = write_camvid(folder / "camvid")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        names = open_dataset("camvid", "val", data_dir).class_names
+        network = small_network(len(names))
+        # Statistics and a classifier with which the scores depend on the picture, also with frozen norms.
+        recompute_statistics(network, [torch.rand(4, 3, 33, 33) * 255])
+        nn.init.normal_(network.head.classifier.weight, std=0.3)
+        nn.init.constant_(network.head.classifier.bias[:4], 2.0)  # the four classes that occur
+        save_network(folder / "init.safetensors", network, class_names=names)
+    return TrainSettings(
+        dataset="camvid",
+        data_dir=data_dir,
+        val_split="train",  # the other four pictures hold mostly a class that is rare in these five
+        init=folder / "init.safetensors",
+        crop_size=(33, 33),
+        batch_size=4,
+        iterations=ITERATIONS,
+        learning_rate=0.3,
+        validate_every=4,
+        checkpoint_every=3,
+        statistics_batches=2,
+        workers=0,
+        device="cpu",
+    )
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny: TrainSettings, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("uninterrupted")
+    search.train.main(replace(tiny, out=directory))
+    return directory
+
+
+def losses(directory: Path) -> list[float]:
+    return [loss for _, loss, _, _ in read_curve(directory) if loss is not None]
+
+
+def same_outcome(directory: Path, expected: Path) -> bool:
+    names = ("curve.csv", "last.safetensors", "best.safetensors")
+    curves = [(folder / names[0]).read_bytes() for folder in (directory, expected)]
+    states = [[load_network(folder / name)[0].state_dict() for name in names[1:]] for folder in (directory, expected)]
+    return curves[0] == curves[1] and all(
+        torch.equal(a[key], b[key]) for a, b in zip(*states, strict=True) for key in a.keys() | b.keys()
+    )
+
+
+def test_a_training_leaves_its_curve_and_whole_networks(tiny: TrainSettings, uninterrupted: Path) -> None:
+    curve = read_curve(uninterrupted)
+    assert [row[0] for row in curve if row[1] is not None] == list(range(1, ITERATIONS + 1))
+    assert [row[0] for row in curve if row[3] is not None] == [4, 8]
+    assert curve[0][2] == 0.3
+    best = max(row[3] for row in curve if row[3] is not None)
+    network, description = load_network(uninterrupted / "best.safetensors")
+    val = open_dataset("camvid", tiny.val_split, tiny.data_dir)
+    assert best > 0.02  # else nothing would be compared
+    assert description["source"]["mean_iou"] == best == mean_iou(count_pixels(network, val).numpy())
+    assert tuple(description["class_names"]) == val.class_names
+    assert not list(uninterrupted.glob("*.partial"))
+
+
+def test_loss_falls(tiny: TrainSettings, tmp_path: Path) -> None:
+    search.train.main(replace(tiny, out=tmp_path, iterations=60, validate_every=60))
+    curve = losses(tmp_path)
+    assert sum(curve[-10:]) < 0.8 * sum(curve[:10])  # four classes with a colour each: from ln 11 = 2.4 to below 1.9
+
+
+def killed(settings: TrainSettings, arm: Callable[[], None]) -> None:
+    """Train in a process that ends itself by SIGKILL where `arm` has it."""
+
+    def run() -> None:
+        torch.set_num_threads(1)
+        arm()
+        search.train.main(settings)
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+def kill_at_call(owner: Any, name: str, call: int, *, after: bool = False) -> Callable[[], None]:
+    def arm() -> None:
+        original, calls = getattr(owner, name), iter(range(1, 1000))
+
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            is_last = next(calls) == call
+            if is_last and not after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = original(*args, **kwargs)
+            if is_last:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        setattr(owner, name, wrapper)  # in the forked process alone
+
+    return arm
+
+
+@pytest.mark.parametrize(
+    "arm",
+    [
+        kill_at_call(Training, "_step", 1),
+        kill_at_call(Training, "_step", 3, after=True),
+        kill_at_call(Training, "_step", 6),
+        kill_at_call(os, "fsync", 3),
+        kill_at_call(Training, "_keep", 1, after=True),
+        kill_at_call(Training, "_keep", 3, after=True),
+        kill_at_call(search.train, "save_state", 2, after=True),
+    ],
+    ids=["first", "before_a_save", "after_a_save", "while_saving", "while_keeping", "at_the_end", "after_validation"],
+)
+def test_a_killed_training_goes_on_to_the_same_losses(
+    tiny: TrainSettings, uninterrupted: Path, tmp_path: Path, arm: Callable[[], None]
+) -> None:
+    settings = replace(tiny, out=tmp_path)
+    killed(settings, arm)
+    search.train.main(settings)
+    assert same_outcome(tmp_path, uninterrupted)
+
+
+def test_a_half_written_line_of_the_curve_is_cut_off(tiny: TrainSettings, uninterrupted: Path, tmp_path: Path) -> None:
+    settings = replace(tiny, out=tmp_path)
+    killed(settings, kill_at_call(Training, "_step", 6))
+    with (tmp_path / "curve.csv").open("a") as file:
+        file.write("5,2.0,0.01,\n6,1.")
+    search.train.main(settings)
+    assert same_outcome(tmp_path, uninterrupted)
+
+
+def test_a_finished_training_is_left_as_it_is(
+    tiny: TrainSettings, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def step(*_: object) -> bool:
+        raise AssertionError("nothing is left to do")
+
+    monkeypatch.setattr(Training, "_step", step)
+    before = (uninterrupted / "curve.csv").read_bytes()
+    search.train.main(replace(tiny, out=uninterrupted))
+    assert (uninterrupted / "curve.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize("iteration", [2, 4])  # 4 is validated next
+def test_ctrl_c_saves_and_goes_on(
+    tiny: TrainSettings, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, iteration: int
+) -> None:
+    settings, step = replace(tiny, out=tmp_path), Training._step
+
+    def interrupted_step(self: Training, batches: Any) -> bool:
+        if self.iteration == iteration - 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, batches)
+
+    monkeypatch.setattr(Training, "_step", interrupted_step)
+    with pytest.raises(KeyboardInterrupt):
+        search.train.main(settings)
+    state = search.training_run.load_state(tmp_path, torch.device("cpu"))
+    assert state is not None
+    assert state["iteration"] == iteration
+    monkeypatch.undo()
+    search.train.main(settings)
+    assert same_outcome(tmp_path, uninterrupted)
+
+
+def test_loading_processes_change_nothing(tiny: TrainSettings, uninterrupted: Path, tmp_path: Path) -> None:
+    search.train.main(replace(tiny, out=tmp_path, workers=2))
+    assert same_outcome(tmp_path, uninterrupted)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"learning_rate": 0.01}, "--learning-rate 0.3, now it is 0.01"),
+        ({"crop_size": (33, 49)}, "--crop-size"),
+        ({"seed": 1}, "--seed"),
+        ({"accumulate": 2}, "--accumulate"),
+    ],
+)
+def test_other_settings_are_refused(tiny: TrainSettings, uninterrupted: Path, change: dict[str, Any], field: str) -> None:
+    with pytest.raises(InputError, match=field):
+        search.train.main(replace(tiny, out=uninterrupted, **change))
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_good_state(tiny: TrainSettings, tmp_path: Path) -> None:
+    settings = replace(tiny, out=tmp_path, learning_rate=1e30, slow_start_iterations=4)
+    with pytest.raises(InputError, match=r"(loss was nan at iteration|not finite).*--learning-rate"):
+        search.train.main(settings)
+    state = search.training_run.load_state(tmp_path, torch.device("cpu"))
+    assert state is not None
+    assert state["iteration"] == 4
+    assert all(value.isfinite().all() for value in state["network"].values())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_picture_is_named(tiny: TrainSettings, tmp_path: Path, workers: int) -> None:
+    folder = write_camvid(tmp_path / "camvid")
+    broken = folder / "train" / "2.png"
+    broken.write_bytes(broken.read_bytes()[:100])
+    with pytest.raises(InputError, match=r"train/2\.png is truncated or unreadable") as raised:
+        search.train.main(replace(tiny, data_dir=folder, out=tmp_path / "out", workers=workers))
+    assert "Traceback" not in str(raised.value)
+
+
+def test_frozen_norms_keep_their_statistics_and_learn_the_rest(tiny: TrainSettings, tmp_path: Path) -> None:
+    search.train.main(replace(tiny, out=tmp_path, frozen_batch_norm=True, learning_rate=0.01))
+    assert tiny.init is not None
+    before, after = (load_network(path)[0].state_dict() for path in (tiny.init, tmp_path / "last.safetensors"))
+    statistics = [key for key in before if "running_" in key or "num_batches" in key]
+    assert statistics
+    assert all(torch.equal(before[key], after[key]) for key in statistics)
+    norm_scale = "head.context.projection.norm.weight"
+    assert not torch.equal(before[norm_scale], after[norm_scale])
+
+
+def test_accumulation_is_the_whole_batch(tiny: TrainSettings, tmp_path: Path) -> None:
+    """With frozen norms and no dropout, nothing else joins the crops of a batch."""
+    curves = []
+    for accumulate in (1, 2, 4):
+        directory = tmp_path / str(accumulate)
+        changes: dict[str, Any] = {"frozen_batch_norm": True, "learning_rate": 0.01, "dropout": 0.0, "accumulate": accumulate}
+        search.train.main(replace(tiny, out=directory, **changes))
+        curves.append(losses(directory))
+    weight = "backbone.body.layers.0.weight"
+    assert tiny.init is not None
+    before, after = (load_network(path)[0].state_dict()[weight] for path in (tiny.init, tmp_path / "1" / "last.safetensors"))
+    assert (after - before).abs().max() > 1e-3 * before.abs().max()  # gradients reach the first layer
+    # the same sums in another order: float32, over 8 steps that carry the difference on
+    assert curves[1] == pytest.approx(curves[0], rel=1e-5)
+    assert curves[2] == pytest.approx(curves[0], rel=1e-5)
+
+
+def test_hard_example_mining_raises_the_loss(tiny: TrainSettings, tmp_path: Path, uninterrupted: Path) -> None:
+    search.train.main(replace(tiny, out=tmp_path, hard_example_mining=0.25, hard_example_iterations=4))
+    mined, plain = losses(tmp_path), losses(uninterrupted)
+    assert mined[0] == plain[0]  # all pixels still count
+    assert mined[1] > plain[1]
+
+
+def test_the_average_is_that_of_all_weights_so_far() -> None:
+    module = nn.Linear(1, 1, bias=False)
+    weights = [1.0, 2.0, -3.0]
+    with torch.no_grad():
+        module.weight.fill_(weights[0])
+        average = averaged(module, 0.75)
+        for weight in weights[1:]:
+            module.weight.fill_(weight)
+            average.update_parameters(module)
+    expected = 0.75 * (0.75 * weights[0] + 0.25 * weights[1]) + 0.25 * weights[2]
+    assert next(average.parameters()).item() == pytest.approx(expected, rel=1e-6)  # float32
+
+
+def test_an_averaged_training_goes_on_too(tiny: TrainSettings, tmp_path: Path) -> None:
+    settings = [replace(tiny, out=tmp_path / name, ema=0.5) for name in ("whole", "killed")]
+    search.train.main(settings[0])
+    killed(settings[1], kill_at_call(Training, "_step", 6))
+    search.train.main(settings[1])
+    assert same_outcome(tmp_path / "killed", tmp_path / "whole")
+    weight = "head.classifier.weight"
+    state = search.training_run.load_state(tmp_path / "whole", torch.device("cpu"))
+    kept = load_network(tmp_path / "whole" / "last.safetensors")[0].state_dict()[weight]
+    assert state is not None
+    assert torch.equal(kept, state["average"][f"module.{weight}"])
+    assert not torch.equal(kept, state["network"][weight])
+
+
+@pytest.mark.parametrize("decoder", [False, True])
+def test_a_network_on_plain_convolutions_is_one_file(tmp_path: Path, decoder: bool) -> None:
+    network = small_network(3, decoder=decoder).eval()
+    save_network(tmp_path / "n.safetensors", network, class_names=("a", "b", "c"))
+    images = torch.rand(1, 3, 33, 49) * 255
+    with torch.no_grad():
+        assert torch.equal(load_network(tmp_path / "n.safetensors")[0](images), network(images))
+
+
+def test_other_classes_begin_with_a_new_classifier(tiny: TrainSettings, tmp_path: Path) -> None:
+    dataset = open_dataset("shapes", "val", None)
+    network = search.train.create_network(complete(replace(tiny, dataset="shapes", data_dir=None)), dataset)
+    assert network.head.classifier.out_channels == len(dataset.class_names)
+    assert tiny.init is not None
+    expected = load_network(tiny.init)[0].backbone.state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in network.backbone.state_dict().items())
+
+
+def test_defaults_are_the_papers_but_for_shapes() -> None:
+    paper = complete(TrainSettings(dataset="cityscapes"))
+    assert (paper.crop_size, paper.batch_size, paper.iterations, paper.learning_rate) == ((769, 769), 16, 90_000, 0.01)
+    assert complete(TrainSettings(dataset="cityscapes", batch_size=4)).batch_size == 4
+    assert complete(TrainSettings()).iterations == 150
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"crop_size": (33, 32)}, r"--crop-size 33 32 must be 16·k \+ 1"),
+        ({"learning_rate": float("nan")}, "--learning-rate must be above 0, got nan"),
+        ({"iterations": 0}, "--iterations must be at least 1"),
+        ({"hard_example_mining": 0.0}, "--hard-example-mining must be above 0 and at most 1"),
+        ({"ema": 1.0}, "--ema must be at least 0 and below 1"),
+        ({"max_scale": 0.25}, "--max-scale must be at least --min-scale"),
+        ({"slow_start_iterations": 8}, "--slow-start-iterations 8 leaves none"),
+        ({"init": None, "output_stride": 4}, "--output-stride must be 8 or 16"),
+        ({"cell": "dpc"}, "--init brings its own .* leave out --cell"),
+        ({"init": None, "cell": "dpc", "run": Path("runs/x")}, "--cell and --run both"),
+        ({"init": None}, "random weights: give --weights FILE, --pretrained"),
+        ({"accumulate": 3}, "--batch-size 4 cannot be divided into 3"),
+        ({"init": Path("absent.safetensors")}, r"absent\.safetensors.*--init"),
+        ({"train_split": "nonsense"}, "split 'nonsense'"),
+    ],
+)
+def test_what_cannot_work_is_refused(tiny: TrainSettings, tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        search.train.main(replace(tiny, out=tmp_path / "out", **change))
+    assert not (tmp_path / "out").exists()
+
+
+def test_all_defaults_pass_the_check() -> None:
+    for name in ("shapes", "cityscapes"):
+        check(complete(TrainSettings(dataset=name)))
