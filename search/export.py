@@ -4,8 +4,9 @@ Two formats: a program of `torch.export` (PyTorch alone runs it), and ONNX. Befo
 and run, by PyTorch or onnxruntime, and its outputs are compared with the original's. Beside the graph it carries what the
 checkpoint says of itself (cell, class names, output stride, normalisation); the normalisation of images is part of the graph.
 
-Batch and image sizes stay free where the cell allows it. Pyramid pooling as in the authors' code takes windows that depend on
-the map's size, which a traced program cannot; with it the size is fixed, unless its windows are pinned or cover the whole map.
+Batch and image sizes stay free where the network allows it. Pyramid pooling as in the authors' code takes windows that depend
+on the map's size, which a traced program cannot; with it the size is fixed, unless its windows are pinned or cover the whole
+map. So it is with a backbone that pads as TensorFlow does, as MobileNet-v2 with weights from there.
 """
 
 import contextlib
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from timm.layers.conv2d_same import Conv2dSame
+from timm.layers.pool2d_same import AvgPool2dSame
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
@@ -37,6 +40,7 @@ TOLERANCE = 1e-4
 
 _ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 _OPSET = 18
+_SAME = (Conv2dSame, AvgPool2dSame)  # and what is derived from them
 _SUFFIXES = {"torch-export": ".pt2", "onnx": ".onnx"}
 
 
@@ -76,13 +80,12 @@ def main(settings: ExportSettings) -> None:
     size = settings.size or ((513, 513) if settings.network else (33, 33))
     if min(size) < 1:
         raise InputError(f"--size {size[0]} {size[1]}: both must be at least 1")
-    is_dynamic = not settings.fixed_size and not _depends_on_size(module)
+    reason = "as asked" if settings.fixed_size else _what_fixes_the_size(module)
+    is_dynamic = reason is None
     result = export(
         module, (channels, *size), settings.out, export_format=settings.format, is_dynamic=is_dynamic, description=description
     )
-    sizes = "any batch and size" if is_dynamic else f"fixed: batch 1, {size[0]} × {size[1]}"
-    if not is_dynamic and not settings.fixed_size:
-        sizes += " (the windows of its pyramid pooling depend on the size)"
+    sizes = "any batch and size" if is_dynamic else f"fixed: batch 1, {size[0]} × {size[1]} ({reason})"
     print(f"wrote {result.path}, {result.path.stat().st_size / 1e6:.1f} MB; input {description['input']['name']}: {sizes}")
     shapes = " and ".join("×".join(map(str, shape)) for shape in result.checked)
     print(f"checked on {shapes}: deviates by {result.deviation:.1e} of the largest logit, at most {TOLERANCE:.0e} is allowed")
@@ -164,13 +167,16 @@ def _load(settings: ExportSettings) -> tuple[nn.Module, dict[str, Any], int]:
     return module.eval(), {**description, **parts}, channels
 
 
-def _depends_on_size(module: nn.Module) -> bool:
-    """Whether a pooling's window follows from the map's size in a way that a traced program cannot."""
+def _what_fixes_the_size(module: nn.Module) -> str | None:
+    """What follows from the map's size in a way that a traced program cannot, if anything does."""
     (context,) = (child for child in module.modules() if isinstance(child, DensePredictionCell))
     grids = [branch.operation.grid_size for branch in context.cell.branches if branch.operation.grid_size is not None]
-    if context.pooling == "sliding_window" and context.pooling_size is not None:
-        return False
-    return any(grid != (1, 1) for grid in grids)
+    pinned = context.pooling == "sliding_window" and context.pooling_size is not None
+    if not pinned and any(grid != (1, 1) for grid in grids):
+        return "the windows of its pyramid pooling depend on the size"
+    if any(isinstance(child, _SAME) for child in module.modules()):  # it could, but the tracer's algebra takes hours
+        return "TensorFlow's padding in its backbone depends on the size"
+    return None
 
 
 def _require_packages() -> None:

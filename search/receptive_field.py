@@ -170,7 +170,8 @@ class _Gated:
         gamma, beta, _, var = map(_plain, norm)
         probability = torch.special.ndtr(beta / gamma.abs().clamp_min(1e-20))  # a channel without γ hands on nothing anyway
         is_open = torch.rand(x.shape, generator=self.generator) < probability[:, None, None]
-        return x * (gamma / (var + EPS).sqrt())[:, None, None] * is_open
+        gated: Tensor = x * (gamma / (var + EPS).sqrt())[:, None, None] * is_open
+        return gated
 
 
 def _plain(tensor: Tensor) -> Tensor:
