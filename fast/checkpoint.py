@@ -36,6 +36,16 @@ def load_head(path: Path) -> tuple[SegmentationHead, dict[str, Any]]:
     return head, description
 
 
+def load_context(path: Path) -> DensePredictionCell:
+    """The cell alone of a head or network file, with its weights, in evaluation mode. Raises ValueError naming the file."""
+    description, state = _read(path, "head or network", FORMAT, NETWORK_FORMAT)
+    context = _build_head(description).context
+    by_head_key = {key.removeprefix("head."): tensor for key, tensor in state.items()}
+    inner = {key.removeprefix("context."): tensor for key, tensor in by_head_key.items() if key.startswith("context.")}
+    _fill(context, inner, path, "head or network")
+    return context
+
+
 def save_network(
     path: Path, network: SegmentationNetwork, *, class_names: tuple[str, ...], source: dict[str, Any] | None = None
 ) -> None:
@@ -142,15 +152,16 @@ def _write(path: Path, module: nn.Module, file_format: str, description: dict[st
     os.replace(partial, path)
 
 
-def _read(path: Path, kind: str, file_format: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read(path: Path, kind: str, *formats: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a dict, has no iterator
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{kind} {path} cannot be read as safetensors: {error}") from error
-    if metadata.get("format") != file_format:
-        raise ValueError(f"{kind} {path} is not in the format {file_format!r}, got {metadata.get('format')!r}")
+    if metadata.get("format") not in formats:
+        wanted = " or ".join(map(repr, formats))
+        raise ValueError(f"{kind} {path} is not in the format {wanted}, got {metadata.get('format')!r}")
     return json.loads(metadata["description"]), state
 
 

@@ -66,9 +66,15 @@ def lazy_pyramid_pooling(
     if variant == "grid_cells":
         means = NormedMap(F.adaptive_avg_pool2d(value(x), grid_size))
     else:
-        window_h, window_w = window_size(size[0], grid_size[0], pin_h), window_size(size[1], grid_size[1], pin_w)
-        means = NormedMap(F.avg_pool2d(F.avg_pool2d(value(x), (window_h, 1), stride=1), (1, window_w), stride=1))
+        means = NormedMap(_sliding_means(_sliding_means(value(x), 2, grid_size[0], pin_h), 3, grid_size[1], pin_w))
     return NormedMap(bilinear_resize(value(lazy_conv1x1(means, weights, training=training, momentum=momentum)), size))
+
+
+def _sliding_means(x: Tensor, axis: int, grid: int, pooling_size: int | None) -> Tensor:
+    if grid == 1 and pooling_size is None:  # a program exported from it serves every size; no window could
+        return x.mean(dim=axis, keepdim=True)
+    window = window_size(x.shape[axis], grid, pooling_size)
+    return F.avg_pool2d(x, (window, 1) if axis == 2 else (1, window), stride=1)
 
 
 @functools.lru_cache(maxsize=256)

@@ -8,7 +8,7 @@ exactly, and all four rows of multiply-adds within one percent (the paper's own 
 from dataclasses import dataclass
 
 from reference.cell import BACKBONE_FEATURE, Cell, Operation
-from reference.pyramid_pooling import window_size
+from reference.pyramid_pooling import PoolingVariant, window_size
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,16 @@ class CellCost:
 
 
 def cell_cost(
-    cell: Cell, in_channels: int, feature_size: tuple[int, int], *, branch_channels: int = 256, cell_channels: int = 256
+    cell: Cell,
+    in_channels: int,
+    feature_size: tuple[int, int],
+    *,
+    branch_channels: int = 256,
+    cell_channels: int = 256,
+    pooling: PoolingVariant = "sliding_window",
+    pooling_size: tuple[int, int] | None = None,
 ) -> CellCost:
-    """Cost of a cell on a feature map of (h, w) = `feature_size`.
+    """Cost of a cell on a feature map of (h, w) = `feature_size`; `pooling` and `pooling_size` as in the cell's module.
 
     >>> from search.space import load_cell
     >>> cell_cost(load_cell("dpc"), 320, (65, 129)).total  # a Cityscapes image at output stride 16
@@ -46,17 +53,28 @@ def cell_cost(
     branches = []
     for branch in cell.branches:
         channels = in_channels if branch.input_index == BACKBONE_FEATURE else branch_channels
-        branches.append(_operation_cost(branch.operation, channels, branch_channels, feature_size))
+        size = feature_size
+        if branch.operation.grid_size is not None:  # its convolution runs on the pooled map
+            size = _pooled_size(feature_size, branch.operation.grid_size, pooling, pooling_size)
+        branches.append(_operation_cost(branch.operation, channels, branch_channels, size))
     return CellCost(tuple(branches), _pointwise_cost(len(branches) * branch_channels, cell_channels, feature_size))
 
 
 def _operation_cost(operation: Operation, in_channels: int, channels: int, size: tuple[int, int]) -> Cost:
     if operation.rate is not None:
         return Cost(9 * in_channels, 9 * in_channels * size[0] * size[1]) + _pointwise_cost(in_channels, channels, size)
-    if operation.grid_size is not None:  # the convolution runs on the pooled map
-        pooled = [extent - window_size(extent, grid) + 1 for extent, grid in zip(size, operation.grid_size, strict=True)]
-        return _pointwise_cost(in_channels, channels, (pooled[0], pooled[1]))
     return _pointwise_cost(in_channels, channels, size)
+
+
+def _pooled_size(
+    size: tuple[int, int], grid_size: tuple[int, int], pooling: PoolingVariant, pooling_size: tuple[int, int] | None
+) -> tuple[int, int]:
+    """How many means are taken along either axis."""
+    if pooling == "grid_cells":
+        return grid_size
+    pins = pooling_size or (None, None)
+    windows = [window_size(extent, grid, pin) for extent, grid, pin in zip(size, grid_size, pins, strict=True)]
+    return size[0] - windows[0] + 1, size[1] - windows[1] + 1
 
 
 def _pointwise_cost(in_channels: int, channels: int, size: tuple[int, int]) -> Cost:

@@ -1,6 +1,6 @@
-"""Pictures of a cell: its graph, as in the paper's figure 5, and the positions of the backbone feature that it sees.
+"""Pictures of a cell: its graph and the weights of its branches, as in the paper's figure 5, and what it sees of the feature.
 
-`python -m search.diagram --cell dpc --output cell.svg` draws both side by side.
+`python -m search.diagram --cell dpc --output cell.svg` draws the graph beside the paths from the backbone's feature.
 
 A branch reads exactly one map, so the branches form a tree below the backbone feature F. That makes the layout simple: a
 branch stands one layer below its input, children share the width below their parent, and every branch with children owns a
@@ -16,21 +16,24 @@ from typing import Any, NamedTuple
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colorbar import Colorbar
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from matplotlib.path import Path as Curve
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from reference.atrous_separable_conv import depthwise_conv
-from reference.bilinear_resize import bilinear_resize_backward
+from fast.dense_prediction_cell import DensePredictionCell
 from reference.cell import BACKBONE_FEATURE, Cell, Operation
-from reference.pyramid_pooling import pooling_matrix
+from reference.dense_prediction_cell import BranchOptions
 from search.cli import InputError, run_command
+from search.receptive_field import effective_receptive_field, field_size_for, options_of, structural_receptive_field
 from search.space import load_cell
 
 INK = "#20242c"  # text and axes; the page's own text colour where a picture stands in a page
-RECEPTIVE_FIELD_SIZE = 65  # features of 1024 pixels at output stride 16
+_SEARCHED = BranchOptions(training=False)  # output stride 16, the authors' pooling
+_FAINTEST = 1e-3  # of the largest gradient: what is fainter has one colour
 
 # All in inches at natural size.
 BOX_WIDTH, BOX_HEIGHT, BAR_HEIGHT = 1.16, 0.46, 0.34
@@ -182,69 +185,72 @@ def _draw_box(axes: Axes, box: Box, label: str, colours: tuple[str, str], scale:
     )  # dark in any page: the boxes are light
 
 
-def structural_receptive_field(cell: Cell, size: int) -> NDArray[np.float64]:
-    """How much each input position adds to the centre output, summed over branches, on a map of size × size: (size, size).
-
-    Every weight is one: a value counts the paths from the input position to the centre output, a path through a pooling
-    counting as its share of the mean. Zeros beyond the map's border cut paths as they do in the cell. It is the gradient of
-    the cell with unit weights and no batch norm or ReLU. Raises ValueError for a size without a centre.
-
-    >>> cell = Cell.from_json('[{"op": "conv", "kernel": 3, "rate": [1, 2], "input": -1}]')
-    >>> structural_receptive_field(cell, 5)
-    array([[0., 0., 0., 0., 0.],
-           [1., 0., 1., 0., 1.],
-           [1., 0., 1., 0., 1.],
-           [1., 0., 1., 0., 1.],
-           [0., 0., 0., 0., 0.]])
-    """
-    if size < 1 or size % 2 == 0:
-        raise ValueError(f"size must be odd and at least 1, so that the map has a centre, got {size}")
-    impulse = np.zeros((1, 1, size, size))
-    impulse[0, 0, size // 2, size // 2] = 1.0
-    grads = {BACKBONE_FEATURE: np.zeros_like(impulse), **dict.fromkeys(range(len(cell.branches)), impulse)}
-    for i, branch in reversed(list(enumerate(cell.branches))):  # all readers of branch i come after it
-        grads[branch.input_index] = grads[branch.input_index] + _spread(grads[i], branch.operation)
-    field: NDArray[np.float64] = grads[BACKBONE_FEATURE][0, 0]
-    return field
-
-
-def _spread(grad_output: NDArray[np.float64], operation: Operation) -> NDArray[np.float64]:
-    """The gradient of one operation with unit weights, (1, 1, size, size) to the same."""
-    if operation.rate is not None:  # nine equal taps: convolution and its gradient are the same
-        return depthwise_conv(grad_output, np.ones((1, 1, 3, 3)), rate=operation.rate)
-    if operation.grid_size is not None:
-        size = grad_output.shape[-1]
-        rows, columns = (pooling_matrix(size, grid, variant="sliding_window") for grid in operation.grid_size)
-        grad_means = bilinear_resize_backward(grad_output, (rows.shape[0], columns.shape[0]))
-        return rows.T @ grad_means @ columns
-    return grad_output
-
-
-def draw_receptive_field(cell: Cell, axes: Axes) -> None:
+def draw_paths(cell: Cell, axes: Axes, options: BranchOptions = _SEARCHED) -> None:
     """Draw `structural_receptive_field` on a logarithmic colour scale; black is never read."""
-    field = structural_receptive_field(cell, RECEPTIVE_FIELD_SIZE)
-    reach = RECEPTIVE_FIELD_SIZE / 2
+    field = structural_receptive_field(cell, field_size_for(options), options)
     floor = field[field > 0].min()
+    bar = _draw_field(field, axes, floor, "paths to the centre output")
+    if field.max() < 50 * floor:  # few powers of ten to mark
+        ticks = [tick for tick in (1, 2, 5, 10, 20, 50) if floor <= tick <= field.max()]
+        bar.set_ticks(ticks, labels=[str(tick) for tick in ticks])
+
+
+def draw_effective_field(context: DensePredictionCell, axes: Axes) -> None:
+    """Draw `effective_receptive_field` by its largest value, on a logarithmic colour scale; black is never read."""
+    field = effective_receptive_field(context, field_size_for(options_of(context)))
+    largest = field.max()
+    _draw_field(field / largest if largest > 0 else field, axes, _FAINTEST, "gradient, by its largest")
+
+
+def _draw_field(field: NDArray[np.float64], axes: Axes, floor: float, label: str) -> Colorbar:
+    reach = len(field) / 2
     image = axes.imshow(
-        np.ma.masked_equal(field, 0.0),
+        np.ma.masked_where(field == 0.0, np.maximum(field, floor)),
         norm=LogNorm(floor / 4, max(field.max(), 2 * floor)),  # the least value stands out against black
         cmap=matplotlib.colormaps["inferno"].with_extremes(bad="black"),
         interpolation="nearest",
         extent=(-reach, reach, reach, -reach),
     )
-    axes.set_xticks(range(-30, 31, 15))
-    axes.set_yticks(range(-30, 31, 15))
+    step = 15 * max(1, round(reach / 32))
+    marks = range(-int(reach // step) * step, int(reach) + 1, step)
+    axes.set_xticks(marks)
+    axes.set_yticks(marks)
     axes.set_xlabel("offset in features", fontsize=FONT_SIZE, color=INK)
     axes.tick_params(labelsize=FONT_SIZE - 1, colors=INK, length=2)
     axes.spines[:].set_visible(False)
     bar = axes.figure.colorbar(image, ax=axes, shrink=0.8, pad=0.04, aspect=22)
-    bar.set_label("paths to the centre output", fontsize=FONT_SIZE, color=INK)
+    bar.set_label(label, fontsize=FONT_SIZE, color=INK)
     bar.ax.tick_params(which="both", labelsize=FONT_SIZE - 1, colors=INK, length=2)
     bar.ax.minorticks_off()
-    if field.max() < 50 * floor:  # few powers of ten to mark
-        ticks = [tick for tick in (1, 2, 5, 10, 20, 50) if floor <= tick <= field.max()]
-        bar.set_ticks(ticks, labels=[str(tick) for tick in ticks])
     bar.outline.set_visible(False)
+    return bar
+
+
+def branch_weights(context: DensePredictionCell) -> list[float]:
+    """The mean absolute weight with which the projection reads each branch (figure 5b of the paper), in the cell's order."""
+    weight = context.weights().projection.weight.detach().double()  # (cell_channels, B·branch_channels, 1, 1)
+    by_branch = weight.view(context.cell_channels, len(context.cell.branches), context.branch_channels)
+    means: list[float] = by_branch.abs().mean(dim=(0, 2)).tolist()
+    return means
+
+
+def draw_branch_weights(context: DensePredictionCell, axes: Axes) -> None:
+    """A bar per branch, as long as its `branch_weights`, in the colour of its operation."""
+    means = branch_weights(context)
+    for i, (branch, mean) in enumerate(zip(context.cell.branches, means, strict=True)):
+        fill, edge = _FILL_AND_EDGE[branch.operation.kind]
+        axes.barh(i, mean, height=0.62, color=fill, edgecolor=edge, linewidth=1.1)
+        options: dict[str, Any] = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
+        axes.annotate(f"{mean:.3g}", (mean, i), fontsize=FONT_SIZE - 1, color=INK, **options)
+    labels = [f"{i}: {operation_label(branch.operation)}" for i, branch in enumerate(context.cell.branches)]
+    axes.set_yticks(range(len(labels)), labels=labels)
+    axes.set(ylim=(len(means) - 0.5, -0.5), xlim=(0, 1.2 * max(*means, 1e-12)))
+    axes.set_xlabel("mean |weight| in the projection", fontsize=FONT_SIZE, color=INK)
+    axes.tick_params(labelsize=FONT_SIZE - 1, colors=INK, length=2)
+    axes.tick_params(axis="y", length=0)
+    axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(INK)
 
 
 def cell_svg(cell: Cell) -> str:
@@ -252,11 +258,31 @@ def cell_svg(cell: Cell) -> str:
     return figure_svg(_cell_figure(cell), f"Diagram of the cell {cell}")
 
 
-def receptive_field_svg(cell: Cell) -> str:
-    """The cell's receptive field as an SVG element for a page."""
+def paths_svg(cell: Cell, options: BranchOptions = _SEARCHED) -> str:
+    """The paths to the centre as an SVG element for a page."""
+    figure, axes = _field_figure()
+    draw_paths(cell, axes, options)
+    return figure_svg(figure, f"Paths to the centre through the cell {cell}")
+
+
+def effective_field_svg(context: DensePredictionCell) -> str:
+    """The effective receptive field as an SVG element for a page."""
+    figure, axes = _field_figure()
+    draw_effective_field(context, axes)
+    return figure_svg(figure, f"Effective receptive field of the trained cell {context.cell}")
+
+
+def branch_weights_svg(context: DensePredictionCell) -> str:
+    """The bars of `branch_weights` as an SVG element for a page."""
+    height = 0.55 + 0.27 * len(context.cell.branches)
+    figure = Figure(figsize=(5.0, height))
+    draw_branch_weights(context, figure.add_axes((0.36, 0.48 / height, 0.62, 1 - 0.52 / height)))
+    return figure_svg(figure, f"Mean absolute weight of each branch in the projection of the cell {context.cell}")
+
+
+def _field_figure() -> tuple[Figure, Axes]:
     figure = Figure(figsize=(3.3, 2.75))
-    draw_receptive_field(cell, figure.add_axes((0.12, 0.15, 0.81, 0.83)))
-    return figure_svg(figure, f"Receptive field of the cell {cell}")
+    return figure, figure.add_axes((0.12, 0.15, 0.81, 0.83))
 
 
 def figure_svg(figure: Figure, description: str) -> str:
@@ -294,7 +320,7 @@ def _cell_and_receptive_field_figure(cell: Cell) -> Figure:
         return figure.add_axes((left / width, bottom / height, axes_width / width, axes_height / height))
 
     draw_cell(cell, axes_at(MARGIN, layout.width, layout.height))
-    draw_receptive_field(cell, axes_at(layout.width + gap, field_width - 0.5, field_height - 0.8))
+    draw_paths(cell, axes_at(layout.width + gap, field_width - 0.5, field_height - 0.8))
     return figure
 
 

@@ -195,7 +195,8 @@ def resolve_device(device: str) -> str:
 
 def _fill(directory: Path, dataset: Dataset, backbone: Backbone, identity: dict[str, Any], device: str) -> None:
     shape = _shapes(dataset, backbone, identity, device)
-    manifest = _resumable_manifest(directory, {**identity, **shape, "done": 0})
+    normalisation = {"mean": backbone.mean.flatten().tolist(), "std": backbone.std.flatten().tolist()}  # of pixels 0 to 255
+    manifest = _resumable_manifest(directory, {**identity, **shape, **normalisation, "done": 0})
     if not manifest["done"]:
         (directory / "manifest.json").unlink(missing_ok=True)  # what it counted is about to be overwritten
     _require_space(directory, shape)

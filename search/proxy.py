@@ -106,7 +106,14 @@ class ProxyTask:
         iou = class_iou(confusion)
         size = self._val[0].shape[2:]
         channels = self.settings.branch_channels
-        cost = cell_cost(cell, head.context.in_channels, (size[0], size[1]), branch_channels=channels, cell_channels=channels)
+        cost = cell_cost(
+            cell,
+            head.context.in_channels,
+            (size[0], size[1]),
+            branch_channels=channels,
+            cell_channels=channels,
+            pooling=self.settings.pooling,
+        )
         result = ProxyResult(
             mean_iou=mean_iou(confusion),
             class_iou=tuple(None if math.isnan(value) else float(value) for value in iou),

@@ -106,10 +106,12 @@ def main(settings: RandomSettings) -> None:
         open_run(directory, _identity(settings, caches), sampler, storage=settings.storage, **description) as study,
         _workers(settings, caches, device, task) as workers,
     ):
+        timed_on = None
         try:
             _Search(settings, study, workers, caches).run()
-        finally:  # also after Ctrl-C: what there is, is shown
-            finish(directory, caches, settings)
+            timed_on = device
+        finally:  # also after Ctrl-C: what there is, is shown; but no latency, that would take seconds
+            finish(directory, caches, settings, timed_on)
 
 
 def known_cells(settings: RandomSettings) -> dict[str, Cell]:
@@ -217,7 +219,8 @@ class _Search:
     def _save(self, outcome: Outcome, name: str) -> None:
         assert outcome.head is not None  # a result comes with its head
         manifest = self.caches["train"].manifest
-        backbone = {key: manifest[key] for key in ("backbone", "weights_hash", "output_stride", "dataset")}
+        keys = ("backbone", "weights_hash", "weights_origin", "mean", "std", "output_stride", "dataset")
+        backbone = {key: manifest[key] for key in keys if key in manifest}  # a cache of an earlier version lacks some
         path = self.study.directory / "heads" / f"{name}.safetensors"
         save_head(path, outcome.head, class_names=self.caches["train"].class_names, backbone=backbone)
 
@@ -244,8 +247,8 @@ def _workers(settings: RandomSettings, caches: dict[str, FeatureCache], device: 
             yield InProcess(task, on_step)
 
 
-def finish(directory: Path, caches: dict[str, FeatureCache], settings: RandomSettings) -> None:
-    """Write what the run is for: best cells, table, examples and report; print the table."""
+def finish(directory: Path, caches: dict[str, FeatureCache], settings: RandomSettings, timed_on: str | None) -> None:
+    """Write what the run is for: best cells, table, examples and report, with latencies on a device; print the table."""
     run = load_run(directory)
     best = ranked(run.trials)[:_TOP]
     if not best:
@@ -257,7 +260,7 @@ def finish(directory: Path, caches: dict[str, FeatureCache], settings: RandomSet
         write_text(directory / "best_cells" / f"rank_{rank:02d}.json", record.cell.to_json())
     _write_csv(directory / "cells.csv", run.trials)
     _write_examples(directory, caches["val"], settings)
-    report = write_report(run)
+    report = write_report(run, timed_on)
     print(_table(best, run.baselines))
     print(f"\nreport: {report}\nbest cell: {directory / 'best_cells' / 'rank_01.json'}")
 

@@ -1,14 +1,16 @@
-"""A run as one page: `python -m search.report --run runs/<name>` writes `report.html`, which needs nothing beside itself."""
+"""A run as one page, which needs nothing beside itself: `python -m search.report --run runs/<name>` writes its `report.html`.
+
+With `--cells` it is the page of any cells (cell_report.py).
+"""
 
 import base64
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
 
-import jinja2
 import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
@@ -17,11 +19,18 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from PIL import Image
 
+from fast.checkpoint import load_context
+from fast.dense_prediction_cell import DensePredictionCell
 from reference.cell import Cell
+from reference.dense_prediction_cell import BranchOptions, rate_multiplier_for
+from reference.pyramid_pooling import PoolingVariant
+from search.cell_report import draw_pictures, write_cell_report
 from search.cli import InputError, run_command
 from search.datasets import IGNORE_INDEX
-from search.diagram import INK, cell_svg, figure_svg, operation_label, receptive_field_svg
-from search.features import write_text
+from search.diagram import INK, figure_svg
+from search.features import resolve_device
+from search.latency import Latencies, measure_latencies
+from search.page import percent, write_page
 from search.proxy import ProxyResult
 from search.study import Run, TrialRecord, load_run, ranked
 
@@ -73,49 +82,21 @@ class Row:
     is_compared: bool
 
 
-def write_report(run: Run) -> Path:
-    """Write `report.html` into the run's folder, whole or not at all; returns its path. Raises InputError if it cannot."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"percent": percent, "quantity": quantity, "operation_label": operation_label}
-    page = environment.get_template("report.html.jinja").render(_content(run))
+def write_report(run: Run, device: str | None = None) -> Path:
+    """Write `report.html` into the run's folder, whole or not at all; returns its path.
+
+    With a device, and a trained head in the run that says which features it reads, the latencies of the cells are measured
+    there. Raises InputError if the page cannot be written, or a file of the run is damaged.
+    """
     path = run.directory / "report.html"
-    try:
-        write_text(path, page)
-    except OSError as error:
-        raise InputError(f"cannot write {path} ({error.strerror}): make the run's folder writable") from error
+    write_page(path, "report.html.jinja", _content(run, device))
     return path
 
 
-def percent(fraction: float, digits: int = 2) -> str:
-    """A fraction in print.
-
-    >>> percent(0.46123)
-    '46.12 %'
-    """
-    return f"{100 * fraction:.{digits}f} %"
-
-
-def quantity(count: float) -> str:
-    """A large count with three digits and a unit.
-
-    >>> quantity(804_000), quantity(15_230_000_000)
-    ('804 K', '15.2 B')
-    """
-    for limit, unit in ((1e9, " B"), (1e6, " M"), (1e3, " K")):
-        if count >= limit:
-            value = count / limit
-            return f"{value:.{max(0, 2 - int(np.log10(value)))}f}{unit}"
-    return f"{count:g}"
-
-
-def _content(run: Run) -> dict[str, Any]:
+def _content(run: Run, device: str | None) -> dict[str, Any]:
     best, groups = ranked(run.trials), _groups(run)
+    trained = _trained_cells(run, best, groups)
+    rows = list(_rows(best, groups))
     fair = next((group for group in groups if best and group.name == f"trial {best[0].number}"), None)
     return {
         "run": run,
@@ -128,8 +109,9 @@ def _content(run: Run) -> dict[str, Any]:
         "compared_score": fair.mean if fair else best[0].result.mean_iou if best and best[0].result else None,
         "spread": _spread,
         "charts": list(_charts(run, best, groups)),
-        "drawings": list(_drawings(best)),
-        "rows": list(_rows(best, groups)),
+        "drawings": list(_drawings(run, best, groups, trained)),
+        "rows": rows,
+        "latencies": _latencies(run, rows, trained, device) if device and trained and rows else None,
         "class_columns": _class_columns(best, groups),
         "examples": _examples(run),
         "hex_colours": ["#{:02x}{:02x}{:02x}".format(*colour) for colour in run.palette],
@@ -157,17 +139,66 @@ def _rows(best: Sequence[TrialRecord], groups: Sequence[Group]) -> Iterator[Row]
         yield Row(label, _spread(group), group.cell, group.results[0], True)
 
 
-def _drawings(best: Sequence[TrialRecord]) -> Iterator[dict[str, Any]]:
+def _trained_cells(run: Run, best: Sequence[TrialRecord], groups: Sequence[Group]) -> dict[str, DensePredictionCell]:
+    """The cells whose trained heads the run has kept: of its best, as "best", and of the compared ones, by their names."""
+    cells = {group.name: (f"{group.name.replace(' ', '_')}_seed0", group.cell) for group in groups}
+    if best:
+        cells["best"] = ("best", best[0].cell)
+    contexts = {}
+    for name, (file, cell) in cells.items():
+        path = run.directory / "heads" / f"{file}.safetensors"
+        if path.exists():
+            try:
+                context = load_context(path)
+            except ValueError as error:
+                raise InputError(f"{error}: delete it; the report does without") from error
+            if context.cell == cell:  # the head is written before its score: after a crash it may be of another cell
+                contexts[name] = context
+    return contexts
+
+
+def _drawings(
+    run: Run, best: Sequence[TrialRecord], groups: Sequence[Group], trained: Mapping[str, DensePredictionCell]
+) -> Iterator[dict[str, Any]]:
+    multiplier = rate_multiplier_for(run.settings.get("output_stride", 16))
+    options = BranchOptions(False, multiplier, run.settings.get("pooling", "sliding_window"))
     worst_from = max(_DRAWN_BEST, len(best) - _DRAWN_WORST)
     for rank, record in enumerate(best):
-        if rank < _DRAWN_BEST or rank >= worst_from:
+        if record.result and (rank < _DRAWN_BEST or rank >= worst_from):
+            place = f"No. {rank + 1} of {len(best)}" + (", among the worst" if rank >= worst_from else "")
             yield {
-                "rank": rank + 1,
-                "is_worst": rank >= worst_from,
-                "record": record,
-                "diagram": Markup(cell_svg(record.cell)),
-                "field": Markup(receptive_field_svg(record.cell)),
+                "heading": percent(record.result.mean_iou),
+                "place": place,
+                "name": f"trial {record.number}",
+                "pictures": draw_pictures(record.cell, options, trained.get("best") if rank == 0 else None),
             }
+    for group in groups:
+        if best and group.name in trained and group.name != f"trial {best[0].number}":
+            yield {
+                "heading": percent(group.results[0].mean_iou),
+                "place": f"{group.label}, seed 0",
+                "name": "beside the search",
+                "pictures": draw_pictures(group.cell, options, trained[group.name]),
+            }
+
+
+def _latencies(run: Run, rows: Sequence[Row], trained: Mapping[str, DensePredictionCell], device: str) -> Latencies:
+    """Of the cells in the table, on features as those of a validation image."""
+    one = next(iter(trained.values()))  # all of a run have the same channels and options
+    cells = {
+        row.label: DensePredictionCell(
+            row.cell,
+            one.in_channels,
+            branch_channels=one.branch_channels,
+            cell_channels=one.cell_channels,
+            output_stride=one.output_stride,
+            pooling=one.pooling,
+            pooling_size=one.pooling_size,
+        )
+        for row in rows
+    }
+    height, width = (-(-extent // one.output_stride) for extent in run.settings["image_size"])
+    return measure_latencies(cells, (height, width), device=device)
 
 
 def _class_columns(best: Sequence[TrialRecord], groups: Sequence[Group]) -> list[dict[str, Any]]:
@@ -339,17 +370,63 @@ def _data_uri(pixels: NDArray[np.uint8]) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ReportSettings:
-    """Write the report of a run again."""
+    """Write the report of a run again, or one of given cells: pictures, cost and latency."""
 
-    run: Path
-    """Folder of the run, such as runs/shapes."""
+    run: Path | None = None
+    """Folder of a run, such as runs/shapes."""
+    cells: tuple[str, ...] = ()
+    """Cells instead: aspp, dpc, psp, JSON files of cells, head or network files (.safetensors)."""
+    out: Path = Path("cells.html")
+    """Page to write for --cells; that of a run is in its folder."""
+    in_channels: int = 320
+    """Channels of the features that cells without weights read: 320 of MobileNet-v2, 2048 of Xception."""
+    branch_channels: int = 256
+    """Filters of each branch, and of the output, of cells without weights."""
+    output_stride: int = 16
+    """Pixels per feature, 8 or 16, for cells without weights; at 8 the rates double."""
+    pooling: PoolingVariant = "sliding_window"
+    """Pyramid pooling of cells without weights: sliding_window or grid_cells."""
+    feature_size: tuple[int, int] = (65, 129)
+    """Height and width of the features for --cells. Default: a Cityscapes image's at output stride 16."""
+    device: str = "auto"
+    """Where latency is measured: cpu, cuda, cuda:1, ...; auto takes the GPU if there is one."""
 
 
 def main(settings: ReportSettings) -> None:
     """Write the report and say where."""
-    print(f"report: {write_report(load_run(settings.run))}")
+    if (settings.run is None) == (not settings.cells):
+        raise InputError("give either --run FOLDER or --cells CELL ...")
+    device = resolve_device(settings.device)
+    if settings.run is not None:
+        print(f"report: {write_report(load_run(settings.run), device)}")
+        return
+    _check(settings)
+    write_cell_report(
+        settings.out,
+        settings.cells,
+        in_channels=settings.in_channels,
+        branch_channels=settings.branch_channels,
+        output_stride=settings.output_stride,
+        pooling=settings.pooling,
+        feature_size=settings.feature_size,
+        device=device,
+    )
+    print(f"report: {settings.out}")
+
+
+def _check(settings: ReportSettings) -> None:
+    if settings.output_stride not in (8, 16):
+        raise InputError(f"--output-stride must be 8 or 16, got {settings.output_stride}")
+    numbers = {
+        "--in-channels": settings.in_channels,
+        "--branch-channels": settings.branch_channels,
+        "--feature-size": min(settings.feature_size),
+    }
+    for flag, number in numbers.items():
+        if number < 1:
+            raise InputError(f"{flag} must be at least 1, got {number}")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,10 @@ import re
 import runpy
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
@@ -111,3 +113,13 @@ def test_two_runs_draw_the_same_bytes(tmp_path: Path) -> None:
     DRAWING["draw_all"](tmp_path / "first", [name])
     DRAWING["draw_all"](tmp_path / "second", [name])
     assert (tmp_path / "first" / f"{name}.png").read_bytes() == (tmp_path / "second" / f"{name}.png").read_bytes()
+
+
+def test_cell_serves_as_a_decoder_of_segmentation_models_pytorch() -> None:
+    pytest.importorskip("segmentation_models_pytorch")
+    text = (ROOT / "docs" / "export.md").read_text(encoding="utf-8")
+    (example,) = (block for block in re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE) if "smp" in block)
+    names: dict[str, Any] = {}
+    exec(example, names)
+    with torch.no_grad():
+        assert names["network"].eval()(torch.zeros(1, 3, 64, 96)).shape == (1, 19, 64, 96)

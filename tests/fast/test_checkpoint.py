@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 import fast.checkpoint
 from fast import Decoder, DensePredictionCell, SegmentationHead, SegmentationNetwork
 from fast.backbone import Backbone, timm_backbone
-from fast.checkpoint import FORMAT, NETWORK_FORMAT, load_head, load_network, save_head, save_network
+from fast.checkpoint import FORMAT, NETWORK_FORMAT, load_context, load_head, load_network, save_head, save_network
 from reference.cell import BACKBONE_FEATURE, CONV1X1, Branch, Cell, Operation
 from reference.pyramid_pooling import PoolingVariant
 
@@ -194,6 +194,29 @@ def test_heads_and_networks_are_told_apart(tmp_path: Path) -> None:
         load_network(head)
     with pytest.raises(ValueError, match=r"head .*network\.safetensors is not in the format 'dense-prediction-cell head 1'"):
         load_head(network)
+
+
+@pytest.mark.parametrize("kind", ["head", "network"])
+def test_the_cell_alone_is_read_from_either(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / f"{kind}.safetensors"
+    if kind == "head":
+        context = save(path, pooling_size=(4, 5)).context
+    else:
+        network = trained_network(decoder=True)
+        save_network(path, network, class_names=CLASSES)
+        context = network.head.context
+    loaded = load_context(path)
+    assert not any(module.training for module in loaded.modules())
+    assert (loaded.cell, loaded.output_stride, loaded.pooling_size) == (CELL, context.output_stride, context.pooling_size)
+    assert loaded.state_dict().keys() == context.state_dict().keys()
+    assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in context.state_dict().items())
+
+
+def test_the_cell_of_another_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "other.safetensors"
+    save_file({"weight": torch.zeros(2)}, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"other\.safetensors is not in the format '.* head 1' or '.* network 1', got 'pt'"):
+        load_context(path)
 
 
 @pytest.mark.parametrize("change", ["lacks", "other shape"])

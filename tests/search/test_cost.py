@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fast.dense_prediction_cell import DensePredictionCell
 from reference.cell import Cell
+from reference.pyramid_pooling import PoolingVariant
 from search.cost import Cost, cell_cost
 from search.space import load_cell
 from tests.strategies import cells
@@ -43,6 +44,13 @@ def test_parameters_by_hand() -> None:
     assert cost.total == cost.branches[0] + cost.branches[1] + cost.branches[2]
 
 
+def test_a_mean_per_grid_cell_costs_one_product_per_cell() -> None:
+    cell = Cell.from_json('[{"op": "pyramid_pooling", "grid_size": [2, 4], "input": -1}]')
+    assert cell_cost(cell, 10, (7, 9), branch_channels=4, pooling="grid_cells").total == Cost(40, 40 * 2 * 4)
+    assert cell_cost(cell, 10, (7, 9), branch_channels=4).total == Cost(40, 40 * (7 - 4 + 1) * (9 - 3 + 1))
+    assert cell_cost(cell, 10, (7, 9), branch_channels=4, pooling_size=(4, 4)).total == Cost(40, 40 * (7 - 2 + 1) * 9)
+
+
 @given(cell=cells(max_branches=6), in_channels=st.integers(1, 20), branch_channels=st.integers(1, 8))
 def test_parameters_are_those_of_the_module(cell: Cell, in_channels: int, branch_channels: int) -> None:
     module = DensePredictionCell(cell, in_channels, branch_channels=branch_channels, cell_channels=5)
@@ -59,14 +67,21 @@ def test_parameters_are_those_of_the_module(cell: Cell, in_channels: int, branch
     size=st.tuples(st.integers(2, 20), st.integers(2, 20)),
     in_channels=st.integers(1, 20),
     output_stride=st.sampled_from((8, 16)),
+    pooling=st.sampled_from([("sliding_window", None), ("sliding_window", (2, 2)), ("grid_cells", None)]),
 )
 def test_multiply_adds_are_those_that_pytorch_counts(
-    cell: Cell, size: tuple[int, int], in_channels: int, output_stride: int
+    cell: Cell,
+    size: tuple[int, int],
+    in_channels: int,
+    output_stride: int,
+    pooling: tuple[PoolingVariant, tuple[int, int] | None],
 ) -> None:
+    variant, pooling_size = pooling
+    options: dict[str, Any] = {"branch_channels": 6, "cell_channels": 5, "pooling": variant, "pooling_size": pooling_size}
     with torch.device("meta"):  # shapes alone: nothing is computed, and every product is a convolution
-        module = DensePredictionCell(cell, in_channels, branch_channels=6, cell_channels=5, output_stride=output_stride).eval()
+        module = DensePredictionCell(cell, in_channels, output_stride=output_stride, **options).eval()
         whole, branches = conv_multiply_adds(module, torch.zeros(1, in_channels, *size))
-    cost = cell_cost(cell, in_channels, size, branch_channels=6, cell_channels=5)
+    cost = cell_cost(cell, in_channels, size, **options)
     assert branches == [branch.multiply_adds for branch in cost.branches]
     assert whole == cost.total.multiply_adds + cost.projection.multiply_adds
 

@@ -6,23 +6,34 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.path import Path as Curve
 from numpy.typing import NDArray
 
-from reference.cell import RATES, Branch, Cell, Operation
+from fast.dense_prediction_cell import DensePredictionCell
+from reference.cell import Cell, Operation
+from reference.dense_prediction_cell import BranchOptions
 from search.cli import InputError
 from search.diagram import (
     Box,
     DiagramSettings,
+    branch_weights,
+    branch_weights_svg,
     cell_svg,
+    draw_branch_weights,
+    draw_effective_field,
+    draw_paths,
+    effective_field_svg,
     layout_cell,
     operation_label,
-    receptive_field_svg,
-    structural_receptive_field,
+    paths_svg,
     write_diagram,
 )
+from search.receptive_field import structural_receptive_field
 from search.space import SearchSpace, load_cell
 
 
@@ -97,43 +108,48 @@ def test_labels() -> None:
     assert operation_label(Operation("pyramid_pooling", grid_size=(2, 4))) == "pyramid pooling, 2×4"
 
 
-@given(st.sampled_from(RATES), st.sampled_from(RATES))
-def test_one_atrous_convolution_reads_nine_positions(rate_h: int, rate_w: int) -> None:
-    field = structural_receptive_field(Cell((Branch(-1, Operation("atrous_separable_conv", rate=(rate_h, rate_w))),)), 43)
-    expected = {(21 + i * rate_h, 21 + j * rate_w) for i in (-1, 0, 1) for j in (-1, 0, 1)}
-    assert set(map(tuple, np.argwhere(field).tolist())) == expected
-    assert set(field[field > 0]) == {1.0}
+def trained_cell() -> DensePredictionCell:
+    """The projection reads branch i with weights of ±(i + 1)."""
+    context = DensePredictionCell(load_cell("aspp"), 3, branch_channels=4, cell_channels=6)
+    with torch.no_grad():
+        weight = context.weights().projection.weight.view(6, 5, 4)
+        weight.copy_(torch.arange(1.0, 6.0)[None, :, None] * torch.tensor([1.0, -1.0, 1.0, -1.0]))
+    return context
 
 
-def test_published_cell_sees_25_rows_and_27_columns_around() -> None:
-    field = structural_receptive_field(load_cell("dpc"), 65)
-    rows, columns = np.nonzero(field)
-    assert (rows.min() - 32, rows.max() - 32) == (-25, 25)  # 1 + 18 + 6
-    assert (columns.min() - 32, columns.max() - 32) == (-27, 27)  # 6 + 21
-    assert field.sum() == 9 + 9**2 + 9**3 + 9**2 + 9**2  # paths through branches 0, 1, 2, 3 and 4
-    np.testing.assert_array_equal(field, field[::-1, ::-1])
+def test_branch_weights_are_mean_absolute_ones() -> None:
+    assert branch_weights(trained_cell()) == [1.0, 2.0, 3.0, 4.0, 5.0]
 
 
-def test_global_pooling_sees_everything_equally() -> None:
-    field = structural_receptive_field(Cell((Branch(-1, Operation("pyramid_pooling", grid_size=(1, 1))),)), 9)
-    np.testing.assert_allclose(field, 1 / 81, rtol=1e-12)
+def test_every_bar_has_its_branch_and_value() -> None:
+    drawn = texts(branch_weights_svg(trained_cell()))
+    assert all(drawn[label] == 1 for label in ("0: 1×1 conv", "3: 3×3 sep, rate 18×18", "4: pyramid pooling, 1×1"))
+    axes = Figure().add_subplot()
+    draw_branch_weights(trained_cell(), axes)
+    assert [bar.get_width() for bar in axes.patches if isinstance(bar, Rectangle)] == [1.0, 2.0, 3.0, 4.0, 5.0]
 
 
-def test_paths_end_at_the_border_of_the_map() -> None:
-    conv = Operation("atrous_separable_conv", rate=(2, 2))
-    field = structural_receptive_field(Cell((Branch(-1, conv), Branch(0, conv))), 3)  # only the centre tap stays inside
-    np.testing.assert_array_equal(field, [[0, 0, 0], [0, 2, 0], [0, 0, 0]])
+def test_drawn_fields_are_black_exactly_where_nothing_is_read() -> None:
+    cell = load_cell("dpc")
+    axes = Figure().add_subplot()
+    draw_paths(cell, axes, BranchOptions(training=False, rate_multiplier=2))
+    drawn = np.ma.getmaskarray(np.ma.asarray(axes.images[0].get_array()))
+    np.testing.assert_array_equal(~drawn, structural_receptive_field(cell, 65, BranchOptions(False, 2)) > 0)
 
 
-@pytest.mark.parametrize("size", [0, 4, -1])
-def test_a_map_without_a_centre_is_refused(size: int) -> None:
-    with pytest.raises(ValueError, match=f"size must be odd and at least 1, so that the map has a centre, got {size}"):
-        structural_receptive_field(load_cell("dpc"), size)
+def test_a_cell_that_hands_on_nothing_is_drawn_black() -> None:
+    context = trained_cell()
+    with torch.no_grad():
+        context.weights().projection.weight.zero_()
+    axes = Figure().add_subplot()
+    draw_effective_field(context, axes)
+    assert np.ma.getmaskarray(np.ma.asarray(axes.images[0].get_array())).all()
 
 
 def test_svg_stands_alone_and_is_reproducible() -> None:
     cell = load_cell("aspp")
-    for svg in (cell_svg(cell), receptive_field_svg(cell)):
+    context = DensePredictionCell(cell, 3, branch_channels=4, cell_channels=4)
+    for svg in (cell_svg(cell), paths_svg(cell), effective_field_svg(context), branch_weights_svg(context)):
         assert svg.startswith('<svg role="img" aria-label="')
         assert "<metadata" not in svg
         assert not re.search(r'(href|src)="(?!data:|#)', svg)

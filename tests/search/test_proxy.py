@@ -14,8 +14,9 @@ from fast.batch_norm import recompute_statistics
 from fast.kernels import using
 from fast.mean_iou import confusion_matrix
 from fast.segmentation import SegmentationHead
-from reference.cell import Cell
+from reference.cell import BACKBONE_FEATURE, Branch, Cell, Operation
 from reference.mean_iou import class_iou, mean_iou
+from reference.pyramid_pooling import PoolingVariant
 from search.cli import InputError
 from search.cost import cell_cost
 from search.features import FeatureCache
@@ -120,9 +121,12 @@ def test_the_loss_curve_is_thinned_and_keeps_its_end() -> None:
     assert [iteration for iteration, _ in result.loss_curve] == list(range(2, 251, 2))
 
 
-def test_cost_time_and_memory_are_recorded() -> None:
-    result, _ = make_task().evaluate(CELL, (0,))
-    cost = cell_cost(CELL, 3, SIZE, branch_channels=8, cell_channels=8).total
+@pytest.mark.parametrize("pooling", ["sliding_window", "grid_cells"])
+def test_cost_time_and_memory_are_recorded(pooling: PoolingVariant) -> None:
+    pool = Branch(BACKBONE_FEATURE, Operation("pyramid_pooling", grid_size=(2, 2)))
+    cell = Cell((*CELL.branches, pool))
+    result, _ = make_task(pooling=pooling).evaluate(cell, (0,))
+    cost = cell_cost(cell, 3, SIZE, branch_channels=8, cell_channels=8, pooling=pooling).total
     assert (result.parameters, result.multiply_adds) == (cost.parameters, cost.multiply_adds)
     assert 0 < result.seconds < 60
     assert result.peak_memory_bytes > 10**7

@@ -25,7 +25,7 @@ from reference.cell import CONV1X1, Branch, Cell, Operation
 from reference.mean_iou import mean_iou
 from search.cli import InputError
 from search.datasets import SPLITS
-from search.features import open_cache
+from search.features import create_backbone, open_cache
 from search.proxy import NotFiniteError, ProxyResult, ProxyTask
 from search.random import RandomSettings
 from search.space import canonical_form, load_cell
@@ -92,7 +92,7 @@ def settings(tiny: RandomSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     return replace(tiny, runs_dir=tmp_path)
 
 
-def skip_report(run: Run) -> Path:
+def skip_report(run: Run, device: str | None = None) -> Path:
     return run.directory / "report.html"
 
 
@@ -164,6 +164,9 @@ def test_a_saved_head_has_the_recorded_score(tiny: RandomSettings, uninterrupted
     head, description = load_head(file)
     assert head.context.cell == expected[name].cell
     assert (description["backbone"]["backbone"], description["backbone"]["output_stride"]) == (BACKBONE, 16)
+    backbone = create_backbone(tiny)
+    for key, constant in (("mean", backbone.mean), ("std", backbone.std)):  # what its images must be normalised by
+        assert description["backbone"][key] == constant.flatten().tolist()
 
     train, val = (open_cache(tiny.cache_dir / f"camvid-{split}-{BACKBONE}-os16") for split in SPLITS)
     result = expected[name].result

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from search.cli import InputError
+from search.page import percent, quantity
 from search.proxy import ProxyResult
-from search.report import ReportSettings, main, pareto_front, percent, quantity, write_report
+from search.report import ReportSettings, main, pareto_front, write_report
 from search.space import SearchSpace, load_cell
 from search.study import BaselineRecord, Run, TrialRecord
 
@@ -179,7 +180,7 @@ def test_the_report_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch:
 
 def test_command_refuses_a_folder_that_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is not a run"):
-        main(ReportSettings(tmp_path))
+        main(ReportSettings(run=tmp_path))
 
 
 def test_pareto_front_keeps_what_nothing_beats() -> None:

@@ -1,0 +1,257 @@
+"""A trained head or network for other programs: `python -m search.export --network n.safetensors --format onnx --out n.onnx`.
+
+Two formats: a program of `torch.export` (PyTorch alone runs it), and ONNX. Before the file appears it is read back
+and run, by PyTorch or onnxruntime, and its outputs are compared with the original's. Beside the graph it carries what the
+checkpoint says of itself (cell, class names, output stride, normalisation); the normalisation of images is part of the graph.
+
+Batch and image sizes stay free where the network allows it. Pyramid pooling as in the authors' code takes windows that depend
+on the map's size, which a traced program cannot; with it the size is fixed, unless its windows are pinned or cover the whole
+map. So it is with a backbone that pads as TensorFlow does, as MobileNet-v2 with weights from there.
+"""
+
+import contextlib
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from io import BytesIO
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from timm.layers.conv2d_same import Conv2dSame
+from timm.layers.pool2d_same import AvgPool2dSame
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+import fast.kernels
+from fast.bilinear_resize import bilinear_resize
+from fast.checkpoint import load_head, load_network
+from fast.dense_prediction_cell import DensePredictionCell
+from search.cli import InputError, run_command
+
+ExportFormat = Literal["torch-export", "onnx"]
+Run = Callable[[Tensor], Tensor]
+
+# Of the largest output. Between two runtimes the sums of some fifty float32 convolutions are taken in another order; what was
+# measured is below 1e-5. Weights of a wrong layer, or another padding, are off by 1e-1.
+TOLERANCE = 1e-4
+
+_ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
+_OPSET = 18
+_SAME = (Conv2dSame, AvgPool2dSame)  # and what is derived from them
+_SUFFIXES = {"torch-export": ".pt2", "onnx": ".onnx"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSettings:
+    """Write a head or network for torch.export or ONNX, and check that it computes the same."""
+
+    network: Path | None = None
+    """Network file (.safetensors): images (N, 3, H, W) of 0 to 255 in, logits out."""
+    head: Path | None = None
+    """Head file instead: the backbone's features in, logits out."""
+    out: Path
+    """File to write: .pt2 for torch-export, .onnx for onnx."""
+    format: ExportFormat = "torch-export"
+    """torch-export, or onnx (install the extra `export`)."""
+    size: tuple[int, int] | None = None
+    """Height and width of the input. Default: 513 513 pixels for a network, 33 33 features for a head."""
+    fixed_size: bool = False
+    """Fix batch size 1 and --size, also where they could stay free; some runtimes are quicker for it."""
+    full_size: bool = False
+    """Resize the logits to the image's size within the program (networks only)."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written, and how well it agrees."""
+
+    path: Path
+    is_dynamic: bool
+    checked: tuple[tuple[int, ...], ...]  # shapes of the inputs that were compared
+    deviation: float  # the largest, of the largest output
+
+
+def main(settings: ExportSettings) -> None:
+    """Read, export, check, write, say what came of it."""
+    module, description, channels = _load(settings)
+    size = settings.size or ((513, 513) if settings.network else (33, 33))
+    if min(size) < 1:
+        raise InputError(f"--size {size[0]} {size[1]}: both must be at least 1")
+    reason = "as asked" if settings.fixed_size else _what_fixes_the_size(module)
+    is_dynamic = reason is None
+    result = export(
+        module, (channels, *size), settings.out, export_format=settings.format, is_dynamic=is_dynamic, description=description
+    )
+    sizes = "any batch and size" if is_dynamic else f"fixed: batch 1, {size[0]} × {size[1]} ({reason})"
+    print(f"wrote {result.path}, {result.path.stat().st_size / 1e6:.1f} MB; input {description['input']['name']}: {sizes}")
+    shapes = " and ".join("×".join(map(str, shape)) for shape in result.checked)
+    print(f"checked on {shapes}: deviates by {result.deviation:.1e} of the largest logit, at most {TOLERANCE:.0e} is allowed")
+
+
+def export(
+    module: nn.Module,
+    input_shape: tuple[int, int, int],
+    path: Path,
+    *,
+    export_format: ExportFormat,
+    is_dynamic: bool,
+    description: dict[str, Any],
+) -> Exported:
+    """Write `module`, (N, *input_shape) -> a tensor, to `path`, whole and checked or not at all.
+
+    Raises InputError for an input that the module refuses, packages that lack, and outputs that deviate.
+    """
+    if path.suffix != (suffix := _SUFFIXES[export_format]):
+        raise InputError(f"--out {path}: a file of the format {export_format} must end in {suffix}")
+    if export_format == "onnx":
+        _require_packages()
+    example = _inputs((2 if is_dynamic else 1, *input_shape))
+    text = json.dumps(description, ensure_ascii=False)
+    names = (description["input"]["name"], description["output"]["name"])
+    with _quiet(), fast.kernels.using(None), torch.no_grad():
+        try:
+            module(example)
+        except (RuntimeError, ValueError) as error:
+            raise InputError(f"the input {tuple(example.shape)} does not fit: {error}") from error
+        free = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+        program = torch.export.export(module, (example,), dynamic_shapes=(free,) if is_dynamic else None)
+        content, run = _onnx(program, *names, text) if export_format == "onnx" else _torch_program(program, text)
+        checked, deviation = _compare(run, module, input_shape, is_dynamic)
+    if not deviation <= TOLERANCE:  # nor NaN
+        raise InputError(
+            f"{path} was not written: its outputs deviate by {deviation:.1e} of the largest, allowed is {TOLERANCE:.0e}"
+        )
+    _write(path, content)
+    return Exported(path, is_dynamic, checked, deviation)
+
+
+class _FullSize(nn.Module):
+    """Logits at the size of the image, for who wants no resize of their own."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        return bilinear_resize(self.network(images), (images.shape[2], images.shape[3]))
+
+
+def _load(settings: ExportSettings) -> tuple[nn.Module, dict[str, Any], int]:
+    """The module, what the exported file says of itself, and the input's channels."""
+    if (settings.network is None) == (settings.head is None):
+        raise InputError("give either --network FILE or --head FILE")
+    if settings.head is not None and settings.full_size:
+        raise InputError("--full-size is for networks: a head does not know the image's size")
+    try:
+        if settings.head is not None:
+            head, description = load_head(settings.head)
+            channels: int = head.context.in_channels
+            stride = "as the input"
+            module: nn.Module = head
+            input_text = f"features (N, {channels}, h, w) float32"
+        else:
+            assert settings.network is not None  # one of both is given
+            network, description = load_network(settings.network)
+            module, channels = (_FullSize(network) if settings.full_size else network), 3
+            stride = "as the input" if settings.full_size else f"one on every {network.logits_stride}th pixel"
+            input_text = "images (N, 3, H, W) float32, RGB, 0 to 255"
+    except ValueError as error:
+        raise InputError(f"{error}; give a file that this project wrote") from error
+    parts = {
+        "input": {"name": input_text.split()[0], "is": input_text},
+        "output": {"name": "logits", "is": f"logits (N, {len(description['class_names'])}, ...) float32, {stride}"},
+    }
+    return module.eval(), {**description, **parts}, channels
+
+
+def _what_fixes_the_size(module: nn.Module) -> str | None:
+    """What follows from the map's size in a way that a traced program cannot, if anything does."""
+    (context,) = (child for child in module.modules() if isinstance(child, DensePredictionCell))
+    grids = [branch.operation.grid_size for branch in context.cell.branches if branch.operation.grid_size is not None]
+    pinned = context.pooling == "sliding_window" and context.pooling_size is not None
+    if not pinned and any(grid != (1, 1) for grid in grids):
+        return "the windows of its pyramid pooling depend on the size"
+    if any(isinstance(child, _SAME) for child in module.modules()):  # it could, but the tracer's algebra takes hours
+        return "TensorFlow's padding in its backbone depends on the size"
+    return None
+
+
+def _require_packages() -> None:
+    lacking = [package for package in _ONNX_PACKAGES if find_spec(package) is None]
+    if lacking:
+        raise InputError(
+            f"--format onnx needs {', '.join(lacking)}: pip install 'dense-prediction-cell[export]', or use torch-export"
+        )
+
+
+def _onnx(program: ExportedProgram, input_name: str, output_name: str, description: str) -> tuple[bytes, Run]:
+    """The file, weights included, and how onnxruntime runs it."""
+    import onnxruntime
+
+    names: dict[str, Any] = {"input_names": [input_name], "output_names": [output_name]}
+    converted = torch.onnx.export(program, dynamo=True, opset_version=_OPSET, verbose=False, **names)
+    assert converted is not None  # as always with dynamo=True
+    converted.model.metadata_props["description"] = description
+    content: bytes = converted.model_proto.SerializeToString()
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    return content, lambda x: torch.from_numpy(session.run([output_name], {input_name: x.numpy()})[0])
+
+
+def _torch_program(program: ExportedProgram, description: str) -> tuple[bytes, Run]:
+    """The file, and the program read back from it."""
+    program.example_inputs = None  # they would be saved too, larger than the weights
+    buffer = BytesIO()
+    torch.export.save(program, buffer, extra_files={"description.json": description})
+    content = buffer.getvalue()
+    return content, torch.export.load(BytesIO(content)).module()
+
+
+def _write(path: Path, content: bytes) -> None:
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(content)
+        partial.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise InputError(f"--out {path} cannot be written ({error.strerror}): choose another place") from error
+
+
+def _compare(
+    run: Run, module: nn.Module, shape: tuple[int, int, int], is_dynamic: bool
+) -> tuple[tuple[tuple[int, ...], ...], float]:
+    """On two inputs, of different batch and image sizes where these are free: their shapes, and the largest deviation."""
+    channels, height, width = shape
+    other = (3, channels, height + height // 2 + 1, width + width // 4 + 2) if is_dynamic else (1, *shape)
+    shapes = ((1, *shape), other)
+    deviations = []
+    for seed, each in enumerate(shapes, start=1):
+        x = _inputs(each, seed)
+        expected = module(x)
+        actual = run(x)
+        if actual.shape != expected.shape:
+            raise InputError(f"the exported program gives {tuple(actual.shape)} instead of {tuple(expected.shape)}")
+        deviations.append(((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-30)).item())
+    return shapes, max(deviations)
+
+
+def _inputs(shape: tuple[int, ...], seed: int = 0) -> Tensor:
+    """As pixels for a network, as features of like size for a head."""
+    scale = 255.0 if shape[1] == 3 else 4.0
+    return scale * torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """PyTorch's exporters warn of their own inner workings."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+if __name__ == "__main__":
+    run_command(ExportSettings, main, prog="python -m search.export")

@@ -1,0 +1,178 @@
+"""Which positions of the backbone's feature one output of a cell sees, and how much: two answers.
+
+- Paths, a property of the graph: how many paths lead from a position to the centre output (`structural_receptive_field`).
+- Gradient, a property of trained weights: the effective receptive field of Luo et al., "Understanding the Effective Receptive
+  Field in Deep Convolutional Neural Networks", NeurIPS 2016 (`effective_receptive_field`). With y the cell's output at the
+  centre, 256 numbers, and x(p) the feature at position p,
+
+      field(p) = √ E ‖∂y / ∂x(p)‖²,   the Frobenius norm
+
+  so it says how far y moves if the feature at p alone is disturbed a little. The expectation is over which ReLUs are open.
+  A trained batch norm knows how often: it hands on γz + β with z of mean 0 and variance 1 over the training data, so, as for a
+  normal z, the ReLU is open with probability Φ(β / |γ|). Each is drawn by itself; no data are needed.
+
+Both end at the border of a finite map, as the cell does.
+"""
+
+from typing import cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fast.dense_prediction_cell import DensePredictionCell
+from reference.atrous_separable_conv import SeparableConv, depthwise_conv
+from reference.batch_norm import EPS, BatchNorm
+from reference.bilinear_resize import bilinear_resize_backward, interpolation_matrix
+from reference.cell import BACKBONE_FEATURE, Cell, Operation
+from reference.dense_prediction_cell import BranchOptions, rate_multiplier_for
+from reference.pointwise_conv import ConvNorm
+from reference.pyramid_pooling import pooling_matrix
+
+FIELD_SIZE = 65  # features of 1024 pixels at output stride 16
+
+_SAMPLES = 8  # draws of all ReLUs, each with a random direction of the output
+_FROZEN = BranchOptions(training=False)
+
+
+def structural_receptive_field(cell: Cell, size: int, options: BranchOptions = _FROZEN) -> NDArray[np.float64]:
+    """How much each input position adds to the centre output, summed over branches, on a map of size × size: (size, size).
+
+    Every weight is one: a value counts the paths from the input position to the centre output, a path through a pooling
+    counting as its share of the mean. Zeros beyond the map's border cut paths as they do in the cell. It is the gradient of
+    the cell with unit weights and no batch norm or ReLU. Raises ValueError for a size without a centre.
+
+    >>> cell = Cell.from_json('[{"op": "conv", "kernel": 3, "rate": [1, 2], "input": -1}]')
+    >>> structural_receptive_field(cell, 5)
+    array([[0., 0., 0., 0., 0.],
+           [1., 0., 1., 0., 1.],
+           [1., 0., 1., 0., 1.],
+           [1., 0., 1., 0., 1.],
+           [0., 0., 0., 0., 0.]])
+    """
+    _check_size(size)
+    impulse = np.zeros((1, 1, size, size))
+    impulse[0, 0, size // 2, size // 2] = 1.0
+    grads = {BACKBONE_FEATURE: np.zeros_like(impulse), **dict.fromkeys(range(len(cell.branches)), impulse)}
+    for i, branch in reversed(list(enumerate(cell.branches))):  # all readers of branch i come after it
+        grads[branch.input_index] = grads[branch.input_index] + _spread(grads[i], branch.operation, options)
+    field: NDArray[np.float64] = grads[BACKBONE_FEATURE][0, 0]
+    return field
+
+
+def effective_receptive_field(context: DensePredictionCell, size: int, *, seed: int = 0) -> NDArray[np.float64]:
+    """The gradient's field of the centre output on a map of size × size: (size, size), at least 0.
+
+    The expectation is estimated from a few draws of all ReLUs; ‖·‖² from the gradient of the output's product with a vector of
+    random signs, whose square is it on average. Raises ValueError for a size without a centre.
+    """
+    _check_size(size)
+    generator = torch.Generator().manual_seed(seed)
+    squares = torch.zeros(size, size, dtype=torch.float64)
+    with torch.inference_mode(False), torch.enable_grad():
+        linear = _Gated(context, generator)
+        for _ in range(_SAMPLES):
+            x = torch.zeros(1, context.in_channels, size, size, requires_grad=True)  # the gradient is the same everywhere
+            signs = torch.randint(0, 2, (context.cell_channels,), generator=generator) * 2.0 - 1.0
+            centre = linear(x)[0, :, size // 2, size // 2]
+            (gradient,) = torch.autograd.grad(centre @ signs, x)
+            squares += gradient[0].double().square().sum(dim=0)
+    return (squares / _SAMPLES).sqrt().numpy()
+
+
+def positions_of_share(field: NDArray[np.float64], share: float = 0.9) -> int:
+    """How few positions hold this share of the field's sum of squares.
+
+    >>> positions_of_share(np.array([[3.0, 1.0], [1.0, 0.0]])), positions_of_share(np.ones((5, 4)))
+    (2, 18)
+    """
+    squares = np.sort(field.ravel() ** 2)[::-1]
+    total = np.cumsum(squares)
+    return int(np.searchsorted(total, share * total[-1] * (1 - 1e-12)) + 1)  # not one more for rounding
+
+
+def options_of(context: DensePredictionCell) -> BranchOptions:
+    """What `structural_receptive_field` needs to know of a module besides its cell."""
+    return BranchOptions(False, rate_multiplier_for(context.output_stride), context.pooling, context.pooling_size)
+
+
+def field_size_for(options: BranchOptions) -> int:
+    """`FIELD_SIZE`, or more where pooling windows are pinned to a larger map."""
+    return max(FIELD_SIZE, *(2 * (extent // 2) + 1 for extent in options.pooling_size or (1, 1)))
+
+
+def _check_size(size: int) -> None:
+    if size < 1 or size % 2 == 0:
+        raise ValueError(f"size must be odd and at least 1, so that the map has a centre, got {size}")
+
+
+def _spread(grad_output: NDArray[np.float64], operation: Operation, options: BranchOptions) -> NDArray[np.float64]:
+    """The gradient of one operation with unit weights, (1, 1, size, size) to the same."""
+    if operation.rate is not None:  # nine equal taps: convolution and its gradient are the same
+        rate_h, rate_w = (rate * options.rate_multiplier for rate in operation.rate)
+        return depthwise_conv(grad_output, np.ones((1, 1, 3, 3)), rate=(rate_h, rate_w))
+    if operation.grid_size is not None:
+        rows, columns = _pooling(grad_output.shape[2], operation, options)
+        grad_means = bilinear_resize_backward(grad_output, (rows.shape[0], columns.shape[0]))
+        return rows.T @ grad_means @ columns
+    return grad_output
+
+
+def _pooling(size: int, operation: Operation, options: BranchOptions) -> list[NDArray[np.float64]]:
+    """The matrices of means along either axis, (out, size) each."""
+    grid_size = cast(tuple[int, int], operation.grid_size)
+    pins = options.pooling_size or (None, None)
+    return [
+        pooling_matrix(size, grid, variant=options.pooling, pooling_size=pin)
+        for grid, pin in zip(grid_size, pins, strict=True)
+    ]
+
+
+class _Gated:
+    """The cell in evaluation mode as a linear map: without offsets, and every ReLU open or closed by chance."""
+
+    def __init__(self, context: DensePredictionCell, generator: torch.Generator) -> None:
+        self.cell = context.cell
+        self.options = options_of(context)
+        self.weights = context.weights()
+        self.generator = generator
+
+    def __call__(self, x: Tensor) -> Tensor:
+        maps = {BACKBONE_FEATURE: x}
+        for i, (branch, weights) in enumerate(zip(self.cell.branches, self.weights.branches, strict=True)):
+            maps[i] = self._branch(maps[branch.input_index], branch.operation, weights)
+        concat = torch.cat([maps[i] for i in range(len(self.cell.branches))], dim=1)
+        return self._pointwise(concat, self.weights.projection)
+
+    def _branch(self, x: Tensor, operation: Operation, weights: ConvNorm[Tensor] | SeparableConv[Tensor]) -> Tensor:
+        if isinstance(weights, SeparableConv):
+            depthwise, pointwise = weights
+            rate_h, rate_w = (rate * self.options.rate_multiplier for rate in cast(tuple[int, int], operation.rate))
+            weight, rate = _plain(depthwise.weight), (rate_h, rate_w)
+            spread = F.conv2d(x, weight, padding=rate, dilation=rate, groups=x.shape[1])
+            return self._pointwise(self._gate(spread, depthwise.norm), pointwise)
+        if operation.grid_size is None:
+            return self._pointwise(x, weights)
+        rows, columns = (torch.from_numpy(matrix).float() for matrix in _pooling(x.shape[2], operation, self.options))
+        means = self._pointwise(rows @ x @ columns.T, weights)
+        up, across = (
+            torch.from_numpy(interpolation_matrix(extent, x.shape[2])).float() for extent in (means.shape[2], means.shape[3])
+        )
+        resized: Tensor = up @ means @ across.T
+        return resized
+
+    def _pointwise(self, x: Tensor, weights: ConvNorm[Tensor]) -> Tensor:
+        return self._gate(F.conv2d(x, _plain(weights.weight)), weights.norm)
+
+    def _gate(self, x: Tensor, norm: BatchNorm[Tensor]) -> Tensor:
+        gamma, beta, _, var = map(_plain, norm)
+        probability = torch.special.ndtr(beta / gamma.abs().clamp_min(1e-20))  # a channel without γ hands on nothing anyway
+        is_open = torch.rand(x.shape, generator=self.generator) < probability[:, None, None]
+        gated: Tensor = x * (gamma / (var + EPS).sqrt())[:, None, None] * is_open
+        return gated
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().float()

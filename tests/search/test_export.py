@@ -1,0 +1,195 @@
+"""Exported programs against the network or head they were made from."""
+
+import json
+import re
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import search.export
+from fast import Decoder, DensePredictionCell, SegmentationHead, SegmentationNetwork
+from fast.backbone import timm_backbone
+from fast.bilinear_resize import bilinear_resize
+from fast.checkpoint import load_head, load_network, save_head, save_network
+from reference.cell import BACKBONE_FEATURE, CONV1X1, Branch, Cell, Operation
+from search.cli import InputError
+from search.export import TOLERANCE, ExportSettings, export, main
+from search.space import load_cell
+
+CLASSES = ("sky", "road", "öther")
+DYNAMIC_CELL = Cell(  # every kind of operation that can follow the size
+    (
+        Branch(BACKBONE_FEATURE, Operation("atrous_separable_conv", rate=(6, 3))),
+        Branch(0, Operation("pyramid_pooling", grid_size=(1, 1))),
+        Branch(BACKBONE_FEATURE, CONV1X1),
+    )
+)
+needs_onnx = pytest.mark.skipif(
+    bool(missing := [name for name in search.export._ONNX_PACKAGES if find_spec(name) is None]),
+    reason=f"the extra `export` is not installed: {missing}",
+)
+
+
+def train_a_little(module: nn.Module, *inputs: Tensor) -> None:
+    """Running statistics and biases are no longer the initial ones."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for norm in (child for child in module.modules() if isinstance(child, nn.BatchNorm2d)):
+            norm.bias.normal_(0.0, 0.3, generator=generator)
+            norm.momentum = 0.5
+        module.train()(*inputs)
+    module.eval()
+
+
+def head_file(folder: Path, cell: Cell = DYNAMIC_CELL, **options: Any) -> Path:
+    torch.manual_seed(0)
+    head = SegmentationHead(DensePredictionCell(cell, 6, branch_channels=8, cell_channels=8, **options), len(CLASSES))
+    train_a_little(head, torch.rand(2, 6, 17, 17))
+    path = folder / "head.safetensors"
+    save_head(path, head, class_names=CLASSES, backbone={"name": "mobilenetv2_100"})
+    return path
+
+
+def network_file(folder: Path, *, decoder: bool) -> Path:
+    torch.manual_seed(0)
+    backbone = timm_backbone("test_efficientnet", output_stride=16, low_level=decoder)
+    head = SegmentationHead(DensePredictionCell(DYNAMIC_CELL, backbone.channels, branch_channels=8, cell_channels=8), 3)
+    refine = Decoder(backbone.low_level.channels, channels=8, projected_channels=4) if backbone.low_level else None
+    network = SegmentationNetwork(backbone, head, refine)
+    train_a_little(network, 255 * torch.rand(2, 3, 65, 97))
+    path = folder / "network.safetensors"
+    save_network(path, network, class_names=CLASSES)
+    return path
+
+
+def assert_close(actual: Tensor, expected: Tensor) -> None:
+    """TOLERANCE is the promise of the command itself."""
+    assert actual.shape == expected.shape
+    assert (actual - expected).abs().max() <= TOLERANCE * expected.abs().max()
+
+
+@pytest.mark.parametrize("decoder", [False, True])
+def test_a_network_at_other_sizes(tmp_path: Path, decoder: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    path, out = network_file(tmp_path, decoder=decoder), tmp_path / "new" / "network.pt2"
+    main(ExportSettings(network=path, out=out, size=(65, 97)))
+    assert re.search(
+        r"input images: any batch and size\nchecked on 1×3×65×97 and 3×3×98×123: deviates by", capsys.readouterr().out
+    )
+    network, description = load_network(path)
+    extra = {"description.json": ""}
+    program = torch.export.load(out, extra_files=extra).module()
+    for shape in ((1, 3, 65, 97), (2, 3, 130, 80), (1, 3, 97, 97)):
+        images = 255 * torch.rand(shape)
+        assert_close(program(images), network(images))
+    told = json.loads(extra["description.json"])
+    assert {key: told[key] for key in description} == description
+    assert told["class_names"] == list(CLASSES)
+    assert told["backbone"]["mean"] == network.backbone.mean.flatten().tolist()
+    assert [each.name for each in out.parent.iterdir()] == ["network.pt2"]
+
+
+def test_logits_of_the_images_size(tmp_path: Path) -> None:
+    path, out = network_file(tmp_path, decoder=False), tmp_path / "network.pt2"
+    main(ExportSettings(network=path, out=out, size=(65, 97), full_size=True))
+    images = 255 * torch.rand(1, 3, 70, 101)
+    actual = torch.export.load(out).module()(images)
+    assert_close(actual, bilinear_resize(load_network(path)[0](images), (70, 101)))
+
+
+@needs_onnx
+@pytest.mark.parametrize("fixed_size", [False, True])
+def test_onnx_runs_in_onnxruntime(tmp_path: Path, fixed_size: bool) -> None:
+    onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    path, out = head_file(tmp_path), tmp_path / "head.onnx"
+    main(ExportSettings(head=path, out=out, format="onnx", size=(17, 21), fixed_size=fixed_size))
+    head, description = load_head(path)
+    session = onnxruntime.InferenceSession(out, providers=["CPUExecutionProvider"])
+    for shape in ((1, 6, 17, 21),) if fixed_size else ((1, 6, 17, 21), (3, 6, 40, 9)):
+        features = 4 * torch.rand(shape)
+        (actual,) = session.run(["logits"], {"features": features.numpy()})
+        assert_close(torch.from_numpy(actual), head(features))
+    told = json.loads(session.get_modelmeta().custom_metadata_map["description"])
+    assert (told["class_names"], told["cell"]) == (list(CLASSES), description["cell"])
+    onnx.checker.check_model(onnx.load(out))
+    assert [each.name for each in tmp_path.iterdir() if "onnx" in each.name] == ["head.onnx"]  # weights included
+
+
+POOLING = Cell((*DYNAMIC_CELL.branches, Branch(BACKBONE_FEATURE, Operation("pyramid_pooling", grid_size=(2, 4)))))
+
+
+@pytest.mark.parametrize("pooling", ["sliding_window", "grid_cells"])
+def test_pooling_whose_windows_follow_the_size_fixes_it(
+    tmp_path: Path, pooling: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = head_file(tmp_path, POOLING, pooling=pooling), tmp_path / "head.pt2"
+    main(ExportSettings(head=path, out=out, size=(17, 21)))
+    assert "features: fixed: batch 1, 17 × 21 (the windows of its pyramid pooling" in capsys.readouterr().out
+    program = torch.export.load(out).module()
+    features = 4 * torch.rand(1, 6, 17, 21)
+    assert_close(program(features), load_head(path)[0](features))
+    with pytest.raises(Exception, match=r"."):  # whatever torch calls it: another size is no longer taken
+        program(torch.rand(1, 6, 18, 21))
+
+
+def test_pinned_windows_leave_the_size_free(tmp_path: Path) -> None:
+    path, out = head_file(tmp_path, POOLING, pooling_size=(9, 9)), tmp_path / "head.pt2"
+    main(ExportSettings(head=path, out=out, size=(17, 21)))
+    features = 4 * torch.rand(2, 6, 25, 19)
+    assert_close(torch.export.load(out).module()(features), load_head(path)[0](features))
+
+
+def test_the_published_cells_are_free_in_size() -> None:
+    for name, depends in (("dpc", False), ("aspp", False), ("psp", True)):
+        assert (search.export._what_fixes_the_size(DensePredictionCell(load_cell(name), 3)) is not None) is depends
+
+
+class Drifting(nn.Module):
+    """Is traced with one constant and runs with another, as a wrong export would."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + (0.0 if torch.compiler.is_compiling() else 0.01)
+
+
+@pytest.mark.parametrize("old", [None, b"the old file"])
+def test_a_program_that_deviates_is_not_written(tmp_path: Path, old: bytes | None) -> None:
+    path = tmp_path / "drifting.pt2"
+    if old is not None:
+        path.write_bytes(old)
+    description = {"input": {"name": "x"}, "output": {"name": "y"}}
+    with pytest.raises(InputError, match=r"was not written: its outputs deviate by .*e-03 of the largest, allowed is 1e-04"):
+        export(Drifting(), (6, 5, 5), path, export_format="torch-export", is_dynamic=True, description=description)
+    assert [each.read_bytes() for each in tmp_path.iterdir()] == ([] if old is None else [old])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"head": None}, "give either --network FILE or --head FILE"),
+        ({"network": Path("n.safetensors")}, "give either --network FILE or --head FILE"),
+        ({"full_size": True}, "--full-size is for networks"),
+        ({"head": Path("nowhere.safetensors")}, "head nowhere.safetensors cannot be read"),
+        ({"out": Path("head.bin")}, "--out head.bin: a file of the format torch-export must end in .pt2"),
+        ({"out": Path("head.pt2"), "format": "onnx"}, "--out head.pt2: a file of the format onnx must end in .onnx"),
+        ({"size": (0, 5)}, "--size 0 5: both must be at least 1"),
+        ({"size": (3, 3)}, "the input (2, 6, 3, 3) does not fit: pooling window of 9"),
+        ({"out": Path("head.safetensors/head.pt2")}, "--out head.safetensors/head.pt2 cannot be written"),
+    ],
+)
+def test_bad_input_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], message: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    head_file(tmp_path, POOLING, pooling_size=(9, 9))
+    settings = ExportSettings(head=Path("head.safetensors"), out=Path("head.pt2"), size=(17, 17))
+    with pytest.raises(InputError, match=re.escape(message)):
+        main(replace(settings, **change))
+    assert [each.name for each in tmp_path.iterdir()] == ["head.safetensors"]
+
+
+def test_lacking_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search.export, "find_spec", lambda name: None if name == "onnxscript" else True)
+    with pytest.raises(InputError, match=r"--format onnx needs onnxscript: pip install 'dense-prediction-cell\[export\]'"):
+        main(ExportSettings(head=head_file(tmp_path), out=tmp_path / "head.onnx", format="onnx"))
