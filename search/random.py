@@ -120,7 +120,9 @@ def known_cells(settings: RandomSettings) -> dict[str, Cell]:
 class _Search:
     """The loop that asks, submits, waits and tells; all state that must last is in the study."""
 
-    def __init__(self, settings: RandomSettings, study: Study, workers: Workers, caches: dict[str, FeatureCache]) -> None:
+    def __init__(
+        self, settings: RandomSettings, study: Study, workers: Workers[ProxyResult], caches: dict[str, FeatureCache]
+    ) -> None:
         self.settings = settings
         self.study = study
         self.workers = workers
@@ -201,7 +203,7 @@ class _Search:
         self.workers.submit(Job(trial.number, cell, (self.settings.seed, 0, trial.number)))
         return {trial.number}
 
-    def _finish_trial(self, outcome: Outcome, best: float) -> float:
+    def _finish_trial(self, outcome: Outcome[ProxyResult], best: float) -> float:
         number = outcome.job.key
         if outcome.result is None:
             self.study.tell_failure(number, outcome.job.cell, outcome.failure or "unknown")
@@ -214,7 +216,7 @@ class _Search:
         self.scored.setdefault(canonical_form(outcome.job.cell), (number, outcome.result))
         return score
 
-    def _save(self, outcome: Outcome, name: str) -> None:
+    def _save(self, outcome: Outcome[ProxyResult], name: str) -> None:
         assert outcome.head is not None  # a result comes with its head
         manifest = self.caches["train"].manifest
         backbone = {key: manifest[key] for key in ("backbone", "weights_hash", "output_stride", "dataset")}
@@ -223,7 +225,9 @@ class _Search:
 
 
 @contextmanager
-def _workers(settings: RandomSettings, caches: dict[str, FeatureCache], device: str, task: ProxyTask) -> Iterator[Workers]:
+def _workers(
+    settings: RandomSettings, caches: dict[str, FeatureCache], device: str, task: ProxyTask
+) -> Iterator[Workers[ProxyResult]]:
     directories = {split: cache.directory for split, cache in caches.items()}
 
     def create_task() -> ProxyTask:
