@@ -7,6 +7,7 @@ that was interrupted goes on in it. Under Ray on several machines they must see 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from search.devices import Devices
 from search.features import write_text
 from search.proxy import NotFiniteError
 from search.space import cell_hash
-from search.train import NotFiniteTrainingError, TrainSettings, check, complete, train_network
+from search.train import NotFiniteTrainingError, TrainSettings, check, complete, create_network, identity, train_network
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,14 @@ class EndToEndTask:
         self.train, self.val = (
             open_dataset(settings.dataset, split, settings.data_dir) for split in (settings.train_split, settings.val_split)
         )
+
+    def identity(self) -> dict[str, Any]:
+        """What all scores depend on, by the names of the flags; it takes building a network, whose problems show here."""
+        settings = replace(self.settings, cell=None, run=None)
+        with torch.random.fork_rng(devices=[]):
+            network = create_network(settings, self.train)
+        parts = identity(settings, network, self.train, self.val, self.devices)
+        return {field: value for field, value in parts.items() if field != "cell"}
 
     def folder(self, cell: Cell, seed: Sequence[int]) -> Path:
         """Where the cell is trained with this seed: state, curve, and at the end the network as `last.safetensors`."""

@@ -60,41 +60,15 @@ _FREE = {"out", "data_dir", "weights", "init", "run", "cell", "cache_dir", "devi
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainSettings:
-    """Train a whole network: backbone, dense prediction cell, decoder if wanted, classifier."""
+class RecipeSettings:
+    """How a whole network is trained, whatever its backbone, its cell and the data."""
 
-    dataset: str = "shapes"
-    """Data set: shapes (generated), camvid, cityscapes, pascal_voc, pascal_person_part, or a TOML file (docs/datasets.md)."""
-    data_dir: Path | None = None
-    """Folder of the data set. A TOML file describes the folder it lies in unless told otherwise."""
-    train_split: str = "train"
-    """Split to train on, such as cityscapes' trainval or pascal_voc's train_aug."""
-    val_split: str = "val"
-    """Split whose mIOU chooses the best network."""
-    cell: str | None = None
-    """dpc, aspp, psp, or the path of a cell's JSON file. Default: dpc."""
-    run: Path | None = None
-    """Folder of a search (runs/x), to train its best cell."""
-    backbone: str | None = None
-    """Any timm model with feature maps. Default: a small one trained on the spot for shapes, mobilenetv2_100 for the rest."""
-    weights: Path | None = None
-    """Local file of the backbone's weights (safetensors or PyTorch state dict, in timm's key names)."""
-    weights_origin: WeightsOrigin = "timm"
-    """Where the weights were trained: tensorflow ones expect its padding, batch norm epsilon 1e-3 and inputs in -1..1."""
-    pretrained: bool = False
-    """Let timm download its pretrained weights."""
-    init: Path | None = None
-    """Whole network to begin with, architecture included; with other classes its classifier begins anew."""
-    output_stride: int | None = None
-    """Pixels per feature, 8 or 16; at 8 the cell's rates double. Default: 16."""
     decoder: bool = False
     """Refine with DeepLabv3+'s decoder, which reads a map on every 4th pixel."""
-    branch_channels: int | None = None
-    """Filters of each branch and of the cell's output. Default: 256; 64 for shapes."""
-    pooling: PoolingVariant = "sliding_window"
-    """Pyramid pooling as in the authors' code (sliding_window) or in the paper's words (grid_cells)."""
     dropout: float = 0.1
     """Share of the concatenated branch outputs that is dropped."""
+    branch_channels: int | None = None
+    """Filters of each branch and of the cell's output. Default: 256; 64 for shapes."""
     crop_size: tuple[int, int] | None = None
     """Height and width in pixels of the training crops, stride·k + 1 each. Default: 769 769; 257 257 for shapes."""
     min_scale: float = 0.5
@@ -137,6 +111,38 @@ class TrainSettings:
     """Iterations between validations. Default: a tenth of all."""
     checkpoint_every: int = 200
     """Iterations between checkpoints, besides those at validations."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings(RecipeSettings):
+    """Train a whole network: backbone, dense prediction cell, decoder if wanted, classifier."""
+
+    dataset: str = "shapes"
+    """Data set: shapes (generated), camvid, cityscapes, pascal_voc, pascal_person_part, or a TOML file (docs/datasets.md)."""
+    data_dir: Path | None = None
+    """Folder of the data set. A TOML file describes the folder it lies in unless told otherwise."""
+    train_split: str = "train"
+    """Split to train on, such as cityscapes' trainval or pascal_voc's train_aug."""
+    val_split: str = "val"
+    """Split whose mIOU chooses the best network."""
+    cell: str | None = None
+    """dpc, aspp, psp, or the path of a cell's JSON file. Default: dpc."""
+    run: Path | None = None
+    """Folder of a search (runs/x), to train its best cell."""
+    backbone: str | None = None
+    """Any timm model with feature maps. Default: a small one trained on the spot for shapes, mobilenetv2_100 for the rest."""
+    weights: Path | None = None
+    """Local file of the backbone's weights (safetensors or PyTorch state dict, in timm's key names)."""
+    weights_origin: WeightsOrigin = "timm"
+    """Where the weights were trained: tensorflow ones expect its padding, batch norm epsilon 1e-3 and inputs in -1..1."""
+    pretrained: bool = False
+    """Let timm download its pretrained weights."""
+    init: Path | None = None
+    """Whole network to begin with, architecture included; with other classes its classifier begins anew."""
+    output_stride: int | None = None
+    """Pixels per feature, 8 or 16; at 8 the cell's rates double. Default: 16."""
+    pooling: PoolingVariant = "sliding_window"
+    """Pyramid pooling as in the authors' code (sliding_window) or in the paper's words (grid_cells)."""
     workers: int = 2
     """Processes that load pictures, for each device; 0 loads between the iterations."""
     seed: int = 0
@@ -189,7 +195,7 @@ def train_network(
     network = create_network(settings, train)
     if devices.rank > 0:  # the first process alone writes
         return Training(settings, network, train, val, directory, devices).run()
-    with open_training(directory, _identity(settings, network, train, val, devices), command):
+    with open_training(directory, identity(settings, network, train, val, devices), command):
         return Training(settings, network, train, val, directory, devices).run(on_step)
 
 
@@ -599,7 +605,7 @@ def _augmentation(settings: TrainSettings, backbone: Backbone) -> Augmentation:
     return Augmentation(_known(settings.crop_size), (red, green, blue), *scales)
 
 
-def _identity(
+def identity(
     settings: TrainSettings, network: SegmentationNetwork, train: Dataset, val: Dataset, devices: Devices
 ) -> dict[str, Any]:
     """What the losses depend on; the same command goes on, another one is refused."""

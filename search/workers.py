@@ -5,11 +5,13 @@ Workers only evaluate; the process that asks also writes the study. A worker tha
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
+from tqdm import tqdm
 
 from fast.segmentation import SegmentationHead
 from reference.cell import Cell
@@ -70,6 +72,28 @@ def evaluate(task: Task[Result], job: Job, on_step: Callable[[int], None] = lamb
         torch.cuda.empty_cache()
         return Outcome(job, failure=f"out of GPU memory: {str(error).splitlines()[0]}")
     return Outcome(job, result, head)
+
+
+@contextmanager
+def open_workers(
+    task: Task[Result], create_task: Callable[[], Task[Result]], count: int, device: str, iterations: int
+) -> Iterator[Workers[Result]]:
+    """`count` workers with tasks by `create_task` under Ray, or `task` in this process with a bar of a cell's iterations."""
+    if count > 1:
+        with closing(RayWorkers(create_task, count, device)) as workers:
+            yield workers
+        return
+    with tqdm(total=iterations, unit="step", leave=False, position=1, disable=None) as bar:
+        running: list[Job] = []
+
+        def on_step(job: Job, iteration: int) -> None:
+            if running != [job]:
+                running[:] = [job]
+                bar.reset()
+                bar.set_description(f"trial {job.key}" if isinstance(job.key, int) else str(job.key))
+            bar.update(iteration - bar.n)  # a training that goes on does not begin at 1
+
+        yield InProcess(task, on_step)
 
 
 class InProcess(Generic[Result]):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from torch import nn
 
 import search.train
 from fast.checkpoint import load_network
@@ -24,29 +25,39 @@ from search.workers import InProcess, Job, Outcome, RayWorkers
 from tests.search.test_random import BACKBONE, write_camvid
 from tests.search.test_train import kill_at_call, killed_while
 
-ITERATIONS = 4
+ITERATIONS = 8
 SEED = (0, 0)
+
+
+def write_backbone(path: Path) -> Path:
+    """Random weights with norms that fit them: features depend on the picture, and so do the scores of a short training."""
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        model = timm.create_model(BACKBONE).train()
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = None  # the statistics of the next pass alone
+        model(torch.randn(8, 3, 64, 64))
+        torch.save(model.state_dict(), path)
+    return path
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> TrainSettings:
     """Settings of a whole training that takes a second."""
     folder = tmp_path_factory.mktemp("tiny")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        torch.save(timm.create_model(BACKBONE).state_dict(), folder / "weights.pth")
     return TrainSettings(
         dataset="camvid",
         data_dir=write_camvid(folder / "camvid"),
         val_split="train",
         backbone=BACKBONE,
-        weights=folder / "weights.pth",
+        weights=write_backbone(folder / "weights.pth"),
         crop_size=(33, 33),
         batch_size=4,
         iterations=ITERATIONS,
-        learning_rate=0.1,
-        branch_channels=4,
-        validate_every=2,
+        learning_rate=0.5,
+        branch_channels=8,
+        validate_every=4,
         checkpoint_every=1,
         statistics_batches=1,
         workers=0,
@@ -75,13 +86,13 @@ def test_the_result_is_that_of_the_last_weights(uninterrupted: tuple[EndToEndTas
     cell = load_cell("dpc")
     network, description = load_network(task.folder(cell, SEED) / "last.safetensors")
     scores = [row[3] for row in read_curve(task.folder(cell, SEED)) if row[3] is not None]
-    assert len(scores) == 2
+    assert len(set(scores)) == 2
     assert result.mean_iou == scores[-1]
     assert network.head.context.cell == cell
     occurring = [iou for iou in result.class_iou if iou is not None]
     assert len(result.class_iou) == len(description["class_names"])
     assert sum(occurring) / len(occurring) == pytest.approx(result.mean_iou, rel=1e-12)  # float64, in another order
-    expected = cell_cost(cell, network.backbone.channels, (3, 4), branch_channels=4, cell_channels=4).total  # 33×49 pixels
+    expected = cell_cost(cell, network.backbone.channels, (3, 4), branch_channels=8, cell_channels=8).total  # 33×49 pixels
     assert (result.parameters, result.multiply_adds) == (expected.parameters, expected.multiply_adds)
     assert result.seconds > 0
 
@@ -111,14 +122,14 @@ def test_seed_and_cell_decide_and_progress_is_told(
     assert capsys.readouterr().err == ""  # whoever is told shows it
     assert measured(again) == measured(uninterrupted[1])
     other = [task.folder(cell, (0, 1)), task.folder(load_cell("aspp"), SEED)]
-    task.evaluate(cell, (0, 1))
-    task.evaluate(load_cell("aspp"), SEED)
+    scores = {again.mean_iou, task.evaluate(cell, (0, 1))[0].mean_iou, task.evaluate(load_cell("aspp"), SEED)[0].mean_iou}
+    assert len(scores) == 3
     curves = {curve(task, cell), *((folder / "curve.csv").read_bytes() for folder in other)}
     assert len(curves) == 3
 
 
 @pytest.mark.parametrize(
-    ("name", "call"), [("_step", 1), ("_step", 3), ("_keep", 3)], ids=["at_once", "in_the_middle", "at_the_end"]
+    ("name", "call"), [("_step", 1), ("_step", 6), ("_keep", 3)], ids=["at_once", "in_the_middle", "at_the_end"]
 )
 def test_a_killed_evaluation_goes_on(
     tiny: TrainSettings, uninterrupted: tuple[EndToEndTask, EndToEndResult], tmp_path: Path, name: str, call: int
@@ -165,7 +176,7 @@ def test_ctrl_c_saves_and_goes_on(
     workers = InProcess(task, lambda job, iteration: first.append(iteration))
     workers.submit(job)
     assert measured(workers.wait().result) == measured(uninterrupted[1])
-    assert first[0] == 3  # so two iterations were kept
+    assert first[0] == 4  # the iteration that Ctrl-C finds under way is the last, and kept
 
 
 @pytest.mark.parametrize(
