@@ -10,9 +10,7 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +30,7 @@ from search.report import write_report
 from search.sampler import LAG, PaperSampler, create_sampler, suggest_cell
 from search.space import SearchSpace, canonical_form, load_cell
 from search.study import BaselineRecord, Study, TrialRecord, load_run, open_run, ranked
-from search.workers import InProcess, Job, Outcome, RayWorkers, Workers
+from search.workers import Job, Outcome, Workers, open_workers
 
 KNOWN_CELLS = ("aspp", "dpc")
 _EXAMPLES = 4
@@ -101,10 +99,16 @@ def main(settings: RandomSettings) -> None:
         "command": ["python", "-m", "search.random", *sys.argv[1:]],
         "class_names": caches["train"].class_names,
         "palette": np.array(caches["train"].manifest["palette"], dtype=np.uint8),
+        "features": {field.name: getattr(settings, field.name) for field in fields(FeatureSettings)},
     }
+
+    def create_task() -> ProxyTask:
+        train, val = (open_cache(caches[role].directory) for role in ("train", "val"))
+        return ProxyTask(train, val, settings, device)
+
     with (
         open_run(directory, _identity(settings, caches), sampler, storage=settings.storage, **description) as study,
-        _workers(settings, caches, device, task) as workers,
+        open_workers(task, create_task, settings.workers, device, settings.iterations) as workers,
     ):
         timed_on = None
         try:
@@ -122,7 +126,9 @@ def known_cells(settings: RandomSettings) -> dict[str, Cell]:
 class _Search:
     """The loop that asks, submits, waits and tells; all state that must last is in the study."""
 
-    def __init__(self, settings: RandomSettings, study: Study, workers: Workers, caches: dict[str, FeatureCache]) -> None:
+    def __init__(
+        self, settings: RandomSettings, study: Study, workers: Workers[ProxyResult], caches: dict[str, FeatureCache]
+    ) -> None:
         self.settings = settings
         self.study = study
         self.workers = workers
@@ -203,7 +209,7 @@ class _Search:
         self.workers.submit(Job(trial.number, cell, (self.settings.seed, 0, trial.number)))
         return {trial.number}
 
-    def _finish_trial(self, outcome: Outcome, best: float) -> float:
+    def _finish_trial(self, outcome: Outcome[ProxyResult], best: float) -> float:
         number = outcome.job.key
         if outcome.result is None:
             self.study.tell_failure(number, outcome.job.cell, outcome.failure or "unknown")
@@ -216,35 +222,13 @@ class _Search:
         self.scored.setdefault(canonical_form(outcome.job.cell), (number, outcome.result))
         return score
 
-    def _save(self, outcome: Outcome, name: str) -> None:
+    def _save(self, outcome: Outcome[ProxyResult], name: str) -> None:
         assert outcome.head is not None  # a result comes with its head
         manifest = self.caches["train"].manifest
         keys = ("backbone", "weights_hash", "weights_origin", "mean", "std", "output_stride", "dataset")
         backbone = {key: manifest[key] for key in keys if key in manifest}  # a cache of an earlier version lacks some
         path = self.study.directory / "heads" / f"{name}.safetensors"
         save_head(path, outcome.head, class_names=self.caches["train"].class_names, backbone=backbone)
-
-
-@contextmanager
-def _workers(settings: RandomSettings, caches: dict[str, FeatureCache], device: str, task: ProxyTask) -> Iterator[Workers]:
-    directories = {split: cache.directory for split, cache in caches.items()}
-
-    def create_task() -> ProxyTask:
-        return ProxyTask(open_cache(directories["train"]), open_cache(directories["val"]), settings, device)
-
-    if settings.workers > 1:
-        with closing(RayWorkers(create_task, settings.workers, device)) as workers:
-            yield workers
-    else:
-        with tqdm(total=settings.iterations, unit="step", leave=False, position=1, disable=None) as bar:
-
-            def on_step(job: Job, iteration: int) -> None:
-                if iteration == 1:
-                    bar.reset()
-                    bar.set_description(f"trial {job.key}" if isinstance(job.key, int) else job.key)
-                bar.update()
-
-            yield InProcess(task, on_step)
 
 
 def finish(directory: Path, caches: dict[str, FeatureCache], settings: RandomSettings, timed_on: str | None) -> None:

@@ -63,6 +63,7 @@ class Run:
     palette: NDArray[np.uint8]  # (K, 3) RGB
     trials: list[TrialRecord]  # finished ones, by number
     baselines: list[BaselineRecord]
+    features: dict[str, Any] | None = None  # flags of data and backbone as given; `settings` has what was behind them
 
 
 class Study:
@@ -145,6 +146,7 @@ def open_run(
     command: list[str],
     class_names: tuple[str, ...],
     palette: NDArray[np.uint8],
+    features: dict[str, Any] | None = None,
 ) -> Iterator[Study]:
     """Begin a run, or go on with it. Raises InputError for other settings, a second process, or an unwritable folder."""
     url = _storage_url(directory, storage)
@@ -153,6 +155,7 @@ def open_run(
         with FileLock(directory / "lock", timeout=0):
             run_id = _check_settings(directory, settings) or uuid.uuid4().hex  # names its studies, also in a shared database
             description = {"id": run_id, "settings": settings, "storage": storage, "command": shlex.join(command)}
+            description["features"] = json.loads(json.dumps(features, default=str))
             write_json(directory / "settings.json", description | {"class_names": class_names, "palette": palette.tolist()})
             yield Study(directory, url, run_id, sampler)
     except Timeout as error:
@@ -183,6 +186,7 @@ def load_run(directory: Path) -> Run:
         np.array(description["palette"], dtype=np.uint8),
         study.records(),
         study.baselines(),
+        description.get("features"),
     )
 
 

@@ -11,6 +11,7 @@ import math
 import resource
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -33,7 +34,7 @@ from fast.dense_prediction_cell import DensePredictionCell
 from fast.hard_example_mining import hardest_pixels, mined_share
 from fast.segmentation import SegmentationHead, SegmentationNetwork
 from fast.upsampled_cross_entropy import upsampled_cross_entropy
-from reference.mean_iou import mean_iou
+from reference.mean_iou import class_iou, mean_iou
 from reference.pyramid_pooling import PoolingVariant
 from search.augmentation import Augmentation, Crop, TrainingCrops, stack
 from search.cli import InputError, run_command
@@ -59,41 +60,15 @@ _FREE = {"out", "data_dir", "weights", "init", "run", "cell", "cache_dir", "devi
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainSettings:
-    """Train a whole network: backbone, dense prediction cell, decoder if wanted, classifier."""
+class RecipeSettings:
+    """How a whole network is trained, whatever its backbone, its cell and the data."""
 
-    dataset: str = "shapes"
-    """Data set: shapes (generated), camvid, cityscapes, pascal_voc, pascal_person_part, or a TOML file (docs/datasets.md)."""
-    data_dir: Path | None = None
-    """Folder of the data set. A TOML file describes the folder it lies in unless told otherwise."""
-    train_split: str = "train"
-    """Split to train on, such as cityscapes' trainval or pascal_voc's train_aug."""
-    val_split: str = "val"
-    """Split whose mIOU chooses the best network."""
-    cell: str | None = None
-    """dpc, aspp, psp, or the path of a cell's JSON file. Default: dpc."""
-    run: Path | None = None
-    """Folder of a search (runs/x), to train its best cell."""
-    backbone: str | None = None
-    """Any timm model with feature maps. Default: a small one trained on the spot for shapes, mobilenetv2_100 for the rest."""
-    weights: Path | None = None
-    """Local file of the backbone's weights (safetensors or PyTorch state dict, in timm's key names)."""
-    weights_origin: WeightsOrigin = "timm"
-    """Where the weights were trained: tensorflow ones expect its padding, batch norm epsilon 1e-3 and inputs in -1..1."""
-    pretrained: bool = False
-    """Let timm download its pretrained weights."""
-    init: Path | None = None
-    """Whole network to begin with, architecture included; with other classes its classifier begins anew."""
-    output_stride: int | None = None
-    """Pixels per feature, 8 or 16; at 8 the cell's rates double. Default: 16."""
     decoder: bool = False
     """Refine with DeepLabv3+'s decoder, which reads a map on every 4th pixel."""
-    branch_channels: int | None = None
-    """Filters of each branch and of the cell's output. Default: 256; 64 for shapes."""
-    pooling: PoolingVariant = "sliding_window"
-    """Pyramid pooling as in the authors' code (sliding_window) or in the paper's words (grid_cells)."""
     dropout: float = 0.1
     """Share of the concatenated branch outputs that is dropped."""
+    branch_channels: int | None = None
+    """Filters of each branch and of the cell's output. Default: 256; 64 for shapes."""
     crop_size: tuple[int, int] | None = None
     """Height and width in pixels of the training crops, stride·k + 1 each. Default: 769 769; 257 257 for shapes."""
     min_scale: float = 0.5
@@ -136,6 +111,38 @@ class TrainSettings:
     """Iterations between validations. Default: a tenth of all."""
     checkpoint_every: int = 200
     """Iterations between checkpoints, besides those at validations."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings(RecipeSettings):
+    """Train a whole network: backbone, dense prediction cell, decoder if wanted, classifier."""
+
+    dataset: str = "shapes"
+    """Data set: shapes (generated), camvid, cityscapes, pascal_voc, pascal_person_part, or a TOML file (docs/datasets.md)."""
+    data_dir: Path | None = None
+    """Folder of the data set. A TOML file describes the folder it lies in unless told otherwise."""
+    train_split: str = "train"
+    """Split to train on, such as cityscapes' trainval or pascal_voc's train_aug."""
+    val_split: str = "val"
+    """Split whose mIOU chooses the best network."""
+    cell: str | None = None
+    """dpc, aspp, psp, or the path of a cell's JSON file. Default: dpc."""
+    run: Path | None = None
+    """Folder of a search (runs/x), to train its best cell."""
+    backbone: str | None = None
+    """Any timm model with feature maps. Default: a small one trained on the spot for shapes, mobilenetv2_100 for the rest."""
+    weights: Path | None = None
+    """Local file of the backbone's weights (safetensors or PyTorch state dict, in timm's key names)."""
+    weights_origin: WeightsOrigin = "timm"
+    """Where the weights were trained: tensorflow ones expect its padding, batch norm epsilon 1e-3 and inputs in -1..1."""
+    pretrained: bool = False
+    """Let timm download its pretrained weights."""
+    init: Path | None = None
+    """Whole network to begin with, architecture included; with other classes its classifier begins anew."""
+    output_stride: int | None = None
+    """Pixels per feature, 8 or 16; at 8 the cell's rates double. Default: 16."""
+    pooling: PoolingVariant = "sliding_window"
+    """Pyramid pooling as in the authors' code (sliding_window) or in the paper's words (grid_cells)."""
     workers: int = 2
     """Processes that load pictures, for each device; 0 loads between the iterations."""
     seed: int = 0
@@ -155,22 +162,41 @@ def main(settings: TrainSettings) -> None:
     devices = join_devices(settings.device)
     try:
         train, val = (open_dataset(settings.dataset, s, settings.data_dir) for s in (settings.train_split, settings.val_split))
-        torch.manual_seed(settings.seed)
-        network = create_network(settings, train)
         directory = settings.out or Path("runs") / "train" / train.name
-        if devices.rank > 0:  # the first process alone writes
-            Training(settings, network, train, val, directory, devices).run()
-            return
-        command = ["python", "-m", "search.train", *sys.argv[1:]]
-        with open_training(directory, _identity(settings, network, train, val, devices), command):
-            best = Training(settings, network, train, val, directory, devices).run()
-        print(f"best mIOU on {val.name} {val.split}: {100 * best:.2f} %\nnetwork: {directory / 'best.safetensors'}")
+        best = train_network(settings, train, val, directory, devices, ["python", "-m", "search.train", *sys.argv[1:]])
+        if devices.rank == 0:
+            print(f"best mIOU on {val.name} {val.split}: {100 * best:.2f} %\nnetwork: {directory / 'best.safetensors'}")
     except torch.OutOfMemoryError as error:
         raise InputError(
             f"the device's memory is full: give --accumulate {2 * settings.accumulate}, or a smaller --crop-size"
         ) from error
     finally:
         devices.close()
+
+
+class NotFiniteTrainingError(InputError):
+    """The loss or the weights left the finite numbers."""
+
+
+def train_network(
+    settings: TrainSettings,
+    train: Dataset,
+    val: Dataset,
+    directory: Path,
+    devices: Devices,
+    command: list[str],
+    on_step: Callable[[int], None] | None = None,
+) -> float:
+    """Train in `directory`, or go on there, by settings that are complete and checked; returns the best mIOU.
+
+    `command` is kept beside the settings. Raises what `Training.run` and `open_training` raise.
+    """
+    torch.manual_seed(settings.seed)
+    network = create_network(settings, train)
+    if devices.rank > 0:  # the first process alone writes
+        return Training(settings, network, train, val, directory, devices).run()
+    with open_training(directory, identity(settings, network, train, val, devices), command):
+        return Training(settings, network, train, val, directory, devices).run(on_step)
 
 
 class Training:
@@ -194,16 +220,21 @@ class Training:
         )
         self.optimizer = torch.optim.SGD(groups, lr=0.0, momentum=settings.momentum)
         self.average = averaged(self.network, settings.ema) if settings.ema else None
-        self.iteration, self.validated, self.best = 0, 0, -1.0
+        self.iteration, self.validated, self.best, self.seconds = 0, 0, -1.0, 0.0
         self._losses: list[tuple[Tensor, float]] = []  # since the last look, with their learning rates
         self._stop = False
 
-    def run(self) -> float:
-        """To the end; returns the best mIOU. Raises InputError for a loss that is not finite and for unusable pictures."""
+    def run(self, on_step: Callable[[int], None] | None = None) -> float:
+        """To the end; returns the best mIOU. Who gives `on_step` is told each iteration there, and nothing is printed.
+
+        Raises NotFiniteTrainingError, and InputError for unusable pictures.
+        """
         self._restore()
+        self._begun = time.perf_counter() - self.seconds
+        self._quiet = on_step is not None or self.devices.rank > 0
         total = _known(self.settings.iterations)
         batches = self._batches()
-        bar = tqdm(total=total, initial=self.iteration, desc="training", unit="step", disable=self.devices.rank > 0)
+        bar = tqdm(total=total, initial=self.iteration, desc="training", unit="step", disable=self._quiet)
         self.curve = Curve(self.directory, self.iteration) if self.devices.rank == 0 else None
         begun_at = self.iteration
         with bar, self._stopped_by_ctrl_c():
@@ -215,6 +246,8 @@ class Training:
                         return self.best
                     stop = self._step([self._checked(next(batches)) for _ in range(self.settings.accumulate)])
                     bar.update()
+                    if on_step is not None:
+                        on_step(self.iteration)
                     if self.iteration == begun_at + 1:
                         self._print_memory()
                     if self.iteration % _LOG_EVERY == 0 or self.iteration == total:
@@ -283,7 +316,7 @@ class Training:
         first = self.iteration - len(losses) + 1
         for iteration, (loss, (_, rate)) in enumerate(zip(losses, self._losses, strict=True), start=first):
             if not math.isfinite(loss):
-                raise InputError(
+                raise NotFiniteTrainingError(
                     f"the loss was {loss} at iteration {iteration}: begin again with a lower --learning-rate or "
                     f"--slow-start-iterations and another --out; {self.directory} keeps what was good before"
                 )
@@ -311,27 +344,32 @@ class Training:
             indices = range(self.devices.rank, len(self.val), self.devices.count)
             network.eval()
             confusion = count_pixels(network, self.val, indices=indices, on_picture=self._stop_validation)
-        score = mean_iou(self.devices.total(confusion.double()).long().cpu().numpy())
+        counts = self.devices.total(confusion.double()).long().cpu().numpy()
+        score = mean_iou(counts)
         if math.isnan(score):
             raise InputError(f"no pixel of {self.val.name} {self.val.split} has a label to score by: give another --val-split")
         self.validated = self.iteration
         if self.devices.rank == 0:
             if self.curve is not None:
                 self.curve.add(self.iteration, mean_iou=score)
-            tqdm.write(
-                f"iteration {self.iteration}: mIOU {100 * score:.2f} % on {self.val.name} {self.val.split}", file=sys.stderr
-            )
-            self._keep("last", network, score)
+            if not self._quiet:
+                tqdm.write(
+                    f"iteration {self.iteration}: mIOU {100 * score:.2f} % on {self.val.name} {self.val.split}",
+                    file=sys.stderr,
+                )
+            scores = {"mean_iou": score, "class_iou": [None if math.isnan(iou) else float(iou) for iou in class_iou(counts)]}
+            self._keep("last", network, scores)
             if score > self.best:
-                self._keep("best", network, score)
+                self._keep("best", network, scores)
         self.best = max(self.best, score)
         self._save()
 
-    def _keep(self, name: str, network: SegmentationNetwork, score: float) -> None:
+    def _keep(self, name: str, network: SegmentationNetwork, scores: dict[str, Any]) -> None:
         source = {
             "training": _plain(self.settings),
             "iteration": self.iteration,
-            "mean_iou": score,
+            "seconds": time.perf_counter() - self._begun,
+            **scores,
             "palette": self.val.palette.tolist(),
         }
         save_network(self.directory / f"{name}.safetensors", network, class_names=self.val.class_names, source=source)
@@ -376,6 +414,7 @@ class Training:
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         self.iteration, self.validated, self.best = state["iteration"], state["validated"], state["best"]
+        self.seconds = state.get("seconds", 0.0)
 
     def _save(self) -> None:
         if self._losses:
@@ -393,6 +432,7 @@ class Training:
             "iteration": self.iteration,
             "validated": self.validated,
             "best": self.best,
+            "seconds": time.perf_counter() - self._begun,
         }
         save_state(self.directory, state)
 
@@ -400,7 +440,7 @@ class Training:
         """A finite loss says nothing of the step after it."""
         for name, tensor in network.state_dict().items():
             if not tensor.isfinite().all():
-                raise InputError(
+                raise NotFiniteTrainingError(
                     f"after iteration {self.iteration} the weights {name} are not finite: begin again with a lower "
                     f"--learning-rate and another --out; {self.directory} keeps what was good before"
                 )
@@ -428,7 +468,7 @@ class Training:
             raise KeyboardInterrupt
 
     def _print_memory(self) -> None:
-        if self.devices.rank > 0:
+        if self._quiet:
             return
         settings, crop = self.settings, _known(self.settings.crop_size)
         crops = _known(settings.batch_size) // (settings.accumulate * self.devices.count)
@@ -565,7 +605,7 @@ def _augmentation(settings: TrainSettings, backbone: Backbone) -> Augmentation:
     return Augmentation(_known(settings.crop_size), (red, green, blue), *scales)
 
 
-def _identity(
+def identity(
     settings: TrainSettings, network: SegmentationNetwork, train: Dataset, val: Dataset, devices: Devices
 ) -> dict[str, Any]:
     """What the losses depend on; the same command goes on, another one is refused."""

@@ -28,7 +28,11 @@ from search.features import write_json
 
 _COLUMNS = ("iteration", "loss", "learning_rate", "mean_iou")
 # What a training depends on without a flag of that name, and the flag behind it.
-_FLAGS = {"initial_weights": "--weights or --init", "data_fingerprint": "--data-dir", "val_fingerprint": "--data-dir"}
+_FLAGS = {
+    "initial_weights": "--weights or --init",
+    "data_fingerprint": "--data-dir or --train-split",
+    "val_fingerprint": "--data-dir or --val-split",
+}
 
 
 @contextmanager

@@ -1,21 +1,27 @@
 """Who evaluates cells: this process, or several workers under Ray, on one machine or a cluster.
 
+What evaluating means is the task's: a brief training on cached features (`search.proxy`), or a whole (`search.end_to_end`).
 Workers only evaluate; the process that asks also writes the study. A worker that dies gives its cell back.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
+from tqdm import tqdm
 
 from fast.segmentation import SegmentationHead
 from reference.cell import Cell
 from search.cli import InputError
-from search.proxy import NotFiniteError, ProxyResult, ProxyTask
+from search.proxy import NotFiniteError
 
 MAX_DEATHS = 3
+
+Result = TypeVar("Result")
+Result_co = TypeVar("Result_co", covariant=True)
 
 
 class Job(NamedTuple):
@@ -26,27 +32,37 @@ class Job(NamedTuple):
     seed: tuple[int, ...]
 
 
+class Task(Protocol[Result_co]):
+    """Scores cells; the result depends on the cell, the task's settings and `seed` alone."""
+
+    def evaluate(
+        self, cell: Cell, seed: Sequence[int], on_step: Callable[[int], None] = ...
+    ) -> tuple[Result_co, SegmentationHead | None]:
+        """The result, and the trained head where that is not kept elsewhere. Raises NotFiniteError."""
+        ...
+
+
 @dataclass(frozen=True)
-class Outcome:
-    """What came of a job: a result with the trained head, or the reason why there is none."""
+class Outcome(Generic[Result_co]):
+    """What came of a job: a result, with the trained head if the task gives it, or the reason why there is none."""
 
     job: Job
-    result: ProxyResult | None = None
+    result: Result_co | None = None
     head: SegmentationHead | None = None
     failure: str | None = None
 
 
-class Workers(Protocol):
+class Workers(Protocol[Result_co]):
     """Submit up to `capacity` jobs, then wait for whichever is finished first."""
 
     capacity: int
 
     def submit(self, job: Job) -> None: ...
-    def wait(self) -> Outcome: ...
+    def wait(self) -> Outcome[Result_co]: ...
     def close(self) -> None: ...
 
 
-def evaluate(task: ProxyTask, job: Job, on_step: Callable[[int], None] = lambda iteration: None) -> Outcome:
+def evaluate(task: Task[Result], job: Job, on_step: Callable[[int], None] = lambda iteration: None) -> Outcome[Result]:
     """Run one job; what belongs to the cell (a loss that is not finite, too little memory) is a failure, not an error."""
     try:
         result, head = task.evaluate(job.cell, job.seed, on_step)
@@ -58,12 +74,34 @@ def evaluate(task: ProxyTask, job: Job, on_step: Callable[[int], None] = lambda 
     return Outcome(job, result, head)
 
 
-class InProcess:
+@contextmanager
+def open_workers(
+    task: Task[Result], create_task: Callable[[], Task[Result]], count: int, device: str, iterations: int
+) -> Iterator[Workers[Result]]:
+    """`count` workers with tasks by `create_task` under Ray, or `task` in this process with a bar of a cell's iterations."""
+    if count > 1:
+        with closing(RayWorkers(create_task, count, device)) as workers:
+            yield workers
+        return
+    with tqdm(total=iterations, unit="step", leave=False, position=1, disable=None) as bar:
+        running: list[Job] = []
+
+        def on_step(job: Job, iteration: int) -> None:
+            if running != [job]:
+                running[:] = [job]
+                bar.reset()
+                bar.set_description(f"trial {job.key}" if isinstance(job.key, int) else str(job.key))
+            bar.update(iteration - bar.n)  # a training that goes on does not begin at 1
+
+        yield InProcess(task, on_step)
+
+
+class InProcess(Generic[Result]):
     """One job at a time in this process; `on_step(job, iteration)` follows its progress."""
 
     capacity = 1
 
-    def __init__(self, task: ProxyTask, on_step: Callable[[Job, int], None]) -> None:
+    def __init__(self, task: Task[Result], on_step: Callable[[Job, int], None]) -> None:
         self._task = task
         self._on_step = on_step
         self._jobs: list[Job] = []
@@ -71,7 +109,7 @@ class InProcess:
     def submit(self, job: Job) -> None:
         self._jobs.append(job)
 
-    def wait(self) -> Outcome:
+    def wait(self) -> Outcome[Result]:
         job = self._jobs.pop(0)
         return evaluate(self._task, job, lambda iteration: self._on_step(job, iteration))
 
@@ -79,13 +117,13 @@ class InProcess:
         """Nothing runs on behind our back."""
 
 
-class RayWorkers:
+class RayWorkers(Generic[Result]):
     """`count` actors, each with a task of its own made by `create_task`; one GPU each if the device is CUDA.
 
     Joins the cluster that RAY_ADDRESS names, else starts Ray on this machine. Raises InputError if Ray is not installed.
     """
 
-    def __init__(self, create_task: Callable[[], ProxyTask], count: int, device: str) -> None:
+    def __init__(self, create_task: Callable[[], Task[Result]], count: int, device: str) -> None:
         try:
             import ray
         except ImportError as error:
@@ -113,17 +151,20 @@ class RayWorkers:
         actor = self._idle.pop()
         self._running[actor.evaluate.remote(job)] = (job, actor, deaths)
 
-    def wait(self) -> Outcome:
+    def wait(self) -> Outcome[Result]:
+        """The next outcome. Raises what a worker raised for bad input or a full disk: that is no cell's fault."""
         while True:
             (reference,), _ = self._ray.wait(list(self._running), num_returns=1)
             job, actor, deaths = self._running.pop(reference)
             try:
-                outcome: Outcome = self._ray.get(reference)
+                outcome: Outcome[Result] = self._ray.get(reference)
             except (self._ray.exceptions.RayActorError, self._ray.exceptions.ObjectLostError):
                 self._idle.append(self._create())
                 if deaths + 1 == MAX_DEATHS:
                     return Outcome(job, failure=f"its worker died {MAX_DEATHS} times")
                 self.submit(job, deaths + 1)
+            except (InputError, OSError) as error:
+                raise getattr(error, "cause", error) from None  # without the worker's traceback, which Ray makes part of it
             else:
                 self._idle.append(actor)
                 return outcome
@@ -133,13 +174,13 @@ class RayWorkers:
         self._ray.shutdown()
 
 
-class _Evaluator:
-    def __init__(self, create_task: Callable[[], ProxyTask], threads: int) -> None:
+class _Evaluator(Generic[Result]):
+    def __init__(self, create_task: Callable[[], Task[Result]], threads: int) -> None:
         torch.set_num_threads(threads)
         self._task = create_task()
 
     def ready(self) -> None:
         """Answers once the task is made."""
 
-    def evaluate(self, job: Job) -> Outcome:
+    def evaluate(self, job: Job) -> Outcome[Result]:
         return evaluate(self._task, job)

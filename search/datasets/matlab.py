@@ -1,4 +1,4 @@
-"""Labels in MATLAB files: SBD's and PASCAL-Part's. Needs SciPy (`pip install 'dense-prediction-cell[mat]'`)."""
+"""Labels in MATLAB files: SBD's and PASCAL-Part's."""
 
 import zlib
 from pathlib import Path
@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.io import loadmat
+from scipy.io.matlab import MatReadError
 
 from search.cli import InputError
 
@@ -55,11 +57,6 @@ def read_person_parts(path: Path) -> NDArray[np.uint8]:
 
 def _load(path: Path) -> dict[str, Any]:
     """The file's variables, structs as objects with attributes."""
-    try:
-        from scipy.io import loadmat
-        from scipy.io.matlab import MatReadError
-    except ImportError as error:
-        raise InputError(f"{path} needs SciPy: pip install 'dense-prediction-cell[mat]'") from error
     try:
         content: dict[str, Any] = loadmat(path, squeeze_me=True, struct_as_record=False)
     # What SciPy raises for damaged files: of its own kind, of its struct and zlib readers, and for MATLAB's newer format.

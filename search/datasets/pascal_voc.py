@@ -131,12 +131,7 @@ def _sbd_pairs(sbd: Path) -> list[Pair]:
     """All of SBD: its split into train and val is not VOC's."""
     layout = f"expected img/, cls/, train.txt and val.txt in {sbd} from SBD's benchmark.tgz; unpack it there"
     require_layout(sbd, [sbd / "img", sbd / "cls", sbd / "train.txt", sbd / "val.txt"], layout)
-    try:
-        parts = [SBDataset(str(sbd), image_set=part, mode="segmentation") for part in ("train", "val")]
-    except RuntimeError as error:  # it needs SciPy
-        raise InputError(
-            f"{error}, or convert the labels to {sbd.parents[1]}/VOCdevkit/VOC2012/SegmentationClassAug"
-        ) from error
+    parts = [SBDataset(str(sbd), image_set=part, mode="segmentation") for part in ("train", "val")]
     pairs = [
         Pair(Path(image).stem, Path(image), Path(label))
         for part in parts

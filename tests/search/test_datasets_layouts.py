@@ -3,7 +3,6 @@
 import importlib
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -330,17 +329,6 @@ def test_damaged_matlab_file_is_read_or_refused(tmp_path_factory: pytest.TempPat
         message = str(error)
     assert "\n" not in message
     assert not message or message.startswith(f"label {path} ")
-
-
-def test_without_scipy_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made.write_person_part(tmp_path, originals=True)
-    voc = tmp_path / "voc"
-    made.add_sbd_archive(voc, made.write_voc(voc))
-    monkeypatch.setitem(sys.modules, "scipy.io", None)
-    with pytest.raises(InputError, match=r"\.mat needs SciPy: pip install 'dense-prediction-cell\[mat\]'$"):
-        open_dataset("pascal_person_part", "train", tmp_path)[0]
-    with pytest.raises(InputError, match=r"[sS]cipy .*SegmentationClassAug$"):
-        open_dataset("pascal_voc", "train_aug", voc)
 
 
 def test_every_part_of_a_person_has_a_class() -> None:

@@ -111,12 +111,16 @@ def test_loss_falls(tiny: TrainSettings, tmp_path: Path) -> None:
 
 
 def killed(settings: TrainSettings, arm: Callable[[], None]) -> None:
-    """Train in a process that ends itself by SIGKILL where `arm` has it."""
+    killed_while(lambda: search.train.main(settings), arm)
+
+
+def killed_while(act: Callable[[], object], arm: Callable[[], None]) -> None:
+    """Act in a process that ends itself by SIGKILL where `arm` has it."""
 
     def run() -> None:
         torch.set_num_threads(1)
         arm()
-        search.train.main(settings)
+        act()
 
     process = multiprocessing.get_context("fork").Process(target=run)
     process.start()

@@ -49,7 +49,7 @@ class Shuffled:
         self._jobs.append(job)
         assert len(self._jobs) <= self.capacity
 
-    def wait(self) -> Outcome:
+    def wait(self) -> Outcome[ProxyResult]:
         if next(self._waits) == self._interrupt_at:
             raise KeyboardInterrupt
         job = self._jobs.pop(self._rng.integers(len(self._jobs)))
@@ -64,7 +64,7 @@ class Shuffled:
 class Search(search.random._Search):
     """The loop of the main job without heads to save."""
 
-    def _save(self, outcome: Outcome, name: str) -> None:
+    def _save(self, outcome: Outcome[ProxyResult], name: str) -> None:
         """These outcomes have no head."""
 
 
@@ -158,7 +158,7 @@ def create_task(settings: ProxySettings = PROXY) -> ProxyTask:
 JOBS = [Job(i, load_cell(name), (0, i)) for i, name in enumerate(("aspp", "dpc", "psp", "dpc"))]
 
 
-def measured(outcome: Outcome) -> ProxyResult:
+def measured(outcome: Outcome[ProxyResult]) -> ProxyResult:
     assert outcome.result is not None
     return replace(outcome.result, seconds=0.0, peak_memory_bytes=0)
 
@@ -259,7 +259,7 @@ def fake_ray(monkeypatch: pytest.MonkeyPatch) -> Callable[[set[int]], FakeRay]:
     return install
 
 
-def evaluate_all(workers: RayWorkers, jobs: list[Job]) -> dict[Any, Outcome]:
+def evaluate_all(workers: RayWorkers[ProxyResult], jobs: list[Job]) -> dict[Any, Outcome[ProxyResult]]:
     outcomes, queue = {}, list(jobs)
     running = 0
     while queue or running:

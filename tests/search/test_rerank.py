@@ -1,0 +1,393 @@
+"""Re-ranking a tiny search end to end: it finishes, goes on after any end, and its ranks are those of what it trained."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import search.random
+import search.rerank
+from fast.checkpoint import load_network
+from reference.cell import CONV1X1, Branch, Cell, Operation
+from search.cli import InputError
+from search.end_to_end import EndToEndResult, EndToEndTask
+from search.features import write_json
+from search.proxy import NotFiniteError
+from search.random import RandomSettings
+from search.rerank import Candidate, RerankSettings, correlation, finish, rank, read_result, train_settings
+from search.space import cell_hash, load_cell
+from search.study import Run, load_run, ranked
+from search.train import Training
+from search.training_run import read_curve
+from tests.search.test_end_to_end import measured, write_backbone
+from tests.search.test_random import BACKBONE, skip_report, write_camvid
+from tests.search.test_train import kill_at_call, killed_while
+
+ITERATIONS = 8
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A finished search of four cells."""
+    folder = tmp_path_factory.mktemp("searched")
+    data_dir = write_camvid(folder / "camvid")
+    for kind in ("", "annot"):  # its own validation pictures hold mostly a class that is rare in training
+        shutil.copytree(data_dir / f"train{kind}", data_dir / f"val{kind}", dirs_exist_ok=True)
+    settings = RandomSettings(
+        dataset="camvid",
+        data_dir=data_dir,
+        backbone=BACKBONE,
+        weights=write_backbone(folder / "weights.pth"),
+        cache_dir=folder / "cache",
+        runs_dir=folder / "runs",
+        device="cpu",
+        cells=4,
+        iterations=8,
+        batch_size=4,
+        learning_rate=0.5,
+        branch_channels=8,
+        branches=3,
+        seed=1,
+        statistics_batches=1,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search.random, "write_report", skip_report)
+        search.random.main(settings)
+    return load_run(folder / "runs" / "camvid")
+
+
+@pytest.fixture(scope="module")
+def tiny(run: Run, tmp_path_factory: pytest.TempPathFactory) -> RerankSettings:
+    """Settings of a re-ranking that takes some seconds."""
+    return RerankSettings(
+        run=run.directory,
+        top=3,
+        compare=("dpc",),
+        crop_size=(33, 33),
+        batch_size=4,
+        iterations=ITERATIONS,
+        learning_rate=0.5,
+        statistics_batches=1,
+        checkpoint_every=1,
+        loading_processes=0,
+        device="cpu",
+        out=tmp_path_factory.mktemp("uninterrupted"),
+    )
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny: RerankSettings) -> Path:
+    search.rerank.main(tiny)
+    assert tiny.out is not None
+    return tiny.out
+
+
+def results(directory: Path) -> dict[str, Any]:
+    read = {path.parent.name: read_result(path.parent) for path in directory.glob("*/result.json")}
+    return {name: measured(result) if isinstance(result, EndToEndResult) else result for name, result in read.items()}
+
+
+def rows(directory: Path) -> dict[str, dict[str, str]]:
+    with (directory / "ranks.csv").open(newline="") as file:
+        return {row["name"]: row for row in csv.DictReader(file)}
+
+
+def forbid_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    def evaluate(*_: object) -> None:
+        raise AssertionError("nothing is left to train")
+
+    monkeypatch.setattr(EndToEndTask, "evaluate", evaluate)
+
+
+# The whole command
+
+
+def test_the_best_cells_are_trained_and_ranked_again(tiny: RerankSettings, run: Run, uninterrupted: Path) -> None:
+    best = ranked(run.trials)[:3]
+    table = rows(uninterrupted)
+    assert set(table) == {"dpc", *(f"trial {record.number}" for record in best)}
+    assert table["dpc"]["proxy_rank"] == table["dpc"]["final_rank"] == ""
+    for proxy_rank, record in enumerate(best, start=1):
+        row = table[f"trial {record.number}"]
+        folder = uninterrupted / f"{cell_hash(record.cell)}-0-0"
+        network, description = load_network(folder / "last.safetensors")
+        assert record.result is not None
+        assert (int(row["proxy_rank"]), float(row["proxy_mean_iou"])) == (proxy_rank, record.result.mean_iou)
+        assert float(row["final_mean_iou"]) == description["source"]["mean_iou"]
+        assert int(row["parameters"]) == record.result.parameters  # of the same cell, with as many filters
+        assert network.head.context.cell == Cell.from_json(row["cell"]) == record.cell
+    found = sorted((row for name, row in table.items() if name != "dpc"), key=lambda row: int(row["final_rank"]))
+    finals = [float(row["final_mean_iou"]) for row in found]
+    assert len(set(finals)) == 3  # else nothing would be ranked
+    assert finals == sorted(finals, reverse=True)
+    assert Cell.load(uninterrupted / "best_cell.json") == Cell.from_json(found[0]["cell"])
+    with Image.open(uninterrupted / "scatter.png") as picture:
+        assert len(np.unique(np.asarray(picture.convert("L")))) > 2
+
+
+def test_of_a_finished_training_the_network_stays_and_the_state_goes(uninterrupted: Path) -> None:
+    folders = [path for path in uninterrupted.iterdir() if path.is_dir()]
+    assert len(folders) == 4
+    for folder in folders:
+        names = {path.name for path in folder.iterdir()}
+        assert {"last.safetensors", "curve.csv", "cell.json", "result.json"} <= names
+        assert not names & {"state.pt", "best.safetensors"}
+        assert [row[0] for row in read_curve(folder) if row[3] is not None] == [ITERATIONS]  # validated once, at the end
+
+
+def test_the_same_command_again_prints_the_same_table(
+    tiny: RerankSettings, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (uninterrupted / "ranks.csv").read_bytes()
+    forbid_training(monkeypatch)
+    search.rerank.main(tiny)
+    assert (uninterrupted / "ranks.csv").read_bytes() == before
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in rows(uninterrupted))
+    assert "3 cells: Spearman's ρ = " in printed
+    assert "the same command goes on" not in printed
+
+
+def test_more_seeds_and_cells_keep_what_is_trained(tiny: RerankSettings, uninterrupted: Path, tmp_path: Path) -> None:
+    small = replace(tiny, out=tmp_path, top=1, compare=())
+    search.rerank.main(small)
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/result.json")}
+    assert len(times) == 1
+    search.rerank.main(replace(small, top=2, seeds=2))
+    assert all(path.stat().st_mtime_ns == time for path, time in times.items())
+    outcomes = results(tmp_path)
+    assert len(outcomes) == 4
+    assert outcomes.items() >= {name: result for name, result in results(uninterrupted).items() if name in outcomes}.items()
+    for row in rows(tmp_path).values():
+        scores = [outcomes[f"{cell_hash(Cell.from_json(row['cell']))}-0-{k}"].mean_iou for k in (0, 1)]
+        assert scores[0] != scores[1]
+        assert (float(row["final_mean_iou"]), float(row["final_std"])) == (np.mean(scores), np.std(scores, ddof=1))
+
+
+@pytest.mark.parametrize(
+    "arm",
+    [
+        kill_at_call(Training, "_step", 2),
+        kill_at_call(Training, "_step", ITERATIONS + 2),
+        kill_at_call(search.rerank, "_record", 2),
+        kill_at_call(search.rerank, "_delete_state", 2),
+        kill_at_call(search.rerank, "finish", 1),
+    ],
+    ids=["first_cell", "second_cell", "before_its_result", "after_its_result", "before_the_table"],
+)
+def test_a_killed_reranking_goes_on_to_the_same_results(
+    tiny: RerankSettings, uninterrupted: Path, tmp_path: Path, arm: Callable[[], None]
+) -> None:
+    settings = replace(tiny, out=tmp_path)
+    killed_while(lambda: search.rerank.main(settings), arm)
+    search.rerank.main(settings)
+    assert results(tmp_path) == results(uninterrupted)
+    assert not list(tmp_path.glob("*/state.pt"))
+    without_time = [
+        {name: {**row, "seconds": ""} for name, row in rows(folder).items()} for folder in (tmp_path, uninterrupted)
+    ]
+    assert without_time[0] == without_time[1]
+
+
+def test_ctrl_c_shows_what_there_is_and_goes_on(
+    tiny: RerankSettings,
+    uninterrupted: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    settings, step, calls = replace(tiny, out=tmp_path), Training._step, iter(range(1, 100))
+
+    def interrupted_step(self: Training, batches: Any) -> bool:
+        if next(calls) == 2 * ITERATIONS + 1:  # in the third of four cells
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, batches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "_step", interrupted_step)
+        with pytest.raises(KeyboardInterrupt):
+            search.rerank.main(settings)
+    printed = capsys.readouterr().out
+    assert "2 of 4 trainings are done; the same command goes on" in printed
+    assert "best cell:" in printed
+    search.rerank.main(settings)
+    assert results(tmp_path) == results(uninterrupted)
+
+
+@pytest.mark.parametrize(
+    ("change", "flag"),
+    [
+        ({"learning_rate": 0.2}, "--learning-rate 0.5, now it is 0.2"),
+        ({"branch_channels": 4}, "--branch-channels 8, now it is 4"),  # 8 was the run's
+        ({"seed": 1}, "--seed"),
+        ({"val_split": "train"}, "--val-split"),
+        ({"crop_size": (49, 49)}, "--crop-size"),
+    ],
+)
+def test_other_settings_are_refused(tiny: RerankSettings, uninterrupted: Path, change: dict[str, Any], flag: str) -> None:
+    with pytest.raises(InputError, match=flag):
+        search.rerank.main(replace(tiny, **change))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"top": 0}, "--top must be at least 1, got 0"),
+        ({"seeds": 0}, "--seeds must be at least 1, got 0"),
+        ({"iterations": 0}, "--iterations must be at least 1, got 0"),
+        ({"branch_channels": 0}, "--branch-channels must be at least 1, got 0"),
+        ({"compare": ("nothing",)}, "there is no cell 'nothing'"),
+        ({"run": Path("nowhere")}, "nowhere is not a run"),
+        ({"weights": Path("nowhere.pth")}, r"nowhere\.pth.*--weights"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(
+    tiny: RerankSettings, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        search.rerank.main(replace(tiny, out=tmp_path / "out", **change))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_cell_whose_training_diverges_fails_and_the_others_go_on(
+    tiny: RerankSettings,
+    run: Run,
+    uninterrupted: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    best, evaluate = ranked(run.trials)[0], EndToEndTask.evaluate
+
+    def diverging(self: EndToEndTask, cell: Cell, seed: Sequence[int], on_step: Any) -> Any:
+        if cell == best.cell:
+            raise NotFiniteError("the loss was nan at iteration 2")
+        return evaluate(self, cell, seed, on_step)
+
+    settings = replace(tiny, out=tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(EndToEndTask, "evaluate", diverging)
+        search.rerank.main(settings)
+    output = capsys.readouterr()
+    assert f"trial {best.number}, seed 0 failed: the loss was nan at iteration 2; delete" in output.err
+    failed = rows(tmp_path)[f"trial {best.number}"]
+    assert (failed["final_rank"], failed["failures"]) == ("", "the loss was nan at iteration 2")
+    assert "failed" in next(line for line in output.out.splitlines() if line.startswith(f"trial {best.number} "))
+    name = f"{cell_hash(best.cell)}-0-0"
+    assert {**results(uninterrupted), name: "the loss was nan at iteration 2"} == results(tmp_path)
+
+    forbid_training(monkeypatch)  # a failure is final: it would fail again
+    search.rerank.main(settings)
+
+
+def test_all_cells_failing_still_ends_in_order(
+    tiny: RerankSettings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    search.rerank.main(replace(tiny, out=tmp_path, learning_rate=1e30))
+    assert "no cell of the search is trained yet (4 trainings failed)" in capsys.readouterr().err
+
+
+def test_a_damaged_result_is_named(tiny: RerankSettings, tmp_path: Path) -> None:
+    settings = replace(tiny, out=tmp_path, top=1, compare=())
+    search.rerank.main(settings)
+    (path,) = tmp_path.glob("*/result.json")
+    path.write_text('{"result": {')
+    with pytest.raises(InputError, match=r"result\.json is damaged .* delete the folder"):
+        search.rerank.main(settings)
+
+
+def test_two_ray_workers_give_the_same_as_one(
+    tiny: RerankSettings, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ray", reason="Ray is an extra: pip install -e '.[workers]'")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    search.rerank.main(replace(tiny, out=tmp_path, workers=2))
+    assert results(tmp_path) == results(uninterrupted)
+
+
+# What is trained, and what comes of it
+
+
+def test_data_and_backbone_are_the_runs_unless_given(tiny: RerankSettings, run: Run) -> None:
+    assert run.features is not None
+    inherited = train_settings(tiny, run)
+    assert (inherited.dataset, inherited.backbone, inherited.output_stride) == ("camvid", BACKBONE, 16)
+    assert (str(inherited.data_dir), str(inherited.weights)) == (run.features["data_dir"], run.features["weights"])
+    assert (inherited.branch_channels, inherited.iterations, inherited.validate_every) == (8, ITERATIONS, ITERATIONS)
+
+    other = train_settings(replace(tiny, dataset="shapes", backbone="resnet18", validate_every=1, branch_channels=4), run)
+    assert (other.dataset, other.data_dir, other.train_split) == ("shapes", None, "train")
+    assert (other.backbone, other.weights, other.pretrained) == ("resnet18", None, False)
+    assert (other.validate_every, other.branch_channels) == (1, 4)
+
+    weights = train_settings(replace(tiny, weights=Path("other.pth"), weights_origin="tensorflow"), run)
+    assert (weights.backbone, weights.weights, weights.weights_origin) == (BACKBONE, Path("other.pth"), "tensorflow")
+
+
+def pooling_cell(grid: int) -> Cell:
+    return Cell((Branch(-1, CONV1X1), Branch(0, Operation("pyramid_pooling", grid_size=(grid, grid)))))
+
+
+class Folders(EndToEndTask):
+    """The folders of the task alone."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+
+FINAL = ((0.10, 0.10), (0.20, 0.40), (0.25, 0.15), (0.35, 0.45))  # means .1 .3 .2 .4 in the order of the proxy's ranks 4 3 2 1
+
+
+@pytest.fixture
+def made(tmp_path: Path, tiny: RerankSettings) -> tuple[Folders, list[Candidate], RerankSettings]:
+    """Four cells with two seeds each, a known one without its second, and one that failed, as written by hand."""
+    task = Folders(tmp_path)
+    names = [Candidate(f"trial {i}", pooling_cell(grid), (0.1 * (i + 1),), 4 - i) for i, grid in enumerate((1, 2, 4, 8))]
+    known = [Candidate("aspp", load_cell("aspp"), (0.9, 0.8), None), Candidate("psp", load_cell("psp"), (), None)]
+    for candidate, scores in zip((*names, known[0]), (*FINAL, (0.05,)), strict=True):
+        for k, score in enumerate(scores):
+            result = {"mean_iou": score, "class_iou": [score, None], "parameters": 7, "multiply_adds": 2e9, "seconds": 1.5}
+            write_json(task.folder(candidate.cell, (0, k)) / "result.json", {"result": result, "failure": None})
+    for k in (0, 1):
+        failure = {"result": None, "failure": f"nan {k}"}
+        write_json(task.folder(known[1].cell, (0, k)) / "result.json", failure)
+    return task, [*known, *names], replace(tiny, seeds=2)
+
+
+def test_ranks_and_correlation_of_known_scores(made: tuple[Folders, list[Candidate], RerankSettings]) -> None:
+    ordered = rank(*made)
+    assert [row.candidate.name for row in ordered] == ["trial 3", "trial 1", "trial 2", "trial 0", "aspp", "psp"]
+    assert [row.final_rank for row in ordered] == [1, 2, 3, 4, None, None]
+    assert [row.candidate.proxy_rank for row in ordered] == [1, 3, 2, 4, None, None]
+    assert ordered[1].mean == pytest.approx(0.3)
+    assert ordered[1].std == pytest.approx(0.2 / 2**0.5)  # ±0.1 around the mean, one degree of freedom
+    assert ordered[-1].failures == ("nan 0", "nan 1")
+    rho = correlation(ordered)
+    assert rho is not None
+    assert rho.rho == pytest.approx(0.8)  # 1 − 6·(0 + 1 + 1 + 0) / (4·15); with ASPP, best on the proxy, it would be lower
+    assert rho.count == 4
+    assert correlation(ordered[:2]) is None
+
+
+def test_the_table_of_known_scores(
+    made: tuple[Folders, list[Candidate], RerankSettings], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finish(tmp_path, rank(*made), made[2])
+    lines = capsys.readouterr().out.splitlines()
+    fields = {line.split("  ")[0]: line.split() for line in lines}
+    assert fields["trial 1"][:7] == ["trial", "1", "3", "20.00", "2", "30.00", "±"]
+    assert fields["trial 1"][7:11] == ["14.14", "7", "2.000B", "1.5"]
+    assert lines[6].split()[:5] == ["aspp", "–", "85.00", "–", "5.00"]
+    assert lines[7].split()[:8] == ["psp", "–", "–", "–", "failed", "–", "–", "–"]
+    assert "11 of 12 trainings are done; the same command goes on" in lines
+    assert any(line.startswith("proxy and final score, 4 cells: Spearman's ρ = 0.80 (") for line in lines)
+    assert json.loads((tmp_path / "best_cell.json").read_text()) == json.loads(pooling_cell(8).to_json())
