@@ -97,7 +97,8 @@ def noise_ceiling(first: dict[str, list[float]], second: dict[str, list[float]])
     By Spearman's attenuation formula √(R₁·R₂), with R = s·r / (1 + (s − 1)·r) the reliability of a mean over s seeds from that
     r of one (Spearman and Brown). Both are exact for linear correlations and equal noise in all cells: a yardstick here.
 
-    >>> noise_ceiling({c: [x, x] for c, x in zip("abc", (0.1, 0.2, 0.3))}, {c: [x, x] for c, x in zip("abc", (3, 1, 2))})
+    >>> without_noise = {"a": [0.1, 0.1], "b": [0.3, 0.3], "c": [0.2, 0.2]}
+    >>> round(noise_ceiling(without_noise, without_noise), 6)
     1.0
     """
     reliabilities = []
