@@ -27,7 +27,7 @@ from fast.backbone import Backbone, WeightsOrigin, timm_backbone
 from reference.upsampled_cross_entropy import IGNORE_INDEX
 from search.cli import InputError, run_command
 from search.datasets import SPLITS, Dataset, open_dataset
-from search.shapes_backbone import shapes_backbone
+from search.shapes_backbone import SHAPES_BACKBONES, SMALL_BACKBONE, shapes_backbone
 
 FeatureDtype = Literal["float16", "bfloat16"]
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -157,17 +157,18 @@ def create_backbone(settings: FeatureSettings) -> Backbone:
     """The backbone that the settings name, with its weights. Raises InputError naming the flag."""
     if settings.output_stride not in (8, 16):
         raise InputError(f"--output-stride must be 8 or 16, got {settings.output_stride}")
-    if settings.dataset == "shapes" and settings.backbone is None:
+    name = settings.backbone or (SMALL_BACKBONE if settings.dataset == "shapes" else "mobilenetv2_100")
+    if settings.dataset == "shapes" and name in SHAPES_BACKBONES:
         if settings.weights is not None or settings.pretrained:
             raise InputError("--weights and --pretrained belong to a --backbone: name it, or leave them out")
-        return shapes_backbone(settings.cache_dir, settings.output_stride)
+        return shapes_backbone(settings.cache_dir, settings.output_stride, name=name)
     if settings.weights is None and not settings.pretrained:
         raise InputError(
             "the backbone would have random weights: give --weights FILE, or --pretrained to let timm download its own"
         )
     try:
         return timm_backbone(
-            settings.backbone or "mobilenetv2_100",
+            name,
             output_stride=settings.output_stride,
             weights=settings.weights,
             pretrained=settings.pretrained,
@@ -176,9 +177,7 @@ def create_backbone(settings: FeatureSettings) -> Backbone:
     except ValueError as error:
         raise InputError(f"{error}; correct --backbone, --weights or --output-stride") from error
     except OSError as error:
-        raise InputError(
-            f"timm could not load its weights of {settings.backbone or 'mobilenetv2_100'} ({error}): give --weights FILE"
-        ) from error
+        raise InputError(f"timm could not load its weights of {name} ({error}): give --weights FILE") from error
 
 
 def resolve_device(device: str) -> str:

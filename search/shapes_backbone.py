@@ -1,6 +1,7 @@
 """The small backbone of the embedded default: five plain convolutions, trained on the generated scenes in about half a minute.
 
-timm's smallest models take several times as long per image on a CPU, and would have to be downloaded to mean anything.
+timm's smallest models take several times as long per image on a CPU, and would have to be downloaded to mean anything. A wide
+one, of four times the multiply-adds, is there to tell whether cells rank alike on both (`search.fidelity`).
 """
 
 import os
@@ -18,19 +19,20 @@ from fast.upsampled_cross_entropy import upsampled_cross_entropy
 from search.cli import InputError
 from search.datasets import Dataset, open_dataset
 
-CHANNELS = (16, 32, 64, 128, 128)
+SMALL_BACKBONE, WIDE_BACKBONE = "shapes_cnn", "shapes_cnn_wide"
+SHAPES_BACKBONES = {SMALL_BACKBONE: (16, 32, 64, 128, 128), WIDE_BACKBONE: (32, 64, 128, 256, 256)}  # channels
 ITERATIONS = 120
 _BATCH = 8
 
 
-def shapes_backbone(cache_dir: Path, output_stride: int, *, low_level: bool = False) -> Backbone:
-    """The trained backbone, from `cache_dir` if it was trained before. Raises InputError if that cannot be written.
+def shapes_backbone(cache_dir: Path, output_stride: int, *, name: str = SMALL_BACKBONE, low_level: bool = False) -> Backbone:
+    """The trained backbone `name`, from `cache_dir` if it was trained before. Raises InputError if that cannot be written.
 
     `low_level=True` also gives the map at stride 4 that a decoder reads.
     """
-    backbone = plain_backbone("shapes_cnn", CHANNELS, output_stride=output_stride, low_level=low_level)
+    backbone = plain_backbone(name, SHAPES_BACKBONES[name], output_stride=output_stride, low_level=low_level)
     dataset = open_dataset("shapes", "train", None)
-    path = cache_dir / f"shapes_cnn-os{output_stride}-{dataset.fingerprint()[:8]}.safetensors"
+    path = cache_dir / f"{name}-os{output_stride}-{dataset.fingerprint()[:8]}.safetensors"
     if not path.exists():
         _train(backbone, dataset)
         try:
@@ -61,7 +63,7 @@ def _train(backbone: Backbone, dataset: Dataset) -> None:
         network = nn.Sequential(backbone, classifier).train()
         optimizer = torch.optim.AdamW(network.parameters(), weight_decay=1e-4)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.01, total_steps=ITERATIONS)
-        for _ in trange(ITERATIONS, desc="small backbone for the shapes", unit="step"):
+        for _ in trange(ITERATIONS, desc=f"backbone {backbone.name} for the shapes", unit="step"):
             batch = torch.randint(len(samples), (_BATCH,))
             loss = upsampled_cross_entropy(network(images[batch].float()), labels[batch])
             optimizer.zero_grad()
