@@ -19,7 +19,7 @@ from reference.cell import Cell
 from reference.dense_prediction_cell import BranchOptions
 from reference.pyramid_pooling import PoolingVariant
 from search.cli import InputError
-from search.cost import CellCost, cell_cost
+from search.cost import CellCost, module_cost
 from search.diagram import branch_weights, branch_weights_svg, cell_svg, effective_field_svg, paths_svg
 from search.latency import Latency, measure_latencies
 from search.page import write_page
@@ -117,15 +117,7 @@ def _trained_cell(path: Path) -> DensePredictionCell:
 
 def _cost(name: str, context: DensePredictionCell, feature_size: tuple[int, int]) -> CellCost:
     try:
-        return cell_cost(
-            context.cell,
-            context.in_channels,
-            feature_size,
-            branch_channels=context.branch_channels,
-            cell_channels=context.cell_channels,
-            pooling=context.pooling,
-            pooling_size=context.pooling_size,
-        )
+        return module_cost(context, feature_size)
     except ValueError as error:
         raise InputError(f"cell {name} does not fit --feature-size {feature_size[0]} {feature_size[1]}: {error}") from error
 

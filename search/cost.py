@@ -7,6 +7,7 @@ exactly, and all four rows of multiply-adds within one percent (the paper's own 
 
 from dataclasses import dataclass
 
+from fast.dense_prediction_cell import DensePredictionCell
 from reference.cell import BACKBONE_FEATURE, Cell, Operation
 from reference.pyramid_pooling import PoolingVariant, window_size
 
@@ -58,6 +59,19 @@ def cell_cost(
             size = _pooled_size(feature_size, branch.operation.grid_size, pooling, pooling_size)
         branches.append(_operation_cost(branch.operation, channels, branch_channels, size))
     return CellCost(tuple(branches), _pointwise_cost(len(branches) * branch_channels, cell_channels, feature_size))
+
+
+def module_cost(context: DensePredictionCell, feature_size: tuple[int, int]) -> CellCost:
+    """`cell_cost` of a cell with weights."""
+    return cell_cost(
+        context.cell,
+        context.in_channels,
+        feature_size,
+        branch_channels=context.branch_channels,
+        cell_channels=context.cell_channels,
+        pooling=context.pooling,
+        pooling_size=context.pooling_size,
+    )
 
 
 def _operation_cost(operation: Operation, in_channels: int, channels: int, size: tuple[int, int]) -> Cost:

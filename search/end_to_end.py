@@ -15,7 +15,7 @@ import torch
 from fast.checkpoint import load_network
 from reference.cell import Cell
 from search.cli import InputError
-from search.cost import cell_cost
+from search.cost import module_cost
 from search.datasets import open_dataset
 from search.devices import Devices
 from search.features import write_text
@@ -92,8 +92,7 @@ class EndToEndTask:
             raise InputError(f"{error}; delete the folder {path.parent} and run the same command again") from error
         context, stride = network.head.context, network.backbone.output_stride
         height, width = (-(-(extent - 1) // stride) + 1 for extent in self.val[0].label.shape)
-        channels = {"branch_channels": context.branch_channels, "cell_channels": context.cell_channels}
-        cost = cell_cost(context.cell, context.in_channels, (height, width), **channels).total
+        cost = module_cost(context, (height, width)).total
         source = description["source"]
         return EndToEndResult(
             mean_iou=source["mean_iou"],

@@ -24,7 +24,7 @@ from reference.cell import Cell
 from reference.mean_iou import class_iou, mean_iou
 from reference.pyramid_pooling import PoolingVariant
 from search.cli import InputError
-from search.cost import cell_cost
+from search.cost import module_cost
 from search.features import FeatureCache
 
 _CURVE_POINTS = 100
@@ -105,21 +105,13 @@ class ProxyTask:
         confusion = self._confusion(head)
         iou = class_iou(confusion)
         size = self._val[0].shape[2:]
-        channels = self.settings.branch_channels
-        cost = cell_cost(
-            cell,
-            head.context.in_channels,
-            (size[0], size[1]),
-            branch_channels=channels,
-            cell_channels=channels,
-            pooling=self.settings.pooling,
-        )
+        cost = module_cost(head.context, (size[0], size[1])).total
         result = ProxyResult(
             mean_iou=mean_iou(confusion),
             class_iou=tuple(None if math.isnan(value) else float(value) for value in iou),
             loss_curve=curve,
-            parameters=cost.total.parameters,
-            multiply_adds=cost.total.multiply_adds,
+            parameters=cost.parameters,
+            multiply_adds=cost.multiply_adds,
             seconds=time.perf_counter() - start,
             peak_memory_bytes=_peak_memory_bytes(self.device),
         )
