@@ -17,7 +17,7 @@ from search.rank_correlation import MIN_POINTS, RankCorrelation, rank_correlatio
 from search.scatter import Point, Scatter, write_scatter, write_scatters
 
 _LABELS = {"proxy": "proxy", "long": "long training", "large": "large backbone", "end_to_end": "end to end"}
-_MARKED = {"1x1": "1×1", "r6": "6", "r12": "12", "r18": "18", "pool": "pool", "1x1+r6+r12+r18+pool": "ASPP"}
+_MARKED = {"1x1": "1×1", "r6": "rate 6", "r12": "rate 12", "r18": "rate 18", "pool": "pool", "1x1+r6+r12+r18+pool": "ASPP"}
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def write_report(directory: Path, scores: Sequence[Score], protocols: Sequence[s
         write_scatter(directory / f"{first}_{second}.png", scatter.points, scatter.x_label, scatter.y_label)
     if scatters:
         write_scatters(directory / "fidelity.png", list(scatters.values()))
-    summary = "\n".join([*_pair_lines(found), "", *_self_lines(scores, protocols), *_failure_lines(scores)])
+    summary = "\n".join([*_pair_lines(found), *_self_lines(scores, protocols), *_failure_lines(scores)])
     write_text(directory / "report.md", _page(summary, scores, protocols, command, bool(scatters)))
     return f"{summary}\n\nreport: {directory / 'report.md'}"
 
@@ -151,7 +151,7 @@ def _pair_lines(found: Sequence[Agreement]) -> list[str]:
         if known is not None:
             count, rho, interval = f"{known.count}", _number(known.rho), f"{_number(known.low)} to {_number(known.high)}"
         lines.append(f"{label:<33} {count:>5} {rho:>6} {interval:>16} {_number(pair.ceiling):>8}")
-    return lines
+    return [*lines, ""] if found else []
 
 
 def _self_lines(scores: Sequence[Score], protocols: Sequence[str]) -> list[str]:

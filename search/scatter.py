@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
 from search.diagram import INK
 from search.rank_correlation import MIN_POINTS, rank_correlation
@@ -93,4 +94,5 @@ def _draw_point(axes: Axes, point: Point) -> None:
         markeredgewidth=0,
     )
     if point.label is not None:
-        axes.annotate(point.label, (x, y), (5, -9), textcoords="offset points", fontsize=8, color=colour)
+        text = axes.annotate(point.label, (x, y), (5, -9), textcoords="offset points", fontsize=8, color=colour, zorder=5)
+        text.set_path_effects([withStroke(linewidth=1.5, foreground="white")])  # legible among dots, and hides few
