@@ -4,17 +4,21 @@
 given are the median over rounds and the 20th and 80th percentiles.
 """
 
+import logging
 import platform
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch.utils.benchmark import Timer
 
 from fast.dense_prediction_cell import DensePredictionCell
+
+if TYPE_CHECKING:
+    from torch.utils.benchmark import Timer
 
 ROUNDS = 20
 _SHORTEST_SECONDS = 2e-3  # calls shorter than this are timed several at a time
@@ -67,13 +71,17 @@ def device_label(device: torch.device) -> str:
     return f"{_processor()}, {threads} thread{'s' if threads != 1 else ''}"
 
 
-def _timer(cell: DensePredictionCell, feature_size: tuple[int, int]) -> Timer:
+def _timer(cell: DensePredictionCell, feature_size: tuple[int, int]) -> "Timer":
+    # Here, and silently: on a machine with CUDA's compiler but no GPU, its import logs a warning about CUDA_HOME.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    from torch.utils.benchmark import Timer
+
     device = next(cell.parameters()).device
     names = {"cell": cell, "features": torch.rand(1, cell.in_channels, *feature_size, device=device)}
     return Timer("cell(features)", globals=names, num_threads=torch.get_num_threads())
 
 
-def _in_turns(timers: Mapping[str, Timer], seconds: float, rng: np.random.Generator) -> dict[str, list[float]]:
+def _in_turns(timers: Mapping[str, "Timer"], seconds: float, rng: np.random.Generator) -> dict[str, list[float]]:
     """Milliseconds of each cell in each round."""
     counts = {name: _calls_per_turn(timer) for name, timer in timers.items()}
     samples: dict[str, list[float]] = {name: [] for name in timers}
@@ -87,7 +95,7 @@ def _in_turns(timers: Mapping[str, Timer], seconds: float, rng: np.random.Genera
     return samples
 
 
-def _calls_per_turn(timer: Timer) -> int:
+def _calls_per_turn(timer: "Timer") -> int:
     timer.timeit(1)  # compiles kernels, if any
     return max(1, round(_SHORTEST_SECONDS / max(timer.timeit(1).mean, 1e-6)))
 
