@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from fast.backbone import Backbone, PlainBody, plain_backbone, timm_backbone
@@ -145,10 +145,8 @@ def _write(path: Path, module: nn.Module, file_format: str, description: dict[st
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     state = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
-    try:
-        save_file(state, partial, metadata={"format": file_format, "description": json.dumps(description)})
-    except SafetensorError as error:
-        raise OSError(f"cannot write {partial}: {error}") from error
+    content = save(state, metadata={"format": file_format, "description": json.dumps(description)})
+    partial.write_bytes(content)  # not save_file: its files are for the owner's eyes alone, whatever the umask
     os.replace(partial, path)
 
 

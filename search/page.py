@@ -58,7 +58,7 @@ def quantity(count: float) -> str:
 def milliseconds(value: float) -> str:
     """A duration with three digits.
 
-    >>> milliseconds(0.01234), milliseconds(4.567), milliseconds(123.4)
-    ('0.0123', '4.57', '123')
+    >>> milliseconds(0.01234), milliseconds(2.9), milliseconds(99.96)
+    ('0.0123', '2.90', '100')
     """
-    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
+    return f"{value:#.3g}" if value < 99.95 else f"{value:.0f}"

@@ -135,7 +135,7 @@ def _rows(best: Sequence[TrialRecord], groups: Sequence[Group]) -> Iterator[Row]
         assert record.result is not None  # it is ranked
         yield Row(f"trial {record.number}", percent(record.result.mean_iou), record.cell, record.result, False)
     for group in groups:
-        label = f"{group.label} (n = {len(group.results)})"
+        label = f"{group.label} (n\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{len(group.results)})"
         yield Row(label, _spread(group), group.cell, group.results[0], True)
 
 

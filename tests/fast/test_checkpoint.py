@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -6,7 +7,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import fast.checkpoint
 from fast import Decoder, DensePredictionCell, SegmentationHead, SegmentationNetwork
 from fast.backbone import Backbone, timm_backbone
 from fast.checkpoint import FORMAT, NETWORK_FORMAT, load_context, load_head, load_network, save_head, save_network
@@ -81,14 +81,22 @@ def test_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
     save(path)
     before = path.read_bytes()
 
-    def half_written(state: dict[str, Any], target: Path, metadata: dict[str, str]) -> None:
-        target.write_bytes(before[:100])
+    def half_written(target: Path, content: bytes) -> None:
+        with target.open("wb") as file:
+            file.write(content[:100])
         raise OSError("disk full")
 
-    monkeypatch.setattr(fast.checkpoint, "save_file", half_written)
+    monkeypatch.setattr(Path, "write_bytes", half_written)
     with pytest.raises(OSError, match="disk full"):
         save(path)
     assert path.read_bytes() == before
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions are POSIX's")
+def test_others_may_read_what_the_umask_lets_them(tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    save(tmp_path / "head.safetensors")
+    assert (tmp_path / "head.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, -1])
