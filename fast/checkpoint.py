@@ -5,6 +5,8 @@ The format is safetensors; its metadata hold a JSON description. Nothing in it i
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +26,18 @@ NETWORK_FORMAT = "dense-prediction-cell network 1"
 
 
 def save_head(path: Path, head: SegmentationHead, *, class_names: tuple[str, ...], backbone: dict[str, Any]) -> None:
-    """Write atomically; `backbone` says which features the head was trained on (name, weights hash, and so on)."""
-    _write(path, head, FORMAT, {**_describe_head(head), "class_names": class_names, "backbone": backbone})
+    """Write atomically; `backbone` says which features the head was trained on (name, weights hash, and so on).
+
+    Raises ValueError for class names that are not as many as the classifier's classes.
+    """
+    _write(path, head, FORMAT, {**_describe_head(head, class_names), "backbone": backbone})
 
 
 def load_head(path: Path) -> tuple[SegmentationHead, dict[str, Any]]:
     """The head in evaluation mode, and its description. Raises ValueError naming the file."""
     description, state = _read(path, "head", FORMAT)
-    head = _build_head(description)
+    with _building(path, "head"):
+        head = _build_head(description)
     _fill(head, state, path, "head")
     return head, description
 
@@ -39,7 +45,8 @@ def load_head(path: Path) -> tuple[SegmentationHead, dict[str, Any]]:
 def load_context(path: Path) -> DensePredictionCell:
     """The cell alone of a head or network file, with its weights, in evaluation mode. Raises ValueError naming the file."""
     description, state = _read(path, "head or network", FORMAT, NETWORK_FORMAT)
-    context = _build_head(description).context
+    with _building(path, "head or network"):
+        context = _build_head(description).context
     by_head_key = {key.removeprefix("head."): tensor for key, tensor in state.items()}
     inner = {key.removeprefix("context."): tensor for key, tensor in by_head_key.items() if key.startswith("context.")}
     _fill(context, inner, path, "head or network")
@@ -54,12 +61,8 @@ def save_network(
     Raises ValueError for a backbone that is neither from timm nor plain, and so could not be built again from the file, and
     for class names that are not as many as the classifier's classes.
     """
-    classes = network.head.classifier.out_channels
-    if len(class_names) != classes:
-        raise ValueError(f"network has {classes} classes, got {len(class_names)} class names")
     description = {
-        **_describe_head(network.head),
-        "class_names": class_names,
+        **_describe_head(network.head, class_names),
         "backbone": _describe_backbone(network.backbone),
         "decoder": None if network.decoder is None else {"projected_channels": network.decoder.projected_channels},
         "source": source or {},
@@ -70,18 +73,22 @@ def save_network(
 def load_network(path: Path) -> tuple[SegmentationNetwork, dict[str, Any]]:
     """The network in evaluation mode, and its description. Raises ValueError naming the file."""
     description, state = _read(path, "network", NETWORK_FORMAT)
-    backbone = _build_backbone(description["backbone"], low_level=description["decoder"] is not None)
-    decoder = None
-    if description["decoder"] is not None and backbone.low_level is not None:
-        decoder = Decoder(backbone.low_level.channels, channels=description["cell_channels"], **description["decoder"])
-    network = SegmentationNetwork(backbone, _build_head(description), decoder)
+    with _building(path, "network"):
+        backbone = _build_backbone(description["backbone"], low_level=description["decoder"] is not None)
+        decoder = None
+        if description["decoder"] is not None and backbone.low_level is not None:
+            decoder = Decoder(backbone.low_level.channels, channels=description["cell_channels"], **description["decoder"])
+        network = SegmentationNetwork(backbone, _build_head(description), decoder)
     _fill(network, state, path, "network")
     return network, description
 
 
-def _describe_head(head: SegmentationHead) -> dict[str, Any]:
-    context = head.context
+def _describe_head(head: SegmentationHead, class_names: tuple[str, ...]) -> dict[str, Any]:
+    context, classes = head.context, head.classifier.out_channels
+    if len(class_names) != classes:
+        raise ValueError(f"the classifier has {classes} classes, got {len(class_names)} class names")
     return {
+        "class_names": class_names,
         "cell": json.loads(context.cell.to_json()),
         "in_channels": context.in_channels,
         "branch_channels": context.branch_channels,
@@ -142,12 +149,25 @@ def _build_backbone(description: dict[str, Any], *, low_level: bool) -> Backbone
 
 
 def _write(path: Path, module: nn.Module, file_format: str, description: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
     state = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
     content = save(state, metadata={"format": file_format, "description": json.dumps(description)})
-    partial.write_bytes(content)  # not save_file: its files are for the owner's eyes alone, whatever the umask
-    os.replace(partial, path)
+    write_whole(path, content)  # not save_file: its files are for the owner's eyes alone, whatever the umask
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write aside, wait for the disk, then rename: whatever ends the machine, the file is the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError:
+        with suppress(OSError):  # the disk may be full
+            partial.unlink()
+        raise
 
 
 def _read(path: Path, kind: str, *formats: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -160,7 +180,19 @@ def _read(path: Path, kind: str, *formats: str) -> tuple[dict[str, Any], dict[st
     if metadata.get("format") not in formats:
         wanted = " or ".join(map(repr, formats))
         raise ValueError(f"{kind} {path} is not in the format {wanted}, got {metadata.get('format')!r}")
-    return json.loads(metadata["description"]), state
+    with _building(path, kind):
+        return json.loads(metadata["description"]), state
+
+
+@contextmanager
+def _building(path: Path, kind: str) -> Iterator[None]:
+    """A description that is damaged, or of another version, is said by the file's name; building draws no random numbers."""
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = f"lacks the field {error}" if isinstance(error, KeyError) else f"cannot be used: {error}"
+        raise ValueError(f"{kind} {path} has a description that {reason}") from error
 
 
 def _fill(module: nn.Module, state: dict[str, Tensor], path: Path, kind: str) -> None:

@@ -28,6 +28,9 @@ class Classifier(nn.Conv2d):
         return lazy_pointwise_conv(x, self.weight) + self.bias[:, None, None]
 
 
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
 class SegmentationHead(nn.Module):
     """A cell and a 1×1 classifier with bias: features (N, C, h, w) -> logits (N, num_classes, h, w).
 
@@ -40,7 +43,7 @@ class SegmentationHead(nn.Module):
         self.classifier = Classifier(context.cell_channels, num_classes)
 
     def forward(self, features: Tensor) -> Tensor:
-        hooked = self.context._forward_hooks or self.context._forward_pre_hooks  # these run, and see values
+        hooked = any(getattr(self.context, hooks) for hooks in _HOOKS)  # these run, and see values
         logits: Tensor = self.classifier(self.context(features) if hooked else self.context.lazy(features))
         return logits
 

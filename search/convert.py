@@ -95,6 +95,8 @@ def main(settings: ConvertSettings) -> None:
     """Read, convert, check, write, and say what became of every variable."""
     if settings.output_stride not in (8, 16):
         raise InputError(f"--output-stride must be 8 or 16, got {settings.output_stride}")
+    if min(settings.atrous_rates, default=1) < 1:
+        raise InputError(f"--atrous-rates {' '.join(map(str, settings.atrous_rates))}: give numbers of at least 1")
     bundle = TensorBundle(settings.checkpoint)
     network, used, skipped = convert(
         {name: entry.shape for name, entry in bundle.entries.items()},
@@ -172,7 +174,8 @@ def _sources(names: Iterable[str], moving_averages: bool) -> tuple[dict[str, str
             )
     if moving_averages and not any(name.endswith(_AVERAGE) for name in names):
         raise InputError("the checkpoint holds no moving averages: leave out --moving-averages")
-    kept = {name: source for name, source in sources.items() if source not in skipped and not name.endswith(_AVERAGE)}
+    averages = {weight + _AVERAGE for weight in known}  # what averages no weight stays, and is refused as unknown
+    kept = {name: source for name, source in sources.items() if source not in skipped and name not in averages}
     return kept, skipped
 
 

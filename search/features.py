@@ -10,7 +10,6 @@ and right with the mean pixel and label 255.
 
 import json
 import math
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fast.backbone import Backbone, WeightsOrigin, timm_backbone
+from fast.checkpoint import write_whole
 from reference.upsampled_cross_entropy import IGNORE_INDEX
 from search.cli import InputError, run_command
 from search.datasets import SPLITS, Dataset, open_dataset
@@ -153,15 +153,18 @@ def prepare_caches(settings: FeatureSettings) -> dict[str, FeatureCache]:
     return caches
 
 
-def create_backbone(settings: FeatureSettings) -> Backbone:
-    """The backbone that the settings name, with its weights. Raises InputError naming the flag."""
+def create_backbone(settings: FeatureSettings, *, low_level: bool = False) -> Backbone:
+    """The backbone that the settings name, with its weights. Raises InputError naming the flag.
+
+    `low_level=True` also gives the map at stride 4 that a decoder reads.
+    """
     if settings.output_stride not in (8, 16):
         raise InputError(f"--output-stride must be 8 or 16, got {settings.output_stride}")
     name = settings.backbone or (SMALL_BACKBONE if settings.dataset == "shapes" else "mobilenetv2_100")
     if settings.dataset == "shapes" and name in SHAPES_BACKBONES:
         if settings.weights is not None or settings.pretrained:
             raise InputError("--weights and --pretrained belong to a --backbone: name it, or leave them out")
-        return shapes_backbone(settings.cache_dir, settings.output_stride, name=name)
+        return shapes_backbone(settings.cache_dir, settings.output_stride, name=name, low_level=low_level)
     if settings.weights is None and not settings.pretrained:
         raise InputError(
             "the backbone would have random weights: give --weights FILE, or --pretrained to let timm download its own"
@@ -173,9 +176,11 @@ def create_backbone(settings: FeatureSettings) -> Backbone:
             weights=settings.weights,
             pretrained=settings.pretrained,
             weights_origin=settings.weights_origin,
+            low_level=low_level,
         )
     except ValueError as error:
-        raise InputError(f"{error}; correct --backbone, --weights or --output-stride") from error
+        flags = ["--backbone", "--weights", "--output-stride", *(["--decoder"] if low_level else [])]
+        raise InputError(f"{error}; correct {', '.join(flags[:-1])} or {flags[-1]}") from error
     except OSError as error:
         raise InputError(f"timm could not load its weights of {name} ({error}): give --weights FILE") from error
 
@@ -266,8 +271,6 @@ def _batch(dataset: Dataset, indices: range, size: tuple[int, int], mean: Tensor
 
 def _identity(settings: FeatureSettings, dataset: Dataset, backbone: Backbone, mirrored: bool) -> dict[str, Any]:
     stride = settings.output_stride
-    first = dataset[0].label.shape
-    size = settings.image_size or tuple(-(-(extent - 1) // stride) * stride + 1 for extent in first)
     return {
         "format": 1,
         "dataset": dataset.name,
@@ -279,10 +282,17 @@ def _identity(settings: FeatureSettings, dataset: Dataset, backbone: Backbone, m
         "weights_hash": backbone.weights_hash(),
         "weights_origin": settings.weights_origin,
         "output_stride": stride,
-        "image_size": list(size),
+        "image_size": list(padded_size(settings, dataset)),
         "mirrored": mirrored,
         "feature_dtype": settings.feature_dtype,
     }
+
+
+def padded_size(settings: FeatureSettings, dataset: Dataset) -> tuple[int, int]:
+    """Height and width in pixels that images are padded to: as the settings say, else so that the first image fits."""
+    stride = settings.output_stride
+    height, width = (-(-(extent - 1) // stride) * stride + 1 for extent in dataset[0].label.shape)
+    return settings.image_size or (height, width)
 
 
 def _map(path: Path, shape: list[int], dtype: np.dtype[Any]) -> Tensor:
@@ -310,14 +320,8 @@ def _brief(value: Any) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write aside, then rename: the file is either the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8", newline="") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    """`write_whole` of the text in UTF-8."""
+    write_whole(path, text.encode("utf-8"))
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -333,4 +337,4 @@ def main(settings: FeatureSettings) -> None:
 
 
 if __name__ == "__main__":
-    run_command(FeatureSettings, main, prog="python -m search.features")
+    run_command(FeatureSettings, main, prog="python -m search.features", goes_on=True)

@@ -4,17 +4,18 @@ timm's smallest models take several times as long per image on a CPU, and would 
 one, of four times the multiply-adds, is there to tell whether cells rank alike on both (`search.fidelity`).
 """
 
-import os
 from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 from tqdm import trange
 
 from fast.backbone import Backbone, plain_backbone
+from fast.checkpoint import write_whole
 from fast.upsampled_cross_entropy import upsampled_cross_entropy
 from search.cli import InputError
 from search.datasets import Dataset, open_dataset
@@ -34,13 +35,13 @@ def shapes_backbone(cache_dir: Path, output_stride: int, *, name: str = SMALL_BA
     dataset = open_dataset("shapes", "train", None)
     path = cache_dir / f"{name}-os{output_stride}-{dataset.fingerprint()[:8]}.safetensors"
     if not path.exists():
-        _train(backbone, dataset)
         try:
             cache_dir.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(path.name + ".partial")
-            save_file(backbone.state_dict(), partial)
-            os.replace(partial, path)
-        except (OSError, SafetensorError) as error:
+            with FileLock(path.with_name(path.name + ".lock")):  # a second command waits for what the first one trains
+                if not path.exists():
+                    _train(backbone, dataset)
+                    write_whole(path, save(backbone.state_dict()))
+        except OSError as error:
             raise InputError(f"cannot write {path} ({error}): give another --cache-dir, or make room and run again") from error
     try:
         backbone.load_state_dict(load_file(path))

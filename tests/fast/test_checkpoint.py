@@ -81,15 +81,14 @@ def test_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
     save(path)
     before = path.read_bytes()
 
-    def half_written(target: Path, content: bytes) -> None:
-        with target.open("wb") as file:
-            file.write(content[:100])
+    def full(file: int) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(Path, "write_bytes", half_written)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="disk full"):
         save(path)
     assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="permissions are POSIX's")
@@ -143,6 +142,54 @@ def test_weights_that_do_not_fit_the_description_are_refused(tmp_path: Path, cha
         load_head(path)
 
 
+DAMAGES: dict[str, tuple[Any, str]] = {  # by field: another value, or None for none; and what is said of it
+    "pooling_size": (None, "lacks the field 'pooling_size'"),
+    "class_names": (None, "lacks the field 'class_names'"),
+    "cell": ([{"op": "conv", "kernel": 9, "input": -1}], "cannot be used: .*kernel"),
+    "in_channels": ("three", "cannot be used: "),
+    "dropout_rate": (2.0, "cannot be used: .*dropout_rate"),
+}
+
+
+@pytest.mark.parametrize("field", DAMAGES)
+@pytest.mark.parametrize("load", [load_head, load_context])
+def test_a_description_that_cannot_be_used_is_refused(tmp_path: Path, field: str, load: Any) -> None:
+    path, (value, words) = tmp_path / "head.safetensors", DAMAGES[field]
+    save(path)
+    description, state = load_head(path)[1], load_file(path)
+    description |= {field: value}
+    if value is None:
+        del description[field]
+    save_file(state, path, metadata={"format": FORMAT, "description": json.dumps(description)})
+    with pytest.raises(ValueError, match=rf"head.*head\.safetensors has a description that {words}"):
+        load(path)
+
+
+@pytest.mark.parametrize("change", [{"backbone": {}}, {"decoder": {"surprise": 1}}, {"backbone": {"name": "no_such_model"}}])
+def test_a_networks_description_that_cannot_be_used_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    path = tmp_path / "network.safetensors"
+    save_network(path, trained_network(decoder=True), class_names=CLASSES)
+    text, state = json.dumps(load_network(path)[1] | change), load_file(path)
+    save_file(state, path, metadata={"format": NETWORK_FORMAT, "description": text})
+    with pytest.raises(ValueError, match=r"network .*network\.safetensors has a description that "):
+        load_network(path)
+
+
+def test_a_description_that_is_no_json_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "head.safetensors"
+    save_file({"weight": torch.zeros(2)}, path, metadata={"format": FORMAT, "description": "{"})
+    with pytest.raises(ValueError, match=r"head .*head\.safetensors has a description that cannot be used"):
+        load_head(path)
+
+
+def test_loading_draws_no_random_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "head.safetensors"
+    save(path)
+    state = torch.random.get_rng_state()
+    load_head(path)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
 def trained_network(*, decoder: bool, output_stride: int = 8) -> SegmentationNetwork:
     """After one step, so that running statistics are not the initial ones."""
     torch.manual_seed(0)
@@ -188,8 +235,11 @@ def test_network_of_an_unknown_backbone_is_not_saved(tmp_path: Path) -> None:
 
 
 def test_network_needs_a_name_for_each_class(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="network has 3 classes, got 2 class names"):
+    with pytest.raises(ValueError, match="the classifier has 3 classes, got 2 class names"):
         save_network(tmp_path / "network.safetensors", trained_network(decoder=False), class_names=CLASSES[:2])
+    with pytest.raises(ValueError, match="the classifier has 3 classes, got 2 class names"):
+        save_head(tmp_path / "head.safetensors", trained_head(), class_names=CLASSES[:2], backbone=BACKBONE)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_heads_and_networks_are_told_apart(tmp_path: Path) -> None:

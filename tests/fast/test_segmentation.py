@@ -56,6 +56,14 @@ def test_hooks_run_and_see_values() -> None:
     assert torch.equal(seen["context"], model.context(features))
 
 
+def test_backward_hooks_of_the_context_run() -> None:
+    model, features = head().train(), torch.randn(2, 3, 3, 4, requires_grad=True)
+    seen: list[Tensor] = []
+    model.context.register_full_backward_hook(lambda module, grad_input, grad_output: seen.extend(grad_output))
+    model(features).sum().backward()
+    assert [gradient.shape for gradient in seen] == [(2, model.context.cell_channels, 3, 4)]
+
+
 def test_classifier_starts_as_the_authors_does() -> None:
     classifier = SegmentationHead(DensePredictionCell(CELL, 3), 50).classifier  # 12800 weights
     assert classifier.bias is not None

@@ -167,6 +167,7 @@ def changed(variables: Variables, change: str) -> Variables:
         "lacks": ({}, gamma),
         "unknown": ({"MobilenetV2/surprise": np.zeros(3)}, None),
         "stray slot": ({"MobilenetV2/surprise/Momentum": np.zeros(3)}, None),
+        "stray average": ({"MobilenetV2/surprise/ExponentialMovingAverage": np.zeros(3)}, None),
         "shape": ({gamma: np.zeros(7, np.float32)}, None),
         "nan": ({gamma: np.full(144, np.nan, np.float32)}, None),
         "two backbones": ({"xception_65/entry_flow/conv1_1/weights": np.zeros((3, 3, 3, 32))}, None),
@@ -182,6 +183,7 @@ def changed(variables: Variables, change: str) -> Variables:
         ("lacks", r"lacks the variable MobilenetV2/expanded_conv_3/expand/BatchNorm/gamma of mobilenetv2_100"),
         ("unknown", r"has the variable MobilenetV2/surprise, which would be no weight"),
         ("stray slot", r"has the variable MobilenetV2/surprise/Momentum, which would be no weight"),
+        ("stray average", r"has the variable MobilenetV2/surprise/ExponentialMovingAverage, which would be no weight"),
         ("shape", r"expand/BatchNorm/gamma has the shape \[7\], not \[144\]"),
         ("nan", r"expand/BatchNorm/gamma holds values that are not finite"),
         ("two backbones", r"this has MobilenetV2 and xception_65"),
@@ -204,6 +206,11 @@ def test_rates_of_aspp_must_be_as_many_as_its_convolutions() -> None:
     variables = random_variables(variable_shapes("MobilenetV2", context="aspp", decoder=False))
     with pytest.raises(InputError, match=r"has 3 atrous convolutions: give --atrous-rates"):
         convert_variables(variables, atrous_rates=(6, 12))
+
+
+def test_rates_that_are_none_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--atrous-rates 0 6: give numbers of at least 1"):
+        main(ConvertSettings(checkpoint=tmp_path, out=tmp_path / "out", atrous_rates=(0, 6)))
 
 
 def test_a_checkpoint_without_context_or_backbone_is_refused(mobilenet: Variables) -> None:
