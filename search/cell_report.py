@@ -46,7 +46,8 @@ class ShownCell:
     is_trained: bool
     cost: CellCost
     pictures: Pictures
-    positions: int  # of the feature that are read at all
+    positions: int  # of the feature that are read at all,
+    field_size: int  # of a map of so many rows and columns
     latency: Latency
 
     @property
@@ -97,6 +98,7 @@ def write_cell_report(
                 contexts[name].cell, options_of(contexts[name]), contexts[name] if _has_weights(name) else None
             ),
             positions=_positions(contexts[name]),
+            field_size=field_size_for(options_of(contexts[name])),
             latency=latencies.by_name[name],
         )
         for name, label in _labels(names).items()

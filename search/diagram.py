@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -283,6 +283,21 @@ def branch_weights_svg(context: DensePredictionCell) -> str:
 def _field_figure() -> tuple[Figure, Axes]:
     figure = Figure(figsize=(3.3, 2.75))
     return figure, figure.add_axes((0.12, 0.15, 0.81, 0.83))
+
+
+def style_axes(axes: Axes) -> None:
+    """Quiet axes for a plot: two lines in ink, small numbers, the grid to be drawn behind."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(INK)
+    axes.tick_params(colors=INK, labelsize=8, length=3)
+    for label in (axes.xaxis.label, axes.yaxis.label):
+        label.set(color=INK, fontsize=9)
+    axes.set_axisbelow(True)
+
+
+def show_grid(axes: Axes, axis: Literal["both", "x", "y"] = "both") -> None:
+    """Faint lines at the ticks."""
+    axes.grid(axis=axis, color=INK, alpha=0.12, linewidth=0.6)
 
 
 def figure_svg(figure: Figure, description: str) -> str:

@@ -27,7 +27,7 @@ from torch.export import ExportedProgram
 
 import fast.kernels
 from fast.bilinear_resize import bilinear_resize
-from fast.checkpoint import load_head, load_network
+from fast.checkpoint import load_head, load_network, write_whole
 from fast.dense_prediction_cell import DensePredictionCell
 from search.cli import InputError, run_command
 
@@ -117,8 +117,13 @@ def export(
         except (RuntimeError, ValueError) as error:
             raise InputError(f"the input {tuple(example.shape)} does not fit: {error}") from error
         free = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
-        program = torch.export.export(module, (example,), dynamic_shapes=(free,) if is_dynamic else None)
-        content, run = _onnx(program, *names, text) if export_format == "onnx" else _torch_program(program, text)
+        try:
+            program = torch.export.export(module, (example,), dynamic_shapes=(free,) if is_dynamic else None)
+            content, run = _onnx(program, *names, text) if export_format == "onnx" else _torch_program(program, text)
+        except Exception as error:  # tracers and converters fail in many ways
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            remedy = "try --fixed-size, or the other --format" if is_dynamic else "try the other --format"
+            raise InputError(f"this network cannot be exported so ({reason}): {remedy}") from error
         checked, deviation = _compare(run, module, input_shape, is_dynamic)
     if not deviation <= TOLERANCE:  # nor NaN
         raise InputError(
@@ -149,20 +154,20 @@ def _load(settings: ExportSettings) -> tuple[nn.Module, dict[str, Any], int]:
         if settings.head is not None:
             head, description = load_head(settings.head)
             channels: int = head.context.in_channels
-            stride = "as the input"
+            scale = "as the input"
             module: nn.Module = head
             input_text = f"features (N, {channels}, h, w) float32"
         else:
             assert settings.network is not None  # one of both is given
             network, description = load_network(settings.network)
             module, channels = (_FullSize(network) if settings.full_size else network), 3
-            stride = "as the input" if settings.full_size else f"one on every {network.logits_stride}th pixel"
+            scale = "as the input" if settings.full_size else f"one on every {network.logits_stride}th pixel"
             input_text = "images (N, 3, H, W) float32, RGB, 0 to 255"
     except ValueError as error:
         raise InputError(f"{error}; give a file that this project wrote") from error
     parts = {
         "input": {"name": input_text.split()[0], "is": input_text},
-        "output": {"name": "logits", "is": f"logits (N, {len(description['class_names'])}, ...) float32, {stride}"},
+        "output": {"name": "logits", "is": f"logits (N, {len(description['class_names'])}, ...) float32, {scale}"},
     }
     return module.eval(), {**description, **parts}, channels
 
@@ -182,9 +187,7 @@ def _what_fixes_the_size(module: nn.Module) -> str | None:
 def _require_packages() -> None:
     lacking = [package for package in _ONNX_PACKAGES if find_spec(package) is None]
     if lacking:
-        raise InputError(
-            f"--format onnx needs {', '.join(lacking)}: pip install 'dense-prediction-cell[export]', or use torch-export"
-        )
+        raise InputError(f"--format onnx needs {', '.join(lacking)}: pip install -e '.[export]', or use torch-export")
 
 
 def _onnx(program: ExportedProgram, input_name: str, output_name: str, description: str) -> tuple[bytes, Run]:
@@ -210,14 +213,9 @@ def _torch_program(program: ExportedProgram, description: str) -> tuple[bytes, R
 
 
 def _write(path: Path, content: bytes) -> None:
-    partial = path.with_name(path.name + ".partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content)
-        partial.replace(path)
+        write_whole(path, content)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
         raise InputError(f"--out {path} cannot be written ({error.strerror}): choose another place") from error
 
 
@@ -236,7 +234,7 @@ def _compare(
         if actual.shape != expected.shape:
             raise InputError(f"the exported program gives {tuple(actual.shape)} instead of {tuple(expected.shape)}")
         deviations.append(((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-30)).item())
-    return shapes, max(deviations)
+    return shapes, torch.tensor(deviations).max().item()  # which keeps a NaN
 
 
 def _inputs(shape: tuple[int, ...], seed: int = 0) -> Tensor:

@@ -8,6 +8,7 @@ import logging
 import platform
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -52,13 +53,18 @@ def measure_latencies(
 ) -> Latencies:
     """Time every cell, in evaluation mode and float32, on one map of (h, w) = `feature_size`.
 
-    No round begins after `seconds`, but there are three at least. The modules move to `device` and back to the CPU.
+    No round begins after `seconds`, but there are three at least. The modules move to `device` and back to the CPU, and stay
+    in evaluation mode.
     """
-    timers = {name: _timer(cell.to(device).eval(), feature_size) for name, cell in cells.items()}
-    with torch.inference_mode():
-        samples = _in_turns(timers, seconds, np.random.default_rng(seed))
-    for cell in cells.values():
-        cell.cpu()
+    on_gpu = torch.device(device).type == "cuda"
+    try:
+        # The timer waits for the current device alone.
+        with torch.inference_mode(), torch.cuda.device(device) if on_gpu else nullcontext():
+            timers = {name: _timer(cell.to(device).eval(), feature_size) for name, cell in cells.items()}
+            samples = _in_turns(timers, seconds, np.random.default_rng(seed))
+    finally:
+        for cell in cells.values():
+            cell.cpu()
     latencies = {name: _summary(values) for name, values in samples.items()}
     return Latencies(latencies, device_label(torch.device(device)), feature_size)
 

@@ -45,12 +45,13 @@ def percent(fraction: float, digits: int = 2) -> str:
 def quantity(count: float) -> str:
     """A large count with three digits and a unit.
 
-    >>> quantity(804_000), quantity(15_230_000_000)
-    ('804 K', '15.2 B')
+    >>> quantity(804_000), quantity(15_230_000_000), quantity(999_900), quantity(9_999)
+    ('804 K', '15.2 B', '1.00 M', '10.0 K')
     """
+    rounded = float(f"{count:.3g}")
     for limit, unit in ((1e9, " B"), (1e6, " M"), (1e3, " K")):
-        if count >= limit:
-            value = count / limit
+        if rounded >= limit:
+            value = rounded / limit
             return f"{value:.{max(0, 2 - int(np.log10(value)))}f}{unit}"
     return f"{count:g}"
 

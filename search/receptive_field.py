@@ -82,25 +82,15 @@ def effective_receptive_field(context: DensePredictionCell, size: int, *, seed: 
     return (squares / _SAMPLES).sqrt().numpy()
 
 
-def positions_of_share(field: NDArray[np.float64], share: float = 0.9) -> int:
-    """How few positions hold this share of the field's sum of squares.
-
-    >>> positions_of_share(np.array([[3.0, 1.0], [1.0, 0.0]])), positions_of_share(np.ones((5, 4)))
-    (2, 18)
-    """
-    squares = np.sort(field.ravel() ** 2)[::-1]
-    total = np.cumsum(squares)
-    return int(np.searchsorted(total, share * total[-1] * (1 - 1e-12)) + 1)  # not one more for rounding
-
-
 def options_of(context: DensePredictionCell) -> BranchOptions:
     """What `structural_receptive_field` needs to know of a module besides its cell."""
     return BranchOptions(False, rate_multiplier_for(context.output_stride), context.pooling, context.pooling_size)
 
 
 def field_size_for(options: BranchOptions) -> int:
-    """`FIELD_SIZE`, or more where pooling windows are pinned to a larger map."""
-    return max(FIELD_SIZE, *(2 * (extent // 2) + 1 for extent in options.pooling_size or (1, 1)))
+    """`FIELD_SIZE`, or more where rates are multiplied or pooling windows are pinned to a larger map."""
+    size = (FIELD_SIZE - 1) * options.rate_multiplier + 1
+    return max(size, *(2 * (extent // 2) + 1 for extent in options.pooling_size or (1, 1)))
 
 
 def _check_size(size: int) -> None:

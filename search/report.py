@@ -4,6 +4,7 @@ With `--cells` it is the page of any cells (cell_report.py).
 """
 
 import base64
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -27,16 +28,16 @@ from reference.pyramid_pooling import PoolingVariant
 from search.cell_report import draw_pictures, write_cell_report
 from search.cli import InputError, run_command
 from search.datasets import IGNORE_INDEX
-from search.diagram import INK, figure_svg
+from search.diagram import INK, figure_svg, show_grid, style_axes
 from search.features import resolve_device
 from search.latency import Latencies, measure_latencies
 from search.page import percent, write_page
 from search.proxy import ProxyResult
-from search.study import Run, TrialRecord, load_run, ranked
+from search.study import FOUND, Run, TrialRecord, comparison_label, load_run, ranked
 
 _TOP, _DRAWN_BEST, _DRAWN_WORST = 10, 3, 2
 _TRIAL_COLOUR, _BEST_COLOUR = "#4a7fd0", "#cf3f4f"
-_GROUP_COLOURS = {"aspp": "#d9822b", "dpc": "#8e62c8"}
+_GROUP_COLOURS, _OWN_COLOUR = {"aspp": "#d9822b", "dpc": "#8e62c8"}, "#3d8f5f"
 _GREY = 56  # of pixels without a label; lighter greys are classes in some palettes
 _EXAMPLE_SIDE = 640  # pixels, at most
 
@@ -51,11 +52,16 @@ class Group:
 
     @property
     def label(self) -> str:
-        return {"aspp": "ASPP", "dpc": "Published DPC"}.get(self.name, f"{self.name} again")
+        return comparison_label(self.name, {"aspp": "ASPP", "dpc": "Published DPC"})
+
+    @property
+    def is_found(self) -> bool:
+        """The search's best, scored again."""
+        return self.name.startswith(FOUND)
 
     @property
     def colour(self) -> str:
-        return _GROUP_COLOURS.get(self.name, _BEST_COLOUR)
+        return _BEST_COLOUR if self.is_found else _GROUP_COLOURS.get(self.name, _OWN_COLOUR)
 
     @property
     def scores(self) -> list[float]:
@@ -104,7 +110,7 @@ def _content(run: Run, device: str | None) -> dict[str, Any]:
         "distinct": len(best),
         "failures": [record for record in run.trials if record.failure is not None],
         "duplicates": sum(record.duplicate_of is not None for record in run.trials),
-        "known": [group for group in groups if group.name in _GROUP_COLOURS],
+        "known": [group for group in groups if not group.is_found],
         "fair": fair,  # the best of many is partly luck; scored again, it is not
         "compared_score": fair.mean if fair else best[0].result.mean_iou if best and best[0].result else None,
         "spread": _spread,
@@ -233,23 +239,14 @@ def _charts(run: Run, best: Sequence[TrialRecord], groups: Sequence[Group]) -> I
     for heading, draw, caption in charts:
         figure = Figure(figsize=(5.2, 3.3), layout="constrained")
         axes = figure.add_subplot()
-        _prepare(axes)
+        style_axes(axes)
+        show_grid(axes)
         draw(axes, run, best, groups)
         handles, labels = axes.get_legend_handles_labels()
         figure.legend(
             handles, labels, loc="outside upper left", ncols=4, fontsize=8, frameon=False, labelcolor=INK, columnspacing=1.2
         )
         yield {"heading": heading, "caption": caption, "svg": Markup(figure_svg(figure, heading))}
-
-
-def _prepare(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(INK)
-    axes.tick_params(colors=INK, labelsize=8, length=3)
-    axes.xaxis.label.set(color=INK, fontsize=9)
-    axes.yaxis.label.set(color=INK, fontsize=9)
-    axes.grid(color=INK, alpha=0.12, linewidth=0.6)
-    axes.set_axisbelow(True)
 
 
 def _draw_distribution(axes: Axes, run: Run, best: Sequence[TrialRecord], groups: Sequence[Group]) -> None:
@@ -342,7 +339,7 @@ def _examples(run: Run) -> list[list[dict[str, str]]]:
     try:
         with np.load(path) as arrays:
             return list(_example_pictures(dict(arrays), run))
-    except (OSError, ValueError, KeyError, BadZipFile) as error:
+    except (OSError, EOFError, ValueError, KeyError, BadZipFile, zlib.error) as error:
         raise InputError(f"{path} is damaged ({error}): delete it; the search writes it again") from error
 
 
@@ -378,8 +375,8 @@ class ReportSettings:
     """Folder of a run, such as runs/shapes."""
     cells: tuple[str, ...] = ()
     """Cells instead: aspp, dpc, psp, JSON files of cells, head or network files (.safetensors)."""
-    out: Path = Path("cells.html")
-    """Page to write for --cells; that of a run is in its folder."""
+    out: Path | None = None
+    """Page to write for --cells. Default: cells.html; that of a run is in its folder."""
     in_channels: int = 320
     """Channels of the features that cells without weights read: 320 of MobileNet-v2, 2048 of Xception."""
     branch_channels: int = 256
@@ -400,11 +397,14 @@ def main(settings: ReportSettings) -> None:
         raise InputError("give either --run FOLDER or --cells CELL ...")
     device = resolve_device(settings.device)
     if settings.run is not None:
+        if settings.out is not None:
+            raise InputError(f"--out is for --cells: the report of a run is {settings.run / 'report.html'}")
         print(f"report: {write_report(load_run(settings.run), device)}")
         return
     _check(settings)
+    out = settings.out or Path("cells.html")
     write_cell_report(
-        settings.out,
+        out,
         settings.cells,
         in_channels=settings.in_channels,
         branch_channels=settings.branch_channels,
@@ -413,7 +413,7 @@ def main(settings: ReportSettings) -> None:
         feature_size=settings.feature_size,
         device=device,
     )
-    print(f"report: {settings.out}")
+    print(f"report: {out}")
 
 
 def _check(settings: ReportSettings) -> None:

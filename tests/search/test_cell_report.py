@@ -31,6 +31,7 @@ def save_trained(path: Path, cell: Cell) -> DensePredictionCell:
 
 
 def page_of(settings: ReportSettings) -> str:
+    assert settings.out is not None
     main(settings)
     return settings.out.read_text(encoding="utf-8")
 

@@ -134,7 +134,7 @@ def test_drawn_fields_are_black_exactly_where_nothing_is_read() -> None:
     axes = Figure().add_subplot()
     draw_paths(cell, axes, BranchOptions(training=False, rate_multiplier=2))
     drawn = np.ma.getmaskarray(np.ma.asarray(axes.images[0].get_array()))
-    np.testing.assert_array_equal(~drawn, structural_receptive_field(cell, 65, BranchOptions(False, 2)) > 0)
+    np.testing.assert_array_equal(~drawn, structural_receptive_field(cell, 129, BranchOptions(False, 2)) > 0)
 
 
 def test_a_cell_that_hands_on_nothing_is_drawn_black() -> None:

@@ -166,6 +166,46 @@ def test_a_program_that_deviates_is_not_written(tmp_path: Path, old: bytes | Non
     assert [each.read_bytes() for each in tmp_path.iterdir()] == ([] if old is None else [old])
 
 
+class NotFinite(nn.Module):
+    """Right on one image, and not a number on more, once it is exported."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / (3 - x.shape[0]) * 2 if torch.compiler.is_compiling() else x
+
+
+class Untraceable(nn.Module):
+    """Depends on values, which no program can follow."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + (1.0 if x.sum() > 0 else 2.0)
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [(NotFinite(), "deviate by (nan|inf)"), (Untraceable(), r"cannot be exported so \(.*try --fixed-size")],
+)
+def test_what_no_program_can_do_is_not_written(tmp_path: Path, module: nn.Module, words: str) -> None:
+    description = {"input": {"name": "x"}, "output": {"name": "y"}}
+    with pytest.raises(InputError, match=words):
+        export(module, (6, 5, 5), tmp_path / "m.pt2", export_format="torch-export", is_dynamic=True, description=description)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_nan_on_the_second_input_alone_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(x: Tensor) -> Tensor:
+        return x if x.shape[0] == 1 else x * float("nan")
+
+    _, deviation = search.export._compare(run, nn.Identity(), (3, 5, 5), is_dynamic=True)
+    assert deviation != deviation
+
+
+def test_tensorflows_padding_fixes_the_size() -> None:
+    backbone = timm_backbone("test_efficientnet", output_stride=16, weights_origin="tensorflow")
+    head = SegmentationHead(DensePredictionCell(DYNAMIC_CELL, backbone.channels, branch_channels=8, cell_channels=8), 3)
+    reason = search.export._what_fixes_the_size(SegmentationNetwork(backbone, head))
+    assert reason == "TensorFlow's padding in its backbone depends on the size"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -191,5 +231,5 @@ def test_bad_input_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
 
 def test_lacking_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search.export, "find_spec", lambda name: None if name == "onnxscript" else True)
-    with pytest.raises(InputError, match=r"--format onnx needs onnxscript: pip install 'dense-prediction-cell\[export\]'"):
+    with pytest.raises(InputError, match=r"--format onnx needs onnxscript: pip install -e '\.\[export\]'"):
         main(ExportSettings(head=head_file(tmp_path), out=tmp_path / "head.onnx", format="onnx"))

@@ -15,7 +15,6 @@ from search.receptive_field import (
     effective_receptive_field,
     field_size_for,
     options_of,
-    positions_of_share,
     structural_receptive_field,
 )
 from search.space import load_cell
@@ -153,14 +152,18 @@ def test_the_same_seed_gives_the_same_field() -> None:
     np.testing.assert_array_equal(effective_receptive_field(module, 9), effective_receptive_field(module, 9))
 
 
-def test_positions_that_hold_a_share() -> None:
-    assert positions_of_share(np.eye(10)) == 9
-    assert positions_of_share(np.array([[10.0, 1.0, 1.0]])) == 1
-
-
 def test_the_map_has_room_for_pinned_windows() -> None:
-    options = options_of(DensePredictionCell(load_cell("aspp"), 3, output_stride=8, pooling_size=(98, 30)))
-    assert options == BranchOptions(False, 2, "sliding_window", (98, 30))
-    assert field_size_for(options) == 99
+    options = options_of(DensePredictionCell(load_cell("aspp"), 3, output_stride=8, pooling_size=(198, 30)))
+    assert options == BranchOptions(False, 2, "sliding_window", (198, 30))
+    assert field_size_for(options) == 199
     assert field_size_for(BranchOptions(False)) == 65
-    assert structural_receptive_field(load_cell("aspp"), 99, options).shape == (99, 99)
+    assert structural_receptive_field(load_cell("aspp"), 199, options).shape == (199, 199)
+
+
+def test_the_map_has_room_for_doubled_rates() -> None:
+    fields = []
+    for multiplier in (1, 2):
+        options = BranchOptions(False, multiplier)
+        fields.append(structural_receptive_field(load_cell("dpc"), field_size_for(options), options))
+    assert [field.shape[0] for field in fields] == [65, 129]
+    assert np.count_nonzero(fields[0]) == np.count_nonzero(fields[1]) == 513  # a path of doubled steps for each path

@@ -71,6 +71,18 @@ def test_the_numbers_are_in_the_page(tmp_path: Path) -> None:
     assert FAILURE in text
 
 
+def test_own_cells_are_compared_by_their_names(tmp_path: Path) -> None:
+    text = visible_text(read_report(make_run(tmp_path, [0.30, 0.45], {"mine": [0.41, 0.43], "trial 1": [0.44]})))
+    assert "mine 42.00 % ± 1.41, n = 2 best cell again +2.00 points" in text  # a tile
+    assert "mine again" not in text
+    assert "trial 1 again (n = 1)" in text
+
+
+def test_a_run_keeps_its_report_in_its_folder(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"--out is for --cells: the report of a run is .*report\.html"):
+        main(ReportSettings(run=tmp_path, out=tmp_path / "page.html"))
+
+
 def test_the_best_and_the_worst_cells_are_drawn_once_each(tmp_path: Path) -> None:
     scores: list[float | None] = [0.1 * k for k in range(1, 8)]
     text = visible_text(read_report(make_run(tmp_path, scores)))
@@ -130,8 +142,9 @@ def test_predictions_are_shown_in_order(tmp_path: Path) -> None:
     ]
 
 
-def test_damaged_examples_are_refused_by_name(tmp_path: Path) -> None:
-    (tmp_path / "examples.npz").write_bytes(b"PK not a zip")
+@pytest.mark.parametrize("content", [b"", b"PK not a zip"])
+def test_damaged_examples_are_refused_by_name(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "examples.npz").write_bytes(content)
     with pytest.raises(InputError, match=r"examples\.npz is damaged"):
         write_report(make_run(tmp_path, [0.4]))
     assert not (tmp_path / "report.html").exists()
