@@ -1,7 +1,9 @@
 """How every command of `search` meets its user: flags from a dataclass, one clear sentence for bad input, clean Ctrl-C."""
 
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TypeVar
 
 import tyro
@@ -13,8 +15,32 @@ class InputError(ValueError):
     """Something the user gave cannot be used; the message names the file or flag and the remedy."""
 
 
-def run_command(settings_type: type[Settings], command: Callable[[Settings], None], *, prog: str) -> None:
-    """Parse the flags of `settings_type`, run `command`, and exit: 0 done, 2 bad input, 130 stopped by Ctrl-C."""
+@contextmanager
+def flags_called(names: Mapping[str, str]) -> Iterator[None]:
+    """Bad input found by a part that other commands have too, in the words of this one: its flags by part's flag.
+
+    >>> try:
+    ...     with flags_called({"--workers": "--loading-processes"}):
+    ...         raise InputError("--workers must be at least 0")
+    ... except InputError as error:
+    ...     print(error)
+    --loading-processes must be at least 0
+    """
+    try:
+        yield
+    except InputError as error:
+        known = "|".join(map(re.escape, names))
+        text = re.sub(rf"(?<![\w-])({known})(?![\w-])", lambda match: names[match[0]], str(error)) if names else str(error)
+        raise type(error)(text) from error
+
+
+def run_command(
+    settings_type: type[Settings], command: Callable[[Settings], None], *, prog: str, goes_on: bool = False
+) -> None:
+    """Parse the flags of `settings_type`, run `command`, and exit: 0 done, 2 bad input, 130 stopped by Ctrl-C.
+
+    `goes_on` says that the same command goes on where it was stopped. A full memory is bad input too: of sizes too large.
+    """
     settings = tyro.cli(settings_type, prog=prog, config=(tyro.conf.FlagCreatePairsOff,))
     try:
         command(settings)
@@ -22,9 +48,19 @@ def run_command(settings_type: type[Settings], command: Callable[[Settings], Non
         sys.exit(_fail(str(error)))
     except OSError as error:
         sys.exit(_fail(f"{error}: check the path, its permissions and the disk"))
+    except (MemoryError, RuntimeError) as error:
+        if not _is_full_memory(error):
+            raise
+        sys.exit(_fail(f"the memory is full ({str(error).strip().splitlines()[0]}): give smaller sizes"))
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        print("\nstopped" + "; the same command goes on from here" * goes_on, file=sys.stderr)
         sys.exit(130)
+
+
+def _is_full_memory(error: Exception) -> bool:
+    """PyTorch has a type of its own for a full GPU, for a full CPU it has words alone."""
+    words = ("can't allocate memory", "not enough memory", "out of memory")
+    return isinstance(error, MemoryError) or any(each in str(error).lower() for each in words)
 
 
 def _fail(message: str) -> int:

@@ -4,7 +4,7 @@ It is `search.train` for one cell after another, by the workers of the search. E
 that was interrupted goes on in it. Under Ray on several machines they must see the same folder.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 
 from fast.checkpoint import load_network
 from reference.cell import Cell
-from search.cli import InputError
+from search.cli import InputError, flags_called
 from search.cost import module_cost
 from search.datasets import open_dataset
 from search.devices import Devices
@@ -39,32 +39,41 @@ class EndToEndResult:
     seconds: float  # of training and validation, in all processes that worked on it
 
 
+def training_folder(directory: Path, cell: Cell, seed: Sequence[int]) -> Path:
+    """Where in the task's directory a cell is trained with a seed."""
+    return directory / "-".join([cell_hash(cell), *map(str, seed)])
+
+
 class EndToEndTask:
     """Scores cells by whole trainings in folders below `directory`; the cell, folder and seed of `settings` are not used.
 
-    Raises InputError for settings that cannot work.
+    `flags` are the flags of `search.train` that the command of the caller has by other names, for errors. Raises InputError
+    for settings that cannot work.
     """
 
-    def __init__(self, settings: TrainSettings, directory: Path) -> None:
+    def __init__(self, settings: TrainSettings, directory: Path, flags: Mapping[str, str] | None = None) -> None:
         self.settings = complete(settings)
         self.directory = directory
-        check(replace(self.settings, cell="dpc", run=None))  # any cell: an --init would bring one of its own
-        self.devices = Devices(settings.device)
-        self.train, self.val = (
-            open_dataset(settings.dataset, split, settings.data_dir) for split in (settings.train_split, settings.val_split)
-        )
+        self.flags = flags or {}
+        with flags_called(self.flags):
+            check(replace(self.settings, cell="dpc", run=None))  # any cell: an --init would bring one of its own
+            self.devices = Devices(settings.device)
+            self.train, self.val = (
+                open_dataset(settings.dataset, split, settings.data_dir)
+                for split in (settings.train_split, settings.val_split)
+            )
 
     def identity(self) -> dict[str, Any]:
         """What all scores depend on, by the names of the flags; it takes building a network, whose problems show here."""
         settings = replace(self.settings, cell=None, run=None)
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), flags_called(self.flags):
             network = create_network(settings, self.train)
-        parts = identity(settings, network, self.train, self.val, self.devices)
+            parts = identity(settings, network, self.train, self.val, self.devices)
         return {field: value for field, value in parts.items() if field != "cell"}
 
     def folder(self, cell: Cell, seed: Sequence[int]) -> Path:
         """Where the cell is trained with this seed: state, curve, and at the end the network as `last.safetensors`."""
-        return self.directory / "-".join([cell_hash(cell), *map(str, seed)])
+        return training_folder(self.directory, cell, seed)
 
     def evaluate(
         self, cell: Cell, seed: Sequence[int], on_step: Callable[[int], None] = lambda iteration: None
@@ -74,11 +83,12 @@ class EndToEndTask:
         Returns the result alone, because the network lies in the folder. Raises NotFiniteError, InputError and OSError.
         """
         folder = self.folder(cell, seed)
-        write_text(folder / "cell.json", cell.to_json())
+        if not (folder / "cell.json").exists():  # what began with its branches in another order goes on in that order
+            write_text(folder / "cell.json", cell.to_json())
         number = int(np.random.SeedSequence(list(seed)).generate_state(1)[0])
         settings = replace(self.settings, cell=str(folder / "cell.json"), run=None, out=folder, seed=number)
         device = self.devices.device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), flags_called(self.flags):
             try:
                 train_network(settings, self.train, self.val, folder, self.devices, [], on_step)
             except NotFiniteTrainingError as error:

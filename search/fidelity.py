@@ -18,12 +18,11 @@ agreement never comes from equal initial weights or crops.
 
 import json
 import math
-import re
 import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import chain, combinations
 from pathlib import Path
@@ -34,15 +33,16 @@ from tqdm import tqdm
 
 from fast.backbone import WeightsOrigin
 from reference.cell import Cell
-from search.cli import InputError, run_command
-from search.end_to_end import EndToEndTask
-from search.features import FeatureSettings, open_cache, prepare_caches, resolve_device, write_json
+from search.cli import InputError, flags_called, run_command
+from search.datasets import open_dataset
+from search.end_to_end import EndToEndTask, training_folder
+from search.features import FeatureSettings, open_cache, padded_size, prepare_caches, resolve_device, write_json
 from search.fidelity_report import Score, load_scores, score_path, write_report
-from search.proxy import ProxySettings, ProxyTask
+from search.proxy import ProxySettings, ProxyTask, crop_in_features
 from search.shapes_backbone import WIDE_BACKBONE
 from search.space import canonical_form, load_cell
 from search.train import TrainSettings, complete
-from search.workers import Job, Outcome, Task, Workers, open_workers
+from search.workers import Job, Outcome, Task, open_workers, outcomes
 
 ProtocolName = Literal["proxy", "long", "large", "end_to_end"]
 PROTOCOLS: tuple[ProtocolName, ...] = ("proxy", "long", "large", "end_to_end")
@@ -51,15 +51,11 @@ PROTOCOLS: tuple[ProtocolName, ...] = ("proxy", "long", "large", "end_to_end")
 _FLAGS = {
     "weights_hash": "--weights",
     "initial_weights": "--weights",
-    "data_fingerprint": "--data-dir",
-    "val_fingerprint": "--data-dir",
-    "iterations": "--end-to-end-iterations",
-    "batch_size": "--end-to-end-batch-size",
-    "learning_rate": "--end-to-end-learning-rate",
-    "min_scale": "--end-to-end-min-scale",
-    "max_scale": "--end-to-end-max-scale",
+    "data_fingerprint": "--data-dir (training)",
+    "val_fingerprint": "--data-dir (validation)",
 }
 _DERIVED = {"validate_every"}  # of the iterations
+_END_TO_END = ("iterations", "batch_size", "learning_rate", "min_scale", "max_scale")  # settings of its own
 _SHARED_WITH_TRAINING = (
     *(
         "dataset",
@@ -132,7 +128,7 @@ class Protocol:
     identity: dict[str, Any]
 
 
-class Training(NamedTuple):
+class TrainingKey(NamedTuple):
     """One cell's training; in print as its name."""
 
     protocol: ProtocolName
@@ -166,8 +162,10 @@ def main(settings: FidelitySettings) -> None:
         try:
             _run(settings, protocols, directory)
         finally:  # also after Ctrl-C: what there is, is shown
-            scores = load_scores(directory, settings.protocols, list(fidelity_cells()), settings.seeds)
-            print(write_report(directory, scores, settings.protocols, _command()))
+            scores = load_scores(directory, PROTOCOLS, list(fidelity_cells()))  # of earlier commands too
+            scored = {score.protocol for score in scores}
+            shown = [protocol for protocol in PROTOCOLS if protocol in scored or protocol in settings.protocols]
+            print(write_report(directory, scores, shown, _command()))
 
 
 def prepare_protocols(settings: FidelitySettings, directory: Path) -> list[Protocol]:
@@ -183,12 +181,11 @@ def prepare_protocols(settings: FidelitySettings, directory: Path) -> list[Proto
             protocols.append(_cached("long", longer, caches, device, iterations="--long-iterations"))
     if "large" in settings.protocols:
         large = _large(settings)
-        try:
+        flags = ("backbone", "weights", "weights-origin", "pretrained")
+        with flags_called({f"--{flag}": f"--large-{flag}" for flag in flags}):
             protocols.append(_cached("large", large, _cache_directories(large), device, iterations="--iterations"))
-        except InputError as error:  # about flags that this protocol has under another name
-            raise InputError(re.sub("--(backbone|weights|pretrained)", r"--large-\1", str(error))) from error
     if "end_to_end" in settings.protocols:
-        protocols.append(_end_to_end(settings, directory / "end_to_end" / "trainings", device))
+        protocols.append(_end_to_end(settings, _trainings(directory), device))
     return protocols
 
 
@@ -213,14 +210,16 @@ def _cached(
     def create_task() -> ProxyTask:
         return ProxyTask(open_cache(directories["train"]), open_cache(directories["val"]), settings, device)
 
-    create_task()  # refuses a wrong crop
+    crop_in_features(settings, open_cache(directories["train"]))  # refuses a wrong one
     train, val = (open_cache(directories[role]).manifest for role in ("train", "val"))
     prefix = "--large-" if name == "large" else "--"
     identity: dict[str, Any] = {
         "--dataset": train["dataset"],
         f"{prefix}backbone": train["backbone"],
         f"{prefix}weights": train["weights_hash"],
-        "--data-dir": [train["data_fingerprint"], val["data_fingerprint"]],
+        f"{prefix}weights-origin": train.get("weights_origin"),
+        "--data-dir (training)": train["data_fingerprint"],
+        "--data-dir (validation)": val["data_fingerprint"],
         "--image-size": train["image_size"],
         iterations: settings.iterations,
     }
@@ -231,20 +230,23 @@ def _cached(
 
 def _end_to_end(settings: FidelitySettings, directory: Path, device: str) -> Protocol:
     values: dict[str, Any] = {field: getattr(settings, field) for field in _SHARED_WITH_TRAINING}
-    for field in ("iterations", "batch_size", "learning_rate", "min_scale", "max_scale"):
-        values[field] = getattr(settings, f"end_to_end_{field}")
+    train = open_dataset(settings.dataset, settings.train_split, settings.data_dir)
+    values["crop_size"] = settings.crop_size or padded_size(settings, train)  # whole images, as on cached features
+    values |= {field: getattr(settings, f"end_to_end_{field}") for field in _END_TO_END}
     if settings.dataset == "shapes":  # a short training learns one scale at best
         values |= {field: 1.0 for field in ("min_scale", "max_scale") if values[field] is None}
     values = {field: value for field, value in values.items() if value is not None}
     values |= {"validate_every": settings.end_to_end_iterations, "workers": settings.loading_processes, "device": device}
     values["precision"] = "bfloat16" if settings.precision == "bfloat16" else "float32"
     training = complete(TrainSettings(**values))
+    names = {_flag(field): _flag(f"end_to_end_{field}") for field in _END_TO_END} | {"--workers": "--loading-processes"}
 
     def create_task() -> EndToEndTask:
-        return EndToEndTask(training, directory)
+        return EndToEndTask(training, directory, names)
 
-    identity = create_task().identity()
-    by_flag = {_FLAGS.get(field, _flag(field)): value for field, value in identity.items() if field not in _DERIVED}
+    identity = {field: value for field, value in create_task().identity().items() if field not in _DERIVED}
+    by_flag = {_FLAGS.get(field, names.get(_flag(field), _flag(field))): value for field, value in identity.items()}
+    assert len(by_flag) == len(identity)  # else a change would go unseen
     return Protocol("end_to_end", create_task, settings.end_to_end_iterations, by_flag)
 
 
@@ -255,18 +257,26 @@ def _run(settings: FidelitySettings, protocols: list[Protocol], directory: Path)
         for protocol in protocols:
             jobs = [job for job in _jobs(settings, protocol.name, cells) if not score_path(directory, *job.key).exists()]
             bar.update(len(cells) * settings.seeds - len(jobs))
-            if not jobs:
-                continue
-            task = protocol.create_task()
-            opened = open_workers(task, protocol.create_task, settings.workers, device, protocol.iterations)
-            with opened as workers:
-                for outcome in _outcomes(workers, jobs):
-                    _write_score(directory, outcome)
-                    if isinstance(task, EndToEndTask):  # the score is kept, 62 networks and their optimisers are not
-                        shutil.rmtree(task.folder(outcome.job.cell, outcome.job.seed), ignore_errors=True)
-                    bar.update()
-            if isinstance(task, EndToEndTask):  # also what a process left that ended between the two
-                shutil.rmtree(task.directory, ignore_errors=True)
+            if jobs:
+                with open_workers(protocol.create_task, settings.workers, device, protocol.iterations) as workers:
+                    for outcome in outcomes(workers, jobs):
+                        _record(directory, outcome)
+                        bar.update()
+            for job in _jobs(settings, protocol.name, cells):  # what a process left that ended between the two
+                if score_path(directory, *job.key).exists():
+                    _delete_training(directory, job)
+
+
+def _trainings(directory: Path) -> Path:
+    return directory / "end_to_end" / "trainings"
+
+
+def _delete_training(directory: Path, job: Job) -> None:
+    """The score is kept, 62 networks and their optimisers are not."""
+    if job.key.protocol == "end_to_end":
+        shutil.rmtree(training_folder(_trainings(directory), job.cell, job.seed), ignore_errors=True)
+        with suppress(OSError):  # unless others are in training
+            _trainings(directory).rmdir()
 
 
 def _jobs(settings: FidelitySettings, protocol: ProtocolName, cells: dict[str, Cell]) -> Iterator[Job]:
@@ -274,17 +284,15 @@ def _jobs(settings: FidelitySettings, protocol: ProtocolName, cells: dict[str, C
     for seed in range(settings.seeds):
         for index, (name, cell) in enumerate(cells.items()):
             numbers = (settings.seed, PROTOCOLS.index(protocol), seed, index)
-            yield Job(Training(protocol, name, seed), cell, numbers)
+            yield Job(TrainingKey(protocol, name, seed), cell, numbers)
 
 
-def _outcomes(workers: Workers[Any], jobs: list[Job]) -> Iterator[Outcome[Any]]:
-    queue, running = list(jobs), 0
-    while queue or running:
-        while queue and running < workers.capacity:
-            workers.submit(queue.pop(0))
-            running += 1
-        yield workers.wait()
-        running -= 1
+def _record(directory: Path, outcome: Outcome[Any]) -> None:
+    if outcome.is_passing:
+        tqdm.write(f"{outcome.job.key} failed: {outcome.failure}; the same command goes on with it", file=sys.stderr)
+    else:
+        _write_score(directory, outcome)
+        _delete_training(directory, outcome.job)
 
 
 def _write_score(directory: Path, outcome: Outcome[Any]) -> None:
@@ -358,4 +366,4 @@ def _command() -> str:
 
 
 if __name__ == "__main__":
-    run_command(FidelitySettings, main, prog="python -m search.fidelity")
+    run_command(FidelitySettings, main, prog="python -m search.fidelity", goes_on=True)

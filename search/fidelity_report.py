@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -14,7 +15,7 @@ import numpy as np
 from search.cli import InputError
 from search.features import write_text
 from search.rank_correlation import MIN_POINTS, RankCorrelation, rank_correlation, spearman
-from search.scatter import Point, Scatter, write_scatter, write_scatters
+from search.scatter import Point, Scatter, write_scatters
 
 _LABELS = {"proxy": "proxy", "long": "long training", "large": "large backbone", "end_to_end": "end to end"}
 _MARKED = {"1x1": "1×1", "r6": "rate 6", "r12": "rate 12", "r18": "rate 18", "pool": "pool", "1x1+r6+r12+r18+pool": "ASPP"}
@@ -51,11 +52,12 @@ def score_path(directory: Path, protocol: str, cell_name: str, seed: int) -> Pat
     return directory / protocol / f"{cell_name}-seed{seed}.json"
 
 
-def load_scores(directory: Path, protocols: Sequence[str], cell_names: Sequence[str], seeds: int) -> list[Score]:
-    """The scores that are there, in the order of the arguments. Raises InputError for a damaged file."""
+def load_scores(directory: Path, protocols: Sequence[str], cell_names: Sequence[str]) -> list[Score]:
+    """The scores that are there: by protocol, seed and cell, in that order. Raises InputError for a damaged file."""
     scores = []
     for protocol in protocols:
-        for seed in range(seeds):
+        names = [path.name for path in (directory / protocol).glob("*-seed*.json")]
+        for seed in sorted({int(match[1]) for name in names if (match := re.search(r"-seed(\d+)\.json$", name))}):
             for name in cell_names:
                 path = score_path(directory, protocol, name, seed)
                 try:
@@ -82,7 +84,7 @@ def cell_scores(scores: Sequence[Score], protocol: str) -> dict[str, list[float]
 def self_agreement(by_cell: dict[str, list[float]]) -> float:
     """ρ of a protocol with itself under another seed, the mean over all pairs of seeds; nan if there are no two.
 
-    Only cells with all seeds count. This is the noise of one training: no other protocol can be followed better than itself.
+    Only cells with all seeds count. This is the noise of one training; what has no noise would agree with it by about √ρ.
     """
     seeds = max(map(len, by_cell.values()), default=0)
     columns = list(zip(*(values for values in by_cell.values() if len(values) == seeds), strict=True))
@@ -128,7 +130,7 @@ def write_report(directory: Path, scores: Sequence[Score], protocols: Sequence[s
         (pair.first, pair.second): _scatter(scores, pair.first, pair.second) for pair in found if pair.correlation is not None
     }
     for (first, second), scatter in scatters.items():
-        write_scatter(directory / f"{first}_{second}.png", scatter.points, scatter.x_label, scatter.y_label)
+        write_scatters(directory / f"{first}_{second}.png", [scatter])
     if scatters:
         write_scatters(directory / "fidelity.png", list(scatters.values()))
     summary = "\n".join([*_pair_lines(found), *_self_lines(scores, protocols), *_failure_lines(scores)])
@@ -165,7 +167,7 @@ def _self_lines(scores: Sequence[Score], protocols: Sequence[str]) -> list[str]:
         noise = 100 * math.sqrt(np.mean(variances)) if variances else math.nan
         spread = f"{_number(max(means))} to {_number(min(means))}"
         rho = _number(self_agreement(by_cell))
-        lines.append(f"{_LABELS[protocol]:<33} {len(by_cell):>5} {rho:>6} {spread:>20} {_number(noise):>12}")
+        lines.append(f"{_LABELS[protocol]:<33} {len(by_cell):>5} {rho:>6} {spread:>28} {_number(noise):>12}")
     return lines
 
 

@@ -83,7 +83,7 @@ class ProxyTask:
         self.device = torch.device(device)
         self.num_classes = len(train.class_names)
         self.output_stride = train.output_stride
-        self.crop = self._crop_in_features(train)
+        self.crop = crop_in_features(settings, train)
         self._train, self._val = (self._resident(cache) for cache in (train, val))
 
     def evaluate(
@@ -170,18 +170,6 @@ class ProxyTask:
             total += upsampled_confusion_matrix(logits, labels[batch].to(self.device)).cpu()
         return total.numpy()
 
-    def _crop_in_features(self, cache: FeatureCache) -> tuple[int, int]:
-        whole = (cache.features.shape[2], cache.features.shape[3])
-        if self.settings.crop_size is None:
-            return whole
-        stride = self.output_stride
-        for extent, limit in zip(self.settings.crop_size, whole, strict=True):
-            largest = stride * (limit - 1) + 1
-            if (extent - 1) % stride or not 1 <= extent <= largest:
-                raise InputError(f"--crop-size {extent} must be {stride}·k + 1, at most {largest}, the cached images' size")
-        height, width = ((extent - 1) // stride + 1 for extent in self.settings.crop_size)
-        return height, width
-
     def _resident(self, cache: FeatureCache) -> tuple[Tensor, Tensor]:
         """Features and labels, on the GPU if they take less than half of what is free there, else left in the file."""
         if self.device.type == "cuda":
@@ -190,6 +178,20 @@ class ProxyTask:
                 features = cache.features.to(self.device, memory_format=torch.channels_last)  # crops are then contiguous rows
                 return features, cache.labels.to(self.device)
         return cache.features, cache.labels
+
+
+def crop_in_features(settings: ProxySettings, cache: FeatureCache) -> tuple[int, int]:
+    """Height and width of the training crops, in features. Raises InputError for a crop that does not fit."""
+    whole = (cache.features.shape[2], cache.features.shape[3])
+    if settings.crop_size is None:
+        return whole
+    stride = cache.output_stride
+    for extent, limit in zip(settings.crop_size, whole, strict=True):
+        largest = stride * (limit - 1) + 1
+        if (extent - 1) % stride or not 1 <= extent <= largest:
+            raise InputError(f"--crop-size {extent} must be {stride}·k + 1, at most {largest}, the cached images' size")
+    height, width = ((extent - 1) // stride + 1 for extent in settings.crop_size)
+    return height, width
 
 
 def _reset_peak_memory(device: torch.device) -> None:

@@ -25,11 +25,11 @@ from reference.cell import NUM_BRANCHES, Cell
 from search.cli import InputError, run_command
 from search.datasets import open_dataset
 from search.features import FeatureCache, FeatureSettings, open_cache, prepare_caches, resolve_device, write_text
-from search.proxy import ProxyResult, ProxySettings, ProxyTask
+from search.proxy import ProxyResult, ProxySettings, ProxyTask, crop_in_features
 from search.report import write_report
 from search.sampler import LAG, PaperSampler, create_sampler, suggest_cell
-from search.space import SearchSpace, canonical_form, load_cell
-from search.study import BaselineRecord, Study, TrialRecord, load_run, open_run, ranked
+from search.space import SearchSpace, canonical_form, load_cells
+from search.study import FOUND, BaselineRecord, Study, TrialRecord, comparison_label, load_run, open_run, ranked
 from search.workers import Job, Outcome, Workers, open_workers
 
 KNOWN_CELLS = ("aspp", "dpc")
@@ -93,7 +93,7 @@ def main(settings: RandomSettings) -> None:
     sampler = create_sampler(settings.sampler, SearchSpace(settings.branches), settings.seed, lag=settings.lag)
     known_cells(settings)
     caches = prepare_caches(settings)
-    task = ProxyTask(caches["train"], caches["val"], settings, device)  # refuses a wrong crop before the run begins
+    crop_in_features(settings, caches["train"])  # refuses a wrong one before the run begins
     directory = settings.runs_dir / (settings.name or caches["train"].manifest["dataset"])
     description: dict[str, Any] = {
         "command": ["python", "-m", "search.random", *sys.argv[1:]],
@@ -108,7 +108,7 @@ def main(settings: RandomSettings) -> None:
 
     with (
         open_run(directory, _identity(settings, caches), sampler, storage=settings.storage, **description) as study,
-        open_workers(task, create_task, settings.workers, device, settings.iterations) as workers,
+        open_workers(create_task, settings.workers, device, settings.iterations) as workers,
     ):
         timed_on = None
         try:
@@ -119,8 +119,8 @@ def main(settings: RandomSettings) -> None:
 
 
 def known_cells(settings: RandomSettings) -> dict[str, Cell]:
-    """The cells to compare with, by their short names. Raises InputError for one that is not there."""
-    return {Path(name).stem: load_cell(name) for name in settings.compare}
+    """The cells to compare with, by their short names. Raises InputError for one that is not there, or two of one name."""
+    return load_cells(settings.compare)
 
 
 class _Search:
@@ -143,7 +143,7 @@ class _Search:
         self._search()
         best = ranked(self.study.records())[:1]
         for record in best:  # the best of many is partly luck: scored again with the seeds of the known cells
-            self._compare(f"trial {record.number}", record.cell)
+            self._compare(f"{FOUND}{record.number}", record.cell)
 
     def _compare(self, name: str, cell: Cell) -> None:
         done = self.study.compared(name)
@@ -253,7 +253,7 @@ def _table(best: list[TrialRecord], baselines: list[BaselineRecord]) -> str:
     rows = [(f"trial {record.number}", [record.result], record.cell) for record in best if record.result]
     for name in dict.fromkeys(record.name for record in baselines):
         again = [record for record in baselines if record.name == name]
-        label = f"{name} again" if name.startswith("trial") else name
+        label = comparison_label(name)
         rows.append((f"{label} (n={len(again)})", [record.result for record in again], again[0].cell))
     lines = [f"{'':20} {'mIOU %':>14} {'params':>9} {'multiply-adds':>13} {'seconds':>7}  cell"]
     for label, results, cell in rows:
@@ -330,4 +330,4 @@ def _identity(settings: RandomSettings, caches: dict[str, FeatureCache]) -> dict
 
 
 if __name__ == "__main__":
-    run_command(RandomSettings, main, prog="python -m search.random")
+    run_command(RandomSettings, main, prog="python -m search.random", goes_on=True)

@@ -10,12 +10,11 @@ import json
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from fast.backbone import WeightsOrigin
@@ -25,17 +24,18 @@ from search.cli import InputError, run_command
 from search.end_to_end import EndToEndResult, EndToEndTask
 from search.features import resolve_device, write_json, write_text
 from search.rank_correlation import MIN_POINTS, RankCorrelation, rank_correlation
-from search.scatter import Point, Scatter, draw_scatter
-from search.space import load_cell
+from search.scatter import Point, Scatter, write_scatters
+from search.space import canonical_form, load_cells
 from search.study import Run, load_run, ranked
 from search.train import RecipeSettings, TrainSettings, complete
 from search.training_run import open_training
-from search.workers import Job, Outcome, Workers, open_workers
+from search.workers import Job, Outcome, Workers, open_workers, outcomes
 
 # Flags that are the run's where they are not given, and those that no longer fit once another data set or backbone is given.
 _DATA = ("dataset", "data_dir", "train_split")
 _BACKBONE = ("backbone", "weights", "weights_origin", "pretrained")
 _HEAD = ("output_stride", "pooling", "branch_channels", "cache_dir")
+_RENAMED = {"--workers": "--loading-processes"}  # flags of search.train that mean something else here
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,12 +100,18 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Reranked:
-    """A candidate and what came of its trainings so far."""
+    """A candidate and what came of its trainings so far: `results` are those that count, `finished` is the number of all."""
 
     candidate: Candidate
     results: tuple[EndToEndResult, ...]
     failures: tuple[str, ...]
+    finished: int
     final_rank: int | None = None
+
+    @property
+    def is_scored(self) -> bool:
+        """A cell that failed with any seed is not: its mean would leave out its worst."""
+        return bool(self.results) and not self.failures
 
     @property
     def scores(self) -> list[float]:
@@ -129,12 +135,12 @@ def main(settings: RerankSettings) -> None:
     candidates = candidates_of(run, settings)
     directory = settings.out or settings.run / "rerank"
     training = train_settings(settings, run)
-    task = EndToEndTask(training, directory)
 
     def create_task() -> EndToEndTask:
-        return EndToEndTask(training, directory)
+        return EndToEndTask(training, directory, _RENAMED)
 
-    workers = open_workers(task, create_task, settings.workers, training.device, training.iterations or 0)
+    task = create_task()
+    workers = open_workers(create_task, settings.workers, training.device, training.iterations or 0)
     with open_training(directory, task.identity(), ["python", "-m", "search.rerank", *sys.argv[1:]]), workers as opened:
         try:
             _train(task, opened, candidates, settings)
@@ -148,10 +154,9 @@ def candidates_of(run: Run, settings: RerankSettings) -> list[Candidate]:
     if not best:
         raise InputError(f"{run.directory} has no cell with a score yet: run its search first")
     candidates = []
-    for path in settings.compare:
-        name = Path(path).stem
-        scores = tuple(record.result.mean_iou for record in run.baselines if record.name == name)
-        candidates.append(Candidate(name, load_cell(path), scores, None))
+    for name, cell in load_cells(settings.compare).items():
+        same = [r for r in run.baselines if r.name == name and canonical_form(r.cell) == canonical_form(cell)]
+        candidates.append(Candidate(name, cell, tuple(record.result.mean_iou for record in same), None))
     for proxy_rank, record in enumerate(best, start=1):
         scores = (record.result.mean_iou,) if record.result else ()
         candidates.append(Candidate(f"trial {record.number}", record.cell, scores, proxy_rank))
@@ -189,14 +194,8 @@ def _train(
     for folder in [folder for folder in queue if read_result(folder) is not None]:
         del queue[folder]
         _delete_state(folder)  # if the process ended just before it was
-    jobs, running = list(queue.values()), 0
-    with tqdm(total=total, initial=total - len(jobs), desc="re-ranking", unit="cell") as bar:
-        while jobs or running:
-            while jobs and running < workers.capacity:
-                workers.submit(jobs.pop(0))
-                running += 1
-            outcome = workers.wait()
-            running -= 1
+    with tqdm(total=total, initial=total - len(queue), desc="re-ranking", unit="cell") as bar:
+        for outcome in outcomes(workers, queue.values()):
             _record(task, outcome)
             bar.update()
 
@@ -209,6 +208,9 @@ def _trainings(candidates: list[Candidate], settings: RerankSettings) -> Iterato
 
 def _record(task: EndToEndTask, outcome: Outcome[EndToEndResult]) -> None:
     folder = task.folder(outcome.job.cell, outcome.job.seed)
+    if outcome.is_passing:  # its state stays
+        tqdm.write(f"{outcome.job.key} failed: {outcome.failure}; the same command goes on with it", file=sys.stderr)
+        return
     if outcome.result is None:
         tqdm.write(f"{outcome.job.key} failed: {outcome.failure}; delete {folder} to try it again", file=sys.stderr)
     else:
@@ -239,16 +241,25 @@ def read_result(folder: Path) -> EndToEndResult | str | None:
 
 
 def rank(task: EndToEndTask, candidates: list[Candidate], settings: RerankSettings) -> list[Reranked]:
-    """Best first, those without a score last; the cells of the search have ranks among themselves."""
+    """Best first, those without a score last; the cells of the search have ranks among themselves.
+
+    While trainings are missing, of the cells that have a score only the seeds count that all of them have.
+    """
+    read = [
+        [read_result(task.folder(candidate.cell, seed)) for _, seed in _trainings([candidate], settings)]
+        for candidate in candidates
+    ]
+    begun = [of_cell for of_cell in read if any(of_cell) and not any(isinstance(outcome, str) for outcome in of_cell)]
+    shared = [k for k in range(settings.seeds) if all(of_cell[k] for of_cell in begun)] or range(settings.seeds)
     rows = []
-    for candidate in candidates:
-        outcomes = [read_result(task.folder(candidate.cell, seed)) for c, seed in _trainings([candidate], settings)]
-        results = tuple(outcome for outcome in outcomes if isinstance(outcome, EndToEndResult))
-        rows.append(Reranked(candidate, results, tuple(outcome for outcome in outcomes if isinstance(outcome, str))))
-    rows.sort(key=lambda row: -row.mean if row.results else math.inf)
-    found = [row for row in rows if row.candidate.proxy_rank is not None and row.results]
-    ranks = {row.candidate.name: place for place, row in enumerate(found, start=1)}
-    return [Reranked(row.candidate, row.results, row.failures, ranks.get(row.candidate.name)) for row in rows]
+    for candidate, of_cell in zip(candidates, read, strict=True):
+        failures = tuple(outcome for outcome in of_cell if isinstance(outcome, str))
+        counted = of_cell if failures else [of_cell[k] for k in shared]
+        results = tuple(outcome for outcome in counted if isinstance(outcome, EndToEndResult))
+        rows.append(Reranked(candidate, results, failures, sum(outcome is not None for outcome in of_cell)))
+    rows.sort(key=lambda row: -row.mean if row.is_scored else math.inf)
+    found = [row.candidate.name for row in rows if row.candidate.proxy_rank is not None and row.is_scored]
+    return [replace(row, final_rank=found.index(name) + 1) if (name := row.candidate.name) in found else row for row in rows]
 
 
 def correlation(rows: list[Reranked]) -> RankCorrelation | None:
@@ -271,7 +282,7 @@ def finish(directory: Path, rows: list[Reranked], settings: RerankSettings) -> N
     _write_csv(directory / "ranks.csv", rows)
     _draw(directory / "scatter.png", rows, rho)
     print(_table(rows))
-    done, wanted = sum(len(row.results) + len(row.failures) for row in rows), len(rows) * settings.seeds
+    done, wanted = sum(row.finished for row in rows), len(rows) * settings.seeds
     if done < wanted:
         print(f"\n{done} of {wanted} trainings are done; the same command goes on")
     if rho is not None:
@@ -291,7 +302,7 @@ def _table(rows: list[Reranked]) -> str:
         candidate = row.candidate
         proxy = f"{100 * np.mean(candidate.proxy_scores):.2f}" if candidate.proxy_scores else "–"
         final, cost = "failed" if row.failures else "–", f"{'–':>9} {'–':>13} {'–':>8}"
-        if row.results:
+        if row.is_scored:
             spread = f" ± {100 * row.std:.2f}" if len(row.results) > 1 else ""
             final, first = f"{100 * row.mean:.2f}{spread}", row.results[0]
             cost = f"{first.parameters:>9,} {first.multiply_adds / 1e9:>12.3f}B {first.seconds:>8.1f}"
@@ -332,16 +343,10 @@ def _draw(path: Path, rows: list[Reranked], rho: RankCorrelation | None) -> None
     points = [
         Point(row.candidate.proxy_scores, row.scores, None if row.candidate.proxy_rank else row.candidate.name)
         for row in rows
-        if row.candidate.proxy_scores and row.results
+        if row.candidate.proxy_scores and row.is_scored
     ]
-    figure = Figure(figsize=(5.5, 4.5), layout="constrained")
-    axes = figure.subplots()
-    draw_scatter(axes, Scatter(points, "proxy", "end to end"))
-    axes.set_title(f"cells of the search: {rho}" if rho else "", fontsize=10)
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, format="png", dpi=150)
-    partial.replace(path)
+    write_scatters(path, [Scatter(points, "proxy", "end to end", title=f"cells of the search: {rho}" if rho else "")])
 
 
 if __name__ == "__main__":
-    run_command(RerankSettings, main, prog="python -m search.rerank")
+    run_command(RerankSettings, main, prog="python -m search.rerank", goes_on=True)

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
-from search.diagram import INK
+from search.diagram import INK, show_grid, style_axes
 from search.rank_correlation import MIN_POINTS, rank_correlation
 
 _COLOUR, _MARKED_COLOUR = "#4a7fd0", "#cf3f4f"
@@ -28,24 +28,23 @@ class Point:
 
 @dataclass(frozen=True)
 class Scatter:
-    """One pair of axes: the points, and what their scores are, in words; the axes show percent."""
+    """One pair of axes: the points, and what their scores are, in words; the axes show percent.
+
+    Without a title it is ρ of the means with its 95 % bootstrap interval, where there are at least three points.
+    """
 
     points: Sequence[Point]
     x_label: str
     y_label: str
-
-
-def write_scatter(path: Path, points: Sequence[Point], x_label: str, y_label: str) -> None:
-    """Write the picture, whole or not at all; its suffix says how: .png, .svg or .pdf.
-
-    A dot is the mean over seeds with one standard deviation either way; the title has ρ of the means with its 95 % bootstrap
-    interval, where there are at least three points. Raises ValueError for a score that is not finite.
-    """
-    write_scatters(path, [Scatter(points, x_label, y_label)])
+    title: str | None = None
 
 
 def write_scatters(path: Path, scatters: Sequence[Scatter], columns: int = 3) -> None:
-    """All of them in one picture, at most `columns` in a row; else as `write_scatter`."""
+    """Write all of them as one picture, at most `columns` in a row, whole or not at all.
+
+    The suffix says how: .png, .svg or .pdf. A dot is the mean over seeds with one standard deviation either way. Raises
+    ValueError for a score that is not finite.
+    """
     columns = min(columns, len(scatters))
     rows = -(-len(scatters) // columns)
     figure = Figure(figsize=(columns * _SIDE, rows * _SIDE), layout="constrained")
@@ -62,19 +61,17 @@ def write_scatters(path: Path, scatters: Sequence[Scatter], columns: int = 3) ->
 
 def draw_scatter(axes: Axes, scatter: Scatter) -> None:
     """One scatter on axes of a figure that is the caller's."""
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(INK)
-    axes.tick_params(colors=INK, labelsize=8, length=3)
-    axes.grid(color=INK, alpha=0.12, linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.set_xlabel(f"{scatter.x_label}, mIOU (%)", color=INK, fontsize=9)
-    axes.set_ylabel(f"{scatter.y_label}, mIOU (%)", color=INK, fontsize=9)
+    style_axes(axes)
+    show_grid(axes)
+    axes.set(xlabel=f"{scatter.x_label}, mIOU (%)", ylabel=f"{scatter.y_label}, mIOU (%)")
     axes.margins(0.08)
     for point in sorted(scatter.points, key=lambda point: point.label is not None):  # marked ones on top
         _draw_point(axes, point)
-    if len(scatter.points) >= MIN_POINTS:
+    title = scatter.title
+    if title is None and len(scatter.points) >= MIN_POINTS:
         x, y = ([float(np.mean(side)) for side in sides] for sides in zip(*((p.x, p.y) for p in scatter.points), strict=True))
-        axes.set_title(str(rank_correlation(x, y)), color=INK, fontsize=10)
+        title = str(rank_correlation(x, y))
+    axes.set_title(title or "", color=INK, fontsize=10)
 
 
 def _draw_point(axes: Axes, point: Point) -> None:

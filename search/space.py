@@ -7,7 +7,7 @@ about their order. `canonical_form` picks one sequence for all orders of the sam
 import hashlib
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -143,6 +143,22 @@ def load_cell(name_or_path: str) -> Cell:
         raise InputError(f"cannot read the cell {name_or_path!r}: {error.strerror}; give the path of a JSON file") from error
     except ValueError as error:
         raise InputError(f"{error}; correct the file, or give another cell") from error
+
+
+def load_cells(names_or_paths: Sequence[str]) -> dict[str, Cell]:
+    """The same for all cells of the flag --compare, by short names: of a file its own, without folder and suffix.
+
+    Raises InputError for two files of one short name, and for a name that the search gives to cells of its own.
+    """
+    cells: dict[str, Cell] = {}
+    for name_or_path in names_or_paths:
+        name = Path(name_or_path).stem
+        if name == "best" or name.startswith("trial"):
+            raise InputError(f"--compare {name_or_path}: the search has cells called {name!r} itself, rename the file")
+        if name in cells:
+            raise InputError(f"--compare has two cells of the name {name!r}: rename the file {name_or_path}, or leave it out")
+        cells[name] = load_cell(name_or_path)
+    return cells
 
 
 def _with_branch(cell: Cell, i: int, branch: Branch) -> Cell:

@@ -9,9 +9,10 @@ process, keeps a second one out. A trial that was interrupted is still RUNNING i
 import json
 import shlex
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from reference.cell import Cell
 from search.cli import InputError
 from search.features import write_json
 from search.proxy import ProxyResult
+from search.space import canonical_form
 
 # What a run depends on without a flag of its own, and the flags behind it.
 _FLAGS = {"weights_hash": "--weights", "data_fingerprint": "--data-dir", "val_fingerprint": "--data-dir"}
@@ -66,23 +68,26 @@ class Run:
     features: dict[str, Any] | None = None  # flags of data and backbone as given; `settings` has what was behind them
 
 
+FOUND = "trial "  # with its number: the search's best among the compared cells
+
+
+def comparison_label(name: str, known: Mapping[str, str] | None = None) -> str:
+    """How a compared cell is called in print: a found one was scored before, by the search."""
+    return f"{name} again" if name.startswith(FOUND) else (known or {}).get(name, name)
+
+
 class Study:
-    """The two Optuna studies of a run, for the one process that writes."""
+    """The two Optuna studies of a run, for the one process that writes. Without a sampler they must be there."""
 
     def __init__(self, directory: Path, url: str, run_id: str, sampler: optuna.samplers.BaseSampler | None = None) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.directory = directory
         self._storage = optuna.storages.RDBStorage(url)
-        self.search, self.comparison = (
-            optuna.create_study(
-                storage=self._storage,
-                study_name=f"{run_id} {part}",
-                direction="maximize",
-                sampler=part_sampler,
-                load_if_exists=True,
-            )
-            for part, part_sampler in (("search", sampler), ("comparison", optuna.samplers.RandomSampler()))
-        )
+        create = partial(optuna.create_study, direction="maximize", load_if_exists=True)
+        opened: Callable[..., optuna.Study] = optuna.load_study if sampler is None else create
+        self.search = opened(storage=self._storage, study_name=f"{run_id} search", sampler=sampler)
+        random = optuna.samplers.RandomSampler()
+        self.comparison = opened(storage=self._storage, study_name=f"{run_id} comparison", sampler=random)
 
     def unfinished(self) -> list[optuna.Trial]:
         """Trials of the search that an earlier process left behind, by number."""
@@ -171,29 +176,36 @@ def load_run(directory: Path) -> Run:
     path = directory / "settings.json"
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
-        study = Study(directory, _storage_url(directory, description["storage"]), description["id"])
+        run_id, url = str(description["id"]), _storage_url(directory, description["storage"])
+        settings, command = dict(description["settings"]), str(description["command"])
+        class_names, palette = tuple(description["class_names"]), np.array(description["palette"], dtype=np.uint8)
     except FileNotFoundError as error:
         raise InputError(f"{directory} is not a run (no settings.json): give the folder of a `search.random` run") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged ({error}): delete the run {directory} and start it again") from error
-    except (SQLAlchemyError, optuna.exceptions.OptunaError, ImportError) as error:
+    try:
+        study = _study_of(directory, url, run_id)
+        trials, baselines = study.records(), study.baselines()
+    except (SQLAlchemyError, optuna.exceptions.OptunaError, ImportError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"the study of {directory} cannot be read: {_first_line(error)}") from error
-    return Run(
-        directory,
-        description["settings"],
-        description["command"],
-        tuple(description["class_names"]),
-        np.array(description["palette"], dtype=np.uint8),
-        study.records(),
-        study.baselines(),
-        description.get("features"),
-    )
+    return Run(directory, settings, command, class_names, palette, trials, baselines, description.get("features"))
+
+
+def _study_of(directory: Path, url: str, run_id: str) -> Study:
+    """What is there, and nothing new in its place: opening a SQLite file that is absent would make one."""
+    file = url.removeprefix("sqlite:///")
+    if file != url and not Path(file).is_file():
+        raise InputError(f"the study of {directory} is not at {file}: copy that file too, or begin where it is named from")
+    return Study(directory, url, run_id)
 
 
 def ranked(records: list[TrialRecord]) -> list[TrialRecord]:
-    """The distinct cells that have a score, best first."""
-    scored = [record for record in records if record.result is not None and record.duplicate_of is None]
-    return sorted(scored, key=lambda record: -record.result.mean_iou if record.result else 0.0)
+    """The distinct cells that have a score, best first; of equal ones, which several workers may have scored, the first."""
+    first: dict[Cell, TrialRecord] = {}
+    for record in records:
+        if record.result is not None and record.duplicate_of is None:
+            first.setdefault(canonical_form(record.cell), record)
+    return sorted(first.values(), key=lambda record: -record.result.mean_iou if record.result else 0.0)
 
 
 def _storage_url(directory: Path, storage: str | None) -> str:

@@ -26,7 +26,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from fast.backbone import Backbone, WeightsOrigin, timm_backbone
+from fast.backbone import Backbone, WeightsOrigin
 from fast.batch_norm import recompute_statistics
 from fast.checkpoint import load_network, save_network
 from fast.decoder import Decoder
@@ -41,8 +41,8 @@ from search.cli import InputError, run_command
 from search.datasets import IGNORE_INDEX, Dataset, open_dataset
 from search.devices import Devices, join_devices
 from search.evaluate import count_pixels
+from search.features import FeatureSettings, create_backbone
 from search.optimizer import parameter_groups, poly_learning_rate, set_learning_rate
-from search.shapes_backbone import shapes_backbone
 from search.space import load_cell
 from search.training_run import Curve, load_state, open_training, save_state
 
@@ -166,6 +166,11 @@ def main(settings: TrainSettings) -> None:
         best = train_network(settings, train, val, directory, devices, ["python", "-m", "search.train", *sys.argv[1:]])
         if devices.rank == 0:
             print(f"best mIOU on {val.name} {val.split}: {100 * best:.2f} %\nnetwork: {directory / 'best.safetensors'}")
+    except NotFiniteTrainingError as error:
+        raise InputError(
+            f"{error}: begin again with a lower --learning-rate or more --slow-start-iterations, and another --out; "
+            f"{directory} keeps what was good before"
+        ) from error
     except torch.OutOfMemoryError as error:
         raise InputError(
             f"the device's memory is full: give --accumulate {2 * settings.accumulate}, or a smaller --crop-size"
@@ -235,7 +240,7 @@ class Training:
         total = _known(self.settings.iterations)
         batches = self._batches()
         bar = tqdm(total=total, initial=self.iteration, desc="training", unit="step", disable=self._quiet)
-        self.curve = Curve(self.directory, self.iteration) if self.devices.rank == 0 else None
+        self.curve = Curve(self.directory, self.iteration, self.validated) if self.devices.rank == 0 else None
         begun_at = self.iteration
         with bar, self._stopped_by_ctrl_c():
             try:
@@ -243,8 +248,10 @@ class Training:
                     if self._is_due(total) and self.validated < self.iteration:
                         self._validate()
                     if self.iteration == total:
+                        if self._stop:  # in the validation: whoever trains several networks is to end too
+                            raise KeyboardInterrupt
                         return self.best
-                    stop = self._step([self._checked(next(batches)) for _ in range(self.settings.accumulate)])
+                    stop = self._step([self._next(batches) for _ in range(self.settings.accumulate)])
                     bar.update()
                     if on_step is not None:
                         on_step(self.iteration)
@@ -316,10 +323,7 @@ class Training:
         first = self.iteration - len(losses) + 1
         for iteration, (loss, (_, rate)) in enumerate(zip(losses, self._losses, strict=True), start=first):
             if not math.isfinite(loss):
-                raise NotFiniteTrainingError(
-                    f"the loss was {loss} at iteration {iteration}: begin again with a lower --learning-rate or "
-                    f"--slow-start-iterations and another --out; {self.directory} keeps what was good before"
-                )
+                raise NotFiniteTrainingError(f"the loss was {loss} at iteration {iteration}")
             if self.curve is not None:
                 self.curve.add(iteration, loss=loss, rate=rate)
         self._losses.clear()
@@ -341,6 +345,7 @@ class Training:
         with self._autocast():
             if settings.statistics_batches and not settings.frozen_batch_norm:
                 recompute_statistics(network, self._statistics_batches())
+                self._require_finite(network)  # statistics overflow where no weight does
             indices = range(self.devices.rank, len(self.val), self.devices.count)
             network.eval()
             confusion = count_pixels(network, self.val, indices=indices, on_picture=self._stop_validation)
@@ -399,6 +404,18 @@ class Training:
         )
         return iter(loader)
 
+    def _next(self, batches: Iterator[Crop]) -> Crop:
+        try:
+            return self._checked(next(batches))
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            reason = str(error).splitlines()[0]
+            raise InputError(
+                f"a process that loads pictures has ended ({reason}): free memory, shared memory (/dev/shm) above all, or "
+                "load in the training process by --workers 0; the same command goes on"
+            ) from error
+
     def _checked(self, batch: Crop) -> Crop:
         if batch.problem:
             self._losses.clear()
@@ -440,10 +457,7 @@ class Training:
         """A finite loss says nothing of the step after it."""
         for name, tensor in network.state_dict().items():
             if not tensor.isfinite().all():
-                raise NotFiniteTrainingError(
-                    f"after iteration {self.iteration} the weights {name} are not finite: begin again with a lower "
-                    f"--learning-rate and another --out; {self.directory} keeps what was good before"
-                )
+                raise NotFiniteTrainingError(f"after iteration {self.iteration} the weights {name} are not finite")
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.devices.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16")
@@ -503,7 +517,16 @@ def create_network(settings: TrainSettings, dataset: Dataset) -> SegmentationNet
     """The network that the settings name, with its first weights. Raises InputError naming the flag."""
     if settings.init is not None:
         return _initial_network(settings, dataset)
-    backbone = _create_backbone(settings)
+    features = FeatureSettings(
+        dataset=settings.dataset,
+        backbone=settings.backbone,
+        weights=settings.weights,
+        weights_origin=settings.weights_origin,
+        pretrained=settings.pretrained,
+        output_stride=settings.output_stride or 16,
+        cache_dir=settings.cache_dir,
+    )
+    backbone = create_backbone(features, low_level=settings.decoder)
     channels = _known(settings.branch_channels)
     context = DensePredictionCell(
         load_cell(str(settings.run / "best_cells" / "rank_01.json") if settings.run else settings.cell or "dpc"),
@@ -527,32 +550,6 @@ def _initial_network(settings: TrainSettings, dataset: Dataset) -> SegmentationN
         network.head = SegmentationHead(network.head.context, len(dataset.class_names))
     network.head.context.dropout.p = settings.dropout
     return network
-
-
-def _create_backbone(settings: TrainSettings) -> Backbone:
-    stride = settings.output_stride or 16
-    if settings.dataset == "shapes" and settings.backbone is None:
-        if settings.weights is not None or settings.pretrained:
-            raise InputError("--weights and --pretrained belong to a --backbone: name it, or leave them out")
-        return shapes_backbone(settings.cache_dir, stride, low_level=settings.decoder)
-    name = settings.backbone or "mobilenetv2_100"
-    if settings.weights is None and not settings.pretrained:
-        raise InputError(
-            "the backbone would have random weights: give --weights FILE, --pretrained to let timm download its own, or --init"
-        )
-    try:
-        return timm_backbone(
-            name,
-            output_stride=stride,
-            weights=settings.weights,
-            pretrained=settings.pretrained,
-            weights_origin=settings.weights_origin,
-            low_level=settings.decoder,
-        )
-    except ValueError as error:
-        raise InputError(f"{error}; correct --backbone, --weights, --output-stride or --decoder") from error
-    except OSError as error:
-        raise InputError(f"timm could not load its weights of {name} ({error}): give --weights FILE") from error
 
 
 def complete(settings: TrainSettings) -> TrainSettings:
@@ -658,4 +655,4 @@ def _ignore_ctrl_c(worker: int) -> None:
 
 
 if __name__ == "__main__":
-    run_command(TrainSettings, main, prog="python -m search.train")
+    run_command(TrainSettings, main, prog="python -m search.train", goes_on=True)

@@ -32,6 +32,7 @@ _FLAGS = {
     "initial_weights": "--weights or --init",
     "data_fingerprint": "--data-dir or --train-split",
     "val_fingerprint": "--data-dir or --val-split",
+    "devices": "the number of devices",
 }
 
 
@@ -74,11 +75,11 @@ def load_state(directory: Path, device: torch.device) -> dict[str, Any] | None:
 
 
 class Curve:
-    """`curve.csv`, and TensorBoard's event files where that is installed, from `iteration` on."""
+    """`curve.csv`, and TensorBoard's event files where that is installed, from `iteration` on, `validated` the last to be."""
 
-    def __init__(self, directory: Path, iteration: int) -> None:
+    def __init__(self, directory: Path, iteration: int, validated: int) -> None:
         self._path = directory / "curve.csv"
-        rows = [row for row in read_curve(directory) if row[0] <= iteration]
+        rows = [row for row in read_curve(directory) if row[0] <= (iteration if row[3] is None else validated)]
         partial = self._path.with_name("curve.csv.partial")
         with partial.open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")

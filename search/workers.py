@@ -5,9 +5,12 @@ Workers only evaluate; the process that asks also writes the study. A worker tha
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -19,6 +22,7 @@ from search.cli import InputError
 from search.proxy import NotFiniteError
 
 MAX_DEATHS = 3
+_PATIENCE = 60  # seconds between two words about workers that are not there yet
 
 Result = TypeVar("Result")
 Result_co = TypeVar("Result_co", covariant=True)
@@ -44,12 +48,16 @@ class Task(Protocol[Result_co]):
 
 @dataclass(frozen=True)
 class Outcome(Generic[Result_co]):
-    """What came of a job: a result, with the trained head if the task gives it, or the reason why there is none."""
+    """What came of a job: a result, with the trained head if the task gives it, or the reason why there is none.
+
+    A failure is passing where the cell may not be to blame, so that another try may succeed: a GPU was full, workers died.
+    """
 
     job: Job
     result: Result_co | None = None
     head: SegmentationHead | None = None
     failure: str | None = None
+    is_passing: bool = False
 
 
 class Workers(Protocol[Result_co]):
@@ -70,15 +78,26 @@ def evaluate(task: Task[Result], job: Job, on_step: Callable[[int], None] = lamb
         return Outcome(job, failure=str(error))
     except torch.OutOfMemoryError as error:
         torch.cuda.empty_cache()
-        return Outcome(job, failure=f"out of GPU memory: {str(error).splitlines()[0]}")
+        return Outcome(job, failure=f"out of GPU memory: {str(error).splitlines()[0]}", is_passing=True)
     return Outcome(job, result, head)
+
+
+def outcomes(workers: Workers[Result], jobs: Iterable[Job]) -> Iterator[Outcome[Result]]:
+    """Submit the jobs in order, as many at a time as the workers take; what comes of them, as it comes."""
+    queue, running = list(jobs), 0
+    while queue or running:
+        while queue and running < workers.capacity:
+            workers.submit(queue.pop(0))
+            running += 1
+        yield workers.wait()
+        running -= 1
 
 
 @contextmanager
 def open_workers(
-    task: Task[Result], create_task: Callable[[], Task[Result]], count: int, device: str, iterations: int
+    create_task: Callable[[], Task[Result]], count: int, device: str, iterations: int
 ) -> Iterator[Workers[Result]]:
-    """`count` workers with tasks by `create_task` under Ray, or `task` in this process with a bar of a cell's iterations."""
+    """`count` workers with tasks by `create_task` under Ray, or one in this process with a bar of a cell's iterations."""
     if count > 1:
         with closing(RayWorkers(create_task, count, device)) as workers:
             yield workers
@@ -93,7 +112,7 @@ def open_workers(
                 bar.set_description(f"trial {job.key}" if isinstance(job.key, int) else str(job.key))
             bar.update(iteration - bar.n)  # a training that goes on does not begin at 1
 
-        yield InProcess(task, on_step)
+        yield InProcess(create_task(), on_step)
 
 
 class InProcess(Generic[Result]):
@@ -120,7 +139,8 @@ class InProcess(Generic[Result]):
 class RayWorkers(Generic[Result]):
     """`count` actors, each with a task of its own made by `create_task`; one GPU each if the device is CUDA.
 
-    Joins the cluster that RAY_ADDRESS names, else starts Ray on this machine. Raises InputError if Ray is not installed.
+    Joins the cluster that RAY_ADDRESS names, else starts Ray on this machine. Relative paths are those of this process, so on
+    several machines the folder must be there too. Raises InputError if Ray is not installed, or for too few GPUs.
     """
 
     def __init__(self, create_task: Callable[[], Task[Result]], count: int, device: str) -> None:
@@ -130,6 +150,10 @@ class RayWorkers(Generic[Result]):
             raise InputError("--workers above 1 needs Ray: pip install -e '.[workers]'") from error
         self._ray: Any = ray
         self.capacity = count
+        errors = ("RayActorError", "ObjectLostError", "OutOfMemoryError")  # the last by Ray's guard of the machine's memory
+        self._deaths = tuple(getattr(ray.exceptions, name) for name in errors)
+        if device.startswith("cuda:"):
+            raise InputError(f"--device {device} is one GPU, --workers {count} have one each: give --device cuda")
         if not ray.is_initialized():
             ray.init(logging_level=logging.ERROR, log_to_driver=False, include_dashboard=False)
         gpus = 1 if device.startswith("cuda") else 0
@@ -139,13 +163,22 @@ class RayWorkers(Generic[Result]):
             raise InputError(f"--workers {count} on CUDA needs {count} GPUs, Ray has {available}: give fewer workers")
         threads = max(1, torch.get_num_threads() // count)
         actor_class: Any = ray.remote(num_gpus=gpus, num_cpus=0)(_Evaluator)
-        self._create: Callable[[], Any] = lambda: actor_class.remote(create_task, threads)
+        self._create: Callable[[], Any] = lambda: actor_class.remote(create_task, threads, Path.cwd())
         self._idle = [self._create() for _ in range(count)]
-        try:
-            ray.get([actor.ready.remote() for actor in self._idle])
-        except ray.exceptions.RayActorError as error:  # not a cell's fault, so better said before the first cell
-            raise InputError(f"the workers cannot start: {str(error).strip().splitlines()[-1]}") from error
+        self._wait_until_ready()
         self._running: dict[Any, tuple[Job, Any, int]] = {}  # by reference: the job, its actor, deaths so far
+
+    def _wait_until_ready(self) -> None:
+        missing = [actor.ready.remote() for actor in self._idle]
+        try:
+            while missing:
+                ready, missing = self._ray.wait(missing, num_returns=len(missing), timeout=_PATIENCE)
+                self._ray.get(ready)
+                if missing:
+                    what = "they load their data, or wait for a free GPU"
+                    print(f"{len(missing)} of {self.capacity} workers are not ready yet: {what}", file=sys.stderr)
+        except self._deaths as error:  # not a cell's fault, so better said before the first cell
+            raise InputError(f"the workers cannot start: {str(error).strip().splitlines()[-1]}") from error
 
     def submit(self, job: Job, deaths: int = 0) -> None:
         actor = self._idle.pop()
@@ -158,10 +191,11 @@ class RayWorkers(Generic[Result]):
             job, actor, deaths = self._running.pop(reference)
             try:
                 outcome: Outcome[Result] = self._ray.get(reference)
-            except (self._ray.exceptions.RayActorError, self._ray.exceptions.ObjectLostError):
+            except self._deaths:
+                self._ray.kill(actor, no_restart=True)  # if it is only out of reach, two would train in one folder
                 self._idle.append(self._create())
                 if deaths + 1 == MAX_DEATHS:
-                    return Outcome(job, failure=f"its worker died {MAX_DEATHS} times")
+                    return Outcome(job, failure=f"its worker died {MAX_DEATHS} times", is_passing=True)
                 self.submit(job, deaths + 1)
             except (InputError, OSError) as error:
                 raise getattr(error, "cause", error) from None  # without the worker's traceback, which Ray makes part of it
@@ -175,7 +209,8 @@ class RayWorkers(Generic[Result]):
 
 
 class _Evaluator(Generic[Result]):
-    def __init__(self, create_task: Callable[[], Task[Result]], threads: int) -> None:
+    def __init__(self, create_task: Callable[[], Task[Result]], threads: int, folder: Path) -> None:
+        os.chdir(folder)
         torch.set_num_threads(threads)
         self._task = create_task()
 

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,10 +35,10 @@ class Settings:
     """How many."""
 
 
-def run(monkeypatch: pytest.MonkeyPatch, command: Callable[[Settings], None], *flags: str) -> object:
+def run(monkeypatch: pytest.MonkeyPatch, command: Callable[[Settings], None], *flags: str, goes_on: bool = False) -> object:
     monkeypatch.setattr(sys, "argv", ["command", *flags])
     try:
-        run_command(Settings, command, prog="command")
+        run_command(Settings, command, prog="command", goes_on=goes_on)
     except SystemExit as end:
         return end.code
     return 0
@@ -62,8 +63,42 @@ def test_ctrl_c_is_one_line_and_code_130(monkeypatch: pytest.MonkeyPatch, capsys
     def stop(settings: Settings) -> None:
         raise KeyboardInterrupt
 
-    assert run(monkeypatch, stop) == 130
+    assert run(monkeypatch, stop, goes_on=True) == 130
     assert capsys.readouterr().err.strip() == "stopped; the same command goes on from here"
+    assert run(monkeypatch, stop) == 130
+    assert capsys.readouterr().err.strip() == "stopped"
+
+
+def allocate_terabytes() -> None:
+    torch.empty(1 << 50)
+
+
+def be_full(error: Exception) -> None:
+    raise error
+
+
+@pytest.mark.parametrize(
+    "fill",
+    [
+        allocate_terabytes,
+        partial(be_full, MemoryError("no room")),
+        partial(be_full, torch.OutOfMemoryError("CUDA out of memory.")),
+    ],
+    ids=["cpu", "numpy", "gpu"],
+)
+def test_a_full_memory_is_one_line_and_code_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fill: Callable[[], None]
+) -> None:
+    assert run(monkeypatch, lambda settings: fill()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: the memory is full (")
+    assert error.endswith("): give smaller sizes\n")
+    assert error.count("\n") == 1
+
+
+def test_another_error_of_torch_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RuntimeError, match="must match"):
+        run(monkeypatch, lambda settings: print(torch.zeros(2) + torch.zeros(3)))
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,8 +122,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> FidelitySettings:
 def few_cells_and_no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four cells instead of 31 where `search.fidelity` looks the space up; pictures are drawn by `uninterrupted` alone."""
     monkeypatch.setattr(search.fidelity, "fidelity_cells", lambda: FOUR)
-    for name in ("write_scatter", "write_scatters"):
-        monkeypatch.setattr(search.fidelity_report, name, lambda *_: None)
+    monkeypatch.setattr(search.fidelity_report, "write_scatters", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +142,7 @@ def settings(tiny: FidelitySettings, tmp_path: Path) -> FidelitySettings:
 def scores_of(
     directory: Path, protocols: Sequence[str] = PROTOCOLS, seeds: int = 2
 ) -> dict[tuple[str, str, int], float | None]:
-    scores = load_scores(directory, protocols, list(FOUR), seeds)
+    scores = [score for score in load_scores(directory, protocols, list(FOUR)) if score.seed < seeds]
     return {(score.protocol, score.cell_name, score.seed): score.mean_iou for score in scores}
 
 
@@ -195,6 +194,11 @@ def test_protocols_and_seeds_can_be_added(settings: FidelitySettings, uninterrup
     more = scores_of(run(replace(settings, protocols=("proxy", "long"), seeds=2)))
     assert more == {key: score for key, score in scores_of(uninterrupted).items() if key[0] in ("proxy", "long")}
 
+    directory = run(replace(settings, protocols=("long",), seeds=1))  # asks for less, and takes nothing from the report
+    with (directory / "scores.csv").open(newline="") as file:
+        reported = {(row["protocol"], row["seed"]) for row in csv.DictReader(file)}
+    assert reported == {(protocol, seed) for protocol in ("proxy", "long") for seed in "01"}
+
 
 # Any end in between
 
@@ -216,6 +220,7 @@ DEATHS: dict[str, tuple[Any, str, int]] = {
     "before a score is written": (search.fidelity, "write_json", 2 + 3),  # the settings of two protocols come first
     "in a proxy training": (ProxyTask, "evaluate", 2),
     "before a network is deleted": (shutil, "rmtree", 2),
+    "before the last network is deleted": (shutil, "rmtree", 4),
     "in the second training end to end": (EndToEndTask, "evaluate", 2),
 }
 
@@ -239,7 +244,8 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(settings: FidelitySetti
 
     expected = {(p, name, s): x for (p, name, s), x in scores_of(uninterrupted).items() if p in settings.protocols and s == 0}
     kept = scores_of(settings.runs_dir / "fidelity" / "camvid")
-    assert kept.items() < expected.items()
+    assert kept.items() <= expected.items()
+    assert (len(kept) == len(expected)) == (death == "before the last network is deleted")
     directory = run(settings)
     assert scores_of(directory) == expected
     assert not (directory / "end_to_end" / "trainings").exists()
@@ -299,7 +305,35 @@ def test_a_cell_that_fails_is_left_out_and_named(
     run(settings)
 
 
+def test_a_passing_failure_leaves_no_score_and_is_tried_again(
+    settings: FidelitySettings, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = replace(settings, protocols=("proxy",))
+    with monkeypatch.context() as patch:
+        patch.setattr(ProxyTask, "evaluate", failing(0, 1, torch.OutOfMemoryError("tried 3 GiB")))
+        assert len(scores_of(run(settings))) == len(FOUR) - 1
+    assert "seed 0 failed: out of GPU memory: tried 3 GiB; the same command goes on with it" in capsys.readouterr().err
+    assert scores_of(run(settings)) == scores_of(uninterrupted, ("proxy",), seeds=1)
+
+
 # What is refused
+
+
+def test_other_data_are_refused_by_their_split(tiny: FidelitySettings, uninterrupted: Path, tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        folder = tmp_path / split
+        shutil.copytree(tiny.data_dir or Path(), folder)
+        Image.fromarray(np.zeros(SIZE, np.uint8)).save(folder / f"{split}annot" / "0.png")
+        changed = replace(tiny, name="uninterrupted", protocols=("end_to_end",), data_dir=folder)
+        role = {"train": "training", "val": "validation"}[split]
+        with pytest.raises(InputError, match=rf"end_to_end in .* was scored with --data-dir \({role}\)"):
+            search.fidelity.main(changed)
+
+
+def test_crops_are_whole_images_by_default(tiny: FidelitySettings, tmp_path: Path) -> None:
+    settings = replace(tiny, crop_size=None)
+    protocols = search.fidelity.prepare_protocols(replace(settings, protocols=("end_to_end",)), tmp_path)
+    assert protocols[0].identity["--crop-size"] == list(SIZE)
 
 
 @pytest.mark.parametrize(
@@ -349,6 +383,7 @@ def test_settings_of_another_protocol_do_not_matter(
         ({"large_weights": None}, "give --large-weights FILE, or --large-pretrained"),
         ({"large_backbone": "no_such_model"}, "correct --large-backbone, --large-weights"),
         ({"crop_size": (32, 32)}, "--crop-size 32 must be"),
+        ({"end_to_end_min_scale": 0.0}, "^--end-to-end-min-scale must be above 0"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_written(
@@ -387,7 +422,7 @@ def test_made_scores_give_the_known_rho(tmp_path: Path) -> None:
     )
     for score in scores:
         write_json(score_path(tmp_path, score.protocol, score.cell_name, score.seed), {**vars(score), "cell": []})
-    loaded = load_scores(tmp_path, ("proxy", "long"), [f"c{i}" for i in range(5)], 2)
+    loaded = load_scores(tmp_path, ("proxy", "long"), [f"c{i}" for i in range(5)])
     assert loaded == scores
     (pair,) = agreements(loaded, ("proxy", "long"))
     assert pair.correlation is not None

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import search.random
@@ -349,17 +350,15 @@ FINAL = ((0.10, 0.10), (0.20, 0.40), (0.25, 0.15), (0.35, 0.45))  # means .1 .3 
 
 @pytest.fixture
 def made(tmp_path: Path, tiny: RerankSettings) -> tuple[Folders, list[Candidate], RerankSettings]:
-    """Four cells with two seeds each, a known one without its second, and one that failed, as written by hand."""
+    """Four cells and a known one with two seeds each, and one that failed with its second, as written by hand."""
     task = Folders(tmp_path)
     names = [Candidate(f"trial {i}", pooling_cell(grid), (0.1 * (i + 1),), 4 - i) for i, grid in enumerate((1, 2, 4, 8))]
     known = [Candidate("aspp", load_cell("aspp"), (0.9, 0.8), None), Candidate("psp", load_cell("psp"), (), None)]
-    for candidate, scores in zip((*names, known[0]), (*FINAL, (0.05,)), strict=True):
+    for candidate, scores in zip((*names, *known), (*FINAL, (0.05, 0.05), (0.9,)), strict=True):
         for k, score in enumerate(scores):
             result = {"mean_iou": score, "class_iou": [score, None], "parameters": 7, "multiply_adds": 2e9, "seconds": 1.5}
             write_json(task.folder(candidate.cell, (0, k)) / "result.json", {"result": result, "failure": None})
-    for k in (0, 1):
-        failure = {"result": None, "failure": f"nan {k}"}
-        write_json(task.folder(known[1].cell, (0, k)) / "result.json", failure)
+    write_json(task.folder(known[1].cell, (0, 1)) / "result.json", {"result": None, "failure": "nan"})
     return task, [*known, *names], replace(tiny, seeds=2)
 
 
@@ -370,7 +369,7 @@ def test_ranks_and_correlation_of_known_scores(made: tuple[Folders, list[Candida
     assert [row.candidate.proxy_rank for row in ordered] == [1, 3, 2, 4, None, None]
     assert ordered[1].mean == pytest.approx(0.3)
     assert ordered[1].std == pytest.approx(0.2 / 2**0.5)  # ±0.1 around the mean, one degree of freedom
-    assert ordered[-1].failures == ("nan 0", "nan 1")
+    assert ordered[-1].failures == ("nan",)
     rho = correlation(ordered)
     assert rho is not None
     assert rho.rho == pytest.approx(0.8)  # 1 − 6·(0 + 1 + 1 + 0) / (4·15); with ASPP, best on the proxy, it would be lower
@@ -388,6 +387,82 @@ def test_the_table_of_known_scores(
     assert fields["trial 1"][7:11] == ["14.14", "7", "2.000B", "1.5"]
     assert lines[6].split()[:5] == ["aspp", "–", "85.00", "–", "5.00"]
     assert lines[7].split()[:8] == ["psp", "–", "–", "–", "failed", "–", "–", "–"]
-    assert "11 of 12 trainings are done; the same command goes on" in lines
+    assert not any("the same command goes on" in line for line in lines)
     assert any(line.startswith("proxy and final score, 4 cells: Spearman's ρ = 0.80 (") for line in lines)
     assert json.loads((tmp_path / "best_cell.json").read_text()) == json.loads(pooling_cell(8).to_json())
+
+
+def test_in_an_unfinished_ranking_only_shared_seeds_count(
+    made: tuple[Folders, list[Candidate], RerankSettings], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task, candidates, _ = made
+    (task.folder(candidates[2].cell, (0, 1)) / "result.json").unlink()  # trial 0 has its first seed alone
+    ordered = rank(*made)
+    assert [row.candidate.name for row in ordered] == ["trial 3", "trial 2", "trial 1", "trial 0", "aspp", "psp"]
+    assert [row.mean for row in ordered[:4]] == [0.35, 0.25, 0.2, 0.1]
+    finish(tmp_path, ordered, made[2])
+    assert "11 of 12 trainings are done; the same command goes on" in capsys.readouterr().out.splitlines()
+
+
+def test_of_a_cell_that_failed_with_one_seed_the_others_give_no_rank(
+    made: tuple[Folders, list[Candidate], RerankSettings],
+) -> None:
+    task, candidates, _ = made
+    best = task.folder(candidates[5].cell, (0, 1)) / "result.json"
+    write_json(best, {"result": None, "failure": "nan"})
+    ordered = rank(*made)
+    assert [row.candidate.name for row in ordered if row.final_rank] == ["trial 1", "trial 2", "trial 0"]
+    assert ordered[0].mean == pytest.approx(0.3)  # of both seeds: the failed one keeps nobody waiting
+
+
+def test_known_cells_have_the_proxy_scores_of_the_same_cell(tiny: RerankSettings, run: Run, tmp_path: Path) -> None:
+    scores = {record.name: record.result.mean_iou for record in run.baselines}
+    assert {"dpc", "aspp"} <= scores.keys()
+    other = tmp_path / "aspp.json"  # another cell of a known name
+    other.write_text(pooling_cell(4).to_json())
+    found = search.rerank.candidates_of(run, replace(tiny, compare=("dpc", str(other))))
+    assert [candidate.proxy_scores for candidate in found[:2]] == [(scores["dpc"],), ()]
+    with pytest.raises(InputError, match=r"--compare has two cells of the name 'aspp': rename the file .*aspp\.json"):
+        search.rerank.candidates_of(run, replace(tiny, compare=("aspp", str(other))))
+
+
+def test_a_passing_failure_is_tried_again(
+    tiny: RerankSettings,
+    uninterrupted: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    settings, step, calls = replace(tiny, out=tmp_path), Training._step, iter(range(1, 100))
+
+    def full_once(self: Training, batches: Any) -> bool:
+        if next(calls) == ITERATIONS + 3:  # in the second of four cells
+            raise torch.OutOfMemoryError("tried to allocate 20 MiB")
+        return step(self, batches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "_step", full_once)
+        search.rerank.main(settings)
+    printed = capsys.readouterr()
+    assert "failed: out of GPU memory: tried to allocate 20 MiB; the same command goes on with it" in printed.err
+    assert "3 of 4 trainings are done; the same command goes on" in printed.out
+    assert len(list(tmp_path.glob("*/state.pt"))) == 1
+    search.rerank.main(settings)
+    assert results(tmp_path) == results(uninterrupted)
+
+
+def test_equal_cells_in_another_order_of_branches_are_one_training(tiny: RerankSettings, tmp_path: Path) -> None:
+    branches = Branch(-1, CONV1X1), Branch(-1, Operation("pyramid_pooling", grid_size=(2, 2)))
+    for name, cell in (("first", Cell(branches)), ("second", Cell(branches[::-1]))):
+        (tmp_path / f"{name}.json").write_text(cell.to_json())
+    settings = replace(tiny, out=tmp_path / "out", top=1, compare=(str(tmp_path / "first.json"),))
+    killed_while(lambda: search.rerank.main(settings), kill_at_call(Training, "_step", 2))
+    search.rerank.main(replace(settings, compare=(*settings.compare, str(tmp_path / "second.json"))))
+    table = rows(tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("*/result.json"))) == len(table) - 1 == 2
+    assert table["first"]["final_mean_iou"] == table["second"]["final_mean_iou"] != ""
+
+
+def test_an_error_of_a_training_names_the_flag_of_this_command(tiny: RerankSettings, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"^--loading-processes must be at least 0, got -1"):
+        search.rerank.main(replace(tiny, out=tmp_path / "out", loading_processes=-1))

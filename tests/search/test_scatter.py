@@ -8,7 +8,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from PIL import Image
 
-from search.scatter import Point, Scatter, draw_scatter, write_scatter, write_scatters
+from search.scatter import Point, Scatter, draw_scatter, write_scatters
 
 POINTS = [Point([0.1], [0.5]), Point([0.2, 0.4], [0.5, 0.7], "aspp"), Point([0.4], [0.9]), Point([0.5], [0.8])]
 
@@ -23,6 +23,9 @@ def test_dots_are_means_in_percent_and_known_cells_are_named() -> None:
     # The ranks differ by one in the last two: 1 − 6·2 / (4·15).
     assert axes.get_title().startswith("ρ = 0.80 (")
     assert axes.get_title().endswith(", n = 4)")
+    other = Figure().add_subplot()
+    draw_scatter(other, Scatter(POINTS, "proxy", "end to end", title=""))
+    assert other.get_title() == ""
 
 
 def test_error_bars_are_one_standard_deviation_of_the_sample() -> None:
@@ -43,7 +46,7 @@ def test_two_points_have_no_rank_correlation() -> None:
 @pytest.mark.parametrize("suffix", [".png", ".svg"])
 def test_the_file_is_whole_and_alone(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / "new" / f"scatter{suffix}"
-    write_scatter(path, POINTS, "proxy", "end to end")
+    write_scatters(path, [Scatter(POINTS, "proxy", "end to end")])
     assert [file.name for file in path.parent.iterdir()] == [path.name]
     if suffix == ".png":
         with Image.open(path) as picture:

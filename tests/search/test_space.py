@@ -10,7 +10,7 @@ from scipy import stats
 import search.space
 from reference.cell import BACKBONE_FEATURE, OPERATIONS, Branch, Cell, Operation
 from search.cli import InputError
-from search.space import SearchSpace, canonical_form, cell_hash, load_cell
+from search.space import SearchSpace, canonical_form, cell_hash, load_cell, load_cells
 from tests.strategies import cells, rng_seeds
 
 FALSE_ALARM_RATE = 1e-6  # of a whole test, shared by its chi-square tests (Bonferroni)
@@ -195,3 +195,14 @@ def test_load_cell_says_what_is_wrong(tmp_path: Path) -> None:
         load_cell("dcp")
     with pytest.raises(InputError, match="cannot read the cell"):
         load_cell(str(tmp_path))
+
+
+def test_cells_to_compare_have_names_of_their_own(tmp_path: Path) -> None:
+    for name in ("mine.json", "best.json", "trial 3.json"):
+        (tmp_path / name).write_text(load_cell("psp").to_json())
+    assert load_cells(("dpc", str(tmp_path / "mine.json"))) == {"dpc": load_cell("dpc"), "mine": load_cell("psp")}
+    for name in ("best.json", "trial 3.json"):
+        with pytest.raises(InputError, match=r"--compare .*: the search has cells called .* itself, rename the file"):
+            load_cells((str(tmp_path / name),))
+    with pytest.raises(InputError, match="--compare has two cells of the name 'dpc'"):
+        load_cells(("dpc", "dpc"))

@@ -12,6 +12,7 @@ import numpy as np
 import optuna
 import pytest
 
+from reference.cell import CONV1X1, OPERATIONS, Branch, Cell
 from search.cli import InputError
 from search.proxy import ProxyResult
 from search.sampler import create_sampler, suggest_cell
@@ -131,8 +132,14 @@ def test_a_failed_comparison_is_final_and_an_interrupted_one_is_not(directory: P
 
 def test_ranked_is_best_first_without_duplicates_and_failures() -> None:
     scores = [0.2, None, 0.9, 0.5, 0.9]
-    records = [TrialRecord(i, CELL, None if s is None else make_result(s), None, None) for i, s in enumerate(scores)]
-    records.append(TrialRecord(5, CELL, make_result(0.9), None, duplicate_of=2))
+    cells = [Cell((Branch(-1, operation), Branch(-1, CONV1X1))) for operation in OPERATIONS[1:6]]
+    records = [
+        TrialRecord(i, cell, None if score is None else make_result(score), None, None)
+        for i, (cell, score) in enumerate(zip(cells, scores, strict=True))
+    ]
+    records.append(TrialRecord(5, cells[2], make_result(0.9), None, duplicate_of=2))
+    same = Cell(cells[0].branches[::-1])  # as two workers may score it at the same time
+    records.append(TrialRecord(6, same, make_result(0.95), None, None))
     assert [record.number for record in ranked(records)] == [2, 4, 3, 0]
 
 
@@ -200,6 +207,28 @@ def test_a_damaged_study_is_refused_by_name(directory: Path, open_it: Callable[[
     with pytest.raises(InputError, match=r"the study .*cannot be (used|read)") as caught:
         open_it(directory)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("field", ["class_names", "palette", "command"])
+def test_settings_without_a_field_are_refused_by_name(directory: Path, field: str) -> None:
+    path = directory / "settings.json"
+    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != field}))
+    with pytest.raises(InputError, match=rf"settings\.json is damaged \('{field}'\)"):
+        load_run(directory)
+
+
+def test_a_run_without_its_study_is_refused_and_none_is_made(directory: Path) -> None:
+    (directory / "study.db").unlink()
+    with pytest.raises(InputError, match=r"the study of .* is not at .*study\.db: copy that file too"):
+        load_run(directory)
+    assert not (directory / "study.db").exists()
+
+
+def test_the_study_of_another_run_is_refused(directory: Path) -> None:
+    path = directory / "settings.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"id": "another"}))
+    with pytest.raises(InputError, match=r"the study of .* cannot be read"):
+        load_run(directory)
 
 
 def test_a_folder_that_is_no_run_is_refused_and_left_alone(tmp_path: Path) -> None:

@@ -168,6 +168,16 @@ def test_a_killed_training_goes_on_to_the_same_losses(
     assert same_outcome(tmp_path, uninterrupted)
 
 
+def test_a_validation_that_the_state_does_not_know_is_cut_off_the_curve(
+    tiny: TrainSettings, uninterrupted: Path, tmp_path: Path
+) -> None:
+    settings = replace(tiny, out=tmp_path, checkpoint_every=1)
+    killed(settings, kill_at_call(search.train, "save_state", 5))  # after 4 of the iterations: of the validation
+    assert search.training_run.read_curve(tmp_path)[-1][3] is not None
+    search.train.main(settings)
+    assert same_outcome(tmp_path, uninterrupted)
+
+
 def test_a_half_written_line_of_the_curve_is_cut_off(tiny: TrainSettings, uninterrupted: Path, tmp_path: Path) -> None:
     settings = replace(tiny, out=tmp_path)
     killed(settings, kill_at_call(Training, "_step", 6))
@@ -209,6 +219,39 @@ def test_ctrl_c_saves_and_goes_on(
     monkeypatch.undo()
     search.train.main(settings)
     assert same_outcome(tmp_path, uninterrupted)
+
+
+def test_ctrl_c_in_the_last_validation_ends_whoever_would_train_another(
+    tiny: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, keep = replace(tiny, out=tmp_path), Training._keep
+
+    def interrupted_keep(self: Training, *arguments: Any) -> None:
+        if self.iteration == settings.iterations:
+            os.kill(os.getpid(), signal.SIGINT)
+        keep(self, *arguments)
+
+    monkeypatch.setattr(Training, "_keep", interrupted_keep)
+    with pytest.raises(KeyboardInterrupt):
+        search.train.main(settings)
+    state = search.training_run.load_state(tmp_path, torch.device("cpu"))
+    assert state is not None
+    assert state["validated"] == settings.iterations
+
+
+def test_a_loading_process_that_dies_is_named_with_its_remedy(tiny: TrainSettings, tmp_path: Path) -> None:
+    killed_by = replace(tiny, out=tmp_path, workers=1)
+    original = search.augmentation.TrainingCrops.__getitem__
+
+    def dying(self: search.augmentation.TrainingCrops, position: int) -> Any:
+        if torch.utils.data.get_worker_info() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(self, position)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search.augmentation.TrainingCrops, "__getitem__", dying)
+        with pytest.raises(InputError, match=r"a process that loads pictures has ended .*--workers 0"):
+            search.train.main(killed_by)
 
 
 def test_loading_processes_change_nothing(tiny: TrainSettings, uninterrupted: Path, tmp_path: Path) -> None:
@@ -350,7 +393,7 @@ def test_defaults_are_the_papers_but_for_shapes() -> None:
         ({"init": None, "output_stride": 4}, "--output-stride must be 8 or 16"),
         ({"cell": "dpc"}, "--init brings its own .* leave out --cell"),
         ({"init": None, "cell": "dpc", "run": Path("runs/x")}, "--cell and --run both"),
-        ({"init": None}, "random weights: give --weights FILE, --pretrained"),
+        ({"init": None}, "random weights: give --weights FILE, or --pretrained"),
         ({"accumulate": 3}, "--batch-size 4 cannot be divided into 3"),
         ({"init": Path("absent.safetensors")}, r"absent\.safetensors.*--init"),
         ({"train_split": "nonsense"}, "split 'nonsense'"),

@@ -26,7 +26,7 @@ from search.random import RandomSettings
 from search.sampler import create_sampler
 from search.space import SearchSpace, canonical_form, cell_hash, load_cell
 from search.study import Study, TrialRecord
-from search.workers import MAX_DEATHS, InProcess, Job, Outcome, RayWorkers, evaluate
+from search.workers import MAX_DEATHS, InProcess, Job, Outcome, RayWorkers, evaluate, outcomes
 
 SETTINGS = RandomSettings(cells=25, branches=2)
 
@@ -172,15 +172,15 @@ class Raising:
 
 
 @pytest.mark.parametrize(
-    ("error", "failure"),
+    ("error", "failure", "is_passing"),
     [
-        (NotFiniteError("the loss was nan"), "the loss was nan"),
-        (torch.OutOfMemoryError("tried 3 GiB\nmore"), "out of GPU memory: tried 3 GiB"),
+        (NotFiniteError("the loss was nan"), "the loss was nan", False),
+        (torch.OutOfMemoryError("tried 3 GiB\nmore"), "out of GPU memory: tried 3 GiB", True),
     ],
 )
-def test_what_belongs_to_a_cell_is_a_failure(error: Exception, failure: str) -> None:
+def test_what_belongs_to_a_cell_is_a_failure(error: Exception, failure: str, is_passing: bool) -> None:
     task: Any = Raising(error)
-    assert evaluate(task, JOBS[0]) == Outcome(JOBS[0], failure=failure)
+    assert evaluate(task, JOBS[0]) == Outcome(JOBS[0], failure=failure, is_passing=is_passing)
 
 
 def test_a_bug_is_not_a_failure_of_a_cell() -> None:
@@ -205,10 +205,11 @@ class FakeRay:
     """As much of Ray as the workers use, in this process; the actors named in `dying` die at their first evaluation."""
 
     def __init__(self, dying: set[int]) -> None:
-        errors = {name: type(name, (Exception,), {}) for name in ("RayActorError", "ObjectLostError")}
-        self.exceptions = SimpleNamespace(**errors)
+        names = ("RayActorError", "ObjectLostError", "OutOfMemoryError")
+        self.exceptions = SimpleNamespace(**{name: type(name, (Exception,), {}) for name in names})
         self.created = 0
         self.dying = dying
+        self.killed: list[int] = []
         self.is_down = False
         self._results: dict[int, Callable[[], Any]] = {}
 
@@ -233,17 +234,21 @@ class FakeRay:
 
             def result() -> Any:
                 if number in self.dying:
-                    raise self.exceptions.RayActorError
+                    raise [*vars(self.exceptions).values()][number % 3]
                 return instance.evaluate(job)
 
             self._results[reference] = result
             return reference
 
-        return SimpleNamespace(evaluate=SimpleNamespace(remote=evaluate), ready=SimpleNamespace(remote=lambda: None))
+        remote = {"evaluate": evaluate, "ready": lambda: None}
+        return SimpleNamespace(number=number, **{name: SimpleNamespace(remote=call) for name, call in remote.items()})
 
-    def wait(self, references: list[int], num_returns: int) -> tuple[list[int], list[int]]:
-        assert num_returns == 1
-        return references[-1:], references[:-1]  # the latest first
+    def kill(self, actor: Any, no_restart: bool) -> None:
+        assert no_restart
+        self.killed.append(actor.number)
+
+    def wait(self, references: list[int], num_returns: int, timeout: float | None = None) -> tuple[list[int], list[int]]:
+        return references[-num_returns:], references[:-num_returns]  # the latest first
 
     def get(self, reference: Any) -> Any:
         return self._results[reference]() if isinstance(reference, int) else None
@@ -260,17 +265,9 @@ def fake_ray(monkeypatch: pytest.MonkeyPatch) -> Callable[[set[int]], FakeRay]:
 
 
 def evaluate_all(workers: RayWorkers[ProxyResult], jobs: list[Job]) -> dict[Any, Outcome[ProxyResult]]:
-    outcomes, queue = {}, list(jobs)
-    running = 0
-    while queue or running:
-        while queue and running < workers.capacity:
-            workers.submit(queue.pop(0))
-            running += 1
-        outcome = workers.wait()
-        running -= 1
-        assert outcome.job.key not in outcomes
-        outcomes[outcome.job.key] = outcome
-    return outcomes
+    by_key = {outcome.job.key: outcome for outcome in outcomes(workers, jobs)}
+    assert len(by_key) == len(jobs)
+    return by_key
 
 
 @given(dying=st.sets(st.integers(0, 5), max_size=2))
@@ -279,10 +276,11 @@ def test_a_worker_that_dies_gives_its_cell_back(dying: set[int]) -> None:
         ray = FakeRay(dying)
         patch.setitem(sys.modules, "ray", ray)
         with closing(RayWorkers(create_task, 2, "cpu")) as workers:
-            outcomes = evaluate_all(workers, JOBS)
+            by_key = evaluate_all(workers, JOBS)
     assert ray.is_down
     assert ray.created == 2 + len(dying & set(range(ray.created)))
-    assert {key: measured(outcome) for key, outcome in outcomes.items()} == {
+    assert set(ray.killed) == dying & set(range(ray.created))
+    assert {key: measured(outcome) for key, outcome in by_key.items()} == {
         job.key: measured(evaluate(create_task(), job)) for job in JOBS
     }
 
@@ -293,12 +291,32 @@ def test_more_workers_than_gpus_are_refused(fake_ray: Callable[[set[int]], FakeR
         RayWorkers(create_task, 2, "cuda")
 
 
+def test_one_gpu_by_name_is_no_device_for_workers(fake_ray: Callable[[set[int]], FakeRay]) -> None:
+    fake_ray(set())
+    with pytest.raises(InputError, match="--device cuda:1 is one GPU, --workers 2 have one each: give --device cuda"):
+        RayWorkers(create_task, 2, "cuda:1")
+
+
+def test_workers_that_are_late_are_waited_for_with_a_word(
+    fake_ray: Callable[[set[int]], FakeRay], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ray = fake_ray(set())
+    ready = iter([([], [None, None]), ([None], [None]), ([None], [])])
+    monkeypatch.setattr(ray, "wait", lambda references, num_returns, timeout: next(ready))
+    RayWorkers(create_task, 2, "cpu")
+    assert [line.split(":")[0] for line in capsys.readouterr().err.splitlines()] == [
+        "2 of 2 workers are not ready yet",
+        "1 of 2 workers are not ready yet",
+    ]
+
+
 def test_a_cell_that_kills_its_workers_is_given_up(fake_ray: Callable[[set[int]], FakeRay]) -> None:
     fake_ray(set(range(MAX_DEATHS)))
     with closing(RayWorkers(create_task, 1, "cpu")) as workers:
-        outcomes = evaluate_all(workers, JOBS[:2])
-    assert outcomes[0].failure == f"its worker died {MAX_DEATHS} times"
-    assert outcomes[1].result is not None
+        by_key = evaluate_all(workers, JOBS[:2])
+    assert by_key[0].failure == f"its worker died {MAX_DEATHS} times"
+    assert by_key[0].is_passing
+    assert by_key[1].result is not None
 
 
 def test_without_ray_more_workers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,8 +345,8 @@ def test_real_ray_gives_the_same_results_and_survives_a_death(tmp_path: Path, mo
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     monkeypatch.setenv("SUICIDE_MARK", str(tmp_path / "mark"))
     with closing(RayWorkers(create_suicidal_task, 2, "cpu")) as workers:
-        outcomes = evaluate_all(workers, JOBS)
+        by_key = evaluate_all(workers, JOBS)
     assert (tmp_path / "mark").exists()
-    assert {key: measured(outcome) for key, outcome in outcomes.items()} == {
+    assert {key: measured(outcome) for key, outcome in by_key.items()} == {
         job.key: measured(evaluate(create_task(), job)) for job in JOBS
     }
