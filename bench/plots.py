@@ -13,7 +13,7 @@ from bench.cases import COMPILE, COMPILE_MAX, EAGER, EAGER_CHANNELS_LAST, OURS, 
 from bench.report import cells_per_hour, rate_ratios
 from bench.results import Results, Row, best_other, ours, ratio
 from reference.cell import RATES
-from search.diagram import INK
+from search.diagram import INK, show_grid, style_axes
 
 _COLOURS = {
     OURS.name: "#cf3f4f",
@@ -60,13 +60,8 @@ def _draw_strip(part: SubFigure, strip: Sequence[_Panel]) -> None:
     axes = part.subplots(1, len(strip), squeeze=False)[0]
     for panel, ax in zip(strip, axes, strict=True):
         ax.set_title(panel.title, loc="left", fontsize=10, color=INK)
-        ax.tick_params(colors=INK, labelsize=8, length=3)
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.spines[["left", "bottom"]].set_color(INK)
-        ax.set_axisbelow(True)
+        style_axes(ax)
         panel.draw(ax, panel.groups)
-        for label in (ax.xaxis.label, ax.yaxis.label):
-            label.set(color=INK, fontsize=9)
 
 
 def _drawn(results: Results, suite: Suite) -> list[list[Row]]:
@@ -137,7 +132,7 @@ def _dots(ax: Axes, groups: list[list[Row]]) -> None:
     _plain_ticks(ax, values)
     ax.set_ylim(len(names) - 0.4, -0.6)
     ax.set_xlabel("right of the line: ours is quicker (blue: inference, red: training)")
-    ax.grid(axis="x", color=INK, alpha=0.12, linewidth=0.6)
+    show_grid(ax, "x")
 
 
 def _plain_ticks(ax: Axes, values: Sequence[float]) -> None:
@@ -193,7 +188,7 @@ def _finish_bars(ax: Axes, labels: Sequence[tuple[float, str]], quantity: str) -
     ax.margins(x=0.22)
     ax.set_xlim(left=0)
     ax.set_xlabel(quantity)
-    ax.grid(axis="x", color=INK, alpha=0.12, linewidth=0.6)
+    show_grid(ax, "x")
 
 
 def _bars(groups: list[list[Row]]) -> float:

@@ -239,6 +239,8 @@ def _markdown(results: Results, picture: str) -> Iterator[str]:
     yield ""
     if not results.is_complete:
         yield "**This run was stopped before its end.**\n"
+    if results.parts > 1:
+        yield f"This run was stopped and went on: it was made in {results.parts} parts.\n"
     yield f"![Ratios and times of this run]({picture})\n"
     matrix = ", ".join(f"{rate:,.0f} GFLOP/s in {dtype}" for dtype, rate in roofs.matrix_gflops.items())
     yield from _rows_of(

@@ -1,13 +1,19 @@
-"""What a run found: one row per case, provider and dtype, and where it came from. Written as CSV, whole or not at all."""
+"""What a run found: one row per case, provider and dtype, and where it came from. Written as CSV, whole or not at all.
+
+While a run goes on, all it has found is in `<name>.unfinished.json`, written anew behind each case: whatever ends the run, the
+same command at the same commit goes on with the next case.
+"""
 
 import csv
 import io
+import itertools
+import json
 import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,10 +23,11 @@ import torch
 from bench.cases import EAGER, OURS, OURS_WITHOUT_KERNELS, Suite
 from bench.costs import Mode
 from bench.roofline import Roofs
-from search.features import write_text
+from search.features import write_json, write_text
 
 OK, WRONG, FAILED, NOT_SUPPORTED = "ok", "WRONG", "failed", "not supported here"
 ROOT = Path(__file__).parents[1]
+_UNFINISHED = ".unfinished.json"
 
 
 @dataclass(frozen=True)
@@ -80,6 +87,10 @@ class Results:
     omissions: tuple[str, ...] = ()
     rows: list[Row] = field(default_factory=list)
     is_complete: bool = False
+    command: Mapping[str, object] = field(default_factory=dict)  # what may go on with this run: its flags
+    name: str = ""  # of its files, without what is behind the dot
+    jobs_done: int = 0
+    parts: int = 1  # how often it was started
 
     def groups(self, suite: Suite | None = None) -> Iterator[list[Row]]:
         """The rows of one case at a time, all providers."""
@@ -89,10 +100,41 @@ class Results:
                 groups.setdefault(row.key, []).append(row)
         yield from groups.values()
 
-    @property
-    def stem(self) -> Path:
-        """<device>/<date>-<commit>"""
-        return Path(self.environment.folder) / f"{self.environment.timestamp[:10]}-{self.environment.commit}"
+
+def new_name(folder: Path, environment: Environment) -> str:
+    """<date>-<commit>; a second run of the same day and commit gets "-2" behind it: none replaces another."""
+    for number in itertools.count(1):
+        name = f"{environment.timestamp[:10]}-{environment.commit}" + (f"-{number}" if number > 1 else "")
+        if not any((folder / (name + suffix)).exists() for suffix in (".csv", _UNFINISHED)):
+            break
+    return name
+
+
+def save_unfinished(folder: Path, results: Results) -> None:
+    """All that is known so far; written aside, then renamed."""
+    write_json(folder / (results.name + _UNFINISHED), asdict(results))
+
+
+def forget_unfinished(folder: Path, results: Results) -> None:
+    """Of a run whose results are written."""
+    (folder / (results.name + _UNFINISHED)).unlink(missing_ok=True)
+
+
+def load_unfinished(folder: Path, command: Mapping[str, object], environment: Environment) -> Results | None:
+    """A stopped run of the same flags, machine, versions and commit; none if the code has changes that no commit names."""
+    if environment.commit == "unknown" or environment.commit.endswith("-dirty"):
+        return None
+    for path in sorted(folder.glob("*" + _UNFINISHED)):
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            stored["environment"], stored["roofs"] = Environment(**stored["environment"]), Roofs(**stored["roofs"])
+            stored["rows"] = [Row(**row) for row in stored["rows"]]
+            results = Results(**stored)
+        except (ValueError, TypeError, KeyError):
+            continue  # of another version of this file
+        if results.command == command and replace(results.environment, timestamp=environment.timestamp) == environment:
+            return replace(results, parts=results.parts + 1)
+    return None
 
 
 def ours(rows: Iterable[Row]) -> Row | None:

@@ -4,19 +4,33 @@ import itertools
 import os
 import sys
 import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from bench.cases import SUITES, Suite
 from bench.measure import in_fresh_process, measure
 from bench.plots import draw
 from bench.report import table, write_markdown
-from bench.results import FAILED, NOT_SUPPORTED, WRONG, Results, Row, environment, write_csv
+from bench.results import (
+    FAILED,
+    NOT_SUPPORTED,
+    WRONG,
+    Results,
+    Row,
+    environment,
+    forget_unfinished,
+    load_unfinished,
+    new_name,
+    save_unfinished,
+    write_csv,
+)
 from bench.roofline import measure_roofs
 from bench.suites import Plan, make_plan
 from bench.timing import CacheFlush
@@ -49,72 +63,89 @@ def main(settings: BenchSettings) -> None:
     if settings.quick and settings.full:
         raise InputError("--quick and --full contradict each other: give one of them")
     device = torch.device(resolve_device(settings.device))
-    plan = make_plan(settings.suite, device, quick=settings.quick, full=settings.full)
-    print("measuring the roofs: copies and matrix products", file=sys.stderr)
-    roofs = measure_roofs(device, plan.dtypes, quick=settings.quick)
-    results = Results(environment(device), roofs, plan.omissions)
-    interrupted = False
+    folder = settings.out / environment(device).folder
+    folder.mkdir(parents=True, exist_ok=True)
     try:
-        run_plan(plan, results, device, settings.rounds or plan.rounds)
-    except KeyboardInterrupt:
-        interrupted = True
-        print("\nstopped: what was measured is written; the same command starts anew", file=sys.stderr)
-    if not results.rows:
-        sys.exit(130)
-    print(table(results, colour=sys.stdout.isatty()))
-    for path in write(results, settings.out):
-        print(path)
-    if interrupted:
+        with FileLock(folder / "lock", timeout=0):
+            results = run_and_write(settings, device, folder)
+    except Timeout:
+        raise InputError(f"another benchmark writes to {folder}: two at once would disturb each other's times") from None
+    if not results.is_complete:
         sys.exit(130)
     if any(row.status in (WRONG, FAILED) for row in results.rows):
         sys.exit(1)
 
 
-def run_plan(plan: Plan, results: Results, device: torch.device, rounds: int) -> None:
-    """Do the plan's jobs one after the other; `results` grows by each job's rows."""
-    rng, flush = np.random.default_rng(0), CacheFlush(device)
-    for suite in dict.fromkeys(job.case.suite for job in plan.jobs):
-        results.rows += [_unsupported(suite, dtype) for dtype in plan.unsupported]
+def run_and_write(settings: BenchSettings, device: torch.device, folder: Path) -> Results:
+    """Begin the plan or go on with it, to its end or to Ctrl-C; print and write what is known then."""
+    plan = make_plan(settings.suite, device, quick=settings.quick, full=settings.full)
+    results = begin(settings, plan, device, folder)
+    try:
+        run_plan(plan, results, device, settings.rounds or plan.rounds, save=lambda: save_unfinished(folder, results))
+    except KeyboardInterrupt:
+        print("\nstopped: the same command at the same commit goes on with the next case", file=sys.stderr)
+    print(table(results, colour=sys.stdout.isatty()))
+    for path in write(results, folder):
+        print(path)
+    if results.is_complete:
+        forget_unfinished(folder, results)
+    return results
+
+
+def begin(settings: BenchSettings, plan: Plan, device: torch.device, folder: Path) -> Results:
+    """The stopped run of the same command, or a new one."""
+    command = {"suite": list(settings.suite), "device": str(device), "quick": settings.quick, "full": settings.full}
+    command |= {"rounds": settings.rounds}
+    here = environment(device)
+    if stopped := load_unfinished(folder, command, here):
+        print(f"going on with {stopped.name} behind {stopped.jobs_done} cases", file=sys.stderr)
+        return stopped
+    print("measuring the roofs: copies and matrix products", file=sys.stderr)
+    roofs = measure_roofs(device, plan.dtypes, quick=settings.quick)
+    results = Results(here, roofs, plan.omissions, command=command, name=new_name(folder, here))
+    results.rows += unsupported_rows(settings.suite, plan.unsupported)
+    return results
+
+
+def run_plan(plan: Plan, results: Results, device: torch.device, rounds: int, *, save: Callable[[], None]) -> None:
+    """Do the plan's jobs one after the other; `results` grows by each job's rows, and is saved behind it."""
+    rng, flush = np.random.default_rng(results.jobs_done), CacheFlush(device)
     with ExitStack() as stack:
         # A compiler's cache of earlier runs would make its first call look quick.
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = stack.enter_context(tempfile.TemporaryDirectory())
-        with tqdm(plan.jobs, unit="case") as bar:
+        with tqdm(plan.jobs[results.jobs_done :], initial=results.jobs_done, total=len(plan.jobs), unit="case") as bar:
             for job in bar:
                 bar.set_description(f"{job.case.suite}: {job.case.name}, {job.case.mode}, {job.dtype}"[:60])
                 results.rows += measure(
                     job, device, rounds, results.roofs, rng=rng, measure_first_call=in_fresh_process, flush=flush
                 )
+                results.jobs_done += 1
+                save()
     results.is_complete = True
 
 
-def write(results: Results, out: Path) -> list[Path]:
-    """The CSV, the summary and the picture of a run; each is written aside, then renamed.
-
-    A second run of the same day and commit gets "-2" behind its name: none replaces another.
-    """
-    stem = out / results.stem
-    for again in itertools.count(2):
-        if not stem.with_name(stem.name + ".csv").exists():
-            break
-        stem = out / results.stem.with_name(f"{results.stem.name}-{again}")
-    paths = [stem.with_name(stem.name + suffix) for suffix in (".csv", ".md", ".png")]
+def write(results: Results, folder: Path) -> list[Path]:
+    """The CSV, the summary and the picture of a run; each is written aside, then renamed."""
+    paths = [folder / (results.name + suffix) for suffix in (".csv", ".md", ".png")]
     for path, writer in zip(paths, (write_csv, write_markdown, draw), strict=True):
         writer(path, results)
     return paths
 
 
-def _unsupported(suite: Suite, dtype: str) -> Row:
-    return Row(
-        suite=suite,
-        case="all",
-        mode="training",
-        provider="all",
-        memory_format="",
-        dtype=dtype,
-        shape="",
-        status=NOT_SUPPORTED,
-        note="the processor has neither AMX nor AVX-512 bf16",
-    )
+def unsupported_rows(suites: Sequence[Suite], dtypes: Sequence[str]) -> Iterator[Row]:
+    """One per suite and dtype that the plan leaves out for want of a processor's instructions."""
+    for suite, dtype in itertools.product(dict.fromkeys(suites), dtypes):
+        yield Row(
+            suite=suite,
+            case="all",
+            mode="training",
+            provider="all",
+            memory_format="",
+            dtype=dtype,
+            shape="",
+            status=NOT_SUPPORTED,
+            note="the processor has neither AMX nor AVX-512 bf16",
+        )
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 
 import bench.run
@@ -31,7 +32,6 @@ def test_a_whole_run_is_written_and_read_back(tmp_path: Path) -> None:
     results = tiny_results()
     paths = write(results, tmp_path)
     assert [path.name for path in paths] == [f"2026-01-02-0123abc.{suffix}" for suffix in ("csv", "md", "png")]
-    assert {path.parent.name for path in paths} == {"some-cpu-2-cores"}
     with paths[0].open(newline="") as file:
         read = list(csv.DictReader(file))
     wanted = {f.name for f in fields(Row)} | {f.name for f in fields(Environment)} - {"folder"}
@@ -174,24 +174,66 @@ def test_main_exits_with_1_on_a_wrong_kernel(tmp_path: Path, monkeypatch: pytest
     assert "WRONG" in next(tmp_path.rglob("*.csv")).read_text()
 
 
+def stop_at(monkeypatch: pytest.MonkeyPatch, calls: int, by: type[BaseException]) -> list[float]:
+    """Every case takes as many milliseconds as cases came before it; the one behind `calls` of them ends the run."""
+    made: list[float] = []
+
+    def measure_or_stop(*arguments: Any, **keywords: Any) -> list[Row]:
+        if len(made) == calls:
+            raise by
+        made.append(float(len(made) + 1))
+        return [row("ours", made[-1])]
+
+    monkeypatch.setattr(bench.run, "measure", measure_or_stop)
+    return made
+
+
 @pytest.mark.usefixtures("tiny_plan")
-def test_ctrl_c_writes_what_was_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("by", [KeyboardInterrupt, MemoryError])  # what is not caught stands for kill -9
+def test_the_same_command_goes_on_with_a_stopped_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: type[BaseException]
 ) -> None:
-    measured: list[Row] = []
-
-    def measure_once(*arguments: Any, **keywords: Any) -> list[Row]:
-        if measured:
-            raise KeyboardInterrupt
-        measured.append(row("ours", 1.0))
-        return measured
-
-    monkeypatch.setattr(bench.run, "measure", measure_once)
-    with pytest.raises(SystemExit) as stopped:
+    monkeypatch.setattr(bench.run, "environment", lambda device: ENVIRONMENT)
+    stop_at(monkeypatch, 1, by)
+    with pytest.raises(SystemExit if by is KeyboardInterrupt else by):
         main(BenchSettings(device="cpu", out=tmp_path))
-    assert stopped.value.code == 130
-    assert len(next(tmp_path.rglob("*.csv")).read_text().splitlines()) == 2
-    assert "stopped before its end" in next(tmp_path.rglob("*.md")).read_text()
+    if by is KeyboardInterrupt:
+        assert len(next(tmp_path.rglob("*.csv")).read_text().splitlines()) == 2
+        assert "stopped before its end" in next(tmp_path.rglob("*.md")).read_text()
+    made = stop_at(monkeypatch, 2, AssertionError)
+    made.append(1.0)  # measured by the first part
+    main(BenchSettings(device="cpu", out=tmp_path))
+    with next(tmp_path.rglob("*.csv")).open(newline="") as file:
+        assert [line["median_ms"] for line in csv.DictReader(file)] == ["1", "2"]
+    summary = next(tmp_path.rglob("*.md")).read_text()
+    assert "made in 2 parts" in summary
+    assert "before its end" not in summary
+    assert sorted(path.suffix for path in tmp_path.rglob("*.*")) == [".csv", ".md", ".png"]
+
+
+@pytest.mark.usefixtures("tiny_plan")
+@pytest.mark.parametrize("then", [{"rounds": 7}, {"commit": "4567def"}, {"commit": "0123abc-dirty"}, {"torch": "3"}])
+def test_another_command_or_code_begins_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], then: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(bench.run, "environment", lambda device: ENVIRONMENT)
+    stop_at(monkeypatch, 1, KeyboardInterrupt)
+    with pytest.raises(SystemExit, match="130"):
+        main(BenchSettings(device="cpu", out=tmp_path))
+    flags = {"rounds": then.pop("rounds")} if "rounds" in then else {}
+    monkeypatch.setattr(bench.run, "environment", lambda device: replace(ENVIRONMENT, **then))
+    made = stop_at(monkeypatch, 2, AssertionError)
+    main(BenchSettings(device="cpu", out=tmp_path, **flags))
+    assert len(made) == 2
+    assert "going on" not in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("tiny_plan")
+def test_two_benchmarks_at_once_are_refused(tmp_path: Path) -> None:
+    folder = tmp_path / environment(CPU).folder
+    folder.mkdir()
+    with FileLock(folder / "lock"), pytest.raises(InputError, match="two at once"):
+        main(BenchSettings(device="cpu", out=tmp_path))
 
 
 @pytest.mark.parametrize("settings", [BenchSettings(rounds=0), BenchSettings(quick=True, full=True)])
