@@ -34,9 +34,9 @@
     EXPORT void normalise_backward_##SUFFIX(const Map<T>* x, long n, long size, const MapGradient<T>* grad_x, int threads) {    \
         normalise_backward(*x, n, size, *grad_x, threads);                                                                      \
     }                                                                                                                           \
-    EXPORT void plane_product_##SUFFIX(const Map<T>* x, const T* rows, const T* columns, const T* columns_t, long n, long height,\
-                                       long width, long out_height, long out_width, T* out, int threads) {                      \
-        plane_product(*x, rows, columns, columns_t, n, height, width, out_height, out_width, out, threads);                     \
+    EXPORT void plane_product_##SUFFIX(const Map<T>* x, const T* rows, const T* columns, long n, long height, long width,       \
+                                       long out_height, long out_width, T* out, int threads) {                                  \
+        plane_product(*x, rows, columns, n, height, width, out_height, out_width, out, threads);                                \
     }
 
 #define FOR_LABELS(T, SUFFIX, LABELS, LABEL_SUFFIX)                                                                              \

@@ -19,9 +19,13 @@
 
 #include "maps.h"
 
-// c (MR × NR) = or += a (MR × kc) · b (kc × NR). Element (i, k) of a lies at i · A_ROW + k · A_DEPTH; a row of b is NR values.
-template <class T, long A_ROW, long A_DEPTH>
-__attribute__((noinline)) void multiply_tile(long kc, const T* __restrict a, const T* __restrict b, long b_stride, T* c, long c_stride, bool add) {
+template <long VALUE>
+using Constant = std::integral_constant<long, VALUE>;
+
+// c (MR × NR) = or += a (MR × kc) · b (kc × NR). Element (i, k) of a lies at i · a_row + k · A_DEPTH; a row of b is NR values.
+template <class T, long A_DEPTH, class Stride>
+__attribute__((noinline)) void multiply_tile(long kc, const T* __restrict a, Stride a_row, const T* __restrict b, long b_stride,
+                                             T* c, long c_stride, bool add) {
     V<T> acc[MR][NV] = {};
     for (int i = 0; i < MR; i++) __builtin_prefetch(c + i * c_stride, 1), __builtin_prefetch(c + i * c_stride + NR<T> - 1, 1);
 #pragma GCC unroll 4
@@ -29,8 +33,8 @@ __attribute__((noinline)) void multiply_tile(long kc, const T* __restrict a, con
         const V<T> b0 = load(b), b1 = load(b + L<T>);
 #pragma GCC unroll 16
         for (int i = 0; i < MR; i++) {
-            acc[i][0] += a[i * A_ROW] * b0;
-            acc[i][1] += a[i * A_ROW] * b1;
+            acc[i][0] += a[i * long(a_row)] * b0;
+            acc[i][1] += a[i * long(a_row)] * b1;
         }
     }
 #pragma GCC unroll 16
@@ -42,12 +46,12 @@ __attribute__((noinline)) void multiply_tile(long kc, const T* __restrict a, con
 }
 
 // The same where only rows × columns of the tile exist.
-template <class T, long A_ROW, long A_DEPTH>
-inline void multiply_clipped_tile(long kc, const T* a, const T* b, long b_stride, T* c, long c_stride, bool add, long rows,
-                                  long columns) {
-    if (rows >= MR && columns >= NR<T>) return multiply_tile<T, A_ROW, A_DEPTH>(kc, a, b, b_stride, c, c_stride, add);
+template <class T, long A_DEPTH, class Stride>
+inline void multiply_clipped_tile(long kc, const T* a, Stride a_row, const T* b, long b_stride, T* c, long c_stride, bool add,
+                                  long rows, long columns) {
+    if (rows >= MR && columns >= NR<T>) return multiply_tile<T, A_DEPTH>(kc, a, a_row, b, b_stride, c, c_stride, add);
     alignas(VECTOR_BYTES) T edge[MR * NR<T>];
-    multiply_tile<T, A_ROW, A_DEPTH>(kc, a, b, b_stride, edge, NR<T>, false);
+    multiply_tile<T, A_DEPTH>(kc, a, a_row, b, b_stride, edge, NR<T>, false);
     for (long y = 0; y < std::min<long>(rows, MR); y++)
         for (long x = 0; x < std::min(columns, NR<T>); x++)
             c[y * c_stride + x] = edge[y * NR<T> + x] + (add ? c[y * c_stride + x] : T(0));
@@ -82,8 +86,8 @@ void multiply_span(const Packed<T>& left, long block, long kc, const T* rows, lo
                    bool add) {
     for (long j = 0; j < size; j += NR<T>)
         for (long i = 0; i < left.rows; i += MR)
-            multiply_clipped_tile<T, 1, MR>(kc, left.tile(block, i / MR), rows + j, row_stride, out + i * stride + j, stride,
-                                            add, left.rows - i, size - j);
+            multiply_clipped_tile<T, MR>(kc, left.tile(block, i / MR), Constant<1>(), rows + j, row_stride,
+                                         out + i * stride + j, stride, add, left.rows - i, size - j);
 }
 
 // Rows of a span lie an odd number of cache lines apart: a column of tiles then falls into all sets of the L1 cache.
@@ -266,9 +270,9 @@ void weight_gradient(const Concat<T>& x, const SpanOfGradient<T>& grad, long beg
         for (long i = 0; i < count; i++) x.row(grad.values + i * STRIDE, image, begin + chunk + i, first, length);
         for (long j = 0; j < out_channels; j += NR<T>)
             for (long i = 0; i < count; i += MR)
-                multiply_clipped_tile<T, STRIDE, 1>(length, grad.values + i * STRIDE, grad.transposed + j * length, NR<T>,
-                                                    sums + (begin + chunk + i) * out_channels + j, out_channels, add,
-                                                    count - i, out_channels - j);
+                multiply_clipped_tile<T, 1>(length, grad.values + i * STRIDE, Constant<STRIDE>(), grad.transposed + j * length,
+                                            NR<T>, sums + (begin + chunk + i) * out_channels + j, out_channels, add, count - i,
+                                            out_channels - j);
     }
 }
 
