@@ -4,7 +4,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import tyro
 
@@ -32,6 +32,24 @@ def flags_called(names: Mapping[str, str]) -> Iterator[None]:
         known = "|".join(map(re.escape, names))
         text = re.sub(rf"(?<![\w-])({known})(?![\w-])", lambda match: names[match[0]], str(error)) if names else str(error)
         raise type(error)(text) from error
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], flags: Mapping[str, str] | None = None) -> str:
+    """Which settings are not what they were, by their flags (`flags` has those not named after their field); "" if all are.
+
+    >>> differences({"top_k": 3, "seed": 0, "top": 1}, {"top_k": 5, "seed": 1, "top": 1})
+    '--seed 0, now it is 1, and --top-k 3, now it is 5'
+    """
+    called = flags or {}
+    return ", and ".join(
+        f"{called.get(field, _flag(field))} {before.get(field)}, now it is {now.get(field)}"
+        for field in sorted(before.keys() | now.keys())
+        if before.get(field) != now.get(field)
+    )
+
+
+def _flag(field: str) -> str:
+    return field if field.startswith("--") else f"--{field.replace('_', '-')}"
 
 
 def run_command(

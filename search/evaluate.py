@@ -111,12 +111,12 @@ def main(settings: EvaluateSettings) -> None:
     try:
         network, description = load_network(settings.network)
     except ValueError as error:
-        raise InputError(f"{error}; correct --network") from error
+        raise InputError(f"{error}; --network takes what search.train writes, a head has no backbone") from error
     if tuple(description["class_names"]) != dataset.class_names:
         raise InputError(
             f"network {settings.network} was trained on {len(description['class_names'])} classes "
-            f"({', '.join(description['class_names'][:3])}, ...), {dataset.name} has {len(dataset.class_names)} "
-            f"({', '.join(dataset.class_names[:3])}, ...): give the --dataset it was trained on"
+            f"({_some(description['class_names'])}), {dataset.name} has {len(dataset.class_names)} "
+            f"({_some(dataset.class_names)}): give the --dataset it was trained on"
         )
     try:
         confusion = _evaluate(settings, network.to(device), dataset)
@@ -127,6 +127,10 @@ def main(settings: EvaluateSettings) -> None:
     path = settings.json or settings.network.with_name(f"{settings.network.stem}-{dataset.name}-{dataset.split}.json")
     write_json(path, scores)
     print(f"scores: {path}")
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + ", ..." * (len(names) > 3)
 
 
 def table(class_names: Sequence[str], confusion: NDArray[np.int64]) -> str:

@@ -164,7 +164,7 @@ def _load(settings: ExportSettings) -> tuple[nn.Module, dict[str, Any], int]:
             scale = "as the input" if settings.full_size else f"one on every {network.logits_stride}th pixel"
             input_text = "images (N, 3, H, W) float32, RGB, 0 to 255"
     except ValueError as error:
-        raise InputError(f"{error}; give a file that this project wrote") from error
+        raise InputError(f"{error}; give a head as --head, a whole network as --network") from error
     parts = {
         "input": {"name": input_text.split()[0], "is": input_text},
         "output": {"name": "logits", "is": f"logits (N, {len(description['class_names'])}, ...) float32, {scale}"},

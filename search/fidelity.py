@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from fast.backbone import WeightsOrigin
 from reference.cell import Cell
-from search.cli import InputError, flags_called, run_command
+from search.cli import InputError, differences, flags_called, run_command
 from search.datasets import open_dataset
 from search.end_to_end import EndToEndTask, training_folder
 from search.features import FeatureSettings, open_cache, padded_size, prepare_caches, resolve_device, write_json
@@ -331,12 +331,11 @@ def _check_identity(directory: Path, protocol: Protocol) -> None:
     except (ValueError, TypeError) as error:
         raise InputError(f"{path} is damaged ({error}): delete the folder {path.parent} and run the same command") from error
     now = json.loads(json.dumps(protocol.identity))
-    for flag in now | before:
-        if before.get(flag) != now.get(flag):
-            raise InputError(
-                f"{protocol.name} in {directory} was scored with {flag} {before.get(flag)}, now it is {now.get(flag)}: "
-                f"use the same value, give another --name, or delete {path.parent}"
-            )
+    if different := differences(before, now):
+        raise InputError(
+            f"{protocol.name} in {directory} was scored with {different}: "
+            f"use the same values, give another --name, or delete {path.parent}"
+        )
 
 
 def _check(settings: FidelitySettings) -> None:

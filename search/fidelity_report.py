@@ -14,7 +14,7 @@ import numpy as np
 
 from search.cli import InputError
 from search.features import write_text
-from search.rank_correlation import MIN_POINTS, RankCorrelation, rank_correlation, spearman
+from search.rank_correlation import MIN_POINTS, RankCorrelation, rank_correlation, spearman, ties
 from search.scatter import Point, Scatter, write_scatters
 
 _LABELS = {"proxy": "proxy", "long": "long training", "large": "large backbone", "end_to_end": "end to end"}
@@ -165,9 +165,13 @@ def _self_lines(scores: Sequence[Score], protocols: Sequence[str]) -> list[str]:
         means = [100 * float(np.mean(values)) for values in by_cell.values()] or [math.nan]
         variances = [float(np.var(values, ddof=1)) for values in by_cell.values() if len(values) > 1]
         noise = 100 * math.sqrt(np.mean(variances)) if variances else math.nan
-        spread = f"{_number(max(means))} to {_number(min(means))}"
+        spread = f"{_number(max(means))} to {_number(min(means))}" if by_cell else "–"
         rho = _number(self_agreement(by_cell))
         lines.append(f"{_LABELS[protocol]:<33} {len(by_cell):>5} {rho:>6} {spread:>28} {_number(noise):>12}")
+    for protocol in protocols:
+        means = [float(np.mean(values)) for values in cell_scores(scores, protocol).values()]
+        if means and (warning := ties(means)):
+            lines += ["", f"warning, {_LABELS[protocol]}: {warning}"]
     return lines
 
 

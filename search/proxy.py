@@ -186,10 +186,10 @@ def crop_in_features(settings: ProxySettings, cache: FeatureCache) -> tuple[int,
     if settings.crop_size is None:
         return whole
     stride = cache.output_stride
-    for extent, limit in zip(settings.crop_size, whole, strict=True):
-        largest = stride * (limit - 1) + 1
-        if (extent - 1) % stride or not 1 <= extent <= largest:
-            raise InputError(f"--crop-size {extent} must be {stride}·k + 1, at most {largest}, the cached images' size")
+    largest = [stride * (limit - 1) + 1 for limit in whole]
+    if any((extent - 1) % stride or not 1 <= extent <= most for extent, most in zip(settings.crop_size, largest, strict=True)):
+        given, most = (" ".join(map(str, sizes)) for sizes in (settings.crop_size, largest))
+        raise InputError(f"--crop-size {given} must be {stride}·k + 1 each, at most {most}, the cached images' size")
     height, width = ((extent - 1) // stride + 1 for extent in settings.crop_size)
     return height, width
 

@@ -26,6 +26,7 @@ from search.cli import InputError, run_command
 from search.datasets import open_dataset
 from search.features import FeatureCache, FeatureSettings, open_cache, prepare_caches, resolve_device, write_text
 from search.proxy import ProxyResult, ProxySettings, ProxyTask, crop_in_features
+from search.rank_correlation import ties
 from search.report import write_report
 from search.sampler import LAG, PaperSampler, create_sampler, suggest_cell
 from search.space import SearchSpace, canonical_form, load_cells
@@ -246,6 +247,8 @@ def finish(directory: Path, caches: dict[str, FeatureCache], settings: RandomSet
     _write_examples(directory, caches["val"], settings)
     report = write_report(run, timed_on)
     print(_table(best, run.baselines))
+    if warning := ties([record.result.mean_iou for record in ranked(run.trials) if record.result]):
+        print(f"\nwarning: {warning}")
     print(f"\nreport: {report}\nbest cell: {directory / 'best_cells' / 'rank_01.json'}")
 
 

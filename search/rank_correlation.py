@@ -4,6 +4,7 @@
 """
 
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -88,3 +89,20 @@ def _rho(x: NDArray[np.float64], y: NDArray[np.float64], axis: int = -1) -> NDAr
         warnings.simplefilter("ignore", stats.ConstantInputWarning)  # nan says it, and is documented
         ranks = (stats.rankdata(side, axis=axis) for side in (x, y))
         return np.asarray(stats.pearsonr(*ranks, axis=axis).statistic)
+
+
+def ties(scores: Sequence[float]) -> str | None:
+    """A sentence for scores of which most are equal, as those of networks that all predict one class; else None.
+
+    >>> ties([0.05, 0.05, 0.05, 0.2])
+    'most scores are the same, 5.00 %, so their order says nothing: train longer, or with a higher learning rate'
+    >>> ties([0.05, 0.1, 0.2]), ties([0.05])
+    (None, None)
+    """
+    score, count = Counter(round(score, 6) for score in scores).most_common(1)[0]
+    if count < 2 or 2 * count <= len(scores):
+        return None
+    return (
+        f"most scores are the same, {100 * score:.2f} %, so their order says nothing: "
+        "train longer, or with a higher learning rate"
+    )

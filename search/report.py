@@ -38,7 +38,7 @@ from search.study import FOUND, Run, TrialRecord, comparison_label, load_run, ra
 _TOP, _DRAWN_BEST, _DRAWN_WORST = 10, 3, 2
 _TRIAL_COLOUR, _BEST_COLOUR = "#4a7fd0", "#cf3f4f"
 _GROUP_COLOURS, _OWN_COLOUR = {"aspp": "#d9822b", "dpc": "#8e62c8"}, "#3d8f5f"
-_GREY = 56  # of pixels without a label; lighter greys are classes in some palettes
+_UNLABELLED = 255  # white: greys and black are classes in some palettes
 _EXAMPLE_SIDE = 640  # pixels, at most
 
 
@@ -121,7 +121,7 @@ def _content(run: Run, device: str | None) -> dict[str, Any]:
         "class_columns": _class_columns(best, groups),
         "examples": _examples(run),
         "hex_colours": ["#{:02x}{:02x}{:02x}".format(*colour) for colour in run.palette],
-        "ignored_colour": f"#{_GREY:02x}{_GREY:02x}{_GREY:02x}",
+        "ignored_colour": "#" + f"{_UNLABELLED:02x}" * 3,
     }
 
 
@@ -222,11 +222,12 @@ def _class_columns(best: Sequence[TrialRecord], groups: Sequence[Group]) -> list
 def _charts(run: Run, best: Sequence[TrialRecord], groups: Sequence[Group]) -> Iterator[dict[str, Any]]:
     if not best:
         return
+    has_spread = any(group.std is not None for group in groups)
     charts = (
         (
             "Scores of all cells",
             _draw_distribution,
-            "Each distinct cell once; bands show ± one standard deviation over seeds.",
+            "Each distinct cell once" + ("; bands show ± one standard deviation over seeds." if has_spread else "."),
         ),
         ("Progress of the search", _draw_progress, "Dots are trials, the line is the best so far."),
         (
@@ -344,7 +345,7 @@ def _examples(run: Run) -> list[list[dict[str, str]]]:
 
 
 def _example_pictures(arrays: dict[str, NDArray[np.uint8]], run: Run) -> Iterator[list[dict[str, str]]]:
-    colours = np.full((IGNORE_INDEX + 1, 3), _GREY, dtype=np.uint8)
+    colours = np.full((IGNORE_INDEX + 1, 3), _UNLABELLED, dtype=np.uint8)
     colours[: len(run.palette)] = run.palette
     titles = {"best": "best cell", "aspp": "ASPP", "dpc": "Published DPC"}
     for row in range(sum(key.startswith("image_") for key in arrays)):

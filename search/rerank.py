@@ -23,7 +23,7 @@ from reference.pyramid_pooling import PoolingVariant
 from search.cli import InputError, run_command
 from search.end_to_end import EndToEndResult, EndToEndTask
 from search.features import resolve_device, write_json, write_text
-from search.rank_correlation import MIN_POINTS, RankCorrelation, rank_correlation
+from search.rank_correlation import MIN_POINTS, RankCorrelation, rank_correlation, ties
 from search.scatter import Point, Scatter, write_scatters
 from search.space import canonical_form, load_cells
 from search.study import Run, load_run, ranked
@@ -106,6 +106,7 @@ class Reranked:
     results: tuple[EndToEndResult, ...]
     failures: tuple[str, ...]
     finished: int
+    folder: Path  # of the first seed's training
     final_rank: int | None = None
 
     @property
@@ -153,6 +154,8 @@ def candidates_of(run: Run, settings: RerankSettings) -> list[Candidate]:
     best = ranked(run.trials)[: settings.top]
     if not best:
         raise InputError(f"{run.directory} has no cell with a score yet: run its search first")
+    if len(best) < settings.top:
+        print(f"{run.directory} has {len(best)} cells with a score, not {settings.top}: all are trained", file=sys.stderr)
     candidates = []
     for name, cell in load_cells(settings.compare).items():
         same = [r for r in run.baselines if r.name == name and canonical_form(r.cell) == canonical_form(cell)]
@@ -256,7 +259,8 @@ def rank(task: EndToEndTask, candidates: list[Candidate], settings: RerankSettin
         failures = tuple(outcome for outcome in of_cell if isinstance(outcome, str))
         counted = of_cell if failures else [of_cell[k] for k in shared]
         results = tuple(outcome for outcome in counted if isinstance(outcome, EndToEndResult))
-        rows.append(Reranked(candidate, results, failures, sum(outcome is not None for outcome in of_cell)))
+        finished = sum(outcome is not None for outcome in of_cell)
+        rows.append(Reranked(candidate, results, failures, finished, task.folder(candidate.cell, (settings.seed, 0))))
     rows.sort(key=lambda row: -row.mean if row.is_scored else math.inf)
     found = [row.candidate.name for row in rows if row.candidate.proxy_rank is not None and row.is_scored]
     return [replace(row, final_rank=found.index(name) + 1) if (name := row.candidate.name) in found else row for row in rows]
@@ -285,10 +289,15 @@ def finish(directory: Path, rows: list[Reranked], settings: RerankSettings) -> N
     done, wanted = sum(row.finished for row in rows), len(rows) * settings.seeds
     if done < wanted:
         print(f"\n{done} of {wanted} trainings are done; the same command goes on")
-    if rho is not None:
+    if warning := ties([row.mean for row in found]):
+        print(f"\nwarning: {warning}")
+    if rho is None:
+        print(f"\nSpearman's rho of proxy and final score takes {MIN_POINTS} cells of the search; here are {len(found)}")
+    else:
         print(f"\nproxy and final score, {rho.count} cells: Spearman's {rho}, with its 95 % bootstrap interval")
     print(f"\nranks: {directory / 'ranks.csv'}\npicture: {directory / 'scatter.png'}")
     print(f"best cell: {directory / 'best_cell.json'}, {found[0].candidate.name}")
+    print(f"its network: {found[0].folder / 'last.safetensors'}")
 
 
 def _table(rows: list[Reranked]) -> str:
@@ -326,7 +335,7 @@ def _write_csv(path: Path, rows: list[Reranked]) -> None:
         "multiply_adds",
         "seconds",
     )
-    writer.writerow(["name", "proxy_rank", "proxy_mean_iou", *final_columns, "cell"])
+    writer.writerow(["name", "proxy_rank", "proxy_mean_iou", *final_columns, "folder", "cell"])
     for row in rows:
         candidate, first = row.candidate, row.results[0] if row.results else None
         proxy = float(np.mean(candidate.proxy_scores)) if candidate.proxy_scores else None
@@ -334,7 +343,7 @@ def _write_csv(path: Path, rows: list[Reranked]) -> None:
         cost: list[Any] = [first.parameters, first.multiply_adds, first.seconds] if first else [None] * 3
         cell = json.dumps(json.loads(candidate.cell.to_json()))
         ranks = [candidate.proxy_rank, proxy, row.final_rank]
-        writer.writerow([candidate.name, *ranks, *final, "; ".join(row.failures), *cost, cell])
+        writer.writerow([candidate.name, *ranks, *final, "; ".join(row.failures), *cost, row.folder.name, cell])
     write_text(path, text.getvalue())
 
 

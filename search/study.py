@@ -24,7 +24,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from reference.cell import Cell
-from search.cli import InputError
+from search.cli import InputError, differences
 from search.features import write_json
 from search.proxy import ProxyResult
 from search.space import canonical_form
@@ -223,13 +223,11 @@ def _check_settings(directory: Path, settings: dict[str, Any]) -> str | None:
         before, run_id = dict(description["settings"]), str(description["id"])
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged ({error}): delete the run {directory} and start it again") from error
-    for field in sorted(before.keys() | settings.keys()):
-        if before.get(field) != settings.get(field):
-            flag = _FLAGS.get(field, f"--{field.replace('_', '-')}")
-            raise InputError(
-                f"run {directory} was started with {flag} {before.get(field)}, now it is {settings.get(field)}: "
-                "use the same value, another --name, or delete that folder"
-            )
+    if different := differences(before, settings, _FLAGS):
+        raise InputError(
+            f"run {directory} was started with {different}: use the same values ({description.get('command')}), "
+            "another --name, or delete that folder"
+        )
     return run_id
 
 

@@ -34,6 +34,7 @@ from fast.dense_prediction_cell import DensePredictionCell
 from fast.hard_example_mining import hardest_pixels, mined_share
 from fast.segmentation import SegmentationHead, SegmentationNetwork
 from fast.upsampled_cross_entropy import upsampled_cross_entropy
+from reference.cell import Cell
 from reference.mean_iou import class_iou, mean_iou
 from reference.pyramid_pooling import PoolingVariant
 from search.augmentation import Augmentation, Crop, TrainingCrops, stack
@@ -258,7 +259,7 @@ class Training:
                     if self.iteration == begun_at + 1:
                         self._print_memory()
                     if self.iteration % _LOG_EVERY == 0 or self.iteration == total:
-                        bar.set_postfix(loss=f"{self._log():.4f}", rate=f"{self._rate():.2g}", best=f"{100 * self.best:.2f}%")
+                        bar.set_postfix(loss=f"{self._log():.4f}", rate=f"{self._rate():.2g}", best=self._best())
                     if stop or self.iteration % self.settings.checkpoint_every == 0:
                         self._save()
                     if stop:
@@ -266,6 +267,9 @@ class Training:
             finally:
                 if self.curve is not None:
                     self.curve.close()
+
+    def _best(self) -> str:
+        return "-" if self.best < 0 else f"{100 * self.best:.2f}%"
 
     def _step(self, batches: list[Crop]) -> bool:
         """One iteration; returns whether to stop after it."""
@@ -517,6 +521,7 @@ def create_network(settings: TrainSettings, dataset: Dataset) -> SegmentationNet
     """The network that the settings name, with its first weights. Raises InputError naming the flag."""
     if settings.init is not None:
         return _initial_network(settings, dataset)
+    cell = _best_cell(settings.run) if settings.run else load_cell(settings.cell or "dpc")
     features = FeatureSettings(
         dataset=settings.dataset,
         backbone=settings.backbone,
@@ -529,7 +534,7 @@ def create_network(settings: TrainSettings, dataset: Dataset) -> SegmentationNet
     backbone = create_backbone(features, low_level=settings.decoder)
     channels = _known(settings.branch_channels)
     context = DensePredictionCell(
-        load_cell(str(settings.run / "best_cells" / "rank_01.json") if settings.run else settings.cell or "dpc"),
+        cell,
         backbone.channels,
         branch_channels=channels,
         cell_channels=channels,
@@ -541,12 +546,22 @@ def create_network(settings: TrainSettings, dataset: Dataset) -> SegmentationNet
     return SegmentationNetwork(backbone, SegmentationHead(context, len(dataset.class_names)), decoder)
 
 
+def _best_cell(run: Path) -> Cell:
+    """Of a search. Raises InputError for a folder that is none, or has no cell with a score yet."""
+    path = run / "best_cells" / "rank_01.json"
+    if not path.is_file():
+        raise InputError(f"--run {run} has no {path.relative_to(run)}: give the folder of a search that has scored a cell")
+    return load_cell(str(path))
+
+
 def _initial_network(settings: TrainSettings, dataset: Dataset) -> SegmentationNetwork:
     try:
         network, description = load_network(_known(settings.init))
     except ValueError as error:
         raise InputError(f"{error}; correct --init") from error
     if tuple(description["class_names"]) != dataset.class_names:
+        known = len(description["class_names"])
+        print(f"{settings.init} knows {known} other classes: the classifier begins anew", file=sys.stderr)
         network.head = SegmentationHead(network.head.context, len(dataset.class_names))
     network.head.context.dropout.p = settings.dropout
     return network

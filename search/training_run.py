@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from search.cli import InputError
+from search.cli import InputError, differences
 from search.features import write_json
 
 _COLUMNS = ("iteration", "loss", "learning_rate", "mean_iou")
@@ -139,13 +139,12 @@ def _check_settings(directory: Path, settings: dict[str, Any]) -> None:
     if not path.exists():
         return
     try:
-        before = dict(json.loads(path.read_text(encoding="utf-8"))["settings"])
+        description = json.loads(path.read_text(encoding="utf-8"))
+        before, command = dict(description["settings"]), str(description["command"])
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged ({error}): delete the folder {directory} and train again") from error
-    for field in sorted(before.keys() | settings.keys()):
-        if before.get(field) != settings.get(field):
-            flag = _FLAGS.get(field, f"--{field.replace('_', '-')}")
-            raise InputError(
-                f"training {directory} was started with {flag} {before.get(field)}, now it is {settings.get(field)}: "
-                "use the same value, give another --out, or delete that folder"
-            )
+    if different := differences(before, settings, _FLAGS):
+        raise InputError(
+            f"training {directory} was started with {different}: use the same values ({command}), give another --out, "
+            "or delete that folder"
+        )

@@ -101,7 +101,8 @@ def open_dataset(name: str, split: str, data_dir: Path | None) -> Dataset:
     dataset = open_unchecked(name, split, data_dir)
     first, *others = dataset.problems() or [""]
     if others:
-        first += f" ({len(others)} more: `python -m search.datasets check {name} --data-dir {data_dir}` lists them)"
+        folder = f" --data-dir {data_dir}" if data_dir is not None else ""
+        first += f" ({len(others)} more: `python -m search.datasets check {name}{folder}` lists them)"
     if first:
         raise InputError(first)
     return dataset

@@ -120,6 +120,11 @@ class FileDataset:
 
     def problems(self) -> list[str]:
         absent = [path for pair in self.pairs for path in pair[1:] if path is not None and not path.is_file()]
+        labels = {pair.label for pair in self.pairs if pair.label is not None}
+        if len(labels) > 1 and labels.issubset(absent):  # of which each by itself would say too little
+            fault = f"none of the {len(labels)} labels of {self.split} is there, such as {min(labels)}{self.alternative}"
+            fault += ": restore them, or correct where labels are looked for"
+            return [*self.faults, fault, *(self._absence(path) for path in absent if path not in labels)]
         return [*self.faults, *map(self._absence, absent)]
 
     def _attempt(self, read: Callable[[Path], NDArray[np.uint8]], path: Path) -> tuple[NDArray[np.uint8] | None, str]:
@@ -133,7 +138,7 @@ class FileDataset:
 
     def _absence(self, path: Path) -> str:
         return (
-            f"{path}{self.alternative} is missing though {self.listing} lists it; "
+            f"{path}{self.alternative} is missing though {self.listing} names it; "
             "restore the file, or take the picture out of the split"
         )
 

@@ -187,7 +187,7 @@ BAD_INPUT: dict[str, tuple[Callable[[Path], list[str]], str]] = {
 }
 BAD_SEARCH = BAD_INPUT | {
     "no cells": (add("--cells", "0"), r"--cells must be at least 1, got 0"),
-    "crop size": (add("--crop-size", "50", "33"), r"--crop-size 50 must be 16·k \+ 1, at most 17"),
+    "crop size": (add("--crop-size", "50", "33"), r"--crop-size 50 33 must be 16·k \+ 1 each, at most 17 \d+,"),
     "sampler": (add("--sampler", "bayes"), r"--sampler bayes is unknown"),
     "unwritable runs": (in_the_way("--runs-dir"), r"cannot write .*file.*: give another --runs-dir"),
 }

@@ -270,9 +270,9 @@ BAD_FILES: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "image missing": (
         IMAGE,
         Path.unlink,
-        r"train/0001TP_0\.png \(or \.webp\) is missing though .*train\.txt lists it; restore",
+        r"train/0001TP_0\.png \(or \.webp\) is missing though .*train\.txt names it; restore",
     ),
-    "label missing": (LABEL, Path.unlink, r"trainannot/0001TP_0\.png \(or \.webp\) is missing though .* lists it; restore"),
+    "label missing": (LABEL, Path.unlink, r"trainannot/0001TP_0\.png \(or \.webp\) is missing though .* names it; restore"),
     "image truncated": (IMAGE, truncate, r"train/0001TP_0\.png is truncated or unreadable .* restore"),
     "image no picture": (IMAGE, lambda p: p.write_text("hello"), r"train/0001TP_0\.png is truncated or unreadable .* restore"),
     "image of no bytes": (IMAGE, lambda p: p.write_bytes(b""), r"train/0001TP_0\.png is truncated or unreadable .* restore"),

@@ -164,7 +164,7 @@ def test_every_problem_is_listed(tmp_path: Path, capsys: pytest.CaptureFixture[s
         r"val has 1 instead of 2 pictures; restore .*leftImg8bit/val and what belongs to it",
         r"trainval has 4 instead of 5 pictures; restore",
         rf"label .*{names[0]}_gtFine_labelIds\.png holds the value 77; allowed are 7, 8, .* for void: it must be a",
-        rf".*{names[1]}_gtFine_labelIds\.png is missing though .*leftImg8bit/train lists it; restore the file",
+        rf".*{names[1]}_gtFine_labelIds\.png is missing though .*leftImg8bit/train names it; restore the file",
         rf"label .*{names[2]}_gtFine_labelIds\.png is 6×8, its image .* is 5×8 \(height × width\); they must be equal",
         rf"picture .*{val}_leftImg8bit\.png is truncated .*; picture .*{val}_gtFine_labelIds\.png is truncated",
     ]

@@ -248,7 +248,11 @@ def test_bad_place_is_refused(tmp_path: Path) -> None:
 def test_missing_and_superfluous_files_are_named(tmp_path: Path) -> None:
     path = write_folders(tmp_path / "folders")
     (tmp_path / "folders" / "train" / "labels" / "a.png").unlink()
-    with pytest.raises(InputError, match=r"train/labels/a\.png is missing though .*train/images lists it; restore the file"):
+    with pytest.raises(InputError, match=r"train/labels/a\.png is missing though .*train/images names it; restore the file"):
+        open_dataset(str(path), "train", None)
+    for label in (tmp_path / "folders" / "train" / "labels").iterdir():
+        label.unlink()
+    with pytest.raises(InputError, match=r"none of the \d labels of train is there, such as .*train/labels/a\.png: restore"):
         open_dataset(str(path), "train", None)
     (tmp_path / "folders" / "val" / "images" / "b.png").unlink()
     with pytest.raises(InputError, match=r"label .*val/labels/b\.png has no image; restore the image, or remove the label"):

@@ -175,7 +175,7 @@ BAD_FOLDERS: dict[str, tuple[str, str, Callable[[Path], object], str]] = {
         "cityscapes",
         "val",
         remove("gtFine/val/*/*labelIds.png"),
-        r"_gtFine_labelIds\.png is missing though .*leftImg8bit/val lists it; .* \(1 more: `python -m search.datasets check ",
+        r"none of the 2 labels of val is there, such as .*_gtFine_labelIds\.png: restore them",
     ),
     "cityscapes: a file among the cities": (
         "cityscapes",
@@ -218,7 +218,7 @@ BAD_FOLDERS: dict[str, tuple[str, str, Callable[[Path], object], str]] = {
         "pascal_voc",
         "train_aug",
         add_converted_without_image,
-        r"2010_000002\.jpg is missing though .*SegmentationClassAug lists it",
+        r"2010_000002\.jpg is missing though .*SegmentationClassAug names it",
     ),
     "voc: label value": (
         "pascal_voc",

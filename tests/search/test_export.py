@@ -229,6 +229,11 @@ def test_bad_input_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     assert [each.name for each in tmp_path.iterdir()] == ["head.safetensors"]
 
 
+def test_a_head_given_as_a_network_is_sent_to_its_own_flag(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"not in the format .*; give a head as --head, a whole network as --network"):
+        main(ExportSettings(network=head_file(tmp_path), out=tmp_path / "x.pt2"))
+
+
 def test_lacking_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search.export, "find_spec", lambda name: None if name == "onnxscript" else True)
     with pytest.raises(InputError, match=r"--format onnx needs onnxscript: pip install -e '\.\[export\]'"):

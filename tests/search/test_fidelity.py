@@ -382,7 +382,7 @@ def test_settings_of_another_protocol_do_not_matter(
         ({"protocols": ()}, "--protocols must name"),
         ({"large_weights": None}, "give --large-weights FILE, or --large-pretrained"),
         ({"large_backbone": "no_such_model"}, "correct --large-backbone, --large-weights"),
-        ({"crop_size": (32, 32)}, "--crop-size 32 must be"),
+        ({"crop_size": (32, 32)}, "--crop-size 32 32 must be"),
         ({"end_to_end_min_scale": 0.0}, "^--end-to-end-min-scale must be above 0"),
     ],
 )

@@ -182,9 +182,8 @@ def test_schedule_and_weight_decay(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("crop", [(40, 33), (33, 40), (65, 33), (33, 81), (0, 33), (-15, 33)])
 def test_a_crop_that_does_not_fit_is_refused(crop: tuple[int, int]) -> None:
-    wrong = next(extent for extent in crop if extent != 33)
-    largest = label_size(SIZE)[crop.index(wrong)]
-    with pytest.raises(InputError, match=rf"--crop-size {wrong} must be 16·k \+ 1, at most {largest}"):
+    height, width = label_size(SIZE)
+    with pytest.raises(InputError, match=rf"--crop-size {crop[0]} {crop[1]} must be 16·k \+ 1 each, at most {height} {width}"):
         make_task(crop_size=crop)
 
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable, Sequence
@@ -120,6 +121,7 @@ def test_the_best_cells_are_trained_and_ranked_again(tiny: RerankSettings, run: 
     for proxy_rank, record in enumerate(best, start=1):
         row = table[f"trial {record.number}"]
         folder = uninterrupted / f"{cell_hash(record.cell)}-0-0"
+        assert row["folder"] == folder.name
         network, description = load_network(folder / "last.safetensors")
         assert record.result is not None
         assert (int(row["proxy_rank"]), float(row["proxy_mean_iou"])) == (proxy_rank, record.result.mean_iou)
@@ -155,15 +157,21 @@ def test_the_same_command_again_prints_the_same_table(
     printed = capsys.readouterr().out
     assert all(name in printed for name in rows(uninterrupted))
     assert "3 cells: Spearman's ρ = " in printed
+    network = re.search(r"^its network: (.+)$", printed, re.MULTILINE)
+    assert network is not None
+    assert load_network(Path(network[1]))[0].head.context.cell == Cell.load(uninterrupted / "best_cell.json")
     assert "the same command goes on" not in printed
 
 
-def test_more_seeds_and_cells_keep_what_is_trained(tiny: RerankSettings, uninterrupted: Path, tmp_path: Path) -> None:
+def test_more_seeds_and_cells_keep_what_is_trained(
+    tiny: RerankSettings, uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     small = replace(tiny, out=tmp_path, top=1, compare=())
     search.rerank.main(small)
     times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/result.json")}
     assert len(times) == 1
     search.rerank.main(replace(small, top=2, seeds=2))
+    assert "takes 3 cells of the search; here are 2" in capsys.readouterr().out
     assert all(path.stat().st_mtime_ns == time for path, time in times.items())
     outcomes = results(tmp_path)
     assert len(outcomes) == 4

@@ -175,11 +175,15 @@ def test_another_storage_is_kept_in_the_settings(tmp_path: Path) -> None:
 )
 def test_other_settings_are_refused_by_flag(directory: Path, field: str, value: object, flag: str) -> None:
     settings = (directory / "settings.json").read_bytes()
-    with pytest.raises(
-        InputError, match=f"was started with {flag}, now it is .*: use the same value, another --name, or delete"
-    ):
+    remedy = r"use the same values \(python -m search.random .*\), another --name, or delete"
+    with pytest.raises(InputError, match=f"was started with {flag}, now it is .*: {remedy}"):
         begin(directory, {field: value}).__enter__()
     assert (directory / "settings.json").read_bytes() == settings
+
+
+def test_all_other_settings_are_named_at_once(directory: Path) -> None:
+    with pytest.raises(InputError, match=r"--iterations 10, now it is 20, and --learning-rate 0\.1, now it is 0\.2: "):
+        begin(directory, {"iterations": 20, "learning_rate": 0.2}).__enter__()
 
 
 def test_a_second_process_is_refused(directory: Path) -> None:

@@ -364,10 +364,11 @@ def test_a_network_on_plain_convolutions_is_one_file(tmp_path: Path, decoder: bo
         assert torch.equal(load_network(tmp_path / "n.safetensors")[0](images), network(images))
 
 
-def test_other_classes_begin_with_a_new_classifier(tiny: TrainSettings, tmp_path: Path) -> None:
+def test_other_classes_begin_with_a_new_classifier(tiny: TrainSettings, capsys: pytest.CaptureFixture[str]) -> None:
     dataset = open_dataset("shapes", "val", None)
     network = search.train.create_network(complete(replace(tiny, dataset="shapes", data_dir=None)), dataset)
     assert network.head.classifier.out_channels == len(dataset.class_names)
+    assert "other classes: the classifier begins anew" in capsys.readouterr().err
     assert tiny.init is not None
     expected = load_network(tiny.init)[0].backbone.state_dict()
     assert all(torch.equal(value, expected[key]) for key, value in network.backbone.state_dict().items())
@@ -397,6 +398,7 @@ def test_defaults_are_the_papers_but_for_shapes() -> None:
         ({"accumulate": 3}, "--batch-size 4 cannot be divided into 3"),
         ({"init": Path("absent.safetensors")}, r"absent\.safetensors.*--init"),
         ({"train_split": "nonsense"}, "split 'nonsense'"),
+        ({"init": None, "run": Path("runs/nope")}, r"--run runs/nope has no best_cells/rank_01\.json: give the folder"),
     ],
 )
 def test_what_cannot_work_is_refused(tiny: TrainSettings, tmp_path: Path, change: dict[str, Any], message: str) -> None:
