@@ -195,40 +195,45 @@ def _bars(groups: list[list[Row]]) -> float:
     return 0.9 + sum(0.26 * sum(row.median_ms is not None for row in group) + 0.15 for group in groups)
 
 
-def _scatter(ax: Axes, groups: list[list[Row]]) -> None:
-    points = []
-    for group in groups:
-        mine, other = ours(group), best_other(group)
-        if mine and other:
-            points.append((other.median_ms or 0.0, mine.median_ms or 0.0, group[0]))
+def _cells(ax: Axes, groups: list[list[Row]]) -> None:
+    """A point per cell; those that have a name are ringed."""
+    points = [(mine.median_ms or 0.0, value, mine) for group in groups if (mine := ours(group)) and (value := ratio(group))]
     for mode, colour in _MODE_COLOURS.items():
-        chosen = [(x, y) for x, y, row in points if row.mode == mode]
-        if chosen:
-            x_ms, y_ms = zip(*chosen, strict=True)
-            ax.scatter(x_ms, y_ms, color=colour, s=22, alpha=0.75, edgecolor="none", label=mode)
-    for x, y, row in points:
-        if not row.case.startswith("random"):
-            ax.annotate(row.case, (x, y), (6, -4), textcoords="offset points", fontsize=8, color=INK)
-    others, mine_ms = [x for x, _, _ in points] or [1.0], [y for _, y, _ in points] or [1.0]
-    ends = np.array([min(others) / 1.3, max(others) * 1.3])
-    for factor in (1, 2, 4, 8):
-        ax.plot(ends, ends / factor, color=INK, linewidth=0.8, alpha=0.5, linestyle="-" if factor == 1 else (0, (4, 3)))
-        ax.annotate(f"{factor}×", (ends[1], ends[1] / factor), (4, 0), textcoords="offset points", va="center", fontsize=8)
-    ax.set(xscale="log", yscale="log", xlim=(ends[0], ends[1]), ylim=(min(*mine_ms, ends[0]) / 1.5, max(*mine_ms, ends[1])))
-    for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_formatter("{x:g}")
-        axis.set_minor_formatter("{x:g}")
-        axis.set_tick_params(which="minor", labelsize=7, colors=INK)
-    ax.set(xlabel="best other provider, ms", ylabel="ours, ms")
-    ax.legend(frameon=False, fontsize=8, loc="upper left")
+        times, ratios = (
+            [ms for ms, _, row in points if row.mode == mode],
+            [value for _, value, row in points if row.mode == mode],
+        )
+        ax.scatter(times, ratios, color=colour, s=26, alpha=0.75, edgecolor="none", label=mode)
+    named = [point for point in points if not point[2].case.startswith("random")]
+    for i, (ms, value, row) in enumerate(named):
+        ax.scatter(ms, value, s=52, facecolor="none", edgecolor=INK, linewidth=1.0)
+        line = {"arrowstyle": "-", "color": INK, "linewidth": 0.6, "shrinkB": 4.0}
+        place = (0, -24 if i % 2 else 24)  # the published cells lie close together
+        ax.annotate(
+            row.case,
+            (ms, value),
+            place,
+            textcoords="offset points",
+            ha="center",
+            va="center",
+            fontsize=8,
+            color=INK,
+            arrowprops=line,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0},
+        )
+    ax.axhline(1.0, color=INK, linewidth=1.0)
+    ax.set_ylim(0, max([1.0, *(value for _, value, _ in points)]) * 1.2)
+    ax.yaxis.set_major_formatter("{x:g}×")
+    ax.margins(x=0.08)
+    ax.set_xlabel("ours, milliseconds")
+    show_grid(ax, "y")
+    ax.legend(frameon=False, fontsize=8, loc="lower right")
 
 
 _DRAWERS: dict[Suite, Callable[[list[list[Row]]], list[list[_Panel]]]] = {
     "ops": _ops,
     "loss": lambda groups: [[_Panel(_times, groups, "Loss", _bars(groups))]],
-    "cell": lambda groups: [
-        [_Panel(_scatter, groups, "Cells: our time against the best other's; lines: times as quick", 4.4)]
-    ],
+    "cell": lambda groups: [[_Panel(_cells, groups, "Cells: best other time / ours", 3.4)]],
     "proxy": lambda groups: [[_Panel(_times, groups, "Proxy iteration", _bars(groups))]],
     "search": lambda groups: [[_Panel(_cells_per_hour, groups, "Search", _bars(groups))]],
 }

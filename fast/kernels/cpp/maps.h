@@ -74,19 +74,32 @@ inline void gradient_row(T* out, const Gradient<T>& g, long start, long c, long 
     else each_vector<T>(size, [&](long i) { store(out + i, load(grad + i) + (p * load(raw + i) + q)); });
 }
 
+// A sum along a row: of vectors by turns, since one chain of additions would wait for itself, and of what is left.
+template <class T>
+struct Sum {
+    V<T> even{}, odd{};
+    T rest = 0;
+    T total() const { return sum<T>(even + odd) + rest; }
+};
+
 // From the gradient of a value to that of its raw map, in place; adds what scale and offset get.
 template <class T>
 inline void normalise_row_backward(T* grad, const T* raw, T a, T b, long size, double* grad_scale, double* grad_offset) {
-    T s = 0, o = 0;
-#pragma omp simd reduction(+ : s, o)
-    for (long i = 0; i < size; i++) {
-        const T g = a * raw[i] + b > 0 ? grad[i] : T(0);
-        s += g * raw[i];
+    Sum<T> s, o;
+    const auto back = [=](auto gradient, auto x, auto zero, auto& s, auto& o) {
+        const auto g = a * x + b > zero ? gradient : zero;
+        s += g * x;
         o += g;
-        grad[i] = g * a;
+        return g * a;
+    };
+    long i = 0;
+    for (; i + 2 * L<T> <= size; i += 2 * L<T>) {
+        store(grad + i, back(load(grad + i), load(raw + i), V<T>{}, s.even, o.even));
+        store(grad + i + L<T>, back(load(grad + i + L<T>), load(raw + i + L<T>), V<T>{}, s.odd, o.odd));
     }
-    *grad_scale += s;
-    *grad_offset += o;
+    for (; i < size; i++) grad[i] = back(grad[i], raw[i], T(0), s.rest, o.rest);
+    *grad_scale += s.total();
+    *grad_offset += o.total();
 }
 
 inline uint64_t mix(uint64_t x) {  // splitmix64's finaliser
@@ -102,8 +115,9 @@ inline void dropout_row(T* values, Dropout dropout, uint64_t row, long first, lo
     const uint32_t key = uint32_t(mix(dropout.seed + 0x9e3779b97f4a7c15u * (row + 1)));
     const uint32_t threshold = uint32_t(std::min(dropout.rate * 4294967296.0, 4294967295.0));
     const T kept = dropout.rate < 1 ? T(1 / (1 - dropout.rate)) : T(0);
-    for (long i = 0; i < size; i++) {
-        uint32_t x = uint32_t(first + i) * 0x9e3779b9u + key;
+    uint32_t place = uint32_t(first) * 0x9e3779b9u + key;
+    for (long i = 0; i < size; i++, place += 0x9e3779b9u) {
+        uint32_t x = place;
         x = (x ^ (x >> 16)) * 0x7feb352du;
         x = (x ^ (x >> 15)) * 0x846ca68bu;
         x ^= x >> 16;
@@ -118,15 +132,16 @@ struct Moments {
 template <class T>
 inline Moments row_moments(const T* x, long size) {
     const T shift = x[0];  // one of the values: what is squared is then no larger than their spread
-    T s = 0, s2 = 0;
-#pragma omp simd reduction(+ : s, s2)
-    for (long i = 0; i < size; i++) {
-        const T deviation = x[i] - shift;
-        s += deviation;
-        s2 += deviation * deviation;
+    Sum<T> sums, squares;
+    const auto add = [](auto deviation, auto& s, auto& s2) { s += deviation, s2 += deviation * deviation; };
+    long i = 0;
+    for (; i + 2 * L<T> <= size; i += 2 * L<T>) {
+        add(load(x + i) - shift, sums.even, squares.even);
+        add(load(x + i + L<T>) - shift, sums.odd, squares.odd);
     }
-    const double m2 = double(s2) - double(s) * s / size;
-    return {double(shift) + double(s) / size, m2 < 0 ? 0 : m2, double(size)};
+    for (; i < size; i++) add(x[i] - shift, sums.rest, squares.rest);
+    const double s = sums.total(), m2 = double(squares.total()) - s * s / size;
+    return {double(shift) + s / size, m2 < 0 ? 0 : m2, double(size)};
 }
 
 inline void merge(Moments& all, const Moments& part) {  // Chan et al., 1979

@@ -247,6 +247,18 @@ def test_loss_where_neighbouring_logits_are_far_apart(scale: float) -> None:
     """Between two rows that prefer other classes by far, all logits lie far below a straight line through the largest."""
     logits = scale * torch.randn(2, 5, 6, 7, generator=torch.Generator().manual_seed(0))
     labels = torch.randint(0, 5, (2, 21, 25), generator=torch.Generator().manual_seed(1))
+    assert_loss_within_budget(logits, labels)
+
+
+@pytest.mark.parametrize("rise", [10.0, 100.0, 400.0, 4000.0])
+def test_loss_where_one_class_rises_from_far_below_to_level_with_another(rise: float) -> None:
+    """Its power at the upper row is less than a float holds; the rows below must not grow from what it was rounded to."""
+    logits = torch.zeros(1, 2, 2, 3)
+    logits[0, 1, 0] = -rise
+    assert_loss_within_budget(logits, torch.zeros(1, 5, 9, dtype=torch.uint8))
+
+
+def assert_loss_within_budget(logits: Tensor, labels: Tensor) -> None:
     results = []
     for given, backend in ((logits, cpu), (logits.double(), None), (logits, None)):
         leaf = given.clone().requires_grad_()
