@@ -1,9 +1,12 @@
 """How every command of `search` meets its user: flags from a dataclass, one clear sentence for bad input, clean Ctrl-C."""
 
 import re
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any, TypeVar
 
 import tyro
@@ -73,6 +76,31 @@ def run_command(
     except KeyboardInterrupt:
         print("\nstopped" + "; the same command goes on from here" * goes_on, file=sys.stderr)
         sys.exit(130)
+
+
+@contextmanager
+def ctrl_c_waits() -> Iterator[None]:
+    """What is inside comes to its end before Ctrl-C ends the program, which a second one does at once.
+
+    For the database: interrupted between its lines it prints tracebacks of its own.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if not callable(before) or threading.current_thread() is not threading.main_thread():  # only that one may set handlers
+        yield
+        return
+    pressed = []
+
+    def wait(number: int, frame: FrameType | None) -> None:
+        pressed.append(number)
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, wait)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        signal.raise_signal(signal.SIGINT)
 
 
 def _is_full_memory(error: Exception) -> bool:

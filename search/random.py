@@ -22,7 +22,7 @@ from tqdm import tqdm
 from fast.bilinear_resize import bilinear_resize
 from fast.checkpoint import load_head, save_head
 from reference.cell import NUM_BRANCHES, Cell
-from search.cli import InputError, run_command
+from search.cli import InputError, ctrl_c_waits, run_command
 from search.datasets import open_dataset
 from search.features import FeatureCache, FeatureSettings, open_cache, prepare_caches, resolve_device, write_text
 from search.proxy import ProxyResult, ProxySettings, ProxyTask, crop_in_features
@@ -148,20 +148,24 @@ class _Search:
 
     def _compare(self, name: str, cell: Cell) -> None:
         done = self.study.compared(name)
-        comparison = self.study.comparison
         for seed in range(self.settings.comparison_seeds):
             if seed in done:
                 continue
             print(f"comparison: {name}, seed {seed}", file=sys.stderr)
             self.workers.submit(Job(name, cell, (self.settings.seed, 1, seed)))
             outcome = self.workers.wait()
-            if outcome.result is None:
-                print(f"comparison: {name}, seed {seed} failed: {outcome.failure}", file=sys.stderr)
-                self.study.tell_comparison_failure(comparison.ask().number, name, seed, outcome.failure or "unknown")
-                continue
-            if seed == 0:
-                self._save(outcome, f"{name.replace(' ', '_')}_seed0")
-            self.study.tell(comparison, comparison.ask().number, cell, outcome.result, name=name, seed=seed)
+            with ctrl_c_waits():
+                self._finish_comparison(outcome, name, seed)
+
+    def _finish_comparison(self, outcome: Outcome[ProxyResult], name: str, seed: int) -> None:
+        number = self.study.comparison.ask().number
+        if outcome.result is None:
+            print(f"comparison: {name}, seed {seed} failed: {outcome.failure}", file=sys.stderr)
+            self.study.tell_comparison_failure(number, name, seed, outcome.failure or "unknown")
+            return
+        if seed == 0:
+            self._save(outcome, f"{name.replace(' ', '_')}_seed0")
+        self.study.tell(self.study.comparison, number, outcome.job.cell, outcome.result, name=name, seed=seed)
 
     def _search(self) -> None:
         records = self.study.records()
@@ -176,8 +180,12 @@ class _Search:
         with tqdm(total=self.settings.cells, initial=len(finished), desc="search", unit="cell") as bar:
             while True:
                 bar.set_postfix(best_mIOU=f"{100 * best:.2f}%", failed=failed)
-                while len(running) < self.workers.capacity and (trial := self._next_trial(queue, finished, running)):
-                    running |= self._start(trial, finished)
+                while len(running) < self.workers.capacity:
+                    with ctrl_c_waits():
+                        trial = self._next_trial(queue, finished, running)
+                        if trial is None:
+                            break
+                        running |= self._start(trial, finished)
                     bar.update(trial.number in finished)
                 if not running:
                     return
@@ -185,7 +193,8 @@ class _Search:
                 running.remove(outcome.job.key)
                 finished.add(outcome.job.key)
                 failed += outcome.failure is not None
-                best = max(best, self._finish_trial(outcome, best))
+                with ctrl_c_waits():
+                    best = max(best, self._finish_trial(outcome, best))
                 bar.update()
 
     def _next_trial(self, queue: list[optuna.Trial], finished: set[int], running: set[int]) -> optuna.Trial | None:

@@ -4,6 +4,7 @@ timm's smallest models take several times as long per image on a CPU, and would 
 one, of four times the multiply-adds, is there to tell whether cells rank alike on both (`search.fidelity`).
 """
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,8 @@ def shapes_backbone(cache_dir: Path, output_stride: int, *, name: str = SMALL_BA
     """
     backbone = plain_backbone(name, SHAPES_BACKBONES[name], output_stride=output_stride, low_level=low_level)
     dataset = open_dataset("shapes", "train", None)
-    path = cache_dir / f"{name}-os{output_stride}-{dataset.fingerprint()[:8]}.safetensors"
+    recipe = hashlib.sha256(Path(__file__).read_bytes() + dataset.fingerprint().encode()).hexdigest()  # how, and on what
+    path = cache_dir / f"{name}-os{output_stride}-{recipe[:8]}.safetensors"
     if not path.exists():
         try:
             cache_dir.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from reference.cell import Cell
-from search.cli import InputError, differences
+from search.cli import InputError, ctrl_c_waits, differences
 from search.features import write_json
 from search.proxy import ProxyResult
 from search.space import canonical_form
@@ -162,7 +162,9 @@ def open_run(
             description = {"id": run_id, "settings": settings, "storage": storage, "command": shlex.join(command)}
             description["features"] = json.loads(json.dumps(features, default=str))
             write_json(directory / "settings.json", description | {"class_names": class_names, "palette": palette.tolist()})
-            yield Study(directory, url, run_id, sampler)
+            with ctrl_c_waits():
+                study = Study(directory, url, run_id, sampler)
+            yield study
     except Timeout as error:
         raise InputError(f"{directory} is in use by another process: wait for it, or give another --name") from error
     except (SQLAlchemyError, optuna.exceptions.OptunaError, ImportError) as error:

@@ -6,7 +6,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from PIL import Image
 
 import search.features
 import search.random
-from search.cli import InputError, run_command
+from search.cli import InputError, ctrl_c_waits, run_command
 from search.features import FeatureSettings
 from search.random import RandomSettings
 
@@ -268,3 +269,45 @@ def test_a_real_ctrl_c_stops_a_search_cleanly(tmp_path: Path, weights: Path) -> 
     assert error.endswith("stopped; the same command goes on from here\n")
     assert "report:" in output or "no cell has a score yet" in error
     assert (tmp_path / "runs/camvid/settings.json").exists()
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C as a program in a terminal meets it, also where a test runner ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_ctrl_c_waits_for_the_end_of_a_block_but_a_second_one_does_not() -> None:
+    for times, expected in ((1, ["done"]), (2, [])):
+        work: list[str] = []
+        with pytest.raises(KeyboardInterrupt):
+            _press_ctrl_c(times, work)
+        assert work == expected
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def _press_ctrl_c(times: int, work: list[str]) -> None:
+    with ctrl_c_waits():
+        for _ in range(times):
+            signal.raise_signal(signal.SIGINT)
+        work.append("done")
+
+
+def test_ctrl_c_waits_where_no_handler_can_be_set() -> None:
+    """In another thread, or where a shell lets its background jobs ignore Ctrl-C."""
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(_pass_through).result()
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        _pass_through()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _pass_through() -> None:
+    with ctrl_c_waits():
+        pass
