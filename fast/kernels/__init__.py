@@ -163,10 +163,12 @@ def using(backend: Backend | None) -> Iterator[None]:
 
 def backend_for(x: Tensor) -> Backend | None:
     """The kernels for maps such as x; None where the library computes: chosen so, traced, or no kernels for x."""
+    if torch.compiler.is_compiling():  # asked first: torch.compile of torch 2.11 cannot trace a ContextVar
+        return None
     chosen = _chosen.get()
     if not isinstance(chosen, str):
         return chosen
-    traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    traced = torch._C._get_tracing_state() is not None  # torch.jit.trace, ONNX
     traced = traced or torch._C._functorch.peek_interpreter_stack() is not None  # torch.func, vmap
     if traced or type(x) not in (Tensor, torch.nn.Parameter) or x.numel() == 0:
         return None
