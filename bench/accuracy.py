@@ -9,8 +9,10 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from bench.cases import Parts, Truth, array
+from bench.cases import Parts, Truth
 from reference.batch_norm import Array
 
 # What nobody may exceed. float32 leaves room for TF32's ten bits of mantissa, which libraries use for it on a GPU, and for
@@ -30,11 +32,11 @@ class Error(NamedTuple):
     rms: float
 
 
-def error_of(actual: Parts, expected: Truth) -> Error:
-    """Compare a workload's parts with the truth, or with another workload's."""
+def error_of(actual: Parts, expected: Truth | Parts) -> Error:
+    """Compare a workload's parts with the truth, or with another workload's; in float64, where the parts are."""
     if actual.keys() != expected.keys():
         return Error(np.inf, np.inf)
-    errors = [_error(_joined(map(array, actual[kind])), _joined(expected[kind])) for kind in expected]
+    errors = [_error(_joined(actual[kind]), _joined(expected[kind])) for kind in expected]
     return Error(max(error.maximum for error in errors), max(error.rms for error in errors))
 
 
@@ -44,18 +46,14 @@ def budget(dtype: str, yardstick: Error | None = None) -> float:
     return limit if yardstick is None else min(limit, MULTIPLE * yardstick.rms + FLOOR[dtype])
 
 
-def as_truth(parts: Parts) -> Truth:
-    """A workload's parts as what others are compared with."""
-    return {kind: [array(part) for part in tensors] for kind, tensors in parts.items()}
-
-
-def _error(actual: Array, expected: Array) -> Error:
-    if actual.shape != expected.shape or not np.isfinite(actual).all():
+def _error(actual: Tensor, expected: Tensor) -> Error:
+    if actual.shape != expected.shape or not actual.isfinite().all():
         return Error(np.inf, np.inf)
-    scale = float(np.abs(expected).max(initial=0.0)) or 1.0
-    difference = np.abs(actual - expected) / scale
-    return Error(float(difference.max(initial=0.0)), float(np.sqrt(np.mean(difference**2))))
+    expected = expected.to(actual.device)
+    scale = float(expected.abs().max()) or 1.0
+    difference = (actual - expected).abs_() / scale
+    return Error(float(difference.max()), float(difference.square_().mean().sqrt()))
 
 
-def _joined(parts: Iterable[Array]) -> Array:
-    return np.concatenate([np.ravel(part) for part in parts] or [np.zeros(1)])
+def _joined(parts: Iterable[Tensor | Array]) -> Tensor:
+    return torch.cat([torch.as_tensor(part).detach().double().ravel() for part in parts] or [torch.zeros(1).double()])

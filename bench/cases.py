@@ -49,9 +49,10 @@ from reference.upsampled_cross_entropy import (
     upsampled_cross_entropy as reference_upsampled_cross_entropy,
 )
 
-Suite = Literal["ops", "loss", "cell", "proxy", "search"]
-SUITES: tuple[Suite, ...] = ("ops", "loss", "cell", "proxy", "search")
+Suite = Literal["proxy", "loss", "search", "cell", "ops"]
+SUITES: tuple[Suite, ...] = ("proxy", "loss", "search", "cell", "ops")  # what matters most first, what takes longest last
 
+DType = Literal["float32", "bfloat16", "float16"]
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 Parts = dict[str, list[Tensor]]  # what a call computed, by kind: "output", "gradients", ...
 Truth = dict[str, list[Array]]
@@ -72,7 +73,7 @@ class Provider:
     def memory_format(self, device: torch.device) -> torch.memory_format:
         """Of the maps: torch.compile gets what suits the device, ours what its kernels want."""
         if self.is_ours:
-            backend = kernels.backend_for(torch.empty(0, device=device)) if self.uses_kernels else None
+            backend = kernels.backend_for(torch.empty(1, device=device)) if self.uses_kernels else None
             return torch.contiguous_format if backend is None else backend.memory_format
         wide = self.channels_last or (self.compile_mode is not None and device.type == "cuda")
         return torch.channels_last if wide else torch.contiguous_format

@@ -5,6 +5,7 @@ same command at the same commit goes on with the next case.
 """
 
 import csv
+import hashlib
 import io
 import itertools
 import json
@@ -27,6 +28,7 @@ from search.features import write_json, write_text
 
 OK, WRONG, FAILED, NOT_SUPPORTED = "ok", "WRONG", "failed", "not supported here"
 ROOT = Path(__file__).parents[1]
+SOURCES = ("reference", "fast", "search", "bench")  # what a benchmark's times depend on
 _UNFINISHED = ".unfinished.json"
 
 
@@ -122,7 +124,7 @@ def forget_unfinished(folder: Path, results: Results) -> None:
 
 def load_unfinished(folder: Path, command: Mapping[str, object], environment: Environment) -> Results | None:
     """A stopped run of the same flags, machine, versions and commit; none if the code has changes that no commit names."""
-    if environment.commit == "unknown" or environment.commit.endswith("-dirty"):
+    if environment.commit.endswith("-dirty"):
         return None
     for path in sorted(folder.glob("*" + _UNFINISHED)):
         try:
@@ -214,11 +216,16 @@ def folder_name(name: str) -> str:
 
 
 def _commit() -> str:
-    """The short hash, with -dirty where tracked or new files differ from it."""
+    """The short hash, with -dirty where tracked or new files differ from it; outside a checkout, a hash of the sources."""
     try:
         short, changes = (_git("rev-parse", "--short", "HEAD"), _git("status", "--porcelain", "--", ".", ":!bench/results"))
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        digest = hashlib.sha256()
+        for path in sorted(
+            path for room in SOURCES for path in (ROOT / room).rglob("*") if path.suffix in (".py", ".h", ".cpp")
+        ):
+            digest.update(path.read_bytes())
+        return f"sources-{digest.hexdigest()[:8]}"
     return f"{short}-dirty" if changes else short
 
 

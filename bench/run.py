@@ -14,7 +14,9 @@ import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from bench.cases import SUITES, Suite
+sys.path.insert(0, str(Path(__file__).parents[1]))  # this checkout, also where another one is installed or none
+
+from bench.cases import OURS, SUITES, DType, Suite
 from bench.measure import in_fresh_process, measure
 from bench.plots import draw
 from bench.report import table, write_markdown
@@ -43,7 +45,10 @@ class BenchSettings:
     """Check and time the fast path beside PyTorch's own ways, in one run on one device."""
 
     suite: tuple[Suite, ...] = SUITES
-    """What to measure: ops (all operations alone), loss, cell, proxy (training iterations), search (cells per hour)."""
+    """What to measure, in this order: proxy (training iterations), loss, search (cells per hour), cell, ops (all alone)."""
+    dtype: tuple[DType, ...] | None = None
+    """In which dtypes. Default: on a GPU bfloat16 and float32 (with --quick the first, with --full float16 too), on a CPU
+    float32, and bfloat16 where the processor has instructions for it."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes the GPU if there is one."""
     quick: bool = False
@@ -57,12 +62,16 @@ class BenchSettings:
 
 
 def main(settings: BenchSettings) -> None:
-    """Measure, print, write. Exits with 1 if any result was wrong or failed, with 130 after Ctrl-C."""
+    """Measure, print, write. Exits with 1 if any result of ours was wrong or failed, with 130 after Ctrl-C."""
     if settings.rounds is not None and settings.rounds < 1:
         raise InputError(f"--rounds must be at least 1, got {settings.rounds}")
     if settings.quick and settings.full:
         raise InputError("--quick and --full contradict each other: give one of them")
     device = torch.device(resolve_device(settings.device))
+    if device.type == "cpu" and "float16" in (settings.dtype or ()):
+        raise InputError("--dtype float16 is measured on a GPU alone: this run is on the CPU")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # whose stream the events are recorded in
     folder = settings.out / environment(device).folder
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -72,13 +81,13 @@ def main(settings: BenchSettings) -> None:
         raise InputError(f"another benchmark writes to {folder}: two at once would disturb each other's times") from None
     if not results.is_complete:
         sys.exit(130)
-    if any(row.status in (WRONG, FAILED) for row in results.rows):
+    if any(row.status in (WRONG, FAILED) for row in results.rows if row.provider == OURS.name):
         sys.exit(1)
 
 
 def run_and_write(settings: BenchSettings, device: torch.device, folder: Path) -> Results:
     """Begin the plan or go on with it, to its end or to Ctrl-C; print and write what is known then."""
-    plan = make_plan(settings.suite, device, quick=settings.quick, full=settings.full)
+    plan = make_plan(settings.suite, device, quick=settings.quick, full=settings.full, dtypes=settings.dtype)
     results = begin(settings, plan, device, folder)
     try:
         run_plan(plan, results, device, settings.rounds or plan.rounds, save=lambda: save_unfinished(folder, results))
@@ -95,7 +104,7 @@ def run_and_write(settings: BenchSettings, device: torch.device, folder: Path) -
 def begin(settings: BenchSettings, plan: Plan, device: torch.device, folder: Path) -> Results:
     """The stopped run of the same command, or a new one."""
     command = {"suite": list(settings.suite), "device": str(device), "quick": settings.quick, "full": settings.full}
-    command |= {"rounds": settings.rounds}
+    command |= {"rounds": settings.rounds, "dtype": settings.dtype and list(settings.dtype)}
     here = environment(device)
     if stopped := load_unfinished(folder, command, here):
         print(f"going on with {stopped.name} behind {stopped.jobs_done} cases", file=sys.stderr)

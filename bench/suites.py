@@ -16,6 +16,7 @@ from bench.cases import (
     Case,
     CellCase,
     DepthwiseCase,
+    DType,
     LossCase,
     OperationCase,
     Provider,
@@ -30,6 +31,7 @@ from search.space import load_cell
 
 PUBLISHED_RATES = tuple((h, w) for h in RATES for w in RATES)
 FEW_RATES = ((1, 1), (6, 6), (6, 21), (21, 21))  # the densest reads, two of the published cell's kind, the farthest reads
+FRESH_RATE = (6, 21)  # every process takes seconds to start
 MODES: tuple[Mode, ...] = ("inference", "training")
 NEW_CELL = "first iteration of a new cell"
 
@@ -81,7 +83,7 @@ class Job:
     """A case in one dtype, with those who compute it."""
 
     case: Case
-    dtype: str
+    dtype: DType
     providers: tuple[Provider, ...]
     in_fresh_process: tuple[Provider, ...]  # whose first call and memory are measured too
 
@@ -92,26 +94,31 @@ class Plan:
 
     jobs: tuple[Job, ...]
     omissions: tuple[str, ...]
-    dtypes: tuple[str, ...]
-    unsupported: tuple[str, ...]  # dtypes
+    dtypes: tuple[DType, ...]
+    unsupported: tuple[DType, ...]
     rounds: int
 
 
-def make_plan(suites: Sequence[Suite], device: torch.device, *, quick: bool, full: bool) -> Plan:
-    """The cases of a run, in the order of the suites."""
+def make_plan(
+    suites: Sequence[Suite], device: torch.device, *, quick: bool, full: bool, dtypes: Sequence[DType] | None = None
+) -> Plan:
+    """The cases of a run, in the order of the suites; in the given dtypes, or in those that most people use on the device."""
     scale = QUICK if quick else PAPER
-    dtypes, unsupported = supported_dtypes(device)
-    if quick:
-        dtypes = dtypes[-1:] if device.type == "cuda" else dtypes[:1]
+    supported, unsupported = supported_dtypes(device)
+    if dtypes:
+        supported, unsupported = (tuple(d for d in some if d in dtypes) for some in (supported, unsupported))
+    elif not full:
+        supported = supported[: 1 if quick else 2]
     planner = Planner(scale, device, quick=quick, full=full)
-    jobs = [planner.job(case, dtype) for case in planner.cases(suites) for dtype in dtypes if planner.takes(case, dtype)]
-    return Plan(tuple(jobs), tuple(planner.omissions(suites, unsupported)), dtypes, unsupported, scale.rounds)
+    jobs = [planner.job(case, dtype) for case in planner.cases(suites) for dtype in supported if planner.takes(case, dtype)]
+    omissions = tuple(planner.omissions(suites, supported, unsupported))
+    return Plan(tuple(jobs), omissions, supported, unsupported, scale.rounds)
 
 
-def supported_dtypes(device: torch.device) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What this machine computes in earnest, and what it would only emulate."""
+def supported_dtypes(device: torch.device) -> tuple[tuple[DType, ...], tuple[DType, ...]]:
+    """What this machine computes in earnest, the most used first, and what it would only emulate."""
     if device.type == "cuda":
-        return ("float32", "float16", "bfloat16"), ()
+        return ("bfloat16", "float32", "float16"), ()
     return (("float32", "bfloat16"), ()) if has_fast_bf16(device) else (("float32",), ("bfloat16",))
 
 
@@ -125,7 +132,7 @@ class Planner:
     full: bool
 
     def cases(self, suites: Sequence[Suite]) -> Iterator[Case]:
-        makers = {"ops": self._ops, "loss": self._loss, "cell": self._cells, "proxy": self._proxy, "search": self._search}
+        makers = {"proxy": self._proxy, "loss": self._loss, "search": self._search, "cell": self._cells, "ops": self._ops}
         for suite in dict.fromkeys(suites):
             yield from makers[suite]()
 
@@ -135,7 +142,7 @@ class Planner:
             return dtype == ("bfloat16" if has_fast_bf16(self.device) else "float32")
         return dtype != "float16" or not isinstance(case, ProxyCase)
 
-    def job(self, case: Case, dtype: str) -> Job:
+    def job(self, case: Case, dtype: DType) -> Job:
         """Who takes part."""
         if isinstance(case, SearchCase):
             return Job(case, dtype, (OURS, OURS_WITHOUT_KERNELS), in_fresh_process=())
@@ -149,11 +156,11 @@ class Planner:
         fresh: list[Provider] = []
         if self.quick:
             fresh += [OURS] if isinstance(case, ProxyCase) else []
-        elif self._is_typical(case):
+        elif self._is_typical(case) and self._rate(case) in (None, FRESH_RATE):
             fresh += providers
         return Job(case, dtype, tuple(providers), tuple(fresh))
 
-    def omissions(self, suites: Sequence[Suite], unsupported: Sequence[str]) -> Iterator[str]:
+    def omissions(self, suites: Sequence[Suite], supported: Sequence[DType], unsupported: Sequence[DType]) -> Iterator[str]:
         """What a reader might expect and does not find."""
         for dtype in unsupported:
             yield f"{dtype}: not supported here (the processor has neither AMX nor AVX-512 bf16)"
@@ -165,14 +172,16 @@ class Planner:
             yield "--quick: one map size, rate and grid, the published cell, few rounds; first call and memory of ours alone"
             yield "the first iteration of a new cell: left out by --quick"
             return
-        if self.device.type == "cuda":
+        if "float16" in supported:
             yield "float16: not for training steps and searches, which would need loss scaling"
+        elif self.device.type == "cuda":
+            yield "float16: --dtype float16 or --full measures it"
         if self.full:
             return
         rates = ", ".join("{}×{}".format(*rate) for rate in FEW_RATES)
         if {"ops", "cell"}.intersection(suites):
             yield f"torch.compile: at rates {rates}, one grid, the published cell and ASPP only; --full compiles everything"
-            yield "first call and memory: of the cases that are compiled"
+            yield f"first call and memory: of the cases that are compiled, at rate {FRESH_RATE[0]}×{FRESH_RATE[1]} alone"
         if "ops" in suites and self.device.type == "cpu":
             yield f"16×256×97×97 on a CPU: at rates {rates} and one grid only; --full runs all 64 rates and 16 grids"
 
@@ -190,6 +199,11 @@ class Planner:
         if isinstance(case, CellCase):
             return case.name in ("dpc", "aspp")
         return True
+
+    def _rate(self, case: Case) -> tuple[int, int] | None:
+        return (
+            case.operation.rate if isinstance(case, OperationCase) else case.rate if isinstance(case, DepthwiseCase) else None
+        )
 
     def _few_rates(self) -> tuple[tuple[int, int], ...]:
         return tuple(rate for rate in FEW_RATES if rate in self.scale.rates) or self.scale.rates

@@ -143,6 +143,8 @@ def first_call(case: Case, provider: Provider, dtype: str, device_name: str, thr
     """
     torch.set_num_threads(threads)
     device = torch.device(device_name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     workload = case.workload(provider, dtype, device)
     gc.collect()
     meter = _MemoryMeter(device)

@@ -117,6 +117,11 @@ class ProxyCase(Case):
         features = normal((self.images, self.in_channels, height, width), SEED, device).half()
         return features, draw_labels((self.images, *self._pixels(self.margin)), self.num_classes, device)
 
+    def resident_data(self, provider: Provider, device: torch.device) -> tuple[Tensor, Tensor]:
+        """`data` in the provider's layout, as a search holds it on the device for all of its cells."""
+        features, labels = self.data(device)
+        return features.contiguous(memory_format=provider.memory_format(device)), labels
+
     def _pixels(self, margin: int) -> tuple[int, int]:
         height, width = (_STRIDE * (extent + margin - 1) + 1 for extent in self.crop)
         return height, width
@@ -169,10 +174,12 @@ class ProxyCase(Case):
 class _ProxyWorkload(Workload):
     """The step is made at the first call: what it prepares belongs to the first iteration."""
 
-    def __init__(self, case: ProxyCase, provider: Provider, dtype: str, device: torch.device) -> None:
+    def __init__(
+        self, case: ProxyCase, provider: Provider, dtype: str, device: torch.device, data: tuple[Tensor, Tensor] | None = None
+    ) -> None:
         self._case, self._provider, self._dtype, self._device = case, provider, dtype, device
         self._head = case.head(provider).to(device).train()
-        self._data = case.data(device)
+        self._data = data or case.resident_data(provider, device)
         self._before = [parameter.detach().clone() for parameter in _head_parameters(self._head)]
         self._step: TrainStep | PlainTrainStep | None = None
         self._loss: Tensor | None = None
@@ -217,13 +224,13 @@ class _NewCellWorkload(Workload):
         self._case, self._provider, self._dtype, self._device = case, provider, dtype, device
         self._cells = _random_cells(SEED)
         self._next = case.cell  # the first one has a truth; the others are random
-        self._data = case.data(device)
+        self._data = case.resident_data(provider, device)
         self._last: _ProxyWorkload | None = None
 
     def __call__(self) -> None:
         case = replace(self._case, cell=self._next)
         self._last = None
-        workload = _ProxyWorkload(case, self._provider, self._dtype, self._device)
+        workload = _ProxyWorkload(case, self._provider, self._dtype, self._device, self._data)
         workload()
         self._last, self._next = workload, next(self._cells)
 
@@ -274,29 +281,31 @@ class SearchCase(Case):
         return replace(self, cells=1, settings=settings, train_images=4, val_images=2)
 
     def workload(self, provider: Provider, dtype: str, device: torch.device) -> Workload:
-        return _SearchWorkload(self, provider, dtype, device)
+        return _SearchWorkload(self, provider, device)
 
     def truth(self, dtype: str) -> Truth:
         """The reference trains no cells: the losses of the same search by the library's operations, in float32."""
-        workload = _SearchWorkload(self, Provider("library", is_ours=True, uses_kernels=False), "float32", torch.device("cpu"))
+        case = replace(self, settings=replace(self.settings, precision="float32"))
+        workload = _SearchWorkload(case, Provider("library", is_ours=True, uses_kernels=False), torch.device("cpu"))
         workload()
         return {kind: [array(part) for part in parts] for kind, parts in workload.parts().items()}
 
 
 class _SearchWorkload(Workload):
-    def __init__(self, case: SearchCase, provider: Provider, dtype: str, device: torch.device) -> None:
+    def __init__(self, case: SearchCase, provider: Provider, device: torch.device) -> None:
         caches = [
             _patch_cache(split, count) for split, count in zip(SPLITS, (case.train_images, case.val_images), strict=True)
         ]
         self._task = ProxyTask(caches[0], caches[1], case.settings, str(device))
         self._cells = random_cells(case.cells)
-        self._provider, self._dtype, self._device = provider, dtype, device
+        self._provider, self._device = provider, device
         self._losses: list[float] = []
 
     def __call__(self) -> None:
         self._losses = []
         with ExitStack() as stack:
-            for context in contexts(self._provider, self._dtype, self._device):
+            # No autocast around it all: the search chooses for itself, and an outer one would keep its casts of old weights.
+            for context in contexts(self._provider, "float32", self._device):
                 stack.enter_context(context)
             for i, cell in enumerate(self._cells):
                 result, _ = self._task.evaluate(cell, (0, 0, i))

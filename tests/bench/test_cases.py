@@ -17,6 +17,7 @@ from bench.cases import (
     Case,
     CellCase,
     DepthwiseCase,
+    DType,
     MapCase,
     OperationCase,
     Provider,
@@ -146,6 +147,26 @@ def test_the_plan_holds_every_rate_grid_and_cell() -> None:
     cells = {job.case.name for job in plan.jobs if isinstance(job.case, CellCase)}
     assert cells == {"dpc", "aspp", *(f"random {i}" for i in range(PAPER.random_cells))}
     assert [job.case.name for job in plan.jobs if job.case.suite == "proxy"][:2] == ["iteration", NEW_CELL]
+
+
+def test_a_gpu_starts_with_what_matters_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    plan = make_plan(SUITES, torch.device("cuda"), quick=False, full=False)
+    assert [(job.case.name, job.dtype) for job in plan.jobs[:2]] == [("iteration", "bfloat16"), ("iteration", "float32")]
+    assert {job.dtype for job in plan.jobs} == {"bfloat16", "float32"}
+    assert any("--dtype float16" in omission for omission in plan.omissions)
+    # Half a minute for a compiled provider and 10 s for a process are an hour and a half.
+    assert sum(provider.compile_mode is not None for job in plan.jobs for provider in job.providers) <= 190
+    assert sum(len(job.in_fresh_process) for job in plan.jobs) <= 250
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "expected"), [(["float16"], {"float16"}), (["float32", "bfloat16"], {"bfloat16", "float32"})]
+)
+def test_dtypes_are_those_asked_for(dtypes: list[DType], expected: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    plan = make_plan(["ops"], torch.device("cuda"), quick=False, full=False, dtypes=dtypes)
+    assert {job.dtype for job in plan.jobs} == set(plan.dtypes) == expected
 
 
 def test_the_full_plan_compiles_and_runs_more() -> None:

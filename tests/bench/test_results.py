@@ -12,7 +12,7 @@ from filelock import FileLock
 from PIL import Image
 
 import bench.run
-from bench.cases import EAGER, OURS
+from bench.cases import COMPILE, EAGER, OURS
 from bench.costs import Cost
 from bench.report import extrapolation, judged_targets, table
 from bench.results import Environment, Results, Row, environment, ratio, write_csv
@@ -137,7 +137,19 @@ def test_the_environment_names_device_and_commit() -> None:
     found = environment(CPU)
     assert re.fullmatch(r"[a-z0-9-]+-cores", found.folder)
     assert found.torch == torch.__version__
-    assert re.fullmatch(r"[0-9a-f]{7,}(-dirty)?|unknown", found.commit)
+    assert re.fullmatch(r"[0-9a-f]{7,}(-dirty)?|sources-[0-9a-f]{8}", found.commit)
+
+
+def test_outside_a_checkout_the_sources_name_themselves(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("bench.results.ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    (tmp_path / "fast").mkdir()
+    names = []
+    for source in ("x = 1", "x = 2", "x = 1"):
+        (tmp_path / "fast" / "layer.py").write_text(source)
+        names.append(environment(CPU).commit)
+    assert names[0] == names[2] != names[1]
+    assert re.fullmatch(r"sources-[0-9a-f]{8}", names[0])
 
 
 @pytest.fixture
@@ -161,6 +173,24 @@ def test_main_writes_and_prints(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert {path.stem.removesuffix("-2") for path in tmp_path.rglob("*.*")} == {written[0].stem}
     assert len(list(tmp_path.rglob("*.*"))) == 6
     assert written[0].read_bytes() == first
+
+
+def test_float16_on_a_cpu_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--dtype float16 is measured on a GPU alone"):
+        main(BenchSettings(device="cpu", dtype=("float16",), out=tmp_path))
+
+
+@pytest.mark.usefixtures("tiny_plan")
+def test_a_compiler_that_fails_is_a_row_and_no_error_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = Plan((Job(SEPARABLE, "float32", (OURS, EAGER, COMPILE), ()),), (), ("float32",), (), rounds=1)
+
+    def fail(*arguments: object, **flags: object) -> None:
+        raise RuntimeError("no compiler today")
+
+    monkeypatch.setattr(bench.run, "make_plan", lambda *arguments, **flags: plan)
+    monkeypatch.setattr(torch, "compile", fail)
+    main(BenchSettings(device="cpu", out=tmp_path))
+    assert "no compiler today" in next(tmp_path.rglob("*.csv")).read_text()
 
 
 @pytest.mark.usefixtures("tiny_plan")
