@@ -79,6 +79,7 @@ def comparison_label(name: str, known: Mapping[str, str] | None = None) -> str:
 class Study:
     """The two Optuna studies of a run, for the one process that writes. Without a sampler they must be there."""
 
+    @ctrl_c_waits()
     def __init__(self, directory: Path, url: str, run_id: str, sampler: optuna.samplers.BaseSampler | None = None) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.directory = directory
@@ -89,41 +90,49 @@ class Study:
         random = optuna.samplers.RandomSampler()
         self.comparison = opened(storage=self._storage, study_name=f"{run_id} comparison", sampler=random)
 
+    @ctrl_c_waits()
     def unfinished(self) -> list[optuna.Trial]:
         """Trials of the search that an earlier process left behind, by number."""
         return [self._revive(self.search, frozen) for frozen in _with_state(self.search, TrialState.RUNNING)]
 
+    @ctrl_c_waits()
     def tell(self, study: optuna.Study, number: int, cell: Cell, result: ProxyResult, **attributes: Any) -> None:
         """Record a result: first all attributes, last the state, so that a trial is either whole or will be done again."""
         attributes |= {"cell": json.loads(cell.to_json()), "result": asdict(result)}
         self._set_attributes(study, number, attributes)
         study.tell(number, result.mean_iou)
 
+    @ctrl_c_waits()
     def tell_failure(self, number: int, cell: Cell, reason: str) -> None:
         """Record that a cell of the search has no score, and why."""
         self._set_attributes(self.search, number, {"cell": json.loads(cell.to_json()), "failure": reason})
         self.search.tell(number, state=TrialState.FAIL)
 
+    @ctrl_c_waits()
     def tell_comparison_failure(self, number: int, name: str, seed: int, reason: str) -> None:
         """Record that a comparison has no score, and why; it is not tried again."""
         self._set_attributes(self.comparison, number, {"name": name, "seed": seed, "failure": reason})
         self.comparison.tell(number, state=TrialState.FAIL)
 
+    @ctrl_c_waits()
     def compared(self, name: str) -> set[int]:
         """The seeds with which `name` has been scored, or has failed; what was only interrupted has no failure."""
         told = [frozen.user_attrs for frozen in _with_state(self.comparison, TrialState.COMPLETE)]
         told += [f.user_attrs for f in _with_state(self.comparison, TrialState.FAIL) if "failure" in f.user_attrs]
         return {attributes["seed"] for attributes in told if attributes["name"] == name}
 
+    @ctrl_c_waits()
     def discard_unfinished_comparisons(self) -> None:
         """Comparison trials hold nothing before they are told: what an earlier process left of them is closed."""
         for frozen in _with_state(self.comparison, TrialState.RUNNING):
             self.comparison.tell(frozen.number, state=TrialState.FAIL)
 
+    @ctrl_c_waits()
     def records(self) -> list[TrialRecord]:
         finished = _with_state(self.search, TrialState.COMPLETE, TrialState.FAIL)
         return [_trial_record(frozen) for frozen in finished if "cell" in frozen.user_attrs]
 
+    @ctrl_c_waits()
     def baselines(self) -> list[BaselineRecord]:
         records = []
         for frozen in _with_state(self.comparison, TrialState.COMPLETE):
@@ -162,9 +171,7 @@ def open_run(
             description = {"id": run_id, "settings": settings, "storage": storage, "command": shlex.join(command)}
             description["features"] = json.loads(json.dumps(features, default=str))
             write_json(directory / "settings.json", description | {"class_names": class_names, "palette": palette.tolist()})
-            with ctrl_c_waits():
-                study = Study(directory, url, run_id, sampler)
-            yield study
+            yield Study(directory, url, run_id, sampler)
     except Timeout as error:
         raise InputError(f"{directory} is in use by another process: wait for it, or give another --name") from error
     except (SQLAlchemyError, optuna.exceptions.OptunaError, ImportError) as error:

@@ -5,6 +5,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -105,7 +106,7 @@ def test_picture_is_drawn_as_large_as_the_committed_one(name: str, tmp_path: Pat
     assert drawn.stat().st_size < 150_000
     committed = ROOT / "docs" / "images" / f"{name}.png"
     with Image.open(drawn) as new, Image.open(committed) as old:
-        assert new.size == old.size
+        assert np.abs(np.subtract(new.size, old.size)).max() <= 1  # versions of Matplotlib crop to another pixel
 
 
 def test_two_runs_draw_the_same_bytes(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -271,14 +271,6 @@ def test_a_real_ctrl_c_stops_a_search_cleanly(tmp_path: Path, weights: Path) -> 
     assert (tmp_path / "runs/camvid/settings.json").exists()
 
 
-@pytest.fixture
-def interruptible() -> Iterator[None]:
-    """Ctrl-C as a program in a terminal meets it, also where a test runner ignores it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_waits_for_the_end_of_a_block_but_a_second_one_does_not() -> None:
     for times, expected in ((1, ["done"]), (2, [])):
@@ -296,6 +288,7 @@ def _press_ctrl_c(times: int, work: list[str]) -> None:
         work.append("done")
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_waits_where_no_handler_can_be_set() -> None:
     """In another thread, or where a shell lets its background jobs ignore Ctrl-C."""
     with ThreadPoolExecutor(1) as pool:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import optuna
 import pytest
 
+import search.study
 from reference.cell import CONV1X1, OPERATIONS, Branch, Cell
 from search.cli import InputError
 from search.proxy import ProxyResult
@@ -251,3 +253,42 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
 
 def test_settings_are_plain_json(directory: Path) -> None:
     assert json.loads((directory / "settings.json").read_text())["settings"] == SETTINGS
+
+
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize(
+    "use",
+    [
+        Study.unfinished,
+        Study.discard_unfinished_comparisons,
+        Study.records,
+        Study.baselines,
+        lambda study: study.compared("dpc"),
+        lambda study: study.tell(study.search, 3, CELL, make_result()),
+        lambda study: study.tell_failure(3, CELL, "no reason"),
+        lambda study: study.tell_comparison_failure(1, "dpc", 0, "no reason"),
+    ],
+    ids=["unfinished", "discard", "records", "baselines", "compared", "tell", "tell failure", "tell comparison failure"],
+)
+def test_the_database_comes_to_its_end_before_ctrl_c(
+    use: Callable[[Study], object], original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SQLAlchemy prints tracebacks of its own where it is interrupted between its lines."""
+    shutil.copytree(original, tmp_path / "run")
+    survived: list[str] = []
+
+    def pressing(function: Callable[..., Any]) -> Callable[..., Any]:
+        def press(*arguments: Any) -> Any:
+            if not survived:
+                signal.raise_signal(signal.SIGINT)
+            survived.append(function.__name__)
+            return function(*arguments)
+
+        return press
+
+    with begin(tmp_path / "run") as study:
+        monkeypatch.setattr(search.study, "_with_state", pressing(search.study._with_state))
+        monkeypatch.setattr(Study, "_set_attributes", pressing(Study._set_attributes))
+        with pytest.raises(KeyboardInterrupt):
+            use(study)
+    assert survived
