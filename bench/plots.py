@@ -203,7 +203,8 @@ def _cells(ax: Axes, groups: list[list[Row]]) -> None:
             [ms for ms, _, row in points if row.mode == mode],
             [value for _, value, row in points if row.mode == mode],
         )
-        ax.scatter(times, ratios, color=colour, s=26, alpha=0.75, edgecolor="none", label=mode)
+        if times:
+            ax.scatter(times, ratios, color=colour, s=26, alpha=0.75, edgecolor="none", label=mode)
     named = [point for point in points if not point[2].case.startswith("random")]
     for i, (ms, value, row) in enumerate(named):
         ax.scatter(ms, value, s=52, facecolor="none", edgecolor=INK, linewidth=1.0)

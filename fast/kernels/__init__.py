@@ -152,7 +152,8 @@ _chosen: ContextVar[Backend | str | None] = ContextVar("chosen_backend", default
 def using(backend: Backend | None) -> Iterator[None]:
     """These kernels whatever the device, or with None the library's operations: to compare, or to differentiate twice.
 
-    Holds in this context alone: a thread that is started inside chooses by device again.
+    Holds in this context alone: a thread that is started inside chooses by device again. torch.compile always traces the
+    library's operations.
     """
     token = _chosen.set(backend)
     try:

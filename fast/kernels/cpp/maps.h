@@ -61,8 +61,8 @@ inline void normalise_row(T* out, const T* raw, const T* scale, const T* offset,
 
 template <class T>
 inline void gradient_row(T* out, const Gradient<T>& g, long start, long c, long size, long row_stride = 0) {
-    prefetch(g.grad + start + ROWS_AHEAD * row_stride, size);
-    if (g.slope) prefetch(g.raw + start + ROWS_AHEAD * row_stride, size);
+    if (row_stride) prefetch(g.grad + start + ROWS_AHEAD * row_stride, size);
+    if (row_stride && g.slope) prefetch(g.raw + start + ROWS_AHEAD * row_stride, size);
     if (!g.slope) {
         std::memcpy(out, g.grad + start, size * sizeof(T));
         return;
@@ -85,21 +85,21 @@ struct Sum {
 // From the gradient of a value to that of its raw map, in place; adds what scale and offset get.
 template <class T>
 inline void normalise_row_backward(T* grad, const T* raw, T a, T b, long size, double* grad_scale, double* grad_offset) {
-    Sum<T> s, o;
-    const auto back = [=](auto gradient, auto x, auto zero, auto& s, auto& o) {
+    Sum<T> of_scale, of_offset;
+    const auto back = [=](auto gradient, auto x, auto zero, auto& scale_sum, auto& offset_sum) {
         const auto g = a * x + b > zero ? gradient : zero;
-        s += g * x;
-        o += g;
+        scale_sum += g * x;
+        offset_sum += g;
         return g * a;
     };
     long i = 0;
     for (; i + 2 * L<T> <= size; i += 2 * L<T>) {
-        store(grad + i, back(load(grad + i), load(raw + i), V<T>{}, s.even, o.even));
-        store(grad + i + L<T>, back(load(grad + i + L<T>), load(raw + i + L<T>), V<T>{}, s.odd, o.odd));
+        store(grad + i, back(load(grad + i), load(raw + i), V<T>{}, of_scale.even, of_offset.even));
+        store(grad + i + L<T>, back(load(grad + i + L<T>), load(raw + i + L<T>), V<T>{}, of_scale.odd, of_offset.odd));
     }
-    for (; i < size; i++) grad[i] = back(grad[i], raw[i], T(0), s.rest, o.rest);
-    *grad_scale += s.total();
-    *grad_offset += o.total();
+    for (; i < size; i++) grad[i] = back(grad[i], raw[i], T(0), of_scale.rest, of_offset.rest);
+    *grad_scale += of_scale.total();
+    *grad_offset += of_offset.total();
 }
 
 inline uint64_t mix(uint64_t x) {  // splitmix64's finaliser

@@ -66,7 +66,9 @@ constexpr double LOG2_E = 1.4426950408889634;
 constexpr int ROWS_AT_ONCE = 4;  // more would add up more roundings
 constexpr int STEEPEST = 8;      // log2 of that factor: a power that was rounded up to 2^-126 then stays small for so many rows
 
-struct Axis {  // bilinear taps along one axis: output i reads low[i] and low[i] + 1, the latter with weight fraction[i]
+// Bilinear taps along one axis: output i reads low[i] and low[i] + 1, the latter with weight fraction[i]. Between two inputs the
+// outputs lie at equal distances, as with aligned corners: the loss takes one step for all of them.
+struct Axis {
     const int32_t* low;
     const double* fraction;
     long in_size, out_size;

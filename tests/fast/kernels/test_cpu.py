@@ -250,9 +250,9 @@ def test_loss_where_neighbouring_logits_are_far_apart(scale: float) -> None:
     assert_loss_within_budget(logits, labels)
 
 
-@pytest.mark.parametrize("rise", [10.0, 100.0, 400.0, 4000.0])
+@pytest.mark.parametrize("rise", [10.0, 100.0, 4000.0])
 def test_loss_where_one_class_rises_from_far_below_to_level_with_another(rise: float) -> None:
-    """Its power at the upper row is less than a float holds; the rows below must not grow from what it was rounded to."""
+    """Beyond 87 its power at the upper row is less than a float holds: the rows below must not grow from what it became."""
     logits = torch.zeros(1, 2, 2, 3)
     logits[0, 1, 0] = -rise
     assert_loss_within_budget(logits, torch.zeros(1, 5, 9, dtype=torch.uint8))
