@@ -34,7 +34,8 @@ def shapes_backbone(cache_dir: Path, output_stride: int, *, name: str = SMALL_BA
     """
     backbone = plain_backbone(name, SHAPES_BACKBONES[name], output_stride=output_stride, low_level=low_level)
     dataset = open_dataset("shapes", "train", None)
-    recipe = hashlib.sha256(Path(__file__).read_bytes() + dataset.fingerprint().encode()).hexdigest()  # this file and the scenes
+    # Of this file and the scenes: what else a training depends on rarely changes.
+    recipe = hashlib.sha256(Path(__file__).read_bytes() + dataset.fingerprint().encode()).hexdigest()
     path = cache_dir / f"{name}-os{output_stride}-{recipe[:8]}.safetensors"
     if not path.exists():
         try:

@@ -75,7 +75,8 @@ def test_equals_reference(
     on_device = torch.from_numpy(labels).to(device, label_dtype)
     with mock.patch.dict(module.BAND_BYTES, cpu=band_bytes, cuda=band_bytes):
         actual = torch_step(lambda x: upsampled_cross_entropy(x, on_device), to_tensors((logits,), device, layout), ONE)
-    terms = 1 / logits[:, 0].size  # what the pixels around a logit add to its gradient: of one class alone, terms whose sum is 0
+    # What the pixels around a logit add to its gradient: of one class alone, terms whose sum is 0.
+    terms = 1 / logits[:, 0].size
     assert_equal_steps(actual, expected_step(logits, labels), terms=terms)
 
 
