@@ -158,7 +158,7 @@ def _backward(
     return [grad_map], grad_weight
 
 
-def plane_product(backend: Any, x: NormedMap, rows: Tensor, columns: Tensor) -> Tensor:
+def plane_product(backend: Backend, x: NormedMap, rows: Tensor, columns: Tensor) -> Tensor:
     """P · X · Qᵀ for every plane X of the value: (N, C, H, W), rows P: (R, H), columns Q: (S, W) -> (N, C, R, S)."""
     result: Tensor = _PlaneProduct.apply(backend, rows, columns, *dense(x, backend))
     return result
@@ -166,12 +166,11 @@ def plane_product(backend: Any, x: NormedMap, rows: Tensor, columns: Tensor) -> 
 
 class _PlaneProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, backend: Any, rows: Tensor, columns: Tensor, *tensors: Tensor | None) -> Tensor:
+    def forward(ctx: Any, backend: Backend, rows: Tensor, columns: Tensor, *tensors: Tensor | None) -> Tensor:
         ctx.backend = backend
         ctx.save_for_backward(rows, columns, *tensors)
         (x,) = _maps(tensors)
-        result: Tensor = backend.plane_product(x, rows, columns)
-        return result
+        return backend.plane_product(x, rows, columns)
 
     @staticmethod
     @once_differentiable

@@ -55,8 +55,8 @@ def lazy_pyramid_pooling(
     size = (x.raw.shape[2], x.raw.shape[3])
     pin_h, pin_w = pooling_size or (None, None)
     backend = backend_for(x.raw)
-    if hasattr(backend, "plane_product"):  # means and resize are each a small matrix along either axis
-        like = (x.raw.dtype, x.raw.device)
+    if backend:  # means and resize are each a small matrix along either axis
+        like = (torch.promote_types(x.raw.dtype, torch.float32), x.raw.device)
         rows = _pooling(size[0], grid_size[0], variant, pin_h, *like)
         columns = _pooling(size[1], grid_size[1], variant, pin_w, *like)
         means = NormedMap(plane_product(backend, x, rows, columns))

@@ -135,6 +135,13 @@ class Backend(Protocol):
         """Gradients of x.raw, x.scale and x.offset."""
         ...
 
+    def plane_product(self, x: NormedMap, rows: Tensor, columns: Tensor) -> Tensor:
+        """P · X · Qᵀ for each plane X of the value: x: (N, C, H, W), rows P: (R, H), columns Q: (S, W) -> (N, C, R, S).
+
+        P and Q are float32, or float64 for a float64 map.
+        """
+        ...
+
     def upsampled_cross_entropy(self, logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
         """logits: (N, K, h, w), labels: (N, H, W) uint8 or int64 -> the mean loss (), and its gradient (N, K, h, w)."""
         ...

@@ -260,7 +260,6 @@ def normalise_backward(grad: Tensor, x: NormedMap) -> NormedMap:
 
 
 def plane_product(x: NormedMap, rows: Tensor, columns: Tensor) -> Tensor:
-    """P · X · Qᵀ for each plane X of the value: x: (N, C, H, W), rows P: (R, H), columns Q: (S, W) -> (N, C, R, S)."""
     n, channels, height, width = x.raw.shape
     out = x.raw.new_empty(n, channels, rows.shape[0], columns.shape[0])
     _call("plane_product", out, _map(x, x.raw), rows, columns, n, height, width, rows.shape[0], columns.shape[0], out)

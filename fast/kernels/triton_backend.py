@@ -1,10 +1,11 @@
 """The Triton kernels beside this file as a `Backend`: checks, allocations, grids and block sizes; no arithmetic.
 
 Maps are float32, float16 or bfloat16, channels last in memory: (N·H·W, C) to a kernel. Under autocast a convolution of a
-float32 map writes the lower precision, and its products are taken in it. Sums, moments and norms are float32, and so are
-products of float32 maps unless `torch.set_float32_matmul_precision` allows TF32. Nothing here waits for the device or copies
-from the host, so all of it can be captured in a CUDA graph. Sums over tiles go through buffers that a second, small kernel
-adds up in the order of the tiles: every call gives the same bits.
+float32 map writes the lower precision, and its products are taken in it. Sums, moments and norms are float32. Products of
+float32 maps are taken as PyTorch takes those of a convolution: in TF32, unless `torch.backends.cudnn.allow_tf32 = False` or
+`torch.backends.cudnn.conv.fp32_precision = "ieee"` says otherwise. Nothing here waits for the device or copies from the
+host, so all of it can be captured in a CUDA graph. Sums over tiles go through buffers that a second, small kernel adds up in
+the order of the tiles: every call gives the same bits.
 """
 
 import contextlib
@@ -240,6 +241,18 @@ def normalise_backward(grad: Tensor, x: NormedMap) -> NormedMap:
     return NormedMap(grad_x, *_sum_partials(partials).view(2, channels))
 
 
+def plane_product(x: NormedMap, rows: Tensor, columns: Tensor) -> Tensor:
+    # Two products of the library, in float32. PyTorch's own resize and adaptive mean add up their gradients by atomics, so no
+    # two trainings of a cell with pyramid pooling would be the same.
+    value = _dense(x.raw if x.scale is None else normalise(x))
+    n, channels, height, width = value.shape
+    with torch.autocast(value.device.type, enabled=False):
+        product = value.permute(0, 2, 3, 1).reshape(n, height, width * channels).float()
+        product = torch.matmul(rows, product).view(n * len(rows), width, channels)
+        product = torch.matmul(columns, product).view(n, len(rows), len(columns), channels)
+    return product.to(value.dtype).permute(0, 3, 1, 2)
+
+
 def separable_inference(
     x: NormedMap,
     depthwise_weight: Tensor,
@@ -269,7 +282,7 @@ def separable_inference(
         BLOCK_P=launch.block_p,
         BLOCK_N=block_n,
         BLOCK_K=block_k,
-        INPUT_PRECISION=_input_precision(out.dtype),
+        INPUT_PRECISION=_input_precision(out),
     )
     return out
 
@@ -380,6 +393,10 @@ def _pointwise_product(
     x, out_channels = product.raws[0], weight.shape[0]
     out = _empty_map(x, out_channels, _out_dtype(x))
     launch = _launch_sizes("pointwise_forward", out)
+    if (
+        x.dtype.itemsize > out.dtype.itemsize
+    ):  # twice the bytes of a tile: three would not fit the shared memory of sm_86 and 89
+        launch = launch._replace(stages=2)
     tiles = _tiles(out, launch)
     block_n, block_k = _block(launch.block_n, out_channels), _block(launch.block_k, *product.channels)
     partials = _empty(x, tiles, 2, out_channels) if statistics else None
@@ -402,7 +419,7 @@ def _pointwise_product(
         BLOCK_P=launch.block_p,
         BLOCK_N=block_n,
         BLOCK_K=block_k,
-        INPUT_PRECISION=_input_precision(out.dtype),
+        INPUT_PRECISION=_input_precision(out),
     )
     return out, None if partials is None else Moments(partials, launch.block_p)
 
@@ -411,6 +428,8 @@ def _pointwise_input_gradient(gradient: tuple[Any, ...], product: _Maps, weight:
     x = product.raws[0]
     out_channels, in_channels = weight.shape[:2]
     launch = _launch_sizes("pointwise_input_gradient", gradient[0])
+    if x.dtype.itemsize > gradient[0].dtype.itemsize:  # larger tiles of wide maps would leave the registers of sm_80
+        launch = launch._replace(block_p=64)
     block_n, block_k = _block(launch.block_n, *product.channels), _block(launch.block_k, out_channels)
     grad_maps, tiles = tuple(_empty_map(raw) for raw in product.raws), _tiles(x, launch)
     partials = _empty(x, tiles, 2, in_channels) if any(product.normed) else None
@@ -433,7 +452,7 @@ def _pointwise_input_gradient(gradient: tuple[Any, ...], product: _Maps, weight:
         BLOCK_P=launch.block_p,
         BLOCK_N=block_n,
         BLOCK_K=block_k,
-        INPUT_PRECISION=_input_precision(gradient[0].dtype),
+        INPUT_PRECISION=_input_precision(gradient[0]),
     )
     if partials is None:
         return [NormedMap(grad_map) for grad_map in grad_maps]
@@ -474,7 +493,7 @@ def _pointwise_weight_gradient(gradient: tuple[Any, ...], product: _Maps, weight
         BLOCK_P=block_o,
         BLOCK_N=block_n,
         BLOCK_K=launch.block_k,
-        INPUT_PRECISION=_input_precision(gradient[0].dtype),
+        INPUT_PRECISION=_input_precision(gradient[0]),
     )
     return _sum_partials(partials).view_as(weight).to(weight.dtype)
 
@@ -572,9 +591,11 @@ def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _input_precision(dtype: torch.dtype) -> str:
+def _input_precision(x: Tensor) -> str:
     """How float32 products are taken; other dtypes have one way only, and one compilation."""
-    return "ieee" if dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest" else "tf32"
+    # Unlike `allow_tf32` this can be read whichever of PyTorch's two interfaces the user has set.
+    convolutions: str = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    return "tf32" if x.is_cuda and x.dtype == torch.float32 and convolutions == "tf32" else "ieee"
 
 
 def _launch(kernel: Any, programs: int, launch: Launch | None, arguments: tuple[Any, ...], **constants: Any) -> None:

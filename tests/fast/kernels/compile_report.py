@@ -65,6 +65,8 @@ def calls(dtype: torch.dtype, sizes: tuple[int, int, int], variants: bool) -> It
         x, depthwise, (vector, vector), rates, torch.empty(256, 256, 1, 1), (vector, vector)
     )
     yield lambda: triton_backend.pointwise_inference([x], torch.empty(256, 256, 1, 1), (vector, vector))
+    if dtype == torch.bfloat16:
+        yield lambda: autocast_pointwise(empty_map(320, sizes, torch.float32, normed=False), unfolded)  # of fixed features
     if variants:
         yield lambda: triton_backend.depthwise_forward(plain, torch.empty(320, 1, 3, 3), rates, statistics=True)
         yield lambda: pointwise([x], 256, unfolded, None)
@@ -88,6 +90,11 @@ def pointwise(maps: list[NormedMap], out_channels: int, unfolded: Unfolded | Non
     weight = torch.empty(out_channels, sum(x.raw.shape[1] for x in maps), 1, 1)
     out, _ = triton_backend.pointwise_forward(maps, weight, dropout, statistics=unfolded is not None)
     triton_backend.pointwise_backward(out, out, unfolded, maps, weight, dropout, need_input=[True] * len(maps))
+
+
+def autocast_pointwise(x: NormedMap, unfolded: Unfolded) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        pointwise([x], 256, unfolded, None)
 
 
 def report(architecture: int, dtypes: list[torch.dtype], variants: bool) -> list[dict[str, Any]]:

@@ -18,18 +18,23 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-triton = pytest.importorskip("triton", reason="Triton has no build for this system")
+pytest.importorskip("triton", reason="Triton has no build for this system")
+
+import triton
 
 from fast import kernels
 from fast.atrous_separable_conv import atrous_separable_conv
 from fast.kernels import Dropout, Folded, NormedMap, Unfolded, depthwise_conv, pointwise_conv, triton_backend
 from fast.kernels.triton_backend import Launch, Moments
+from fast.pyramid_pooling import pyramid_pooling
 from reference import atrous_separable_conv as separable
+from reference import pyramid_pooling as pooling
 from reference.batch_norm import EPS, Array, BatchNorm, batch_norm_relu, batch_norm_relu_backward, updated_running_statistics
 from reference.bilinear_resize import bilinear_resize
 from reference.mean_iou import confusion_matrix
 from reference.pointwise_conv import pointwise_conv as reference_pointwise_conv
 from reference.pointwise_conv import pointwise_conv_backward
+from reference.pyramid_pooling import PoolingVariant
 from reference.upsampled_cross_entropy import upsampled_cross_entropy, upsampled_cross_entropy_backward
 from tests.fast.against_reference import (
     LAYOUTS,
@@ -41,12 +46,16 @@ from tests.fast.against_reference import (
     torch_step,
 )
 from tests.fast.kernels.expected import Expected, effective_gradient, of, relative_error, to_array
-from tests.strategies import map_sizes, random_separable, rng_seeds
+from tests.strategies import map_sizes, random_pointwise, random_separable, rng_seeds
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu" and not type(depthwise_conv.depthwise_forward_kernel).__name__.startswith("Interpreted"):
     pytest.skip("Triton was imported before TRITON_INTERPRET was set, and there is no CUDA device", allow_module_level=True)
-if DEVICE == "cpu" and triton.__version__ < "3.7" and np.lib.NumpyVersion(np.__version__) >= "2.5.0.dev0":
+if (
+    DEVICE == "cpu"
+    and np.lib.NumpyVersion(triton.__version__) < "3.7.0"
+    and np.lib.NumpyVersion(np.__version__) >= "2.5.0.dev0"
+):
     pytest.skip("Triton 3.6's interpreter needs NumPy below 2.5", allow_module_level=True)
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")  # Triton 3.6's too
 
@@ -541,6 +550,39 @@ def test_separable_conv_of_the_fast_path_runs_on_these_kernels(rate: tuple[int, 
         )
     assert calls.called
     assert_equal_steps(actual, expected, CLOSE)
+
+
+@few_examples
+@given(map_sizes(7), channel_counts, map_sizes(9), layouts, st.booleans(), rng_seeds())
+def test_plane_product(
+    size: tuple[int, int], channels: int, out_size: tuple[int, int], layout: Layout, normed: bool, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    x = draw_map(rng, channels, size, layout=layout, normed=normed)
+    rows, columns = (draw_tensor(rng, out, extent) for out, extent in zip(out_size, size, strict=True))
+    actual = triton_backend.plane_product(x, rows, columns)
+    assert actual.is_contiguous(memory_format=triton_backend.memory_format)
+    assert_close(actual, to_array(rows) @ of(x).value() @ to_array(columns).T)
+
+
+@pytest.mark.parametrize("variant", ["sliding_window", "grid_cells"])
+def test_pyramid_pooling_of_the_fast_path_runs_on_these_kernels(variant: PoolingVariant) -> None:
+    """Also under autocast, in which PyTorch's resize would give float32 maps."""
+    rng = np.random.default_rng(0)
+    inputs = rounded((rng.standard_normal((2, 5, 6, 7)), random_pointwise(5, 4, rng)), torch.float32)
+    cotangent = rng.standard_normal((2, 4, 6, 7))
+    options: dict[str, Any] = {"grid_size": (2, 4), "training": True, "variant": variant}
+    expected = reference_step(pooling.pyramid_pooling, pooling.pyramid_pooling_backward, inputs, cotangent, **options)
+    calls = mock.Mock(wraps=triton_backend.plane_product)
+    tensors = to_tensors(inputs, DEVICE, dtype=torch.float32)
+    with kernels.using(triton_backend), mock.patch.object(triton_backend, "plane_product", calls):
+        actual = torch_step(lambda x, weights: pyramid_pooling(x, weights, **options), tensors, cotangent)
+        with torch.autocast(DEVICE, torch.float16), torch.no_grad():
+            half = pyramid_pooling(*tensors, **options)
+    assert calls.call_count == 6
+    assert_equal_steps(actual, expected, CLOSE)
+    assert half.dtype == torch.float16
+    assert relative_error(half, expected.output) <= 3 * 2.0**-11
 
 
 def test_autocast_computes_in_lower_precision() -> None:
