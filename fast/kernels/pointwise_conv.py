@@ -129,6 +129,22 @@ def load_gradient(grad_ptr, raw_ptr, slope_ptr, intercept_ptr, p, mask_p, o, C_O
     return grad
 
 
+@triton.jit
+def multiply_add(a, b, total, dtype: tl.constexpr, INPUT_PRECISION: tl.constexpr):
+    """total + a · b, the operands rounded to `dtype`, or to TF32: its unit cuts off the bits that it does not read."""
+    a, b = a.to(dtype), b.to(dtype)
+    if INPUT_PRECISION == "tf32":
+        a, b = rounded_to_tf32(a), rounded_to_tf32(b)
+    return tl.dot(a, b, total, input_precision=INPUT_PRECISION)
+
+
+@triton.jit
+def rounded_to_tf32(x):
+    """To 11 bits, the nearest, as libraries round; infinities and NaN stay."""
+    bits = tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,f", [x], dtype=tl.int32, is_pure=True, pack=1)
+    return bits.to(tl.float32, bitcast=True)
+
+
 @triton.jit(do_not_specialize=["positions", "normed_bits", "drop_below"])
 def pointwise_forward_kernel(
     raws,  # B pointers to (positions, channels of the map)
@@ -189,7 +205,7 @@ def pointwise_forward_kernel(
         )
         weight_place = o[None, :].to(tl.int64) * C + (column + k)[:, None]
         weight = tl.load(weight_ptr + weight_place, mask=(k < width)[:, None] & mask_o[None, :], other=0.0)
-        out = tl.dot(value.to(dtype), weight.to(dtype), out, input_precision=INPUT_PRECISION)
+        out = multiply_add(value, weight, out, dtype, INPUT_PRECISION)
 
     if norm_scale_ptr is not None:
         scale = tl.load(norm_scale_ptr + o, mask=mask_o, other=0.0)
@@ -249,7 +265,7 @@ def pointwise_input_gradient_kernel(
         grad = load_gradient(grad_ptr, raw_ptr, slope_ptr, intercept_ptr, p, mask_p, o, C_OUT)  # (BLOCK_P, BLOCK_K)
         weight_place = o[:, None].to(tl.int64) * C + (column + c)[None, :]
         weight = tl.load(weight_ptr + weight_place, mask=(o < C_OUT)[:, None] & mask_c[None, :], other=0.0)
-        grad_value = tl.dot(grad.to(dtype), weight.to(dtype), grad_value, input_precision=INPUT_PRECISION)
+        grad_value = multiply_add(grad, weight, grad_value, dtype, INPUT_PRECISION)
 
     if seed_ptr is not None:
         keep = keep_mask(tl.load(seed_ptr), p, first_c, column, drop_below, BLOCK_P, BLOCK_N)
@@ -328,7 +344,7 @@ def pointwise_weight_gradient_kernel(
             BLOCK_K,
             BLOCK_N,
         )
-        grad_weight = tl.dot(tl.trans(grad.to(dtype)), value.to(dtype), grad_weight, input_precision=INPUT_PRECISION)
+        grad_weight = multiply_add(tl.trans(grad.to(dtype)), value, grad_weight, dtype, INPUT_PRECISION)
 
     row_ptr = partials_ptr + split.to(tl.int64) * C_OUT * C
     place = o[:, None].to(tl.int64) * C + (column + c)[None, :]

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from fast.kernels.batch_norm import relu_of
+from fast.kernels.pointwise_conv import multiply_add
 
 
 def cost(n: int, in_channels: int, out_channels: int, height: int, width: int, dtype: torch.dtype) -> tuple[int, int]:
@@ -81,7 +82,7 @@ def separable_inference_kernel(
         middle = relu_of(middle, depthwise_scale[None, :], depthwise_offset[None, :])  # 0 where c is outside
         weight_place = o[None, :].to(tl.int64) * C + c[:, None]
         weight = tl.load(pointwise_ptr + weight_place, mask=mask_c[:, None] & mask_o[None, :], other=0.0)
-        out = tl.dot(middle.to(dtype), weight.to(dtype), out, input_precision=INPUT_PRECISION)
+        out = multiply_add(middle, weight, out, dtype, INPUT_PRECISION)
 
     pointwise_scale = tl.load(pointwise_scale_ptr + o, mask=mask_o, other=0.0)
     pointwise_offset = tl.load(pointwise_offset_ptr + o, mask=mask_o, other=0.0)

@@ -15,7 +15,7 @@ import fast.train_step
 from fast.dense_prediction_cell import DensePredictionCell, decays
 from fast.kernels import using
 from fast.segmentation import SegmentationHead
-from fast.train_step import TrainStep
+from fast.train_step import Precision, TrainStep
 from reference.cell import Cell
 from tests.fast.against_reference import every_device
 from tests.strategies import rng_seeds
@@ -99,13 +99,14 @@ def test_follows_plain_training(device: str) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_a_graph_trains_as_the_same_calls_do() -> None:
-    """Replays draw new crops and dropout from the same generator as calls would: the same losses, in float32."""
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_graph_trains_as_the_same_calls_do(precision: Precision) -> None:
+    """Replays draw new crops and dropout from the same generator as calls would: the same losses."""
     losses = []
     for captured in (True, False):
         head = make_head("cuda", dropout_rate=0.1).float()
         torch.manual_seed(1)
-        step = make_step(head, *random_data("cuda"), iterations=20)
+        step = make_step(head, *random_data("cuda"), iterations=20, precision=precision)
         if not captured:
             step._replay = step._iterate  # type: ignore[method-assign]
         losses.append([step().item() for _ in range(12)])

@@ -116,6 +116,10 @@ def report(architecture: int, dtypes: list[torch.dtype], variants: bool) -> list
             for sizes in (SMALL, LARGE) if variants else (SMALL,):
                 for call in calls(dtype, sizes, variants):
                     call()
+        if torch.float32 in dtypes:  # as on a GPU whose user left PyTorch's convolutions as they are
+            with mock.patch.object(triton_backend, "_input_precision", return_value="tf32"):
+                for call in calls(torch.float32, SMALL, variants=False):
+                    call()
     return [{**name, **usage(binary)} for name, binary in compiled.values()]
 
 

@@ -65,7 +65,7 @@ CLOSE = 1e-5
 
 # The interpreter takes 5 to 50 ms for a program: fewer examples than the profile, but never fewer than dev's ten.
 few_examples = settings(max_examples=max(10, settings.get_profile(settings.get_current_profile_name()).max_examples // 5))
-tilings = st.sampled_from(("table", "small"))
+tilings = st.sampled_from(("table", "large", "small"))
 layouts = st.sampled_from(LAYOUTS)
 channel_counts = st.integers(1, 20)
 rates = st.tuples(st.integers(1, 8), st.integers(1, 8))
@@ -88,9 +88,11 @@ def poisoned_allocations() -> Iterator[None]:
 
 @contextlib.contextmanager
 def tiled(tiling: str) -> Iterator[None]:
-    """The launch table's own tiles, which hold a tiny map whole, or ones so small that it needs several."""
+    """The launch table's own tiles, of either column, which hold a tiny map whole, or ones so small that it needs several."""
     small = {key: (Launch(32, 16, 16, 4, 1),) * 2 for key in triton_backend.LAUNCHES}
     with contextlib.ExitStack() as stack:
+        if tiling == "large":
+            stack.enter_context(mock.patch.object(triton_backend, "LARGE", 0))
         if tiling == "small":
             stack.enter_context(mock.patch.dict(triton_backend.LAUNCHES, small))
             stack.enter_context(mock.patch.dict(triton_backend.FOLD, BLOCK_T=2))

@@ -10,8 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fast import kernels
+from fast.dense_prediction_cell import DensePredictionCell
 from fast.kernels import Dropout, Folded, NormedMap
+from fast.segmentation import SegmentationHead
+from fast.upsampled_cross_entropy import upsampled_cross_entropy
 from reference.batch_norm import EPS, Array, BatchNorm
+from reference.cell import BACKBONE_FEATURE, CONV1X1, Branch, Cell, Operation
 from tests.fast.error_budget import assert_within_budget
 
 if not torch.cuda.is_available():
@@ -92,17 +96,27 @@ def test_separable_step_is_within_budget(size: tuple[int, int, int, int], dtype:
     )
 
 
+@every_dtype
+def test_tiles_of_large_maps_are_within_budget(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second column of the launch table, on a map of which the truth takes no minutes."""
+    monkeypatch.setattr(triton_backend, "LARGE", 1)
+    test_separable_step_is_within_budget(SIZES[0], dtype)
+
+
 @every_size
-def test_tf32_is_within_tf32_budget(size: tuple[int, int, int, int]) -> None:
-    """Where TF32 is allowed, both use it."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    convolutions, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, True
-    try:
-        test_separable_step_is_within_budget(size, torch.float32)
-    finally:
-        torch.set_float32_matmul_precision(precision)
-        torch.backends.cudnn.allow_tf32 = convolutions
+def test_tf32_is_within_tf32_budget(size: tuple[int, int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where TF32 is allowed, both use it; and then an error is a thousand times as large."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    test_separable_step_is_within_budget(size, torch.float32)
+    layer = Layer(size, torch.float32, 0)
+    errors = [arrays_error(layer.by_kernels()[0], layer.by_pytorch(torch.float64)[0])]
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    errors.append(arrays_error(layer.by_kernels()[0], layer.by_pytorch(torch.float64)[0]))
+    assert errors[0] > 30 * errors[1]
+
+
+def arrays_error(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).double().square().mean().sqrt() / expected.abs().max())
 
 
 @every_dtype
@@ -164,6 +178,34 @@ def test_ten_runs_give_the_same_bits(dtype: torch.dtype) -> None:
     runs = [[*layer.by_kernels(dropout), *triton_backend.upsampled_cross_entropy(logits, labels, 255)] for _ in range(10)]
     for run in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_cell_with_every_kind_of_branch_trains_to_the_same_bits(precision: str) -> None:
+    """Pooling, whose resize PyTorch differentiates by atomics, 1×1 and separable convolutions; three steps of two runs."""
+    cell = Cell(
+        (
+            Branch(BACKBONE_FEATURE, Operation("pyramid_pooling", grid_size=(2, 4))),
+            Branch(BACKBONE_FEATURE, CONV1X1),
+            Branch(0, Operation("atrous_separable_conv", rate=(3, 6))),
+            Branch(2, Operation("pyramid_pooling", grid_size=(1, 1))),
+        )
+    )
+    states = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        head = SegmentationHead(DensePredictionCell(cell, 40, branch_channels=24, cell_channels=24), 5).cuda().train()
+        optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
+        features = torch.randn(2, 40, 17, 19, device="cuda")
+        labels = torch.randint(5, (2, 257, 289), device="cuda").to(torch.uint8)
+        for _ in range(3):
+            with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bfloat16"):
+                logits = head(features)
+            optimizer.zero_grad()
+            upsampled_cross_entropy(logits, labels).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+        states.append(head.state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
 @every_dtype
