@@ -18,7 +18,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 def pytest_collection_finish() -> None:
     """One thread: the tests' tensors are too small to share, and sums keep one order. The reference's tests need no torch.
 
-    On a GPU float32 is float32: beside TF32, which PyTorch takes for convolutions, errors a thousand times as large would pass.
+    On a GPU float32 is float32: beside TF32, PyTorch's choice in convolutions, errors a thousand times as large would pass.
     """
     if "torch" in sys.modules:
         torch = sys.modules["torch"]
