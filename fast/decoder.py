@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from fast.atrous_separable_conv import atrous_separable_conv
-from fast.bilinear_resize import bilinear_resize
+from fast.bilinear_resize import lazy_bilinear_resize
 from fast.dense_prediction_cell import ConvNormLayer, SeparableBranch
+from fast.kernels import NormedMap
 from fast.pointwise_conv import conv1x1
 
 OUTPUT_STRIDE = 4
@@ -39,7 +40,8 @@ class Decoder(nn.Module):
 
     def forward(self, context: Tensor, low_level: Tensor) -> Tensor:
         low = conv1x1(low_level, self.projection.weights(), **self.projection.mode())
-        x = torch.cat((bilinear_resize(context, (low.shape[2], low.shape[3])), low), dim=1)  # (N, 256 + 48, H, W)
+        resized = lazy_bilinear_resize(NormedMap(context), (low.shape[2], low.shape[3]))
+        x = torch.cat((resized, low), dim=1)  # (N, 256 + 48, H, W)
         for module in self.refinement:
             branch = cast(SeparableBranch, module)
             x = atrous_separable_conv(x, branch.weights(), rate=branch.rate, **branch.pointwise.mode())

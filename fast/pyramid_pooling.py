@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fast.batch_norm import MOMENTUM
-from fast.bilinear_resize import bilinear_resize, constant, resize_matrix
+from fast.bilinear_resize import constant, lazy_bilinear_resize
 from fast.kernels import NormedMap, backend_for
 from fast.lazy_norm import plane_product, value
 from fast.pointwise_conv import lazy_conv1x1
@@ -60,14 +60,11 @@ def lazy_pyramid_pooling(
         rows = _pooling(size[0], grid_size[0], variant, pin_h, *like)
         columns = _pooling(size[1], grid_size[1], variant, pin_w, *like)
         means = NormedMap(plane_product(backend, x, rows, columns))
-        normed = lazy_conv1x1(means, weights, training=training, momentum=momentum)
-        rows, columns = (resize_matrix(means.raw.shape[2 + i], size[i], *like) for i in range(2))
-        return NormedMap(plane_product(backend, normed, rows, columns))
-    if variant == "grid_cells":
+    elif variant == "grid_cells":
         means = NormedMap(F.adaptive_avg_pool2d(value(x), grid_size))
     else:
         means = NormedMap(_sliding_means(_sliding_means(value(x), 2, grid_size[0], pin_h), 3, grid_size[1], pin_w))
-    return NormedMap(bilinear_resize(value(lazy_conv1x1(means, weights, training=training, momentum=momentum)), size))
+    return NormedMap(lazy_bilinear_resize(lazy_conv1x1(means, weights, training=training, momentum=momentum), size))
 
 
 def _sliding_means(x: Tensor, axis: int, grid: int, pooling_size: int | None) -> Tensor:
@@ -77,7 +74,7 @@ def _sliding_means(x: Tensor, axis: int, grid: int, pooling_size: int | None) ->
     return F.avg_pool2d(x, (window, 1) if axis == 2 else (1, window), stride=1)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.cache  # for good, as `resize_matrix`
 def _pooling(
     size: int, grid: int, variant: PoolingVariant, pooling_size: int | None, dtype: torch.dtype, device: torch.device
 ) -> Tensor:

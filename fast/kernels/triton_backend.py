@@ -2,10 +2,10 @@
 
 Maps are float32, float16 or bfloat16, channels last in memory: (N·H·W, C) to a kernel. Under autocast a convolution of a
 float32 map writes the lower precision, and its products are taken in it. Sums, moments and norms are float32. Products of
-float32 maps are taken as PyTorch takes those of a convolution: in TF32, unless `torch.backends.cudnn.allow_tf32 = False` or
-`torch.backends.cudnn.conv.fp32_precision = "ieee"` says otherwise. Nothing here waits for the device or copies from the
-host, so all of it can be captured in a CUDA graph. Sums over tiles go through buffers that a second, small kernel adds up in
-the order of the tiles: every call gives the same bits.
+float32 maps are taken as PyTorch takes those of a convolution: in TF32 where the GPU has it, unless
+`torch.backends.cudnn.allow_tf32 = False` or `torch.backends.cudnn.conv.fp32_precision = "ieee"` says otherwise. Nothing here
+waits for the device or copies from the host, so all of it can be captured in a CUDA graph. Sums over tiles go through buffers
+that a second, small kernel adds up in the order of the tiles: every call gives the same bits.
 """
 
 import contextlib
@@ -242,8 +242,8 @@ def normalise_backward(grad: Tensor, x: NormedMap) -> NormedMap:
 
 
 def plane_product(x: NormedMap, rows: Tensor, columns: Tensor) -> Tensor:
-    # Two products of the library, in float32. PyTorch's own resize and adaptive mean add up their gradients by atomics, so no
-    # two trainings of a cell with pyramid pooling would be the same.
+    # Two products of the library, in float32 as its own switch for them has it. PyTorch's own resize and adaptive mean add up
+    # their gradients by atomics, so no two trainings of a cell with pyramid pooling would be the same.
     value = _dense(x.raw if x.scale is None else normalise(x))
     n, channels, height, width = value.shape
     with torch.autocast(value.device.type, enabled=False):
@@ -393,9 +393,7 @@ def _pointwise_product(
     x, out_channels = product.raws[0], weight.shape[0]
     out = _empty_map(x, out_channels, _out_dtype(x))
     launch = _launch_sizes("pointwise_forward", out)
-    if (
-        x.dtype.itemsize > out.dtype.itemsize
-    ):  # twice the bytes of a tile: three would not fit the shared memory of sm_86 and 89
+    if x.dtype.itemsize > out.dtype.itemsize:  # three tiles of twice the bytes exceed the shared memory of sm_86 and 89
         launch = launch._replace(stages=2)
     tiles = _tiles(out, launch)
     block_n, block_k = _block(launch.block_n, out_channels), _block(launch.block_k, *product.channels)
@@ -595,7 +593,8 @@ def _input_precision(x: Tensor) -> str:
     """How float32 products are taken; other dtypes have one way only, and one compilation."""
     # Unlike `allow_tf32` this can be read whichever of PyTorch's two interfaces the user has set.
     convolutions: str = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
-    return "tf32" if x.is_cuda and x.dtype == torch.float32 and convolutions == "tf32" else "ieee"
+    allowed = x.is_cuda and x.dtype == torch.float32 and convolutions == "tf32"
+    return "tf32" if allowed and torch.cuda.get_device_capability(x.device) >= (8, 0) else "ieee"  # no Turing GPU has it
 
 
 def _launch(kernel: Any, programs: int, launch: Launch | None, arguments: tuple[Any, ...], **constants: Any) -> None:

@@ -1,18 +1,30 @@
+from collections.abc import Callable
+
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
-from fast.bilinear_resize import bilinear_resize, resize_matrix
+from fast.bilinear_resize import bilinear_resize, lazy_bilinear_resize, resize_matrix
+from fast.kernels import NormedMap
 from reference import bilinear_resize as reference
 from tests.fast.against_reference import LAYOUTS, Layout, check, every_device
 from tests.strategies import map_sizes, rng_seeds
 
 
 @every_device
+@pytest.mark.parametrize("resize", [bilinear_resize, lambda x, size: lazy_bilinear_resize(NormedMap(x), size)])
 @given(map_sizes(), map_sizes(), st.integers(1, 2), st.sampled_from(LAYOUTS), rng_seeds())
 def test_equals_reference(
-    device: str, in_size: tuple[int, int], out_size: tuple[int, int], batch: int, layout: Layout, seed: int
+    device: str,
+    resize: Callable[[Tensor, tuple[int, int]], Tensor],
+    in_size: tuple[int, int],
+    out_size: tuple[int, int],
+    batch: int,
+    layout: Layout,
+    seed: int,
 ) -> None:
     """Larger, smaller, and to or from a single pixel."""
     rng = np.random.default_rng(seed)
@@ -21,7 +33,7 @@ def test_equals_reference(
         lambda x: reference.bilinear_resize(x, out_size),
         lambda grad_output, x: (reference.bilinear_resize_backward(grad_output, in_size),),
     )
-    check(lambda x: bilinear_resize(x, out_size), pair, inputs, rng, device, layout)
+    check(lambda x: resize(x, out_size), pair, inputs, rng, device, layout)
 
 
 def test_matrix_is_made_once_and_serves_inference_and_training() -> None:
@@ -31,3 +43,11 @@ def test_matrix_is_made_once_and_serves_inference_and_training() -> None:
     x = torch.randn(1, 1, 3, 3, requires_grad=True)
     (first @ x @ first.T).sum().backward()  # type: ignore[no-untyped-call]
     torch.testing.assert_close((first @ x.detach() @ first.T), bilinear_resize(x.detach(), (9, 9)))
+
+
+def test_matrix_outlives_any_number_of_others() -> None:
+    """A captured CUDA graph goes on reading it while maps of a thousand other sizes are evaluated."""
+    first = resize_matrix(3, 5, torch.float64, torch.device("cpu"))
+    for size in range(1, 1001):
+        resize_matrix(size, 2, torch.float64, torch.device("cpu"))
+    assert resize_matrix(3, 5, torch.float64, torch.device("cpu")) is first

@@ -10,12 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fast import kernels
+from fast.decoder import Decoder
 from fast.dense_prediction_cell import DensePredictionCell
 from fast.kernels import Dropout, Folded, NormedMap
 from fast.segmentation import SegmentationHead
 from fast.upsampled_cross_entropy import upsampled_cross_entropy
 from reference.batch_norm import EPS, Array, BatchNorm
 from reference.cell import BACKBONE_FEATURE, CONV1X1, Branch, Cell, Operation
+from reference.pyramid_pooling import PoolingVariant
 from tests.fast.error_budget import assert_within_budget
 
 if not torch.cuda.is_available():
@@ -180,8 +182,9 @@ def test_ten_runs_give_the_same_bits(dtype: torch.dtype) -> None:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
 
 
+@pytest.mark.parametrize("pooling", ["sliding_window", "grid_cells"])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_cell_with_every_kind_of_branch_trains_to_the_same_bits(precision: str) -> None:
+def test_a_cell_with_every_kind_of_branch_trains_to_the_same_bits(precision: str, pooling: PoolingVariant) -> None:
     """Pooling, whose resize PyTorch differentiates by atomics, 1×1 and separable convolutions; three steps of two runs."""
     cell = Cell(
         (
@@ -194,7 +197,8 @@ def test_a_cell_with_every_kind_of_branch_trains_to_the_same_bits(precision: str
     states = []
     for _ in range(2):
         torch.manual_seed(0)
-        head = SegmentationHead(DensePredictionCell(cell, 40, branch_channels=24, cell_channels=24), 5).cuda().train()
+        context = DensePredictionCell(cell, 40, branch_channels=24, cell_channels=24, pooling=pooling)
+        head = SegmentationHead(context, 5).cuda().train()
         optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
         features = torch.randn(2, 40, 17, 19, device="cuda")
         labels = torch.randint(5, (2, 257, 289), device="cuda").to(torch.uint8)
@@ -206,6 +210,15 @@ def test_a_cell_with_every_kind_of_branch_trains_to_the_same_bits(precision: str
             optimizer.step()
         states.append(head.state_dict())
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_a_decoder_has_the_same_gradients_at_every_run() -> None:
+    torch.manual_seed(0)
+    decoder = Decoder(24, channels=32, projected_channels=16).cuda().train()
+    context, low_level = torch.randn(2, 32, 17, 19, device="cuda"), torch.randn(2, 24, 65, 73, device="cuda")
+    context.requires_grad_()
+    gradients = [torch.autograd.grad(decoder(context, low_level).square().sum(), context)[0] for _ in range(10)]
+    assert all(torch.equal(gradients[0], gradient) for gradient in gradients)
 
 
 @every_dtype
