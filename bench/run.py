@@ -36,7 +36,8 @@ from bench.results import (
 from bench.roofline import measure_roofs
 from bench.suites import Plan, make_plan
 from bench.timing import CacheFlush
-from search.cli import InputError, run_command
+from search.cli import run_command
+from search.errors import InputError
 from search.features import resolve_device
 
 

@@ -18,8 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from search.cli import InputError
 from search.datasets import IGNORE_INDEX, Dataset
+from search.errors import InputError
 
 _ORDER, _CROP = 0, 1  # what a random stream is for
 

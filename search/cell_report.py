@@ -18,9 +18,9 @@ from fast.dense_prediction_cell import DensePredictionCell
 from reference.cell import Cell
 from reference.dense_prediction_cell import BranchOptions
 from reference.pyramid_pooling import PoolingVariant
-from search.cli import InputError
 from search.cost import CellCost, module_cost
 from search.diagram import branch_weights, branch_weights_svg, cell_svg, effective_field_svg, paths_svg
+from search.errors import InputError
 from search.latency import Latency, measure_latencies
 from search.page import write_page
 from search.receptive_field import field_size_for, options_of, structural_receptive_field

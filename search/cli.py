@@ -11,11 +11,9 @@ from typing import Any, TypeVar
 
 import tyro
 
+from search.errors import InputError
+
 Settings = TypeVar("Settings")
-
-
-class InputError(ValueError):
-    """Something the user gave cannot be used; the message names the file or flag and the remedy."""
 
 
 @contextmanager

@@ -24,8 +24,9 @@ from fast.decoder import Decoder
 from fast.dense_prediction_cell import DensePredictionCell
 from fast.segmentation import SegmentationHead, SegmentationNetwork
 from reference.cell import BACKBONE_FEATURE, CONV1X1, Branch, Cell, Operation
-from search.cli import InputError, run_command
+from search.cli import run_command
 from search.datasets import cityscapes, pascal_voc
+from search.errors import InputError
 from search.space import load_cell
 from search.tensor_bundle import TensorBundle
 

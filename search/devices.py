@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from search.cli import InputError
+from search.errors import InputError
 from search.features import resolve_device
 
 

@@ -27,7 +27,8 @@ from numpy.typing import NDArray
 from fast.dense_prediction_cell import DensePredictionCell
 from reference.cell import BACKBONE_FEATURE, Cell, Operation
 from reference.dense_prediction_cell import BranchOptions
-from search.cli import InputError, run_command
+from search.cli import run_command
+from search.errors import InputError
 from search.receptive_field import effective_receptive_field, field_size_for, options_of, structural_receptive_field
 from search.space import load_cell
 

@@ -14,10 +14,11 @@ import torch
 
 from fast.checkpoint import load_network
 from reference.cell import Cell
-from search.cli import InputError, flags_called
+from search.cli import flags_called
 from search.cost import module_cost
 from search.datasets import open_dataset
 from search.devices import Devices
+from search.errors import InputError
 from search.features import write_text
 from search.proxy import NotFiniteError
 from search.space import cell_hash

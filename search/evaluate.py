@@ -25,8 +25,9 @@ from fast.checkpoint import load_network
 from fast.mean_iou import confusion_matrix
 from fast.segmentation import SegmentationNetwork, predict_scales
 from reference.mean_iou import class_iou, mean_iou
-from search.cli import InputError, run_command
+from search.cli import run_command
 from search.datasets import IGNORE_INDEX, Dataset, Sample, open_dataset
+from search.errors import InputError
 from search.features import resolve_device, write_json
 
 _UNLABELLED = np.array((56, 56, 56), np.uint8)  # lighter greys are classes in some palettes

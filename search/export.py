@@ -29,7 +29,8 @@ import fast.kernels
 from fast.bilinear_resize import bilinear_resize
 from fast.checkpoint import load_head, load_network, write_whole
 from fast.dense_prediction_cell import DensePredictionCell
-from search.cli import InputError, run_command
+from search.cli import run_command
+from search.errors import InputError
 
 ExportFormat = Literal["torch-export", "onnx"]
 Run = Callable[[Tensor], Tensor]

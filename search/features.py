@@ -25,8 +25,8 @@ from tqdm import tqdm
 from fast.backbone import Backbone, WeightsOrigin, timm_backbone
 from fast.checkpoint import write_whole
 from reference.upsampled_cross_entropy import IGNORE_INDEX
-from search.cli import InputError, run_command
 from search.datasets import SPLITS, Dataset, open_dataset
+from search.errors import InputError
 from search.shapes_backbone import SHAPES_BACKBONES, SMALL_BACKBONE, shapes_backbone
 
 FeatureDtype = Literal["float16", "bfloat16"]
@@ -337,4 +337,6 @@ def main(settings: FeatureSettings) -> None:
 
 
 if __name__ == "__main__":
+    from search.cli import run_command  # what imports the features needs no library of flags
+
     run_command(FeatureSettings, main, prog="python -m search.features", goes_on=True)

@@ -33,9 +33,10 @@ from tqdm import tqdm
 
 from fast.backbone import WeightsOrigin
 from reference.cell import Cell
-from search.cli import InputError, differences, flags_called, run_command
+from search.cli import differences, flags_called, run_command
 from search.datasets import open_dataset
 from search.end_to_end import EndToEndTask, training_folder
+from search.errors import InputError
 from search.features import FeatureSettings, open_cache, padded_size, prepare_caches, resolve_device, write_json
 from search.fidelity_report import Score, load_scores, score_path, write_report
 from search.proxy import ProxySettings, ProxyTask, crop_in_features

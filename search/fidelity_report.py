@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from search.cli import InputError
+from search.errors import InputError
 from search.features import write_text
 from search.rank_correlation import MIN_POINTS, RankCorrelation, rank_correlation, spearman, ties
 from search.scatter import Point, Scatter, write_scatters

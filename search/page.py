@@ -6,8 +6,8 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from search.cli import InputError
 from search.diagram import operation_label
+from search.errors import InputError
 from search.features import write_text
 
 

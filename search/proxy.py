@@ -23,8 +23,8 @@ from fast.train_step import Precision, TrainStep
 from reference.cell import Cell
 from reference.mean_iou import class_iou, mean_iou
 from reference.pyramid_pooling import PoolingVariant
-from search.cli import InputError
 from search.cost import module_cost
+from search.errors import InputError
 from search.features import FeatureCache
 
 _CURVE_POINTS = 100

@@ -22,8 +22,9 @@ from tqdm import tqdm
 from fast.bilinear_resize import bilinear_resize
 from fast.checkpoint import load_head, save_head
 from reference.cell import NUM_BRANCHES, Cell
-from search.cli import InputError, ctrl_c_waits, run_command
+from search.cli import ctrl_c_waits, run_command
 from search.datasets import open_dataset
+from search.errors import InputError
 from search.features import FeatureCache, FeatureSettings, open_cache, prepare_caches, resolve_device, write_text
 from search.proxy import ProxyResult, ProxySettings, ProxyTask, crop_in_features
 from search.rank_correlation import ties

@@ -26,9 +26,10 @@ from reference.cell import Cell
 from reference.dense_prediction_cell import BranchOptions, rate_multiplier_for
 from reference.pyramid_pooling import PoolingVariant
 from search.cell_report import draw_pictures, write_cell_report
-from search.cli import InputError, run_command
+from search.cli import run_command
 from search.datasets import IGNORE_INDEX
 from search.diagram import INK, figure_svg, show_grid, style_axes
+from search.errors import InputError
 from search.features import resolve_device
 from search.latency import Latencies, measure_latencies
 from search.page import percent, write_page

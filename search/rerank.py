@@ -20,8 +20,9 @@ from tqdm import tqdm
 from fast.backbone import WeightsOrigin
 from reference.cell import Cell
 from reference.pyramid_pooling import PoolingVariant
-from search.cli import InputError, run_command
+from search.cli import run_command
 from search.end_to_end import EndToEndResult, EndToEndTask
+from search.errors import InputError
 from search.features import resolve_device, write_json, write_text
 from search.rank_correlation import MIN_POINTS, RankCorrelation, rank_correlation, ties
 from search.scatter import Point, Scatter, write_scatters

@@ -19,7 +19,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 from reference.cell import BACKBONE_FEATURE, OPERATIONS, Branch, Cell
-from search.cli import InputError
+from search.errors import InputError
 from search.space import SearchSpace, canonical_form
 
 LAG = 4  # enough for five workers, and small enough for a study of a dozen trials to look near its best

@@ -18,8 +18,8 @@ from tqdm import trange
 from fast.backbone import Backbone, plain_backbone
 from fast.checkpoint import write_whole
 from fast.upsampled_cross_entropy import upsampled_cross_entropy
-from search.cli import InputError
 from search.datasets import Dataset, open_dataset
+from search.errors import InputError
 
 SMALL_BACKBONE, WIDE_BACKBONE = "shapes_cnn", "shapes_cnn_wide"
 SHAPES_BACKBONES = {SMALL_BACKBONE: (16, 32, 64, 128, 128), WIDE_BACKBONE: (32, 64, 128, 256, 256)}  # channels

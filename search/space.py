@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from reference.cell import BACKBONE_FEATURE, GRID_SIZES, NUM_BRANCHES, OPERATIONS, RATES, Branch, Cell, Operation
-from search.cli import InputError
+from search.errors import InputError
 
 CELLS_DIRECTORY = Path(__file__).parent / "cells"
 OPERATION_SET = frozenset(OPERATIONS)

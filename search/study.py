@@ -24,7 +24,8 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from reference.cell import Cell
-from search.cli import InputError, ctrl_c_waits, differences
+from search.cli import ctrl_c_waits, differences
+from search.errors import InputError
 from search.features import write_json
 from search.proxy import ProxyResult
 from search.space import canonical_form

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from search.cli import InputError
+from search.errors import InputError
 
 _FOOTER_BYTES, _MAGIC = 48, 0xDB4775248B80FB57
 _BLOCK_TRAILER_BYTES = 5  # compression type, CRC-32C

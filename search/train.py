@@ -38,9 +38,10 @@ from reference.cell import Cell
 from reference.mean_iou import class_iou, mean_iou
 from reference.pyramid_pooling import PoolingVariant
 from search.augmentation import Augmentation, Crop, TrainingCrops, stack
-from search.cli import InputError, run_command
+from search.cli import run_command
 from search.datasets import IGNORE_INDEX, Dataset, open_dataset
 from search.devices import Devices, join_devices
+from search.errors import InputError
 from search.evaluate import count_pixels
 from search.features import FeatureSettings, create_backbone
 from search.optimizer import parameter_groups, poly_learning_rate, set_learning_rate

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from search.cli import InputError, differences
+from search.cli import differences
+from search.errors import InputError
 from search.features import write_json
 
 _COLUMNS = ("iteration", "loss", "learning_rate", "mean_iou")

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from fast.segmentation import SegmentationHead
 from reference.cell import Cell
-from search.cli import InputError
+from search.errors import InputError
 from search.proxy import NotFiniteError
 
 MAX_DEATHS = 3

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reference.upsampled_cross_entropy import IGNORE_INDEX as IGNORE_INDEX
-from search.cli import InputError
+from search.errors import InputError
 
 DATASETS = ("shapes", "camvid", "cityscapes", "pascal_voc", "pascal_person_part")
 SPLITS = ("train", "val")  # what a search needs; a data set may have more

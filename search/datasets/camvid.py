@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from search.cli import InputError
 from search.datasets import IGNORE_INDEX
 from search.datasets.files import FileDataset, LabelReader, Pair, read_lines, repeated, require_layout
+from search.errors import InputError
 
 CLASS_NAMES = (
     "sky",

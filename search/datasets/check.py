@@ -22,9 +22,9 @@ import tyro
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from search.cli import InputError
 from search.datasets import IGNORE_INDEX, SPLITS, Dataset, open_unchecked, split_names
 from search.datasets.files import FileDataset
+from search.errors import InputError
 
 Place = tuple[int, int]  # which of the opened splits, which of its pictures
 _CHUNK = 8  # pictures that a process takes at a time

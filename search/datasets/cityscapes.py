@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 from torchvision.datasets import Cityscapes
 
-from search.cli import InputError
 from search.datasets import IGNORE_INDEX
 from search.datasets.files import FileDataset, LabelReader, Pair, repeated, require_layout
+from search.errors import InputError
 
 _CLASSES = sorted(
     (label for label in Cityscapes.classes if 0 <= label.train_id < IGNORE_INDEX), key=lambda label: label.train_id

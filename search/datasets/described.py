@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from search.cli import InputError
 from search.datasets import IGNORE_INDEX
 from search.datasets.files import FileDataset, LabelReader, Pair, read_lines, repeated, spans, voc_palette
+from search.errors import InputError
 
 _FIELDS = ("classes", "images", "labels", "splits", "name", "colours", "ignore", "label_ids")
 _SPLIT_FIELDS = ("list", "folder", "labelled", "count")

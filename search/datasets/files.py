@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from search.cli import InputError
 from search.datasets import IGNORE_INDEX, Sample
+from search.errors import InputError
 
 # What Pillow raises for damaged files and for absurd sizes.
 _UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)

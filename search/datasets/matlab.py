@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from scipy.io import loadmat
 from scipy.io.matlab import MatReadError
 
-from search.cli import InputError
+from search.errors import InputError
 
 # PASCAL-Part's names of a person's parts, from whichever side, in the seven classes of PASCAL-Person-Part.
 _PARTS = (

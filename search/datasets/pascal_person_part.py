@@ -10,10 +10,10 @@ round, which exchanges their names and leaves the mIOU as it is.
 
 from pathlib import Path
 
-from search.cli import InputError
 from search.datasets import IGNORE_INDEX
 from search.datasets.files import FileDataset, LabelReader, Pair, read_lines, repeated, require_layout, voc_palette
 from search.datasets.matlab import read_person_parts
+from search.errors import InputError
 
 CLASS_NAMES = ("background", "head", "torso", "upper arms", "lower arms", "upper legs", "lower legs")
 PALETTE = voc_palette(len(CLASS_NAMES))

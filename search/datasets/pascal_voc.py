@@ -18,10 +18,10 @@ from pathlib import Path
 
 from torchvision.datasets import SBDataset, VOCSegmentation
 
-from search.cli import InputError
 from search.datasets import IGNORE_INDEX
 from search.datasets.files import FileDataset, LabelReader, Pair, read_lines, repeated, require_layout, voc_palette
 from search.datasets.matlab import read_class_map
+from search.errors import InputError
 
 CLASS_NAMES = (
     "background",

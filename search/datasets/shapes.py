@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from search.cli import InputError
 from search.datasets import IGNORE_INDEX, SPLITS, Sample
+from search.errors import InputError
 
 CLASS_NAMES = ("background", "block", "wide bar", "tall bar", "disc", "ring", "dot", "inlay")
 BACKGROUND, BLOCK, WIDE_BAR, TALL_BAR, DISC, RING, DOT, INLAY = range(len(CLASS_NAMES))

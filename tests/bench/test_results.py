@@ -20,7 +20,7 @@ from bench.roofline import Roofs, measure_roofs
 from bench.run import BenchSettings, main, write
 from bench.suites import NEW_CELL, Job, Plan
 from fast.atrous_separable_conv import atrous_separable_conv
-from search.cli import InputError
+from search.errors import InputError
 from tests.bench.tiny_runs import CPU, ENVIRONMENT, ROOFS, SEPARABLE, row, tiny_results
 
 

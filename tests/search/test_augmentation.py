@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from fast.bilinear_resize import bilinear_resize
 from search.augmentation import Augmentation, TrainingCrops, stack
-from search.cli import InputError
 from search.datasets import IGNORE_INDEX, Sample, open_dataset
+from search.errors import InputError
 
 MEAN = (10.0, 20.0, 30.0)
 

@@ -12,7 +12,7 @@ import search.report
 from fast import DensePredictionCell, SegmentationHead
 from fast.checkpoint import save_head
 from reference.cell import Cell
-from search.cli import InputError
+from search.errors import InputError
 from search.report import ReportSettings, main, write_report
 from search.space import load_cell
 from tests.search.test_report import BASELINES, make_run, visible_text

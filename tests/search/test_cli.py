@@ -21,7 +21,8 @@ from PIL import Image
 
 import search.features
 import search.random
-from search.cli import InputError, ctrl_c_waits, run_command
+from search.cli import ctrl_c_waits, run_command
+from search.errors import InputError
 from search.features import FeatureSettings
 from search.random import RandomSettings
 

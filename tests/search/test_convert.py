@@ -13,8 +13,8 @@ from fast.bilinear_resize import bilinear_resize
 from fast.checkpoint import load_network
 from fast.segmentation import SegmentationNetwork, predict_scales
 from reference.cell import Cell
-from search.cli import InputError
 from search.convert import Conversion, ConvertSettings, convert, main
+from search.errors import InputError
 from search.space import load_cell
 from search.tensor_bundle import TensorBundle
 from tests.golden.authors_dumps import SHARED

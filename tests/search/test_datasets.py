@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
 
-from search.cli import InputError
 from search.datasets import DATASETS, IGNORE_INDEX, SPLITS, Dataset, Sample, camvid, open_dataset, shapes
+from search.errors import InputError
 
 REAL_CAMVID = Path(__file__).parents[2].parent / "shared" / "data" / "camvid"
 

@@ -12,9 +12,9 @@ from typing import Literal
 import numpy as np
 import pytest
 
-from search.cli import InputError
 from search.datasets import camvid, cityscapes, pascal_person_part, pascal_voc
 from search.datasets.check import CheckSettings, main
+from search.errors import InputError
 from tests.search import dataset_folders as made
 
 CHECK: Literal["check"] = "check"

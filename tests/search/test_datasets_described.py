@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import search.random
-from search.cli import InputError
 from search.datasets import IGNORE_INDEX, described, open_dataset, split_names
 from search.datasets.files import FileDataset, voc_palette
+from search.errors import InputError
 from tests.search import dataset_folders as made
 
 DOCUMENTATION = Path(__file__).parents[2] / "docs" / "datasets.md"

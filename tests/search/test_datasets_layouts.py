@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.io import savemat
 
-from search.cli import InputError
 from search.datasets import IGNORE_INDEX, Dataset, cityscapes, open_dataset, split_names
 from search.datasets.matlab import PERSON_PARTS, read_class_map, read_person_parts
+from search.errors import InputError
 from tests.search import dataset_folders as made
 from tests.search.dataset_folders import Labels
 from tests.strategies import rng_seeds

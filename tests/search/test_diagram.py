@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from fast.dense_prediction_cell import DensePredictionCell
 from reference.cell import Cell, Operation
 from reference.dense_prediction_cell import BranchOptions
-from search.cli import InputError
 from search.diagram import (
     Box,
     DiagramSettings,
@@ -33,6 +32,7 @@ from search.diagram import (
     paths_svg,
     write_diagram,
 )
+from search.errors import InputError
 from search.receptive_field import structural_receptive_field
 from search.space import SearchSpace, load_cell
 

@@ -16,9 +16,9 @@ from torch import nn
 import search.train
 from fast.checkpoint import load_network
 from reference.cell import Cell
-from search.cli import InputError
 from search.cost import cell_cost
 from search.end_to_end import EndToEndResult, EndToEndTask
+from search.errors import InputError
 from search.space import load_cell
 from search.train import Training, TrainSettings
 from search.training_run import read_curve

@@ -14,8 +14,8 @@ from torch import Tensor
 import search.evaluate
 from fast.checkpoint import save_network
 from fast.segmentation import SegmentationNetwork, predict_scales
-from search.cli import InputError
 from search.datasets import IGNORE_INDEX, Sample, cityscapes, open_dataset, pascal_voc
+from search.errors import InputError
 from search.evaluate import EvaluateSettings, count_pixels, overlay, predict_classes, prediction_path, write_prediction
 from tests.search.test_random import write_camvid
 from tests.search.test_train import small_network

@@ -17,7 +17,7 @@ from fast.backbone import timm_backbone
 from fast.bilinear_resize import bilinear_resize
 from fast.checkpoint import load_head, load_network, save_head, save_network
 from reference.cell import BACKBONE_FEATURE, CONV1X1, Branch, Cell, Operation
-from search.cli import InputError
+from search.errors import InputError
 from search.export import TOLERANCE, ExportSettings, export, main
 from search.space import load_cell
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 import search.features
 from fast.backbone import Backbone
-from search.cli import InputError
 from search.datasets import IGNORE_INDEX, Sample
+from search.errors import InputError
 from search.features import FeatureSettings, HalfWrittenError, build_cache, open_cache, prepare_caches
 from tests.strategies import rng_seeds
 

@@ -22,8 +22,8 @@ import search.fidelity
 import search.fidelity_report
 import search.shapes_backbone
 from reference.cell import BACKBONE_FEATURE, Cell
-from search.cli import InputError
 from search.end_to_end import EndToEndTask
+from search.errors import InputError
 from search.features import FeatureSettings, create_backbone, write_json
 from search.fidelity import PROTOCOLS, FidelitySettings, fidelity_cells
 from search.fidelity_report import (

@@ -17,8 +17,8 @@ from fast.segmentation import SegmentationHead
 from reference.cell import BACKBONE_FEATURE, Branch, Cell, Operation
 from reference.mean_iou import class_iou, mean_iou
 from reference.pyramid_pooling import PoolingVariant
-from search.cli import InputError
 from search.cost import cell_cost
+from search.errors import InputError
 from search.features import FeatureCache
 from search.proxy import NotFiniteError, ProxyResult, ProxySettings, ProxyTask
 from search.space import load_cell

@@ -23,8 +23,8 @@ from fast.checkpoint import load_head
 from fast.train_step import TrainStep
 from reference.cell import CONV1X1, Branch, Cell, Operation
 from reference.mean_iou import mean_iou
-from search.cli import InputError
 from search.datasets import SPLITS
+from search.errors import InputError
 from search.features import create_backbone, open_cache
 from search.proxy import NotFiniteError, ProxyResult, ProxyTask
 from search.random import RandomSettings

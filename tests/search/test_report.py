@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from search.cli import InputError
+from search.errors import InputError
 from search.page import percent, quantity
 from search.proxy import ProxyResult
 from search.report import ReportSettings, main, pareto_front, write_report

@@ -20,8 +20,8 @@ import search.random
 import search.rerank
 from fast.checkpoint import load_network
 from reference.cell import CONV1X1, Branch, Cell, Operation
-from search.cli import InputError
 from search.end_to_end import EndToEndResult, EndToEndTask
+from search.errors import InputError
 from search.features import write_json
 from search.proxy import NotFiniteError
 from search.random import RandomSettings

@@ -11,7 +11,7 @@ from hypothesis import given
 from optuna.trial import FixedTrial, TrialState
 
 from reference.cell import OPERATIONS, Cell
-from search.cli import InputError
+from search.errors import InputError
 from search.sampler import (
     EVOLUTION_POPULATION,
     SAMPLER_NAMES,

@@ -9,7 +9,7 @@ from scipy import stats
 
 import search.space
 from reference.cell import BACKBONE_FEATURE, OPERATIONS, Branch, Cell, Operation
-from search.cli import InputError
+from search.errors import InputError
 from search.space import SearchSpace, canonical_form, cell_hash, load_cell, load_cells
 from tests.strategies import cells, rng_seeds
 

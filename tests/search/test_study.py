@@ -15,7 +15,7 @@ import pytest
 
 import search.study
 from reference.cell import CONV1X1, OPERATIONS, Branch, Cell
-from search.cli import InputError
+from search.errors import InputError
 from search.proxy import ProxyResult
 from search.sampler import create_sampler, suggest_cell
 from search.space import SearchSpace, load_cell

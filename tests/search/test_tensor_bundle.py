@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from search.cli import InputError
+from search.errors import InputError
 from search.tensor_bundle import TensorBundle
 from tests.golden.authors_dumps import SHARED
 from tests.search.made_bundle import masked_crc, write_bundle

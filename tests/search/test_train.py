@@ -21,8 +21,8 @@ from fast.decoder import Decoder
 from fast.dense_prediction_cell import DensePredictionCell
 from fast.segmentation import SegmentationHead, SegmentationNetwork
 from reference.mean_iou import mean_iou
-from search.cli import InputError
 from search.datasets import open_dataset
+from search.errors import InputError
 from search.evaluate import count_pixels
 from search.space import load_cell
 from search.train import Training, TrainSettings, averaged, check, complete

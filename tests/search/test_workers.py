@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 import search.random
 from reference.cell import Cell
-from search.cli import InputError
+from search.errors import InputError
 from search.features import FeatureCache
 from search.proxy import NotFiniteError, ProxyResult, ProxySettings, ProxyTask
 from search.random import RandomSettings
