@@ -1,0 +1,129 @@
+"""Work in a process of its own: what breaks the GPU's context, hangs or dies costs this work and nothing else."""
+
+import contextlib
+import importlib
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+Say = Callable[[Any], None]
+
+
+class WorkFailed(Exception):
+    """The function raised; the message has the exception's type and first line. The process goes on."""
+
+
+class WorkerLost(Exception):
+    """The process is no more: it died, reached its limit, or broke the device's context; the message says which."""
+
+
+class Worker:
+    """A fresh interpreter, started at once, that calls functions of importable modules one after the other.
+
+    It leads a session of its own: Ctrl-C reaches the parent alone, and whatever the function starts ends with it.
+
+    >>> with Worker() as worker:
+    ...     worker(divmod, 7, 2)
+    (3, 1)
+    """
+
+    def __init__(self, *, preload: str = "bench", log: Path | None = None) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        arguments = (theirs, preload, None if log is None else str(log))
+        self._process = context.Process(target=_serve, args=arguments)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited: not even while it imports
+        try:
+            self._process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        theirs.close()
+        self.is_lost = False
+
+    def __call__(
+        self, function: Callable[..., Any], *arguments: Any, limit_s: float | None = None, say: Say | None = None
+    ) -> Any:
+        """function(*arguments), with `say=` if one is given: what it says arrives at once. Raises WorkFailed, WorkerLost."""
+        end = None if limit_s is None else time.monotonic() + limit_s
+        try:
+            self._connection.send((function, arguments, say is not None))
+            while self._connection.poll(None if end is None else max(0.0, end - time.monotonic())):
+                kind, value = self._connection.recv()
+                if kind == "said":
+                    assert say is not None
+                    say(value)
+                elif kind == "returned":
+                    return value
+                elif kind == "raised":
+                    raise WorkFailed(value)
+                else:
+                    self.close()
+                    raise WorkerLost(value)
+        except (EOFError, ConnectionError):
+            self._process.join(10)
+            code = self._process.exitcode
+            self.close()
+            name = f"signal {signal.Signals(-code).name}" if code and code < 0 else f"exit code {code}"
+            raise WorkerLost(f"the process ended with {name}") from None
+        self.close()
+        raise WorkerLost(f"stopped after {limit_s:.0f} s")
+
+    def close(self) -> None:
+        """End the process and all that it has started."""
+        self.is_lost = True
+        if self._process.pid is not None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # it has not begun its session, or is gone
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.kill()
+            self._process.join()
+        self._connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def _serve(connection: Connection, preload: str, log: str | None) -> None:
+    os.setsid()
+    if log is not None:
+        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+    with contextlib.suppress(Exception):  # the function's own imports say what is wrong
+        importlib.import_module(preload)
+    while True:
+        try:
+            function, arguments, speaks = connection.recv()
+        except EOFError:  # the parent is gone
+            return
+        keywords = {"say": lambda value: connection.send(("said", value))} if speaks else {}
+        try:
+            answer = ("returned", function(*arguments, **keywords))
+        except Exception as error:
+            traceback.print_exc()
+            text = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
+            answer = ("lost" if _has_lost_its_device() else "raised", text)
+        sys.stdout.flush()
+        connection.send(answer)
+
+
+def _has_lost_its_device() -> bool:
+    """An illegal address or a failed launch stays with a CUDA context: every later call of the process repeats it."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except Exception:
+        return True
+    return False
