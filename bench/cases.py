@@ -112,6 +112,8 @@ class Case(ABC):
 
     launches_count: bool = True
     """On a GPU: the time that a user waits, launches included (True), or that the device is busy (False)."""
+    repeats: bool = False
+    """Whether a long run is made of such calls, one behind the other."""
 
     @property
     @abstractmethod

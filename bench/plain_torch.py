@@ -196,7 +196,8 @@ class PlainTrainStep:
             crops.append(self._features[image, :, top : top + self._crop[0], left : left + self._crop[1]])
             window = self._labels[image, self._stride * top :, self._stride * left :]
             labels.append(window[:height, :width])
-        batch = torch.stack(crops).to(torch.float32, memory_format=self._memory_format)
+        with torch.autocast(self._features.device.type, enabled=False):  # in bfloat16 it refuses to stack float16
+            batch = torch.stack(crops).to(torch.float32, memory_format=self._memory_format)
         return batch, torch.stack(labels)
 
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure, SubFigure
 
 from bench.cases import COMPILE, COMPILE_MAX, EAGER, EAGER_CHANNELS_LAST, OURS, OURS_WITHOUT_KERNELS, Suite
 from bench.report import cells_per_hour, rate_ratios
-from bench.results import Results, Row, best_other, ours, ratio
+from bench.results import Results, Row, best_other, ours, ratio, right
 from reference.cell import RATES
 from search.diagram import INK, show_grid, style_axes
 
@@ -66,7 +66,7 @@ def _draw_strip(part: SubFigure, strip: Sequence[_Panel]) -> None:
 
 def _drawn(results: Results, suite: Suite) -> list[list[Row]]:
     """The suite's cases in one dtype, those that have a time."""
-    timed = [group for group in results.groups(suite) if any(row.median_ms for row in group)]
+    timed = [group for group in results.groups(suite) if right(group)]
     dtype = next((dtype for dtype in _DTYPES if any(group[0].dtype == dtype for group in timed)), "")
     return [group for group in timed if group[0].dtype == dtype]
 
@@ -148,7 +148,7 @@ def _times(ax: Axes, groups: list[list[Row]]) -> None:
     labels, position = [], 0.0
     for group in groups:
         best = best_other(group)
-        for row in (row for row in group if row.median_ms):
+        for row in right(group):
             _bar(ax, position, row, row.median_ms or 0.0, (row.p20_ms or 0.0, row.p80_ms or 0.0))
             text = f"{row.median_ms:.4g} ms"
             mine, value = ours(group), ratio(group)
@@ -166,7 +166,7 @@ def _times(ax: Axes, groups: list[list[Row]]) -> None:
 def _cells_per_hour(ax: Axes, groups: list[list[Row]]) -> None:
     labels, position = [], 0.0
     for group in groups:
-        for row in (row for row in group if row.median_ms):
+        for row in right(group):
             value = cells_per_hour(row)
             scale = value * (row.median_ms or 0.0)
             _bar(ax, position, row, value, (scale / (row.p80_ms or 1.0), scale / (row.p20_ms or 1.0)))
@@ -192,7 +192,7 @@ def _finish_bars(ax: Axes, labels: Sequence[tuple[float, str]], quantity: str) -
 
 
 def _bars(groups: list[list[Row]]) -> float:
-    return 0.9 + sum(0.26 * sum(row.median_ms is not None for row in group) + 0.15 for group in groups)
+    return 0.9 + sum(0.26 * len(right(group)) + 0.15 for group in groups)
 
 
 def _cells(ax: Axes, groups: list[list[Row]]) -> None:

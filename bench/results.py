@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -63,6 +64,7 @@ class Row:
     p20_ms: float | None = None
     p80_ms: float | None = None
     warm_median_ms: float | None = None
+    back_to_back_ms: float | None = None
     first_call_s: float | None = None
     peak_memory_mb: float | None = None
     bytes: int | None = None
@@ -73,6 +75,11 @@ class Row:
     ratio_to_best_other: float | None = None
     rounds: int = 0
     note: str = ""
+
+    @property
+    def step_ms(self) -> float | None:
+        """What a step costs in a long training: back to back where that was measured."""
+        return self.back_to_back_ms or self.median_ms
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -93,6 +100,17 @@ class Results:
     name: str = ""  # of its files, without what is behind the dot
     jobs_done: int = 0
     parts: int = 1  # how often it was started
+    numbers: list[dict[str, Any]] = field(default_factory=list)  # of the stages of a run of limited minutes
+
+    def add(self, row: Row) -> None:
+        """A row takes the place of an earlier one of its case and provider, but a failure that of no result."""
+        for i, old in enumerate(self.rows):
+            if (old.key, old.provider) == (row.key, row.provider):
+                kept, newer = (row, old) if row.status == FAILED and old.status != FAILED else (old, row)
+                known = {f.name: getattr(kept, f.name) for f in fields(Row) if getattr(newer, f.name) is None}
+                self.rows[i] = replace(newer, **known)
+                return
+        self.rows.append(row)
 
     def groups(self, suite: Suite | None = None) -> Iterator[list[Row]]:
         """The rows of one case at a time, all providers."""
@@ -107,9 +125,17 @@ def new_name(folder: Path, environment: Environment) -> str:
     """<date>-<commit>; a second run of the same day and commit gets "-2" behind it: none replaces another."""
     for number in itertools.count(1):
         name = f"{environment.timestamp[:10]}-{environment.commit}" + (f"-{number}" if number > 1 else "")
-        if not any((folder / (name + suffix)).exists() for suffix in (".csv", _UNFINISHED)):
+        if not any((folder / (name + suffix)).exists() for suffix in (".csv", ".jsonl", _UNFINISHED)):
             break
     return name
+
+
+def append_line(path: Path, value: Mapping[str, object]) -> None:
+    """One more line of JSON, on the disk when this returns."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(value) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def save_unfinished(folder: Path, results: Results) -> None:
@@ -139,20 +165,25 @@ def load_unfinished(folder: Path, command: Mapping[str, object], environment: En
     return None
 
 
+def right(rows: Iterable[Row]) -> list[Row]:
+    """Those that may be compared: a wrong result's time is a row too, and no more."""
+    return [row for row in rows if row.status == OK and row.median_ms]
+
+
 def ours(rows: Iterable[Row]) -> Row | None:
-    """Our row of a case, if it has a time."""
-    return next((row for row in rows if row.provider == OURS.name and row.median_ms), None)
+    """Our row of a case, if it is right and has a time."""
+    return next((row for row in right(rows) if row.provider == OURS.name), None)
 
 
 def best_other(rows: Iterable[Row]) -> Row | None:
     """The quickest right row that is not ours."""
-    others = [row for row in rows if row.provider != OURS.name and row.median_ms]
+    others = [row for row in right(rows) if row.provider != OURS.name]
     return min(others, key=lambda row: row.median_ms or 0.0, default=None)
 
 
 def eager(rows: Iterable[Row]) -> Row | None:
     """Eager PyTorch in its default layout, or in a search our own code on the library's operations."""
-    return next((row for row in rows if row.provider in (EAGER.name, OURS_WITHOUT_KERNELS.name) and row.median_ms), None)
+    return next((row for row in right(rows) if row.provider in (EAGER.name, OURS_WITHOUT_KERNELS.name)), None)
 
 
 def ratio(rows: Iterable[Row]) -> float | None:

@@ -1,8 +1,10 @@
 """The roof of this machine, measured in the same run: how quickly it copies, and how quickly it multiplies matrices."""
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -25,21 +27,44 @@ class Roofs:
 
     def percent(self, cost: Cost | None, dtype: str, milliseconds: float) -> float | None:
         """The share of the roof that was reached; None where no cost is stated."""
-        return None if cost is None or dtype not in self.matrix_gflops else 100 * self.floor_ms(cost, dtype) / milliseconds
+        unknown = cost is None or dtype not in self.matrix_gflops or math.isnan(self.copy_gb_per_s)
+        return None if unknown or cost is None else 100 * self.floor_ms(cost, dtype) / milliseconds
+
+    def with_number(self, number: Mapping[str, Any]) -> "Roofs":
+        """With one that `measure_roofs` said; other numbers change nothing."""
+        if number.get("roof") == "copy":
+            return replace(self, copy_gb_per_s=number["gb_per_s"])
+        if number.get("roof") == "matrix product":
+            return replace(self, matrix_gflops={**self.matrix_gflops, number["dtype"]: number["gflops"]})
+        return self
 
 
-def measure_roofs(device: torch.device, dtypes: Iterable[str], *, quick: bool) -> Roofs:
-    """Large copies; the best of a few square products by the library, and of a 1×1 convolution by ours, if that is quicker."""
+NO_ROOFS = Roofs(math.nan, {})  # none known yet
+
+
+def measure_roofs(
+    device: torch.device, dtypes: Iterable[str], *, quick: bool, say: Callable[[dict[str, Any]], None] = lambda roof: None
+) -> Roofs:
+    """Large copies; the best of a few square products by the library, on a CPU also of a 1×1 convolution by ours.
+
+    `say` hears each roof when it is known.
+    """
     copy_bytes = max(4 * last_level_cache_bytes(device), 1 << (30 if device.type == "cuda" else 27))
     source = torch.ones(copy_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    copy_s = _best_seconds(lambda: target.copy_(source), device)
+    copy_gb_per_s = 2 * copy_bytes / _best_seconds(lambda: target.copy_(source), device) / 1e9
+    say({"roof": "copy", "gb_per_s": copy_gb_per_s})
     sizes = (4096, 8192, 16384) if device.type == "cuda" else (1024, 2048) if quick else (1024, 2048, 4096)
-    matrix = {
-        dtype: max(_pointwise_gflops(dtype, device), *(_matrix_gflops(size, dtype, device) for size in sizes))
-        for dtype in dtypes
-    }
-    return Roofs(2 * copy_bytes / copy_s / 1e9, matrix)
+    matrix = {}
+    for dtype in dtypes:
+        rates = [_matrix_gflops(size, dtype, device) for size in sizes]
+        if (
+            device.type == "cpu"
+        ):  # where the library's product is not the quickest; on a GPU a roof must not hang on our kernels
+            rates.append(_pointwise_gflops(dtype, device))
+        matrix[dtype] = max(rates)
+        say({"roof": "matrix product", "dtype": dtype, "gflops": matrix[dtype]})
+    return Roofs(copy_gb_per_s, matrix)
 
 
 def _matrix_gflops(size: int, dtype: str, device: torch.device) -> float:

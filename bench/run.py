@@ -1,5 +1,6 @@
 """The benchmark: `python bench/run.py`, from the repository's root (bench/README.md says how to read what it writes)."""
 
+import argparse
 import itertools
 import os
 import sys
@@ -8,24 +9,25 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # this checkout, also where another one is installed or none
 
-from bench.cases import OURS, SUITES, DType, Suite
-from bench.measure import in_fresh_process, measure
+from bench.cases import DTYPES, OURS, SUITES, DType, Suite
+from bench.measure import measure_apart
 from bench.plots import draw
-from bench.report import table, write_markdown
+from bench.report import in_short, table, write_markdown
 from bench.results import (
     FAILED,
     NOT_SUPPORTED,
     WRONG,
     Results,
     Row,
+    append_line,
     environment,
     forget_unfinished,
     load_unfinished,
@@ -33,41 +35,62 @@ from bench.results import (
     save_unfinished,
     write_csv,
 )
-from bench.roofline import measure_roofs
-from bench.suites import Plan, make_plan
-from bench.timing import CacheFlush
-from search.cli import run_command
+from bench.roofline import NO_ROOFS, measure_roofs
+from bench.stages import Run, plan_stages, run_stages
+from bench.suites import PAPER, Plan, make_plan
+from bench.worker import Workers
 from search.errors import InputError
 from search.features import resolve_device
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchSettings:
-    """Check and time the fast path beside PyTorch's own ways, in one run on one device."""
+    """The flags, as `parse` explains them."""
 
     suite: tuple[Suite, ...] = SUITES
-    """What to measure, in this order: proxy (training iterations), loss, search (cells per hour), cell, ops (all alone)."""
     dtype: tuple[DType, ...] | None = None
-    """In which dtypes. Default: on a GPU bfloat16 and float32 (with --quick the first, with --full float16 too), on a CPU
-    float32, and bfloat16 where the processor has instructions for it."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto takes the GPU if there is one."""
     quick: bool = False
-    """A look in under two minutes on two cores: one shape, one rate, few rounds."""
     full: bool = False
-    """Everything, for hours: torch.compile on every case, all rates at the large size on a CPU too."""
+    minutes: float | None = None
     rounds: int | None = None
-    """Times that every provider takes its turn. Default: 10, with --quick 3."""
     out: Path = Path("bench/results")
-    """Folder of the results; each device has its own folder in it."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags. Of the standard library, so that the benchmark needs nothing that a machine with PyTorch may lack."""
+    flags = argparse.ArgumentParser(
+        prog="python bench/run.py",
+        description="Check and time the fast path beside PyTorch's own ways, in one run on one device.",
+        argument_default=argparse.SUPPRESS,
+    )
+    flags.add_argument("--suite", nargs="+", choices=SUITES, help="what to measure, in this order (default: all)")
+    flags.add_argument(
+        "--dtype",
+        nargs="+",
+        choices=tuple(DTYPES),
+        help="in which dtypes (default: on a GPU bfloat16 and float32, with --quick the first, with --full float16 too; "
+        "on a CPU float32, and bfloat16 where the processor has instructions for it)",
+    )
+    flags.add_argument("--device", help="cpu, cuda, cuda:1, ...; auto, the default, takes the GPU if there is one")
+    flags.add_argument(
+        "--quick", action="store_true", help="a look: one shape, one rate, few rounds; two minutes on two cores"
+    )
+    flags.add_argument("--full", action="store_true", help="everything, for hours: torch.compile on every case, all rates")
+    flags.add_argument(
+        "--minutes",
+        type=float,
+        help="stop then; a plan of its own, what matters most first, each part in a process of its own: "
+        "for a machine that is at hand for minutes",
+    )
+    flags.add_argument("--rounds", type=int, help="times that every provider takes its turn (default: 10, with --quick 3)")
+    flags.add_argument("--out", type=Path, help="folder of the results (default: bench/results); a folder in it per device")
+    return flags
 
 
 def main(settings: BenchSettings) -> None:
     """Measure, print, write. Exits with 1 if any result of ours was wrong or failed, with 130 after Ctrl-C."""
-    if settings.rounds is not None and settings.rounds < 1:
-        raise InputError(f"--rounds must be at least 1, got {settings.rounds}")
-    if settings.quick and settings.full:
-        raise InputError("--quick and --full contradict each other: give one of them")
+    check(settings)
     device = torch.device(resolve_device(settings.device))
     if device.type == "cpu" and "float16" in (settings.dtype or ()):
         raise InputError("--dtype float16 is measured on a GPU alone: this run is on the CPU")
@@ -77,13 +100,26 @@ def main(settings: BenchSettings) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / "lock", timeout=0):
-            results = run_and_write(settings, device, folder)
+            results = (run_and_write if settings.minutes is None else run_for_minutes)(settings, device, folder)
     except Timeout:
         raise InputError(f"another benchmark writes to {folder}: two at once would disturb each other's times") from None
     if not results.is_complete:
         sys.exit(130)
     if any(row.status in (WRONG, FAILED) for row in results.rows if row.provider == OURS.name):
         sys.exit(1)
+
+
+def check(settings: BenchSettings) -> None:
+    """Raises InputError for flags that cannot work."""
+    if settings.rounds is not None and settings.rounds < 1:
+        raise InputError(f"--rounds must be at least 1, got {settings.rounds}")
+    if settings.quick and settings.full:
+        raise InputError("--quick and --full contradict each other: give one of them")
+    if settings.minutes is not None:
+        if not settings.minutes > 0:
+            raise InputError(f"--minutes must be more than 0, got {settings.minutes:g}")
+        if settings.quick or settings.full or tuple(settings.suite) != SUITES or settings.dtype:
+            raise InputError("--minutes has a plan of its own: leave out --suite, --dtype, --quick and --full")
 
 
 def run_and_write(settings: BenchSettings, device: torch.device, folder: Path) -> Results:
@@ -94,12 +130,48 @@ def run_and_write(settings: BenchSettings, device: torch.device, folder: Path) -
         run_plan(plan, results, device, settings.rounds or plan.rounds, save=lambda: save_unfinished(folder, results))
     except KeyboardInterrupt:
         print("\nstopped: the same command at the same commit goes on with the next case", file=sys.stderr)
-    print(table(results, colour=sys.stdout.isatty()))
-    for path in write(results, folder):
-        print(path)
+    print_and_write(results, folder)
     if results.is_complete:
         forget_unfinished(folder, results)
     return results
+
+
+def run_for_minutes(settings: BenchSettings, device: torch.device, folder: Path) -> Results:
+    """The stages that fit into --minutes. Each number is in <name>.jsonl at once, the summary anew behind each stage."""
+    assert settings.minutes is not None
+    here = environment(device)
+    results = Results(here, NO_ROOFS, name=new_name(folder, here))
+    stem = folder / results.name
+    append_line(stem.with_suffix(".jsonl"), {"stage": "environment", **vars(here)})
+    run = Run(str(device), torch.get_num_threads(), PAPER, settings.rounds or PAPER.rounds, NO_ROOFS, stem)
+
+    def hear(stage: str, value: dict[str, Any] | Row) -> None:
+        line = {"stage": stage, **(vars(value) if isinstance(value, Row) else value)}
+        append_line(stem.with_suffix(".jsonl"), line)
+        print(in_short(line), flush=True)
+        if isinstance(value, Row):
+            results.add(value)
+            return
+        results.numbers.append(line)
+        results.roofs = results.roofs.with_number(value)
+        if "status" in value:
+            write_csv(stem.with_suffix(".csv"), results)
+            write_markdown(stem.with_suffix(".md"), results)
+
+    try:
+        run_stages(list(plan_stages(device, run.scale)), run, settings.minutes, hear, log=stem.with_suffix(".log"))
+        results.is_complete = True
+    except KeyboardInterrupt:
+        print("\nstopped: what was measured is written", file=sys.stderr)
+    print_and_write(results, folder)
+    return results
+
+
+def print_and_write(results: Results, folder: Path) -> None:
+    """The table and the names of the files."""
+    print(table(results, colour=sys.stdout.isatty()))
+    for path in write(results, folder):
+        print(path)
 
 
 def begin(settings: BenchSettings, plan: Plan, device: torch.device, folder: Path) -> Results:
@@ -119,16 +191,14 @@ def begin(settings: BenchSettings, plan: Plan, device: torch.device, folder: Pat
 
 def run_plan(plan: Plan, results: Results, device: torch.device, rounds: int, *, save: Callable[[], None]) -> None:
     """Do the plan's jobs one after the other; `results` grows by each job's rows, and is saved behind it."""
-    rng, flush = np.random.default_rng(results.jobs_done), CacheFlush(device)
     with ExitStack() as stack:
         # A compiler's cache of earlier runs would make its first call look quick.
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = stack.enter_context(tempfile.TemporaryDirectory())
+        workers = stack.enter_context(Workers(preload="bench.training_cases"))
         with tqdm(plan.jobs[results.jobs_done :], initial=results.jobs_done, total=len(plan.jobs), unit="case") as bar:
             for job in bar:
                 bar.set_description(f"{job.case.suite}: {job.case.name}, {job.case.mode}, {job.dtype}"[:60])
-                results.rows += measure(
-                    job, device, rounds, results.roofs, rng=rng, measure_first_call=in_fresh_process, flush=flush
-                )
+                results.rows += measure_apart(workers, job, device, rounds, results.roofs, seed=results.jobs_done)
                 results.jobs_done += 1
                 save()
     results.is_complete = True
@@ -159,4 +229,8 @@ def unsupported_rows(suites: Sequence[Suite], dtypes: Sequence[str]) -> Iterator
 
 
 if __name__ == "__main__":
-    run_command(BenchSettings, main, prog="python bench/run.py")
+    flags = parser()
+    try:
+        main(BenchSettings(**vars(flags.parse_args())))
+    except InputError as error:
+        flags.error(str(error))

@@ -110,7 +110,7 @@ def make_plan(
     elif not full:
         supported = supported[: 1 if quick else 2]
     planner = Planner(scale, device, quick=quick, full=full)
-    jobs = [planner.job(case, dtype) for case in planner.cases(suites) for dtype in supported if planner.takes(case, dtype)]
+    jobs = [planner.job(case, dtype) for case in planner.cases(suites) for dtype in planner.dtypes_of(case, supported)]
     omissions = tuple(planner.omissions(suites, supported, unsupported))
     return Plan(tuple(jobs), omissions, supported, unsupported, scale.rounds)
 
@@ -120,6 +120,11 @@ def supported_dtypes(device: torch.device) -> tuple[tuple[DType, ...], tuple[DTy
     if device.type == "cuda":
         return ("bfloat16", "float32", "float16"), ()
     return (("float32", "bfloat16"), ()) if has_fast_bf16(device) else (("float32",), ("bfloat16",))
+
+
+def rate_of(case: Case) -> tuple[int, int] | None:
+    """Of an atrous convolution alone."""
+    return case.operation.rate if isinstance(case, OperationCase) else case.rate if isinstance(case, DepthwiseCase) else None
 
 
 @dataclass(frozen=True)
@@ -136,11 +141,11 @@ class Planner:
         for suite in dict.fromkeys(suites):
             yield from makers[suite]()
 
-    def takes(self, case: Case, dtype: str) -> bool:
-        """Whether a case is measured in a dtype: training steps know no loss scaling, and a search chooses for itself."""
+    def dtypes_of(self, case: Case, dtypes: Sequence[DType]) -> tuple[DType, ...]:
+        """Those in which a case is measured: training steps know no loss scaling, and a search chooses for itself."""
         if isinstance(case, SearchCase):
-            return dtype == ("bfloat16" if has_fast_bf16(self.device) else "float32")
-        return dtype != "float16" or not isinstance(case, ProxyCase)
+            return ("bfloat16" if has_fast_bf16(self.device) else "float32",)
+        return tuple(dtype for dtype in dtypes if dtype != "float16" or not isinstance(case, ProxyCase))
 
     def job(self, case: Case, dtype: DType) -> Job:
         """Who takes part."""
@@ -156,7 +161,7 @@ class Planner:
         fresh: list[Provider] = []
         if self.quick:
             fresh += [OURS] if isinstance(case, ProxyCase) else []
-        elif self._is_typical(case) and self._rate(case) in (None, FRESH_RATE):
+        elif self._is_typical(case) and rate_of(case) in (None, FRESH_RATE):
             fresh += providers
         return Job(case, dtype, tuple(providers), tuple(fresh))
 
@@ -199,11 +204,6 @@ class Planner:
         if isinstance(case, CellCase):
             return case.name in ("dpc", "aspp")
         return True
-
-    def _rate(self, case: Case) -> tuple[int, int] | None:
-        return (
-            case.operation.rate if isinstance(case, OperationCase) else case.rate if isinstance(case, DepthwiseCase) else None
-        )
 
     def _few_rates(self) -> tuple[tuple[int, int], ...]:
         return tuple(rate for rate in FEW_RATES if rate in self.scale.rates) or self.scale.rates

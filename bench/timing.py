@@ -2,7 +2,8 @@
 
 Providers take turns, in a new order each round, so that whatever slows the machine for a while slows all of them. Each turn
 is two calls: one with the caches flushed (cold) and one right behind it (warm). A call that lasts longer than `LONG_MS` goes
-through the caches many times by itself and is made once. The first call and the memory are measured in a fresh process.
+through the caches many times by itself and is made once. What a long training pays is neither: calls back to back, with no
+wait between them. The first call and the memory are measured in a fresh process.
 """
 
 import ctypes
@@ -58,13 +59,15 @@ def interleaved(
     clock: Callable[[Callable[[], None]], float],
     flush: Callable[[], None],
     rng: np.random.Generator,
+    turn_of: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Samples]:
-    """Time every call once per round, cold and then warm, the providers in a new order each round."""
+    """Time every call once per round, cold and then warm, in a new order each round; `turn_of` hears whose turn it is."""
     samples = {name: Samples() for name in calls}
     names = list(calls)
     for _ in range(rounds):
         for i in rng.permutation(len(names)):
             name = names[i]
+            turn_of(name)
             flush()
             samples[name].cold.append(clock(calls[name]))
             if samples[name].cold[-1] < LONG_MS:
@@ -97,6 +100,16 @@ class Clock:
         end.record()
         end.synchronize()
         return float(start.elapsed_time(end))
+
+
+def back_to_back_ms(call: Callable[[], None], device: torch.device, calls: int) -> float:
+    """Milliseconds a call, of `calls` with nothing between them: on a GPU the host launches the next while one runs."""
+    synchronise(device)
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    synchronise(device)
+    return 1e3 * (time.perf_counter() - start) / calls
 
 
 class CacheFlush:

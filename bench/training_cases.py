@@ -60,6 +60,7 @@ class ProxyCase(Case):
     margin: int = 8  # features by which an image exceeds the crop along each axis
     learning_rate: float = 0.01
     dropout_rate: float = DROPOUT_RATE
+    repeats: bool = True
 
     @property
     def shape(self) -> str:
@@ -211,6 +212,8 @@ def _head_parameters(head: nn.Module) -> list[nn.Parameter]:
 @dataclass(frozen=True, kw_only=True)
 class NewCellCase(ProxyCase):
     """From a cell that was never seen to the end of its first iteration, in a process that has trained others before."""
+
+    repeats: bool = False
 
     def cost(self, element_bytes: int) -> None:
         return None

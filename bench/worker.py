@@ -25,6 +25,10 @@ class WorkerLost(Exception):
     """The process is no more: it died, reached its limit, or broke the device's context; the message says which."""
 
 
+class OutOfTime(WorkerLost):
+    """It reached its limit."""
+
+
 class Worker:
     """A fresh interpreter, started at once, that calls functions of importable modules one after the other.
 
@@ -51,7 +55,10 @@ class Worker:
     def __call__(
         self, function: Callable[..., Any], *arguments: Any, limit_s: float | None = None, say: Say | None = None
     ) -> Any:
-        """function(*arguments), with `say=` if one is given: what it says arrives at once. Raises WorkFailed, WorkerLost."""
+        """function(*arguments), with `say=` if one is given: what it says arrives at once.
+
+        Raises WorkFailed, WorkerLost, OutOfTime.
+        """
         end = None if limit_s is None else time.monotonic() + limit_s
         try:
             self._connection.send((function, arguments, say is not None))
@@ -74,7 +81,7 @@ class Worker:
             name = f"signal {signal.Signals(-code).name}" if code and code < 0 else f"exit code {code}"
             raise WorkerLost(f"the process ended with {name}") from None
         self.close()
-        raise WorkerLost(f"stopped after {limit_s:.0f} s")
+        raise OutOfTime(f"stopped after {limit_s:.0f} s")
 
     def close(self) -> None:
         """End the process and all that it has started."""
@@ -93,10 +100,46 @@ class Worker:
         self.close()
 
 
+class Workers:
+    """One worker at a time, and a new one behind each that was lost. `ahead` starts the next while one works.
+
+    A fresh interpreter imports PyTorch for seconds; on a GPU nobody is disturbed by that, on a few cores everybody.
+    """
+
+    def __init__(self, *, preload: str = "bench", log: Path | None = None, ahead: bool = False) -> None:
+        self._preload, self._log = preload, log
+        self._ahead = ahead
+        self._worker: Worker | None = None
+        self._next: Worker | None = None
+
+    def living(self) -> Worker:
+        """The worker of the call before, if there is still one."""
+        return self.fresh() if self._worker is None or self._worker.is_lost else self._worker
+
+    def fresh(self) -> Worker:
+        """A worker that has done nothing; the one before it ends."""
+        if self._worker is not None:
+            self._worker.close()
+        self._worker = self._next or self._start()
+        self._next = self._start() if self._ahead else None
+        return self._worker
+
+    def _start(self) -> Worker:
+        return Worker(preload=self._preload, log=self._log)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for worker in (self._worker, self._next):
+            if worker is not None:
+                worker.close()
+
+
 def _serve(connection: Connection, preload: str, log: str | None) -> None:
     os.setsid()
     if log is not None:
-        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(file, 1)
         os.dup2(file, 2)
     with contextlib.suppress(Exception):  # the function's own imports say what is wrong
@@ -112,12 +155,12 @@ def _serve(connection: Connection, preload: str, log: str | None) -> None:
         except Exception as error:
             traceback.print_exc()
             text = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
-            answer = ("lost" if _has_lost_its_device() else "raised", text)
+            answer = ("lost" if has_lost_its_device() else "raised", text)
         sys.stdout.flush()
         connection.send(answer)
 
 
-def _has_lost_its_device() -> bool:
+def has_lost_its_device() -> bool:
     """An illegal address or a failed launch stays with a CUDA context: every later call of the process repeats it."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():

@@ -186,15 +186,14 @@ def create_backbone(settings: FeatureSettings, *, low_level: bool = False) -> Ba
 
 
 def resolve_device(device: str) -> str:
-    """The device that a --device flag names. Raises InputError where it is not there."""
+    """The device that a --device flag names, a GPU with its number. Raises InputError where it is not there."""
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(1, device=device)
+        return str(torch.empty(1, device=device).device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"--device {device} cannot be used ({reason}): give --device cpu or leave it out") from error
-    return device
 
 
 def _fill(directory: Path, dataset: Dataset, backbone: Backbone, identity: dict[str, Any], device: str) -> None:

@@ -14,6 +14,7 @@ from PIL import Image
 import bench.run
 from bench.cases import COMPILE, EAGER, OURS
 from bench.costs import Cost
+from bench.measure import in_fresh_process, measure
 from bench.report import extrapolation, judged_targets, table
 from bench.results import Environment, Results, Row, environment, ratio, write_csv
 from bench.roofline import Roofs, measure_roofs
@@ -160,6 +161,16 @@ def tiny_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench.run, "measure_roofs", lambda *arguments, **flags: ROOFS)
 
 
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that what a test replaces is replaced where it is measured."""
+
+    def measure_here(workers: object, job: Job, device: torch.device, rounds: int, roofs: Roofs, seed: int) -> list[Row]:
+        return measure(job, device, rounds, roofs, seed=seed, measure_first_call=in_fresh_process)
+
+    monkeypatch.setattr(bench.run, "measure_apart", measure_here)
+
+
 @pytest.mark.usefixtures("tiny_plan")
 def test_main_writes_and_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(BenchSettings(device="cpu", out=tmp_path))
@@ -180,7 +191,7 @@ def test_float16_on_a_cpu_is_refused(tmp_path: Path) -> None:
         main(BenchSettings(device="cpu", dtype=("float16",), out=tmp_path))
 
 
-@pytest.mark.usefixtures("tiny_plan")
+@pytest.mark.usefixtures("tiny_plan", "in_this_process")
 def test_a_compiler_that_fails_is_a_row_and_no_error_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = Plan((Job(SEPARABLE, "float32", (OURS, EAGER, COMPILE), ()),), (), ("float32",), (), rounds=1)
 
@@ -193,7 +204,7 @@ def test_a_compiler_that_fails_is_a_row_and_no_error_of_the_run(tmp_path: Path, 
     assert "no compiler today" in next(tmp_path.rglob("*.csv")).read_text()
 
 
-@pytest.mark.usefixtures("tiny_plan")
+@pytest.mark.usefixtures("tiny_plan", "in_this_process")
 def test_main_exits_with_1_on_a_wrong_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "bench.cases.atrous_separable_conv", lambda *args, **kwargs: 2 * atrous_separable_conv(*args, **kwargs)
@@ -214,7 +225,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, calls: int, by: type[BaseException]
         made.append(float(len(made) + 1))
         return [row("ours", made[-1])]
 
-    monkeypatch.setattr(bench.run, "measure", measure_or_stop)
+    monkeypatch.setattr(bench.run, "measure_apart", measure_or_stop)
     return made
 
 

@@ -13,7 +13,7 @@ from unittest import mock
 import pytest
 import torch
 
-from bench.worker import Worker, WorkerLost, WorkFailed, _has_lost_its_device
+from bench.worker import Worker, WorkerLost, WorkFailed, has_lost_its_device
 
 
 def refuse(text: str) -> None:
@@ -92,7 +92,7 @@ def test_a_broken_context_is_noticed(error: Exception | None) -> None:
         mock.patch.object(torch.cuda, "is_initialized", return_value=True),
         mock.patch.object(torch.cuda, "synchronize", side_effect=error),
     ):
-        assert _has_lost_its_device() == (error is not None)
+        assert has_lost_its_device() == (error is not None)
 
 
 def is_running(pid: int) -> bool:

@@ -1,0 +1,376 @@
+"""A run of limited minutes: what matters most comes first, each stage in a process of its own, each number said at once.
+
+For a machine that is lent for minutes and that nobody can reach: a kernel that reads where it must not, a hang or the end of
+the time costs the stage it happens in and nothing that was measured before. `python bench/run.py --minutes 8 --out DIR`.
+"""
+
+import csv
+import importlib.util
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from torch.profiler import ProfilerActivity
+
+from bench.cases import (
+    COMPILE,
+    COMPILE_MAX,
+    EAGER,
+    EAGER_CHANNELS_LAST,
+    OURS,
+    Case,
+    DepthwiseCase,
+    DType,
+    OperationCase,
+    Provider,
+)
+from bench.measure import Trial, check_against_reference, measure_apart, row_of
+from bench.results import Row
+from bench.roofline import NO_ROOFS, Roofs, measure_roofs
+from bench.suites import PAPER, Job, Planner, Scale, rate_of, supported_dtypes
+from bench.timing import (
+    CacheFlush,
+    Clock,
+    FirstCall,
+    Summary,
+    back_to_back_ms,
+    interleaved,
+    synchronise,
+    warm_up_calls,
+)
+from bench.training_cases import ProxyCase
+from bench.worker import OutOfTime, Say, WorkerLost, Workers, WorkFailed
+from reference.cell import BACKBONE_FEATURE, CONV1X1, Branch, Cell, Operation
+from search.features import write_text
+
+ROOT = Path(__file__).parents[1]
+PREDICTIONS = Path(__file__).parent / "predictions"
+EAGERS = (EAGER, EAGER_CHANNELS_LAST)
+RATES = ((6, 21), (1, 1))  # far and dense reads, of the convolutions alone
+REPLAYS = 3
+EVERY_KIND = Cell(  # of branch, each input normed or not, one map read twice
+    (
+        Branch(BACKBONE_FEATURE, Operation("atrous_separable_conv", rate=(1, 6))),
+        Branch(0, Operation("atrous_separable_conv", rate=(3, 1))),
+        Branch(0, CONV1X1),
+        Branch(1, Operation("pyramid_pooling", grid_size=(2, 4))),
+        Branch(BACKBONE_FEATURE, CONV1X1),
+    )
+)
+NCU_METRICS = (
+    "gpu__time_duration.sum",
+    "sm__inst_executed.sum",
+    "sm__inst_issued.avg.pct_of_peak_sustained_active",
+    "sm__warps_active.avg.pct_of_peak_sustained_active",
+    "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active",
+    "l1tex__data_pipe_lsu_wavefronts.avg.pct_of_peak_sustained_elapsed",
+    "lts__t_bytes.sum",
+    "dram__bytes.sum",
+    "launch__registers_per_thread",
+    "launch__occupancy_limit_registers",
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What every stage is told."""
+
+    device_name: str
+    threads: int
+    scale: Scale
+    rounds: int
+    roofs: Roofs
+    stem: Path  # of the run's files: <folder>/<date>-<commit>
+
+    def prepare(self) -> torch.device:
+        """Of a stage's process."""
+        torch.set_num_threads(self.threads)
+        device = torch.device(self.device_name)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        return device
+
+    def file(self, ending: str) -> Path:
+        """<stem>-<ending>"""
+        return self.stem.with_name(f"{self.stem.name}-{ending}")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A function of (run, *arguments, say), or jobs of the benchmark; it is stopped after `limit_s` seconds."""
+
+    name: str
+    limit_s: float
+    function: Callable[..., None] | None = None
+    arguments: tuple[Any, ...] = ()
+    jobs: tuple[Job, ...] = ()
+
+
+def plan_stages(device: torch.device, scale: Scale) -> Iterator[Stage]:
+    """In the order of worth; on a GPU all that needs no compiler but our own should be done in four minutes."""
+    first, *others = supported_dtypes(device)[0][:2]
+    planner = Planner(scale, device, quick=False, full=False)
+    case, new_cell = planner.cases(["proxy"])
+    yield Stage("roofs", 60, roofs, ((first, *others),))
+    for dtype in (first, *others):
+        yield Stage(f"tiny cell, {dtype}", 90, tiny_cell, (case, dtype))
+    yield Stage(f"iteration, {first}", 120, iteration, (case, first))
+    yield Stage(f"profile, {first}", 60, profile, (case, first))
+    yield Stage("loss", 60, jobs=_jobs(planner.cases(["loss"]), first))
+    for kind, name in ((DepthwiseCase, "depthwise"), (OperationCase, "separable")):
+        cases = [case for case in planner.cases(["ops"]) if isinstance(case, kind) and rate_of(case) in RATES]
+        for shape in dict.fromkeys(case.shape for case in cases):
+            yield Stage(f"{name}, {shape}", 75, jobs=_jobs([case for case in cases if case.shape == shape], first))
+    yield Stage(f"iteration beside eager, {first}", 75, jobs=_jobs([case], first))
+    for dtype in others:
+        yield Stage(f"iteration, {dtype}", 90, iteration, (case, dtype))
+        yield Stage(f"iteration beside eager, {dtype}", 75, jobs=_jobs([case], dtype))
+    if device.type == "cuda":
+        yield Stage("tests", 150, tests)
+    for compiler in (COMPILE, COMPILE_MAX):
+        yield Stage(f"iteration beside {compiler.name}", 180, jobs=_jobs([case], first, (compiler,)))
+    if device.type == "cuda":
+        yield Stage(f"counters, {first}", 120, counters, (first,))
+    yield Stage("first iteration of new cells", 60, jobs=_jobs([new_cell], first, (EAGER,)))
+
+
+def _jobs(cases: Iterable[Case], dtype: DType, others: tuple[Provider, ...] = EAGERS) -> tuple[Job, ...]:
+    return tuple(Job(case, dtype, (OURS, *others), in_fresh_process=()) for case in cases)
+
+
+def run_stages(
+    stages: Sequence[Stage], run: Run, minutes: float, hear: Callable[[str, dict[str, Any] | Row], None], log: Path
+) -> None:
+    """All that fit into the minutes. `hear` gets each number and row with its stage's name, and behind each how it ended."""
+    end = time.monotonic() + 60 * minutes
+    with Workers(preload="bench.stages", log=log, ahead=run.device_name != "cpu") as workers:
+        for stage in stages:
+            start = time.monotonic()
+            limit_s = min(stage.limit_s, end - start)
+            if limit_s < 5:
+                hear(stage.name, {"status": "no time left"})
+                continue
+
+            def said(value: dict[str, Any] | Row, stage: Stage = stage) -> None:
+                nonlocal run
+                hear(stage.name, value)
+                run = replace(run, roofs=run.roofs.with_number(value)) if isinstance(value, dict) else run
+
+            try:
+                if stage.function is not None:
+                    workers.fresh()(stage.function, run, *stage.arguments, limit_s=limit_s, say=said)
+                else:
+                    measure_jobs(stage.jobs, run, workers, start + limit_s, said)
+                status = "done"
+            except (WorkFailed, WorkerLost) as error:
+                status = str(error)
+            hear(stage.name, {"status": status, "seconds": round(time.monotonic() - start, 1)})
+
+
+def measure_jobs(jobs: Sequence[Job], run: Run, workers: Workers, end: float, say: Callable[[Row], None]) -> None:
+    """Each job's rows, until `end` on the monotonic clock."""
+    workers.fresh()
+    for number, job in enumerate(jobs):
+        limit_s = end - time.monotonic()
+        if limit_s < 1:
+            raise OutOfTime(f"no time left for {len(jobs) - number} of {len(jobs)} cases")
+        device = torch.device(run.device_name)
+        for row in measure_apart(workers, job, device, run.rounds, run.roofs, number, limit_s=limit_s):
+            say(row)
+
+
+def roofs(run: Run, dtypes: Sequence[DType], say: Say) -> None:
+    """Copy bandwidth and the rate of matrix products."""
+    measure_roofs(run.prepare(), dtypes, quick=True, say=say)
+
+
+def tiny_cell(run: Run, case: ProxyCase, dtype: DType, say: Say) -> None:
+    """One training step of a small cell with every kind of branch, ours and eager PyTorch against `reference/`."""
+    device = run.prepare()
+    job = Job(replace(case, cell=EVERY_KIND), dtype, (EAGER, OURS), in_fresh_process=())
+    trials = [Trial(provider) for provider in job.providers]
+    check_against_reference(job, trials, device, lambda provider: None)
+    for trial in trials:
+        error = {} if trial.error is None else trial.error._asdict()
+        say({"provider": trial.provider.name, "result": trial.status, **error, "note": trial.note})
+
+
+def iteration(run: Run, case: ProxyCase, dtype: DType, say: Say) -> None:
+    """Our training step alone: the first call, calls back to back, the memory, and cold ones, each said when it is known."""
+    device = run.prepare()
+    workload, before = case.workload(OURS, dtype, device), _allocated(device)
+    first_call_s = back_to_back_ms(workload, device, 1) / 1e3
+    say({"first_call_s": first_call_s})
+    for _ in range(warm_up_calls(device)):  # on a GPU the graph is captured here
+        workload()
+    step_ms = 0.0
+    for calls in (50, 500) if device.type == "cuda" else (3,):
+        step_ms = back_to_back_ms(workload, device, calls)
+        say({"calls_back_to_back": calls, "ms": step_ms, "loss": float(workload.parts()["output"][0])})
+    peak = None if before is None else torch.cuda.max_memory_allocated(device) - before
+    if peak is not None:
+        say({"peak_memory_mb": peak / 1e6})
+    rng, flush = np.random.default_rng(0), CacheFlush(device)
+    for launches_count in (True, False) if device.type == "cuda" else (True,):
+        clock = Clock(device, launches_count=launches_count)
+        samples = interleaved({OURS.name: workload}, run.rounds, clock, flush, rng)[OURS.name]
+        say({"cold_ms": Summary.of(samples.cold).median, "with_launches": launches_count})
+        if launches_count:
+            trial = Trial(OURS, samples=samples, back_to_back=step_ms, first=FirstCall(first_call_s, peak))
+            trial.note = "checked by the stages beside eager"
+            say(row_of(Job(case, dtype, (OURS,), ()), trial, device, run.roofs, run.rounds))
+
+
+def _allocated(device: torch.device) -> int | None:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else None
+
+
+class Kernel(NamedTuple):
+    """One of an iteration's kernels, in the order in which they run; on a CPU one of PyTorch's operations."""
+
+    name: str
+    us: float
+    idle_us: float  # of the GPU before it
+    predicted_us: float | None
+
+
+def profile(run: Run, case: ProxyCase, dtype: DType, say: Say) -> None:
+    """Every kernel of an iteration with its microseconds, in order, beside what the model predicts for an H200."""
+    device = run.prepare()
+    workload = case.workload(OURS, dtype, device)
+    for _ in range(1 + warm_up_calls(device)):
+        workload()
+    synchronise(device)
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    with torch.profiler.profile(activities=activities) as profiler:
+        for _ in range(REPLAYS):
+            workload()
+        synchronise(device)
+    events = [event for event in profiler.events() or () if event.device_type.name == "CUDA"]
+    spans = [(event.name, event.time_range.start, event.time_range.end) for event in events]
+    found = in_order(spans, predictions(dtype)) if spans else by_operation(profiler.key_averages())
+    path = run.file(f"profile-{dtype}.csv")
+    write_text(path, "\n".join(",".join(map(str, row)) for row in (Kernel._fields, *map(_for_csv, found))) + "\n")
+    say({"launches": len(found), "busy_us": sum(k.us for k in found), "idle_us": sum(k.idle_us for k in found)})
+    totals: dict[str, list[Kernel]] = {}
+    for kernel in found:
+        totals.setdefault(kernel.name, []).append(kernel)
+    for name, group in sorted(totals.items(), key=lambda item: -sum(kernel.us for kernel in item[1])):
+        known = [kernel.predicted_us for kernel in group if kernel.predicted_us is not None]
+        say({"kernel": name, "launches": len(group), "us": sum(k.us for k in group), "predicted_us": sum(known) or None})
+
+
+def in_order(spans: Sequence[tuple[str, float, float]], predicted: Mapping[str, Sequence[float]]) -> list[Kernel]:
+    """(name, start, end in microseconds) of REPLAYS equal replays -> the median of each kernel, in order.
+
+    Where the replays are not equal, all that was seen, as one. The k-th launch of a kernel has the k-th prediction.
+    """
+    spans = sorted(spans, key=lambda span: span[1])
+    count = len(spans) // REPLAYS
+    replays = [spans[k * count : (k + 1) * count] for k in range(REPLAYS)]
+    if len({tuple(name for name, _, _ in replay) for replay in replays}) > 1 or len(spans) % REPLAYS:
+        replays = [spans]
+    found, seen = [], Counter[str]()
+    for i, (name, _, _) in enumerate(replays[0]):
+        us = statistics.median(replay[i][2] - replay[i][1] for replay in replays)
+        idle = statistics.median(max(0.0, replay[i][1] - replay[i - 1][2]) for replay in replays) if i else 0.0
+        known = predicted.get(name, ())
+        found.append(Kernel(name, us, idle, known[seen[name]] if seen[name] < len(known) else None))
+        seen[name] += 1
+    return found
+
+
+def by_operation(averages: Iterable[Any]) -> list[Kernel]:
+    """On a CPU: each of PyTorch's operations with the time that it took itself, per iteration, the longest first."""
+    found = [Kernel(entry.key, entry.self_cpu_time_total / REPLAYS, 0.0, None) for entry in averages]
+    return sorted(found, key=lambda kernel: -kernel.us)
+
+
+def predictions(dtype: str) -> dict[str, list[float]]:
+    """Microseconds of each launch of a kernel, in order; what they were counted from stands in bench/predictions/README.md."""
+    path, predicted = PREDICTIONS / f"iteration-{dtype}.csv", dict[str, list[float]]()
+    if path.exists():
+        with path.open(newline="", encoding="utf-8") as file:
+            for line in csv.DictReader(file):
+                predicted.setdefault(line["kernel"], []).append(float(line["predicted_us"]))
+    return predicted
+
+
+def _for_csv(kernel: Kernel) -> tuple[str, ...]:
+    name = '"' + kernel.name.replace('"', "'") + '"'
+    return (name, f"{kernel.us:.3f}", f"{kernel.idle_us:.3f}", "" if kernel.predicted_us is None else f"{kernel.predicted_us}")
+
+
+def tests(run: Run, say: Say) -> None:
+    """The tests of `fast/`, those that only a GPU can run first; each failure is said at once, the counts as they grow."""
+    several = importlib.util.find_spec("xdist") is not None
+    first = ("tests/fast/kernels/test_triton_on_gpu.py", "tests/fast/test_train_step.py")
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-v",
+        "-p",
+        "no:cacheprovider",
+        *(["-n", "6"] if several else []),
+        *first,
+        "tests/fast",
+    ]
+    environment = os.environ | {"TRITON_INTERPRET": "0", "HYPOTHESIS_PROFILE": "dev"}
+    counts, said_at = Counter[str](), time.monotonic()
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout or ():
+            print(line, end="", flush=True)
+            result = re.search(r"\b(PASSED|FAILED|ERROR|SKIPPED)\b", line)
+            test = re.search(r"\S+::\S+", line)
+            if result is None or test is None or line.startswith(("FAILED", "ERROR")):  # those are repeated at the end
+                continue
+            counts[result[1].lower()] += 1
+            if result[1] in ("FAILED", "ERROR"):
+                say({"failed_test": test[0]})
+            if time.monotonic() > said_at + 10:
+                said_at = time.monotonic()
+                say(dict(counts))
+    say(dict(counts) | {"pytest_exit_code": process.returncode})
+
+
+def counters(run: Run, dtype: DType, say: Say) -> None:
+    """Nsight Compute's counters of each kernel of one iteration without a graph, where it is installed and may read them."""
+    ncu = shutil.which("ncu") or shutil.which("ncu", path="/usr/local/cuda/bin")
+    if ncu is None:
+        say({"skipped": "ncu is not installed"})
+        return
+    command = [ncu, "--clock-control", "none", "--metrics", ",".join(NCU_METRICS), "--csv", "--page", "raw"]
+    command += ["--profile-from-start", "off", sys.executable, "-m", "bench.stages", run.device_name, dtype]
+    path = run.file(f"counters-{dtype}.csv")
+    with path.open("w", encoding="utf-8") as file:
+        code = subprocess.run(command, cwd=ROOT, stdout=file).returncode
+    say({"file": path.name, "lines": len(path.read_text(encoding="utf-8").splitlines()), "ncu_exit_code": code})
+
+
+def one_iteration(device_name: str, dtype: DType) -> None:
+    """For a profiler that begins at `cudaProfilerStart`: the second iteration of the paper's size, not captured."""
+    device = Run(device_name, torch.get_num_threads(), PAPER, 1, NO_ROOFS, Path()).prepare()
+    case = next(Planner(PAPER, device, quick=True, full=False).cases(["proxy"]))
+    workload = case.workload(OURS, dtype, device)
+    workload()
+    synchronise(device)
+    torch.cuda.profiler.start()  # type: ignore[no-untyped-call]
+    workload()
+    synchronise(device)
+    torch.cuda.profiler.stop()  # type: ignore[no-untyped-call]
+
+
+if __name__ == "__main__":
+    one_iteration(sys.argv[1], cast(DType, sys.argv[2]))
