@@ -47,8 +47,8 @@ from search.features import resolve_device
 class BenchSettings:
     """The flags, as `parse` explains them."""
 
-    suite: tuple[Suite, ...] = SUITES
-    dtype: tuple[DType, ...] | None = None
+    suite: Sequence[Suite] = SUITES
+    dtype: Sequence[DType] | None = None
     device: str = "auto"
     quick: bool = False
     full: bool = False

@@ -137,7 +137,7 @@ def plan_stages(device: torch.device, scale: Scale) -> Iterator[Stage]:
         yield Stage(f"iteration, {dtype}", 90, iteration, (case, dtype))
         yield Stage(f"iteration beside eager, {dtype}", 75, jobs=_jobs([case], dtype))
     if device.type == "cuda":
-        yield Stage("tests", 150, tests)
+        yield Stage("tests", 150, gpu_tests)
     for compiler in (COMPILE, COMPILE_MAX):
         yield Stage(f"iteration beside {compiler.name}", 180, jobs=_jobs([case], first, (compiler,)))
     if device.type == "cuda":
@@ -312,7 +312,7 @@ def _for_csv(kernel: Kernel) -> tuple[str, ...]:
     return (name, f"{kernel.us:.3f}", f"{kernel.idle_us:.3f}", "" if kernel.predicted_us is None else f"{kernel.predicted_us}")
 
 
-def tests(run: Run, say: Say) -> None:
+def gpu_tests(run: Run, say: Say) -> None:
     """The tests of `fast/`, those that only a GPU can run first; each failure is said at once, the counts as they grow."""
     several = importlib.util.find_spec("xdist") is not None
     first = ("tests/fast/kernels/test_triton_on_gpu.py", "tests/fast/test_train_step.py")

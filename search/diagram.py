@@ -27,7 +27,6 @@ from numpy.typing import NDArray
 from fast.dense_prediction_cell import DensePredictionCell
 from reference.cell import BACKBONE_FEATURE, Cell, Operation
 from reference.dense_prediction_cell import BranchOptions
-from search.cli import run_command
 from search.errors import InputError
 from search.receptive_field import effective_receptive_field, field_size_for, options_of, structural_receptive_field
 from search.space import load_cell
@@ -363,4 +362,6 @@ def write_diagram(settings: DiagramSettings) -> None:
 
 
 if __name__ == "__main__":
+    from search.cli import run_command  # who draws a cell needs no library of flags
+
     run_command(DiagramSettings, write_diagram, prog="python -m search.diagram")

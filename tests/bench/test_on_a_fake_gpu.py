@@ -54,7 +54,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
     monkeypatch.setattr(bench.measure, "BACK_TO_BACK_MS", 1.0)
     monkeypatch.setattr(bench.suites, "PAPER", TINY)
     monkeypatch.setattr(bench.run, "PAPER", TINY)
-    for stage in ("tests", "counters"):  # these are programs of their own
+    for stage in ("gpu_tests", "counters"):  # these are programs of their own
         monkeypatch.setattr(bench.stages, stage, lambda *arguments, say: say({"skipped": "on a fake GPU"}))
     with fake_gpu() as gpu:
         yield gpu

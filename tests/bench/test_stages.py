@@ -1,0 +1,279 @@
+"""What breaks costs its own stage; what was said before stays."""
+
+import csv
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import bench.run
+import bench.stages
+from bench.cases import EAGER, OURS, OperationCase, Provider, Workload
+from bench.measure import measure_apart
+from bench.results import Results, Row
+from bench.roofline import NO_ROOFS
+from bench.run import BenchSettings, main, parser
+from bench.stages import (
+    Kernel,
+    Run,
+    Stage,
+    counters,
+    gpu_tests,
+    in_order,
+    plan_stages,
+    predictions,
+    profile,
+    run_stages,
+    tiny_cell,
+)
+from bench.suites import Job
+from bench.worker import OutOfTime, Say, Workers
+from search.errors import InputError
+from tests.bench.tiny_runs import CPU, ENVIRONMENT, SEPARABLE, TINY, row
+
+RUN = Run("cpu", 1, TINY, 1, NO_ROOFS, Path("nowhere"))
+
+
+def say_roof(run: Run, say: Say) -> None:
+    say({"roof": "copy", "gb_per_s": 12.5})
+
+
+def say_known_roof(run: Run, say: Say) -> None:
+    say({"known": run.roofs.copy_gb_per_s})
+
+
+def say_and(what: Callable[[], None], say: Say) -> None:
+    say({"number": 1})
+    what()
+
+
+def crash(run: Run, say: Say) -> None:
+    say_and(lambda: os.kill(os.getpid(), signal.SIGSEGV), say)
+
+
+def hang(run: Run, say: Say) -> None:
+    say_and(lambda: time.sleep(600), say)
+
+
+def fail(run: Run, say: Say) -> None:
+    say_and(lambda: 1 // 0, say)  # type: ignore[arg-type,return-value]
+
+
+def test_a_stage_that_crashes_hangs_or_fails_costs_itself(tmp_path: Path) -> None:
+    heard: list[tuple[str, Any]] = []
+    stages = [
+        Stage("roof", 60, say_roof),
+        Stage("crash", 60, crash),
+        Stage("hang", 6, hang),
+        Stage("fail", 60, fail),
+        Stage("jobs", 60, jobs=(Job(SEPARABLE, "float32", (OURS, EAGER), ()),)),
+        Stage("known", 60, say_known_roof),
+    ]
+    run_stages(stages, RUN, 5.0, lambda stage, value: heard.append((stage, value)), tmp_path / "log")
+    ends = {stage: value["status"] for stage, value in heard if isinstance(value, dict) and "status" in value}
+    assert ends == {
+        "roof": "done",
+        "crash": "the process ended with signal SIGSEGV",
+        "hang": "stopped after 6 s",
+        "fail": "ZeroDivisionError: integer division or modulo by zero",
+        "jobs": "done",
+        "known": "done",
+    }
+    assert [stage for stage, value in heard if value == {"number": 1}] == ["crash", "hang", "fail"]
+    assert [value.provider for _, value in heard if isinstance(value, Row)] == ["ours", "eager"]
+    assert ("known", {"known": 12.5}) in heard  # later stages judge by what the first has measured
+    assert "ZeroDivisionError" in (tmp_path / "log").read_text()
+
+
+def test_the_end_of_the_minutes_leaves_the_rest_out(tmp_path: Path) -> None:
+    heard: list[tuple[str, Any]] = []
+    stages = [Stage("hang", 600, hang), Stage("roof", 60, say_roof)]
+    run_stages(stages, RUN, 7 / 60, lambda stage, value: heard.append((stage, value)), tmp_path / "log")
+    assert [value.get("status") for _, value in heard] == [None, "stopped after 7 s", "no time left"]
+
+
+class DyingCase(OperationCase):
+    """Ours ends its process, as a kernel that breaks the GPU's context would."""
+
+    def workload(self, provider: Provider, dtype: str, device: torch.device) -> Workload:
+        if provider == OURS:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().workload(provider, dtype, device)
+
+
+class HangingCase(OperationCase):
+    def workload(self, provider: Provider, dtype: str, device: torch.device) -> Workload:
+        if provider == OURS:
+            time.sleep(600)
+        return super().workload(provider, dtype, device)
+
+
+def as_case(kind: type[OperationCase]) -> OperationCase:
+    return kind(**vars(SEPARABLE))
+
+
+def test_who_breaks_the_process_is_named_and_the_others_are_measured() -> None:
+    with Workers() as workers:
+        rows = measure_apart(workers, Job(as_case(DyingCase), "float32", (OURS, EAGER), ()), CPU, 1, NO_ROOFS, 0)
+    assert [(row.provider, row.status) for row in rows] == [("ours", "failed"), ("eager", "ok")]
+    assert rows[0].note == "the process ended with signal SIGKILL"
+    assert rows[1].median_ms
+
+
+def test_the_end_of_the_time_is_nobodys_failure() -> None:
+    job = Job(as_case(HangingCase), "float32", (EAGER, OURS), ())
+    with Workers() as workers, pytest.raises(OutOfTime, match="stopped after 8 s, while ours was at work"):
+        measure_apart(workers, job, CPU, 1, NO_ROOFS, 0, limit_s=8.0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_tiny_cell_of_every_kind_is_right(dtype: Any) -> None:
+    said: list[dict[str, Any]] = []
+    (case, *_) = (stage.arguments[0] for stage in plan_stages(CPU, TINY) if stage.function is tiny_cell)
+    tiny_cell(RUN, case, dtype, said.append)
+    assert [(line["provider"], line["result"]) for line in said] == [("eager", "ok"), ("ours", "ok")]
+
+
+def test_the_plan_begins_with_what_matters_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    names = [stage.name for stage in plan_stages(torch.device("cuda:0"), TINY)]
+    assert names[:6] == [
+        "roofs",
+        "tiny cell, bfloat16",
+        "tiny cell, float32",
+        "iteration, bfloat16",
+        "profile, bfloat16",
+        "loss",
+    ]
+    compiled = [name for name in names if "compile" in name]
+    assert compiled == ["iteration beside torch.compile", "iteration beside torch.compile max-autotune"]
+    assert names.index("tests") < names.index(compiled[0])
+
+
+def test_a_profile_is_written_in_order_and_summed(tmp_path: Path) -> None:
+    said: list[dict[str, Any]] = []
+    (case, dtype) = next(stage.arguments for stage in plan_stages(CPU, TINY) if stage.function is profile)
+    profile(replace(RUN, stem=tmp_path / "run"), case, dtype, said.append)
+    with (tmp_path / f"run-profile-{dtype}.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert said[0]["launches"] == len(lines) > 10
+    assert sum(float(line["us"]) for line in lines) == pytest.approx(said[0]["busy_us"], rel=1e-3)
+    kernels = [line for line in said if "kernel" in line]
+    assert [line["us"] for line in kernels] == sorted((line["us"] for line in kernels), reverse=True)
+
+
+def test_kernels_in_order_with_the_median_of_the_replays_and_the_idle_time_before_them() -> None:
+    replays = [
+        [("a", 0.0, 2.0), ("b", 3.0, 4.0), ("a", 4.5, 9.5)],
+        [("a", 10.0, 13.0), ("b", 13.5, 15.5), ("a", 16.0, 20.0)],
+        [("a", 20.0, 21.0), ("b", 22.0, 28.0), ("a", 29.5, 30.5)],
+    ]
+    spans = [span for replay in replays[::-1] for span in replay]
+    expected = [Kernel("a", 2.0, 0.0, 1.5), Kernel("b", 2.0, 1.0, None), Kernel("a", 4.0, 0.5, 2.5)]
+    assert in_order(spans, {"a": [1.5, 2.5]}) == expected
+    assert len(in_order(spans[:-1], {})) == 8  # replays that are not alike are shown as they were
+
+
+def test_predictions_name_kernels_that_there_are() -> None:
+    for dtype in ("bfloat16", "float32"):
+        predicted = predictions(dtype)
+        assert {"depthwise_forward_kernel", "pointwise_forward_kernel", "cell_gradients_kernel"} <= predicted.keys()
+        assert all(0 < us < 1000 for values in predicted.values() for us in values)
+    assert predictions("float16") == {}
+
+
+def test_the_tests_are_counted_as_they_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "tests" / "fast" / "kernels"
+    folder.mkdir(parents=True)
+    (folder / "test_triton_on_gpu.py").write_text("def test_good(): ...\ndef test_bad():\n    assert 1 == 2\n")
+    (folder.parent / "test_train_step.py").write_text("import pytest\n@pytest.mark.skip\ndef test_later(): ...\n")
+    monkeypatch.setattr(bench.stages, "ROOT", tmp_path)
+    said: list[dict[str, Any]] = []
+    gpu_tests(RUN, said.append)
+    assert said[0] == {"failed_test": "tests/fast/kernels/test_triton_on_gpu.py::test_bad"}
+    assert said[-1] == {"passed": 1, "failed": 1, "skipped": 1, "pytest_exit_code": 1}
+
+
+@pytest.mark.parametrize("is_installed", [True, False])
+def test_counters_are_read_where_there_is_a_reader(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_installed: bool
+) -> None:
+    ncu = tmp_path / "ncu"
+    ncu.write_text('#!/bin/sh\necho "ID,Kernel Name"\necho "$@" | grep -q profile-from-start && echo "0,fold_kernel"\n')
+    ncu.chmod(ncu.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}" if is_installed else "/bin")
+    said: list[dict[str, Any]] = []
+    counters(replace(RUN, stem=tmp_path / "run"), "bfloat16", said.append)
+    if is_installed:
+        assert said == [{"file": "run-counters-bfloat16.csv", "lines": 2, "ncu_exit_code": 0}]
+    else:
+        assert said == [{"skipped": "ncu is not installed"}]
+
+
+def test_a_run_of_minutes_writes_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    stages = [Stage("roof", 60, say_roof), Stage("crash", 60, crash)]
+    stages.append(Stage("jobs", 60, jobs=(Job(SEPARABLE, "float32", (OURS, EAGER), ()),)))
+    monkeypatch.setattr(bench.run, "plan_stages", lambda *arguments: stages)
+    main(BenchSettings(device="cpu", minutes=5.0, rounds=1, out=tmp_path))
+    written = {path.suffix: path for path in tmp_path.rglob("*.*")}
+    assert written.keys() == {".csv", ".jsonl", ".log", ".md", ".png"}
+    lines = [json.loads(line) for line in written[".jsonl"].read_text().splitlines()]
+    assert lines[0]["stage"] == "environment"
+    assert {"stage": "roof", "roof": "copy", "gb_per_s": 12.5} in lines
+    summary = written[".md"].read_text()
+    assert "| roof |" in summary
+    assert "**the process ended with signal SIGSEGV**" in summary
+    assert "copy 12.5 GB/s" in summary
+    assert "sep3x3 6x21" in written[".csv"].read_text()
+    assert "gb_per_s 12.5" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [{"quick": True}, {"suite": ("ops",)}, {"dtype": ("float32",)}, {"minutes": 0.0}])
+def test_flags_that_contradict_minutes_are_refused(flags: dict[str, Any]) -> None:
+    arguments: dict[str, Any] = {"minutes": 1.0, "device": "cpu"} | flags
+    with pytest.raises(InputError, match="--minutes"):
+        main(BenchSettings(**arguments))
+
+
+def test_a_later_row_takes_the_place_of_an_earlier_one_but_a_failure_that_of_none() -> None:
+    results = Results(ENVIRONMENT, NO_ROOFS)
+    for added in (
+        row("ours", 2.0, first_call_s=9.0),
+        row("ours", 1.5, rms_error=1e-7),
+        row("ours", None, status="failed", note="no memory left"),
+        row("eager", 6.0),
+    ):
+        results.add(added)
+    mine, other = results.rows
+    assert (mine.status, mine.median_ms, mine.first_call_s, mine.rms_error) == ("ok", 1.5, 9.0, 1e-7)
+    assert other.median_ms == 6.0
+    results.add(row("ours", 1.0, status="WRONG"))
+    assert results.rows[0].status == "WRONG"
+
+
+def test_the_benchmark_needs_no_library_of_flags_and_no_database() -> None:
+    """As on a machine that has PyTorch, and not what `pip install` would bring."""
+    code = "import sys, runpy; sys.modules.update(dict.fromkeys(['tyro', 'optuna', 'sqlalchemy', 'ray']))\n"
+    code += "sys.argv = ['bench/run.py', '--help']; runpy.run_path('bench/run.py', run_name='__main__')"
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=bench.stages.ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "--minutes" in result.stdout
+
+
+def test_flags_are_parsed_and_mistakes_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    flags: Any = vars(parser().parse_args(["--suite", "loss", "proxy", "--minutes", "8", "--out", "there"]))
+    assert BenchSettings(**flags) == BenchSettings(suite=["loss", "proxy"], minutes=8.0, out=Path("there"))
+    with pytest.raises(SystemExit, match="2"):
+        parser().parse_args(["--suite", "lost"])
+    assert "invalid choice: 'lost'" in capsys.readouterr().err
