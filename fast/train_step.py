@@ -63,7 +63,7 @@ class TrainStep:
         self._calls = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         self._stream: torch.cuda.Stream | None = None
-        self._batch: tuple[Tensor, Tensor] | None = None  # where crops from the host arrive
+        self._batch: tuple[Tensor, Tensor] | None = None  # where crops from the host arrive, in the features' own dtype
         self._loss = torch.zeros((), device=self.device)
         head.train()
         if self.device.type == "cpu":
@@ -86,7 +86,7 @@ class TrainStep:
         if self._features.device != self.device:
             self._receive()
             assert self._batch is not None
-            return self._batch
+            return self._batch[0].to(self._dtype), self._batch[1]
         count, _, height, width = self._features.shape
         corners = [
             torch.randint(limit, (self._batch_size,), device=self.device)
@@ -103,6 +103,7 @@ class TrainStep:
         self._rate.copy_(self._initial_rate * (1 - self._done / self._iterations).clamp(min=0) ** POWER)
         self._done += 1
         features, labels = self._batch or self.draw()
+        features = features.to(self._dtype)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16):
             logits = self.head(features)
         loss = upsampled_cross_entropy(logits, labels)
@@ -136,17 +137,19 @@ class TrainStep:
     def _receive(self) -> None:
         """Draw a batch from features that do not fit the GPU into the place where the graph reads it."""
         limits = [self._features.shape[0], *(self._features.shape[2 + i] - self._crop[i] + 1 for i in range(2))]
-        batch, targets = self._cut(*(torch.randint(limit, (self._batch_size,)).tolist() for limit in limits))
+        corners = (torch.randint(limit, (self._batch_size,)).tolist() for limit in limits)
+        crops = self._cut(*corners, to_send=True)
         if self._batch is None:
-            self._batch = batch.to(self.device), targets.to(self.device)
-        else:
-            self._batch[0].copy_(batch)
-            self._batch[1].copy_(targets)
+            self._batch = torch.empty_like(crops[0], device=self.device), torch.empty_like(crops[1], device=self.device)
+        for place, crop in zip(self._batch, crops, strict=True):
+            place.copy_(crop, non_blocking=True)  # the host goes on; its memory is kept until the copy is done
 
-    def _cut(self, indices: list[int], tops: list[int], lefts: list[int]) -> tuple[Tensor, Tensor]:
+    def _cut(self, indices: list[int], tops: list[int], lefts: list[int], *, to_send: bool = False) -> tuple[Tensor, Tensor]:
+        """In the head's dtype; to be sent in the features' own, which is mostly half of it, from where a GPU can fetch it."""
         (height, width), stride = self._crop, self._stride
-        batch = torch.empty(self._batch_size, self._features.shape[1], height, width, dtype=self._dtype)
-        targets = torch.empty(self._batch_size, *self._window, dtype=torch.uint8)
+        shape = (self._batch_size, self._features.shape[1], height, width)
+        batch = torch.empty(shape, dtype=self._features.dtype if to_send else self._dtype, pin_memory=to_send)
+        targets = torch.empty(self._batch_size, *self._window, dtype=torch.uint8, pin_memory=to_send)
         for i, (index, top, left) in enumerate(zip(indices, tops, lefts, strict=True)):
             batch[i] = self._features[index, :, top : top + height, left : left + width]
             targets[i] = self._labels[index, stride * top :, stride * left :][: self._window[0], : self._window[1]]

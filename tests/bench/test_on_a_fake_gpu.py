@@ -19,8 +19,12 @@ from bench.cases import OURS, SUITES, Case, OperationCase
 from bench.run import BenchSettings, main
 from bench.suites import make_plan
 from bench.worker import Say
-from tests.bench.fake_gpu import FakeGpu, fake_gpu
+from fast.dense_prediction_cell import DensePredictionCell
+from fast.segmentation import SegmentationHead
+from fast.train_step import TrainStep
+from search.space import load_cell
 from tests.bench.tiny_runs import TINY
+from tests.fake_gpu import FakeGpu, fake_gpu
 
 
 class Here:
@@ -97,6 +101,21 @@ def test_the_default_plan(gpu: FakeGpu, tmp_path: Path, size: dict[str, Any], mo
 def kind_of(case: Case) -> str:
     operation = case.operation.kind if isinstance(case, OperationCase) else ""
     return f"{type(case).__name__} {operation}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_features_that_do_not_fit_are_sent_as_they_are(gpu: FakeGpu, dtype: torch.dtype) -> None:
+    """In half the bytes, if they are half; a step and the statistics get them in the head's own dtype."""
+    context = DensePredictionCell(load_cell("dpc"), 6, branch_channels=8, cell_channels=8)
+    head = SegmentationHead(context, 3).to("cuda")
+    features, labels = torch.zeros(3, 6, 7, 8, dtype=dtype), torch.zeros(3, 97, 113, dtype=torch.uint8)
+    step = TrainStep(head, features, labels, output_stride=16, crop=(5, 5), batch_size=2, iterations=9)
+    for _ in range(5):
+        assert step().device == step.device == torch.device("cuda:0")
+    batch, targets = step.draw()
+    assert step._batch is not None
+    assert (step._batch[0].dtype, step._batch[0].device.type) == (dtype, "cuda")
+    assert (batch.dtype, batch.shape, targets.shape) == (torch.float32, (2, 6, 5, 5), (2, 65, 65))
 
 
 def test_a_device_without_a_number_is_refused_as_on_a_gpu(gpu: FakeGpu) -> None:

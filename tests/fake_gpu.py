@@ -48,6 +48,7 @@ class FakeGpu(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         leaves = tree_leaves((args, kwargs))
+        kwargs.pop("pin_memory", None)  # which only a driver can do
         on_gpu = [x for x in leaves if isinstance(x, FakeTensor) or (isinstance(x, torch.device) and x.type == "cuda")]
         if not on_gpu:
             return func(*args, **kwargs)
