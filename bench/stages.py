@@ -143,6 +143,8 @@ def plan_stages(device: torch.device, scale: Scale) -> Iterator[Stage]:
     if device.type == "cuda":
         yield Stage(f"counters, {first}", 120, counters, (first,))
     yield Stage("first iteration of new cells", 60, jobs=_jobs([new_cell], first, (EAGER,)))
+    (search,) = planner.cases(["search"])
+    yield Stage("search", 120, jobs=(planner.job(search, first),))
 
 
 def _jobs(cases: Iterable[Case], dtype: DType, others: tuple[Provider, ...] = EAGERS) -> tuple[Job, ...]:
