@@ -255,7 +255,7 @@ def profile(run: Run, case: ProxyCase, dtype: DType, say: Say) -> None:
         workload()
     synchronise(device)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
-    with torch.profiler.profile(activities=activities) as profiler:
+    with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
         for _ in range(REPLAYS):
             workload()
         synchronise(device)

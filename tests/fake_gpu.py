@@ -13,6 +13,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -166,5 +167,6 @@ def fake_gpu() -> Iterator[FakeGpu]:
         stack.enter_context(mock.patch.object(torch, "compile", lambda module, **flags: module))
         stack.enter_context(mock.patch.object(triton_backend, "_launch", gpu.launch))
         stack.enter_context(kernels.using(triton_backend))
+        stack.enter_context(mock.patch.object(fake_tensor, "init_gpu_context"))  # of the real one, which the driver has not
         stack.enter_context(gpu)
         yield gpu

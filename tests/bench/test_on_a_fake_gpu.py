@@ -26,6 +26,9 @@ from search.space import load_cell
 from tests.bench.tiny_runs import TINY
 from tests.fake_gpu import FakeGpu, fake_gpu
 
+# PyTorch 2.11's own decompositions, which its fake tensors import.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+
 
 class Here:
     """In the place of `Worker` and `Workers`: the functions run in this process, where the GPU is fake."""
