@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fast import kernels
-from fast.kernels import triton_backend
+from fast.kernels import triton as triton_backend
 
 H200 = SimpleNamespace(
     name="NVIDIA Fake", major=9, minor=0, multi_processor_count=132, L2_cache_size=60 << 20, total_memory=140 << 30

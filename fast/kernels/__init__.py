@@ -181,7 +181,7 @@ def backend_for(x: Tensor) -> Backend | None:
     if traced or type(x) not in (Tensor, torch.nn.Parameter) or x.numel() == 0:
         return None
     if x.device.type == "cuda" and x.dtype in (torch.float32, torch.float16, torch.bfloat16):
-        name = "triton_backend"
+        name = "triton"
     elif x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):
         name = "cpu"
     else:

@@ -21,11 +21,12 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from fast.kernels import Dropout, Folded, NormedMap, Unfolded, triton_backend
+from fast.kernels import Dropout, Folded, NormedMap, Unfolded
+from fast.kernels import triton as triton_backend
 from reference.batch_norm import BatchNorm
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-SMALL, LARGE = (8, 49, 49), (16, 97, 97)  # N, H, W: below and above `triton_backend.LARGE`
+SMALL, LARGE = (8, 49, 49), (16, 97, 97)  # N, H, W: below and above `fast.kernels.triton.LARGE`
 PROXY_LABELS = (769, 769)
 
 

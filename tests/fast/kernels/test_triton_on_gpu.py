@@ -23,7 +23,7 @@ from tests.fast.error_budget import assert_within_budget
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
 
-from fast.kernels import triton_backend
+from fast.kernels import triton as triton_backend
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SIZES = [(8, 256, 49, 49), (3, 72, 37, 53), (2, 19, 5, 101)]  # N, C, H, W

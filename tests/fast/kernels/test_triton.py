@@ -24,8 +24,9 @@ import triton
 
 from fast import kernels
 from fast.atrous_separable_conv import atrous_separable_conv
-from fast.kernels import Dropout, Folded, NormedMap, Unfolded, depthwise_conv, pointwise_conv, triton_backend
-from fast.kernels.triton_backend import Launch, Moments
+from fast.kernels import Dropout, Folded, NormedMap, Unfolded
+from fast.kernels import triton as triton_backend
+from fast.kernels.triton import Launch, Moments, depthwise_conv, pointwise_conv
 from fast.pyramid_pooling import pyramid_pooling
 from reference import atrous_separable_conv as separable
 from reference import pyramid_pooling as pooling

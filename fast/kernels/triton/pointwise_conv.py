@@ -27,7 +27,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fast.kernels.batch_norm import relu_of, store_moments
+from fast.kernels.triton.batch_norm import relu_of, store_moments
 
 
 def cost(

@@ -19,8 +19,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fast.kernels.batch_norm import relu_of
-from fast.kernels.pointwise_conv import multiply_add
+from fast.kernels.triton.batch_norm import relu_of
+from fast.kernels.triton.pointwise_conv import multiply_add
 
 
 def cost(n: int, in_channels: int, out_channels: int, height: int, width: int, dtype: torch.dtype) -> tuple[int, int]:

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fast.kernels.upsampled_cross_entropy import SIZES, STRIDES, first_pixel, within_cell
+from fast.kernels.triton.upsampled_cross_entropy import SIZES, STRIDES, first_pixel, within_cell
 
 
 def cost(

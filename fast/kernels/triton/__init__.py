@@ -20,22 +20,22 @@ from fast.kernels import Dropout, Folded, NormedMap, Unfolded
 from reference.batch_norm import BatchNorm
 
 if importlib.util.find_spec("triton") is not None:
-    from fast.kernels.batch_norm import (
+    from fast.kernels.triton.batch_norm import (
         fold_kernel,
         normalise_backward_kernel,
         normalise_kernel,
         sum_partials_kernel,
         unfold_kernel,
     )
-    from fast.kernels.depthwise_conv import depthwise_backward_kernel, depthwise_forward_kernel
-    from fast.kernels.pointwise_conv import (
+    from fast.kernels.triton.depthwise_conv import depthwise_backward_kernel, depthwise_forward_kernel
+    from fast.kernels.triton.pointwise_conv import (
         pointwise_forward_kernel,
         pointwise_input_gradient_kernel,
         pointwise_weight_gradient_kernel,
     )
-    from fast.kernels.separable_inference import separable_inference_kernel
-    from fast.kernels.upsampled_confusion_matrix import confusion_matrix_kernel
-    from fast.kernels.upsampled_cross_entropy import cell_gradients_kernel, gather_corners_kernel, mean_loss_kernel
+    from fast.kernels.triton.separable_inference import separable_inference_kernel
+    from fast.kernels.triton.upsampled_confusion_matrix import confusion_matrix_kernel
+    from fast.kernels.triton.upsampled_cross_entropy import cell_gradients_kernel, gather_corners_kernel, mean_loss_kernel
 
 memory_format = torch.channels_last
 
