@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fast.kernels import Dropout, Folded, NormedMap, Unfolded
+from fast.kernels.triton.launches import LARGE, Launch, table_for
 from reference.batch_norm import BatchNorm
 
 if importlib.util.find_spec("triton") is not None:
@@ -40,46 +41,6 @@ if importlib.util.find_spec("triton") is not None:
 memory_format = torch.channels_last
 
 
-class Launch(NamedTuple):
-    """Tile sizes along positions (rows), channels (columns) and the summed axis; warps per program, depth of the pipeline."""
-
-    block_p: int
-    block_n: int
-    block_k: int
-    warps: int
-    stages: int
-
-
-LARGE = 1 << 16  # positions N·H·W from which a map of 256 channels is beyond any cache: the second column of the table
-
-# (kernel, bytes per value) -> sizes up to LARGE positions, and beyond. For an H200; chosen by counting, not yet by measuring:
-# 32 or fewer values of a map per thread, two programs or more per multiprocessor at 8·49·49 positions, at most 160 KB of
-# shared memory. Float32 products at full precision have no matrix unit, so their tiles are what registers can feed.
-LAUNCHES = {
-    ("normalise", 2): (Launch(32, 64, 0, 4, 1), Launch(64, 64, 0, 4, 1)),
-    ("normalise", 4): (Launch(32, 64, 0, 4, 1), Launch(64, 64, 0, 4, 1)),
-    ("depthwise_forward", 2): (Launch(32, 64, 0, 4, 1), Launch(64, 64, 0, 8, 1)),
-    ("depthwise_forward", 4): (Launch(32, 64, 0, 4, 1), Launch(64, 32, 0, 4, 1)),
-    ("depthwise_backward", 2): (Launch(64, 64, 0, 8, 1), Launch(64, 64, 0, 8, 1)),
-    ("depthwise_backward", 4): (Launch(64, 32, 0, 8, 1), Launch(64, 32, 0, 8, 1)),
-    ("pointwise_forward", 2): (Launch(64, 128, 64, 8, 3), Launch(128, 128, 32, 8, 3)),
-    ("pointwise_forward", 4): (Launch(64, 64, 32, 8, 2), Launch(64, 64, 32, 8, 2)),
-    ("pointwise_input_gradient", 2): (Launch(128, 128, 32, 8, 3), Launch(128, 128, 32, 8, 3)),
-    ("pointwise_input_gradient", 4): (Launch(64, 64, 16, 8, 2), Launch(64, 64, 16, 8, 2)),
-    ("pointwise_weight_gradient", 2): (Launch(128, 128, 32, 8, 3), Launch(128, 128, 32, 8, 3)),
-    ("pointwise_weight_gradient", 4): (Launch(64, 64, 32, 8, 2), Launch(64, 64, 32, 8, 2)),
-    ("separable_inference", 2): (Launch(64, 256, 16, 8, 2), Launch(64, 256, 16, 8, 2)),
-    ("separable_inference", 4): (Launch(64, 64, 16, 8, 1), Launch(64, 64, 16, 8, 1)),
-}
-WEIGHT_GRADIENT_PROGRAMS = 264  # two for each multiprocessor of an H200: how finely the positions are split
-FOLD = {"BLOCK_T": 64, "BLOCK_C": 16}  # few channels a program, as there are few channels
-SUM = {"BLOCK_T": 32, "BLOCK_C": 32}
-UNFOLD_BLOCK = 128
-CELL_WIDTH = 16  # label pixels at a time in a cell of the loss: the whole width at output stride 16
-CONFUSION_WIDTH = 32
-MEAN_LOSS_BLOCK = 1024
-
-
 class Moments(NamedTuple):
     """Mean and squared deviations of each tile of positions of a convolution's output."""
 
@@ -99,7 +60,7 @@ def depthwise_forward(
     raw = _dense(x.raw)
     n, channels, height, width = raw.shape
     out = _empty_map(raw, dtype=_out_dtype(raw))
-    launch = _launch_sizes("depthwise_forward", out)
+    launch = _map_launch("depthwise_forward", out)
     tiles = _tiles(out, launch)
     partials = _empty(raw, tiles, 2, channels) if statistics else None
     _launch(
@@ -126,7 +87,7 @@ def depthwise_backward(
     _check_depthwise(x, weight, rate)
     x_raw = _dense(x.raw)
     n, channels, height, width = x_raw.shape
-    launch = _launch_sizes("depthwise_backward", x_raw)
+    launch = _map_launch("depthwise_backward", x_raw)
     tiles, rows = _tiles(x_raw, launch), 11 if need_input and x.scale is not None else 9
     grad_x, partials = _empty_map(x_raw) if need_input else None, _empty(x_raw, tiles, rows, channels)
     gradient = (_dense(grad), _dense(raw), *_slope_and_intercept(unfolded))
@@ -185,12 +146,14 @@ def fold(moments: Moments, norm: BatchNorm[Tensor], *, count: int, momentum: flo
     tiles, _, channels = moments.partials.shape
     folded = _empty(moments.partials, 4, channels)
     parameters = (norm.scale, norm.offset, norm.running_mean, norm.running_var, folded)
+    launch = _launch_of("fold", 4, count, folded)
     _launch(
         fold_kernel,
-        _ceil_div(channels, FOLD["BLOCK_C"]),
-        None,
+        _ceil_div(channels, launch.block_n),
+        launch,
         (moments.partials, *parameters, tiles, moments.tile_size, count, momentum if count > 1 else 0.0, eps, channels),
-        **FOLD,
+        BLOCK_T=launch.block_p,
+        BLOCK_C=launch.block_n,
     )
     return Folded(*folded)
 
@@ -198,12 +161,13 @@ def fold(moments: Moments, norm: BatchNorm[Tensor], *, count: int, momentum: flo
 def unfold(grad_scale: Tensor, grad_offset: Tensor, folded: Folded, gamma: Tensor, *, count: int) -> Unfolded:
     unfolded = _empty(grad_scale, 4, len(gamma))
     sums = (grad_scale.contiguous(), grad_offset.contiguous())
+    launch = _launch_of("unfold", 4, count, unfolded)
     _launch(
         unfold_kernel,
-        _ceil_div(len(gamma), UNFOLD_BLOCK),
-        None,
+        _ceil_div(len(gamma), launch.block_n),
+        launch,
         (*sums, folded.scale, folded.mean, folded.inv_std, gamma, unfolded, count, len(gamma)),
-        BLOCK_C=UNFOLD_BLOCK,
+        BLOCK_C=launch.block_n,
     )
     return Unfolded(*unfolded)
 
@@ -212,7 +176,7 @@ def normalise(x: NormedMap) -> Tensor:
     if x.scale is None:
         return x.raw.clone(memory_format=memory_format)
     raw = _dense(x.raw)
-    launch, out = _launch_sizes("normalise", raw), _empty_map(raw)
+    launch, out = _map_launch("normalise", raw), _empty_map(raw)
     _launch(
         normalise_kernel,
         _tiles(raw, launch) * _ceil_div(raw.shape[1], launch.block_n),
@@ -228,7 +192,7 @@ def normalise_backward(grad: Tensor, x: NormedMap) -> NormedMap:
     if x.scale is None:
         return NormedMap(grad)
     raw = _dense(x.raw)
-    launch, grad_x, channels = _launch_sizes("normalise", raw), _empty_map(raw), raw.shape[1]
+    launch, grad_x, channels = _map_launch("normalise_backward", raw), _empty_map(raw), raw.shape[1]
     partials = _empty(raw, _tiles(raw, launch), 2, channels)
     _launch(
         normalise_backward_kernel,
@@ -269,7 +233,7 @@ def separable_inference(
     if pointwise_weight.shape[1] != channels:
         raise ValueError(f"{channels} channels of the map, pointwise weight {tuple(pointwise_weight.shape)}")
     out = _empty_map(raw, out_channels, _out_dtype(raw))
-    launch = _launch_sizes("separable_inference", out)
+    launch = _map_launch("separable_inference", out)
     block_n, block_k = _block(launch.block_n, out_channels), _block(launch.block_k, channels)
     depthwise = (depthwise_weight.contiguous(), *_float32(depthwise_norm))
     pointwise = (pointwise_weight.contiguous(), *_float32(pointwise_norm))
@@ -296,20 +260,23 @@ def upsampled_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int) -
     grad, loss, share = torch.empty_like(logits), logits.new_empty(()), _empty(logits, 1)
     corners, losses = _empty(logits, cells, 4, classes), _empty(logits, cells)
     counts = torch.empty(cells, dtype=torch.int32, device=logits.device)
+    launch = _launch_of("cell_gradients", 4, _positions(logits), logits)
     _launch(
         cell_gradients_kernel,
         cells,
-        _class_launch(block_k * CELL_WIDTH, 512),
+        _with_warps_for(block_k, launch),
         (logits, labels, corners, losses, counts, *sizes, *logits.stride(), ignore_index, classes),
         BLOCK_K=block_k,
-        BLOCK_X=CELL_WIDTH,
+        BLOCK_X=launch.block_p,
     )
-    _launch(mean_loss_kernel, 1, None, (losses, counts, loss, share, cells), BLOCK=MEAN_LOSS_BLOCK)
-    block_q = max(1, 2048 // block_k)
+    launch = _launch_of("mean_loss", 4, _positions(logits), logits)
+    _launch(mean_loss_kernel, 1, launch, (losses, counts, loss, share, cells), BLOCK=launch.block_p)
+    launch = _launch_of("gather_corners", 4, _positions(logits), logits)
+    block_q = max(1, launch.block_p * 32 // block_k)
     _launch(
         gather_corners_kernel,
         _ceil_div(n * height * width, block_q),
-        None,
+        launch,
         (corners, share, grad, n * height * width, height, width, cells_h, cells_w, *grad.stride(), classes),
         BLOCK_Q=block_q,
         BLOCK_K=block_k,
@@ -321,13 +288,14 @@ def upsampled_confusion_matrix(logits: Tensor, labels: Tensor, ignore_index: int
     labels, sizes = _labels_and_sizes(logits, labels)
     n, classes = logits.shape[:2]
     confusion, block_k = torch.zeros(classes, classes, dtype=torch.int64, device=logits.device), _power_of_two(classes)
+    launch = _launch_of("confusion_matrix", 4, _positions(logits), logits)
     _launch(
         confusion_matrix_kernel,
-        n * sizes[4] * _ceil_div(labels.shape[2], CONFUSION_WIDTH),
-        _class_launch(block_k * CONFUSION_WIDTH, 1024),
+        n * sizes[4] * _ceil_div(labels.shape[2], launch.block_p),
+        _with_warps_for(block_k, launch),
         (logits, labels, confusion, *sizes, *logits.stride(), ignore_index, classes),
         BLOCK_K=block_k,
-        BLOCK_X=CONFUSION_WIDTH,
+        BLOCK_X=launch.block_p,
     )
     return confusion
 
@@ -392,7 +360,7 @@ def _pointwise_product(
 ) -> tuple[Tensor, Moments | None]:
     x, out_channels = product.raws[0], weight.shape[0]
     out = _empty_map(x, out_channels, _out_dtype(x))
-    launch = _launch_sizes("pointwise_forward", out)
+    launch = _map_launch("pointwise_forward", out)
     if x.dtype.itemsize > out.dtype.itemsize:  # three tiles of twice the bytes exceed the shared memory of sm_86 and 89
         launch = launch._replace(stages=2)
     tiles = _tiles(out, launch)
@@ -425,7 +393,7 @@ def _pointwise_product(
 def _pointwise_input_gradient(gradient: tuple[Any, ...], product: _Maps, weight: Tensor) -> list[NormedMap]:
     x = product.raws[0]
     out_channels, in_channels = weight.shape[:2]
-    launch = _launch_sizes("pointwise_input_gradient", gradient[0])
+    launch = _map_launch("pointwise_input_gradient", gradient[0])
     if x.dtype.itemsize > gradient[0].dtype.itemsize:  # larger tiles of wide maps would leave the registers of sm_80
         launch = launch._replace(block_p=64)
     block_n, block_k = _block(launch.block_n, *product.channels), _block(launch.block_k, out_channels)
@@ -466,10 +434,10 @@ def _pointwise_input_gradient(gradient: tuple[Any, ...], product: _Maps, weight:
 def _pointwise_weight_gradient(gradient: tuple[Any, ...], product: _Maps, weight: Tensor) -> Tensor:
     x = product.raws[0]
     out_channels, in_channels = weight.shape[:2]
-    launch = _launch_sizes("pointwise_weight_gradient", gradient[0])
+    launch = _map_launch("pointwise_weight_gradient", gradient[0])
     block_o, block_n = _block(launch.block_p, out_channels), _block(launch.block_n, *product.channels)
     tiles = _ceil_div(out_channels, block_o) * sum(_ceil_div(channels, block_n) for channels in product.channels)
-    splits = min(_ceil_div(WEIGHT_GRADIENT_PROGRAMS, tiles), _ceil_div(_positions(x), launch.block_k))
+    splits = min(_ceil_div(launch.programs, tiles), _ceil_div(_positions(x), launch.block_k))
     split_size = _ceil_div(_ceil_div(_positions(x), max(splits, 1)), launch.block_k) * launch.block_k
     splits = _ceil_div(_positions(x), max(split_size, 1))  # without the last, if it has become empty
     partials = _empty(x, splits, out_channels, in_channels)
@@ -500,12 +468,14 @@ def _sum_partials(partials: Tensor, interleaved: int = 0) -> Tensor:
     """Sum over tiles: (tiles, rows, C) -> (rows · C,), the first `interleaved` rows transposed."""
     tiles, rows, channels = partials.shape
     sums = _empty(partials, rows * channels)
+    launch = _launch_of("sum_partials", 4, rows * channels, partials)
     _launch(
         sum_partials_kernel,
-        _ceil_div(rows * channels, SUM["BLOCK_C"]),
-        None,
+        _ceil_div(rows * channels, launch.block_n),
+        launch,
         (partials, sums, tiles, interleaved, rows, channels),
-        **SUM,
+        BLOCK_T=launch.block_p,
+        BLOCK_C=launch.block_n,
     )
     return sums
 
@@ -567,13 +537,17 @@ def _tiles(x: Tensor, launch: Launch) -> int:
     return _ceil_div(_positions(x), launch.block_p)
 
 
-def _launch_sizes(kernel: str, x: Tensor) -> Launch:
-    return LAUNCHES[kernel, x.dtype.itemsize][_positions(x) >= LARGE]
+def _map_launch(kernel: str, x: Tensor) -> Launch:
+    return _launch_of(kernel, x.dtype.itemsize, _positions(x), x)
 
 
-def _class_launch(values: int, values_per_warp: int) -> Launch:
-    """For a tile with all classes in it: warps as it has values."""
-    return Launch(0, 0, 0, min(max(values // values_per_warp, 1), 16), 1)
+def _launch_of(kernel: str, value_bytes: int, size: int, x: Tensor) -> Launch:
+    return table_for(x.device)[kernel, value_bytes, "large" if size >= LARGE else "small"]
+
+
+def _with_warps_for(classes: int, launch: Launch) -> Launch:
+    """For a tile with all classes in it: the table has the warps for 32."""
+    return launch._replace(warps=min(max(launch.warps * classes // 32, 1), 16))
 
 
 def _block(most: int, *sizes: int) -> int:
@@ -597,11 +571,11 @@ def _input_precision(x: Tensor) -> str:
     return "tf32" if allowed and torch.cuda.get_device_capability(x.device) >= (8, 0) else "ieee"  # no Turing GPU has it
 
 
-def _launch(kernel: Any, programs: int, launch: Launch | None, arguments: tuple[Any, ...], **constants: Any) -> None:
+def _launch(kernel: Any, programs: int, launch: Launch, arguments: tuple[Any, ...], **constants: Any) -> None:
     """Run `programs` programs where the arguments are; a·b + c may be rounded once, whatever Triton's default."""
     if programs == 0:
         return
     device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
-    options = {} if launch is None else {"num_warps": launch.warps, "num_stages": launch.stages}
+    options = {"num_warps": launch.warps, "num_stages": launch.stages}
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         kernel[(programs,)](*arguments, **constants, **options, enable_fp_fusion=True)

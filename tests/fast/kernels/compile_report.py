@@ -104,7 +104,7 @@ def report(architecture: int, dtypes: list[torch.dtype], variants: bool) -> list
     compiled: dict[str, tuple[dict[str, str], Any]] = {}
 
     def compile_only(kernel: Any, programs: int, launch: Any, arguments: tuple[Any, ...], **constants: Any) -> None:
-        options = {} if launch is None else {"num_warps": launch.warps, "num_stages": launch.stages}
+        options = {"num_warps": launch.warps, "num_stages": launch.stages}
         binary = kernel.run(*arguments, **constants, **options, enable_fp_fusion=True, grid=(programs,), warmup=True)
         dtype = next(str(x.dtype) for x in arguments if isinstance(x, Tensor))
         name = {"file": kernel.fn.__module__.rpartition(".")[2], "kernel": f"{kernel.fn.__name__} {dtype} {constants}"}

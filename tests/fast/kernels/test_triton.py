@@ -26,7 +26,8 @@ from fast import kernels
 from fast.atrous_separable_conv import atrous_separable_conv
 from fast.kernels import Dropout, Folded, NormedMap, Unfolded
 from fast.kernels import triton as triton_backend
-from fast.kernels.triton import Launch, Moments, depthwise_conv, pointwise_conv
+from fast.kernels.triton import Moments, depthwise_conv, launches, pointwise_conv
+from fast.kernels.triton.launches import Launch
 from fast.pyramid_pooling import pyramid_pooling
 from reference import atrous_separable_conv as separable
 from reference import pyramid_pooling as pooling
@@ -87,18 +88,22 @@ def poisoned_allocations() -> Iterator[None]:
         yield
 
 
+def in_small_tiles(kernel: str, launch: Launch) -> Launch:
+    if kernel in ("fold", "sum_partials"):
+        return launch._replace(block_p=2)
+    has_maps = kernel.startswith(("depthwise", "pointwise", "separable", "normalise"))
+    return Launch(32, 16, 16, 4, 1, programs=3) if has_maps else launch
+
+
 @contextlib.contextmanager
 def tiled(tiling: str) -> Iterator[None]:
     """The launch table's own tiles, of either column, which hold a tiny map whole, or ones so small that it needs several."""
-    small = {key: (Launch(32, 16, 16, 4, 1),) * 2 for key in triton_backend.LAUNCHES}
+    small = {key: in_small_tiles(key[0], launch) for key, launch in launches.DEFAULT.items()}
     with contextlib.ExitStack() as stack:
         if tiling == "large":
             stack.enter_context(mock.patch.object(triton_backend, "LARGE", 0))
         if tiling == "small":
-            stack.enter_context(mock.patch.dict(triton_backend.LAUNCHES, small))
-            stack.enter_context(mock.patch.dict(triton_backend.FOLD, BLOCK_T=2))
-            stack.enter_context(mock.patch.dict(triton_backend.SUM, BLOCK_T=2))
-            stack.enter_context(mock.patch.object(triton_backend, "WEIGHT_GRADIENT_PROGRAMS", 3))
+            stack.enter_context(mock.patch.object(triton_backend, "table_for", return_value=small))
         yield
 
 

@@ -1,0 +1,96 @@
+"""How each kernel is launched: a table counted for an H200, and over it what was measured on the GPU at hand.
+
+A file `<gpu>.py` beside this one, written by `python bench/tune.py` on that GPU, holds `LAUNCHES` for some of the keys; the
+rest is the counted table's. Its name is the GPU's as PyTorch has it, in small letters, with "_" for all between words.
+"""
+
+import functools
+import importlib
+import importlib.util
+import re
+from typing import Literal, NamedTuple
+
+import torch
+
+
+class Launch(NamedTuple):
+    """Tile sizes along positions (rows), channels (columns) and the summed axis; warps per program, depth of the pipeline.
+
+    Where there are no positions, block_p counts tiles (`fold`, `sum_partials`), label pixels (`cell_gradients`,
+    `confusion_matrix`), logits (`gather_corners`) or cells (`mean_loss`). A program of `cell_gradients`, `confusion_matrix` or
+    `gather_corners` holds all classes: the warps of the first two, and block_p of the third, are what 32 classes need.
+    """
+
+    block_p: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    programs: int = 0  # of the weight gradient alone: among how many, at least, its positions are split
+
+
+Size = Literal["small", "large"]
+Key = tuple[str, int, Size]  # kernel, bytes per value of its map (4 where there is none), size
+Table = dict[Key, Launch]
+SIZES: tuple[Size, Size] = ("small", "large")
+
+# From how many positions N·H·W a launch is large: a map of 256 channels is then beyond any cache. The positions are the
+# logits' for the loss; `sum_partials` counts its columns instead: few and tall, or a weight's, many and short.
+LARGE = 1 << 16
+
+# (kernel, bytes per value) -> sizes up to LARGE, and beyond. For an H200; chosen by counting, not yet by measuring: 32 or
+# fewer values of a map per thread, two programs or more per multiprocessor at 8·49·49 positions, at most 160 KB of shared
+# memory. Float32 products at full precision have no matrix unit, so their tiles are what registers can feed. Folds, sums and
+# the mean loss wait for memory once per block_p, which therefore is a good part of what they add up in one iteration.
+_COUNTED = {
+    ("depthwise_forward", 2): (Launch(32, 64, 0, 4, 1), Launch(64, 64, 0, 8, 1)),
+    ("depthwise_forward", 4): (Launch(32, 64, 0, 4, 1), Launch(64, 32, 0, 4, 1)),
+    ("depthwise_backward", 2): (Launch(64, 64, 0, 8, 1), Launch(64, 64, 0, 8, 1)),
+    ("depthwise_backward", 4): (Launch(64, 32, 0, 8, 1), Launch(64, 32, 0, 8, 1)),
+    ("pointwise_forward", 2): (Launch(64, 128, 64, 8, 3), Launch(128, 128, 32, 8, 3)),
+    ("pointwise_forward", 4): (Launch(64, 64, 32, 8, 2), Launch(64, 64, 32, 8, 2)),
+    ("pointwise_input_gradient", 2): (Launch(128, 128, 32, 8, 3), Launch(128, 128, 32, 8, 3)),
+    ("pointwise_input_gradient", 4): (Launch(64, 64, 16, 8, 2), Launch(64, 64, 16, 8, 2)),
+    # 264: two programs for each multiprocessor of an H200.
+    ("pointwise_weight_gradient", 2): (Launch(128, 128, 32, 8, 3, 264), Launch(128, 128, 32, 8, 3, 264)),
+    ("pointwise_weight_gradient", 4): (Launch(64, 64, 32, 8, 2, 264), Launch(64, 64, 32, 8, 2, 264)),
+    ("separable_inference", 2): (Launch(64, 256, 16, 8, 2), Launch(64, 256, 16, 8, 2)),
+    ("separable_inference", 4): (Launch(64, 64, 16, 8, 1), Launch(64, 64, 16, 8, 1)),
+    ("normalise", 2): (Launch(32, 64, 0, 4, 1), Launch(64, 64, 0, 4, 1)),
+    ("normalise", 4): (Launch(32, 64, 0, 4, 1), Launch(64, 64, 0, 4, 1)),
+    ("normalise_backward", 2): (Launch(32, 64, 0, 4, 1), Launch(64, 64, 0, 4, 1)),
+    ("normalise_backward", 4): (Launch(32, 64, 0, 4, 1), Launch(64, 64, 0, 4, 1)),
+    ("fold", 4): (Launch(1024, 4, 0, 4, 1), Launch(1024, 4, 0, 4, 1)),
+    ("unfold", 4): (Launch(0, 128, 0, 4, 1), Launch(0, 128, 0, 4, 1)),
+    ("sum_partials", 4): (Launch(512, 8, 0, 4, 1), Launch(32, 32, 0, 4, 1)),
+    ("cell_gradients", 4): (Launch(16, 0, 0, 1, 1), Launch(16, 0, 0, 1, 1)),  # a cell's whole width at output stride 16
+    ("mean_loss", 4): (Launch(8192, 0, 0, 16, 1), Launch(8192, 0, 0, 16, 1)),  # more would be spilled
+    ("gather_corners", 4): (Launch(64, 0, 0, 4, 1), Launch(64, 0, 0, 4, 1)),
+    ("confusion_matrix", 4): (Launch(32, 0, 0, 1, 1), Launch(32, 0, 0, 1, 1)),
+}
+DEFAULT: Table = {
+    (kernel, value_bytes, size): launch
+    for (kernel, value_bytes), both in _COUNTED.items()
+    for size, launch in zip(SIZES, both, strict=True)
+}
+
+
+@functools.cache
+def table_for(device: torch.device) -> Table:
+    """The launch of every kernel on this device; without a GPU (interpreter, compilation alone) the counted one."""
+    return DEFAULT if device.type != "cuda" else DEFAULT | measured(torch.cuda.get_device_name(device))
+
+
+def measured(gpu: str) -> Table:
+    """What the file of the GPU of this name holds; nothing if there is no such file."""
+    module = f"{__name__}.{file_stem(gpu)}"
+    table: Table = importlib.import_module(module).LAUNCHES if importlib.util.find_spec(module) else {}
+    return table
+
+
+def file_stem(gpu: str) -> str:
+    """
+    >>> file_stem("NVIDIA H200 MIG 1g.18gb")
+    'nvidia_h200_mig_1g_18gb'
+    """
+    return "_".join(re.findall(r"[a-z0-9]+", gpu.lower()))
