@@ -16,9 +16,7 @@ if sees_a_gpu():
     pytest.skip("the other tests compile for the GPU that is here; CUDA_VISIBLE_DEVICES= hides it", allow_module_level=True)
 
 ROOT = Path(__file__).parents[3]
-KERNELS = {path.stem for path in (ROOT / "fast" / "kernels" / "triton").glob("*.py")} - {"__init__"}
-# For one program (CUDA programming guide, compute capabilities); 86 and 89 are those without a data centre.
-SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+KERNELS = {path.stem for path in (ROOT / "fast" / "kernels" / "triton").glob("*.py")} - {"__init__", "compilation"}
 
 
 @pytest.mark.parametrize(
@@ -27,7 +25,8 @@ SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
     ids=str,
 )
 def test_nothing_is_spilled(architecture: int, arguments: list[str], record_property: Callable[[str, object], None]) -> None:
-    from tests.fast.kernels.compile_report import CUOBJDUMP  # imports Triton
+    from bench.launch_trial import SHARED_BYTES
+    from fast.kernels.triton.compilation import CUOBJDUMP  # imports Triton
 
     if not CUOBJDUMP.exists():
         pytest.skip("this build of Triton comes without cuobjdump")

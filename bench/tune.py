@@ -1,0 +1,394 @@
+"""Finds how each Triton kernel is best launched on this GPU, and writes it where the kernels look: `python bench/tune.py`.
+
+For every line of the launch table it tries launches around the best so far, on the calls of a training iteration: compiled by
+processes without the GPU, dropped if they spill, run in a process of their own, compared with the counted launch's results,
+and timed in turns with the best. What matters most to an iteration comes first; every trial is on disk before the next one.
+"""
+
+import argparse
+import ast
+import hashlib
+import itertools
+import json
+import math
+import os
+import queue
+import re
+import shlex
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple, Self
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the checkout that this file lies in
+
+import torch
+
+from bench import launch_trial
+from bench.launch_trial import SHARED_BYTES, Comparison
+from bench.worker import Worker, WorkerLost, WorkFailed
+from fast.checkpoint import write_whole
+from fast.kernels import triton as kernels
+from fast.kernels.triton.launches import DEFAULT, SIZES, Key, Launch, Table, file_stem, measured
+
+ROOT = Path(__file__).parents[1]
+LAUNCHES = ROOT / "fast" / "kernels" / "triton" / "launches"
+_TILE, _WARPS, _STAGES = (16, 32, 64, 128), (2, 4, 8), (2, 3, 4)
+# What is tried, per kernel; the kernels in the order of their shares of an iteration, as counted.
+CHOICES: dict[str, dict[str, tuple[int, ...]]] = {
+    "depthwise_backward": {"block_p": _TILE, "block_n": _TILE, "warps": _WARPS},
+    "pointwise_input_gradient": {
+        "block_p": (32, 64, 128, 256),
+        "block_n": (32, 64, 128, 256),
+        "block_k": (16, 32, 64),
+        "warps": (4, 8),
+        "stages": _STAGES,
+    },
+    "pointwise_forward": {
+        "block_p": (32, 64, 128, 256),
+        "block_n": (32, 64, 128, 256),
+        "block_k": (16, 32, 64, 128),
+        "warps": (4, 8),
+        "stages": _STAGES,
+    },
+    "pointwise_weight_gradient": {
+        "block_p": (32, 64, 128, 256),
+        "block_n": (32, 64, 128, 256),
+        "block_k": (16, 32, 64),
+        "warps": (4, 8),
+        "stages": _STAGES,
+        "programs": (132, 264, 528),
+    },
+    "cell_gradients": {"block_p": (8, 16, 32), "warps": (1, 2, 4)},
+    "depthwise_forward": {"block_p": _TILE, "block_n": _TILE, "warps": _WARPS},
+    "fold": {"block_p": (128, 256, 512, 1024), "block_n": (1, 2, 4, 8, 16), "warps": _WARPS},
+    "sum_partials": {"block_p": (16, 32, 64, 128, 256, 512), "block_n": (4, 8, 16, 32, 64), "warps": _WARPS},
+    "unfold": {"block_n": (32, 64, 128, 256), "warps": (1, 2, 4)},
+    "mean_loss": {"block_p": (1024, 2048, 4096, 8192), "warps": (4, 8, 16, 32)},
+    "gather_corners": {"block_p": (16, 32, 64, 128), "warps": _WARPS},
+    "normalise": {"block_p": _TILE, "block_n": (*_TILE, 256), "warps": _WARPS},
+    "normalise_backward": {"block_p": _TILE, "block_n": (*_TILE, 256), "warps": _WARPS},
+    "separable_inference": {
+        "block_p": _TILE,
+        "block_n": (64, 128, 256),
+        "block_k": (16, 32, 64),
+        "warps": (4, 8),
+        "stages": (1, 2, 3),
+    },
+    "confusion_matrix": {"block_p": (16, 32, 64), "warps": (1, 2, 4)},
+}
+AHEAD = 16  # candidates of a key that are compiled before it is their turn
+BETTER, NOT_BETTER, WRONG, FAILED, NO_FIT = "better", "not better", "WRONG", "failed", "does not fit"
+
+
+class Trial(NamedTuple):
+    """What became of one candidate: a line of the journal."""
+
+    key: Key
+    launch: Launch
+    verdict: str
+    best_us: float | None = None  # of the best launch until then, in the same turns
+    us: float | None = None
+    note: str = ""
+
+
+class Journal:
+    """All trials on one GPU with the same versions and kernels, in a file of JSON lines that grows with each."""
+
+    def __init__(self, path: Path, identity: str) -> None:
+        self.trials: list[Trial] = []
+        self._path, self._identity = path, identity
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        if text and not text.endswith("\n"):  # something ended the tuner while it wrote
+            path.write_text(text + "\n", encoding="utf-8")
+        for line in text.splitlines():
+            try:
+                identity_then, key, launch, *rest = json.loads(line)
+                if identity_then == identity:
+                    self.trials.append(Trial((key[0], key[1], key[2]), Launch(*launch), *rest))
+            except (ValueError, TypeError, IndexError):
+                continue
+
+    def add(self, trial: Trial) -> None:
+        self.trials.append(trial)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps([self._identity, *trial]) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def of(self, key: Key) -> list[Trial]:
+        return [trial for trial in self.trials if trial.key == key]
+
+    def best(self, key: Key) -> Launch:
+        return next((trial.launch for trial in reversed(self.of(key)) if trial.verdict == BETTER), DEFAULT[key])
+
+
+def candidates(kernel: str, best: Launch, changes: int) -> list[Launch]:
+    """Launches that differ from `best` in at most so many fields; fewer fields first, then smaller steps."""
+    found: list[tuple[int, float, Launch]] = []
+    for values in itertools.product(*CHOICES[kernel].values()):
+        launch = best._replace(**dict(zip(CHOICES[kernel], values, strict=True)))
+        steps = [abs(math.log2(new / old)) for new, old in zip(launch, best, strict=True) if new != old]
+        if 1 <= len(steps) <= changes:
+            found.append((len(steps), sum(steps), launch))
+    return [launch for _, _, launch in sorted(found)]
+
+
+def untried(key: Key, journal: Journal, changes: int, known: Table) -> list[Launch]:
+    """The next candidates; first of all the launch that an earlier file has."""
+    tried = {DEFAULT[key], *(trial.launch for trial in journal.of(key))}
+    near = [known[key]] if key in known else []
+    return [launch for launch in [*near, *candidates(key[0], journal.best(key), changes)] if launch not in tried]
+
+
+def search(
+    key: Key,
+    journal: Journal,
+    examine: Callable[[Key, Launch, list[Launch]], Trial],
+    *,
+    changes: int,
+    is_over: Callable[[], bool],
+    known: Table,
+) -> bool:
+    """Try what is near the best so far, until nothing untried is -> True; False if the time was over first."""
+    while left := untried(key, journal, changes, known):
+        if is_over():
+            return False
+        trial = examine(key, journal.best(key), left)
+        journal.add(trial)
+        times = "" if trial.us is None else f"{trial.best_us:.2f} -> {trial.us:.2f} us "
+        print(f"{' '.join(map(str, key))}: {tuple(trial.launch)} {times}{trial.verdict} {trial.note}".rstrip(), flush=True)
+    return True
+
+
+class Compilers:
+    """Processes without the GPU that fill Triton's cache on disk, in the order in which launches are asked for."""
+
+    def __init__(self, architecture: int, processes: int) -> None:
+        self._architecture, self._closed = architecture, False
+        self._pool = ThreadPoolExecutor(processes)
+        self._workers: queue.SimpleQueue[Worker] = queue.SimpleQueue()
+        self._started = [Worker() for _ in range(processes)]
+        for worker in self._started:
+            self._workers.put(worker)
+        self._futures: dict[tuple[Key, Launch], Future[dict[str, int]]] = {}
+
+    def begin(self, key: Key, launches: Iterable[Launch]) -> None:
+        for launch in launches:
+            if (key, launch) not in self._futures:
+                self._futures[key, launch] = self._pool.submit(self._compile, key, launch)
+
+    def usage(self, key: Key, launch: Launch, limit_s: float | None = None) -> dict[str, int]:
+        """What the compiled kernel takes of the GPU's resources. Raises WorkFailed, WorkerLost, TimeoutError."""
+        self.begin(key, [launch])
+        return self._futures[key, launch].result(limit_s)
+
+    def _compile(self, key: Key, launch: Launch) -> dict[str, int]:
+        worker = self._workers.get()
+        try:
+            usage: dict[str, int] = worker(launch_trial.compiled, key, launch, self._architecture, limit_s=120)
+            return usage
+        finally:
+            if worker.is_lost and not self._closed:
+                worker = Worker()
+                self._started.append(worker)
+            self._workers.put(worker)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closed = True
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        for worker in self._started:
+            worker.close()
+
+
+class Examiner:
+    """Compiles a candidate, then compares it on the device, in a process that it may break."""
+
+    def __init__(self, compilers: Compilers, device: str, shared_bytes: int) -> None:
+        self._compilers, self._device, self._shared_bytes = compilers, device, shared_bytes
+        self._worker = Worker()
+
+    def __call__(self, key: Key, best: Launch, left: list[Launch]) -> Trial:
+        """The first of those that are left, while the next ones are compiled."""
+        candidate = left[0]
+        self._compilers.begin(key, left[:AHEAD])
+        try:
+            if misfit := why_not(self._compilers.usage(key, candidate), self._shared_bytes):
+                return Trial(key, candidate, NO_FIT, note=misfit)
+            for launch in (DEFAULT[key], best):
+                self._compilers.usage(key, launch)
+            if self._worker.is_lost:
+                self._worker = Worker()
+            arguments = (key, best, candidate, self._device)
+            return judged(key, candidate, self._worker(launch_trial.compared, *arguments, limit_s=60))
+        except (WorkFailed, WorkerLost) as error:
+            return Trial(key, candidate, FAILED, note=str(error))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._worker.close()
+
+
+def why_not(usage: dict[str, int], shared_bytes: int) -> str:
+    """Why a compiled launch is not worth a measurement; nothing where it is."""
+    spilled = usage.get("stack", 0) + usage.get("local", 0)
+    if spilled:
+        return f"spills {spilled} bytes per thread"
+    return f"needs {usage['shared']} bytes of shared memory" if usage["shared"] > shared_bytes else ""
+
+
+def judged(key: Key, candidate: Launch, comparison: Comparison) -> Trial:
+    """A wrong candidate has no time; a right one is better if it is so by more than the spread."""
+    if not comparison.error <= comparison.limit:
+        return Trial(key, candidate, WRONG, note=f"error {comparison.error:.1e}, limit {comparison.limit:.0e}")
+    verdict = BETTER if comparison.is_better else NOT_BETTER
+    return Trial(key, candidate, verdict, comparison.best.median, comparison.candidate.median)
+
+
+def keys_of(chosen: Sequence[str]) -> list[Key]:
+    """All lines of the launch table for these kernels: the proxy's sizes first, bfloat16 before float32 maps."""
+    keys = [key for key in DEFAULT if key[0] in chosen]
+    has_two = {kernel for kernel, value_bytes, _ in DEFAULT if value_bytes == 2}
+    order = list(CHOICES)
+    return sorted(keys, key=lambda key: (SIZES.index(key[2]), key[0] in has_two and key[1] == 4, order.index(key[0])))
+
+
+def tune(keys: list[Key], journal: Journal, compilers: Compilers, examine: Examiner, end: float, known: Table) -> list[str]:
+    """One change at a time for every key, then two at once; what was not reached, in words."""
+    for changes in (1, 2):
+        for i, key in enumerate(keys):
+            for ahead in keys[i : i + 3]:  # the GPU shall not wait for compilers
+                compilers.begin(ahead, [DEFAULT[ahead], *untried(ahead, journal, changes, known)[:AHEAD]])
+            if not search(key, journal, examine, changes=changes, is_over=lambda: time.monotonic() > end, known=known):
+                return [f"not reached with {changes} changed at once: {' '.join(map(str, key))}" for key in keys[i:]]
+    return []
+
+
+def compile_ahead(keys: list[Key], compilers: Compilers, end: float, shared_bytes: int) -> None:
+    """All candidates around the counted launches into Triton's cache, until the time is over."""
+    wanted = [(key, [DEFAULT[key], *candidates(key[0], DEFAULT[key], n)]) for n in (1, 2) for key in keys]
+    pairs = list(dict.fromkeys((key, launch) for key, launches in wanted for launch in launches))
+    for key, launch in pairs:
+        compilers.begin(key, [launch])
+    done = unfit = failed = 0
+    for key, launch in pairs:
+        try:
+            unfit += bool(why_not(compilers.usage(key, launch, max(0.0, end - time.monotonic())), shared_bytes))
+        except TimeoutError:
+            break
+        except (WorkFailed, WorkerLost) as error:
+            failed += 1
+            print(f"{' '.join(map(str, key))}: {tuple(launch)} {FAILED} {error}", flush=True)
+        done += 1
+    where = os.environ.get("TRITON_CACHE_DIR", "~/.triton/cache")
+    print(f"{done} of {len(pairs)} launches compiled into {where}: {unfit} would spill or not fit, {failed} failed")
+
+
+def table_text(gpu: str, versions: str, command: str, date: str, journal: Journal, kept: dict[Key, str]) -> str:
+    """The Python module of a GPU's launches: what the journal found better, and the lines of keys that it does not have."""
+    lines = {key: line for key, line in kept.items() if key in DEFAULT and not journal.of(key)}
+    for key in DEFAULT:
+        if better := [trial for trial in journal.of(key) if trial.verdict == BETTER]:
+            launch = ", ".join(map(str, better[-1].launch if better[-1].launch.programs else better[-1].launch[:5]))
+            key_text = f'("{key[0]}", {key[1]}, "{key[2]}")'
+            lines[key] = f"    {key_text}: Launch({launch}),  # {better[0].best_us:.2f} -> {better[-1].us:.2f} us"
+    entries = [lines[key] for key in DEFAULT if key in lines]
+    body = ["LAUNCHES: Table = {", *entries, "}"] if entries else ["LAUNCHES: Table = {}"]
+    return "\n".join(
+        [
+            f'"""Launches that are quicker than the counted ones on {gpu}; written by `bench/tune.py`.',
+            "",
+            f"{date}, {versions}:",
+            "",
+            textwrap.fill(command, 120, initial_indent="    ", subsequent_indent=8 * " ", break_on_hyphens=False),
+            "",
+            "Behind each launch: all its calls in an iteration with the counted launch -> with this one, cold caches.",
+            '"""',
+            "",
+            f"from fast.kernels.triton.launches import {'Launch, Table' if entries else 'Table'}",
+            "",
+            *body,
+            "",
+        ]
+    )
+
+
+def entries_of(path: Path) -> dict[Key, str]:
+    """The lines of an earlier file, by key."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    found = re.finditer(r'^    (\("\w+", \d, "\w+"\)): Launch\(.*$', text, re.MULTILINE)
+    return {ast.literal_eval(match[1]): match[0] for match in found}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Tune, or compile ahead. Exits with 2 where neither can be done, with 130 after Ctrl-C."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=4.0, help="when to stop, with what is known then (default: 4)")
+    parser.add_argument("--device", default="cuda:0")
+    parser.add_argument("--kernels", nargs="+", choices=list(CHOICES), default=list(CHOICES), help="default: all")
+    parser.add_argument("--out", type=Path, help=f"default: {LAUNCHES.relative_to(ROOT)}/<gpu>.py")
+    parser.add_argument(
+        "--compile-for", type=int, choices=sorted(SHARED_BYTES), help="only fill Triton's cache, for such a GPU; needs none"
+    )
+    options = parser.parse_args(arguments)
+    end, keys = time.monotonic() + 60 * options.minutes, keys_of(options.kernels)
+    processes = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if options.compile_for:
+        try:
+            with Compilers(options.compile_for, processes) as compilers:
+                compile_ahead(keys, compilers, end, SHARED_BYTES[options.compile_for])
+        except KeyboardInterrupt:
+            sys.exit(130)
+        return
+    if not kernels.is_available():
+        parser.exit(2, "no GPU that Triton can use: tune on a machine with one, or compile ahead by --compile-for 90\n")
+    command = shlex.join(["python", "bench/tune.py", *(sys.argv[1:] if arguments is None else arguments)])
+    sys.exit(run(options, keys, end, processes, command))
+
+
+def run(options: argparse.Namespace, keys: list[Key], end: float, processes: int, command: str) -> int:
+    """Tune on the device, write the table whatever ends it, and say what was not reached -> the exit code."""
+    device = torch.device(options.device)
+    gpu, properties = torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device)
+    out = options.out or LAUNCHES / f"{file_stem(gpu)}.py"
+    versions = f"torch {torch.__version__}, Triton {version('triton')}"
+    journal = Journal(out.with_suffix(".jsonl"), f"{gpu}, {versions}, sources {sources_hash()}")
+    kept, code, unreached = entries_of(out), 0, []
+    architecture = 10 * properties.major + properties.minor
+    shared_bytes = SHARED_BYTES.get(architecture, sys.maxsize)  # of a GPU we do not know, Triton refuses what does not fit
+    try:
+        with (
+            Compilers(architecture, max(1, processes - 1)) as compilers,
+            Examiner(compilers, options.device, shared_bytes) as examine,
+        ):
+            unreached = tune(keys, journal, compilers, examine, end, measured(gpu))
+    except KeyboardInterrupt:
+        code, unreached = 130, ["stopped by Ctrl-C: the same command goes on"]
+    finally:
+        date = datetime.now(UTC).date().isoformat()
+        write_whole(out, table_text(gpu, versions, command, date, journal, kept).encode())
+    print("\n".join([*unreached, str(out)]))
+    return code
+
+
+def sources_hash() -> str:
+    """Of what a time depends on: the kernels, how they are called, the counted table."""
+    folder = ROOT / "fast" / "kernels" / "triton"
+    calls = [ROOT / "bench" / name for name in ("kernel_calls.py", "launch_trial.py")]
+    paths = [*sorted(folder.glob("*.py")), folder / "launches" / "__init__.py", *calls]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:12]
+
+
+if __name__ == "__main__":
+    main()
