@@ -35,6 +35,8 @@ from bench.worker import Worker, WorkerLost, WorkFailed
 from fast.checkpoint import write_whole
 from fast.kernels import triton as kernels
 from fast.kernels.triton.launches import DEFAULT, SIZES, Key, Launch, Table, file_stem, measured
+from search.errors import InputError
+from search.features import resolve_device
 
 ROOT = Path(__file__).parents[1]
 LAUNCHES = ROOT / "fast" / "kernels" / "triton" / "launches"
@@ -95,6 +97,13 @@ class Trial(NamedTuple):
     best_us: float | None = None  # of the best launch until then, in the same turns
     us: float | None = None
     note: str = ""
+
+
+class Entry(NamedTuple):
+    """Of a written table, with the line that it stands in."""
+
+    launch: Launch
+    line: str
 
 
 class Journal:
@@ -295,9 +304,10 @@ def compile_ahead(keys: list[Key], compilers: Compilers, end: float, shared_byte
     print(f"{done} of {len(pairs)} launches compiled into {where}: {unfit} would spill or not fit, {failed} failed")
 
 
-def table_text(gpu: str, versions: str, command: str, date: str, journal: Journal, kept: dict[Key, str]) -> str:
-    """The Python module of a GPU's launches: what the journal found better, and the lines of keys that it does not have."""
-    lines = {key: line for key, line in kept.items() if key in DEFAULT and not journal.of(key)}
+def table_text(gpu: str, versions: str, command: str, date: str, journal: Journal, earlier: dict[Key, Entry]) -> str:
+    """The Python module of a GPU's launches: what the journal found better, and earlier entries that it has not tried."""
+    tried = {(trial.key, trial.launch) for trial in journal.trials}
+    lines = {key: entry.line for key, entry in earlier.items() if key in DEFAULT and (key, entry.launch) not in tried}
     for key in DEFAULT:
         if better := [trial for trial in journal.of(key) if trial.verdict == BETTER]:
             launch = ", ".join(map(str, better[-1].launch if better[-1].launch.programs else better[-1].launch[:5]))
@@ -324,11 +334,11 @@ def table_text(gpu: str, versions: str, command: str, date: str, journal: Journa
     )
 
 
-def entries_of(path: Path) -> dict[Key, str]:
-    """The lines of an earlier file, by key."""
+def entries_of(path: Path) -> dict[Key, Entry]:
+    """Those of an earlier file."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
-    found = re.finditer(r'^    (\("\w+", \d, "\w+"\)): Launch\(.*$', text, re.MULTILINE)
-    return {ast.literal_eval(match[1]): match[0] for match in found}
+    found = re.finditer(r'^    (\("\w+", \d, "\w+"\)): Launch(\([\d, ]+\)),.*$', text, re.MULTILINE)
+    return {ast.literal_eval(match[1]): Entry(Launch(*ast.literal_eval(match[2])), match[0]) for match in found}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -353,18 +363,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     if not kernels.is_available():
         parser.exit(2, "no GPU that Triton can use: tune on a machine with one, or compile ahead by --compile-for 90\n")
+    try:
+        options.device = resolve_device(options.device)  # with its number
+    except InputError as error:
+        parser.exit(2, f"{error}\n")
     command = shlex.join(["python", "bench/tune.py", *(sys.argv[1:] if arguments is None else arguments)])
     sys.exit(run(options, keys, end, processes, command))
 
 
 def run(options: argparse.Namespace, keys: list[Key], end: float, processes: int, command: str) -> int:
     """Tune on the device, write the table whatever ends it, and say what was not reached -> the exit code."""
-    device = torch.device(options.device)
-    gpu, properties = torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device)
+    gpu, properties = torch.cuda.get_device_name(options.device), torch.cuda.get_device_properties(options.device)
     out = options.out or LAUNCHES / f"{file_stem(gpu)}.py"
     versions = f"torch {torch.__version__}, Triton {version('triton')}"
     journal = Journal(out.with_suffix(".jsonl"), f"{gpu}, {versions}, sources {sources_hash()}")
-    kept, code, unreached = entries_of(out), 0, []
+    earlier, code, unreached = entries_of(out), 0, []
+    known = measured(gpu) | {key: entry.launch for key, entry in earlier.items()}
     architecture = 10 * properties.major + properties.minor
     shared_bytes = SHARED_BYTES.get(architecture, sys.maxsize)  # of a GPU we do not know, Triton refuses what does not fit
     try:
@@ -372,12 +386,12 @@ def run(options: argparse.Namespace, keys: list[Key], end: float, processes: int
             Compilers(architecture, max(1, processes - 1)) as compilers,
             Examiner(compilers, options.device, shared_bytes) as examine,
         ):
-            unreached = tune(keys, journal, compilers, examine, end, measured(gpu))
+            unreached = tune(keys, journal, compilers, examine, end, known)
     except KeyboardInterrupt:
         code, unreached = 130, ["stopped by Ctrl-C: the same command goes on"]
     finally:
         date = datetime.now(UTC).date().isoformat()
-        write_whole(out, table_text(gpu, versions, command, date, journal, kept).encode())
+        write_whole(out, table_text(gpu, versions, command, date, journal, earlier).encode())
     print("\n".join([*unreached, str(out)]))
     return code
 

@@ -20,7 +20,7 @@ from bench import kernel_calls, launch_trial, tune
 from bench.kernel_calls import Inputs, calls_of
 from bench.launch_trial import SHARED_BYTES, Comparison
 from bench.timing import Summary
-from bench.tune import BETTER, CHOICES, FAILED, NO_FIT, NOT_BETTER, WRONG, Compilers, Examiner, Journal, Trial
+from bench.tune import BETTER, CHOICES, FAILED, NO_FIT, NOT_BETTER, WRONG, Compilers, Entry, Examiner, Journal, Trial
 from bench.worker import Worker, WorkerLost
 from fast.kernels import triton as triton_backend
 from fast.kernels.triton import batch_norm
@@ -253,9 +253,9 @@ def test_a_kernel_is_timed_with_what_adds_up_its_partial_sums(interpreted: list[
     assert interpreted == 3 * ["pointwise_input_gradient_kernel", "sum_partials_kernel"]  # no other sum, no weight's gradient
 
 
-def table_text(journal: Journal, kept: dict[Key, str] | None = None) -> str:
+def table_text(journal: Journal, earlier: dict[Key, Entry] | None = None) -> str:
     command = "python bench/tune.py --minutes 4 --kernels " + " ".join(CHOICES)
-    return tune.table_text("NVIDIA H200", "torch 2.11.0, Triton 3.6.0", command, "2026-11-30", journal, kept or {})
+    return tune.table_text("NVIDIA H200", "torch 2.11.0, Triton 3.6.0", command, "2026-11-30", journal, earlier or {})
 
 
 def test_the_written_file_holds_what_was_better(journal: Journal, tmp_path: Path) -> None:
@@ -263,15 +263,19 @@ def test_the_written_file_holds_what_was_better(journal: Journal, tmp_path: Path
     journal.add(Trial(weight, Launch(64, 128, 32, 8, 3, 264), BETTER, 20.0, 18.0))
     journal.add(Trial(weight, Launch(64, 128, 32, 8, 3, 528), BETTER, 18.5, 17.0))
     journal.add(Trial(KEY, Launch(64, 64, 0, 4, 1), NOT_BETTER, 10.0, 11.0))
-    kept = {FOLD: '    ("fold", 4, "small"): Launch(512, 8, 0, 4, 1),  # 5.00 -> 4.00 us', KEY: "outdated"}
+    fold, slower = Launch(512, 8, 0, 4, 1), Launch(64, 64, 0, 4, 1)
+    earlier = {
+        FOLD: Entry(fold, '    ("fold", 4, "small"): Launch(512, 8, 0, 4, 1),  # 5.00 -> 4.00 us'),
+        KEY: Entry(slower, ""),
+    }
     path = tmp_path / "nvidia_h200.py"
-    path.write_text(table_text(journal, kept))
+    path.write_text(table_text(journal, earlier))
     names: dict[str, Any] = {}
     exec(path.read_text(), names)
-    assert names["LAUNCHES"] == {weight: Launch(64, 128, 32, 8, 3, 528), FOLD: Launch(512, 8, 0, 4, 1)}
+    assert names["LAUNCHES"] == {weight: Launch(64, 128, 32, 8, 3, 528), FOLD: fold}
     assert "# 20.00 -> 17.00 us" in path.read_text()
-    assert list(tune.entries_of(path)) == [weight, FOLD]
-    assert table_text(journal, kept) == path.read_text()  # the same each time
+    assert {key: entry.launch for key, entry in tune.entries_of(path).items()} == names["LAUNCHES"]
+    assert table_text(journal, earlier) == path.read_text()  # the same each time
 
 
 @pytest.mark.parametrize("is_empty", [True, False])
@@ -290,6 +294,7 @@ def test_the_written_file_has_the_form_of_all_others(is_empty: bool, journal: Jo
 @pytest.fixture
 def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_backend, "is_available", lambda: True)
+    monkeypatch.setattr(tune, "resolve_device", lambda device: "cuda:0")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Example GPU")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: mock.Mock(major=9, minor=0))
     monkeypatch.setattr(tune, "Compilers", mock.MagicMock())
