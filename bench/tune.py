@@ -216,6 +216,9 @@ class Compilers:
         self._closed = True
         self._pool.shutdown(wait=False, cancel_futures=True)
         for worker in self._started:
+            worker.kill()
+        self._pool.shutdown()
+        for worker in self._started:
             worker.close()
 
 

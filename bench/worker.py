@@ -83,13 +83,18 @@ class Worker:
         self.close()
         raise OutOfTime(f"stopped after {limit_s:.0f} s")
 
-    def close(self) -> None:
-        """End the process and all that it has started."""
-        self.is_lost = True
+    def kill(self) -> None:
+        """End the process and all that it has started; a call that waits for it, in another thread, raises WorkerLost."""
         if self._process.pid is not None:
             with contextlib.suppress(ProcessLookupError, PermissionError):  # it has not begun its session, or is gone
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.kill()
+
+    def close(self) -> None:
+        """`kill`, and give back what the process took; from the thread that calls, or after it."""
+        self.is_lost = True
+        self.kill()
+        if self._process.pid is not None:
             self._process.join()
         self._connection.close()
 

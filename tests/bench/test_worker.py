@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -100,3 +101,12 @@ def is_running(pid: int) -> bool:
         return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return False
+
+
+def test_another_thread_may_kill_it() -> None:
+    with Worker() as worker, ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(worker, time.sleep, 600)
+        time.sleep(0.5)
+        worker.kill()
+        with pytest.raises(WorkerLost, match="SIGKILL"):
+            waiting.result(30)
