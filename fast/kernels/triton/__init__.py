@@ -361,8 +361,8 @@ def _pointwise_product(
     x, out_channels = product.raws[0], weight.shape[0]
     out = _empty_map(x, out_channels, _out_dtype(x))
     launch = _map_launch("pointwise_forward", out)
-    if x.dtype.itemsize > out.dtype.itemsize:  # three tiles of twice the bytes exceed the shared memory of sm_86 and 89
-        launch = launch._replace(stages=2)
+    if x.dtype.itemsize > out.dtype.itemsize:  # tiles of wide maps in the bytes, and so the registers, of narrow ones
+        launch = launch._replace(block_k=max(launch.block_k // 2, 16))
     tiles = _tiles(out, launch)
     block_n, block_k = _block(launch.block_n, out_channels), _block(launch.block_k, *product.channels)
     partials = _empty(x, tiles, 2, out_channels) if statistics else None
