@@ -36,7 +36,7 @@ from bench.results import (
     write_csv,
 )
 from bench.roofline import NO_ROOFS, measure_roofs
-from bench.stages import Run, plan_stages, run_stages
+from bench.stages import Run, compile_kernels, plan_stages, run_stages
 from bench.suites import PAPER, Plan, make_plan
 from bench.worker import Workers
 from search.errors import InputError
@@ -53,6 +53,7 @@ class BenchSettings:
     quick: bool = False
     full: bool = False
     minutes: float | None = None
+    compile_for: int | None = None
     rounds: int | None = None
     out: Path = Path("bench/results")
 
@@ -83,6 +84,12 @@ def parser() -> argparse.ArgumentParser:
         help="stop then; a plan of its own, what matters most first, each part in a process of its own: "
         "for a machine that is at hand for minutes",
     )
+    flags.add_argument(
+        "--compile-for",
+        type=int,
+        metavar="SM",
+        help="only fill Triton's cache for such a GPU (90: H100, H200), with what --minutes launches; needs none",
+    )
     flags.add_argument("--rounds", type=int, help="times that every provider takes its turn (default: 10, with --quick 3)")
     flags.add_argument("--out", type=Path, help="folder of the results (default: bench/results); a folder in it per device")
     return flags
@@ -91,6 +98,10 @@ def parser() -> argparse.ArgumentParser:
 def main(settings: BenchSettings) -> None:
     """Measure, print, write. Exits with 1 if any result of ours was wrong or failed, with 130 after Ctrl-C."""
     check(settings)
+    if settings.compile_for is not None:
+        count = compile_kernels(settings.compile_for, plan_stages(torch.device("cuda"), PAPER))
+        print(f"\n{count} kernels in {os.environ.get('TRITON_CACHE_DIR', '~/.triton/cache')}")
+        return
     device = torch.device(resolve_device(settings.device))
     if device.type == "cpu" and "float16" in (settings.dtype or ()):
         raise InputError("--dtype float16 is measured on a GPU alone: this run is on the CPU")

@@ -49,8 +49,10 @@ from bench.timing import (
     synchronise,
     warm_up_calls,
 )
-from bench.training_cases import ProxyCase
+from bench.training_cases import NewCellCase, ProxyCase, SearchCase
 from bench.worker import OutOfTime, Say, WorkerLost, Workers, WorkFailed
+from fast import kernels
+from fast.kernels import Backend
 from reference.cell import BACKBONE_FEATURE, CONV1X1, Branch, Cell, Operation
 from search.features import write_text
 
@@ -359,6 +361,41 @@ def counters(run: Run, dtype: DType, say: Say) -> None:
     with path.open("w", encoding="utf-8") as file:
         code = subprocess.run(command, cwd=ROOT, stdout=file).returncode
     say({"file": path.name, "lines": len(path.read_text(encoding="utf-8").splitlines()), "ncu_exit_code": code})
+
+
+def compile_kernels(architecture: int, stages: Iterable[Stage]) -> int:
+    """Fill Triton's cache with what the stages launch on a GPU of sm_<architecture>, without one -> how many kernels.
+
+    Our workloads run on tensors of the CPU, with a launch that compiles instead. Random cells are left out.
+    """
+    from bench.launch_trial import launched_by, precision_of_a_gpu  # Triton is not there on every system
+    from fast.kernels import triton
+    from fast.kernels.triton import compilation
+
+    compilation.choose_absent_gpu(architecture)
+    compiled = set()
+
+    def compile_only(*arguments: Any, **constants: Any) -> None:
+        compiled.add(compilation.compiled(*arguments, **constants).hash)
+        print(f"\r{len(compiled)} kernels", end="", file=sys.stderr, flush=True)
+
+    device = torch.device("cpu")
+    with launched_by(compile_only), precision_of_a_gpu(), kernels.using(cast(Backend, triton)):
+        for case, dtype in dict.fromkeys(pair for stage in stages for pair in _cases_of(stage)):
+            case.workload(OURS, dtype, device)()
+    return len(compiled)
+
+
+def _cases_of(stage: Stage) -> Iterator[tuple[Case, DType]]:
+    """What ours computes in a stage, the small cases of the checks included."""
+    pairs = [(job.case, job.dtype) for job in stage.jobs]
+    if stage.function is tiny_cell:
+        pairs = [(replace(stage.arguments[0], cell=EVERY_KIND).small(), stage.arguments[1])]
+    elif stage.function in (iteration, profile):
+        pairs = [stage.arguments]
+    for case, dtype in pairs:
+        if not isinstance(case, NewCellCase | SearchCase):
+            yield from ((case.small(), dtype), (case, dtype))
 
 
 def one_iteration(device_name: str, dtype: DType) -> None:

@@ -277,3 +277,29 @@ def test_flags_are_parsed_and_mistakes_are_one_line(capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit, match="2"):
         parser().parse_args(["--suite", "lost"])
     assert "invalid choice: 'lost'" in capsys.readouterr().err
+
+
+COMPILE = """
+import torch
+from bench.stages import compile_kernels, plan_stages, tiny_cell
+from tests.bench.tiny_runs import TINY
+stages = [stage for stage in plan_stages(torch.device("cuda"), TINY) if stage.function is tiny_cell]
+print(compile_kernels(90, stages[:1]))
+"""
+
+
+def test_kernels_are_compiled_ahead_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
+    pytest.importorskip("triton", reason="Triton has no build for this system")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    command = [sys.executable, "-c", COMPILE]
+    found = []
+    for _ in range(2):
+        result = subprocess.run(command, cwd=bench.stages.ROOT, env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        found.append((int(result.stdout), sorted(path.name for path in tmp_path.rglob("*.cubin"))))
+    assert found[0] == found[1]  # the second process compiles nothing
+    assert found[0][0] == len(found[0][1])
+    assert {
+        f"{name}_kernel.cubin" for name in ("depthwise_backward", "pointwise_weight_gradient", "cell_gradients", "fold")
+    } <= {*found[0][1]}
