@@ -1,131 +1,16 @@
-"""The benchmark's whole plan as on a GPU that computes nothing: no line of it is first run where nobody can mend it."""
+"""Tests in a process of its own: once PyTorch was told of a GPU, its autograd starts a thread, and no process may fork."""
 
-import csv
-import json
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+import os
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any, Self
 
-import pytest
-import torch
-
-import bench.measure
-import bench.run
-import bench.stages
-import bench.suites
-from bench.accuracy import Error
-from bench.cases import OURS, SUITES, Case, OperationCase
-from bench.run import BenchSettings, main
-from bench.suites import make_plan
-from bench.worker import Say
-from fast.dense_prediction_cell import DensePredictionCell
-from fast.segmentation import SegmentationHead
-from fast.train_step import TrainStep
-from search.space import load_cell
-from tests.bench.tiny_runs import TINY
-from tests.fake_gpu import FakeGpu, fake_gpu
-
-# PyTorch 2.11's own decompositions, which its fake tensors import.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+ROOT = Path(__file__).parents[2]
 
 
-class Here:
-    """In the place of `Worker` and `Workers`: the functions run in this process, where the GPU is fake."""
-
-    def __init__(self, **keywords: Any) -> None: ...
-
-    def __call__(
-        self, function: Callable[..., Any], *arguments: Any, limit_s: float | None = None, say: Say | None = None
-    ) -> Any:
-        return function(*arguments, **({} if say is None else {"say": say}))
-
-    def fresh(self) -> Self:
-        return self
-
-    living = fresh
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None: ...
-
-
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
-    """The plans of a GPU at tiny sizes; what is computed there has no value to be compared."""
-    for module in (bench.measure, bench.run, bench.stages):
-        monkeypatch.setattr(module, "Workers", Here, raising=False)
-    monkeypatch.setattr(bench.measure, "Worker", Here)
-    monkeypatch.setattr(bench.measure, "error_of", lambda actual, expected: Error(0.0, 0.0))
-    monkeypatch.setattr(bench.measure, "BACK_TO_BACK_MS", 1.0)
-    monkeypatch.setattr(bench.suites, "PAPER", TINY)
-    monkeypatch.setattr(bench.run, "PAPER", TINY)
-    for stage in ("gpu_tests", "counters"):  # these are programs of their own
-        monkeypatch.setattr(bench.stages, stage, lambda *arguments, say: say({"skipped": "on a fake GPU"}))
-    with fake_gpu() as gpu:
-        yield gpu
-
-
-def test_a_run_of_minutes(gpu: FakeGpu, tmp_path: Path) -> None:
-    main(BenchSettings(device="cuda", minutes=60, rounds=2, out=tmp_path))
-    (path,) = tmp_path.rglob("*.jsonl")
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    ends = {line["stage"]: line["status"] for line in lines if "status" in line and "provider" not in line}
-    assert set(ends.values()) == {"done"}
-    assert len(ends) >= 18
-    rows = [line for line in lines if "provider" in line and "case" in line]
-    assert [line for line in rows if line["status"] != "ok"] == []
-    assert {"bfloat16", "float32"} == {line["dtype"] for line in rows}
-    assert any(line["back_to_back_ms"] for line in rows)
-    assert gpu.launches > 1000
-
-
-@pytest.mark.parametrize("size", [{}, {"quick": True}], ids=str)
-def test_the_default_plan(gpu: FakeGpu, tmp_path: Path, size: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """One job of each kind, by ours and one other: rates, grids and compilers are numbers and names to the same code."""
-    monkeypatch.setattr(bench.suites, "QUICK", TINY)
-    whole = make_plan(SUITES, torch.device("cuda:0"), quick="quick" in size, full=False)
-    kinds = {(kind_of(job.case), job.case.mode, len(job.in_fresh_process) > 0): job for job in whole.jobs}
-    jobs = [
-        replace(job, providers=(job.providers[0], job.providers[-1]), in_fresh_process=job.in_fresh_process[:1])
-        for job in kinds.values()
-    ]
-    monkeypatch.setattr(bench.run, "make_plan", lambda *arguments, **flags: replace(whole, jobs=tuple(jobs)))
-    main(BenchSettings(device="auto", rounds=1, out=tmp_path, **size))
-    (path,) = tmp_path.rglob("*.csv")
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [row for row in rows if row["status"] != "ok"] == []
-    assert {row["suite"] for row in rows} == set(SUITES)
-    assert gpu.launches > 1000
-
-
-def kind_of(case: Case) -> str:
-    operation = case.operation.kind if isinstance(case, OperationCase) else ""
-    return f"{type(case).__name__} {operation}"
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_features_that_do_not_fit_are_sent_as_they_are(gpu: FakeGpu, dtype: torch.dtype) -> None:
-    """In half the bytes, if they are half; a step and the statistics get them in the head's own dtype."""
-    context = DensePredictionCell(load_cell("dpc"), 6, branch_channels=8, cell_channels=8)
-    head = SegmentationHead(context, 3).to("cuda")
-    features, labels = torch.zeros(3, 6, 7, 8, dtype=dtype), torch.zeros(3, 97, 113, dtype=torch.uint8)
-    step = TrainStep(head, features, labels, output_stride=16, crop=(5, 5), batch_size=2, iterations=9)
-    for _ in range(5):
-        assert step().device == step.device == torch.device("cuda:0")
-    batch, targets = step.draw()
-    assert step._batch is not None
-    assert (step._batch[0].dtype, step._batch[0].device.type) == (dtype, "cuda")
-    assert (batch.dtype, batch.shape, targets.shape) == (torch.float32, (2, 6, 5, 5), (2, 65, 65))
-
-
-def test_a_device_without_a_number_is_refused_as_on_a_gpu(gpu: FakeGpu) -> None:
-    """So that the tests above would notice one."""
-    with pytest.raises(ValueError, match="index"):
-        torch.cuda.set_device(torch.device("cuda"))
-    assert torch.empty(1, device="cuda").device == torch.device("cuda:0")
-    with pytest.raises(RuntimeError, match="device"):
-        torch.ones(2, device="cuda") + torch.ones(2)
-    assert OURS.memory_format(torch.device("cuda:0")) == torch.channels_last
+def test_the_benchmark_on_a_gpu_that_computes_nothing() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/bench/on_a_fake_gpu.py"]
+    environment = os.environ | {"PYTEST_ADDOPTS": "-p no:xdist"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert " passed" in result.stdout

@@ -19,7 +19,6 @@ import torch
 pytest.importorskip("triton", reason="Triton has no build for this system")
 
 from bench import kernel_calls, launch_trial, tune
-from bench.accuracy import Error
 from bench.kernel_calls import Inputs, calls_of
 from bench.launch_trial import SHARED_BYTES, Comparison
 from bench.timing import Summary
@@ -28,7 +27,6 @@ from bench.worker import Worker, WorkerLost
 from fast.kernels import triton as triton_backend
 from fast.kernels.triton import batch_norm
 from fast.kernels.triton.launches import DEFAULT, Key, Launch, Table
-from tests.fake_gpu import fake_gpu
 
 ROOT = Path(__file__).parents[2]
 KEY: Key = ("depthwise_forward", 2, "small")
@@ -280,17 +278,6 @@ def test_a_kernel_is_timed_with_what_adds_up_its_partial_sums(interpreted: list[
     call = calls_of(key, Inputs(torch.device("cpu"), drawn=True))[0].prepare()
     launch_trial._microseconds(key, call, table, [DEFAULT[key]], torch.device("cpu"))
     assert interpreted == 3 * ["pointwise_input_gradient_kernel", "sum_partials_kernel"]  # no other sum, no weight's gradient
-
-
-@pytest.mark.parametrize("key", DEFAULT, ids=lambda key: "-".join(map(str, key)))
-def test_comparisons_are_made_on_the_gpu(key: Key, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch_trial, "error_of", lambda *results: Error(0.0, 0.0))  # there are no values
-    candidate = tune.candidates(key[0], DEFAULT[key], changes=1)[0]
-    with fake_gpu() as gpu:  # refuses launches of what is not there
-        comparison = launch_trial.compared(key, DEFAULT[key], candidate, "cuda:0")
-    launch_trial._prepared.cache_clear()
-    assert gpu.launches > 2 * launch_trial.ROUNDS
-    assert comparison.best.median > 0
 
 
 def table_text(journal: Journal, earlier: dict[Key, Entry] | None = None) -> str:
