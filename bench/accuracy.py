@@ -1,4 +1,4 @@
-"""Which results are right: no time is reported for one that is not.
+"""Which results are right: a time of one that is not is shown beside that verdict, and no ratio uses it.
 
 Errors are relative to the largest expected value of their kind (the output, all gradients together). The root mean square
 decides, because a ReLU whose input is zero up to rounding may pass the gradient of that one element or not; the largest error

@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
-from bench.results import FAILED, OK, WRONG, Results, Row, best_other, eager, ours, ratio, right
+from bench.results import DONE, FAILED, OK, WRONG, Results, Row, best_other, eager, ours, ratio, right
 from bench.suites import NEW_CELL, PAPER
 from reference.cell import RATES
 from search.features import write_text
@@ -28,7 +28,9 @@ def table(results: Results, *, colour: bool) -> str:
         wrong = [row for group in groups for row in group if row.status in (WRONG, FAILED)]
         lines += [f"    {row.provider}: {row.status}: {row.note}"[:120] for row in wrong]
     below = [*(f"left out: {omission}" for omission in results.omissions), *extrapolation(results)]
-    below += [f"{device} {text}: {verdict}" for device, text, verdict in judged_targets(results)]
+    targets = [(text, verdict) for _, text, verdict in judged_targets(results)]
+    below += [f"target: {text}: {verdict}" for text, verdict in targets if verdict != NOT_MEASURED]
+    below.append(f"targets that were not measured: {sum(verdict == NOT_MEASURED for _, verdict in targets)}, in the summary")
     if not results.is_complete:
         below.append("the run was stopped before its end")
     lines += ["", *(textwrap.fill(line, 120, subsequent_indent="  ") for line in below)]
@@ -55,16 +57,16 @@ def _table_line(kind: str, groups: list[list[Row]], colour: bool) -> str:
         return f"{start} {first.status}"
     ratios = sorted(value for group in groups if (value := ratio(group)) is not None)
     times = [row.median_ms for row in map(ours, groups) if row and row.median_ms]
+    roofs = [row.percent_of_roof for row in map(ours, groups) if row and row.percent_of_roof is not None]
+    roof = f"{median(roofs):.1f}" if roofs else ""
     if not ratios:
-        return f"{start} {_ms(median(times)) if times else '-':>8}"
+        return f"{start} {_ms(median(times)) if times else '-':>8} {'':>10} {'':20} {'':>13} {roof:>6}".rstrip()
     others = [row for row in map(best_other, groups) if row]
     names = list(dict.fromkeys(row.provider.removeprefix("torch.") for row in others))
     who = names[0] if len(names) == 1 else f"{len(names)} of them"
     shown = f"{ratios[0]:.2f}×" if len(ratios) == 1 else f"{ratios[0]:.2f}-{ratios[-1]:.2f}×"
     marked = f"{_BOLD}{_GREEN if ratios[0] >= 1 else _RED}{shown:>13}{_PLAIN}" if colour else f"{shown:>13}"
-    roofs = [row.percent_of_roof for row in map(ours, groups) if row and row.percent_of_roof is not None]
     other_ms = median([row.median_ms or 0.0 for row in others])
-    roof = f"{median(roofs):.1f}" if roofs else ""
     return f"{start} {_ms(median(times)):>8} {_ms(other_ms):>10} {who:20} {marked} {roof:>6}"
 
 
@@ -288,8 +290,9 @@ def _stages(results: Results) -> Iterator[str]:
     for name, numbers in stages.items():
         ends = [number for number in numbers if "status" in number]
         text = "; ".join(in_short(number, ("stage",)) for number in numbers if not {"status", "kernel"} & number.keys())
-        status, seconds = (ends[-1]["status"], ends[-1].get("seconds")) if ends else ("not ended", None)
-        rows.append((name, _number(seconds), status if status == "done" else f"**{status}**", text))
+        end = ends[-1] if ends else {"status": "not ended"}
+        status = end["status"] if end["status"] == DONE else f"**{end['status']}** {end.get('note', '')}"
+        rows.append((name, _number(cast(float | None, end.get("seconds"))), status, text))
     yield from _rows_of(("stage", "s", "ended", "numbers"), rows)
     for name, numbers in stages.items():
         kernels = [number for number in numbers if "kernel" in number]
@@ -302,18 +305,7 @@ def _stages(results: Results) -> Iterator[str]:
 
 
 def _suite_table(groups: Sequence[list[Row]]) -> Iterator[str]:
-    header = (
-        "case",
-        "shape",
-        "mode",
-        "dtype",
-        "provider",
-        "ms (20 to 80 %)",
-        "warm ms",
-        "back to back ms",
-        "**ratio**",
-        "roof %",
-    )
+    header = ("case", "shape", "mode", "dtype", "provider", "ms (20 to 80 %)", "warm ms", "back to back ms")
     rows = []
     for row in (row for group in groups for row in group):
         time = f"{_ms(row.median_ms)} ({_ms(row.p20_ms)} to {_ms(row.p80_ms)})" if row.median_ms else ""
@@ -368,6 +360,7 @@ def _rows_of(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[s
     yield f"| {' | '.join(header)} |"
     yield "|" + "---|" * len(header)
     for row in rows:
+        assert len(row) == len(header), "a cell under a name that is not its own"
         yield f"| {' | '.join(row)} |"
 
 

@@ -28,6 +28,9 @@ from bench.roofline import Roofs
 from search.features import write_json, write_text
 
 OK, WRONG, FAILED, NOT_SUPPORTED = "ok", "WRONG", "failed", "not supported here"
+NOT_CHECKED = "not checked"  # a time whose result another stage compares, if it comes to that
+_WORSE = (NOT_CHECKED, OK, FAILED, WRONG)  # of two rows of a case and provider, the later of these stands
+DONE, OUT_OF_TIME = "done", "out of time"  # how a stage ended, if it did so by itself or by the clock
 ROOT = Path(__file__).parents[1]
 SOURCES = ("reference", "fast", "search", "bench")  # what a benchmark's times depend on
 _UNFINISHED = ".unfinished.json"
@@ -103,14 +106,19 @@ class Results:
     numbers: list[dict[str, Any]] = field(default_factory=list)  # of the stages of a run of limited minutes
 
     def add(self, row: Row) -> None:
-        """A row takes the place of an earlier one of its case and provider, but a failure that of no result."""
+        """A row takes the place of an earlier one of its case and provider: newer numbers, but the worse status of both."""
         for i, old in enumerate(self.rows):
             if (old.key, old.provider) == (row.key, row.provider):
-                kept, newer = (row, old) if row.status == FAILED and old.status != FAILED else (old, row)
-                known = {f.name: getattr(kept, f.name) for f in fields(Row) if getattr(newer, f.name) is None}
-                self.rows[i] = replace(newer, **known)
-                return
-        self.rows.append(row)
+                known = {f.name: getattr(old, f.name) for f in fields(Row) if getattr(row, f.name) is None}
+                verdict = max(row, old, key=lambda row: _WORSE.index(row.status))
+                self.rows[i] = replace(row, **known, status=verdict.status, note=verdict.note)
+                break
+        else:
+            self.rows.append(row)
+        group = [other for other in self.rows if other.key == row.key]
+        for i, other in enumerate(self.rows):
+            if other.key == row.key and other.provider == OURS.name:
+                self.rows[i] = replace(other, ratio_to_best_other=ratio(group))
 
     def groups(self, suite: Suite | None = None) -> Iterator[list[Row]]:
         """The rows of one case at a time, all providers."""
@@ -119,6 +127,16 @@ class Results:
             if suite in (None, row.suite):
                 groups.setdefault(row.key, []).append(row)
         yield from groups.values()
+
+    def failures(self) -> list[str]:
+        """What of ours was wrong or failed, a stage's end by the clock aside."""
+        rows = [f"{row.case}, {row.dtype}: {row.status}" for row in self.rows if row.provider == OURS.name]
+        found = [text for text in rows if text.endswith((WRONG, FAILED))]
+        for number in self.numbers:
+            is_ours = number.get("provider") == OURS.name and number.get("result") in (WRONG, FAILED)
+            if is_ours or "failed_test" in number or number.get("status", DONE) not in (DONE, OUT_OF_TIME):
+                found.append(number["stage"])
+        return list(dict.fromkeys(found))
 
 
 def new_name(folder: Path, environment: Environment) -> str:

@@ -5,6 +5,8 @@ import itertools
 import os
 import sys
 import tempfile
+import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,14 +19,12 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # this checkout, also where another one is installed or none
 
-from bench.cases import DTYPES, OURS, SUITES, DType, Suite
+from bench.cases import DTYPES, SUITES, DType, Suite
+from bench.launch_trial import SHARED_BYTES
 from bench.measure import measure_apart
-from bench.plots import draw
 from bench.report import in_short, table, write_markdown
 from bench.results import (
-    FAILED,
     NOT_SUPPORTED,
-    WRONG,
     Results,
     Row,
     append_line,
@@ -36,11 +36,14 @@ from bench.results import (
     write_csv,
 )
 from bench.roofline import NO_ROOFS, measure_roofs
-from bench.stages import Run, compile_kernels, plan_stages, run_stages
+from bench.stages import Run, compile_kernels, plan_stages, run_stages, triton_cache
 from bench.suites import PAPER, Plan, make_plan
 from bench.worker import Workers
 from search.errors import InputError
 from search.features import resolve_device
+
+STARTED = time.monotonic()
+CLOSING_S = 12.0  # of a run of limited minutes: what was imported before, the last summary and the picture
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +90,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument(
         "--compile-for",
         type=int,
-        metavar="SM",
+        choices=sorted(SHARED_BYTES),
         help="only fill Triton's cache for such a GPU (90: H100, H200), with what --minutes launches; needs none",
     )
     flags.add_argument("--rounds", type=int, help="times that every provider takes its turn (default: 10, with --quick 3)")
@@ -100,13 +103,11 @@ def main(settings: BenchSettings) -> None:
     check(settings)
     if settings.compile_for is not None:
         count = compile_kernels(settings.compile_for, plan_stages(torch.device("cuda"), PAPER))
-        print(f"\n{count} kernels in {os.environ.get('TRITON_CACHE_DIR', '~/.triton/cache')}")
+        print(f"\n{count} kernels in {triton_cache()}")
         return
     device = torch.device(resolve_device(settings.device))
     if device.type == "cpu" and "float16" in (settings.dtype or ()):
         raise InputError("--dtype float16 is measured on a GPU alone: this run is on the CPU")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # whose stream the events are recorded in
     folder = settings.out / environment(device).folder
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -116,7 +117,8 @@ def main(settings: BenchSettings) -> None:
         raise InputError(f"another benchmark writes to {folder}: two at once would disturb each other's times") from None
     if not results.is_complete:
         sys.exit(130)
-    if any(row.status in (WRONG, FAILED) for row in results.rows if row.provider == OURS.name):
+    if failures := results.failures():
+        print("wrong or failed: " + "; ".join(failures), file=sys.stderr)
         sys.exit(1)
 
 
@@ -166,11 +168,11 @@ def run_for_minutes(settings: BenchSettings, device: torch.device, folder: Path)
         results.numbers.append(line)
         results.roofs = results.roofs.with_number(value)
         if "status" in value:
-            write_csv(stem.with_suffix(".csv"), results)
-            write_markdown(stem.with_suffix(".md"), results)
+            write(results, folder, (write_csv, write_markdown))
 
+    end = STARTED + 60 * settings.minutes - min(CLOSING_S, 6 * settings.minutes)
     try:
-        run_stages(list(plan_stages(device, run.scale)), run, settings.minutes, hear, log=stem.with_suffix(".log"))
+        run_stages(list(plan_stages(device, run.scale)), run, end, hear, log=stem.with_suffix(".log"))
         results.is_complete = True
     except KeyboardInterrupt:
         print("\nstopped: what was measured is written", file=sys.stderr)
@@ -180,8 +182,11 @@ def run_for_minutes(settings: BenchSettings, device: torch.device, folder: Path)
 
 def print_and_write(results: Results, folder: Path) -> None:
     """The table and the names of the files."""
+    from bench.plots import draw  # its library takes a while, and no process that measures needs it
+
     print(table(results, colour=sys.stdout.isatty()))
-    for path in write(results, folder):
+    write(results, folder, (write_csv, write_markdown, draw))
+    for path in sorted(folder.glob(f"{results.name}[.-]*")):
         print(path)
 
 
@@ -193,6 +198,8 @@ def begin(settings: BenchSettings, plan: Plan, device: torch.device, folder: Pat
     if stopped := load_unfinished(folder, command, here):
         print(f"going on with {stopped.name} behind {stopped.jobs_done} cases", file=sys.stderr)
         return stopped
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     print("measuring the roofs: copies and matrix products", file=sys.stderr)
     roofs = measure_roofs(device, plan.dtypes, quick=settings.quick)
     results = Results(here, roofs, plan.omissions, command=command, name=new_name(folder, here))
@@ -215,12 +222,22 @@ def run_plan(plan: Plan, results: Results, device: torch.device, rounds: int, *,
     results.is_complete = True
 
 
-def write(results: Results, folder: Path) -> list[Path]:
-    """The CSV, the summary and the picture of a run; each is written aside, then renamed."""
-    paths = [folder / (results.name + suffix) for suffix in (".csv", ".md", ".png")]
-    for path, writer in zip(paths, (write_csv, write_markdown, draw), strict=True):
-        writer(path, results)
-    return paths
+SUFFIXES = {"write_csv": ".csv", "write_markdown": ".md", "draw": ".png"}
+
+
+def write(results: Results, folder: Path, writers: Sequence[Callable[[Path, Results], None]]) -> list[Path]:
+    """The CSV, the summary, the picture of a run, each written aside, then renamed -> those that could be."""
+    written = []
+    for writer in writers:
+        path = folder / (results.name + SUFFIXES[writer.__name__])
+        try:
+            writer(path, results)
+        except Exception:  # the numbers are on the disk, and the run goes on
+            print(f"{path} could not be written:", file=sys.stderr)
+            traceback.print_exc()
+        else:
+            written.append(path)
+    return written
 
 
 def unsupported_rows(suites: Sequence[Suite], dtypes: Sequence[str]) -> Iterator[Row]:
@@ -240,8 +257,14 @@ def unsupported_rows(suites: Sequence[Suite], dtypes: Sequence[str]) -> Iterator
 
 
 if __name__ == "__main__":
-    flags = parser()
     try:
-        main(BenchSettings(**vars(flags.parse_args())))
+        main(BenchSettings(**vars(parser().parse_args())))
     except InputError as error:
-        flags.error(str(error))
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        print(f"error: {error}: check the path, its permissions and the disk", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        sys.exit(130)

@@ -6,6 +6,7 @@ the time costs the stage it happens in and nothing that was measured before. `py
 
 import csv
 import importlib.util
+import io
 import os
 import re
 import shutil
@@ -18,11 +19,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
+from unittest import mock
 
 import numpy as np
 import torch
 from torch.profiler import ProfilerActivity
 
+import fast.train_step
+from bench.accuracy import budget
 from bench.cases import (
     COMPILE,
     COMPILE_MAX,
@@ -34,9 +38,10 @@ from bench.cases import (
     DType,
     OperationCase,
     Provider,
+    Workload,
 )
 from bench.measure import Trial, check_against_reference, measure_apart, row_of
-from bench.results import Row
+from bench.results import DONE, NOT_CHECKED, OUT_OF_TIME, Row
 from bench.roofline import NO_ROOFS, Roofs, measure_roofs
 from bench.suites import PAPER, Job, Planner, Scale, rate_of, supported_dtypes
 from bench.timing import (
@@ -46,6 +51,7 @@ from bench.timing import (
     Summary,
     back_to_back_ms,
     interleaved,
+    last_level_cache_bytes,
     synchronise,
     warm_up_calls,
 )
@@ -61,6 +67,7 @@ PREDICTIONS = Path(__file__).parent / "predictions"
 EAGERS = (EAGER, EAGER_CHANNELS_LAST)
 RATES = ((6, 21), (1, 1))  # far and dense reads, of the convolutions alone
 REPLAYS = 3
+GPU_TESTS = ("tests/fast/kernels/test_triton_on_gpu.py", "tests/fast/test_train_step.py")
 EVERY_KIND = Cell(  # of branch, each input normed or not, one map read twice
     (
         Branch(BACKBONE_FEATURE, Operation("atrous_separable_conv", rate=(1, 6))),
@@ -129,6 +136,8 @@ def plan_stages(device: torch.device, scale: Scale) -> Iterator[Stage]:
         yield Stage(f"tiny cell, {dtype}", 90, tiny_cell, (case, dtype))
     yield Stage(f"iteration, {first}", 120, iteration, (case, first))
     yield Stage(f"profile, {first}", 60, profile, (case, first))
+    if device.type == "cuda":
+        yield Stage(f"graph beside calls, {first}", 45, graph_beside_calls, (case, first))
     yield Stage("loss", 60, jobs=_jobs(planner.cases(["loss"]), first))
     for kind, name in ((DepthwiseCase, "depthwise"), (OperationCase, "separable")):
         cases = [case for case in planner.cases(["ops"]) if isinstance(case, kind) and rate_of(case) in RATES]
@@ -137,11 +146,12 @@ def plan_stages(device: torch.device, scale: Scale) -> Iterator[Stage]:
     yield Stage(f"iteration beside eager, {first}", 75, jobs=_jobs([case], first))
     for dtype in others:
         yield Stage(f"iteration, {dtype}", 90, iteration, (case, dtype))
+        yield Stage(f"profile, {dtype}", 60, profile, (case, dtype))
         yield Stage(f"iteration beside eager, {dtype}", 75, jobs=_jobs([case], dtype))
     if device.type == "cuda":
         yield Stage("tests", 150, gpu_tests)
-    for compiler in (COMPILE, COMPILE_MAX):
-        yield Stage(f"iteration beside {compiler.name}", 180, jobs=_jobs([case], first, (compiler,)))
+    for compiler, limit_s in ((COMPILE, 120), (COMPILE_MAX, 180)):
+        yield Stage(f"iteration beside {compiler.name}", limit_s, jobs=_jobs([case], first, (EAGER, compiler)))
     if device.type == "cuda":
         yield Stage(f"counters, {first}", 120, counters, (first,))
     yield Stage("first iteration of new cells", 60, jobs=_jobs([new_cell], first, (EAGER,)))
@@ -154,16 +164,18 @@ def _jobs(cases: Iterable[Case], dtype: DType, others: tuple[Provider, ...] = EA
 
 
 def run_stages(
-    stages: Sequence[Stage], run: Run, minutes: float, hear: Callable[[str, dict[str, Any] | Row], None], log: Path
+    stages: Sequence[Stage], run: Run, end: float, hear: Callable[[str, dict[str, Any] | Row], None], log: Path
 ) -> None:
-    """All that fit into the minutes. `hear` gets each number and row with its stage's name, and behind each how it ended."""
-    end = time.monotonic() + 60 * minutes
+    """All that fit in before `end` on the monotonic clock.
+
+    `hear` gets each number and row with its stage's name, and behind each stage how it ended.
+    """
     with Workers(preload="bench.stages", log=log, ahead=run.device_name != "cpu") as workers:
         for stage in stages:
-            start = time.monotonic()
+            start, cached = time.monotonic(), triton_cache_entries()
             limit_s = min(stage.limit_s, end - start)
             if limit_s < 5:
-                hear(stage.name, {"status": "no time left"})
+                hear(stage.name, {"status": OUT_OF_TIME, "seconds": 0.0})
                 continue
 
             def said(value: dict[str, Any] | Row, stage: Stage = stage) -> None:
@@ -176,27 +188,87 @@ def run_stages(
                     workers.fresh()(stage.function, run, *stage.arguments, limit_s=limit_s, say=said)
                 else:
                     measure_jobs(stage.jobs, run, workers, start + limit_s, said)
-                status = "done"
+                status = {"status": DONE}
+            except OutOfTime as error:
+                status = {"status": OUT_OF_TIME, "note": str(error)}
             except (WorkFailed, WorkerLost) as error:
-                status = str(error)
-            hear(stage.name, {"status": status, "seconds": round(time.monotonic() - start, 1)})
+                status = {"status": str(error)}
+            numbers: dict[str, Any] = {"seconds": round(time.monotonic() - start, 1)}
+            if run.device_name != "cpu":
+                numbers["kernels_compiled"] = triton_cache_entries() - cached
+            hear(stage.name, status | numbers)
 
 
-def measure_jobs(jobs: Sequence[Job], run: Run, workers: Workers, end: float, say: Callable[[Row], None]) -> None:
-    """Each job's rows, until `end` on the monotonic clock."""
+def triton_cache() -> Path:
+    """Where Triton keeps what it has compiled, a folder for each kernel and some for their launchers."""
+    return Path(os.environ.get("TRITON_CACHE_DIR", "~/.triton/cache")).expanduser()
+
+
+def triton_cache_entries() -> int:
+    """How many kernels lie there."""
+    return sum(1 for _ in triton_cache().glob("*/*.cubin"))
+
+
+def measure_jobs(
+    jobs: Sequence[Job], run: Run, workers: Workers, end: float, say: Callable[[dict[str, Any] | Row], None]
+) -> None:
+    """Each job's rows, until `end` on the monotonic clock; no job takes more than one and a half of its share in it."""
     workers.fresh()
+    device, late = torch.device(run.device_name), list[str]()
     for number, job in enumerate(jobs):
-        limit_s = end - time.monotonic()
-        if limit_s < 1:
-            raise OutOfTime(f"no time left for {len(jobs) - number} of {len(jobs)} cases")
-        device = torch.device(run.device_name)
-        for row in measure_apart(workers, job, device, run.rounds, run.roofs, number, limit_s=limit_s):
-            say(row)
+        left_s = end - time.monotonic()
+        if left_s < 1:
+            late += [f"no time left for {len(jobs) - number} of {len(jobs)} cases"]
+            break
+        limit_s = min(left_s, max(15.0, 1.5 * left_s / (len(jobs) - number)))
+        try:
+            for row in measure_apart(workers, job, device, run.rounds, run.roofs, number, limit_s=limit_s):
+                say(row)
+        except OutOfTime as error:
+            late.append(f"{job.case.name}, {job.case.mode}: {error}")
+    if late:
+        raise OutOfTime("; ".join(late))
 
 
 def roofs(run: Run, dtypes: Sequence[DType], say: Say) -> None:
-    """Copy bandwidth and the rate of matrix products."""
-    measure_roofs(run.prepare(), dtypes, quick=True, say=say)
+    """Copy bandwidth and the rate of matrix products; of a GPU what `nvidia-smi` says, and what a small kernel costs."""
+    device = run.prepare()
+    if device.type == "cuda":
+        say(gpu_state())
+    measure_roofs(device, dtypes, quick=True, say=say)
+    if device.type == "cuda":
+        say({"roof": "copy within the L2 cache", "gb_per_s": cached_copy_gb_per_s(device)})
+        say({"roof": "node of a graph", "us": node_us(device)})
+
+
+def gpu_state() -> dict[str, Any]:
+    """Driver, clocks, power and what holds them down; only asked for, nothing is set."""
+    names = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu,"
+    names += "clocks_event_reasons.active,compute_mode,mig.mode.current"
+    command = ["nvidia-smi", f"--query-gpu={names}", "--format=csv,noheader"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return {"nvidia-smi": str(error)}
+    values = (result.stdout.splitlines() or [result.stderr.strip()])[0].split(", ")
+    return dict(zip(names.split(","), values, strict=False))
+
+
+def cached_copy_gb_per_s(device: torch.device) -> float:
+    """Of a buffer of a quarter of the L2 cache, bytes read and bytes written."""
+    source = torch.ones(last_level_cache_bytes(device) // 4, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / back_to_back_ms(lambda: target.copy_(source), device, 200) / 1e6
+
+
+def node_us(device: torch.device, nodes: int = 100) -> float:
+    """One of many tiny kernels behind each other in a CUDA graph."""
+    x, graph = torch.zeros(1, device=device), torch.cuda.CUDAGraph()
+    x.add_(1)
+    with torch.cuda.graph(graph):
+        for _ in range(nodes):
+            x.add_(1)
+    return 1e3 * back_to_back_ms(graph.replay, device, 20) / nodes
 
 
 def tiny_cell(run: Run, case: ProxyCase, dtype: DType, say: Say) -> None:
@@ -204,10 +276,14 @@ def tiny_cell(run: Run, case: ProxyCase, dtype: DType, say: Say) -> None:
     device = run.prepare()
     job = Job(replace(case, cell=EVERY_KIND), dtype, (EAGER, OURS), in_fresh_process=())
     trials = [Trial(provider) for provider in job.providers]
-    check_against_reference(job, trials, device, lambda provider: None)
+    check_against_reference(job, trials, device, lambda provider: say({"at_work": provider}))
+    yardstick = next((trial.error for trial in trials if trial.provider == EAGER), None)
     for trial in trials:
-        error = {} if trial.error is None else trial.error._asdict()
-        say({"provider": trial.provider.name, "result": trial.status, **error, "note": trial.note})
+        numbers: dict[str, Any] = {"provider": trial.provider.name, "result": trial.status, "note": trial.note}
+        if trial.error is not None:
+            allowed = budget(dtype, yardstick if trial.provider == OURS else None)
+            numbers |= {"rms_error": trial.error.rms, "allowed": allowed, "largest_error": trial.error.maximum}
+        say(numbers)
 
 
 def iteration(run: Run, case: ProxyCase, dtype: DType, say: Say) -> None:
@@ -216,34 +292,67 @@ def iteration(run: Run, case: ProxyCase, dtype: DType, say: Say) -> None:
     workload, before = case.workload(OURS, dtype, device), _allocated(device)
     first_call_s = back_to_back_ms(workload, device, 1) / 1e3
     say({"first_call_s": first_call_s})
-    for _ in range(warm_up_calls(device)):  # on a GPU the graph is captured here
-        workload()
+    for call in range(2, 2 + warm_up_calls(device)):  # on a GPU the graph is captured by one of them
+        say({"call": call, "ms": back_to_back_ms(workload, device, 1)})
     step_ms = 0.0
     for calls in (50, 500) if device.type == "cuda" else (3,):
         step_ms = back_to_back_ms(workload, device, calls)
         say({"calls_back_to_back": calls, "ms": step_ms, "loss": float(workload.parts()["output"][0])})
     peak = None if before is None else torch.cuda.max_memory_allocated(device) - before
     if peak is not None:
-        say({"peak_memory_mb": peak / 1e6})
+        say({"peak_memory_mb": peak / 1e6, "reserved_mb": torch.cuda.max_memory_reserved(device) / 1e6})
+    trial = Trial(OURS, back_to_back=step_ms, first=FirstCall(first_call_s, peak))
+    trial.status = NOT_CHECKED  # until the stage beside eager
+    job = Job(case, dtype, (OURS,), ())
+    say(row_of(job, trial, device, run.roofs, run.rounds))
     rng, flush = np.random.default_rng(0), CacheFlush(device)
     for launches_count in (True, False) if device.type == "cuda" else (True,):
         clock = Clock(device, launches_count=launches_count)
         samples = interleaved({OURS.name: workload}, run.rounds, clock, flush, rng)[OURS.name]
-        say({"cold_ms": Summary.of(samples.cold).median, "with_launches": launches_count})
+        say({f"cold_ms_{'with_launches' if launches_count else 'of_the_device'}": Summary.of(samples.cold).median})
         if launches_count:
-            trial = Trial(OURS, samples=samples, back_to_back=step_ms, first=FirstCall(first_call_s, peak))
-            trial.note = "checked by the stages beside eager"
-            say(row_of(Job(case, dtype, (OURS,), ()), trial, device, run.roofs, run.rounds))
+            trial.samples = samples
+            say(row_of(job, trial, device, run.roofs, run.rounds))
+    if device.type == "cuda":
+        for _ in range(500):  # launched, not waited for
+            workload()
+        say({"while_it_runs": True, **gpu_state()})
+
+
+def graph_beside_calls(run: Run, case: ProxyCase, dtype: DType, say: Say) -> None:
+    """The same steps from the same seed, once by the captured graph and once call by call: the losses must be the same."""
+    device, losses = run.prepare(), []
+    for eager_iterations in (fast.train_step.EAGER_ITERATIONS, sys.maxsize):
+        torch.manual_seed(0)
+        with mock.patch.object(fast.train_step, "EAGER_ITERATIONS", eager_iterations):
+            workload = case.workload(OURS, dtype, device)
+            losses.append([_loss_of(workload) for _ in range(8)])
+    difference = max(abs(a - b) for a, b in zip(*losses, strict=True))
+    say({"largest_difference_of_losses": difference, "by_graph": losses[0], "by_calls": losses[1]})
+
+
+def _loss_of(workload: Workload) -> float:
+    workload()
+    return float(workload.parts()["output"][0])
 
 
 def _allocated(device: torch.device) -> int | None:
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else None
 
 
-class Kernel(NamedTuple):
-    """One of an iteration's kernels, in the order in which they run; on a CPU one of PyTorch's operations."""
+class Prediction(NamedTuple):
+    """What was counted for one launch of a kernel."""
 
-    name: str
+    of: str
+    us: float
+
+
+class Kernel(NamedTuple):
+    """One launch of an iteration, in the order in which they run; on a CPU all calls of one of PyTorch's operations."""
+
+    kernel: str
+    of: str  # the map or the sum, where it was counted
+    launches: float
     us: float
     idle_us: float  # of the GPU before it
     predicted_us: float | None
@@ -261,83 +370,95 @@ def profile(run: Run, case: ProxyCase, dtype: DType, say: Say) -> None:
         for _ in range(REPLAYS):
             workload()
         synchronise(device)
+    profiler.export_chrome_trace(str(run.file(f"profile-{dtype}.trace.json.gz")))  # with grids, registers, shared memory
     events = [event for event in profiler.events() or () if event.device_type.name == "CUDA"]
     spans = [(event.name, event.time_range.start, event.time_range.end) for event in events]
-    found = in_order(spans, predictions(dtype)) if spans else by_operation(profiler.key_averages())
-    path = run.file(f"profile-{dtype}.csv")
-    write_text(path, "\n".join(",".join(map(str, row)) for row in (Kernel._fields, *map(_for_csv, found))) + "\n")
-    say({"launches": len(found), "busy_us": sum(k.us for k in found), "idle_us": sum(k.idle_us for k in found)})
+    if device.type == "cuda":
+        if not spans:
+            raise RuntimeError("the profiler saw no kernel of the GPU")
+        found = in_order(spans, predictions(dtype))
+    else:
+        found = by_operation(profiler.key_averages())
+    _write_kernels(run.file(f"profile-{dtype}.csv"), found)
+    launches = sum(kernel.launches for kernel in found)
+    say({"launches": launches, "busy_us": sum(k.us for k in found), "idle_us": sum(k.idle_us for k in found)})
     totals: dict[str, list[Kernel]] = {}
     for kernel in found:
-        totals.setdefault(kernel.name, []).append(kernel)
+        totals.setdefault(kernel.kernel, []).append(kernel)
     for name, group in sorted(totals.items(), key=lambda item: -sum(kernel.us for kernel in item[1])):
         known = [kernel.predicted_us for kernel in group if kernel.predicted_us is not None]
-        say({"kernel": name, "launches": len(group), "us": sum(k.us for k in group), "predicted_us": sum(known) or None})
+        numbers = {"launches": sum(k.launches for k in group), "us": sum(k.us for k in group)}
+        say({"kernel": name, **numbers, "predicted_us": sum(known) or None})
 
 
-def in_order(spans: Sequence[tuple[str, float, float]], predicted: Mapping[str, Sequence[float]]) -> list[Kernel]:
+def in_order(spans: Sequence[tuple[str, float, float]], predicted: Mapping[str, Sequence[Prediction]]) -> list[Kernel]:
     """(name, start, end in microseconds) of REPLAYS equal replays -> the median of each kernel, in order.
 
-    Where the replays are not equal, all that was seen, as one. The k-th launch of a kernel has the k-th prediction.
+    The k-th launch of a kernel has the k-th prediction. Raises ValueError where the replays are not alike.
     """
     spans = sorted(spans, key=lambda span: span[1])
     count = len(spans) // REPLAYS
     replays = [spans[k * count : (k + 1) * count] for k in range(REPLAYS)]
     if len({tuple(name for name, _, _ in replay) for replay in replays}) > 1 or len(spans) % REPLAYS:
-        replays = [spans]
+        counts = Counter(name for name, _, _ in spans)
+        raise ValueError(f"{REPLAYS} replays are not alike: {counts.most_common(5)} and so on")
     found, seen = [], Counter[str]()
     for i, (name, _, _) in enumerate(replays[0]):
         us = statistics.median(replay[i][2] - replay[i][1] for replay in replays)
         idle = statistics.median(max(0.0, replay[i][1] - replay[i - 1][2]) for replay in replays) if i else 0.0
         known = predicted.get(name, ())
-        found.append(Kernel(name, us, idle, known[seen[name]] if seen[name] < len(known) else None))
+        counted = known[seen[name]] if seen[name] < len(known) else None
+        found.append(Kernel(name, counted.of if counted else "", 1, us, idle, counted and counted.us))
         seen[name] += 1
     return found
 
 
 def by_operation(averages: Iterable[Any]) -> list[Kernel]:
     """On a CPU: each of PyTorch's operations with the time that it took itself, per iteration, the longest first."""
-    found = [Kernel(entry.key, entry.self_cpu_time_total / REPLAYS, 0.0, None) for entry in averages]
+    found = [Kernel(e.key, "", e.count / REPLAYS, e.self_cpu_time_total / REPLAYS, 0.0, None) for e in averages]
     return sorted(found, key=lambda kernel: -kernel.us)
 
 
-def predictions(dtype: str) -> dict[str, list[float]]:
-    """Microseconds of each launch of a kernel, in order; what they were counted from stands in bench/predictions/README.md."""
-    path, predicted = PREDICTIONS / f"iteration-{dtype}.csv", dict[str, list[float]]()
+def predictions(dtype: str) -> dict[str, list[Prediction]]:
+    """For each launch of a kernel, in order; what they were counted from stands in bench/predictions/README.md."""
+    path, predicted = PREDICTIONS / f"iteration-{dtype}.csv", dict[str, list[Prediction]]()
     if path.exists():
         with path.open(newline="", encoding="utf-8") as file:
             for line in csv.DictReader(file):
-                predicted.setdefault(line["kernel"], []).append(float(line["predicted_us"]))
+                predicted.setdefault(line["kernel"], []).append(Prediction(line["of"], float(line["predicted_us"])))
     return predicted
 
 
-def _for_csv(kernel: Kernel) -> tuple[str, ...]:
-    name = '"' + kernel.name.replace('"', "'") + '"'
-    return (name, f"{kernel.us:.3f}", f"{kernel.idle_us:.3f}", "" if kernel.predicted_us is None else f"{kernel.predicted_us}")
+def _write_kernels(path: Path, kernels: Sequence[Kernel]) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(Kernel._fields)
+    for kernel in kernels:
+        writer.writerow([f"{value:.6g}" if isinstance(value, float) else value for value in kernel])
+    write_text(path, text.getvalue())
 
 
 def gpu_tests(run: Run, say: Say) -> None:
     """The tests of `fast/`, those that only a GPU can run first; each failure is said at once, the counts as they grow."""
-    several = importlib.util.find_spec("xdist") is not None
-    first = ("tests/fast/kernels/test_triton_on_gpu.py", "tests/fast/test_train_step.py")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-v",
-        "-p",
-        "no:cacheprovider",
-        *(["-n", "6"] if several else []),
-        *first,
-        "tests/fast",
-    ]
-    environment = os.environ | {"TRITON_INTERPRET": "0", "HYPOTHESIS_PROFILE": "dev"}
-    counts, said_at = Counter[str](), time.monotonic()
+    if importlib.util.find_spec("pytest") is None or importlib.util.find_spec("hypothesis") is None:
+        say({"skipped": "pytest and hypothesis are not both installed"})
+        return
+    counts, first = Counter[str](), [path for path in GPU_TESTS if (ROOT / path).exists()]
+    for paths in (first, ["tests/fast", *(f"--ignore={path}" for path in first)]):
+        command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-p", "bench.pytest_at_once", *paths]
+        command += ["-n", "6"] if importlib.util.find_spec("xdist") is not None else []
+        code = _count_tests(command, counts, say)
+        say(dict(counts) | {"of": paths[0], "pytest_exit_code": code})
+
+
+def _count_tests(command: Sequence[str], counts: Counter[str], say: Say) -> int:
+    environment, said_at = os.environ | {"TRITON_INTERPRET": "0", "HYPOTHESIS_PROFILE": "dev"}, time.monotonic()
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout or ():
             print(line, end="", flush=True)
             result = re.search(r"\b(PASSED|FAILED|ERROR|SKIPPED)\b", line)
-            test = re.search(r"\S+::\S+", line)
+            test = re.search(r"\S+::.*?(?=\s+(?:PASSED|FAILED|ERROR|SKIPPED)\b|\s*$)", line)
             if result is None or test is None or line.startswith(("FAILED", "ERROR")):  # those are repeated at the end
                 continue
             counts[result[1].lower()] += 1
@@ -346,7 +467,7 @@ def gpu_tests(run: Run, say: Say) -> None:
             if time.monotonic() > said_at + 10:
                 said_at = time.monotonic()
                 say(dict(counts))
-    say(dict(counts) | {"pytest_exit_code": process.returncode})
+    return process.returncode
 
 
 def counters(run: Run, dtype: DType, say: Say) -> None:
@@ -395,7 +516,8 @@ def _cases_of(stage: Stage) -> Iterator[tuple[Case, DType]]:
         pairs = [stage.arguments]
     for case, dtype in pairs:
         if not isinstance(case, NewCellCase | SearchCase):
-            yield from ((case.small(), dtype), (case, dtype))
+            sizes = [case.small(), case.without_chance(), case]
+            yield from ((sized, dtype) for sized in dict.fromkeys(sizes) if sized is not None)
 
 
 def one_iteration(device_name: str, dtype: DType) -> None:

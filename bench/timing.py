@@ -102,7 +102,7 @@ class Clock:
         return float(start.elapsed_time(end))
 
 
-def back_to_back_ms(call: Callable[[], None], device: torch.device, calls: int) -> float:
+def back_to_back_ms(call: Callable[[], object], device: torch.device, calls: int) -> float:
     """Milliseconds a call, of `calls` with nothing between them: on a GPU the host launches the next while one runs."""
     synchronise(device)
     start = time.perf_counter()

@@ -31,7 +31,7 @@ import torch
 
 from bench import launch_trial
 from bench.launch_trial import SHARED_BYTES, Comparison
-from bench.worker import Worker, WorkerLost, WorkFailed
+from bench.worker import OutOfTime, Worker, WorkerLost, WorkFailed
 from fast.checkpoint import write_whole
 from fast.kernels import triton as kernels
 from fast.kernels.triton.launches import DEFAULT, SIZES, Key, Launch, Table, file_stem, measured
@@ -169,7 +169,10 @@ def search(
     while left := untried(key, journal, changes, known):
         if is_over():
             return False
-        trial = examine(key, journal.best(key), left)
+        try:
+            trial = examine(key, journal.best(key), left)
+        except TimeoutError:
+            return False
         journal.add(trial)
         times = "" if trial.us is None else f"{trial.best_us:.2f} -> {trial.us:.2f} us "
         print(f"{' '.join(map(str, key))}: {tuple(trial.launch)} {times}{trial.verdict} {trial.note}".rstrip(), flush=True)
@@ -225,25 +228,32 @@ class Compilers:
 class Examiner:
     """Compiles a candidate, then compares it on the device, in a process that it may break."""
 
-    def __init__(self, compilers: Compilers, device: str, shared_bytes: int) -> None:
-        self._compilers, self._device, self._shared_bytes = compilers, device, shared_bytes
+    def __init__(self, compilers: Compilers, device: str, shared_bytes: int, end: float) -> None:
+        self._compilers, self._device, self._shared_bytes, self._end = compilers, device, shared_bytes, end
         self._worker = Worker()
 
     def __call__(self, key: Key, best: Launch, left: list[Launch]) -> Trial:
-        """The first of those that are left, while the next ones are compiled."""
+        """The first of those that are left, while the next ones are compiled. Raises TimeoutError at the end of the time."""
         candidate = left[0]
         self._compilers.begin(key, left[:AHEAD])
         try:
-            if misfit := why_not(self._compilers.usage(key, candidate), self._shared_bytes):
+            if misfit := why_not(self._compilers.usage(key, candidate, self._left_s()), self._shared_bytes):
                 return Trial(key, candidate, NO_FIT, note=misfit)
             for launch in (DEFAULT[key], best):
-                self._compilers.usage(key, launch)
+                self._compilers.usage(key, launch, self._left_s())
             if self._worker.is_lost:
                 self._worker = Worker()
             arguments = (key, best, candidate, self._device)
-            return judged(key, candidate, self._worker(launch_trial.compared, *arguments, limit_s=60))
+            return judged(key, candidate, self._worker(launch_trial.compared, *arguments, limit_s=min(60.0, self._left_s())))
+        except OutOfTime as error:
+            if self._left_s() <= 0:
+                raise TimeoutError from error  # the candidate is not to blame
+            return Trial(key, candidate, FAILED, note=str(error))
         except (WorkFailed, WorkerLost) as error:
             return Trial(key, candidate, FAILED, note=str(error))
+
+    def _left_s(self) -> float:
+        return max(0.0, self._end - time.monotonic())
 
     def __enter__(self) -> Self:
         return self
@@ -294,17 +304,21 @@ def compile_ahead(keys: list[Key], compilers: Compilers, end: float, shared_byte
     for key, launch in pairs:
         compilers.begin(key, [launch])
     done = unfit = failed = 0
-    for key, launch in pairs:
-        try:
-            unfit += bool(why_not(compilers.usage(key, launch, max(0.0, end - time.monotonic())), shared_bytes))
-        except TimeoutError:
-            break
-        except (WorkFailed, WorkerLost) as error:
-            failed += 1
-            print(f"{' '.join(map(str, key))}: {tuple(launch)} {FAILED} {error}", flush=True)
-        done += 1
-    where = os.environ.get("TRITON_CACHE_DIR", "~/.triton/cache")
-    print(f"{done} of {len(pairs)} launches compiled into {where}: {unfit} would spill or not fit, {failed} failed")
+    try:
+        for key, launch in pairs:
+            try:
+                unfit += bool(why_not(compilers.usage(key, launch, max(0.0, end - time.monotonic())), shared_bytes))
+            except (WorkFailed, WorkerLost) as error:
+                failed += 1
+                print(f"{' '.join(map(str, key))}: {tuple(launch)} {FAILED} {error}", flush=True)
+            done += 1
+            print(f"\r{done} of {len(pairs)} launches", end="", file=sys.stderr, flush=True)
+    except TimeoutError:
+        print("\nthe time is over: the same command goes on", file=sys.stderr)
+    finally:  # Ctrl-C too
+        where = os.environ.get("TRITON_CACHE_DIR", "~/.triton/cache")
+        print(f"\n{done - failed} of {len(pairs)} launches compiled into {where}: {unfit} would spill or not fit", end="")
+        print(f"; {failed} failed")
 
 
 def table_text(gpu: str, versions: str, command: str, date: str, journal: Journal, earlier: dict[Key, Entry]) -> str:
@@ -355,6 +369,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--compile-for", type=int, choices=sorted(SHARED_BYTES), help="only fill Triton's cache, for such a GPU; needs none"
     )
     options = parser.parse_args(arguments)
+    if not options.minutes > 0:
+        parser.exit(2, f"--minutes must be more than 0, got {options.minutes:g}\n")
     end, keys = time.monotonic() + 60 * options.minutes, keys_of(options.kernels)
     processes = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if options.compile_for:
@@ -387,7 +403,7 @@ def run(options: argparse.Namespace, keys: list[Key], end: float, processes: int
     try:
         with (
             Compilers(architecture, max(1, processes - 1)) as compilers,
-            Examiner(compilers, options.device, shared_bytes) as examine,
+            Examiner(compilers, options.device, shared_bytes, end) as examine,
         ):
             unreached = tune(keys, journal, compilers, examine, end, known)
     except KeyboardInterrupt:

@@ -6,10 +6,11 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -95,7 +96,7 @@ class Worker:
         self.is_lost = True
         self.kill()
         if self._process.pid is not None:
-            self._process.join()
+            self._process.join(10)  # a process that hangs in the driver cannot be ended, and is left behind
         self._connection.close()
 
     def __enter__(self) -> Self:
@@ -143,6 +144,7 @@ class Workers:
 
 def _serve(connection: Connection, preload: str, log: str | None) -> None:
     os.setsid()
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
     if log is not None:
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(file, 1)
@@ -163,6 +165,14 @@ def _serve(connection: Connection, preload: str, log: str | None) -> None:
             answer = ("lost" if has_lost_its_device() else "raised", text)
         sys.stdout.flush()
         connection.send(answer)
+
+
+def _end_with_the_parent() -> None:
+    """Whatever ends the parent, its worker and all that this has started must not hold the GPU from the next one."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os.killpg(0, signal.SIGKILL)
 
 
 def has_lost_its_device() -> bool:

@@ -19,7 +19,7 @@ from fast.upsampled_cross_entropy import upsampled_cross_entropy
 
 Precision = Literal["auto", "float32", "bfloat16"]
 POWER = 0.9  # of the polynomial decay of the learning rate
-_EAGER_ITERATIONS = 3  # before a graph is captured, so that libraries have made what they make at a first call
+EAGER_ITERATIONS = 3  # before a graph is captured, so that libraries have made what they make at a first call
 
 
 class TrainStep:
@@ -75,7 +75,7 @@ class TrainStep:
             self._receive()
         if self.device.type != "cuda":
             self._iterate()
-        elif self._calls <= _EAGER_ITERATIONS:
+        elif self._calls <= EAGER_ITERATIONS:
             self._iterate_on_side_stream()
         else:
             self._replay()

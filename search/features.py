@@ -190,7 +190,12 @@ def resolve_device(device: str) -> str:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return str(torch.empty(1, device=device).device)
+        place = torch.device(device)
+        if place.type == "cuda" and torch.cuda.is_available():  # asked without a tensor, whose context takes half a gigabyte
+            index = torch.cuda.current_device() if place.index is None else place.index
+            torch.cuda.get_device_properties(index)
+            return f"cuda:{index}"
+        return str(torch.empty(1, device=place).device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"--device {device} cannot be used ({reason}): give --device cpu or leave it out") from error

@@ -15,7 +15,8 @@ import bench.run
 from bench.cases import COMPILE, EAGER, OURS
 from bench.costs import Cost
 from bench.measure import in_fresh_process, measure
-from bench.report import extrapolation, judged_targets, table
+from bench.plots import draw
+from bench.report import extrapolation, judged_targets, table, write_markdown
 from bench.results import Environment, Results, Row, environment, ratio, write_csv
 from bench.roofline import Roofs, measure_roofs
 from bench.run import BenchSettings, main, write
@@ -31,7 +32,7 @@ def results_of(*rows: Row, **changes: Any) -> Results:
 
 def test_a_whole_run_is_written_and_read_back(tmp_path: Path) -> None:
     results = tiny_results()
-    paths = write(results, tmp_path)
+    paths = write(results, tmp_path, (write_csv, write_markdown, draw))
     assert [path.name for path in paths] == [f"2026-01-02-0123abc.{suffix}" for suffix in ("csv", "md", "png")]
     with paths[0].open(newline="") as file:
         read = list(csv.DictReader(file))
@@ -62,6 +63,28 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: p
     with pytest.raises(KeyboardInterrupt):
         write_csv(path, results_of(row("ours", 2.0)))
     assert path.read_text() == before
+
+
+def test_what_cannot_be_written_is_said_and_the_rest_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("bench.report._suite_table", lambda groups: 1 // 0)
+    results = results_of(row("ours", 1.0))
+    results.name = "run"
+    assert [path.name for path in write(results, tmp_path, (write_csv, write_markdown))] == ["run.csv"]
+    assert "run.md could not be written" in capsys.readouterr().err
+
+
+def test_every_cell_of_the_summary_stands_under_its_name(tmp_path: Path) -> None:
+    mine = row("ours", 2.0, back_to_back_ms=1.75, first_call_s=9.25, peak_memory_mb=321.0, rms_error=3e-7)
+    results = results_of(mine, row("eager", 10.0), row("torch.compile", None, note="why"))
+    results.name = "run"
+    write(results, tmp_path, (write_markdown,))
+    lines = [line for line in (tmp_path / "run.md").read_text().splitlines() if line.startswith("| ")]
+    header = next(line for line in lines if line.startswith("| case |"))
+    cells = [dict(zip(header.split(" | "), line.split(" | "), strict=True)) for line in lines[lines.index(header) + 1 :]]
+    assert cells[0]["back to back ms"] == "1.75"
+    assert (cells[0]["first call s"], cells[0]["memory MB"], cells[0]["RMS error |"]) == ("9.2", "321", "3e-07 |")
 
 
 def test_ratio_is_to_the_best_of_the_right_others() -> None:

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import pickle
 import signal
 import stat
 import subprocess
@@ -25,11 +26,13 @@ from bench.roofline import NO_ROOFS
 from bench.run import BenchSettings, main, parser
 from bench.stages import (
     Kernel,
+    Prediction,
     Run,
     Stage,
     counters,
     gpu_tests,
     in_order,
+    measure_jobs,
     plan_stages,
     predictions,
     profile,
@@ -79,12 +82,13 @@ def test_a_stage_that_crashes_hangs_or_fails_costs_itself(tmp_path: Path) -> Non
         Stage("jobs", 60, jobs=(Job(SEPARABLE, "float32", (OURS, EAGER), ()),)),
         Stage("known", 60, say_known_roof),
     ]
-    run_stages(stages, RUN, 5.0, lambda stage, value: heard.append((stage, value)), tmp_path / "log")
+    end = time.monotonic() + 300
+    run_stages(stages, RUN, end, lambda stage, value: heard.append((stage, value)), tmp_path / "log")
     ends = {stage: value["status"] for stage, value in heard if isinstance(value, dict) and "status" in value}
     assert ends == {
         "roof": "done",
         "crash": "the process ended with signal SIGSEGV",
-        "hang": "stopped after 6 s",
+        "hang": "out of time",
         "fail": "ZeroDivisionError: integer division or modulo by zero",
         "jobs": "done",
         "known": "done",
@@ -98,8 +102,9 @@ def test_a_stage_that_crashes_hangs_or_fails_costs_itself(tmp_path: Path) -> Non
 def test_the_end_of_the_minutes_leaves_the_rest_out(tmp_path: Path) -> None:
     heard: list[tuple[str, Any]] = []
     stages = [Stage("hang", 600, hang), Stage("roof", 60, say_roof)]
-    run_stages(stages, RUN, 7 / 60, lambda stage, value: heard.append((stage, value)), tmp_path / "log")
-    assert [value.get("status") for _, value in heard] == [None, "stopped after 7 s", "no time left"]
+    run_stages(stages, RUN, time.monotonic() + 7, lambda stage, value: heard.append((stage, value)), tmp_path / "log")
+    assert [value.get("status") for _, value in heard] == [None, "out of time", "out of time"]
+    assert heard[1][1]["note"] == "stopped after 7 s"
 
 
 class DyingCase(OperationCase):
@@ -136,12 +141,31 @@ def test_the_end_of_the_time_is_nobodys_failure() -> None:
         measure_apart(workers, job, CPU, 1, NO_ROOFS, 0, limit_s=8.0)
 
 
+def test_a_case_that_hangs_costs_itself_and_not_those_behind_it() -> None:
+    said: list[Any] = []
+    jobs = [Job(as_case(HangingCase), "float32", (OURS,), ()), Job(SEPARABLE, "float32", (OURS, EAGER), ())]
+    with (
+        Workers() as workers,
+        pytest.raises(OutOfTime, match=r"^sep3x3 6x21, training: stopped after 2[45] s, while ours"),
+    ):
+        measure_jobs(jobs, RUN, workers, time.monotonic() + 34, said.append)
+    assert [row.status for row in said] == ["ok", "ok"]
+
+
+def test_every_stage_can_be_sent_to_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    for device in ("cpu", "cuda:0"):
+        stages = list(plan_stages(torch.device(device), TINY))
+        assert pickle.loads(pickle.dumps(stages)) == stages
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_tiny_cell_of_every_kind_is_right(dtype: Any) -> None:
     said: list[dict[str, Any]] = []
     (case, *_) = (stage.arguments[0] for stage in plan_stages(CPU, TINY) if stage.function is tiny_cell)
     tiny_cell(RUN, case, dtype, said.append)
-    assert [(line["provider"], line["result"]) for line in said] == [("eager", "ok"), ("ours", "ok")]
+    assert [(line["provider"], line["result"]) for line in said[2:]] == [("eager", "ok"), ("ours", "ok")]
+    assert said[:2] == [{"at_work": "eager"}, {"at_work": "ours"}]
 
 
 def test_the_plan_begins_with_what_matters_most(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,7 +177,7 @@ def test_the_plan_begins_with_what_matters_most(monkeypatch: pytest.MonkeyPatch)
         "tiny cell, float32",
         "iteration, bfloat16",
         "profile, bfloat16",
-        "loss",
+        "graph beside calls, bfloat16",
     ]
     compiled = [name for name in names if "compile" in name]
     assert compiled == ["iteration beside torch.compile", "iteration beside torch.compile max-autotune"]
@@ -166,7 +190,8 @@ def test_a_profile_is_written_in_order_and_summed(tmp_path: Path) -> None:
     profile(replace(RUN, stem=tmp_path / "run"), case, dtype, said.append)
     with (tmp_path / f"run-profile-{dtype}.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
-    assert said[0]["launches"] == len(lines) > 10
+    assert said[0]["launches"] == pytest.approx(sum(float(line["launches"]) for line in lines), rel=1e-3)
+    assert said[0]["launches"] > len(lines) > 10
     assert sum(float(line["us"]) for line in lines) == pytest.approx(said[0]["busy_us"], rel=1e-3)
     kernels = [line for line in said if "kernel" in line]
     assert [line["us"] for line in kernels] == sorted((line["us"] for line in kernels), reverse=True)
@@ -179,29 +204,45 @@ def test_kernels_in_order_with_the_median_of_the_replays_and_the_idle_time_befor
         [("a", 20.0, 21.0), ("b", 22.0, 28.0), ("a", 29.5, 30.5)],
     ]
     spans = [span for replay in replays[::-1] for span in replay]
-    expected = [Kernel("a", 2.0, 0.0, 1.5), Kernel("b", 2.0, 1.0, None), Kernel("a", 4.0, 0.5, 2.5)]
-    assert in_order(spans, {"a": [1.5, 2.5]}) == expected
-    assert len(in_order(spans[:-1], {})) == 8  # replays that are not alike are shown as they were
+    first, last = Prediction("one map", 1.5), Prediction("another", 2.5)
+    expected = [
+        Kernel("a", "one map", 1, 2.0, 0.0, 1.5),
+        Kernel("b", "", 1, 2.0, 1.0, None),
+        Kernel("a", "another", 1, 4.0, 0.5, 2.5),
+    ]
+    assert in_order(spans, {"a": [first, last]}) == expected
+    with pytest.raises(ValueError, match="3 replays are not alike"):
+        in_order(spans[:-1], {})
 
 
 def test_predictions_name_kernels_that_there_are() -> None:
     for dtype in ("bfloat16", "float32"):
         predicted = predictions(dtype)
         assert {"depthwise_forward_kernel", "pointwise_forward_kernel", "cell_gradients_kernel"} <= predicted.keys()
-        assert all(0 < us < 1000 for values in predicted.values() for us in values)
+        assert all(0 < prediction.us < 1000 for values in predicted.values() for prediction in values)
     assert predictions("float16") == {}
 
 
-def test_the_tests_are_counted_as_they_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tests_are_counted_as_they_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "tests" / "fast" / "kernels"
     folder.mkdir(parents=True)
-    (folder / "test_triton_on_gpu.py").write_text("def test_good(): ...\ndef test_bad():\n    assert 1 == 2\n")
+    parametrized = "import pytest\n@pytest.mark.parametrize('size', [(8, 256)], ids=str)\n"
+    bad = "def test_good(): ...\n" + parametrized + "def test_bad(size):\n    assert 1 == 2\n"
+    (folder / "test_triton_on_gpu.py").write_text(bad)
     (folder.parent / "test_train_step.py").write_text("import pytest\n@pytest.mark.skip\ndef test_later(): ...\n")
     monkeypatch.setattr(bench.stages, "ROOT", tmp_path)
+    (folder.parent / "test_others.py").write_text("def test_other(): ...\n")
     said: list[dict[str, Any]] = []
     gpu_tests(RUN, said.append)
-    assert said[0] == {"failed_test": "tests/fast/kernels/test_triton_on_gpu.py::test_bad"}
-    assert said[-1] == {"passed": 1, "failed": 1, "skipped": 1, "pytest_exit_code": 1}
+    assert said[0] == {"failed_test": "tests/fast/kernels/test_triton_on_gpu.py::test_bad[(8, 256)]"}
+    first = {"passed": 1, "failed": 1, "skipped": 1}
+    assert said[1] == first | {"of": "tests/fast/kernels/test_triton_on_gpu.py", "pytest_exit_code": 1}
+    assert said[2] == first | {"passed": 2, "of": "tests/fast", "pytest_exit_code": 0}
+    told = capfd.readouterr().err
+    assert "test_bad[(8, 256)]" in told
+    assert "assert 1 == 2" in told
 
 
 @pytest.mark.parametrize("is_installed", [True, False])
@@ -224,7 +265,8 @@ def test_a_run_of_minutes_writes_everything(tmp_path: Path, monkeypatch: pytest.
     stages = [Stage("roof", 60, say_roof), Stage("crash", 60, crash)]
     stages.append(Stage("jobs", 60, jobs=(Job(SEPARABLE, "float32", (OURS, EAGER), ()),)))
     monkeypatch.setattr(bench.run, "plan_stages", lambda *arguments: stages)
-    main(BenchSettings(device="cpu", minutes=5.0, rounds=1, out=tmp_path))
+    with pytest.raises(SystemExit, match="1"):
+        main(BenchSettings(device="cpu", minutes=5.0, rounds=1, out=tmp_path))
     written = {path.suffix: path for path in tmp_path.rglob("*.*")}
     assert written.keys() == {".csv", ".jsonl", ".log", ".md", ".png"}
     lines = [json.loads(line) for line in written[".jsonl"].read_text().splitlines()]
@@ -235,7 +277,9 @@ def test_a_run_of_minutes_writes_everything(tmp_path: Path, monkeypatch: pytest.
     assert "**the process ended with signal SIGSEGV**" in summary
     assert "copy 12.5 GB/s" in summary
     assert "sep3x3 6x21" in written[".csv"].read_text()
-    assert "gb_per_s 12.5" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "gb_per_s 12.5" in printed.out
+    assert "wrong or failed: crash" in printed.err
 
 
 @pytest.mark.parametrize("flags", [{"quick": True}, {"suite": ("ops",)}, {"dtype": ("float32",)}, {"minutes": 0.0}])
@@ -245,20 +289,41 @@ def test_flags_that_contradict_minutes_are_refused(flags: dict[str, Any]) -> Non
         main(BenchSettings(**arguments))
 
 
-def test_a_later_row_takes_the_place_of_an_earlier_one_but_a_failure_that_of_none() -> None:
+def test_of_two_rows_the_newer_numbers_and_the_worse_verdict_stand() -> None:
     results = Results(ENVIRONMENT, NO_ROOFS)
     for added in (
-        row("ours", 2.0, first_call_s=9.0),
+        row("ours", 2.0, status="not checked", first_call_s=9.0),
         row("ours", 1.5, rms_error=1e-7),
-        row("ours", None, status="failed", note="no memory left"),
         row("eager", 6.0),
     ):
         results.add(added)
     mine, other = results.rows
     assert (mine.status, mine.median_ms, mine.first_call_s, mine.rms_error) == ("ok", 1.5, 9.0, 1e-7)
-    assert other.median_ms == 6.0
-    results.add(row("ours", 1.0, status="WRONG"))
-    assert results.rows[0].status == "WRONG"
+    assert (mine.ratio_to_best_other, other.ratio_to_best_other) == (4.0, None)
+    results.add(row("torch.compile", 3.0))
+    assert results.rows[0].ratio_to_best_other == 2.0
+    assert results.failures() == []
+    for status, note in (("failed", "no memory left"), ("WRONG", "by far"), ("ok", ""), ("failed", "again")):
+        results.add(row("ours", 1.0, status=status, note=note))
+    assert (results.rows[0].status, results.rows[0].note) == ("WRONG", "by far")
+    assert results.rows[0].ratio_to_best_other is None
+    assert results.failures() == ["iteration, float32: WRONG"]
+
+
+@pytest.mark.parametrize(
+    ("number", "is_failure"),
+    [
+        ({"status": "done"}, False),
+        ({"status": "out of time", "note": "stopped after 6 s"}, False),
+        ({"status": "the process ended with signal SIGSEGV"}, True),
+        ({"failed_test": "tests/a.py::b"}, True),
+        ({"provider": "ours", "result": "WRONG"}, True),
+        ({"provider": "eager", "result": "failed"}, False),
+    ],
+)
+def test_stages_that_fail_are_failures_of_the_run(number: dict[str, Any], is_failure: bool) -> None:
+    results = Results(ENVIRONMENT, NO_ROOFS, numbers=[{"stage": "it", **number}])
+    assert results.failures() == (["it"] if is_failure else [])
 
 
 def test_the_benchmark_needs_no_library_of_flags_and_no_database() -> None:

@@ -23,7 +23,7 @@ from bench.kernel_calls import Inputs, calls_of
 from bench.launch_trial import SHARED_BYTES, Comparison
 from bench.timing import Summary
 from bench.tune import BETTER, CHOICES, FAILED, NO_FIT, NOT_BETTER, WRONG, Compilers, Entry, Examiner, Journal, Trial
-from bench.worker import Worker, WorkerLost
+from bench.worker import OutOfTime, Worker, WorkerLost
 from fast.kernels import triton as triton_backend
 from fast.kernels.triton import batch_norm
 from fast.kernels.triton.launches import DEFAULT, Key, Launch, Table
@@ -156,7 +156,7 @@ def test_verdicts(error: float, candidate: Summary, verdict: str) -> None:
 def test_what_spills_or_does_not_fit_never_reaches_the_gpu() -> None:
     for usage, note in (({"stack": 8, "local": 0, "shared": 0}, "spills"), ({"shared": 300_000}, "shared memory")):
         compilers = mock.Mock(**{"usage.return_value": usage})
-        with mock.patch.object(tune, "Worker") as worker, Examiner(compilers, "cuda:0", SHARED_BYTES[90]) as examine:
+        with mock.patch.object(tune, "Worker") as worker, Examiner(compilers, "cuda:0", SHARED_BYTES[90], math.inf) as examine:
             trial = examine(KEY, DEFAULT[KEY], [Launch(64, 64, 0, 4, 1)])
         assert trial.verdict == NO_FIT
         assert note in trial.note
@@ -169,11 +169,24 @@ def test_a_candidate_that_breaks_the_gpu_costs_only_itself() -> None:
     broken = mock.Mock(side_effect=WorkerLost("illegal address"), is_lost=False)
     whole = mock.Mock(return_value=right, is_lost=False)
     with mock.patch.object(tune, "Worker", side_effect=[broken, whole]):
-        examine = Examiner(compilers, "cuda:0", SHARED_BYTES[90])
+        examine = Examiner(compilers, "cuda:0", SHARED_BYTES[90], math.inf)
         trial = examine(KEY, DEFAULT[KEY], [Launch(64, 64, 0, 4, 1)])
         assert (trial.verdict, trial.note) == (FAILED, "illegal address")
         broken.is_lost = True
         assert examine(KEY, DEFAULT[KEY], [Launch(16, 64, 0, 4, 1)]).verdict == BETTER
+
+
+@pytest.mark.parametrize("during", ["compilation", "comparison"])
+def test_the_end_of_the_time_is_no_verdict(journal: Journal, during: str) -> None:
+    """The candidate stays untried, so that the same command begins with it."""
+    compilers = mock.Mock(**{"usage.return_value": {"shared": 0}})
+    if during == "compilation":
+        compilers.usage.side_effect = TimeoutError
+    late = mock.Mock(side_effect=OutOfTime("stopped after 0 s"), is_lost=False)
+    with mock.patch.object(tune, "Worker", return_value=late):
+        examine = Examiner(compilers, "cuda:0", SHARED_BYTES[90], end=0.0)
+        assert not search(journal, examine)
+    assert journal.trials == []
 
 
 @pytest.fixture
@@ -378,7 +391,7 @@ def test_compiling_ahead_fills_the_cache(compiling: Path) -> None:
     command = [sys.executable, "bench/tune.py", "--compile-for", "90", "--kernels", "unfold"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert re.search(rf"^(\d+) of \1 launches compiled into {compiling}: 0 .*, 0 failed$", result.stdout, re.MULTILINE)
+    assert re.search(rf"^(\d+) of \1 launches compiled into {compiling}: 0 .*; 0 failed$", result.stdout, re.MULTILINE)
     assert any(compiling.iterdir())
 
 

@@ -103,6 +103,38 @@ def is_running(pid: int) -> bool:
         return False
 
 
+NESTED = """
+import os, sys, time
+from bench.worker import Worker
+from tests.bench.test_worker import nest
+if __name__ == "__main__":
+    with Worker() as worker:
+        worker(nest, say=lambda pid: print(pid, flush=True))
+"""
+
+
+def nest(say: Callable[[Any], None]) -> None:
+    """A worker's own worker, whose child hangs; all three are named."""
+    say(os.getpid())
+    with Worker() as worker:
+        worker(start_and_hang, say=say)
+
+
+def test_nobody_is_left_behind_when_the_parent_is_killed(tmp_path: Path) -> None:
+    script = tmp_path / "nested.py"
+    script.write_text(NESTED)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        pids = [int(process.stdout.readline()) for _ in range(2)]
+        assert all(map(is_running, pids))
+        process.kill()
+    deadline = time.monotonic() + 20
+    while any(map(is_running, pids)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def test_another_thread_may_kill_it() -> None:
     with Worker() as worker, ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(worker, time.sleep, 600)
