@@ -238,7 +238,8 @@ def roofs(run: Run, dtypes: Sequence[DType], say: Say) -> None:
     measure_roofs(device, dtypes, quick=True, say=say)
     if device.type == "cuda":
         say({"roof": "copy within the L2 cache", "gb_per_s": cached_copy_gb_per_s(device)})
-        say({"roof": "node of a graph", "us": node_us(device)})
+        x = torch.zeros(1, device=device)
+        say({"roof": "smallest node of a graph", "us": node_us(lambda: x.add_(1), device)})
 
 
 def gpu_state() -> dict[str, Any]:
@@ -258,16 +259,16 @@ def cached_copy_gb_per_s(device: torch.device) -> float:
     """Of a buffer of a quarter of the L2 cache, bytes read and bytes written."""
     source = torch.ones(last_level_cache_bytes(device) // 4, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / back_to_back_ms(lambda: target.copy_(source), device, 200) / 1e6
+    return 2 * source.nbytes / node_us(lambda: target.copy_(source), device) / 1e3
 
 
-def node_us(device: torch.device, nodes: int = 100) -> float:
-    """One of many tiny kernels behind each other in a CUDA graph."""
-    x, graph = torch.zeros(1, device=device), torch.cuda.CUDAGraph()
-    x.add_(1)
+def node_us(call: Callable[[], object], device: torch.device, nodes: int = 100) -> float:
+    """Microseconds of one of many such nodes behind each other in a CUDA graph."""
+    graph = torch.cuda.CUDAGraph()
+    call()
     with torch.cuda.graph(graph):
         for _ in range(nodes):
-            x.add_(1)
+            call()
     return 1e3 * back_to_back_ms(graph.replay, device, 20) / nodes
 
 
