@@ -42,7 +42,6 @@ from bench.worker import Workers
 from search.errors import InputError
 from search.features import resolve_device
 
-STARTED = time.monotonic()
 CLOSING_S = 12.0  # of a run of limited minutes: what was imported before, the last summary and the picture
 
 
@@ -152,6 +151,7 @@ def run_and_write(settings: BenchSettings, device: torch.device, folder: Path) -
 def run_for_minutes(settings: BenchSettings, device: torch.device, folder: Path) -> Results:
     """The stages that fit into --minutes. Each number is in <name>.jsonl at once, the summary anew behind each stage."""
     assert settings.minutes is not None
+    end = time.monotonic() + 60 * settings.minutes - min(CLOSING_S, 6 * settings.minutes)
     here = environment(device)
     results = Results(here, NO_ROOFS, name=new_name(folder, here))
     stem = folder / results.name
@@ -170,7 +170,6 @@ def run_for_minutes(settings: BenchSettings, device: torch.device, folder: Path)
         if "status" in value:
             write(results, folder, (write_csv, write_markdown))
 
-    end = STARTED + 60 * settings.minutes - min(CLOSING_S, 6 * settings.minutes)
     try:
         run_stages(list(plan_stages(device, run.scale)), run, end, hear, log=stem.with_suffix(".log"))
         results.is_complete = True
