@@ -36,8 +36,7 @@ def draw(path: Path, results: Results) -> None:
         figsize=(_WIDTH, 0.6 + sum(max(panel.height for panel in strip) for strip in strips)), layout="constrained"
     )
     env = results.environment
-    dtype = strips[0][0].groups[0][0].dtype if strips else ""
-    figure.suptitle(f"{env.device} · {dtype} · {env.timestamp[:10]} · {env.commit}", color=INK, fontsize=11, ha="left", x=0.01)
+    figure.suptitle(f"{env.device} · {env.timestamp[:10]} · {env.commit}", color=INK, fontsize=11, ha="left", x=0.01)
     if strips:
         heights = [max(panel.height for panel in strip) for strip in strips]
         parts = figure.subfigures(len(strips), 1, squeeze=False, height_ratios=heights)[:, 0]
@@ -59,7 +58,7 @@ class _Panel:
 def _draw_strip(part: SubFigure, strip: Sequence[_Panel]) -> None:
     axes = part.subplots(1, len(strip), squeeze=False)[0]
     for panel, ax in zip(strip, axes, strict=True):
-        ax.set_title(panel.title, loc="left", fontsize=10, color=INK)
+        ax.set_title(f"{panel.title} · {panel.groups[0][0].dtype}", loc="left", fontsize=10, color=INK)
         style_axes(ax)
         panel.draw(ax, panel.groups)
 
