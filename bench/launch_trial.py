@@ -2,7 +2,9 @@
 
 import contextlib
 import functools
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -22,6 +24,11 @@ ROUNDS = 20
 SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 _REDUCTIONS = ("fold_kernel", "sum_partials_kernel")
 _QUEUED_CYCLES = 4_000_000  # about 2 ms: longer than the host needs to launch two calls
+
+
+def triton_cache() -> Path:
+    """Where Triton keeps what it has compiled: a folder for each kernel, and some for their launchers."""
+    return Path(os.environ.get("TRITON_CACHE_DIR", "~/.triton/cache")).expanduser()
 
 
 class Comparison(NamedTuple):

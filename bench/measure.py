@@ -33,6 +33,7 @@ from bench.timing import (
     back_to_back_ms,
     first_call,
     interleaved,
+    prepared,
     synchronise,
     warm_up_calls,
 )
@@ -105,10 +106,7 @@ def measure_apart(
 
 
 def _measure(job: Job, device_name: str, rounds: int, roofs: Roofs, seed: int, threads: int, say: Say) -> list[Row]:
-    torch.set_num_threads(threads)
-    device = torch.device(device_name)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    device = prepared(device_name, threads)
     return measure(job, device, rounds, roofs, seed=seed, measure_first_call=in_fresh_process, say=say)
 
 
@@ -272,8 +270,7 @@ _held: list[tuple[Workload, CacheFlush, Clock]] = []
 
 
 def _hold(case: Case, provider: Provider, dtype: str, device_name: str, threads: int) -> None:
-    torch.set_num_threads(threads)
-    device = torch.device(device_name)
+    device = prepared(device_name, threads)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         workload = case.workload(provider, dtype, device)

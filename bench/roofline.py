@@ -58,9 +58,7 @@ def measure_roofs(
     matrix = {}
     for dtype in dtypes:
         rates = [_matrix_gflops(size, dtype, device) for size in sizes]
-        if (
-            device.type == "cpu"
-        ):  # where the library's product is not the quickest; on a GPU a roof must not hang on our kernels
+        if device.type == "cpu":  # ours may be quicker there; on a GPU no roof shall hang on kernels of our own
             rates.append(_pointwise_gflops(dtype, device))
         matrix[dtype] = max(rates)
         say({"roof": "matrix product", "dtype": dtype, "gflops": matrix[dtype]})

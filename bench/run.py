@@ -7,9 +7,9 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))  # this checkout, also where another one is installed or none
 
 from bench.cases import DTYPES, SUITES, DType, Suite
-from bench.launch_trial import SHARED_BYTES
+from bench.launch_trial import SHARED_BYTES, triton_cache
 from bench.measure import measure_apart
 from bench.report import in_short, table, write_markdown
 from bench.results import (
@@ -36,7 +36,7 @@ from bench.results import (
     write_csv,
 )
 from bench.roofline import NO_ROOFS, measure_roofs
-from bench.stages import Run, compile_kernels, plan_stages, run_stages, triton_cache
+from bench.stages import Run, compile_kernels, plan_stages, run_stages
 from bench.suites import PAPER, Plan, make_plan
 from bench.worker import Workers
 from search.errors import InputError
@@ -47,7 +47,7 @@ CLOSING_S = 12.0  # of a run of limited minutes: what was imported before, the l
 
 @dataclass(frozen=True, kw_only=True)
 class BenchSettings:
-    """The flags, as `parse` explains them."""
+    """The flags, as `parser` explains them."""
 
     suite: Sequence[Suite] = SUITES
     dtype: Sequence[DType] | None = None
@@ -143,8 +143,6 @@ def run_and_write(settings: BenchSettings, device: torch.device, folder: Path) -
     except KeyboardInterrupt:
         print("\nstopped: the same command at the same commit goes on with the next case", file=sys.stderr)
     print_and_write(results, folder)
-    if results.is_complete:
-        forget_unfinished(folder, results)
     return results
 
 
@@ -168,10 +166,11 @@ def run_for_minutes(settings: BenchSettings, device: torch.device, folder: Path)
         results.numbers.append(line)
         results.roofs = results.roofs.with_number(value)
         if "status" in value:
-            write(results, folder, (write_csv, write_markdown))
+            write(results, folder, SUMMARY)
 
     try:
-        run_stages(list(plan_stages(device, run.scale)), run, end, hear, log=stem.with_suffix(".log"))
+        stages = list(plan_stages(device, run.scale))
+        run_stages(stages, lambda: replace(run, roofs=results.roofs), end, hear, log=stem.with_suffix(".log"))
         results.is_complete = True
     except KeyboardInterrupt:
         print("\nstopped: what was measured is written", file=sys.stderr)
@@ -184,9 +183,12 @@ def print_and_write(results: Results, folder: Path) -> None:
     from bench.plots import draw  # its library takes a while, and no process that measures needs it
 
     print(table(results, colour=sys.stdout.isatty()))
-    write(results, folder, (write_csv, write_markdown, draw))
-    for path in sorted(folder.glob(f"{results.name}[.-]*")):
-        print(path)
+    write(results, folder, {**SUMMARY, ".png": draw})
+    if results.is_complete:
+        forget_unfinished(folder, results)
+    for pattern in (".*", "-profile-*", "-counters-*"):
+        for path in sorted(folder.glob(results.name + pattern)):
+            print(path)
 
 
 def begin(settings: BenchSettings, plan: Plan, device: torch.device, folder: Path) -> Results:
@@ -221,14 +223,15 @@ def run_plan(plan: Plan, results: Results, device: torch.device, rounds: int, *,
     results.is_complete = True
 
 
-SUFFIXES = {"write_csv": ".csv", "write_markdown": ".md", "draw": ".png"}
+Writer = Callable[[Path, Results], None]
+SUMMARY: Mapping[str, Writer] = {".csv": write_csv, ".md": write_markdown}
 
 
-def write(results: Results, folder: Path, writers: Sequence[Callable[[Path, Results], None]]) -> list[Path]:
-    """The CSV, the summary, the picture of a run, each written aside, then renamed -> those that could be."""
+def write(results: Results, folder: Path, writers: Mapping[str, Writer]) -> list[Path]:
+    """By suffix the CSV, the summary, the picture of a run, each written aside, then renamed -> those that could be."""
     written = []
-    for writer in writers:
-        path = folder / (results.name + SUFFIXES[writer.__name__])
+    for suffix, writer in writers.items():
+        path = folder / (results.name + suffix)
         try:
             writer(path, results)
         except Exception:  # the numbers are on the disk, and the run goes on

@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 from unittest import mock
@@ -40,6 +41,7 @@ from bench.cases import (
     Provider,
     Workload,
 )
+from bench.launch_trial import launched_by, precision_of_a_gpu, triton_cache
 from bench.measure import Trial, check_against_reference, measure_apart, row_of
 from bench.results import DONE, NOT_CHECKED, OUT_OF_TIME, Row
 from bench.roofline import NO_ROOFS, Roofs, measure_roofs
@@ -52,6 +54,7 @@ from bench.timing import (
     back_to_back_ms,
     interleaved,
     last_level_cache_bytes,
+    prepared,
     synchronise,
     warm_up_calls,
 )
@@ -104,11 +107,7 @@ class Run:
 
     def prepare(self) -> torch.device:
         """Of a stage's process."""
-        torch.set_num_threads(self.threads)
-        device = torch.device(self.device_name)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        return device
+        return prepared(self.device_name, self.threads)
 
     def file(self, ending: str) -> Path:
         """<stem>-<ending>"""
@@ -164,48 +163,41 @@ def _jobs(cases: Iterable[Case], dtype: DType, others: tuple[Provider, ...] = EA
 
 
 def run_stages(
-    stages: Sequence[Stage], run: Run, end: float, hear: Callable[[str, dict[str, Any] | Row], None], log: Path
+    stages: Sequence[Stage],
+    run_now: Callable[[], Run],
+    end: float,
+    hear: Callable[[str, dict[str, Any] | Row], None],
+    log: Path,
 ) -> None:
     """All that fit in before `end` on the monotonic clock.
 
-    `hear` gets each number and row with its stage's name, and behind each stage how it ended.
+    `run_now` gives what a stage is told: what is known by then. `hear` gets each number and row with its stage's name, and
+    behind each stage how it ended.
     """
-    with Workers(preload="bench.stages", log=log, ahead=run.device_name != "cpu") as workers:
+    on_gpu = run_now().device_name != "cpu"
+    with Workers(preload="bench.stages", log=log, ahead=on_gpu) as workers:
         for stage in stages:
-            start, cached = time.monotonic(), triton_cache_entries()
+            start, cached, said = time.monotonic(), kernels_in_cache(), partial(hear, stage.name)
             limit_s = min(stage.limit_s, end - start)
             if limit_s < 5:
-                hear(stage.name, {"status": OUT_OF_TIME, "seconds": 0.0})
+                said({"status": OUT_OF_TIME, "seconds": 0.0})
                 continue
-
-            def said(value: dict[str, Any] | Row, stage: Stage = stage) -> None:
-                nonlocal run
-                hear(stage.name, value)
-                run = replace(run, roofs=run.roofs.with_number(value)) if isinstance(value, dict) else run
-
             try:
                 if stage.function is not None:
-                    workers.fresh()(stage.function, run, *stage.arguments, limit_s=limit_s, say=said)
+                    workers.fresh()(stage.function, run_now(), *stage.arguments, limit_s=limit_s, say=said)
                 else:
-                    measure_jobs(stage.jobs, run, workers, start + limit_s, said)
+                    measure_jobs(stage.jobs, run_now(), workers, start + limit_s, said)
                 status = {"status": DONE}
             except OutOfTime as error:
                 status = {"status": OUT_OF_TIME, "note": str(error)}
             except (WorkFailed, WorkerLost) as error:
                 status = {"status": str(error)}
-            numbers: dict[str, Any] = {"seconds": round(time.monotonic() - start, 1)}
-            if run.device_name != "cpu":
-                numbers["kernels_compiled"] = triton_cache_entries() - cached
-            hear(stage.name, status | numbers)
+            compiled = {"kernels_compiled": kernels_in_cache() - cached} if on_gpu else {}
+            said({**status, "seconds": round(time.monotonic() - start, 1), **compiled})
 
 
-def triton_cache() -> Path:
-    """Where Triton keeps what it has compiled, a folder for each kernel and some for their launchers."""
-    return Path(os.environ.get("TRITON_CACHE_DIR", "~/.triton/cache")).expanduser()
-
-
-def triton_cache_entries() -> int:
-    """How many kernels lie there."""
+def kernels_in_cache() -> int:
+    """How many Triton has compiled."""
     return sum(1 for _ in triton_cache().glob("*/*.cubin"))
 
 
@@ -444,8 +436,8 @@ def gpu_tests(run: Run, say: Say) -> None:
     if importlib.util.find_spec("pytest") is None or importlib.util.find_spec("hypothesis") is None:
         say({"skipped": "pytest and hypothesis are not both installed"})
         return
-    counts, first = Counter[str](), [path for path in GPU_TESTS if (ROOT / path).exists()]
-    for paths in (first, ["tests/fast", *(f"--ignore={path}" for path in first)]):
+    counts = Counter[str]()
+    for paths in (GPU_TESTS, ("tests/fast", *(f"--ignore={path}" for path in GPU_TESTS))):
         command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-p", "bench.pytest_at_once", *paths]
         command += ["-n", "6"] if importlib.util.find_spec("xdist") is not None else []
         code = _count_tests(command, counts, say)
@@ -490,9 +482,8 @@ def compile_kernels(architecture: int, stages: Iterable[Stage]) -> int:
 
     Our workloads run on tensors of the CPU, with a launch that compiles instead. Random cells are left out.
     """
-    from bench.launch_trial import launched_by, precision_of_a_gpu  # Triton is not there on every system
     from fast.kernels import triton
-    from fast.kernels.triton import compilation
+    from fast.kernels.triton import compilation  # Triton is not there on every system
 
     compilation.choose_absent_gpu(architecture)
     compiled = set()

@@ -135,6 +135,15 @@ def _kibibytes(text: str) -> int:
     return int(match[1]) * {"K": 1, "M": 1024}[match[2]] if match else 0
 
 
+def prepared(device_name: str, threads: int) -> torch.device:
+    """The device, in a process that is new to it."""
+    torch.set_num_threads(threads)
+    device = torch.device(device_name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # whose stream events are recorded in
+    return device
+
+
 def synchronise(device: torch.device) -> None:
     """Wait until the device is idle."""
     if device.type == "cuda":
@@ -154,10 +163,7 @@ def first_call(case: Case, provider: Provider, dtype: str, device_name: str, thr
     Memory counts from before the first call: what a step keeps from then on (momentum, buffers, a captured graph's pool) is
     its own. Only where that call compiles, it counts from behind it, because a compiler's memory is not an iteration's.
     """
-    torch.set_num_threads(threads)
-    device = torch.device(device_name)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    device = prepared(device_name, threads)
     workload = case.workload(provider, dtype, device)
     gc.collect()
     meter = _MemoryMeter(device)

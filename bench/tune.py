@@ -316,9 +316,8 @@ def compile_ahead(keys: list[Key], compilers: Compilers, end: float, shared_byte
     except TimeoutError:
         print("\nthe time is over: the same command goes on", file=sys.stderr)
     finally:  # Ctrl-C too
-        where = os.environ.get("TRITON_CACHE_DIR", "~/.triton/cache")
-        print(f"\n{done - failed} of {len(pairs)} launches compiled into {where}: {unfit} would spill or not fit", end="")
-        print(f"; {failed} failed")
+        result = f"{unfit} would spill or not fit; {failed} failed"
+        print(f"\n{done - failed} of {len(pairs)} launches compiled into {launch_trial.triton_cache()}: {result}")
 
 
 def table_text(gpu: str, versions: str, command: str, date: str, journal: Journal, earlier: dict[Key, Entry]) -> str:

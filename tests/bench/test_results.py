@@ -16,10 +16,10 @@ from bench.cases import COMPILE, EAGER, OURS
 from bench.costs import Cost
 from bench.measure import in_fresh_process, measure
 from bench.plots import draw
-from bench.report import extrapolation, judged_targets, table, write_markdown
+from bench.report import extrapolation, judged_targets, table
 from bench.results import Environment, Results, Row, environment, ratio, write_csv
 from bench.roofline import Roofs, measure_roofs
-from bench.run import BenchSettings, main, write
+from bench.run import SUMMARY, BenchSettings, main, write
 from bench.suites import NEW_CELL, Job, Plan
 from fast.atrous_separable_conv import atrous_separable_conv
 from search.errors import InputError
@@ -32,7 +32,7 @@ def results_of(*rows: Row, **changes: Any) -> Results:
 
 def test_a_whole_run_is_written_and_read_back(tmp_path: Path) -> None:
     results = tiny_results()
-    paths = write(results, tmp_path, (write_csv, write_markdown, draw))
+    paths = write(results, tmp_path, {**SUMMARY, ".png": draw})
     assert [path.name for path in paths] == [f"2026-01-02-0123abc.{suffix}" for suffix in ("csv", "md", "png")]
     with paths[0].open(newline="") as file:
         read = list(csv.DictReader(file))
@@ -71,7 +71,7 @@ def test_what_cannot_be_written_is_said_and_the_rest_is_written(
     monkeypatch.setattr("bench.report._suite_table", lambda groups: 1 // 0)
     results = results_of(row("ours", 1.0))
     results.name = "run"
-    assert [path.name for path in write(results, tmp_path, (write_csv, write_markdown))] == ["run.csv"]
+    assert [path.name for path in write(results, tmp_path, SUMMARY)] == ["run.csv"]
     assert "run.md could not be written" in capsys.readouterr().err
 
 
@@ -79,7 +79,7 @@ def test_every_cell_of_the_summary_stands_under_its_name(tmp_path: Path) -> None
     mine = row("ours", 2.0, back_to_back_ms=1.75, first_call_s=9.25, peak_memory_mb=321.0, rms_error=3e-7)
     results = results_of(mine, row("eager", 10.0), row("torch.compile", None, note="why"))
     results.name = "run"
-    write(results, tmp_path, (write_markdown,))
+    write(results, tmp_path, SUMMARY)
     lines = [line for line in (tmp_path / "run.md").read_text().splitlines() if line.startswith("| ")]
     header = next(line for line in lines if line.startswith("| case |"))
     cells = [dict(zip(header.split(" | "), line.split(" | "), strict=True)) for line in lines[lines.index(header) + 1 :]]
@@ -201,6 +201,7 @@ def test_main_writes_and_prints(tmp_path: Path, capsys: pytest.CaptureFixture[st
     written = sorted(tmp_path.rglob("*.*"))
     assert [path.suffix for path in written] == [".csv", ".md", ".png"]
     assert all(str(path) in printed for path in written)
+    assert "unfinished" not in printed
     assert "sep3x3 6x21" in printed
     first = written[0].read_bytes()
     main(BenchSettings(device="cpu", out=tmp_path))  # of the same day and commit

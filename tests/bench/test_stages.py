@@ -83,7 +83,14 @@ def test_a_stage_that_crashes_hangs_or_fails_costs_itself(tmp_path: Path) -> Non
         Stage("known", 60, say_known_roof),
     ]
     end = time.monotonic() + 300
-    run_stages(stages, RUN, end, lambda stage, value: heard.append((stage, value)), tmp_path / "log")
+    run = RUN
+
+    def hear(stage: str, value: Any) -> None:
+        nonlocal run
+        heard.append((stage, value))
+        run = replace(run, roofs=run.roofs.with_number(value)) if isinstance(value, dict) else run
+
+    run_stages(stages, lambda: run, end, hear, tmp_path / "log")
     ends = {stage: value["status"] for stage, value in heard if isinstance(value, dict) and "status" in value}
     assert ends == {
         "roof": "done",
@@ -102,7 +109,7 @@ def test_a_stage_that_crashes_hangs_or_fails_costs_itself(tmp_path: Path) -> Non
 def test_the_end_of_the_minutes_leaves_the_rest_out(tmp_path: Path) -> None:
     heard: list[tuple[str, Any]] = []
     stages = [Stage("hang", 600, hang), Stage("roof", 60, say_roof)]
-    run_stages(stages, RUN, time.monotonic() + 7, lambda stage, value: heard.append((stage, value)), tmp_path / "log")
+    run_stages(stages, lambda: RUN, time.monotonic() + 7, lambda stage, value: heard.append((stage, value)), tmp_path / "log")
     assert [value.get("status") for _, value in heard] == [None, "out of time", "out of time"]
     assert heard[1][1]["note"] == "stopped after 7 s"
 
