@@ -13,7 +13,7 @@ from bench.cases import COMPILE, COMPILE_MAX, EAGER, EAGER_CHANNELS_LAST, OURS, 
 from bench.report import cells_per_hour, rate_ratios
 from bench.results import Results, Row, best_other, ours, ratio, right
 from reference.cell import RATES
-from search.diagram import INK, show_grid, style_axes
+from search.reports.diagram import INK, show_grid, style_axes
 
 _COLOURS = {
     OURS.name: "#cf3f4f",

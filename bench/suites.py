@@ -26,8 +26,8 @@ from bench.costs import Mode
 from bench.training_cases import NewCellCase, ProxyCase, SearchCase, random_cells
 from fast.train_step import has_fast_bf16
 from reference.cell import CONV1X1, GRID_SIZES, RATES, Operation
-from search.proxy import ProxySettings
-from search.space import load_cell
+from search.cells.space import load_cell
+from search.tasks.proxy import ProxySettings
 
 PUBLISHED_RATES = tuple((h, w) for h in RATES for w in RATES)
 FEW_RATES = ((1, 1), (6, 6), (6, 21), (21, 21))  # the densest reads, two of the published cell's kind, the farthest reads

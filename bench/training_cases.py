@@ -36,13 +36,13 @@ from reference.concat_project import DROPOUT_RATE
 from reference.dense_prediction_cell import BranchOptions, dense_prediction_cell, dense_prediction_cell_backward
 from reference.pointwise_conv import pointwise_conv, pointwise_conv_backward
 from reference.upsampled_cross_entropy import upsampled_cross_entropy, upsampled_cross_entropy_backward
+from search.cells.space import SearchSpace
 from search.datasets import SPLITS, open_dataset
 from search.features import FeatureCache
-from search.proxy import ProxySettings, ProxyTask
-from search.space import SearchSpace
+from search.tasks.proxy import ProxySettings, ProxyTask
 
 _STRIDE = 16
-_MOMENTUM, _WEIGHT_DECAY = 0.9, 4e-5  # as `search.proxy.ProxySettings` has them
+_MOMENTUM, _WEIGHT_DECAY = 0.9, 4e-5  # as `search.tasks.proxy.ProxySettings` has them
 _PATCH_CHANNELS = 320  # as many as MobileNet-v2's last feature map has, the paper's proxy backbone
 
 

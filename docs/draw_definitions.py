@@ -28,7 +28,7 @@ from reference.mean_iou import class_iou, confusion_matrix, mean_iou
 from reference.pointwise_conv import ConvNorm, pointwise_conv
 from reference.pyramid_pooling import PoolingVariant, pooling_matrix, window_size
 from reference.upsampled_cross_entropy import IGNORE_INDEX, upsampled_cross_entropy, upsampled_cross_entropy_backward
-from search.diagram import draw_cell
+from search.reports.diagram import draw_cell
 
 IMAGES = Path(__file__).parent / "images"
 CELLS = Path(__file__).parents[1] / "search" / "cells"

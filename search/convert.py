@@ -24,11 +24,11 @@ from fast.decoder import Decoder
 from fast.dense_prediction_cell import DensePredictionCell
 from fast.segmentation import SegmentationHead, SegmentationNetwork
 from reference.cell import BACKBONE_FEATURE, CONV1X1, Branch, Cell, Operation
+from search.cells.space import load_cell
 from search.cli import run_command
 from search.datasets import cityscapes, pascal_voc
 from search.errors import InputError
-from search.space import load_cell
-from search.tensor_bundle import TensorBundle
+from search.tensorflow.tensor_bundle import TensorBundle
 
 CLASS_NAMES = {len(names): names for names in (cityscapes.CLASS_NAMES, pascal_voc.CLASS_NAMES)}  # the authors' data sets
 

@@ -25,9 +25,9 @@ from tqdm import tqdm
 from fast.backbone import Backbone, WeightsOrigin, timm_backbone
 from fast.checkpoint import write_whole
 from reference.upsampled_cross_entropy import IGNORE_INDEX
+from search.backbones.shapes import SHAPES_BACKBONES, SMALL_BACKBONE, shapes_backbone
 from search.datasets import SPLITS, Dataset, open_dataset
 from search.errors import InputError
-from search.shapes_backbone import SHAPES_BACKBONES, SMALL_BACKBONE, shapes_backbone
 
 FeatureDtype = Literal["float16", "bfloat16"]
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -33,17 +33,17 @@ from tqdm import tqdm
 
 from fast.backbone import WeightsOrigin
 from reference.cell import Cell
+from search.backbones.shapes import WIDE_BACKBONE
+from search.cells.space import canonical_form, load_cell
 from search.cli import differences, flags_called, run_command
 from search.datasets import open_dataset
-from search.end_to_end import EndToEndTask, training_folder
 from search.errors import InputError
 from search.features import FeatureSettings, open_cache, padded_size, prepare_caches, resolve_device, write_json
-from search.fidelity_report import Score, load_scores, score_path, write_report
-from search.proxy import ProxySettings, ProxyTask, crop_in_features
-from search.shapes_backbone import WIDE_BACKBONE
-from search.space import canonical_form, load_cell
+from search.reports.fidelity import Score, load_scores, score_path, write_report
+from search.runs.workers import Job, Outcome, Task, open_workers, outcomes
+from search.tasks.end_to_end import EndToEndTask, training_folder
+from search.tasks.proxy import ProxySettings, ProxyTask, crop_in_features
 from search.train import TrainSettings, complete
-from search.workers import Job, Outcome, Task, open_workers, outcomes
 
 ProtocolName = Literal["proxy", "long", "large", "end_to_end"]
 PROTOCOLS: tuple[ProtocolName, ...] = ("proxy", "long", "large", "end_to_end")

@@ -22,17 +22,17 @@ from tqdm import tqdm
 from fast.bilinear_resize import bilinear_resize
 from fast.checkpoint import load_head, save_head
 from reference.cell import NUM_BRANCHES, Cell
+from search.cells.sampler import LAG, PaperSampler, create_sampler, suggest_cell
+from search.cells.space import SearchSpace, canonical_form, load_cells
 from search.cli import ctrl_c_waits, run_command
 from search.datasets import open_dataset
 from search.errors import InputError
 from search.features import FeatureCache, FeatureSettings, open_cache, prepare_caches, resolve_device, write_text
-from search.proxy import ProxyResult, ProxySettings, ProxyTask, crop_in_features
-from search.rank_correlation import ties
 from search.report import write_report
-from search.sampler import LAG, PaperSampler, create_sampler, suggest_cell
-from search.space import SearchSpace, canonical_form, load_cells
-from search.study import FOUND, BaselineRecord, Study, TrialRecord, comparison_label, load_run, open_run, ranked
-from search.workers import Job, Outcome, Workers, open_workers
+from search.reports.rank_correlation import ties
+from search.runs.study import FOUND, BaselineRecord, Study, TrialRecord, comparison_label, load_run, open_run, ranked
+from search.runs.workers import Job, Outcome, Workers, open_workers
+from search.tasks.proxy import ProxyResult, ProxySettings, ProxyTask, crop_in_features
 
 KNOWN_CELLS = ("aspp", "dpc")
 _EXAMPLES = 4

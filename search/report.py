@@ -25,16 +25,16 @@ from fast.dense_prediction_cell import DensePredictionCell
 from reference.cell import Cell
 from reference.dense_prediction_cell import BranchOptions, rate_multiplier_for
 from reference.pyramid_pooling import PoolingVariant
-from search.cell_report import draw_pictures, write_cell_report
 from search.cli import run_command
 from search.datasets import IGNORE_INDEX
-from search.diagram import INK, figure_svg, show_grid, style_axes
 from search.errors import InputError
 from search.features import resolve_device
-from search.latency import Latencies, measure_latencies
-from search.page import percent, write_page
-from search.proxy import ProxyResult
-from search.study import FOUND, Run, TrialRecord, comparison_label, load_run, ranked
+from search.reports.cells import draw_pictures, write_cell_report
+from search.reports.diagram import INK, figure_svg, show_grid, style_axes
+from search.reports.latency import Latencies, measure_latencies
+from search.reports.page import percent, write_page
+from search.runs.study import FOUND, Run, TrialRecord, comparison_label, load_run, ranked
+from search.tasks.proxy import ProxyResult
 
 _TOP, _DRAWN_BEST, _DRAWN_WORST = 10, 3, 2
 _TRIAL_COLOUR, _BEST_COLOUR = "#4a7fd0", "#cf3f4f"

@@ -20,17 +20,17 @@ from tqdm import tqdm
 from fast.backbone import WeightsOrigin
 from reference.cell import Cell
 from reference.pyramid_pooling import PoolingVariant
+from search.cells.space import canonical_form, load_cells
 from search.cli import run_command
-from search.end_to_end import EndToEndResult, EndToEndTask
 from search.errors import InputError
 from search.features import resolve_device, write_json, write_text
-from search.rank_correlation import MIN_POINTS, RankCorrelation, rank_correlation, ties
-from search.scatter import Point, Scatter, write_scatters
-from search.space import canonical_form, load_cells
-from search.study import Run, load_run, ranked
+from search.reports.rank_correlation import MIN_POINTS, RankCorrelation, rank_correlation, ties
+from search.reports.scatter import Point, Scatter, write_scatters
+from search.runs.study import Run, load_run, ranked
+from search.runs.workers import Job, Outcome, Workers, open_workers, outcomes
+from search.tasks.end_to_end import EndToEndResult, EndToEndTask
 from search.train import RecipeSettings, TrainSettings, complete
-from search.training_run import open_training
-from search.workers import Job, Outcome, Workers, open_workers, outcomes
+from search.training.state import open_training
 
 # Flags that are the run's where they are not given, and those that no longer fit once another data set or backbone is given.
 _DATA = ("dataset", "data_dir", "train_split")

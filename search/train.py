@@ -37,16 +37,16 @@ from fast.upsampled_cross_entropy import upsampled_cross_entropy
 from reference.cell import Cell
 from reference.mean_iou import class_iou, mean_iou
 from reference.pyramid_pooling import PoolingVariant
-from search.augmentation import Augmentation, Crop, TrainingCrops, stack
+from search.cells.space import load_cell
 from search.cli import run_command
 from search.datasets import IGNORE_INDEX, Dataset, open_dataset
 from search.devices import Devices, join_devices
 from search.errors import InputError
 from search.evaluate import count_pixels
 from search.features import FeatureSettings, create_backbone
-from search.optimizer import parameter_groups, poly_learning_rate, set_learning_rate
-from search.space import load_cell
-from search.training_run import Curve, load_state, open_training, save_state
+from search.training.augmentation import Augmentation, Crop, TrainingCrops, stack
+from search.training.optimizer import parameter_groups, poly_learning_rate, set_learning_rate
+from search.training.state import Curve, load_state, open_training, save_state
 
 Value = TypeVar("Value")
 

@@ -29,7 +29,7 @@ from fast.dense_prediction_cell import DensePredictionCell
 from fast.kernels.triton.launches import DEFAULT, Key
 from fast.segmentation import SegmentationHead
 from fast.train_step import TrainStep
-from search.space import load_cell
+from search.cells.space import load_cell
 from tests.bench.tiny_runs import TINY
 from tests.fake_gpu import FakeGpu, fake_gpu
 

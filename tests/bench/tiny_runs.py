@@ -11,7 +11,7 @@ from bench.roofline import Roofs
 from bench.run import run_plan, unsupported_rows
 from bench.suites import QUICK, Job, Plan, Planner, Scale
 from reference.cell import Operation
-from search.proxy import ProxySettings
+from search.tasks.proxy import ProxySettings
 
 CPU = torch.device("cpu")
 TINY = replace(

@@ -13,10 +13,10 @@ from fast.bilinear_resize import bilinear_resize
 from fast.checkpoint import load_network
 from fast.segmentation import SegmentationNetwork, predict_scales
 from reference.cell import Cell
+from search.cells.space import load_cell
 from search.convert import Conversion, ConvertSettings, convert, main
 from search.errors import InputError
-from search.space import load_cell
-from search.tensor_bundle import TensorBundle
+from search.tensorflow.tensor_bundle import TensorBundle
 from tests.golden.authors_dumps import SHARED
 from tests.search.authors_deeplab import AuthorsDeepLab, Variables, random_variables, variable_shapes
 from tests.search.made_bundle import slots, write_bundle

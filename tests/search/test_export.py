@@ -17,9 +17,9 @@ from fast.backbone import timm_backbone
 from fast.bilinear_resize import bilinear_resize
 from fast.checkpoint import load_head, load_network, save_head, save_network
 from reference.cell import BACKBONE_FEATURE, CONV1X1, Branch, Cell, Operation
+from search.cells.space import load_cell
 from search.errors import InputError
 from search.export import TOLERANCE, ExportSettings, export, main
-from search.space import load_cell
 
 CLASSES = ("sky", "road", "öther")
 DYNAMIC_CELL = Cell(  # every kind of operation that can follow the size

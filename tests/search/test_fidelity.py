@@ -18,15 +18,15 @@ import timm
 import torch
 from PIL import Image
 
+import search.backbones.shapes
 import search.fidelity
-import search.fidelity_report
-import search.shapes_backbone
+import search.reports.fidelity
 from reference.cell import BACKBONE_FEATURE, Cell
-from search.end_to_end import EndToEndTask
+from search.cells.space import SearchSpace, canonical_form, load_cell
 from search.errors import InputError
 from search.features import FeatureSettings, create_backbone, write_json
 from search.fidelity import PROTOCOLS, FidelitySettings, fidelity_cells
-from search.fidelity_report import (
+from search.reports.fidelity import (
     Score,
     agreements,
     cell_scores,
@@ -36,9 +36,9 @@ from search.fidelity_report import (
     self_agreement,
     write_report,
 )
-from search.proxy import NotFiniteError, ProxyTask
-from search.rank_correlation import spearman
-from search.space import SearchSpace, canonical_form, load_cell
+from search.reports.rank_correlation import spearman
+from search.tasks.end_to_end import EndToEndTask
+from search.tasks.proxy import NotFiniteError, ProxyTask
 
 SMALL, LARGE = "test_efficientnet", "test_resnet"
 FOUR = dict(list(fidelity_cells().items())[3:7])  # r18, pool, 1x1+r6, 1x1+r12
@@ -122,7 +122,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> FidelitySettings:
 def few_cells_and_no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four cells instead of 31 where `search.fidelity` looks the space up; pictures are drawn by `uninterrupted` alone."""
     monkeypatch.setattr(search.fidelity, "fidelity_cells", lambda: FOUR)
-    monkeypatch.setattr(search.fidelity_report, "write_scatters", lambda *_: None)
+    monkeypatch.setattr(search.reports.fidelity, "write_scatters", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -466,7 +466,7 @@ def test_seeds_that_are_not_finished_do_not_count_for_the_noise() -> None:
 
 def test_the_shapes_have_a_wide_backbone_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained: list[str] = []
-    monkeypatch.setattr(search.shapes_backbone, "_train", lambda backbone, _: trained.append(backbone.name))
+    monkeypatch.setattr(search.backbones.shapes, "_train", lambda backbone, _: trained.append(backbone.name))
     settings = FeatureSettings(cache_dir=tmp_path, backbone="shapes_cnn_wide")
     wide, again, small = (create_backbone(s) for s in (settings, settings, replace(settings, backbone=None)))
     assert trained == ["shapes_cnn_wide", "shapes_cnn"]  # each once, then from its own file

@@ -23,13 +23,13 @@ from fast.checkpoint import load_head
 from fast.train_step import TrainStep
 from reference.cell import CONV1X1, Branch, Cell, Operation
 from reference.mean_iou import mean_iou
+from search.cells.space import canonical_form, load_cell
 from search.datasets import SPLITS
 from search.errors import InputError
 from search.features import create_backbone, open_cache
-from search.proxy import NotFiniteError, ProxyResult, ProxyTask
 from search.random import RandomSettings
-from search.space import canonical_form, load_cell
-from search.study import Run, load_run, ranked
+from search.runs.study import Run, load_run, ranked
+from search.tasks.proxy import NotFiniteError, ProxyResult, ProxyTask
 
 BACKBONE = "test_efficientnet"
 KNOWN_CELLS = ("aspp", "dpc")

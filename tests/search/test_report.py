@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from search.cells.space import SearchSpace, load_cell
 from search.errors import InputError
-from search.page import percent, quantity
-from search.proxy import ProxyResult
 from search.report import ReportSettings, main, pareto_front, write_report
-from search.space import SearchSpace, load_cell
-from search.study import BaselineRecord, Run, TrialRecord
+from search.reports.page import percent, quantity
+from search.runs.study import BaselineRecord, Run, TrialRecord
+from search.tasks.proxy import ProxyResult
 
 CLASS_NAMES = ("road", "car & <b>van</b>", "sky")
 FAILURE = "the loss was nan at iteration 3 <script>"

@@ -20,17 +20,17 @@ import search.random
 import search.rerank
 from fast.checkpoint import load_network
 from reference.cell import CONV1X1, Branch, Cell, Operation
-from search.end_to_end import EndToEndResult, EndToEndTask
+from search.cells.space import cell_hash, load_cell
 from search.errors import InputError
 from search.features import write_json
-from search.proxy import NotFiniteError
 from search.random import RandomSettings
 from search.rerank import Candidate, RerankSettings, correlation, finish, rank, read_result, train_settings
-from search.space import cell_hash, load_cell
-from search.study import Run, load_run, ranked
+from search.runs.study import Run, load_run, ranked
+from search.tasks.end_to_end import EndToEndResult, EndToEndTask
+from search.tasks.proxy import NotFiniteError
 from search.train import Training
-from search.training_run import read_curve
-from tests.search.test_end_to_end import measured, write_backbone
+from search.training.state import read_curve
+from tests.search.tasks.test_end_to_end import measured, write_backbone
 from tests.search.test_random import BACKBONE, skip_report, write_camvid
 from tests.search.test_train import kill_at_call, killed_while
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import search.train
-import search.training_run
+import search.training.state
 from fast.backbone import plain_backbone
 from fast.batch_norm import recompute_statistics
 from fast.checkpoint import load_network, save_network
@@ -21,12 +21,12 @@ from fast.decoder import Decoder
 from fast.dense_prediction_cell import DensePredictionCell
 from fast.segmentation import SegmentationHead, SegmentationNetwork
 from reference.mean_iou import mean_iou
+from search.cells.space import load_cell
 from search.datasets import open_dataset
 from search.errors import InputError
 from search.evaluate import count_pixels
-from search.space import load_cell
 from search.train import Training, TrainSettings, averaged, check, complete
-from search.training_run import read_curve
+from search.training.state import read_curve
 from tests.search.test_random import write_camvid
 
 ITERATIONS = 8
@@ -173,7 +173,7 @@ def test_a_validation_that_the_state_does_not_know_is_cut_off_the_curve(
 ) -> None:
     settings = replace(tiny, out=tmp_path, checkpoint_every=1)
     killed(settings, kill_at_call(search.train, "save_state", 5))  # after 4 of the iterations: of the validation
-    assert search.training_run.read_curve(tmp_path)[-1][3] is not None
+    assert search.training.state.read_curve(tmp_path)[-1][3] is not None
     search.train.main(settings)
     assert same_outcome(tmp_path, uninterrupted)
 
@@ -213,7 +213,7 @@ def test_ctrl_c_saves_and_goes_on(
     monkeypatch.setattr(Training, "_step", interrupted_step)
     with pytest.raises(KeyboardInterrupt):
         search.train.main(settings)
-    state = search.training_run.load_state(tmp_path, torch.device("cpu"))
+    state = search.training.state.load_state(tmp_path, torch.device("cpu"))
     assert state is not None
     assert state["iteration"] == iteration
     monkeypatch.undo()
@@ -234,22 +234,22 @@ def test_ctrl_c_in_the_last_validation_ends_whoever_would_train_another(
     monkeypatch.setattr(Training, "_keep", interrupted_keep)
     with pytest.raises(KeyboardInterrupt):
         search.train.main(settings)
-    state = search.training_run.load_state(tmp_path, torch.device("cpu"))
+    state = search.training.state.load_state(tmp_path, torch.device("cpu"))
     assert state is not None
     assert state["validated"] == settings.iterations
 
 
 def test_a_loading_process_that_dies_is_named_with_its_remedy(tiny: TrainSettings, tmp_path: Path) -> None:
     killed_by = replace(tiny, out=tmp_path, workers=1)
-    original = search.augmentation.TrainingCrops.__getitem__
+    original = search.training.augmentation.TrainingCrops.__getitem__
 
-    def dying(self: search.augmentation.TrainingCrops, position: int) -> Any:
+    def dying(self: search.training.augmentation.TrainingCrops, position: int) -> Any:
         if torch.utils.data.get_worker_info() is not None:
             os.kill(os.getpid(), signal.SIGKILL)
         return original(self, position)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search.augmentation.TrainingCrops, "__getitem__", dying)
+        patch.setattr(search.training.augmentation.TrainingCrops, "__getitem__", dying)
         with pytest.raises(InputError, match=r"a process that loads pictures has ended .*--workers 0"):
             search.train.main(killed_by)
 
@@ -277,7 +277,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_state(tiny: TrainSettings
     settings = replace(tiny, out=tmp_path, learning_rate=1e30, slow_start_iterations=4)
     with pytest.raises(InputError, match=r"(loss was nan at iteration|not finite).*--learning-rate"):
         search.train.main(settings)
-    state = search.training_run.load_state(tmp_path, torch.device("cpu"))
+    state = search.training.state.load_state(tmp_path, torch.device("cpu"))
     assert state is not None
     assert state["iteration"] == 4
     assert all(value.isfinite().all() for value in state["network"].values())
@@ -348,7 +348,7 @@ def test_an_averaged_training_goes_on_too(tiny: TrainSettings, tmp_path: Path) -
     search.train.main(settings[1])
     assert same_outcome(tmp_path / "killed", tmp_path / "whole")
     weight = "head.classifier.weight"
-    state = search.training_run.load_state(tmp_path / "whole", torch.device("cpu"))
+    state = search.training.state.load_state(tmp_path / "whole", torch.device("cpu"))
     kept = load_network(tmp_path / "whole" / "last.safetensors")[0].state_dict()[weight]
     assert state is not None
     assert torch.equal(kept, state["average"][f"module.{weight}"])

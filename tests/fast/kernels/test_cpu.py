@@ -21,7 +21,7 @@ from fast.pointwise_conv import pointwise_conv
 from fast.segmentation import SegmentationHead
 from fast.upsampled_cross_entropy import upsampled_cross_entropy
 from reference.cell import Cell
-from search.space import load_cell
+from search.cells.space import load_cell
 from tests.fast.error_budget import assert_within_budget
 
 pytestmark = pytest.mark.skipif(not cpu.is_available(), reason="no C++ compiler")
@@ -349,7 +349,7 @@ def test_without_a_compiler_all_works_and_one_warning_says_so(
     tmp_path: Path, environment: dict[str, str], warning: str
 ) -> None:
     program = (
-        "import torch; from fast import DensePredictionCell; from search.space import load_cell\n"
+        "import torch; from fast import DensePredictionCell; from search.cells.space import load_cell\n"
         "cell = DensePredictionCell(load_cell('dpc'), 4, branch_channels=8, cell_channels=8).train()\n"
         "for _ in range(3): cell(torch.randn(2, 4, 5, 5)).sum().backward()\n"
         "print('trained')"

@@ -1,0 +1,95 @@
+"""Parameters and multiply-adds of a cell, counted as the paper's Table 1 counts them.
+
+Convolution weights only: no batch norms, and without the 1×1 projection behind the concatenation (given apart, as
+`projection`). One multiply-add is two floating point operations. This gives the published cell's 0.36M and 0.81M parameters
+exactly, and all four rows of multiply-adds within one percent (the paper's own rows follow no single rule).
+"""
+
+from dataclasses import dataclass
+
+from fast.dense_prediction_cell import DensePredictionCell
+from reference.cell import BACKBONE_FEATURE, Cell, Operation
+from reference.pyramid_pooling import PoolingVariant, window_size
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Number of weights, and multiply-adds for one image."""
+
+    parameters: int
+    multiply_adds: int
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.parameters + other.parameters, self.multiply_adds + other.multiply_adds)
+
+
+@dataclass(frozen=True)
+class CellCost:
+    """The cost of each branch, in order, their sum (what Table 1 states), and the projection, which Table 1 leaves out."""
+
+    branches: tuple[Cost, ...]
+    projection: Cost
+
+    @property
+    def total(self) -> Cost:
+        return sum(self.branches, start=Cost(0, 0))
+
+
+def cell_cost(
+    cell: Cell,
+    in_channels: int,
+    feature_size: tuple[int, int],
+    *,
+    branch_channels: int = 256,
+    cell_channels: int = 256,
+    pooling: PoolingVariant = "sliding_window",
+    pooling_size: tuple[int, int] | None = None,
+) -> CellCost:
+    """Cost of a cell on a feature map of (h, w) = `feature_size`; `pooling` and `pooling_size` as in the cell's module.
+
+    >>> from search.cells.space import load_cell
+    >>> cell_cost(load_cell("dpc"), 320, (65, 129)).total  # a Cityscapes image at output stride 16
+    Cost(parameters=356160, multiply_adds=2986401600)
+    """
+    branches = []
+    for branch in cell.branches:
+        channels = in_channels if branch.input_index == BACKBONE_FEATURE else branch_channels
+        size = feature_size
+        if branch.operation.grid_size is not None:  # its convolution runs on the pooled map
+            size = _pooled_size(feature_size, branch.operation.grid_size, pooling, pooling_size)
+        branches.append(_operation_cost(branch.operation, channels, branch_channels, size))
+    return CellCost(tuple(branches), _pointwise_cost(len(branches) * branch_channels, cell_channels, feature_size))
+
+
+def module_cost(context: DensePredictionCell, feature_size: tuple[int, int]) -> CellCost:
+    """`cell_cost` of a cell with weights."""
+    return cell_cost(
+        context.cell,
+        context.in_channels,
+        feature_size,
+        branch_channels=context.branch_channels,
+        cell_channels=context.cell_channels,
+        pooling=context.pooling,
+        pooling_size=context.pooling_size,
+    )
+
+
+def _operation_cost(operation: Operation, in_channels: int, channels: int, size: tuple[int, int]) -> Cost:
+    if operation.rate is not None:
+        return Cost(9 * in_channels, 9 * in_channels * size[0] * size[1]) + _pointwise_cost(in_channels, channels, size)
+    return _pointwise_cost(in_channels, channels, size)
+
+
+def _pooled_size(
+    size: tuple[int, int], grid_size: tuple[int, int], pooling: PoolingVariant, pooling_size: tuple[int, int] | None
+) -> tuple[int, int]:
+    """How many means are taken along either axis."""
+    if pooling == "grid_cells":
+        return grid_size
+    pins = pooling_size or (None, None)
+    windows = [window_size(extent, grid, pin) for extent, grid, pin in zip(size, grid_size, pins, strict=True)]
+    return size[0] - windows[0] + 1, size[1] - windows[1] + 1
+
+
+def _pointwise_cost(in_channels: int, channels: int, size: tuple[int, int]) -> Cost:
+    return Cost(in_channels * channels, in_channels * channels * size[0] * size[1])

@@ -1,0 +1,226 @@
+"""How a study proposes cells: the paper's sampler (section 3.2) and a few of Optuna's own, for any Optuna study.
+
+A cell travels through Optuna as categorical parameters: `branch0_operation`, then `branch1_input`, `branch1_operation` and so
+on; branch 0 always reads the backbone's feature and has no input parameter.
+
+    sampler = PaperSampler(SearchSpace(), seed=0)
+    study = optuna.create_study(direction="maximize", sampler=sampler)
+    study.optimize(lambda trial: score(suggest_cell(trial, SearchSpace())), n_trials=100)
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
+from typing import Any, NamedTuple
+from zlib import crc32
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.trial import FrozenTrial, TrialState
+
+from reference.cell import BACKBONE_FEATURE, OPERATIONS, Branch, Cell
+from search.cells.space import SearchSpace, canonical_form
+from search.errors import InputError
+
+LAG = 4  # enough for five workers, and small enough for a study of a dozen trials to look near its best
+MAX_DRAWS = 1000
+EVOLUTION_POPULATION = 20
+SAMPLER_NAMES = ("paper", "random", "tpe", "evolution")
+
+_OPERATION_BY_NAME = {str(operation): operation for operation in OPERATIONS}
+
+
+def suggest_cell(trial: optuna.trial.BaseTrial, space: SearchSpace) -> Cell:
+    """Ask a trial for its cell, parameter by parameter, whatever the study's sampler is."""
+    params = {name: trial.suggest_categorical(name, choices) for name, choices in _choices(space).items()}
+    return cell_from_params(params, space)
+
+
+def params_of_cell(cell: Cell) -> dict[str, str | int]:
+    """The parameters of a cell, for `study.enqueue_trial` or `optuna.trial.FixedTrial`."""
+    params: dict[str, str | int] = {}
+    for i, branch in enumerate(cell.branches):
+        if i > 0:
+            params[f"branch{i}_input"] = branch.input_index
+        params[f"branch{i}_operation"] = str(branch.operation)
+    return params
+
+
+def cell_from_params(params: Mapping[str, Any], space: SearchSpace) -> Cell:
+    """The cell of a trial's parameters; others in `params` are ignored. Raises ValueError for one missing or unknown."""
+    inputs = (params[f"branch{i}_input"] if i > 0 else BACKBONE_FEATURE for i in range(space.num_branches))
+    operations = (_OPERATION_BY_NAME[params[f"branch{i}_operation"]] for i in range(space.num_branches))
+    try:
+        return Cell(tuple(map(Branch, inputs, operations)))
+    except KeyError as error:
+        raise ValueError(
+            f"not the parameters of a cell of {space.num_branches} branches: {error} missing or unknown"
+        ) from error
+
+
+class PaperSampler(optuna.samplers.BaseSampler):
+    """Random search as in Vizier (paper, section 3.2): cells uniformly at random, and some near the best observed so far.
+
+    With `near_best_probability` trial n is a neighbour of one of the `best_k` best distinct cells among the *visible* trials,
+    uniformly chosen; otherwise, and while none is complete, it is uniform over the space. A graph that an earlier trial has
+    proposed is drawn again, at most `MAX_DRAWS` times. Only complete trials are parents. One objective, either direction.
+
+    Trial n is a function of `seed`, n, the cells of all earlier trials and the results of the visible ones: those numbered
+    below `visible_before(n)` = n − `lag`. So the same seed gives the same cells with any number of workers up to `lag` + 1, if
+    trials are asked one after the other, each together with its cell, and trial n only once the visible ones are finished.
+    The sampler keeps no state: it may be copied, pickled and built again, and the study goes on where it stopped.
+    """
+
+    def __init__(
+        self, space: SearchSpace, *, seed: int, near_best_probability: float = 0.5, best_k: int = 10, lag: int = LAG
+    ) -> None:
+        if not 0 <= near_best_probability <= 1:
+            raise ValueError(f"near_best_probability must be between 0 and 1, got {near_best_probability}")
+        if seed < 0 or best_k < 1 or lag < 0:
+            raise ValueError(f"seed and lag must be at least 0 and best_k at least 1, got {seed}, {lag} and {best_k}")
+        self.space = space
+        self.seed = seed
+        self.near_best_probability = near_best_probability
+        self.best_k = best_k
+        self.lag = lag
+
+    def visible_before(self, number: int) -> int:
+        """Trials numbered below this must be finished before trial `number` is asked; 0 if results are never looked at."""
+        return max(0, number - self.lag) if self.near_best_probability > 0 else 0
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return {name: CategoricalDistribution(choices) for name, choices in _choices(self.space).items()}
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        earlier = list(_known_cells(study, trial.number, self.space))
+        proposed = {known.form for known in earlier}
+        visible = [known for known in earlier if known.trial.number < self.visible_before(trial.number)]
+        parents = self._best_cells(visible, study.direction)
+        rng = np.random.default_rng([self.seed, trial.number])
+        for _ in range(MAX_DRAWS):
+            cell = self._draw(parents, rng)
+            if canonical_form(cell).to_json() not in proposed:
+                break
+        return params_of_cell(cell)
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        """Any other parameter of the objective (a learning rate, say) is uniform; it too depends on (seed, trial) alone."""
+        seed = _trial_seed(self.seed, trial.number, crc32(param_name.encode()))
+        return optuna.samplers.RandomSampler(seed).sample_independent(study, trial, param_name, param_distribution)
+
+    def _best_cells(self, visible: Sequence["_KnownCell"], direction: optuna.study.StudyDirection) -> list[Cell]:
+        sign = -1 if direction == optuna.study.StudyDirection.MAXIMIZE else 1
+        complete = [known for known in visible if known.trial.state == TrialState.COMPLETE]
+        distinct: dict[str, Cell] = {}
+        for known in sorted(complete, key=lambda known: (sign * known.trial.values[0], known.trial.number)):
+            distinct.setdefault(known.form, known.cell)
+        return list(distinct.values())[: self.best_k]
+
+    def _draw(self, parents: Sequence[Cell], rng: np.random.Generator) -> Cell:
+        if rng.random() < self.near_best_probability and parents:
+            return self.space.mutate(parents[int(rng.integers(len(parents)))], rng)
+        return self.space.sample(rng)
+
+
+class SeededByTrial(optuna.samplers.BaseSampler):
+    """One of Optuna's samplers, built afresh for each trial with a seed that is a function of (seed, trial number).
+
+    Optuna's seed starts a single stream of random numbers, so a resumed study would propose its first cells again.
+    """
+
+    def __init__(self, build: Callable[[int], optuna.samplers.BaseSampler], *, seed: int) -> None:
+        self.seed = seed
+        self._build = build
+        self._samplers: dict[int, optuna.samplers.BaseSampler] = {}  # of the trials in flight, by number
+
+    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        self._samplers[trial.number] = self._build(_trial_seed(self.seed, trial.number))
+        self._samplers[trial.number].before_trial(study, trial)
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return self._of(trial).infer_relative_search_space(study, trial)
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        return self._of(trial).sample_relative(study, trial, search_space)
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        return self._of(trial).sample_independent(study, trial, param_name, param_distribution)
+
+    def after_trial(self, study: optuna.Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
+        self._of(trial).after_trial(study, trial, state, values)
+        self._samplers.pop(trial.number, None)
+
+    def _of(self, trial: FrozenTrial) -> optuna.samplers.BaseSampler:
+        """The trial's own sampler; a fresh one for a trial that another process began."""
+        return self._samplers.get(trial.number) or self._build(_trial_seed(self.seed, trial.number))
+
+
+def create_sampler(name: str, space: SearchSpace, seed: int, *, lag: int = LAG) -> optuna.samplers.BaseSampler:
+    """The sampler behind `--sampler`: one of `SAMPLER_NAMES`; `lag` is the paper sampler's. Raises InputError.
+
+    "random" is the paper's without the cells near the best; "tpe" and "evolution" (a genetic algorithm) are Optuna's, which
+    look at whatever is finished when they are asked, so that their cells depend on the number of workers.
+    """
+    if seed < 0:
+        raise InputError(f"--seed must be 0 or more, got {seed}")
+    match name:
+        case "paper":
+            return PaperSampler(space, seed=seed, lag=lag)
+        case "random":
+            return PaperSampler(space, seed=seed, near_best_probability=0)
+        case "tpe":
+            return SeededByTrial(_tpe, seed=seed)
+        case "evolution":
+            return SeededByTrial(_evolution, seed=seed)
+    raise InputError(f"--sampler {name} is unknown; choose one of {', '.join(SAMPLER_NAMES)}")
+
+
+def _tpe(trial_seed: int) -> optuna.samplers.BaseSampler:
+    return optuna.samplers.TPESampler(seed=trial_seed)
+
+
+def _evolution(trial_seed: int) -> optuna.samplers.BaseSampler:
+    return optuna.samplers.NSGAIISampler(population_size=EVOLUTION_POPULATION, seed=trial_seed)
+
+
+def _trial_seed(*entropy: int) -> int:
+    return int(np.random.SeedSequence(entropy).generate_state(1)[0])
+
+
+@cache
+def _choices(space: SearchSpace) -> dict[str, tuple[str | int, ...]]:
+    choices: dict[str, tuple[str | int, ...]] = {}
+    for i in range(space.num_branches):
+        if i > 0:
+            choices[f"branch{i}_input"] = tuple(range(BACKBONE_FEATURE, i))
+        choices[f"branch{i}_operation"] = tuple(_OPERATION_BY_NAME)
+    return choices
+
+
+class _KnownCell(NamedTuple):
+    trial: FrozenTrial
+    cell: Cell
+    form: str  # JSON of the canonical form
+
+
+def _known_cells(study: optuna.Study, before: int, space: SearchSpace) -> Iterator[_KnownCell]:
+    """The trials numbered below `before` with their cells; a trial whose parameters are not (yet) all there has none."""
+    names = tuple(_choices(space))
+    for trial in study.get_trials(deepcopy=False):
+        values = tuple(map(trial.params.get, names))
+        if trial.number < before and None not in values:
+            yield _KnownCell(trial, *_cell_and_form(values, space))
+
+
+@cache  # a long study is scanned at every trial, and its cells do not change
+def _cell_and_form(values: tuple[Any, ...], space: SearchSpace) -> tuple[Cell, str]:
+    cell = cell_from_params(dict(zip(_choices(space), values, strict=True)), space)
+    return cell, canonical_form(cell).to_json()

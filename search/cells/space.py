@@ -1,0 +1,171 @@
+"""The search space of dense prediction cells (paper, section 3.1): every cell of B branches over the paper's 81 operations.
+
+A cell is written as a sequence of branches, but neither the concatenation nor the 1×1 projection that learns to read it cares
+about their order. `canonical_form` picks one sequence for all orders of the same graph, so that no graph is evaluated twice.
+"""
+
+import hashlib
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from reference.cell import BACKBONE_FEATURE, GRID_SIZES, NUM_BRANCHES, OPERATIONS, RATES, Branch, Cell, Operation
+from search.errors import InputError
+
+CELLS_DIRECTORY = Path(__file__).parent
+OPERATION_SET = frozenset(OPERATIONS)
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """All cells of `num_branches` branches: branch i reads one of i + 1 maps (the backbone's or an earlier branch's).
+
+    >>> f"{SearchSpace(5).size():.1e} cells, {SearchSpace(5).canonical_size():.1e} up to the order of branches"
+    '4.2e+11 cells, 3.8e+10 up to the order of branches'
+    """
+
+    num_branches: int = NUM_BRANCHES
+
+    def __post_init__(self) -> None:
+        if self.num_branches < 1:
+            raise ValueError(f"num_branches must be at least 1, got {self.num_branches}")
+
+    def size(self) -> int:
+        """B!·81^B, exactly."""
+        return math.prod((i + 1) * len(OPERATIONS) for i in range(self.num_branches))
+
+    def canonical_size(self) -> int:
+        """The number of different canonical forms, exactly.
+
+        A cell is a forest with an operation at each node: a tree is an operation over a forest, and the Euler transform
+        counts the forests, n·forests[n] = Σ_k (Σ_{d | k} d·trees[d])·forests[n − k].
+        """
+        forests, trees = [1], [0]
+        for n in range(1, self.num_branches + 1):
+            trees.append(len(OPERATIONS) * forests[n - 1])
+            weights = [sum(d * trees[d] for d in range(1, k + 1) if k % d == 0) for k in range(1, n + 1)]
+            forests.append(sum(weights[k - 1] * forests[n - k] for k in range(1, n + 1)) // n)
+        return forests[-1]
+
+    def sample(self, rng: np.random.Generator) -> Cell:
+        """A cell, uniform over all `size()` of them."""
+        inputs = [int(rng.integers(BACKBONE_FEATURE, i)) for i in range(self.num_branches)]
+        operations = [OPERATIONS[k] for k in rng.integers(len(OPERATIONS), size=self.num_branches)]
+        return Cell(tuple(map(Branch, inputs, operations)))
+
+    def contains(self, cell: Cell) -> bool:
+        return len(cell.branches) == self.num_branches and all(b.operation in OPERATION_SET for b in cell.branches)
+
+    def check(self, cell: Cell) -> None:
+        """Raise ValueError, naming the branch and the field, for a cell outside the space."""
+        if len(cell.branches) != self.num_branches:
+            raise ValueError(f"a cell of this search space has {self.num_branches} branches, got {len(cell.branches)}")
+        for i, branch in enumerate(cell.branches):
+            if branch.operation not in OPERATION_SET:
+                raise ValueError(f"branch {i}: {_outside(branch.operation)}")
+
+    def neighbours(self, cell: Cell) -> Iterator[Cell]:
+        """Every cell that differs from `cell` in one input or one operation, once: B·(B − 1)/2 + 80·B cells.
+
+        Raises ValueError for a cell outside the space.
+        """
+        return (_with_branch(cell, i, branch) for i, branch in self._changes(cell))
+
+    def mutate(self, cell: Cell, rng: np.random.Generator) -> Cell:
+        """One of the neighbours, uniformly. Raises ValueError for a cell outside the space."""
+        changes = self._changes(cell)
+        return _with_branch(cell, *changes[rng.integers(len(changes))])
+
+    def _changes(self, cell: Cell) -> list[tuple[int, Branch]]:
+        self.check(cell)
+        changes = []
+        for i, branch in enumerate(cell.branches):
+            changes += [(i, Branch(j, branch.operation)) for j in range(BACKBONE_FEATURE, i) if j != branch.input_index]
+            changes += [(i, Branch(branch.input_index, op)) for op in OPERATIONS if op != branch.operation]
+        return changes
+
+
+def canonical_form(cell: Cell) -> Cell:
+    """The same cell for every order of its branches: two cells have one canonical form exactly if they are the same graph.
+
+    Each branch reads a single map, so a cell is a forest. A subtree is encoded as its operation and the sorted encodings of
+    the subtrees that read it, equal for isomorphic ones only; the canonical cell lists the forest depth first in sorted order.
+
+    >>> first, second = (
+    ...     '{"op": "conv", "kernel": 1, "input": -1}',
+    ...     '{"op": "pyramid_pooling", "grid_size": [1, 1], "input": -1}',
+    ... )
+    >>> print(canonical_form(Cell.from_json(f"[{second}, {first}]")))
+    conv1x1(F), pool 1x1(F)
+    """
+    readers: defaultdict[int, list[int]] = defaultdict(list)
+    for i, branch in enumerate(cell.branches):
+        readers[branch.input_index].append(i)
+
+    encodings: dict[int, str] = {}
+    for i in reversed(range(len(cell.branches))):  # a reader always comes later than what it reads
+        encodings[i] = f"{cell.branches[i].operation}[{','.join(sorted(encodings[j] for j in readers[i]))}]"
+
+    branches: list[Branch] = []
+
+    def place_readers(old_index: int, new_index: int) -> None:
+        for i in sorted(readers[old_index], key=encodings.__getitem__):
+            branches.append(Branch(new_index, cell.branches[i].operation))
+            place_readers(i, len(branches) - 1)
+
+    place_readers(BACKBONE_FEATURE, BACKBONE_FEATURE)
+    return Cell(tuple(branches))
+
+
+def cell_hash(cell: Cell) -> str:
+    """A short name, 12 hexadecimal digits, for the graph of `cell`: the same on every machine and for every branch order."""
+    return hashlib.sha256(canonical_form(cell).to_json().encode()).hexdigest()[:12]
+
+
+def load_cell(name_or_path: str) -> Cell:
+    """A cell of `search/cells/` by its name ("dpc", "aspp", "psp"), else the JSON file at that path.
+
+    Raises InputError if there is no such cell or its file cannot be read.
+    """
+    published = {path.stem: path for path in sorted(CELLS_DIRECTORY.glob("*.json"))}
+    try:
+        return Cell.load(published.get(name_or_path, Path(name_or_path)))
+    except FileNotFoundError as error:
+        names = ", ".join(published)
+        raise InputError(
+            f"there is no cell {name_or_path!r}: give one of {names}, or the path of a cell's JSON file"
+        ) from error
+    except OSError as error:
+        raise InputError(f"cannot read the cell {name_or_path!r}: {error.strerror}; give the path of a JSON file") from error
+    except ValueError as error:
+        raise InputError(f"{error}; correct the file, or give another cell") from error
+
+
+def load_cells(names_or_paths: Sequence[str]) -> dict[str, Cell]:
+    """The same for all cells of the flag --compare, by short names: of a file its own, without folder and suffix.
+
+    Raises InputError for two files of one short name, and for a name that the search gives to cells of its own.
+    """
+    cells: dict[str, Cell] = {}
+    for name_or_path in names_or_paths:
+        name = Path(name_or_path).stem
+        if name == "best" or name.startswith("trial"):
+            raise InputError(f"--compare {name_or_path}: the search has cells called {name!r} itself, rename the file")
+        if name in cells:
+            raise InputError(f"--compare has two cells of the name {name!r}: rename the file {name_or_path}, or leave it out")
+        cells[name] = load_cell(name_or_path)
+    return cells
+
+
+def _with_branch(cell: Cell, i: int, branch: Branch) -> Cell:
+    return Cell((*cell.branches[:i], branch, *cell.branches[i + 1 :]))
+
+
+def _outside(operation: Operation) -> str:
+    if operation.rate is not None:
+        return f"rate must be two of {', '.join(map(str, RATES))}, got {operation.rate}"
+    return f"grid_size must be two of {', '.join(map(str, GRID_SIZES))}, got {operation.grid_size}"

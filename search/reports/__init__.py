@@ -1,0 +1,1 @@
+"""What people read: pages, diagrams, scatters, rank correlations and latencies."""

@@ -1,0 +1,135 @@
+"""Cells as one page: `python -m search.report --cells dpc mine.json head.safetensors`.
+
+Pictures, parameters and multiply-adds as in the paper's Table 1, latency on this machine. Of trained weights, from a head or
+network file, also what they made of the branches and of the map (figure 5b of the paper, and the effective receptive field).
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+
+from fast.checkpoint import load_context
+from fast.dense_prediction_cell import DensePredictionCell
+from reference.cell import Cell
+from reference.dense_prediction_cell import BranchOptions
+from reference.pyramid_pooling import PoolingVariant
+from search.cells.cost import CellCost, module_cost
+from search.cells.receptive_field import field_size_for, options_of, structural_receptive_field
+from search.cells.space import load_cell
+from search.errors import InputError
+from search.reports.diagram import branch_weights, branch_weights_svg, cell_svg, effective_field_svg, paths_svg
+from search.reports.latency import Latency, measure_latencies
+from search.reports.page import write_page
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """SVG elements of one cell; the last two are of trained weights."""
+
+    diagram: Markup
+    paths: Markup
+    branch_weights: Markup | None = None
+    effective_field: Markup | None = None
+
+
+@dataclass(frozen=True)
+class ShownCell:
+    """One cell of the page."""
+
+    label: str
+    context: DensePredictionCell
+    is_trained: bool
+    cost: CellCost
+    pictures: Pictures
+    positions: int  # of the feature that are read at all,
+    field_size: int  # of a map of so many rows and columns
+    latency: Latency
+
+    @property
+    def branch_weights(self) -> list[float] | None:
+        return branch_weights(self.context) if self.is_trained else None
+
+
+def draw_pictures(cell: Cell, options: BranchOptions, trained: DensePredictionCell | None = None) -> Pictures:
+    """Of a cell, and of its weights if there are trained ones."""
+    diagram, paths = Markup(cell_svg(cell)), Markup(paths_svg(cell, options))
+    if trained is None:
+        return Pictures(diagram, paths)
+    return Pictures(diagram, paths, Markup(branch_weights_svg(trained)), Markup(effective_field_svg(trained)))
+
+
+def write_cell_report(
+    path: Path,
+    names: Sequence[str],
+    *,
+    in_channels: int,
+    branch_channels: int,
+    output_stride: int,
+    pooling: PoolingVariant,
+    feature_size: tuple[int, int],
+    device: str,
+) -> None:
+    """Write the page of the named cells: known ones, JSON files, head and network files.
+
+    Channels, output stride and pooling are for cells without weights; a file with weights states its own. Raises InputError
+    for a cell that cannot be read or does not fit the map.
+    """
+    widths: dict[str, Any] = {"branch_channels": branch_channels, "cell_channels": branch_channels}
+    contexts = {
+        name: _trained_cell(Path(name))
+        if _has_weights(name)
+        else DensePredictionCell(load_cell(name), in_channels, output_stride=output_stride, pooling=pooling, **widths)
+        for name in names
+    }
+    costs = {name: _cost(name, context, feature_size) for name, context in contexts.items()}
+    latencies = measure_latencies(contexts, feature_size, device=device)
+    shown = [
+        ShownCell(
+            label=label,
+            context=contexts[name],
+            is_trained=_has_weights(name),
+            cost=costs[name],
+            pictures=draw_pictures(
+                contexts[name].cell, options_of(contexts[name]), contexts[name] if _has_weights(name) else None
+            ),
+            positions=_positions(contexts[name]),
+            field_size=field_size_for(options_of(contexts[name])),
+            latency=latencies.by_name[name],
+        )
+        for name, label in _labels(names).items()
+    ]
+    write_page(path, "cell_report.html.jinja", {"cells": shown, "latencies": latencies})
+
+
+def _has_weights(name: str) -> bool:
+    return name.endswith(".safetensors")
+
+
+def _trained_cell(path: Path) -> DensePredictionCell:
+    try:
+        return load_context(path)
+    except ValueError as error:
+        raise InputError(f"{error}; give a head or network file of this project") from error
+
+
+def _cost(name: str, context: DensePredictionCell, feature_size: tuple[int, int]) -> CellCost:
+    try:
+        return module_cost(context, feature_size)
+    except ValueError as error:
+        raise InputError(f"cell {name} does not fit --feature-size {feature_size[0]} {feature_size[1]}: {error}") from error
+
+
+def _labels(names: Sequence[str]) -> dict[str, str]:
+    """The files' names without folder and suffix, where that tells them apart."""
+    stems = Counter(Path(name).stem for name in dict.fromkeys(names))
+    return {name: Path(name).stem if stems[Path(name).stem] == 1 else name for name in names}
+
+
+def _positions(context: DensePredictionCell) -> int:
+    options = options_of(context)
+    return int(np.count_nonzero(structural_receptive_field(context.cell, field_size_for(options), options)))

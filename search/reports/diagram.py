@@ -1,0 +1,336 @@
+"""Pictures of a cell: its graph and the weights of its branches, as in the paper's figure 5, and what it sees of the feature.
+
+A branch reads exactly one map, so the branches form a tree below the backbone feature F. That makes the layout simple: a
+branch stands one layer below its input, children share the width below their parent, and every branch with children owns a
+lane to their left for its own way to the concatenation. Nothing crosses, whatever the cell.
+"""
+
+import re
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colorbar import Colorbar
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+from matplotlib.path import Path as Curve
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+from fast.dense_prediction_cell import DensePredictionCell
+from reference.cell import BACKBONE_FEATURE, Cell, Operation
+from reference.dense_prediction_cell import BranchOptions
+from search.cells.receptive_field import effective_receptive_field, field_size_for, options_of, structural_receptive_field
+
+INK = "#20242c"  # text and axes; the page's own text colour where a picture stands in a page
+_SEARCHED = BranchOptions(training=False)  # output stride 16, the authors' pooling
+_FAINTEST = 1e-3  # of the largest gradient: what is fainter has one colour
+
+# All in inches at natural size.
+BOX_WIDTH, BOX_HEIGHT, BAR_HEIGHT = 1.16, 0.46, 0.34
+COLUMN_GAP, LAYER_GAP, LANE_WIDTH, MARGIN = 0.18, 0.38, 0.2, 0.04
+FONT_SIZE = 9.0
+
+_FILL_AND_EDGE = {
+    "conv1x1": ("#d9efe4", "#3d9970"),
+    "atrous_separable_conv": ("#dbe8fb", "#3f74c9"),
+    "pyramid_pooling": ("#fde6cf", "#d9822b"),
+}
+_BAR_COLOURS = ("#e6e8ec", "#7a828f")
+_ARROW_COLOUR = "#7a828f"
+
+
+class Box(NamedTuple):
+    """A rectangle by its centre and size, y upwards."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+
+    @property
+    def top(self) -> float:
+        return self.y + self.height / 2
+
+    @property
+    def bottom(self) -> float:
+        return self.y - self.height / 2
+
+
+@dataclass(frozen=True)
+class CellLayout:
+    """Where everything stands, in inches at natural size; F is the bar at the top, concat + 1×1 the one at the bottom."""
+
+    width: float
+    height: float
+    feature: Box
+    projection: Box
+    branches: tuple[Box, ...]
+    arrows: tuple[Curve, ...]
+
+
+def operation_label(operation: Operation) -> str:
+    """The operation as a reader says it.
+
+    >>> operation_label(Operation("atrous_separable_conv", rate=(6, 21)))
+    '3×3 sep, rate 6×21'
+    """
+    if operation.rate is not None:
+        return "3×3 sep, rate {}×{}".format(*operation.rate)
+    if operation.grid_size is not None:
+        return "pyramid pooling, {}×{}".format(*operation.grid_size)
+    return "1×1 conv"
+
+
+def layout_cell(cell: Cell) -> CellLayout:
+    """Place boxes and arrows so that no box meets another box or an arrow that is not its own."""
+    children: dict[int, list[int]] = {i: [] for i in range(BACKBONE_FEATURE, len(cell.branches))}
+    depths = {BACKBONE_FEATURE: 0}
+    for i, branch in enumerate(cell.branches):
+        children[branch.input_index].append(i)
+        depths[i] = depths[branch.input_index] + 1
+    centres: dict[int, float] = {}
+    lanes: dict[int, float] = {}
+
+    def place(i: int, left: float) -> float:
+        """Place branch i and all that follows from it, starting at `left`; returns the right end."""
+        if not children[i]:
+            centres[i] = lanes[i] = left + BOX_WIDTH / 2
+            return left + BOX_WIDTH
+        lanes[i] = left + LANE_WIDTH / 2
+        right = place_row(children[i], left + LANE_WIDTH)
+        centres[i] = (centres[children[i][0]] + centres[children[i][-1]]) / 2
+        return right
+
+    def place_row(row: list[int], left: float) -> float:
+        for i in row:
+            left = place(i, left) + COLUMN_GAP
+        return left - COLUMN_GAP
+
+    width = place_row(children[BACKBONE_FEATURE], MARGIN) + MARGIN
+    layers = max(depths.values())
+    height = 2 * (MARGIN + BAR_HEIGHT) + layers * BOX_HEIGHT + (layers + 1) * LAYER_GAP
+    first_row = height - MARGIN - BAR_HEIGHT - LAYER_GAP - BOX_HEIGHT / 2
+    rows = {i: first_row - (depth - 1) * (BOX_HEIGHT + LAYER_GAP) for i, depth in depths.items()}
+    boxes = tuple(Box(centres[i], rows[i], BOX_WIDTH, BOX_HEIGHT) for i in range(len(cell.branches)))
+    feature = Box(width / 2, height - MARGIN - BAR_HEIGHT / 2, width - 2 * MARGIN, BAR_HEIGHT)
+    projection = Box(width / 2, MARGIN + BAR_HEIGHT / 2, width - 2 * MARGIN, BAR_HEIGHT)
+
+    arrows = []
+    for i, (branch, box) in enumerate(zip(cell.branches, boxes, strict=True)):
+        from_feature = branch.input_index == BACKBONE_FEATURE
+        source = box._replace(y=feature.y, height=feature.height) if from_feature else boxes[branch.input_index]
+        arrows.append(_arrow(source, source.x, box.x, box.top))
+        lane_start = box.x if lanes[i] == box.x else box.x - 0.35 * BOX_WIDTH  # apart from the arrows to the children
+        arrows.append(_arrow(box, lane_start, lanes[i], projection.top))
+    return CellLayout(width, height, feature, projection, boxes, tuple(arrows))
+
+
+def _arrow(source: Box, start: float, x: float, y: float) -> Curve:
+    """From (start, below `source`) to (x, y): the turn is made at once, between two layers, and the rest is straight."""
+    turned = source.bottom - LAYER_GAP
+    if x == start:
+        return Curve([(x, source.bottom), (x, y)], [Curve.MOVETO, Curve.LINETO])
+    middle = (source.bottom + turned) / 2
+    vertices = [(start, source.bottom), (start, middle), (x, middle), (x, turned)]
+    codes = [Curve.MOVETO, Curve.CURVE4, Curve.CURVE4, Curve.CURVE4]
+    if y < turned - 1e-9:
+        vertices.append((x, y))
+        codes.append(Curve.LINETO)
+    return Curve(vertices, codes)
+
+
+def draw_cell(cell: Cell, axes: Axes) -> None:
+    """Draw the cell's graph, top to bottom, as large as `axes` allows; call it when the figure has its final size."""
+    layout = layout_cell(cell)
+    axes.set(xlim=(0, layout.width), ylim=(0, layout.height), aspect="equal")
+    axes.set_axis_off()
+    inches = axes.bbox.transformed(axes.figure.dpi_scale_trans.inverted())
+    scale = min(inches.width / layout.width, inches.height / layout.height)
+    for curve in layout.arrows:
+        arrow = FancyArrowPatch(
+            path=curve, arrowstyle="-|>", mutation_scale=8 * scale, linewidth=1.1 * scale, color=_ARROW_COLOUR, capstyle="butt"
+        )
+        axes.add_patch(arrow)
+    _draw_box(axes, layout.feature, "feature F", _BAR_COLOURS, scale)
+    for branch, box in zip(cell.branches, layout.branches, strict=True):
+        label = operation_label(branch.operation).replace(", ", "\n")
+        _draw_box(axes, box, label, _FILL_AND_EDGE[branch.operation.kind], scale)
+    _draw_box(axes, layout.projection, "concat + 1×1", _BAR_COLOURS, scale)
+
+
+def _draw_box(axes: Axes, box: Box, label: str, colours: tuple[str, str], scale: float) -> None:
+    fill, edge = colours
+    shape = FancyBboxPatch(
+        (box.x - box.width / 2, box.bottom),
+        box.width,
+        box.height,
+        boxstyle="round,pad=0,rounding_size=0.08",
+        facecolor=fill,
+        edgecolor=edge,
+        linewidth=1.1 * scale,
+    )
+    axes.add_patch(shape)
+    axes.text(
+        box.x, box.y, label, ha="center", va="center", fontsize=FONT_SIZE * scale, color="#1b1f27", linespacing=1.25
+    )  # dark in any page: the boxes are light
+
+
+def draw_paths(cell: Cell, axes: Axes, options: BranchOptions = _SEARCHED) -> None:
+    """Draw `structural_receptive_field` on a logarithmic colour scale; black is never read."""
+    field = structural_receptive_field(cell, field_size_for(options), options)
+    floor = field[field > 0].min()
+    bar = _draw_field(field, axes, floor, "paths to the centre output")
+    if field.max() < 50 * floor:  # few powers of ten to mark
+        ticks = [tick for tick in (1, 2, 5, 10, 20, 50) if floor <= tick <= field.max()]
+        bar.set_ticks(ticks, labels=[str(tick) for tick in ticks])
+
+
+def draw_effective_field(context: DensePredictionCell, axes: Axes) -> None:
+    """Draw `effective_receptive_field` by its largest value, on a logarithmic colour scale; black is never read."""
+    field = effective_receptive_field(context, field_size_for(options_of(context)))
+    largest = field.max()
+    _draw_field(field / largest if largest > 0 else field, axes, _FAINTEST, "gradient, by its largest")
+
+
+def _draw_field(field: NDArray[np.float64], axes: Axes, floor: float, label: str) -> Colorbar:
+    reach = len(field) / 2
+    image = axes.imshow(
+        np.ma.masked_where(field == 0.0, np.maximum(field, floor)),
+        norm=LogNorm(floor / 4, max(field.max(), 2 * floor)),  # the least value stands out against black
+        cmap=matplotlib.colormaps["inferno"].with_extremes(bad="black"),
+        interpolation="nearest",
+        extent=(-reach, reach, reach, -reach),
+    )
+    step = 15 * max(1, round(reach / 32))
+    marks = range(-int(reach // step) * step, int(reach) + 1, step)
+    axes.set_xticks(marks)
+    axes.set_yticks(marks)
+    axes.set_xlabel("offset in features", fontsize=FONT_SIZE, color=INK)
+    axes.tick_params(labelsize=FONT_SIZE - 1, colors=INK, length=2)
+    axes.spines[:].set_visible(False)
+    bar = axes.figure.colorbar(image, ax=axes, shrink=0.8, pad=0.04, aspect=22)
+    bar.set_label(label, fontsize=FONT_SIZE, color=INK)
+    bar.ax.tick_params(which="both", labelsize=FONT_SIZE - 1, colors=INK, length=2)
+    bar.ax.minorticks_off()
+    bar.outline.set_visible(False)
+    return bar
+
+
+def branch_weights(context: DensePredictionCell) -> list[float]:
+    """The mean absolute weight with which the projection reads each branch (figure 5b of the paper), in the cell's order."""
+    weight = context.weights().projection.weight.detach().double()  # (cell_channels, B·branch_channels, 1, 1)
+    by_branch = weight.view(context.cell_channels, len(context.cell.branches), context.branch_channels)
+    means: list[float] = by_branch.abs().mean(dim=(0, 2)).tolist()
+    return means
+
+
+def draw_branch_weights(context: DensePredictionCell, axes: Axes) -> None:
+    """A bar per branch, as long as its `branch_weights`, in the colour of its operation."""
+    means = branch_weights(context)
+    for i, (branch, mean) in enumerate(zip(context.cell.branches, means, strict=True)):
+        fill, edge = _FILL_AND_EDGE[branch.operation.kind]
+        axes.barh(i, mean, height=0.62, color=fill, edgecolor=edge, linewidth=1.1)
+        options: dict[str, Any] = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
+        axes.annotate(f"{mean:.3g}", (mean, i), fontsize=FONT_SIZE - 1, color=INK, **options)
+    labels = [f"{i}: {operation_label(branch.operation)}" for i, branch in enumerate(context.cell.branches)]
+    axes.set_yticks(range(len(labels)), labels=labels)
+    axes.set(ylim=(len(means) - 0.5, -0.5), xlim=(0, 1.2 * max(*means, 1e-12)))
+    axes.set_xlabel("mean |weight| in the projection", fontsize=FONT_SIZE, color=INK)
+    axes.tick_params(labelsize=FONT_SIZE - 1, colors=INK, length=2)
+    axes.tick_params(axis="y", length=0)
+    axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(INK)
+
+
+def cell_svg(cell: Cell) -> str:
+    """The cell's graph as an SVG element for a page."""
+    return figure_svg(_cell_figure(cell), f"Diagram of the cell {cell}")
+
+
+def paths_svg(cell: Cell, options: BranchOptions = _SEARCHED) -> str:
+    """The paths to the centre as an SVG element for a page."""
+    figure, axes = _field_figure()
+    draw_paths(cell, axes, options)
+    return figure_svg(figure, f"Paths to the centre through the cell {cell}")
+
+
+def effective_field_svg(context: DensePredictionCell) -> str:
+    """The effective receptive field as an SVG element for a page."""
+    figure, axes = _field_figure()
+    draw_effective_field(context, axes)
+    return figure_svg(figure, f"Effective receptive field of the trained cell {context.cell}")
+
+
+def branch_weights_svg(context: DensePredictionCell) -> str:
+    """The bars of `branch_weights` as an SVG element for a page."""
+    height = 0.55 + 0.27 * len(context.cell.branches)
+    figure = Figure(figsize=(5.0, height))
+    draw_branch_weights(context, figure.add_axes((0.36, 0.48 / height, 0.62, 1 - 0.52 / height)))
+    return figure_svg(figure, f"Mean absolute weight of each branch in the projection of the cell {context.cell}")
+
+
+def _field_figure() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(3.3, 2.75))
+    return figure, figure.add_axes((0.12, 0.15, 0.81, 0.83))
+
+
+def style_axes(axes: Axes) -> None:
+    """Quiet axes for a plot: two lines in ink, small numbers, the grid to be drawn behind."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(INK)
+    axes.tick_params(colors=INK, labelsize=8, length=3)
+    for label in (axes.xaxis.label, axes.yaxis.label):
+        label.set(color=INK, fontsize=9)
+    axes.set_axisbelow(True)
+
+
+def show_grid(axes: Axes, axis: Literal["both", "x", "y"] = "both") -> None:
+    """Faint lines at the ticks."""
+    axes.grid(axis=axis, color=INK, alpha=0.12, linewidth=0.6)
+
+
+def figure_svg(figure: Figure, description: str) -> str:
+    """A figure as an SVG element that can stand in an HTML page: no prolog, no metadata, ink in the page's text colour."""
+    buffer = StringIO()
+    save_figure(figure, buffer, "svg", transparent=True)
+    svg = buffer.getvalue()
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    quoted = description.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{quoted}" ', 1).replace(INK, "currentColor")
+
+
+def save_figure(figure: Figure, target: Path | StringIO, suffix: str, **options: Any) -> None:
+    """Write the figure; an SVG keeps its text as text and is the same file each time."""
+    metadata = {"Date": None} if suffix == "svg" else None
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "dense-prediction-cell"}):
+        figure.savefig(target, format=suffix, dpi=200, metadata=metadata, **options)
+
+
+def _cell_figure(cell: Cell) -> Figure:
+    layout = layout_cell(cell)
+    figure = Figure(figsize=(layout.width, layout.height))
+    draw_cell(cell, figure.add_axes((0, 0, 1, 1)))
+    return figure
+
+
+def cell_and_receptive_field_figure(cell: Cell) -> Figure:
+    """The graph, and the paths from the backbone's feature beside it."""
+    layout = layout_cell(cell)
+    field_width, field_height, gap = 3.9, 3.4, 0.55
+    width, height = layout.width + gap + field_width, max(layout.height, field_height) + 2 * MARGIN
+    figure = Figure(figsize=(width, height), facecolor="white")
+
+    def axes_at(left: float, axes_width: float, axes_height: float) -> Axes:
+        bottom = (height - axes_height) / 2
+        return figure.add_axes((left / width, bottom / height, axes_width / width, axes_height / height))
+
+    draw_cell(cell, axes_at(MARGIN, layout.width, layout.height))
+    draw_paths(cell, axes_at(layout.width + gap, field_width - 0.5, field_height - 0.8))
+    return figure

@@ -1,0 +1,264 @@
+"""A run on disk: what is asked, what came of it, and how it goes on after any interruption.
+
+`runs/<name>/` holds `settings.json`, and an Optuna storage (`study.db`, SQLite, or any database by URL) with two studies: the
+search, one trial per cell, and the comparison, one trial per known or winning cell and seed. Each trial carries its cell and
+its result as attributes, so the run is complete without any other file. One process writes; a file lock, which dies with its
+process, keeps a second one out. A trial that was interrupted is still RUNNING in the study and is evaluated again, as itself.
+"""
+
+import json
+import shlex
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+from filelock import FileLock, Timeout
+from numpy.typing import NDArray
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
+
+from reference.cell import Cell
+from search.cli import ctrl_c_waits, differences
+from search.errors import InputError
+from search.features import write_json
+from search.tasks.proxy import ProxyResult
+from search.cells.space import canonical_form
+
+# What a run depends on without a flag of its own, and the flags behind it.
+_FLAGS = {"weights_hash": "--weights", "data_fingerprint": "--data-dir", "val_fingerprint": "--data-dir"}
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """One cell of the search, finished: with a result, or a failure and its reason."""
+
+    number: int
+    cell: Cell
+    result: ProxyResult | None
+    failure: str | None
+    duplicate_of: int | None
+
+
+@dataclass(frozen=True)
+class BaselineRecord:
+    """A known cell ("aspp", "dpc"), or the search's best again ("trial 7"), scored by the same proxy with its own seed."""
+
+    name: str
+    seed: int
+    cell: Cell
+    result: ProxyResult
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that a finished or interrupted run holds."""
+
+    directory: Path
+    settings: dict[str, Any]
+    command: str
+    class_names: tuple[str, ...]
+    palette: NDArray[np.uint8]  # (K, 3) RGB
+    trials: list[TrialRecord]  # finished ones, by number
+    baselines: list[BaselineRecord]
+    features: dict[str, Any] | None = None  # flags of data and backbone as given; `settings` has what was behind them
+
+
+FOUND = "trial "  # with its number: the search's best among the compared cells
+
+
+def comparison_label(name: str, known: Mapping[str, str] | None = None) -> str:
+    """How a compared cell is called in print: a found one was scored before, by the search."""
+    return f"{name} again" if name.startswith(FOUND) else (known or {}).get(name, name)
+
+
+class Study:
+    """The two Optuna studies of a run, for the one process that writes. Without a sampler they must be there."""
+
+    @ctrl_c_waits()
+    def __init__(self, directory: Path, url: str, run_id: str, sampler: optuna.samplers.BaseSampler | None = None) -> None:
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self.directory = directory
+        self._storage = optuna.storages.RDBStorage(url)
+        create = partial(optuna.create_study, direction="maximize", load_if_exists=True)
+        opened: Callable[..., optuna.Study] = optuna.load_study if sampler is None else create
+        self.search = opened(storage=self._storage, study_name=f"{run_id} search", sampler=sampler)
+        random = optuna.samplers.RandomSampler()
+        self.comparison = opened(storage=self._storage, study_name=f"{run_id} comparison", sampler=random)
+
+    @ctrl_c_waits()
+    def unfinished(self) -> list[optuna.Trial]:
+        """Trials of the search that an earlier process left behind, by number."""
+        return [self._revive(self.search, frozen) for frozen in _with_state(self.search, TrialState.RUNNING)]
+
+    @ctrl_c_waits()
+    def tell(self, study: optuna.Study, number: int, cell: Cell, result: ProxyResult, **attributes: Any) -> None:
+        """Record a result: first all attributes, last the state, so that a trial is either whole or will be done again."""
+        attributes |= {"cell": json.loads(cell.to_json()), "result": asdict(result)}
+        self._set_attributes(study, number, attributes)
+        study.tell(number, result.mean_iou)
+
+    @ctrl_c_waits()
+    def tell_failure(self, number: int, cell: Cell, reason: str) -> None:
+        """Record that a cell of the search has no score, and why."""
+        self._set_attributes(self.search, number, {"cell": json.loads(cell.to_json()), "failure": reason})
+        self.search.tell(number, state=TrialState.FAIL)
+
+    @ctrl_c_waits()
+    def tell_comparison_failure(self, number: int, name: str, seed: int, reason: str) -> None:
+        """Record that a comparison has no score, and why; it is not tried again."""
+        self._set_attributes(self.comparison, number, {"name": name, "seed": seed, "failure": reason})
+        self.comparison.tell(number, state=TrialState.FAIL)
+
+    @ctrl_c_waits()
+    def compared(self, name: str) -> set[int]:
+        """The seeds with which `name` has been scored, or has failed; what was only interrupted has no failure."""
+        told = [frozen.user_attrs for frozen in _with_state(self.comparison, TrialState.COMPLETE)]
+        told += [f.user_attrs for f in _with_state(self.comparison, TrialState.FAIL) if "failure" in f.user_attrs]
+        return {attributes["seed"] for attributes in told if attributes["name"] == name}
+
+    @ctrl_c_waits()
+    def discard_unfinished_comparisons(self) -> None:
+        """Comparison trials hold nothing before they are told: what an earlier process left of them is closed."""
+        for frozen in _with_state(self.comparison, TrialState.RUNNING):
+            self.comparison.tell(frozen.number, state=TrialState.FAIL)
+
+    @ctrl_c_waits()
+    def records(self) -> list[TrialRecord]:
+        finished = _with_state(self.search, TrialState.COMPLETE, TrialState.FAIL)
+        return [_trial_record(frozen) for frozen in finished if "cell" in frozen.user_attrs]
+
+    @ctrl_c_waits()
+    def baselines(self) -> list[BaselineRecord]:
+        records = []
+        for frozen in _with_state(self.comparison, TrialState.COMPLETE):
+            attributes = frozen.user_attrs
+            cell, result = _cell(attributes), _result(attributes["result"])
+            records.append(BaselineRecord(attributes["name"], attributes["seed"], cell, result))
+        return records
+
+    def _revive(self, study: optuna.Study, frozen: FrozenTrial) -> optuna.Trial:
+        return optuna.Trial(study, frozen._trial_id)  # what its sampler had not proposed before the end, it proposes now
+
+    def _set_attributes(self, study: optuna.Study, number: int, attributes: dict[str, Any]) -> None:
+        trial_id = self._storage.get_trial_id_from_study_id_trial_number(study._study_id, number)
+        for key, value in attributes.items():
+            self._storage.set_trial_user_attr(trial_id, key, value)
+
+
+@contextmanager
+def open_run(
+    directory: Path,
+    settings: dict[str, Any],
+    sampler: optuna.samplers.BaseSampler,
+    *,
+    storage: str | None,
+    command: list[str],
+    class_names: tuple[str, ...],
+    palette: NDArray[np.uint8],
+    features: dict[str, Any] | None = None,
+) -> Iterator[Study]:
+    """Begin a run, or go on with it. Raises InputError for other settings, a second process, or an unwritable folder."""
+    url = _storage_url(directory, storage)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with FileLock(directory / "lock", timeout=0):
+            run_id = _check_settings(directory, settings) or uuid.uuid4().hex  # names its studies, also in a shared database
+            description = {"id": run_id, "settings": settings, "storage": storage, "command": shlex.join(command)}
+            description["features"] = json.loads(json.dumps(features, default=str))
+            write_json(directory / "settings.json", description | {"class_names": class_names, "palette": palette.tolist()})
+            yield Study(directory, url, run_id, sampler)
+    except Timeout as error:
+        raise InputError(f"{directory} is in use by another process: wait for it, or give another --name") from error
+    except (SQLAlchemyError, optuna.exceptions.OptunaError, ImportError) as error:
+        raise InputError(f"the study {url} cannot be used ({_first_line(error)}): check --storage and the disk") from error
+    except OSError as error:
+        raise InputError(f"cannot write {directory} ({error}): give another --runs-dir, or make room and run again") from error
+
+
+def load_run(directory: Path) -> Run:
+    """Read a run, also while another process writes it. Raises InputError for a folder that is none."""
+    path = directory / "settings.json"
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+        run_id, url = str(description["id"]), _storage_url(directory, description["storage"])
+        settings, command = dict(description["settings"]), str(description["command"])
+        class_names, palette = tuple(description["class_names"]), np.array(description["palette"], dtype=np.uint8)
+    except FileNotFoundError as error:
+        raise InputError(f"{directory} is not a run (no settings.json): give the folder of a `search.random` run") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is damaged ({error}): delete the run {directory} and start it again") from error
+    try:
+        study = _study_of(directory, url, run_id)
+        trials, baselines = study.records(), study.baselines()
+    except (SQLAlchemyError, optuna.exceptions.OptunaError, ImportError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"the study of {directory} cannot be read: {_first_line(error)}") from error
+    return Run(directory, settings, command, class_names, palette, trials, baselines, description.get("features"))
+
+
+def _study_of(directory: Path, url: str, run_id: str) -> Study:
+    """What is there, and nothing new in its place: opening a SQLite file that is absent would make one."""
+    file = url.removeprefix("sqlite:///")
+    if file != url and not Path(file).is_file():
+        raise InputError(f"the study of {directory} is not at {file}: copy that file too, or begin where it is named from")
+    return Study(directory, url, run_id)
+
+
+def ranked(records: list[TrialRecord]) -> list[TrialRecord]:
+    """The distinct cells that have a score, best first; of equal ones, which several workers may have scored, the first."""
+    first: dict[Cell, TrialRecord] = {}
+    for record in records:
+        if record.result is not None and record.duplicate_of is None:
+            first.setdefault(canonical_form(record.cell), record)
+    return sorted(first.values(), key=lambda record: -record.result.mean_iou if record.result else 0.0)
+
+
+def _storage_url(directory: Path, storage: str | None) -> str:
+    """The file beside the settings by default, wherever the folder may have been moved."""
+    return storage or f"sqlite:///{directory.absolute() / 'study.db'}"
+
+
+def _check_settings(directory: Path, settings: dict[str, Any]) -> str | None:
+    """The id of the run that is there, None if there is none. Raises InputError if its settings differ."""
+    path = directory / "settings.json"
+    if not path.exists():
+        return None
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+        before, run_id = dict(description["settings"]), str(description["id"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is damaged ({error}): delete the run {directory} and start it again") from error
+    if different := differences(before, settings, _FLAGS):
+        raise InputError(
+            f"run {directory} was started with {different}: use the same values ({description.get('command')}), "
+            "another --name, or delete that folder"
+        )
+    return run_id
+
+
+def _with_state(study: optuna.Study, *states: TrialState) -> list[FrozenTrial]:
+    return sorted(study.get_trials(deepcopy=False, states=states), key=lambda frozen: frozen.number)
+
+
+def _trial_record(frozen: FrozenTrial) -> TrialRecord:
+    attributes = frozen.user_attrs
+    result = _result(attributes["result"]) if frozen.state == TrialState.COMPLETE else None
+    return TrialRecord(frozen.number, _cell(attributes), result, attributes.get("failure"), attributes.get("duplicate_of"))
+
+
+def _cell(attributes: dict[str, Any]) -> Cell:
+    return Cell.from_json(json.dumps(attributes["cell"]))
+
+
+def _result(fields: dict[str, Any]) -> ProxyResult:
+    curve = tuple((iteration, loss) for iteration, loss in fields["loss_curve"])
+    return ProxyResult(**{**fields, "class_iou": tuple(fields["class_iou"]), "loss_curve": curve})
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]

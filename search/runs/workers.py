@@ -1,0 +1,221 @@
+"""Who evaluates cells: this process, or several workers under Ray, on one machine or a cluster.
+
+What evaluating means is the task's: a brief training on cached features (`search.tasks.proxy`), or a whole (`search.tasks.end_to_end`).
+Workers only evaluate; the process that asks also writes the study. A worker that dies gives its cell back.
+"""
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+
+import torch
+from tqdm import tqdm
+
+from fast.segmentation import SegmentationHead
+from reference.cell import Cell
+from search.errors import InputError
+from search.tasks.proxy import NotFiniteError
+
+MAX_DEATHS = 3
+_PATIENCE = 60  # seconds between two words about workers that are not there yet
+
+Result = TypeVar("Result")
+Result_co = TypeVar("Result_co", covariant=True)
+
+
+class Job(NamedTuple):
+    """A cell to evaluate; `key` is the caller's own, `seed` all of its randomness."""
+
+    key: Any
+    cell: Cell
+    seed: tuple[int, ...]
+
+
+class Task(Protocol[Result_co]):
+    """Scores cells; the result depends on the cell, the task's settings and `seed` alone."""
+
+    def evaluate(
+        self, cell: Cell, seed: Sequence[int], on_step: Callable[[int], None] = ...
+    ) -> tuple[Result_co, SegmentationHead | None]:
+        """The result, and the trained head where that is not kept elsewhere. Raises NotFiniteError."""
+        ...
+
+
+@dataclass(frozen=True)
+class Outcome(Generic[Result_co]):
+    """What came of a job: a result, with the trained head if the task gives it, or the reason why there is none.
+
+    A failure is passing where the cell may not be to blame, so that another try may succeed: a GPU was full, workers died.
+    """
+
+    job: Job
+    result: Result_co | None = None
+    head: SegmentationHead | None = None
+    failure: str | None = None
+    is_passing: bool = False
+
+
+class Workers(Protocol[Result_co]):
+    """Submit up to `capacity` jobs, then wait for whichever is finished first."""
+
+    capacity: int
+
+    def submit(self, job: Job) -> None: ...
+    def wait(self) -> Outcome[Result_co]: ...
+    def close(self) -> None: ...
+
+
+def evaluate(task: Task[Result], job: Job, on_step: Callable[[int], None] = lambda iteration: None) -> Outcome[Result]:
+    """Run one job; what belongs to the cell (a loss that is not finite, too little memory) is a failure, not an error."""
+    try:
+        result, head = task.evaluate(job.cell, job.seed, on_step)
+    except NotFiniteError as error:
+        return Outcome(job, failure=str(error))
+    except torch.OutOfMemoryError as error:
+        torch.cuda.empty_cache()
+        return Outcome(job, failure=f"out of GPU memory: {str(error).splitlines()[0]}", is_passing=True)
+    return Outcome(job, result, head)
+
+
+def outcomes(workers: Workers[Result], jobs: Iterable[Job]) -> Iterator[Outcome[Result]]:
+    """Submit the jobs in order, as many at a time as the workers take; what comes of them, as it comes."""
+    queue, running = list(jobs), 0
+    while queue or running:
+        while queue and running < workers.capacity:
+            workers.submit(queue.pop(0))
+            running += 1
+        yield workers.wait()
+        running -= 1
+
+
+@contextmanager
+def open_workers(
+    create_task: Callable[[], Task[Result]], count: int, device: str, iterations: int
+) -> Iterator[Workers[Result]]:
+    """`count` workers with tasks by `create_task` under Ray, or one in this process with a bar of a cell's iterations."""
+    if count > 1:
+        with closing(RayWorkers(create_task, count, device)) as workers:
+            yield workers
+        return
+    with tqdm(total=iterations, unit="step", leave=False, position=1, disable=None) as bar:
+        running: list[Job] = []
+
+        def on_step(job: Job, iteration: int) -> None:
+            if running != [job]:
+                running[:] = [job]
+                bar.reset()
+                bar.set_description(f"trial {job.key}" if isinstance(job.key, int) else str(job.key))
+            bar.update(iteration - bar.n)  # a training that goes on does not begin at 1
+
+        yield InProcess(create_task(), on_step)
+
+
+class InProcess(Generic[Result]):
+    """One job at a time in this process; `on_step(job, iteration)` follows its progress."""
+
+    capacity = 1
+
+    def __init__(self, task: Task[Result], on_step: Callable[[Job, int], None]) -> None:
+        self._task = task
+        self._on_step = on_step
+        self._jobs: list[Job] = []
+
+    def submit(self, job: Job) -> None:
+        self._jobs.append(job)
+
+    def wait(self) -> Outcome[Result]:
+        job = self._jobs.pop(0)
+        return evaluate(self._task, job, lambda iteration: self._on_step(job, iteration))
+
+    def close(self) -> None:
+        """Nothing runs on behind our back."""
+
+
+class RayWorkers(Generic[Result]):
+    """`count` actors, each with a task of its own made by `create_task`; one GPU each if the device is CUDA.
+
+    Joins the cluster that RAY_ADDRESS names, else starts Ray on this machine. Relative paths are those of this process, so on
+    several machines the folder must be there too. Raises InputError if Ray is not installed, or for too few GPUs.
+    """
+
+    def __init__(self, create_task: Callable[[], Task[Result]], count: int, device: str) -> None:
+        try:
+            import ray
+        except ImportError as error:
+            raise InputError("--workers above 1 needs Ray: pip install -e '.[workers]'") from error
+        self._ray: Any = ray
+        self.capacity = count
+        errors = ("RayActorError", "ObjectLostError", "OutOfMemoryError")  # the last by Ray's guard of the machine's memory
+        self._deaths = tuple(getattr(ray.exceptions, name) for name in errors)
+        if device.startswith("cuda:"):
+            raise InputError(f"--device {device} is one GPU, --workers {count} have one each: give --device cuda")
+        if not ray.is_initialized():
+            ray.init(logging_level=logging.ERROR, log_to_driver=False, include_dashboard=False)
+        gpus = 1 if device.startswith("cuda") else 0
+        resources: Any = ray.cluster_resources  # untyped
+        available = int(resources().get("GPU", 0))
+        if gpus * count > available:
+            raise InputError(f"--workers {count} on CUDA needs {count} GPUs, Ray has {available}: give fewer workers")
+        threads = max(1, torch.get_num_threads() // count)
+        actor_class: Any = ray.remote(num_gpus=gpus, num_cpus=0)(_Evaluator)
+        self._create: Callable[[], Any] = lambda: actor_class.remote(create_task, threads, Path.cwd())
+        self._idle = [self._create() for _ in range(count)]
+        self._wait_until_ready()
+        self._running: dict[Any, tuple[Job, Any, int]] = {}  # by reference: the job, its actor, deaths so far
+
+    def _wait_until_ready(self) -> None:
+        missing = [actor.ready.remote() for actor in self._idle]
+        try:
+            while missing:
+                ready, missing = self._ray.wait(missing, num_returns=len(missing), timeout=_PATIENCE)
+                self._ray.get(ready)
+                if missing:
+                    what = "they load their data, or wait for a free GPU"
+                    print(f"{len(missing)} of {self.capacity} workers are not ready yet: {what}", file=sys.stderr)
+        except self._deaths as error:  # not a cell's fault, so better said before the first cell
+            raise InputError(f"the workers cannot start: {str(error).strip().splitlines()[-1]}") from error
+
+    def submit(self, job: Job, deaths: int = 0) -> None:
+        actor = self._idle.pop()
+        self._running[actor.evaluate.remote(job)] = (job, actor, deaths)
+
+    def wait(self) -> Outcome[Result]:
+        """The next outcome. Raises what a worker raised for bad input or a full disk: that is no cell's fault."""
+        while True:
+            (reference,), _ = self._ray.wait(list(self._running), num_returns=1)
+            job, actor, deaths = self._running.pop(reference)
+            try:
+                outcome: Outcome[Result] = self._ray.get(reference)
+            except self._deaths:
+                self._ray.kill(actor, no_restart=True)  # if it is only out of reach, two would train in one folder
+                self._idle.append(self._create())
+                if deaths + 1 == MAX_DEATHS:
+                    return Outcome(job, failure=f"its worker died {MAX_DEATHS} times", is_passing=True)
+                self.submit(job, deaths + 1)
+            except (InputError, OSError) as error:
+                raise getattr(error, "cause", error) from None  # without the worker's traceback, which Ray makes part of it
+            else:
+                self._idle.append(actor)
+                return outcome
+
+    def close(self) -> None:
+        """Stop the workers; what they were evaluating will be evaluated again by the next run."""
+        self._ray.shutdown()
+
+
+class _Evaluator(Generic[Result]):
+    def __init__(self, create_task: Callable[[], Task[Result]], threads: int, folder: Path) -> None:
+        os.chdir(folder)
+        torch.set_num_threads(threads)
+        self._task = create_task()
+
+    def ready(self) -> None:
+        """Answers once the task is made."""
+
+    def evaluate(self, job: Job) -> Outcome[Result]:
+        return evaluate(self._task, job)

@@ -1,0 +1,214 @@
+"""The proxy task (paper, sections 3.3 and 4.1): train a cell and its classifier briefly on cached features, and score it.
+
+No image and no backbone is touched. Training itself, crops included, is `fast/train_step.py`.
+"""
+
+import math
+import re
+import resource
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fast.batch_norm import recompute_statistics
+from fast.dense_prediction_cell import DensePredictionCell
+from fast.mean_iou import upsampled_confusion_matrix
+from fast.segmentation import SegmentationHead
+from fast.train_step import Precision, TrainStep
+from reference.cell import Cell
+from reference.mean_iou import class_iou, mean_iou
+from reference.pyramid_pooling import PoolingVariant
+from search.cells.cost import module_cost
+from search.errors import InputError
+from search.features import FeatureCache
+
+_CURVE_POINTS = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProxySettings:
+    """How a cell is trained on cached features before it is scored. The paper: 30,000 iterations at rate 0.01, batch 8."""
+
+    iterations: int = 30_000
+    """Training steps per cell."""
+    batch_size: int = 8
+    """Crops per step."""
+    learning_rate: float = 0.01
+    """Initial learning rate; it falls to 0 by the power 0.9 of the remaining share of steps."""
+    momentum: float = 0.9
+    """Momentum of stochastic gradient descent."""
+    weight_decay: float = 4e-5
+    """L2 penalty; none on depthwise weights, batch norms and biases."""
+    dropout: float = 0.1
+    """Share of the concatenated branch outputs that is dropped."""
+    crop_size: tuple[int, int] | None = None
+    """Height and width in pixels of the training crops, of the form stride·k + 1. Default: whole images."""
+    branch_channels: int = 256
+    """Filters of each branch and of the cell's output."""
+    pooling: PoolingVariant = "sliding_window"
+    """Pyramid pooling as in the authors' code (sliding_window) or in the paper's words (grid_cells)."""
+    precision: Precision = "auto"
+    """Of the products in training: float32, bfloat16, or the latter where the device is quicker at it (auto)."""
+    statistics_batches: int = 16
+    """Training batches from which the batch norm statistics are recomputed before scoring."""
+
+
+@dataclass(frozen=True)
+class ProxyResult:
+    """What a cell was worth, and what it cost."""
+
+    mean_iou: float  # on the whole validation cache, 0..1
+    class_iou: tuple[float | None, ...]  # None: the class is neither in the labels nor predicted
+    loss_curve: tuple[tuple[int, float], ...]  # (iteration, training loss in nats)
+    parameters: int  # as in the paper's Table 1
+    multiply_adds: int  # as in the paper's Table 1, for one validation image
+    seconds: float
+    peak_memory_bytes: int  # of the device; on a CPU of the whole process
+
+
+class NotFiniteError(ArithmeticError):
+    """The training of a cell left the finite numbers; the message says where."""
+
+
+class ProxyTask:
+    """Scores cells on the features of one data set. Raises InputError for a crop that does not fit."""
+
+    def __init__(self, train: FeatureCache, val: FeatureCache, settings: ProxySettings, device: str = "cpu") -> None:
+        self.settings = settings
+        self.device = torch.device(device)
+        self.num_classes = len(train.class_names)
+        self.output_stride = train.output_stride
+        self.crop = crop_in_features(settings, train)
+        self._train, self._val = (self._resident(cache) for cache in (train, val))
+
+    def evaluate(
+        self, cell: Cell, seed: Sequence[int], on_step: Callable[[int], None] = lambda iteration: None
+    ) -> tuple[ProxyResult, SegmentationHead]:
+        """Train and score a cell; the result depends on the cell, the settings and `seed` alone.
+
+        Returns the result and the trained head, on the CPU in evaluation mode. Raises NotFiniteError.
+        """
+        start = time.perf_counter()
+        _reset_peak_memory(self.device)
+        number = int(np.random.SeedSequence(list(seed)).generate_state(1)[0])
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(number)  # initial weights, crops and dropout
+            head = self._create_head(cell).to(self.device)
+            step = self._create_step(head)
+            curve = self._train_head(step, on_step)
+            recompute_statistics(head, (step.draw()[0] for _ in range(self.settings.statistics_batches)))
+        confusion = self._confusion(head)
+        iou = class_iou(confusion)
+        size = self._val[0].shape[2:]
+        cost = module_cost(head.context, (size[0], size[1])).total
+        result = ProxyResult(
+            mean_iou=mean_iou(confusion),
+            class_iou=tuple(None if math.isnan(value) else float(value) for value in iou),
+            loss_curve=curve,
+            parameters=cost.parameters,
+            multiply_adds=cost.multiply_adds,
+            seconds=time.perf_counter() - start,
+            peak_memory_bytes=_peak_memory_bytes(self.device),
+        )
+        return result, head.cpu()
+
+    def _create_head(self, cell: Cell) -> SegmentationHead:
+        settings = self.settings
+        context = DensePredictionCell(
+            cell,
+            self._train[0].shape[1],
+            branch_channels=settings.branch_channels,
+            cell_channels=settings.branch_channels,
+            output_stride=self.output_stride,
+            dropout_rate=settings.dropout,
+            pooling=settings.pooling,
+        )
+        return SegmentationHead(context, self.num_classes)
+
+    def _create_step(self, head: SegmentationHead) -> TrainStep:
+        settings = self.settings
+        return TrainStep(
+            head,
+            *self._train,
+            output_stride=self.output_stride,
+            crop=self.crop,
+            batch_size=settings.batch_size,
+            iterations=settings.iterations,
+            learning_rate=settings.learning_rate,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+            precision=settings.precision,
+        )
+
+    def _train_head(self, step: TrainStep, on_step: Callable[[int], None]) -> tuple[tuple[int, float], ...]:
+        iterations = self.settings.iterations
+        curve = []
+        every = max(1, iterations // _CURVE_POINTS)
+        for iteration in range(1, iterations + 1):
+            loss = step()
+            if iteration % every == 0 or iteration == iterations:  # reading the loss waits for the device
+                curve.append((iteration, loss.item()))
+                if not math.isfinite(curve[-1][1]):
+                    raise NotFiniteError(f"the loss was {curve[-1][1]} at iteration {iteration}; try a lower --learning-rate")
+            on_step(iteration)
+        return tuple(curve)
+
+    @torch.inference_mode()
+    def _confusion(self, head: SegmentationHead) -> np.typing.NDArray[np.int64]:
+        features, labels = self._val
+        total = torch.zeros(self.num_classes, self.num_classes, dtype=torch.int64)
+        for start in range(0, features.shape[0], self.settings.batch_size):
+            batch = slice(start, start + self.settings.batch_size)
+            logits = head(features[batch].to(self.device, torch.float32))
+            if not logits.isfinite().all():
+                raise NotFiniteError("the trained cell gives scores that are not finite; try a lower --learning-rate")
+            total += upsampled_confusion_matrix(logits, labels[batch].to(self.device)).cpu()
+        return total.numpy()
+
+    def _resident(self, cache: FeatureCache) -> tuple[Tensor, Tensor]:
+        """Features and labels, on the GPU if they take less than half of what is free there, else left in the file."""
+        if self.device.type == "cuda":
+            size = cache.features.nbytes + cache.labels.nbytes
+            if size < torch.cuda.mem_get_info(self.device)[0] // 2:
+                features = cache.features.to(self.device, memory_format=torch.channels_last)  # crops are then contiguous rows
+                return features, cache.labels.to(self.device)
+        return cache.features, cache.labels
+
+
+def crop_in_features(settings: ProxySettings, cache: FeatureCache) -> tuple[int, int]:
+    """Height and width of the training crops, in features. Raises InputError for a crop that does not fit."""
+    whole = (cache.features.shape[2], cache.features.shape[3])
+    if settings.crop_size is None:
+        return whole
+    stride = cache.output_stride
+    largest = [stride * (limit - 1) + 1 for limit in whole]
+    if any((extent - 1) % stride or not 1 <= extent <= most for extent, most in zip(settings.crop_size, largest, strict=True)):
+        given, most = (" ".join(map(str, sizes)) for sizes in (settings.crop_size, largest))
+        raise InputError(f"--crop-size {given} must be {stride}·k + 1 each, at most {most}, the cached images' size")
+    height, width = ((extent - 1) // stride + 1 for extent in settings.crop_size)
+    return height, width
+
+
+def _reset_peak_memory(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:  # not Linux, or not allowed: the peak is then that of the whole process so far
+            return
+
+
+def _peak_memory_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        match = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    except OSError:
+        match = None
+    return int(match[1]) * 1024 if match else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,1 @@
+"""How a whole network is trained: crops, optimiser, loop, what is kept on disk, scores."""

@@ -1,0 +1,322 @@
+"""A folder described by a TOML file: every way to say where its pictures are and what labels mean, right and wrong."""
+
+import re
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+import search.random
+from search.datasets import IGNORE_INDEX, described, open_dataset, split_names
+from search.datasets.files import FileDataset, voc_palette
+from search.errors import InputError
+from tests.search import dataset_folders as made
+
+DOCUMENTATION = Path(__file__).parents[3] / "docs" / "datasets.md"
+FOLDERS = """
+classes = ["soil", "crop", "weed"]
+images = "{split}/images/{name}.png"
+labels = "{split}/labels/{name}.png"
+
+[splits.train]
+[splits.val]
+"""
+LISTS = """
+classes = ["soil", "crop", "weed"]
+images = "images/{name}.*"
+labels = "labels/{name}_mask.png"
+
+[splits.train]
+list = "train.txt"
+[splits.val]
+list = "val.txt"
+"""
+
+
+def write_folders(folder: Path, description: str = FOLDERS) -> Path:
+    """Two pictures in each of train/ and val/, values 0 to 2 and 255; returns the TOML file."""
+    for split in ("train", "val"):
+        for seed, name in enumerate(("b", "a")):
+            made.write_image(folder / split / "images" / f"{name}.png", seed)
+            made.write_label(folder / split / "labels" / f"{name}.png", made.values_up_to(3, shift=seed, void=True))
+    return write_description(folder, description)
+
+
+def write_lists(folder: Path, description: str = LISTS) -> Path:
+    """Pictures of several kinds in one folder, told apart by lists; returns the TOML file."""
+    for seed, name in enumerate(("a.jpg", "field/b.png", "field/c.png", "d.webp")):
+        made.write_image(folder / "images" / name, seed)
+        made.write_label(folder / "labels" / f"{name.rpartition('.')[0]}_mask.png", made.values_up_to(3, shift=seed))
+    made.write_list(folder / "train.txt", ["field/c", "", "a"])
+    made.write_list(folder / "val.txt", ["d", "field/b"])
+    return write_description(folder, description)
+
+
+def write_description(folder: Path, description: str) -> Path:
+    path = folder / "fields.toml"
+    path.write_text(description)
+    return path
+
+
+def open_first(path: Path, data_dir: Path | None = None, split: str = "train") -> FileDataset:
+    dataset = open_dataset(str(path), split, data_dir)
+    assert isinstance(dataset, FileDataset)
+    dataset[0]
+    return dataset
+
+
+# What is read
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_split_folders(tmp_path: Path, elsewhere: bool) -> None:
+    path = write_folders(tmp_path / "data")
+    if elsewhere:
+        (tmp_path / "descriptions").mkdir()
+        path = path.rename(tmp_path / "descriptions" / path.name)
+    assert split_names(str(path)) == ("train", "val")
+    for split in ("train", "val"):
+        dataset = open_dataset(str(path), split, tmp_path / "data" if elsewhere else None)
+        assert (dataset.name, dataset.split, dataset.class_names) == ("fields", split, ("soil", "crop", "weed"))
+        assert [dataset[i].name for i in range(len(dataset))] == ["a", "b"]
+        image, label, _ = dataset[1]
+        np.testing.assert_array_equal(image, np.array(Image.open(tmp_path / "data" / split / "images" / "b.png")))
+        np.testing.assert_array_equal(label, made.values_up_to(3, void=True))
+        assert image.dtype == label.dtype == np.uint8
+        assert dataset.label_ids == (0, 1, 2)
+        np.testing.assert_array_equal(dataset.palette, voc_palette(3))
+
+
+def test_lists_give_the_order_and_any_file_that_fits_counts(tmp_path: Path) -> None:
+    path = write_lists(tmp_path)
+    train, val = (open_dataset(str(path), split, None) for split in ("train", "val"))
+    assert [train[i].name for i in range(2)] == ["field/c", "a"]
+    assert [val[i].name for i in range(2)] == ["d", "field/b"]
+    np.testing.assert_array_equal(train[0].label, made.values_up_to(3, shift=2))
+
+
+def test_folders_with_other_names_and_splits_without_labels(tmp_path: Path) -> None:
+    write_folders(tmp_path)
+    (tmp_path / "train").rename(tmp_path / "training set")
+    made.write_image(tmp_path / "test" / "images" / "z.png")
+    path = write_description(
+        tmp_path,
+        FOLDERS.replace("[splits.train]", '[splits.train]\nfolder = "training set"') + "[splits.test]\nlabelled = false\n",
+    )
+    assert len(open_first(path)) == 2
+    image, label, name = open_dataset(str(path), "test", None)[0]
+    assert (name, label.shape) == ("z", image.shape[:2])
+    assert np.all(label == IGNORE_INDEX)
+
+
+@given(
+    values=st.lists(st.integers(0, 255), min_size=6, max_size=6, unique=True),
+    by_name=st.booleans(),
+)
+def test_label_ids_decide_what_a_value_means(
+    tmp_path_factory: pytest.TempPathFactory, values: list[int], by_name: bool
+) -> None:
+    *ids, ignored, other = values
+    meanings = [0, 1, 2, 1]
+    names = ("soil", "crop", "weed")
+    table = "\n".join(
+        f"{value} = " + (f'"{names[meaning]}"' if by_name else str(meaning))
+        for value, meaning in zip(ids, meanings, strict=True)
+    )
+    folder = tmp_path_factory.mktemp("fields")
+    path = write_folders(folder, f"ignore = [{ignored}]\n{FOLDERS}\n[label_ids]\n{table}\n")
+    stored = np.resize(np.array([*ids, ignored], np.uint8), made.SIZE)
+    expected = np.resize(np.array([*meanings, IGNORE_INDEX], np.uint8), made.SIZE)
+    made.write_label(folder / "train" / "labels" / "a.png", stored)
+    dataset = open_first(path)
+    np.testing.assert_array_equal(dataset[0].label, expected)
+    assert dataset.label_ids == tuple(ids[:3])
+
+    made.write_label(folder / "train" / "labels" / "a.png", np.full(made.SIZE, other, np.uint8))
+    with pytest.raises(
+        InputError, match=rf"holds the value {other}; allowed are .* correct the file, or ignore and label_ids"
+    ):
+        dataset[0]
+
+
+def test_name_colours_and_count(tmp_path: Path) -> None:
+    colours = [[1, 2, 3], [4, 5, 6], [7, 8, 255]]
+    path = write_folders(tmp_path, f'name = "my-fields"\ncolours = {colours}\n{FOLDERS}'.replace("[splits.val]", "count = 7"))
+    dataset = open_first(path)
+    assert (dataset.name, dataset.palette.tolist(), dataset.official_lengths) == ("my-fields", colours, (7,))
+
+
+def test_fingerprint_follows_the_files_and_the_meaning_of_labels(tmp_path: Path) -> None:
+    path = write_folders(tmp_path)
+    before = open_first(path).fingerprint()
+    path.write_text(f"# a remark\n{FOLDERS}")
+    assert open_first(path).fingerprint() == before
+    path.write_text(f'{FOLDERS}[label_ids]\n0 = "crop"\n1 = "soil"\n2 = "weed"\n')
+    assert open_first(path).fingerprint() != before
+
+
+def test_the_documented_example_is_complete_and_works(tmp_path: Path) -> None:
+    (example,) = re.findall(r"^```toml\n(.*?)^```", DOCUMENTATION.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    path = tmp_path / "street.toml"
+    path.write_text(example)
+    description = described.load_description(path)
+    assert set(tomllib.loads(example)) == set(described._FIELDS)
+    fields = {field for split in tomllib.loads(example)["splits"].values() for field in split}
+    assert fields == set(described._SPLIT_FIELDS)
+    assert {*description.train_ids.values()} == {*range(len(description.class_names)), IGNORE_INDEX}
+
+
+# What cannot be used
+
+
+BAD_DESCRIPTIONS: dict[str, tuple[str, str]] = {
+    "no TOML": ("classes = [", r"is no TOML file \(.*\); docs/datasets.md shows one"),
+    "unknown field": (f"clases = []\n{FOLDERS}", r"field clases: is unknown; the fields are classes, images,"),
+    "no classes": (FOLDERS.replace("classes", "ignore"), r"field classes: is missing; add it"),
+    "classes no list": (FOLDERS.replace('["soil", "crop", "weed"]', "3"), r"field classes: must be a list, got 3; put it in"),
+    "classes not names": (FOLDERS.replace('"crop"', "7"), r"field classes: must be 1 to 255 names, got .*; name each"),
+    "class twice": (FOLDERS.replace('"crop"', '"soil"'), r"field classes: names soil more than once; give every class its"),
+    "colours too few": (f"colours = [[0, 0, 0]]\n{FOLDERS}", r"field colours: has 1 colours for 3 classes; give one for each"),
+    "no colour": (f"colours = [[0, 0, 0], [0, 0], [0, 0, 0]]\n{FOLDERS}", r"field colours: \[0, 0\] is no colour; give"),
+    "colour too large": (f"colours = [[0, 0, 0], [0, 0, 256], [0, 0, 0]]\n{FOLDERS}", r"\[0, 0, 256\] is no colour"),
+    "bad name": (f'name = "a/b"\n{FOLDERS}', r"field name: 'a/b' cannot be part of a file name; use letters"),
+    "ignore too large": (f"ignore = [256]\n{FOLDERS}", r"field ignore: must be label values, 0 to 255, got \[256\]"),
+    "ignore a class": (f"ignore = [1, 255]\n{FOLDERS}", r"field ignore: 1 also means a class; say which by label_ids"),
+    "label id no number": (f"{FOLDERS}[label_ids]\nsoil = 0", r"field label_ids\.soil: is no label value; give a number"),
+    "label id too large": (f"{FOLDERS}[label_ids]\n256 = 0", r"field label_ids\.256: is no label value"),
+    "label id of no class": (f'{FOLDERS}[label_ids]\n7 = "tree"', r"field label_ids\.7: 'tree' is no class; give one of"),
+    "label id of a bad number": (f"{FOLDERS}[label_ids]\n7 = 3", r"field label_ids\.7: 3 is no class"),
+    "label ids missing": (f"{FOLDERS}[label_ids]\n7 = 0", r"field label_ids: gives no value to crop, weed; add one for each"),
+    "label ids no table": (f"label_ids = 3\n{FOLDERS}", r"field label_ids: must be a table, got 3; write \[label_ids\] above"),
+    "no images": (FOLDERS.replace("images =", "name ="), r"field images: is missing; add it"),
+    "no labels": (FOLDERS.replace("labels =", "name ="), r"field labels: is missing; add it"),
+    "images no text": (
+        FOLDERS.replace('"{split}/images/{name}.png"', "[]"),
+        r"field images: must be a text, got \[\]; put it",
+    ),
+    "no placeholder": (FOLDERS.replace("images/{name}", "images/a"), r"field images: .* must contain \{name\} once, and may"),
+    "unknown placeholder": (
+        FOLDERS.replace("{split}/images", "{city}/images"),
+        r"field images: .* may contain \{split\}; corr",
+    ),
+    "outside": (FOLDERS.replace("{split}/labels", "../labels"), r"field labels: .* leaves the folder; give a path within it"),
+    "folder outside": (f'{FOLDERS}folder = "/data"', r"field splits\.val\.folder: '/data' leaves the folder"),
+    "no splits": (FOLDERS.partition("[splits")[0], r"field splits: is missing; add \[splits\.train\] and \[splits\.val\]"),
+    "split no table": (
+        FOLDERS.partition("[splits")[0] + "[splits]\ntrain = 3",
+        r"field splits\.train: must be a table, got 3",
+    ),
+    "unknown split field": (f"{FOLDERS}lst = 3", r"field splits\.val\.lst: is unknown; the fields are list, folder,"),
+    "labelled no boolean": (f"{FOLDERS}labelled = 3", r"field splits\.val\.labelled: must be true or false, got 3"),
+    "count no number": (f"{FOLDERS}count = 0", r"field splits\.val\.count: must be a number of pictures, got 0"),
+    "splits the same": (
+        FOLDERS.replace("{split}/images", "images"),
+        r"field images: must contain \{split\}, or train and val hold the same pictures; add it, or give them lists",
+    ),
+}
+
+
+@pytest.mark.parametrize(("description", "sentence"), BAD_DESCRIPTIONS.values(), ids=BAD_DESCRIPTIONS.keys())
+def test_bad_description_is_refused_by_file_field_and_remedy(tmp_path: Path, description: str, sentence: str) -> None:
+    path = write_folders(tmp_path, description)
+    with pytest.raises(InputError, match=rf"^{path}.*{sentence}") as caught:
+        open_dataset(str(path), "train", None)
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_place_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"--dataset .*nowhere\.toml does not exist; give the TOML file"):
+        open_dataset(str(tmp_path / "nowhere.toml"), "train", None)
+    path = write_folders(tmp_path)
+    with pytest.raises(InputError, match=r"--data-dir .*nowhere is not a folder; give the one that .*fields\.toml describes"):
+        open_dataset(str(path), "train", tmp_path / "nowhere")
+    with pytest.raises(
+        InputError, match=r"no file in .*labels fits .*fields\.toml, field images: '.*'; correct it or --data-dir"
+    ):
+        open_dataset(str(path), "train", tmp_path / "train" / "labels")
+    with pytest.raises(InputError, match=r"split 'test' of .* is unknown; choose one of: train, val"):
+        open_dataset(str(path), "test", None)
+
+
+def test_missing_and_superfluous_files_are_named(tmp_path: Path) -> None:
+    path = write_folders(tmp_path / "folders")
+    (tmp_path / "folders" / "train" / "labels" / "a.png").unlink()
+    with pytest.raises(InputError, match=r"train/labels/a\.png is missing though .*train/images names it; restore the file"):
+        open_dataset(str(path), "train", None)
+    for label in (tmp_path / "folders" / "train" / "labels").iterdir():
+        label.unlink()
+    with pytest.raises(InputError, match=r"none of the \d labels of train is there, such as .*train/labels/a\.png: restore"):
+        open_dataset(str(path), "train", None)
+    (tmp_path / "folders" / "val" / "images" / "b.png").unlink()
+    with pytest.raises(InputError, match=r"label .*val/labels/b\.png has no image; restore the image, or remove the label"):
+        open_dataset(str(path), "val", None)
+
+    path = write_lists(tmp_path / "lists")
+    made.write_image(tmp_path / "lists" / "images" / "a.png")
+    with pytest.raises(InputError, match=r"a\.jpg and .*a\.png both fit 'images/\{name\}\.\*'; remove one"):
+        open_dataset(str(path), "train", None)
+    (tmp_path / "lists" / "images" / "a.png").unlink()
+    made.write_list(tmp_path / "lists" / "val.txt", ["d", "e", "d"])
+    with pytest.raises(InputError, match=r"val\.txt lists d 2 times; .* \(2 more: `python -m search.datasets check "):
+        open_dataset(str(path), "val", None)
+    (tmp_path / "lists" / "val.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match=r"val\.txt is no text in UTF-8 .*; correct .*, field splits\.val\.list, or restore"):
+        open_dataset(str(path), "val", None)
+    (tmp_path / "lists" / "val.txt").unlink()
+    with pytest.raises(InputError, match=r"val\.txt is missing; correct .*fields\.toml, field splits\.val\.list"):
+        open_dataset(str(path), "val", None)
+
+
+# In use
+
+
+def test_a_search_runs_on_a_described_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Labels keep the ids of another data set, and the training split has another name, as a user's may."""
+    rng = np.random.default_rng(0)
+    for split, count in (("all", 5), ("val", 4)):
+        for i in range(count):
+            left, right = rng.integers(0, 3, 2)
+            label = np.repeat(np.array([left, right], np.uint8), (16, 33))[None].repeat(33, axis=0)
+            image = (70 * label[..., None] + rng.integers(0, 30, (33, 49, 3))).astype(np.uint8)
+            for kind, pixels in (("images", image), ("labels", label * 10 + 5)):
+                path = tmp_path / split / kind / f"{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(path)
+    meaning = '[label_ids]\n5 = "soil"\n15 = "crop"\n25 = "weed"\n'
+    path = write_description(tmp_path, FOLDERS.replace("[splits.train]", "[splits.all]") + meaning)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        torch.save(timm.create_model("test_efficientnet").state_dict(), tmp_path / "weights.pth")
+    settings = search.random.RandomSettings(
+        dataset=str(path),
+        train_split="all",
+        backbone="test_efficientnet",
+        weights=tmp_path / "weights.pth",
+        cache_dir=tmp_path / "cache",
+        runs_dir=tmp_path / "runs",
+        device="cpu",
+        cells=2,
+        iterations=4,
+        branch_channels=8,
+        batch_size=2,
+        crop_size=(33, 33),
+        compare=("aspp",),
+    )
+    search.random.main(settings)
+    assert sorted(folder.name for folder in (tmp_path / "cache").iterdir()) == [
+        "fields-all-test_efficientnet-os16",
+        "fields-val-test_efficientnet-os16",
+    ]
+    assert "trial" in capsys.readouterr().out
+    assert (tmp_path / "runs" / "fields" / "report.html").stat().st_size > 0
+    (tmp_path / "descriptions").mkdir()
+    moved = path.rename(tmp_path / "descriptions" / path.name)  # a run is known by its data, not by where they are described
+    search.random.main(replace(settings, dataset=str(moved), data_dir=tmp_path, cells=3))
+    assert len((tmp_path / "runs" / "fields" / "cells.csv").read_text().splitlines()) == 1 + 3

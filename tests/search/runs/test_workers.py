@@ -1,0 +1,352 @@
+"""Several workers: the same cells and scores as one, whoever finishes first, and no cell lost when a worker dies."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import search.random
+from reference.cell import Cell
+from search.errors import InputError
+from search.features import FeatureCache
+from search.tasks.proxy import NotFiniteError, ProxyResult, ProxySettings, ProxyTask
+from search.random import RandomSettings
+from search.cells.sampler import create_sampler
+from search.cells.space import SearchSpace, canonical_form, cell_hash, load_cell
+from search.runs.study import Study, TrialRecord
+from search.runs.workers import MAX_DEATHS, InProcess, Job, Outcome, RayWorkers, evaluate, outcomes
+
+SETTINGS = RandomSettings(cells=25, branches=2)
+
+
+def score(cell: Cell) -> ProxyResult:
+    return ProxyResult(int(cell_hash(cell), 16) / 16**12, (0.5, None), ((1, 2.0),), 1, 2, 3.0, 4)
+
+
+class Shuffled:
+    """Workers without work: a cell's score follows from the cell, and any job in flight may be the next to finish."""
+
+    def __init__(self, capacity: int, seed: int = 0, interrupt_at: int = -1) -> None:
+        self.capacity = capacity
+        self._rng = np.random.default_rng(seed)
+        self._jobs: list[Job] = []
+        self._waits = iter(range(10**6))
+        self._interrupt_at = interrupt_at
+
+    def submit(self, job: Job) -> None:
+        self._jobs.append(job)
+        assert len(self._jobs) <= self.capacity
+
+    def wait(self) -> Outcome[ProxyResult]:
+        if next(self._waits) == self._interrupt_at:
+            raise KeyboardInterrupt
+        job = self._jobs.pop(self._rng.integers(len(self._jobs)))
+        if cell_hash(job.cell).endswith("0"):  # one of sixteen
+            return Outcome(job, failure="bad luck")
+        return Outcome(job, score(job.cell))
+
+    def close(self) -> None:
+        """Nothing to stop."""
+
+
+class Search(search.random._Search):
+    """The loop of the main job without heads to save."""
+
+    def _save(self, outcome: Outcome[ProxyResult], name: str) -> None:
+        """These outcomes have no head."""
+
+
+class InMemoryStudy(Study):
+    """A run that is kept in memory, where a trial takes a millisecond instead of a tenth of a second."""
+
+    def __init__(self, storage: optuna.storages.BaseStorage, sampler: optuna.samplers.BaseSampler) -> None:
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self._storage: Any = storage
+        self.search, self.comparison = (
+            optuna.create_study(storage=storage, study_name=part, direction="maximize", sampler=sampler, load_if_exists=True)
+            for part in ("search", "comparison")
+        )
+
+
+def create_study(settings: RandomSettings = SETTINGS, storage: optuna.storages.BaseStorage | None = None) -> Study:
+    sampler = create_sampler(settings.sampler, SearchSpace(settings.branches), settings.seed, lag=settings.lag)
+    return InMemoryStudy(storage or optuna.storages.InMemoryStorage(), sampler)
+
+
+def searched(workers: Shuffled, study: Study | None = None, settings: RandomSettings = SETTINGS) -> list[TrialRecord]:
+    study = study or create_study(settings)
+    Search(settings, study, workers, {}).run()
+    return study.records()
+
+
+@pytest.fixture(scope="module")
+def alone() -> list[TrialRecord]:
+    return searched(Shuffled(1))
+
+
+def test_the_search_is_worth_comparing(alone: list[TrialRecord]) -> None:
+    assert [record.number for record in alone] == list(range(SETTINGS.cells))
+    assert len({canonical_form(record.cell) for record in alone}) == SETTINGS.cells
+    assert 0 < sum(record.failure is not None for record in alone) < 10
+    neighbours = {cell for record in alone for cell in SearchSpace(2).neighbours(record.cell)}
+    assert sum(record.cell in neighbours for record in alone) > 5  # some are near the best, which depends on the scores
+
+
+@pytest.mark.parametrize("capacity", [2, 3, 5, 8])
+def test_cells_and_scores_do_not_depend_on_the_workers(alone: list[TrialRecord], capacity: int) -> None:
+    for seed in range(2):
+        assert searched(Shuffled(capacity, seed)) == alone
+
+
+@pytest.mark.parametrize("capacity", [1, 3])
+@pytest.mark.parametrize("interrupt_at", [1, 2, 9, 26])
+def test_an_interrupted_search_goes_on_with_any_number_of_workers(
+    alone: list[TrialRecord], capacity: int, interrupt_at: int
+) -> None:
+    storage = optuna.storages.InMemoryStorage()
+    with pytest.raises(KeyboardInterrupt):
+        searched(Shuffled(3, interrupt_at=interrupt_at), create_study(storage=storage))
+    assert searched(Shuffled(capacity), create_study(storage=storage)) == alone
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe", "evolution"])
+def test_other_samplers_run_with_workers(sampler: str) -> None:
+    settings = replace(SETTINGS, sampler=sampler, cells=12)
+    records = searched(Shuffled(3), settings=settings)
+    assert [record.number for record in records] == list(range(12))
+
+
+def test_equal_cells_are_evaluated_once_in_a_space_that_is_used_up() -> None:
+    settings = replace(SETTINGS, branches=1, cells=90)  # of 81 cells
+    records = searched(Shuffled(1), settings=settings)
+    assert len(records) == 90
+    scored = [record for record in records if record.result is not None]
+    first = {record.cell: record.number for record in reversed(scored)}
+    for record in scored:
+        assert record.duplicate_of == (None if first[record.cell] == record.number else first[record.cell])
+
+
+# Evaluating
+
+
+def make_cache(seed: int, count: int) -> FeatureCache:
+    rng = np.random.default_rng(seed)
+    features = torch.from_numpy(rng.normal(size=(count, 4, 3, 3))).half()
+    labels = torch.from_numpy(rng.integers(0, 3, (count, 33, 33))).to(torch.uint8)
+    return FeatureCache(Path("in memory"), features, labels, {"class_names": ["a", "b", "c"], "output_stride": 16})
+
+
+PROXY = ProxySettings(iterations=3, batch_size=2, learning_rate=0.1, branch_channels=4, statistics_batches=1)
+
+
+def create_task(settings: ProxySettings = PROXY) -> ProxyTask:
+    return ProxyTask(make_cache(0, 3), make_cache(1, 2), settings)
+
+
+JOBS = [Job(i, load_cell(name), (0, i)) for i, name in enumerate(("aspp", "dpc", "psp", "dpc"))]
+
+
+def measured(outcome: Outcome[ProxyResult]) -> ProxyResult:
+    assert outcome.result is not None
+    return replace(outcome.result, seconds=0.0, peak_memory_bytes=0)
+
+
+class Raising:
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def evaluate(self, *_: object) -> Any:
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "failure", "is_passing"),
+    [
+        (NotFiniteError("the loss was nan"), "the loss was nan", False),
+        (torch.OutOfMemoryError("tried 3 GiB\nmore"), "out of GPU memory: tried 3 GiB", True),
+    ],
+)
+def test_what_belongs_to_a_cell_is_a_failure(error: Exception, failure: str, is_passing: bool) -> None:
+    task: Any = Raising(error)
+    assert evaluate(task, JOBS[0]) == Outcome(JOBS[0], failure=failure, is_passing=is_passing)
+
+
+def test_a_bug_is_not_a_failure_of_a_cell() -> None:
+    task: Any = Raising(IndexError("a bug"))
+    with pytest.raises(IndexError, match="a bug"):
+        evaluate(task, JOBS[0])
+
+
+def test_in_process_evaluates_in_order_and_tells_its_progress() -> None:
+    steps: list[tuple[int, int]] = []
+    workers = InProcess(create_task(), lambda job, iteration: steps.append((job.key, iteration)))
+    for job in JOBS[:2]:
+        workers.submit(job)
+    assert [workers.wait().job for _ in range(2)] == JOBS[:2]
+    assert steps == [(key, iteration) for key in (0, 1) for iteration in (1, 2, 3)]
+
+
+# Ray
+
+
+class FakeRay:
+    """As much of Ray as the workers use, in this process; the actors named in `dying` die at their first evaluation."""
+
+    def __init__(self, dying: set[int]) -> None:
+        names = ("RayActorError", "ObjectLostError", "OutOfMemoryError")
+        self.exceptions = SimpleNamespace(**{name: type(name, (Exception,), {}) for name in names})
+        self.created = 0
+        self.dying = dying
+        self.killed: list[int] = []
+        self.is_down = False
+        self._results: dict[int, Callable[[], Any]] = {}
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def cluster_resources(self) -> dict[str, float]:
+        return {"GPU": 1.0}
+
+    def shutdown(self) -> None:
+        self.is_down = True
+
+    def remote(self, **_: Any) -> Callable[[type], Any]:
+        return lambda cls: SimpleNamespace(remote=lambda *arguments: self._actor(cls(*arguments)))
+
+    def _actor(self, instance: Any) -> Any:
+        number = self.created
+        self.created += 1
+
+        def evaluate(job: Job) -> int:
+            reference = len(self._results)
+
+            def result() -> Any:
+                if number in self.dying:
+                    raise [*vars(self.exceptions).values()][number % 3]
+                return instance.evaluate(job)
+
+            self._results[reference] = result
+            return reference
+
+        remote = {"evaluate": evaluate, "ready": lambda: None}
+        return SimpleNamespace(number=number, **{name: SimpleNamespace(remote=call) for name, call in remote.items()})
+
+    def kill(self, actor: Any, no_restart: bool) -> None:
+        assert no_restart
+        self.killed.append(actor.number)
+
+    def wait(self, references: list[int], num_returns: int, timeout: float | None = None) -> tuple[list[int], list[int]]:
+        return references[-num_returns:], references[:-num_returns]  # the latest first
+
+    def get(self, reference: Any) -> Any:
+        return self._results[reference]() if isinstance(reference, int) else None
+
+
+@pytest.fixture
+def fake_ray(monkeypatch: pytest.MonkeyPatch) -> Callable[[set[int]], FakeRay]:
+    def install(dying: set[int]) -> FakeRay:
+        ray = FakeRay(dying)
+        monkeypatch.setitem(sys.modules, "ray", ray)
+        return ray
+
+    return install
+
+
+def evaluate_all(workers: RayWorkers[ProxyResult], jobs: list[Job]) -> dict[Any, Outcome[ProxyResult]]:
+    by_key = {outcome.job.key: outcome for outcome in outcomes(workers, jobs)}
+    assert len(by_key) == len(jobs)
+    return by_key
+
+
+@given(dying=st.sets(st.integers(0, 5), max_size=2))
+def test_a_worker_that_dies_gives_its_cell_back(dying: set[int]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        ray = FakeRay(dying)
+        patch.setitem(sys.modules, "ray", ray)
+        with closing(RayWorkers(create_task, 2, "cpu")) as workers:
+            by_key = evaluate_all(workers, JOBS)
+    assert ray.is_down
+    assert ray.created == 2 + len(dying & set(range(ray.created)))
+    assert set(ray.killed) == dying & set(range(ray.created))
+    assert {key: measured(outcome) for key, outcome in by_key.items()} == {
+        job.key: measured(evaluate(create_task(), job)) for job in JOBS
+    }
+
+
+def test_more_workers_than_gpus_are_refused(fake_ray: Callable[[set[int]], FakeRay]) -> None:
+    fake_ray(set())
+    with pytest.raises(InputError, match="--workers 2 on CUDA needs 2 GPUs, Ray has 1: give fewer"):
+        RayWorkers(create_task, 2, "cuda")
+
+
+def test_one_gpu_by_name_is_no_device_for_workers(fake_ray: Callable[[set[int]], FakeRay]) -> None:
+    fake_ray(set())
+    with pytest.raises(InputError, match="--device cuda:1 is one GPU, --workers 2 have one each: give --device cuda"):
+        RayWorkers(create_task, 2, "cuda:1")
+
+
+def test_workers_that_are_late_are_waited_for_with_a_word(
+    fake_ray: Callable[[set[int]], FakeRay], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ray = fake_ray(set())
+    ready = iter([([], [None, None]), ([None], [None]), ([None], [])])
+    monkeypatch.setattr(ray, "wait", lambda references, num_returns, timeout: next(ready))
+    RayWorkers(create_task, 2, "cpu")
+    assert [line.split(":")[0] for line in capsys.readouterr().err.splitlines()] == [
+        "2 of 2 workers are not ready yet",
+        "1 of 2 workers are not ready yet",
+    ]
+
+
+def test_a_cell_that_kills_its_workers_is_given_up(fake_ray: Callable[[set[int]], FakeRay]) -> None:
+    fake_ray(set(range(MAX_DEATHS)))
+    with closing(RayWorkers(create_task, 1, "cpu")) as workers:
+        by_key = evaluate_all(workers, JOBS[:2])
+    assert by_key[0].failure == f"its worker died {MAX_DEATHS} times"
+    assert by_key[0].is_passing
+    assert by_key[1].result is not None
+
+
+def test_without_ray_more_workers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(InputError, match=r"--workers above 1 needs Ray: pip install .*\[workers\]"):
+        RayWorkers(create_task, 2, "cpu")
+
+
+class Suicidal(ProxyTask):
+    """Dies with its process at its first evaluation on this machine."""
+
+    def evaluate(self, *arguments: Any) -> Any:
+        mark = Path(os.environ["SUICIDE_MARK"])
+        if not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().evaluate(*arguments)
+
+
+def create_suicidal_task() -> ProxyTask:
+    return Suicidal(make_cache(0, 3), make_cache(1, 2), PROXY)
+
+
+def test_real_ray_gives_the_same_results_and_survives_a_death(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray", reason="Ray is an extra: pip install -e '.[workers]'")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))
+    monkeypatch.setenv("SUICIDE_MARK", str(tmp_path / "mark"))
+    with closing(RayWorkers(create_suicidal_task, 2, "cpu")) as workers:
+        by_key = evaluate_all(workers, JOBS)
+    assert (tmp_path / "mark").exists()
+    assert {key: measured(outcome) for key, outcome in by_key.items()} == {
+        job.key: measured(evaluate(create_task(), job)) for job in JOBS
+    }

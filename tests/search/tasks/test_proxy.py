@@ -1,0 +1,287 @@
+"""The proxy task: what a score depends on, that crops fit their labels, that cells learn, and what is refused."""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+
+import search.tasks.proxy
+from fast.batch_norm import recompute_statistics
+from fast.kernels import using
+from fast.mean_iou import confusion_matrix
+from fast.segmentation import SegmentationHead
+from reference.cell import BACKBONE_FEATURE, Branch, Cell, Operation
+from reference.mean_iou import class_iou, mean_iou
+from reference.pyramid_pooling import PoolingVariant
+from search.cells.cost import cell_cost
+from search.cells.space import load_cell
+from search.errors import InputError
+from search.features import FeatureCache
+from search.tasks.proxy import NotFiniteError, ProxyResult, ProxySettings, ProxyTask
+from tests.strategies import cells, rng_seeds
+
+STRIDE = 16
+SIZE = (4, 5)  # of a feature map
+CELL = Cell.from_json('[{"op": "conv", "kernel": 3, "rate": [1, 1], "input": -1}, {"op": "conv", "kernel": 1, "input": 0}]')
+SETTINGS = ProxySettings(
+    iterations=4, batch_size=3, learning_rate=0.2, branch_channels=8, statistics_batches=2, weight_decay=4e-5, dropout=0.1
+)
+
+
+def make_cache(features: torch.Tensor, labels: torch.Tensor, num_classes: int) -> FeatureCache:
+    manifest = {"class_names": [f"class {i}" for i in range(num_classes)], "output_stride": STRIDE}
+    return FeatureCache(Path("in memory"), features, labels.to(torch.uint8), manifest)
+
+
+def label_size(size: tuple[int, int]) -> tuple[int, int]:
+    return STRIDE * (size[0] - 1) + 1, STRIDE * (size[1] - 1) + 1
+
+
+def easy_cache(seed: int, count: int = 6, num_classes: int = 3) -> FeatureCache:
+    """The class of a pixel is told by the nearest feature, up to noise; a tenth of the pixels is not labelled."""
+    rng = np.random.default_rng(seed)
+    classes = rng.integers(0, num_classes, (count, *SIZE))
+    features = np.eye(num_classes)[classes].transpose(0, 3, 1, 2) + 0.1 * rng.normal(size=(count, num_classes, *SIZE))
+    rows, columns = (np.round(np.arange(extent) / STRIDE).astype(int) for extent in label_size(SIZE))
+    labels = classes[:, rows][:, :, columns]
+    labels[rng.random(labels.shape) < 0.1] = 255
+    return make_cache(torch.from_numpy(features).half(), torch.from_numpy(labels), num_classes)
+
+
+TRAIN, VAL = easy_cache(0), easy_cache(1, count=5)
+
+
+def make_task(**changes: Any) -> ProxyTask:
+    return ProxyTask(TRAIN, VAL, replace(SETTINGS, **changes))
+
+
+def measured(result: ProxyResult) -> dict[str, Any]:
+    return {key: value for key, value in asdict(result).items() if key not in ("seconds", "peak_memory_bytes")}
+
+
+# What a score depends on
+
+
+@given(cell=cells(max_branches=3, searchable=True), seed=rng_seeds())
+def test_the_same_cell_and_seed_give_the_same_result(cell: Cell, seed: int) -> None:
+    first, head = make_task().evaluate(cell, (seed, 0))
+    torch.manual_seed(seed + 1)  # nobody else's random numbers
+    np.random.seed(1)  # noqa: NPY002  # the global state is what must not matter
+    again, head_again = make_task().evaluate(cell, (seed, 0))
+    assert measured(first) == measured(again)
+    torch.testing.assert_close(head.state_dict(), head_again.state_dict(), rtol=0, atol=0)
+    other, _ = make_task().evaluate(cell, (seed, 1))
+    assert other.loss_curve != first.loss_curve
+
+
+def test_the_task_leaves_the_random_numbers_of_others_alone() -> None:
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    make_task().evaluate(CELL, (0,))
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_earlier_evaluations_do_not_matter() -> None:
+    task = make_task()
+    first, _ = task.evaluate(CELL, (5,))
+    task.evaluate(load_cell("aspp"), (6,))
+    again, _ = task.evaluate(CELL, (5,))
+    assert measured(again) == measured(first)
+
+
+# Learning
+
+
+def test_an_easy_task_is_learned() -> None:
+    result, head = make_task(iterations=60).evaluate(CELL, (0,))
+    losses = [loss for _, loss in result.loss_curve]
+    assert losses[0] == pytest.approx(np.log(3), rel=0.1)  # a fresh classifier knows nothing
+    assert np.mean(losses[-5:]) < 0.5 * losses[0]
+    assert result.mean_iou > 0.6  # chance: below 0.2
+    assert result.mean_iou == pytest.approx(np.mean([iou for iou in result.class_iou if iou is not None]))
+    assert not head.training
+    assert [iteration for iteration, _ in result.loss_curve] == list(range(1, 61))
+
+
+def test_shuffled_labels_are_not_learned() -> None:
+    """So the score above comes from the features, and no label leaks into a prediction."""
+    order = torch.from_numpy(np.random.default_rng(0).permutation(VAL.labels[0].numel()))
+    shuffled = VAL.labels.flatten(1)[:, order].view_as(VAL.labels)
+    task = ProxyTask(TRAIN, make_cache(VAL.features, shuffled, 3), replace(SETTINGS, iterations=60))
+    assert task.evaluate(CELL, (0,))[0].mean_iou < 0.3
+
+
+def test_the_loss_curve_is_thinned_and_keeps_its_end() -> None:
+    result, _ = make_task(iterations=250, batch_size=1, statistics_batches=1).evaluate(CELL, (0,))
+    assert [iteration for iteration, _ in result.loss_curve] == list(range(2, 251, 2))
+
+
+@pytest.mark.parametrize("pooling", ["sliding_window", "grid_cells"])
+def test_cost_time_and_memory_are_recorded(pooling: PoolingVariant) -> None:
+    pool = Branch(BACKBONE_FEATURE, Operation("pyramid_pooling", grid_size=(2, 2)))
+    cell = Cell((*CELL.branches, pool))
+    result, _ = make_task(pooling=pooling).evaluate(cell, (0,))
+    cost = cell_cost(cell, 3, SIZE, branch_channels=8, cell_channels=8, pooling=pooling).total
+    assert (result.parameters, result.multiply_adds) == (cost.parameters, cost.multiply_adds)
+    assert 0 < result.seconds < 60
+    assert result.peak_memory_bytes > 10**7
+
+
+@pytest.mark.parametrize("rate", [1e30, float("inf")])
+def test_a_loss_that_is_not_finite_is_an_error(rate: float) -> None:
+    with pytest.raises(NotFiniteError, match="try a lower --learning-rate"):
+        make_task(learning_rate=rate).evaluate(CELL, (0,))
+
+
+def test_scores_that_are_not_finite_are_an_error() -> None:
+    """Also where the last loss was read before the weights were ruined."""
+    with pytest.raises(NotFiniteError, match="scores that are not finite"):
+        make_task(learning_rate=1e38, iterations=1).evaluate(CELL, (0,))
+
+
+# The optimizer
+
+
+def test_schedule_and_weight_decay(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates: list[float] = []
+    decays: dict[int, float] = {}
+    momenta: set[float] = set()
+
+    class Spy(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            rates.append(float(self.param_groups[0]["lr"]))
+            assert all(float(group["lr"]) == rates[-1] for group in self.param_groups)
+            momenta.update(group["momentum"] for group in self.param_groups)
+            decays.update({p.data_ptr(): group["weight_decay"] for group in self.param_groups for p in group["params"]})
+            return super().step(closure)
+
+    monkeypatch.setattr(torch.optim, "SGD", Spy)
+    _, head = make_task(iterations=10).evaluate(CELL, (0,))
+    np.testing.assert_allclose(rates, [0.2 * (1 - t / 10) ** 0.9 for t in range(10)], rtol=1e-6)  # towards 0, in float32
+    assert momenta == {0.9}
+
+    decay = {name: decays.pop(parameter.data_ptr()) for name, parameter in head.named_parameters()}
+    assert decays == {}  # nothing else is trained
+    assert {name for name, value in decay.items() if value == SETTINGS.weight_decay} == {
+        "context.branches.0.pointwise.weight",
+        "context.branches.1.pointwise.weight",
+        "context.projection.weight",
+        "classifier.weight",
+    }
+    assert {value for value in decay.values() if value} == {SETTINGS.weight_decay}
+    assert decay["context.branches.0.depthwise.weight"] == decay["classifier.bias"] == 0
+
+
+# Crops
+
+
+@pytest.mark.parametrize("crop", [(40, 33), (33, 40), (65, 33), (33, 81), (0, 33), (-15, 33)])
+def test_a_crop_that_does_not_fit_is_refused(crop: tuple[int, int]) -> None:
+    height, width = label_size(SIZE)
+    with pytest.raises(InputError, match=rf"--crop-size {crop[0]} {crop[1]} must be 16·k \+ 1 each, at most {height} {width}"):
+        make_task(crop_size=crop)
+
+
+def test_the_largest_crop_is_the_whole_image() -> None:
+    assert make_task(crop_size=label_size(SIZE)).crop == make_task().crop == SIZE
+
+
+# Scoring
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 8])
+def test_every_labelled_pixel_is_counted_once(batch_size: int) -> None:
+    task = make_task(batch_size=batch_size)
+    torch.manual_seed(0)
+    head = task._create_head(CELL).eval()
+    confusion = task._confusion(head)
+    labels = VAL.labels[VAL.labels != 255]
+    np.testing.assert_array_equal(confusion.sum(axis=1), np.bincount(labels.numpy(), minlength=3))
+
+    with torch.inference_mode():
+        logits = head(VAL.features.float())
+        upsampled = torch.nn.functional.interpolate(logits, label_size(SIZE), mode="bilinear", align_corners=True)
+    expected = confusion_matrix(upsampled.argmax(dim=1), VAL.labels, num_classes=3).numpy()
+    assert np.abs(confusion - expected).sum() <= 0.001 * expected.sum()  # pixels between two classes may fall to either side
+
+
+def test_the_recorded_score_is_that_of_the_returned_head() -> None:
+    task = make_task()
+    result, head = task.evaluate(CELL, (0,))
+    confusion = task._confusion(head)
+    assert result.mean_iou == mean_iou(confusion)
+    assert result.class_iou == tuple(class_iou(confusion))
+
+
+def test_a_class_that_is_nowhere_has_no_score() -> None:
+    train, val = (make_cache(cache.features, cache.labels, 4) for cache in (TRAIN, VAL))
+    result, _ = ProxyTask(train, val, replace(SETTINGS, iterations=20)).evaluate(CELL, (0,))
+    assert result.class_iou[3] is None
+    present = [iou for iou in result.class_iou if iou is not None]
+    assert len(present) == 3
+    assert result.mean_iou == pytest.approx(np.mean(present))
+
+
+def test_statistics_are_those_of_the_trained_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before scoring, running statistics are recomputed in as many batches as asked for, without touching a weight."""
+    seen: dict[str, Any] = {}
+    original = recompute_statistics
+
+    def spy(head: SegmentationHead, batches: Any) -> None:
+        before = [p.clone() for p in head.parameters()]
+        batches = list(batches)
+        original(head, iter(batches))
+        seen.update(count=len(batches), unchanged=all(map(torch.equal, before, head.parameters())))
+
+    monkeypatch.setattr(search.tasks.proxy, "recompute_statistics", spy)
+    make_task(statistics_batches=5).evaluate(CELL, (0,))
+    assert seen == {"count": 5, "unchanged": True}
+
+
+def test_progress_is_told_step_by_step() -> None:
+    steps: list[int] = []
+    make_task(iterations=5).evaluate(CELL, (0,), steps.append)
+    assert steps == [1, 2, 3, 4, 5]
+
+
+# With kernels and without
+
+
+def hard_cache(seed: int) -> FeatureCache:
+    """Features that show the class of their pixel through noise as large as the signal: no cell scores 0 or 1."""
+    cache = easy_cache(seed, count=8)
+    noise = torch.randn(cache.features.shape, generator=torch.Generator().manual_seed(seed))
+    return replace(cache, features=(cache.features.float() + 0.7 * noise).half())
+
+
+def train_with_and_without_kernels(seeds: int, **changes: Any) -> tuple[list[ProxyResult], list[ProxyResult]]:
+    task = ProxyTask(hard_cache(0), hard_cache(1), replace(SETTINGS, iterations=120, batch_size=8, **changes))
+    cell = Cell.from_json(
+        '[{"op": "conv", "kernel": 3, "rate": [1, 1], "input": -1}, {"op": "conv", "kernel": 1, "input": 0},'
+        ' {"op": "pyramid_pooling", "grid_size": [1, 2], "input": 0}]'
+    )
+    ours = [task.evaluate(cell, (seed,))[0] for seed in range(seeds)]
+    with using(None):
+        librarys = [task.evaluate(cell, (seed,))[0] for seed in range(seeds)]
+    return ours, librarys
+
+
+def test_kernels_train_as_the_library_does() -> None:
+    """The same crops and weights: 120 steps amplify float32 rounding to less than a hundredth of the loss."""
+    for ours, librarys in zip(*train_with_and_without_kernels(3, dropout=0.0, precision="float32"), strict=True):
+        curves = np.array(ours.loss_curve), np.array(librarys.loss_curve)
+        np.testing.assert_allclose(curves[0], curves[1], rtol=0.01)
+        assert curves[0][-1, 1] < 0.8 * curves[0][0, 1]  # and it learns
+        assert ours.mean_iou == pytest.approx(librarys.mean_iou, abs=0.01)
+
+
+def test_kernels_reach_the_same_score_with_dropout() -> None:
+    """Other masks, so other runs: the mean scores over six seeds lie within one standard deviation."""
+    scores = [np.array([result.mean_iou for result in results]) for results in train_with_and_without_kernels(6, dropout=0.3)]
+    deviation = np.concatenate([values - values.mean() for values in scores]).std(ddof=2)
+    assert abs(scores[0].mean() - scores[1].mean()) <= deviation

@@ -1,0 +1,94 @@
+"""Rates, decay and multipliers against tables that the authors' code wrote, where they are at hand."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fast.backbone import timm_backbone
+from fast.dense_prediction_cell import DensePredictionCell, decays
+from fast.segmentation import SegmentationHead, SegmentationNetwork
+from search.cells.space import load_cell
+from search.training.optimizer import parameter_groups, poly_learning_rate, set_learning_rate
+
+FACTS = Path(__file__).parents[4] / "shared" / "golden" / "train_facts" / "facts.json"
+
+
+@pytest.fixture(scope="module")
+def facts() -> dict[str, Any]:
+    if not FACTS.exists():
+        pytest.skip("the authors' tables are not on this machine")
+    tables: dict[str, Any] = json.loads(FACTS.read_text(encoding="utf-8"))
+    return tables
+
+
+@pytest.fixture(scope="module")
+def network() -> SegmentationNetwork:
+    backbone = timm_backbone("mobilenetv2_100")
+    return SegmentationNetwork(backbone, SegmentationHead(DensePredictionCell(load_cell("dpc"), 320), 19))
+
+
+@pytest.mark.parametrize("table", [0, 1], ids=["from_the_start", "after_a_slow_start"])
+def test_rates_are_the_authors(facts: dict[str, Any], table: int) -> None:
+    wanted = facts["learning_rate"][table]
+    for step, expected in zip(wanted["steps"], wanted["lr"], strict=True):
+        actual = poly_learning_rate(
+            step,
+            initial=wanted["base_learning_rate"],
+            iterations=wanted["training_number_of_steps"],
+            slow_start_iterations=wanted["slow_start_step"],
+            slow_start_rate=wanted["slow_start_learning_rate"],
+        )
+        # TensorFlow's 1 − t is a float32: off by 6e-8 of the initial rate, times up to 2.5 where (1 − t)^0.9 is steep
+        assert actual == pytest.approx(expected, rel=1e-6, abs=2e-7 * wanted["base_learning_rate"])
+
+
+def test_as_many_weights_decay_as_the_authors_regularise(facts: dict[str, Any], network: SegmentationNetwork) -> None:
+    decaying = [name for name, does in decays(network).items() if does]
+    assert len(decaying) == len(facts["mobilenet_dpc_l2_regularised"]) == 41
+    kinds = [name.split("/")[0] for name in facts["mobilenet_dpc_l2_regularised"]]
+    assert sum(name.startswith("backbone.") for name in decaying) == kinds.count("MobilenetV2")
+    assert sum(name.startswith("head.context.") for name in decaying) == kinds.count("meta_architecture")
+
+
+def test_what_decays_is_no_depthwise_norm_or_bias(network: SegmentationNetwork) -> None:
+    decay = decays(network)
+    for name, parameter in network.named_parameters():
+        is_product = parameter.ndim == 4 and not (parameter.shape[1] == 1 and parameter.shape[2:] == (3, 3))
+        assert decay[name] == is_product, name
+
+
+def test_multipliers_are_the_authors(facts: dict[str, Any], network: SegmentationNetwork) -> None:
+    groups = parameter_groups(network, weight_decay=4e-5, last_layer_multiplier=10)
+    multiplier = {id(parameter): group["multiplier"] for group in groups for parameter in group["params"]}
+    expected = facts["gradient_multipliers_x10_last_layers_contain_logits_only=False"]
+    context = [p for name, p in network.named_parameters() if name.startswith("head.context.")]
+    assert {multiplier[id(p)] for p in context} == {value for name, value in expected.items() if "meta" in name} == {10.0}
+    classifier = network.head.classifier
+    assert classifier.bias is not None
+    assert multiplier[id(classifier.weight)] == expected["logits/semantic/weights"]
+    assert multiplier[id(classifier.bias)] == expected["logits/semantic/biases"]
+    assert {multiplier[id(p)] for p in network.backbone.parameters()} == {1.0}
+
+
+def test_groups_hold_every_parameter_once(network: SegmentationNetwork) -> None:
+    groups = parameter_groups(network, weight_decay=4e-5)
+    held = [id(parameter) for group in groups for parameter in group["params"]]
+    assert sorted(held) == sorted(id(parameter) for parameter in network.parameters())
+
+
+def test_a_multiplied_rate_is_a_multiplied_gradient_of_loss_and_decay() -> None:
+    """Two steps, with momentum, by hand: v ← 0.9 v + m·(g + λw), w ← w − r·v."""
+    weight, rate, decay, multiplier = 2.0, 0.1, 0.5, 3.0
+    parameter = torch.nn.Parameter(torch.tensor([weight], dtype=torch.float64))
+    optimizer = torch.optim.SGD([{"params": [parameter], "weight_decay": decay, "multiplier": multiplier}], momentum=0.9)
+    velocity = 0.0
+    for gradient in (1.0, -0.25):
+        set_learning_rate(optimizer, rate)
+        parameter.grad = torch.tensor([gradient], dtype=torch.float64)
+        optimizer.step()
+        velocity = 0.9 * velocity + multiplier * (gradient + decay * weight)
+        weight -= rate * velocity
+    assert parameter.item() == pytest.approx(weight, rel=1e-14)  # rounding of float64
