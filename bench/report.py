@@ -10,7 +10,7 @@ from typing import Any, cast
 from bench.results import DONE, FAILED, OK, WRONG, Results, Row, best_other, eager, ours, ratio, right
 from bench.suites import NEW_CELL, PAPER
 from reference.cell import RATES
-from search.features import write_text
+from search.files import write_text
 
 PAPER_CELLS, PAPER_ITERATIONS = 28_000, 30_000
 _PAPER_GPU_DAYS = 370 * 7  # "370 GPUs over one week" (paper, section 4.1)

@@ -25,7 +25,7 @@ import torch
 from bench.cases import EAGER, OURS, OURS_WITHOUT_KERNELS, Suite
 from bench.costs import Mode
 from bench.roofline import Roofs
-from search.features import write_json, write_text
+from search.files import write_json, write_text
 
 OK, WRONG, FAILED, NOT_SUPPORTED = "ok", "WRONG", "failed", "not supported here"
 NOT_CHECKED = "not checked"  # a time whose result another stage compares, if it comes to that

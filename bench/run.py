@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # this checkout, also where another one is installed or none
@@ -39,8 +38,9 @@ from bench.roofline import NO_ROOFS, measure_roofs
 from bench.stages import Run, compile_kernels, plan_stages, run_stages
 from bench.suites import PAPER, Plan, make_plan
 from bench.worker import Workers
-from search.errors import InputError
-from search.features import resolve_device
+from search.devices import resolve_device
+from search.errors import InputError, with_fields
+from search.folder import Folder
 
 CLOSING_S = 12.0  # of a run of limited minutes: what was imported before, the last summary and the picture
 
@@ -108,12 +108,8 @@ def main(settings: BenchSettings) -> None:
     if device.type == "cpu" and "float16" in (settings.dtype or ()):
         raise InputError("--dtype float16 is measured on a GPU alone: this run is on the CPU")
     folder = settings.out / environment(device).folder
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(folder / "lock", timeout=0):
-            results = (run_and_write if settings.minutes is None else run_for_minutes)(settings, device, folder)
-    except Timeout:
-        raise InputError(f"another benchmark writes to {folder}: two at once would disturb each other's times") from None
+    with Folder(folder).locked():  # two at once would disturb each other's times
+        results = (run_and_write if settings.minutes is None else run_for_minutes)(settings, device, folder)
     if not results.is_complete:
         sys.exit(130)
     if failures := results.failures():
@@ -262,7 +258,7 @@ if __name__ == "__main__":
     try:
         main(BenchSettings(**vars(parser().parse_args())))
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {with_fields(str(error), lambda field: f'--{field}')}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         print(f"error: {error}: check the path, its permissions and the disk", file=sys.stderr)

@@ -63,7 +63,7 @@ from bench.worker import OutOfTime, Say, WorkerLost, Workers, WorkFailed
 from fast import kernels
 from fast.kernels import Backend
 from reference.cell import BACKBONE_FEATURE, CONV1X1, Branch, Cell, Operation
-from search.features import write_text
+from search.files import write_text
 
 ROOT = Path(__file__).parents[1]
 PREDICTIONS = Path(__file__).parent / "predictions"

@@ -27,7 +27,7 @@ from bench.training_cases import NewCellCase, ProxyCase, SearchCase, random_cell
 from fast.train_step import has_fast_bf16
 from reference.cell import CONV1X1, GRID_SIZES, RATES, Operation
 from search.cells.space import load_cell
-from search.tasks.proxy import ProxySettings
+from search.settings import HeadSettings, ProxySettings
 
 PUBLISHED_RATES = tuple((h, w) for h in RATES for w in RATES)
 FEW_RATES = ((1, 1), (6, 6), (6, 21), (21, 21))  # the densest reads, two of the published cell's kind, the farthest reads
@@ -47,6 +47,7 @@ class Scale:
     grids: tuple[tuple[int, int], ...]
     random_cells: int
     search: ProxySettings
+    search_channels: int  # of each branch
     search_cells: int
     search_images: tuple[int, int]  # training, validation
     rounds: int
@@ -59,7 +60,8 @@ PAPER = Scale(
     rates=PUBLISHED_RATES,
     grids=tuple((h, w) for h in GRID_SIZES for w in GRID_SIZES),
     random_cells=20,
-    search=ProxySettings(iterations=80, learning_rate=0.05, branch_channels=256),
+    search=ProxySettings(iterations=80, learning_rate=0.05),
+    search_channels=256,
     search_cells=4,
     search_images=(240, 60),
     rounds=10,
@@ -71,7 +73,8 @@ QUICK = Scale(
     rates=((6, 21),),
     grids=((2, 4),),
     random_cells=0,
-    search=ProxySettings(iterations=5, learning_rate=0.05, branch_channels=256, statistics_batches=2),
+    search=ProxySettings(iterations=5, learning_rate=0.05, statistics_batches=2),
+    search_channels=256,
     search_cells=1,
     search_images=(8, 4),
     rounds=3,
@@ -279,6 +282,7 @@ class Planner:
             mode="training",
             cells=self.scale.search_cells,
             settings=self.scale.search,
+            head=HeadSettings(branch_channels=self.scale.search_channels),
             train_images=self.scale.search_images[0],
             val_images=self.scale.search_images[1],
         )

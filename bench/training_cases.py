@@ -38,11 +38,12 @@ from reference.pointwise_conv import pointwise_conv, pointwise_conv_backward
 from reference.upsampled_cross_entropy import upsampled_cross_entropy, upsampled_cross_entropy_backward
 from search.cells.space import SearchSpace
 from search.datasets import SPLITS, open_dataset
-from search.features import FeatureCache
-from search.tasks.proxy import ProxySettings, ProxyTask
+from search.settings import HeadSettings, ProxySettings
+from search.tasks.feature_cache import FeatureCache
+from search.tasks.proxy import ProxyTask
 
 _STRIDE = 16
-_MOMENTUM, _WEIGHT_DECAY = 0.9, 4e-5  # as `search.tasks.proxy.ProxySettings` has them
+_MOMENTUM, _WEIGHT_DECAY = 0.9, 4e-5  # as `search.settings.ProxySettings` has them
 _PATCH_CHANNELS = 320  # as many as MobileNet-v2's last feature map has, the paper's proxy backbone
 
 
@@ -263,6 +264,7 @@ class SearchCase(Case):
 
     cells: int
     settings: ProxySettings
+    head: HeadSettings
     train_images: int = 240
     val_images: int = 60
 
@@ -280,8 +282,9 @@ class SearchCase(Case):
 
     def small(self) -> Self:
         # Large enough a rate that four losses tell a wrong gradient, and no chance.
-        settings = replace(self.settings, iterations=4, batch_size=2, branch_channels=16, dropout=0.0, statistics_batches=1)
-        return replace(self, cells=1, settings=settings, train_images=4, val_images=2)
+        settings = replace(self.settings, iterations=4, batch_size=2, statistics_batches=1)
+        head = replace(self.head, branch_channels=16, dropout=0.0)
+        return replace(self, cells=1, settings=settings, head=head, train_images=4, val_images=2)
 
     def workload(self, provider: Provider, dtype: str, device: torch.device) -> Workload:
         return _SearchWorkload(self, provider, device)
@@ -299,7 +302,7 @@ class _SearchWorkload(Workload):
         caches = [
             _patch_cache(split, count) for split, count in zip(SPLITS, (case.train_images, case.val_images), strict=True)
         ]
-        self._task = ProxyTask(caches[0], caches[1], case.settings, str(device))
+        self._task = ProxyTask(caches[0], caches[1], case.settings, case.head, str(device))
         self._cells = random_cells(case.cells)
         self._provider, self._device = provider, device
         self._losses: list[float] = []
@@ -329,5 +332,5 @@ def _patch_cache(split: str, count: int) -> FeatureCache:
     randomise(patches, SEED)
     with torch.no_grad():
         features = patches(images / 127.5 - 1.0).relu()
-    manifest = {"class_names": list(dataset.class_names), "output_stride": _STRIDE}
+    manifest = {"dataset": dataset.name, "class_names": list(dataset.class_names), "output_stride": _STRIDE}
     return FeatureCache(Path("in memory"), features.half(), labels, manifest)

@@ -4,7 +4,6 @@ import hashlib
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import timm
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -160,6 +159,8 @@ def timm_backbone(
     mean and deviation in their configuration. `low_level=True` also gives the map at stride 4 that a decoder reads. Raises
     ValueError naming the model, or the file and the keys that do not fit.
     """
+    import timm  # here: it takes seconds and brings torchvision, which nobody needs who has features already
+
     if not timm.is_model(name):
         similar = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:8]) or "see timm.list_models()"
         raise ValueError(f"backbone {name!r} is not a timm model; similar names: {similar}")
@@ -206,6 +207,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 def _create_body(name: str, output_stride: int, pretrained: bool, *, stride_4: bool, options: dict[str, Any]) -> Any:
     """timm's `features_only` model that gives the last map, and before it the last one at stride 4 if wanted."""
+    import timm
+
     indices: tuple[int, ...] = (-1,)
     try:
         if stride_4:
@@ -246,6 +249,8 @@ def _convolutions(module: nn.Module) -> list[nn.Conv2d]:
 
 def _load_body(body: nn.Module, name: str, options: dict[str, Any], path: Path) -> None:
     """Strict: the file must fit the whole timm model, or exactly the part of it that computes features."""
+    import timm
+
     state = read_weights(path)
     wanted = body.state_dict()
     whole = timm.create_model(name, **options).state_dict().keys()

@@ -1,70 +1,44 @@
-"""How every command of `search` meets its user: flags from a dataclass, one clear sentence for bad input, clean Ctrl-C."""
+"""How every command of `search` meets its user: flags from groups of settings, a sentence for bad input, clean Ctrl-C."""
 
-import re
-import signal
+import shlex
 import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from types import FrameType
-from typing import Any, TypeVar
+from dataclasses import fields, is_dataclass
+from typing import TypeVar, get_type_hints
 
 import tyro
+from tyro.conf import OmitArgPrefixes as Flat
 
-from search.errors import InputError
+from search.errors import InputError, with_fields
+
+# Flat: a group of settings whose fields are flags by their own names, `data: Flat[DataSettings]`. Without it the group's name
+# comes first, as in --large.backbone, for a command that has two groups of one kind.
+__all__ = ["Flat", "in_flags", "run_command", "this_command"]
 
 Settings = TypeVar("Settings")
 
 
-@contextmanager
-def flags_called(names: Mapping[str, str]) -> Iterator[None]:
-    """Bad input found by a part that other commands have too, in the words of this one: its flags by part's flag.
-
-    >>> try:
-    ...     with flags_called({"--workers": "--loading-processes"}):
-    ...         raise InputError("--workers must be at least 0")
-    ... except InputError as error:
-    ...     print(error)
-    --loading-processes must be at least 0
-    """
-    try:
-        yield
-    except InputError as error:
-        known = "|".join(map(re.escape, names))
-        text = re.sub(rf"(?<![\w-])({known})(?![\w-])", lambda match: names[match[0]], str(error)) if names else str(error)
-        raise type(error)(text) from error
-
-
-def differences(before: Mapping[str, Any], now: Mapping[str, Any], flags: Mapping[str, str] | None = None) -> str:
-    """Which settings are not what they were, by their flags (`flags` has those not named after their field); "" if all are.
-
-    >>> differences({"top_k": 3, "seed": 0, "top": 1}, {"top_k": 5, "seed": 1, "top": 1})
-    '--seed 0, now it is 1, and --top-k 3, now it is 5'
-    """
-    called = flags or {}
-    return ", and ".join(
-        f"{called.get(field, _flag(field))} {before.get(field)}, now it is {now.get(field)}"
-        for field in sorted(before.keys() | now.keys())
-        if before.get(field) != now.get(field)
-    )
-
-
-def _flag(field: str) -> str:
-    return field if field.startswith("--") else f"--{field.replace('_', '-')}"
-
-
 def run_command(
-    settings_type: type[Settings], command: Callable[[Settings], None], *, prog: str, goes_on: bool = False
+    settings_type: type[Settings],
+    command: Callable[[Settings], None],
+    *,
+    prog: str,
+    goes_on: bool = False,
+    renamed: Mapping[str, str] | None = None,
 ) -> None:
     """Parse the flags of `settings_type`, run `command`, and exit: 0 done, 2 bad input, 130 stopped by Ctrl-C.
 
-    `goes_on` says that the same command goes on where it was stopped. A full memory is bad input too: of sizes too large.
+    `goes_on` says that the same command goes on where it was stopped; `renamed` has the flags of earlier versions, and what
+    is to be written instead. A full memory is bad input too: of sizes too large.
     """
+    for argument in sys.argv[1:]:
+        if instead := (renamed or {}).get(argument.partition("=")[0]):
+            sys.exit(_fail(f"{argument.partition('=')[0]} is now {instead}"))
     settings = tyro.cli(settings_type, prog=prog, config=(tyro.conf.FlagCreatePairsOff,))
     try:
         command(settings)
     except InputError as error:
-        sys.exit(_fail(str(error)))
+        sys.exit(_fail(in_flags(str(error), settings_type)))
     except OSError as error:
         sys.exit(_fail(f"{error}: check the path, its permissions and the disk"))
     except (MemoryError, RuntimeError) as error:
@@ -76,29 +50,26 @@ def run_command(
         sys.exit(130)
 
 
-@contextmanager
-def ctrl_c_waits() -> Iterator[None]:
-    """What is inside comes to its end before Ctrl-C ends the program, which a second one does at once.
+def in_flags(text: str, settings_type: type) -> str:
+    """What a part says of fields, of the flags of a command with these settings. Fields of others stay as they are."""
+    known = set(_field_names(settings_type))
+    return with_fields(text, lambda name: f"--{name.replace('_', '-')}" if name in known else f"`{name}`")
 
-    For the database: interrupted between its lines it prints tracebacks of its own.
-    """
-    before = signal.getsignal(signal.SIGINT)
-    if not callable(before) or threading.current_thread() is not threading.main_thread():  # only that one may set handlers
-        yield
-        return
-    pressed = []
 
-    def wait(number: int, frame: FrameType | None) -> None:
-        pressed.append(number)
-        signal.signal(signal.SIGINT, before)
+def _field_names(settings_type: type) -> Iterator[str]:
+    """The fields of all groups, by their names alone where the group is `Flat`, else with the group's name before it."""
+    for name, annotated in get_type_hints(settings_type, include_extras=True).items():
+        group = getattr(annotated, "__origin__", annotated)
+        if isinstance(group, type) and is_dataclass(group):
+            prefix = "" if group is not annotated else f"{name}."
+            yield from (prefix + field.name for field in fields(group))
+        else:
+            yield name
 
-    signal.signal(signal.SIGINT, wait)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if pressed:
-        signal.raise_signal(signal.SIGINT)
+
+def this_command(prog: str) -> str:
+    """As it was typed, for who wants to type it again."""
+    return shlex.join([*prog.split(), *sys.argv[1:]])
 
 
 def _is_full_memory(error: Exception) -> bool:

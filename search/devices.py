@@ -12,7 +12,22 @@ import torch
 from torch import Tensor, nn
 
 from search.errors import InputError
-from search.features import resolve_device
+
+
+def resolve_device(device: str) -> str:
+    """The device by its name, a GPU with its number; auto is a GPU if there is one. Raises InputError if it is not there."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        place = torch.device(device)
+        if place.type == "cuda" and torch.cuda.is_available():  # asked without a tensor, whose context takes half a gigabyte
+            index = torch.cuda.current_device() if place.index is None else place.index
+            torch.cuda.get_device_properties(index)
+            return f"cuda:{index}"
+        return str(torch.empty(1, device=place).device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"`device` {device} cannot be used ({reason}): give cpu, or leave it out") from error
 
 
 class Devices:

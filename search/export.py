@@ -80,7 +80,7 @@ def main(settings: ExportSettings) -> None:
     module, description, channels = _load(settings)
     size = settings.size or ((513, 513) if settings.network else (33, 33))
     if min(size) < 1:
-        raise InputError(f"--size {size[0]} {size[1]}: both must be at least 1")
+        raise InputError(f"`size` {size[0]} {size[1]}: both must be at least 1")
     reason = "as asked" if settings.fixed_size else _what_fixes_the_size(module)
     is_dynamic = reason is None
     result = export(

@@ -1,372 +1,18 @@
-"""A run as one page, which needs nothing beside itself: `python -m search.report --run runs/<name>` writes its `report.html`.
+"""What was found, to look at: `python -m search.report --run runs/shapes` writes the page of a run again.
 
-With `--cells` it is the page of any cells (cell_report.py).
+With `--cells dpc mine.json head.safetensors` it is the page of any cells: pictures, cost and latency.
 """
 
-import base64
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
-from typing import Any
-from zipfile import BadZipFile
 
-import numpy as np
-from markupsafe import Markup
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-from numpy.typing import NDArray
-from PIL import Image
-
-from fast.checkpoint import load_context
-from fast.dense_prediction_cell import DensePredictionCell
-from reference.cell import Cell
-from reference.dense_prediction_cell import BranchOptions, rate_multiplier_for
-from reference.pyramid_pooling import PoolingVariant
-from search.cli import run_command
-from search.datasets import IGNORE_INDEX
+from search.cli import Flat, run_command
+from search.devices import resolve_device
 from search.errors import InputError
-from search.features import resolve_device
-from search.reports.cells import draw_pictures, write_cell_report
-from search.reports.diagram import INK, figure_svg, show_grid, style_axes
-from search.reports.latency import Latencies, measure_latencies
-from search.reports.page import percent, write_page
-from search.runs.study import FOUND, Run, TrialRecord, comparison_label, load_run, ranked
-from search.tasks.proxy import ProxyResult
-
-_TOP, _DRAWN_BEST, _DRAWN_WORST = 10, 3, 2
-_TRIAL_COLOUR, _BEST_COLOUR = "#4a7fd0", "#cf3f4f"
-_GROUP_COLOURS, _OWN_COLOUR = {"aspp": "#d9822b", "dpc": "#8e62c8"}, "#3d8f5f"
-_UNLABELLED = 255  # white: greys and black are classes in some palettes
-_EXAMPLE_SIDE = 640  # pixels, at most
-
-
-@dataclass(frozen=True)
-class Group:
-    """One cell scored by the proxy once per seed."""
-
-    name: str
-    cell: Cell
-    results: tuple[ProxyResult, ...]
-
-    @property
-    def label(self) -> str:
-        return comparison_label(self.name, {"aspp": "ASPP", "dpc": "Published DPC"})
-
-    @property
-    def is_found(self) -> bool:
-        """The search's best, scored again."""
-        return self.name.startswith(FOUND)
-
-    @property
-    def colour(self) -> str:
-        return _BEST_COLOUR if self.is_found else _GROUP_COLOURS.get(self.name, _OWN_COLOUR)
-
-    @property
-    def scores(self) -> list[float]:
-        return [result.mean_iou for result in self.results]
-
-    @property
-    def mean(self) -> float:
-        return float(np.mean(self.scores))
-
-    @property
-    def std(self) -> float | None:
-        """Over seeds, of the sample; None for a single one."""
-        return float(np.std(self.scores, ddof=1)) if len(self.scores) > 1 else None
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table of cells."""
-
-    label: str
-    score: str
-    cell: Cell
-    result: ProxyResult
-    is_compared: bool
-
-
-def write_report(run: Run, device: str | None = None) -> Path:
-    """Write `report.html` into the run's folder, whole or not at all; returns its path.
-
-    With a device, and a trained head in the run that says which features it reads, the latencies of the cells are measured
-    there. Raises InputError if the page cannot be written, or a file of the run is damaged.
-    """
-    path = run.directory / "report.html"
-    write_page(path, "report.html.jinja", _content(run, device))
-    return path
-
-
-def _content(run: Run, device: str | None) -> dict[str, Any]:
-    best, groups = ranked(run.trials), _groups(run)
-    trained = _trained_cells(run, best, groups)
-    rows = list(_rows(best, groups))
-    fair = next((group for group in groups if best and group.name == f"trial {best[0].number}"), None)
-    return {
-        "run": run,
-        "best": best[0] if best else None,
-        "distinct": len(best),
-        "failures": [record for record in run.trials if record.failure is not None],
-        "duplicates": sum(record.duplicate_of is not None for record in run.trials),
-        "known": [group for group in groups if not group.is_found],
-        "fair": fair,  # the best of many is partly luck; scored again, it is not
-        "compared_score": fair.mean if fair else best[0].result.mean_iou if best and best[0].result else None,
-        "spread": _spread,
-        "charts": list(_charts(run, best, groups)),
-        "drawings": list(_drawings(run, best, groups, trained)),
-        "rows": rows,
-        "latencies": _latencies(run, rows, trained, device) if device and trained and rows else None,
-        "class_columns": _class_columns(best, groups),
-        "examples": _examples(run),
-        "hex_colours": ["#{:02x}{:02x}{:02x}".format(*colour) for colour in run.palette],
-        "ignored_colour": "#" + f"{_UNLABELLED:02x}" * 3,
-    }
-
-
-def _groups(run: Run) -> list[Group]:
-    names = dict.fromkeys(record.name for record in run.baselines)
-    records = {name: [record for record in run.baselines if record.name == name] for name in names}
-    return [Group(name, same[0].cell, tuple(record.result for record in same)) for name, same in records.items()]
-
-
-def _spread(group: Group) -> str:
-    std = "" if group.std is None else f" ± {100 * group.std:.2f}"
-    return f"{100 * group.mean:.2f}{std} %"
-
-
-def _rows(best: Sequence[TrialRecord], groups: Sequence[Group]) -> Iterator[Row]:
-    for record in best[:_TOP]:
-        assert record.result is not None  # it is ranked
-        yield Row(f"trial {record.number}", percent(record.result.mean_iou), record.cell, record.result, False)
-    for group in groups:
-        label = f"{group.label} (n\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{len(group.results)})"
-        yield Row(label, _spread(group), group.cell, group.results[0], True)
-
-
-def _trained_cells(run: Run, best: Sequence[TrialRecord], groups: Sequence[Group]) -> dict[str, DensePredictionCell]:
-    """The cells whose trained heads the run has kept: of its best, as "best", and of the compared ones, by their names."""
-    cells = {group.name: (f"{group.name.replace(' ', '_')}_seed0", group.cell) for group in groups}
-    if best:
-        cells["best"] = ("best", best[0].cell)
-    contexts = {}
-    for name, (file, cell) in cells.items():
-        path = run.directory / "heads" / f"{file}.safetensors"
-        if path.exists():
-            try:
-                context = load_context(path)
-            except ValueError as error:
-                raise InputError(f"{error}: delete it; the report does without") from error
-            if context.cell == cell:  # the head is written before its score: after a crash it may be of another cell
-                contexts[name] = context
-    return contexts
-
-
-def _drawings(
-    run: Run, best: Sequence[TrialRecord], groups: Sequence[Group], trained: Mapping[str, DensePredictionCell]
-) -> Iterator[dict[str, Any]]:
-    multiplier = rate_multiplier_for(run.settings.get("output_stride", 16))
-    options = BranchOptions(False, multiplier, run.settings.get("pooling", "sliding_window"))
-    worst_from = max(_DRAWN_BEST, len(best) - _DRAWN_WORST)
-    for rank, record in enumerate(best):
-        if record.result and (rank < _DRAWN_BEST or rank >= worst_from):
-            place = f"No. {rank + 1} of {len(best)}" + (", among the worst" if rank >= worst_from else "")
-            yield {
-                "heading": percent(record.result.mean_iou),
-                "place": place,
-                "name": f"trial {record.number}",
-                "pictures": draw_pictures(record.cell, options, trained.get("best") if rank == 0 else None),
-            }
-    for group in groups:
-        if best and group.name in trained and group.name != f"trial {best[0].number}":
-            yield {
-                "heading": percent(group.results[0].mean_iou),
-                "place": f"{group.label}, seed 0",
-                "name": "beside the search",
-                "pictures": draw_pictures(group.cell, options, trained[group.name]),
-            }
-
-
-def _latencies(run: Run, rows: Sequence[Row], trained: Mapping[str, DensePredictionCell], device: str) -> Latencies:
-    """Of the cells in the table, on features as those of a validation image."""
-    one = next(iter(trained.values()))  # all of a run have the same channels and options
-    cells = {
-        row.label: DensePredictionCell(
-            row.cell,
-            one.in_channels,
-            branch_channels=one.branch_channels,
-            cell_channels=one.cell_channels,
-            output_stride=one.output_stride,
-            pooling=one.pooling,
-            pooling_size=one.pooling_size,
-        )
-        for row in rows
-    }
-    height, width = (-(-extent // one.output_stride) for extent in run.settings["image_size"])
-    return measure_latencies(cells, (height, width), device=device)
-
-
-def _class_columns(best: Sequence[TrialRecord], groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """Per-class IoU of the best cell and of each group, the mean over seeds."""
-    columns = []
-    if best and best[0].result:
-        columns.append({"label": f"trial {best[0].number}", "class_iou": best[0].result.class_iou})
-    for group in groups:
-        by_class = zip(*(result.class_iou for result in group.results), strict=True)
-        present = [[iou for iou in ious if iou is not None] for ious in by_class]
-        columns.append({"label": group.label, "class_iou": [float(np.mean(ious)) if ious else None for ious in present]})
-    return columns
-
-
-def _charts(run: Run, best: Sequence[TrialRecord], groups: Sequence[Group]) -> Iterator[dict[str, Any]]:
-    if not best:
-        return
-    has_spread = any(group.std is not None for group in groups)
-    charts = (
-        (
-            "Scores of all cells",
-            _draw_distribution,
-            "Each distinct cell once" + ("; bands show ± one standard deviation over seeds." if has_spread else "."),
-        ),
-        ("Progress of the search", _draw_progress, "Dots are trials, the line is the best so far."),
-        (
-            "Score against cost",
-            _draw_cost,
-            "Multiply-adds of the cell for one validation image; the line joins the Pareto front.",
-        ),
-        ("Training loss", _draw_loss, "Of the best cell and of every seed of those beside it; running means."),
-    )
-    for heading, draw, caption in charts:
-        figure = Figure(figsize=(5.2, 3.3), layout="constrained")
-        axes = figure.add_subplot()
-        style_axes(axes)
-        show_grid(axes)
-        draw(axes, run, best, groups)
-        handles, labels = axes.get_legend_handles_labels()
-        figure.legend(
-            handles, labels, loc="outside upper left", ncols=4, fontsize=8, frameon=False, labelcolor=INK, columnspacing=1.2
-        )
-        yield {"heading": heading, "caption": caption, "svg": Markup(figure_svg(figure, heading))}
-
-
-def _draw_distribution(axes: Axes, run: Run, best: Sequence[TrialRecord], groups: Sequence[Group]) -> None:
-    scores = [100 * record.result.mean_iou for record in best if record.result]
-    bins = np.histogram_bin_edges(scores, bins=int(np.clip(2 * np.sqrt(len(scores)), 1, 60)))
-    axes.hist(scores, bins=list(bins), color=_TRIAL_COLOUR, edgecolor="none", rwidth=0.94, label="search")
-    for group in groups:
-        axes.axvline(100 * group.mean, color=group.colour, linewidth=1.8, label=group.label)
-        if group.std is not None:
-            axes.axvspan(100 * (group.mean - group.std), 100 * (group.mean + group.std), color=group.colour, alpha=0.15, lw=0)
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set(xlabel="mIOU (%)", ylabel="cells")
-
-
-def _draw_progress(axes: Axes, run: Run, best: Sequence[TrialRecord], groups: Sequence[Group]) -> None:
-    scored = [(record.number, 100 * record.result.mean_iou) for record in run.trials if record.result]
-    numbers, scores = zip(*scored, strict=True)
-    axes.plot(numbers, scores, "o", color=_TRIAL_COLOUR, alpha=0.6, markersize=4, markeredgewidth=0)
-    last = max(record.number for record in run.trials)
-    best_so_far = np.maximum.accumulate(scores)
-    axes.step(
-        [*numbers, last], [*best_so_far, best_so_far[-1]], where="post", color=_TRIAL_COLOUR, lw=1.8, label="best so far"
-    )
-    for group in groups:
-        axes.axhline(100 * group.mean, color=group.colour, linewidth=1.5, linestyle=(0, (4, 2)), label=group.label)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set(xlabel="trial", ylabel="mIOU (%)")
-
-
-def _draw_cost(axes: Axes, run: Run, best: Sequence[TrialRecord], groups: Sequence[Group]) -> None:
-    points = sorted((record.result.multiply_adds / 1e9, 100 * record.result.mean_iou) for record in best if record.result)
-    costs, scores = zip(*points, strict=True)
-    axes.plot(costs, scores, "o", color=_TRIAL_COLOUR, alpha=0.6, markersize=4.5, markeredgewidth=0, label="search")
-    front = pareto_front(points)
-    axes.plot(*zip(*front, strict=True), "o-", color=_TRIAL_COLOUR, markersize=4.5, linewidth=1.2)
-    for group in groups:
-        axes.errorbar(
-            group.results[0].multiply_adds / 1e9,
-            100 * group.mean,
-            yerr=None if group.std is None else 100 * group.std,
-            fmt="D",
-            color=group.colour,
-            markersize=6,
-            capsize=3,
-            label=group.label,
-        )
-    axes.set(xlabel="multiply-adds (10⁹)", ylabel="mIOU (%)")
-
-
-def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The (cost, score) points for which no other one is as cheap and better, or cheaper and as good; by cost.
-
-    >>> pareto_front([(2.0, 0.5), (1.0, 0.4), (3.0, 0.5), (1.0, 0.3)])
-    [(1.0, 0.4), (2.0, 0.5)]
-    """
-    front: list[tuple[float, float]] = []
-    for cost, score in sorted(points, key=lambda point: (point[0], -point[1])):
-        if not front or score > front[-1][1]:
-            front.append((cost, score))
-    return front
-
-
-def _draw_loss(axes: Axes, run: Run, best: Sequence[TrialRecord], groups: Sequence[Group]) -> None:
-    for group in groups:
-        for k, result in enumerate(group.results):
-            axes.plot(
-                *_smooth(result.loss_curve), color=group.colour, lw=1.1, label=group.label if k == 0 else None, alpha=0.8
-            )
-    for record in best[:1]:
-        assert record.result is not None  # it is ranked
-        axes.plot(*_smooth(record.result.loss_curve), color=_TRIAL_COLOUR, lw=2, label=f"best, trial {record.number}")
-    axes.set(xlabel="iteration", ylabel="loss (nats per pixel)")
-
-
-def _smooth(curve: Sequence[tuple[int, float]]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Running mean over a twenty-fifth of the curve: iterations and losses."""
-    points = np.array(curve, dtype=np.float64).reshape(-1, 2)
-    window = max(1, len(points) // 25)
-    if not len(points):
-        return points[:, 0], points[:, 1]
-    kernel = np.full(window, 1.0 / window)
-    return np.convolve(points[:, 0], kernel, "valid"), np.convolve(points[:, 1], kernel, "valid")
-
-
-def _examples(run: Run) -> list[list[dict[str, str]]]:
-    """Per image the pictures to show: the image, its label, and the predictions, drawn over it."""
-    path = run.directory / "examples.npz"
-    if not path.exists():
-        return []
-    try:
-        with np.load(path) as arrays:
-            return list(_example_pictures(dict(arrays), run))
-    except (OSError, EOFError, ValueError, KeyError, BadZipFile, zlib.error) as error:
-        raise InputError(f"{path} is damaged ({error}): delete it; the search writes it again") from error
-
-
-def _example_pictures(arrays: dict[str, NDArray[np.uint8]], run: Run) -> Iterator[list[dict[str, str]]]:
-    colours = np.full((IGNORE_INDEX + 1, 3), _UNLABELLED, dtype=np.uint8)
-    colours[: len(run.palette)] = run.palette
-    titles = {"best": "best cell", "aspp": "ASPP", "dpc": "Published DPC"}
-    for row in range(sum(key.startswith("image_") for key in arrays)):
-        image = arrays[f"image_{row}"]
-        prefix = f"prediction_{row}/"
-        models = sorted(
-            (key.removeprefix(prefix) for key in arrays if key.startswith(prefix)),
-            key=lambda model: (model not in titles, list(titles).index(model) if model in titles else 0, model),
-        )
-        maps = {"label": arrays[f"label_{row}"], **{titles.get(model, model): arrays[prefix + model] for model in models}}
-        drawn = {title: (0.35 * image + 0.65 * colours[ids]).astype(np.uint8) for title, ids in maps.items()}
-        yield [{"title": title, "uri": _data_uri(pixels)} for title, pixels in {"image": image, **drawn}.items()]
-
-
-def _data_uri(pixels: NDArray[np.uint8]) -> str:
-    picture = Image.fromarray(pixels)
-    picture.thumbnail((_EXAMPLE_SIDE, _EXAMPLE_SIDE))
-    buffer = BytesIO()
-    picture.save(buffer, format="JPEG", quality=90, subsampling=0)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+from search.reports.cells import write_cell_report
+from search.reports.run import write_report
+from search.runs.study import load_run
+from search.settings import CellSettings, DeviceSettings, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -378,29 +24,25 @@ class ReportSettings:
     cells: tuple[str, ...] = ()
     """Cells instead: aspp, dpc, psp, JSON files of cells, head or network files (.safetensors)."""
     out: Path | None = None
-    """Page to write for --cells. Default: cells.html; that of a run is in its folder."""
+    """Page to write for --cells. None: cells.html; that of a run is in its folder."""
     in_channels: int = 320
     """Channels of the features that cells without weights read: 320 of MobileNet-v2, 2048 of Xception."""
-    branch_channels: int = 256
-    """Filters of each branch, and of the output, of cells without weights."""
     output_stride: int = 16
     """Pixels per feature, 8 or 16, for cells without weights; at 8 the rates double."""
-    pooling: PoolingVariant = "sliding_window"
-    """Pyramid pooling of cells without weights: sliding_window or grid_cells."""
     feature_size: tuple[int, int] = (65, 129)
     """Height and width of the features for --cells. Default: a Cityscapes image's at output stride 16."""
-    device: str = "auto"
-    """Where latency is measured: cpu, cuda, cuda:1, ...; auto takes the GPU if there is one."""
+    cell: Flat[CellSettings] = CellSettings(branch_channels=256)
+    device: Flat[DeviceSettings] = DeviceSettings()
 
 
 def main(settings: ReportSettings) -> None:
     """Write the report and say where."""
     if (settings.run is None) == (not settings.cells):
-        raise InputError("give either --run FOLDER or --cells CELL ...")
-    device = resolve_device(settings.device)
+        raise InputError("give either `run` with a folder, or `cells`")
+    device = resolve_device(settings.device.device)
     if settings.run is not None:
         if settings.out is not None:
-            raise InputError(f"--out is for --cells: the report of a run is {settings.run / 'report.html'}")
+            raise InputError(f"`out` is for `cells`: the report of a run is {settings.run / 'report.html'}")
         print(f"report: {write_report(load_run(settings.run), device)}")
         return
     _check(settings)
@@ -409,9 +51,9 @@ def main(settings: ReportSettings) -> None:
         out,
         settings.cells,
         in_channels=settings.in_channels,
-        branch_channels=settings.branch_channels,
+        branch_channels=settings.cell.channels,
         output_stride=settings.output_stride,
-        pooling=settings.pooling,
+        pooling=settings.cell.pooling,
         feature_size=settings.feature_size,
         device=device,
     )
@@ -419,16 +61,10 @@ def main(settings: ReportSettings) -> None:
 
 
 def _check(settings: ReportSettings) -> None:
-    if settings.output_stride not in (8, 16):
-        raise InputError(f"--output-stride must be 8 or 16, got {settings.output_stride}")
-    numbers = {
-        "--in-channels": settings.in_channels,
-        "--branch-channels": settings.branch_channels,
-        "--feature-size": min(settings.feature_size),
-    }
-    for flag, number in numbers.items():
-        if number < 1:
-            raise InputError(f"{flag} must be at least 1, got {number}")
+    settings.cell.check()
+    require("output_stride", settings.output_stride, settings.output_stride in (8, 16), "8 or 16")
+    require("in_channels", settings.in_channels, settings.in_channels >= 1, "at least 1")
+    require("feature_size", settings.feature_size, min(settings.feature_size) >= 1, "at least 1 each")
 
 
 if __name__ == "__main__":

@@ -16,10 +16,10 @@ from torch import nn
 from tqdm import trange
 
 from fast.backbone import Backbone, plain_backbone
-from fast.checkpoint import write_whole
 from fast.upsampled_cross_entropy import upsampled_cross_entropy
 from search.datasets import Dataset, open_dataset
 from search.errors import InputError
+from search.files import write_whole
 
 SMALL_BACKBONE, WIDE_BACKBONE = "shapes_cnn", "shapes_cnn_wide"
 SHAPES_BACKBONES = {SMALL_BACKBONE: (16, 32, 64, 128, 128), WIDE_BACKBONE: (32, 64, 128, 256, 256)}  # channels
@@ -45,7 +45,7 @@ def shapes_backbone(cache_dir: Path, output_stride: int, *, name: str = SMALL_BA
                     _train(backbone, dataset)
                     write_whole(path, save(backbone.state_dict()))
         except OSError as error:
-            raise InputError(f"cannot write {path} ({error}): give another --cache-dir, or make room and run again") from error
+            raise InputError(f"cannot write {path} ({error}): give another `cache_dir`, or make room and run again") from error
     try:
         backbone.load_state_dict(load_file(path))
     except (OSError, SafetensorError, RuntimeError) as error:  # the last is load_state_dict's

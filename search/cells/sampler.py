@@ -164,13 +164,13 @@ class SeededByTrial(optuna.samplers.BaseSampler):
 
 
 def create_sampler(name: str, space: SearchSpace, seed: int, *, lag: int = LAG) -> optuna.samplers.BaseSampler:
-    """The sampler behind `--sampler`: one of `SAMPLER_NAMES`; `lag` is the paper sampler's. Raises InputError.
+    """A sampler by its name: one of `SAMPLER_NAMES`; `lag` is the paper sampler's. Raises InputError.
 
     "random" is the paper's without the cells near the best; "tpe" and "evolution" (a genetic algorithm) are Optuna's, which
     look at whatever is finished when they are asked, so that their cells depend on the number of workers.
     """
     if seed < 0:
-        raise InputError(f"--seed must be 0 or more, got {seed}")
+        raise InputError(f"`seed` must be 0 or more, got {seed}")
     match name:
         case "paper":
             return PaperSampler(space, seed=seed, lag=lag)
@@ -180,7 +180,7 @@ def create_sampler(name: str, space: SearchSpace, seed: int, *, lag: int = LAG) 
             return SeededByTrial(_tpe, seed=seed)
         case "evolution":
             return SeededByTrial(_evolution, seed=seed)
-    raise InputError(f"--sampler {name} is unknown; choose one of {', '.join(SAMPLER_NAMES)}")
+    raise InputError(f"`sampler` {name} is unknown; choose one of {', '.join(SAMPLER_NAMES)}")
 
 
 def _tpe(trial_seed: int) -> optuna.samplers.BaseSampler:

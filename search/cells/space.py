@@ -146,7 +146,7 @@ def load_cell(name_or_path: str) -> Cell:
 
 
 def load_cells(names_or_paths: Sequence[str]) -> dict[str, Cell]:
-    """The same for all cells of the flag --compare, by short names: of a file its own, without folder and suffix.
+    """The same for all cells to compare with, by short names: of a file its own, without folder and suffix.
 
     Raises InputError for two files of one short name, and for a name that the search gives to cells of its own.
     """
@@ -154,9 +154,9 @@ def load_cells(names_or_paths: Sequence[str]) -> dict[str, Cell]:
     for name_or_path in names_or_paths:
         name = Path(name_or_path).stem
         if name == "best" or name.startswith("trial"):
-            raise InputError(f"--compare {name_or_path}: the search has cells called {name!r} itself, rename the file")
+            raise InputError(f"`compare` {name_or_path}: the search has cells called {name!r} itself, rename the file")
         if name in cells:
-            raise InputError(f"--compare has two cells of the name {name!r}: rename the file {name_or_path}, or leave it out")
+            raise InputError(f"`compare` has two cells of the name {name!r}: rename the file {name_or_path}, or leave it out")
         cells[name] = load_cell(name_or_path)
     return cells
 

@@ -67,7 +67,7 @@ def split_names(name: str) -> tuple[str, ...]:
         return tuple(importlib.import_module("search.datasets.described").load_description(Path(name)).splits)
     if name not in DATASETS:
         raise InputError(
-            f"--dataset {name} is unknown; choose one of: {', '.join(DATASETS)}, or a TOML file that describes yours"
+            f"`dataset` {name} is unknown; choose one of: {', '.join(DATASETS)}, or a TOML file that describes yours"
         )
     return tuple(importlib.import_module(f"search.datasets.{name}").LENGTHS)
 

@@ -1,7 +1,47 @@
-"""`python -m search.datasets check`: see check.py, which the processes it starts can import, unlike a `__main__`."""
+"""`python -m search.datasets check <name> --data-dir <folder>`: verify a data set's folder before a long run (`check.py`).
 
-from search.cli import run_command
-from search.datasets.check import CheckSettings, main
+Exit code 0 if all is well, 1 if not, 2 for flags that cannot work.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from search.cli import in_flags, run_command
+from search.datasets.check import check_folder
+from search.settings import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckSettings:
+    """Verify a data set's folder: list all that is wrong with it, and print the share of each class."""
+
+    command: Annotated[Literal["check"], tyro.conf.Positional]
+    """What to do."""
+    dataset: Annotated[str, tyro.conf.Positional]
+    """shapes, camvid, cityscapes, pascal_voc, pascal_person_part, or the TOML file that describes your folder."""
+    data_dir: Path | None = None
+    """Folder of the data set. A TOML file describes the folder it lies in unless told otherwise."""
+    splits: tuple[str, ...] = ()
+    """Splits that must be there. Default: train and val, and those of the others that are there."""
+    processes: int = 1
+    """Processes that read pictures."""
+
+
+def main(settings: CheckSettings) -> None:
+    """Read everything, print the tables and the problems, and leave with code 1 if there are any."""
+    require("processes", settings.processes, settings.processes >= 1, "at least 1")
+    text, problems = check_folder(settings.dataset, settings.data_dir, settings.splits, settings.processes)
+    if problems:
+        heading = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}:"
+        problems = [heading, *(f"  {problem}" for problem in problems)]
+    print(in_flags("\n\n".join(filter(None, [text, "\n".join(problems or ["no problems"])])), CheckSettings))
+    if problems:
+        sys.exit(1)
+
 
 if __name__ == "__main__":
     run_command(CheckSettings, main, prog="python -m search.datasets")

@@ -61,7 +61,7 @@ def open_split(split: str, data_dir: Path | None) -> FileDataset:
     Raises InputError for a folder or list that is missing or empty, naming it and what to do.
     """
     if data_dir is None:
-        raise InputError(f"--dataset camvid needs --data-dir: the folder that holds {_ORIGIN}")
+        raise InputError(f"`dataset` camvid needs `data_dir`: the folder that holds {_ORIGIN}")
     parts = [_list_pairs(part, data_dir) for part in (("train", "val") if split == "trainval" else (split,))]
     pairs = [pair for part, _ in parts for pair in part]
     listing = data_dir / f"{split}.txt"
@@ -83,7 +83,7 @@ def open_split(split: str, data_dir: Path | None) -> FileDataset:
 def _list_pairs(split: str, data_dir: Path) -> tuple[list[Pair], list[str]]:
     """The pairs that the list names, and a sentence for each line that names none."""
     listing, image_dir, label_dir = data_dir / f"{split}.txt", data_dir / split, data_dir / f"{split}annot"
-    layout = f"expected {split}.txt, {split}/ and {split}annot/ as in {_ORIGIN}; correct --data-dir or restore them"
+    layout = f"expected {split}.txt, {split}/ and {split}annot/ as in {_ORIGIN}; correct `data_dir` or restore them"
     require_layout(data_dir, (listing, image_dir, label_dir), layout)
     images, labels = _pictures_by_stem(image_dir), _pictures_by_stem(label_dir)
     pairs, faults = [], []

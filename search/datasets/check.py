@@ -2,23 +2,20 @@
 
 Reads every picture of every split and lists all that is wrong: files that are missing or unreadable, sizes of image and label
 that differ, label values that mean nothing, a number of pictures that is not the official one, pictures in more than one
-split. Then each class's share of the labelled pixels. Exit code 0 if all is well, 1 if not, 2 for flags that cannot work.
+split. Then each class's share of the labelled pixels.
 """
 
 import signal
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import combinations
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import tyro
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -30,20 +27,11 @@ Place = tuple[int, int]  # which of the opened splits, which of its pictures
 _CHUNK = 8  # pictures that a process takes at a time
 
 
-@dataclass(frozen=True, kw_only=True)
-class CheckSettings:
-    """Verify a data set's folder: list all that is wrong with it, and print the share of each class."""
+class Verdict(NamedTuple):
+    """What a check found: the tables and notes to print, and the problems, a sentence each."""
 
-    command: Annotated[Literal["check"], tyro.conf.Positional]
-    """What to do."""
-    dataset: Annotated[str, tyro.conf.Positional]
-    """shapes, camvid, cityscapes, pascal_voc, pascal_person_part, or the TOML file that describes your folder."""
-    data_dir: Path | None = None
-    """Folder of the data set. A TOML file describes the folder it lies in unless told otherwise."""
-    splits: tuple[str, ...] = ()
-    """Splits that must be there. Default: train and val, and those of the others that are there."""
-    processes: int = 1
-    """Processes that read pictures."""
+    text: str
+    problems: list[str]
 
 
 class Finding(NamedTuple):
@@ -54,43 +42,36 @@ class Finding(NamedTuple):
     problem: str
 
 
-def main(settings: CheckSettings) -> None:
-    """Read everything, print the tables and the problems, and leave with code 1 if there are any."""
-    if settings.processes < 1:
-        raise InputError(f"--processes must be at least 1, got {settings.processes}")
-    datasets, problems, notes = _open_splits(settings)
+def check_folder(name: str, data_dir: Path | None, splits: Sequence[str], processes: int) -> Verdict:
+    """Read everything of data set `name`: the splits that are asked for, else train and val and the others that are there.
+
+    Raises InputError for an unknown data set or split, and where there is nothing to verify.
+    """
+    datasets, problems, notes = _open_splits(name, data_dir, splits)
     for dataset in datasets:
         problems += _list_problems(dataset)
     problems += _overlaps(datasets)
-    findings = _read_all(datasets, settings.processes)
+    findings = _read_all(datasets, processes)
     problems += dict.fromkeys(finding.problem for row in findings for finding in row if finding.problem)
-    problems = list(dict.fromkeys(problems))  # the splits share pictures: each problem once
-    if datasets:
-        print(_split_table(datasets, findings))
-        print("\n" + _class_table(datasets, findings))
-    for note in notes:
-        print(f"\n{note}")
-    if problems:
-        print(f"\n{len(problems)} problem{'s' if len(problems) > 1 else ''}:", *problems, sep="\n  ")
-        sys.exit(1)
-    print("\nno problems")
+    tables = [_split_table(datasets, findings), _class_table(datasets, findings)] if datasets else []
+    return Verdict("\n\n".join([*tables, *notes]), list(dict.fromkeys(problems)))  # the splits share pictures: each once
 
 
-def _open_splits(settings: CheckSettings) -> tuple[list[Dataset], list[str], list[str]]:
+def _open_splits(name: str, data_dir: Path | None, asked: Sequence[str]) -> tuple[list[Dataset], list[str], list[str]]:
     """The splits that are there, problems of those that had to be, and notes about the others."""
-    names = split_names(settings.dataset)
-    if unknown := [split for split in settings.splits if split not in names]:
-        raise InputError(f"--splits {' '.join(unknown)} of {settings.dataset} is unknown; choose from: {' '.join(names)}")
+    names = split_names(name)
+    if unknown := [split for split in asked if split not in names]:
+        raise InputError(f"`splits` {' '.join(unknown)} of {name} is unknown; choose from: {' '.join(names)}")
     datasets, problems, notes = [], [], []
-    for split in settings.splits or names:
+    for split in asked or names:
         try:
-            datasets.append(open_unchecked(settings.dataset, split, settings.data_dir))
+            datasets.append(open_unchecked(name, split, data_dir))
         except InputError as error:
-            if split in (settings.splits or SPLITS):
+            if split in (asked or SPLITS):
                 problems.append(str(error))
             else:
                 notes.append(f"{split} is not there ({error})")
-    if not datasets and (settings.data_dir is None or not settings.data_dir.is_dir()):
+    if not datasets and (data_dir is None or not data_dir.is_dir()):
         raise InputError(problems[0])  # there is nothing to verify: a flag is wrong, not the data
     return datasets, problems, notes
 
@@ -151,7 +132,7 @@ def _mapper(datasets: list[Dataset], processes: int) -> Iterator[Callable[[list[
         yield lambda places: pool.map(_examine_there, places, chunksize=_CHUNK)
     except BrokenProcessPool as error:
         raise InputError(
-            "a process that read pictures was killed, perhaps for lack of memory; give fewer --processes"
+            "a process that read pictures was killed, perhaps for lack of memory; give fewer `processes`"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)

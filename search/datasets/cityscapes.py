@@ -37,7 +37,7 @@ _LABELS = LabelReader(
 def open_split(split: str, data_dir: Path | None) -> FileDataset:
     """List the pictures of `split` in `data_dir`, by name. Raises InputError for a folder that is missing or empty."""
     if data_dir is None:
-        raise InputError(f"--dataset cityscapes needs --data-dir: the folder with leftImg8bit/ and gtFine/ from {_ORIGIN}")
+        raise InputError(f"`dataset` cityscapes needs `data_dir`: the folder with leftImg8bit/ and gtFine/ from {_ORIGIN}")
     parts = [_list_pairs(part, data_dir) for part in (("train", "val") if split == "trainval" else (split,))]
     pairs = [pair for part, _ in parts for pair in part]
     listing = data_dir / "leftImg8bit" / split
@@ -58,7 +58,7 @@ def open_split(split: str, data_dir: Path | None) -> FileDataset:
 def _list_pairs(split: str, data_dir: Path) -> tuple[list[Pair], list[str]]:
     """The pictures that the folder of images holds, and a sentence for each label without one."""
     image_dir, label_dir = data_dir / "leftImg8bit" / split, data_dir / "gtFine" / split
-    layout = f"expected leftImg8bit/{split}/ and gtFine/{split}/ from {_ORIGIN}; correct --data-dir or unpack them there"
+    layout = f"expected leftImg8bit/{split}/ and gtFine/{split}/ from {_ORIGIN}; correct `data_dir` or unpack them there"
     require_layout(data_dir, (image_dir, label_dir), layout)  # torchvision would unpack archives that lie there
     try:
         found = Cityscapes(str(data_dir), split, mode="fine", target_type="semantic")

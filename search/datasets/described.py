@@ -57,7 +57,7 @@ def open_split(path: Path, split: str, data_dir: Path | None) -> FileDataset:
     wanted = description.splits[split]
     root = data_dir or path.parent
     if not root.is_dir():
-        raise InputError(f"--data-dir {root} is not a folder; give the one that {path} describes")
+        raise InputError(f"`data_dir` {root} is not a folder; give the one that {path} describes")
     images, faults = _index(root, description.images, wanted.folder)
     if wanted.list is None:
         names, listing = sorted(images), root / _fixed_part(description.images, wanted.folder)
@@ -66,7 +66,7 @@ def open_split(path: Path, split: str, data_dir: Path | None) -> FileDataset:
         names = [line for _, line in read_lines(listing, f"correct {path}, field splits.{split}.list, or restore the list")]
         faults += repeated(names, listing)
     if not names:
-        raise InputError(f"no file in {root} fits {path}, field images: {description.images!r}; correct it or --data-dir")
+        raise InputError(f"no file in {root} fits {path}, field images: {description.images!r}; correct it or `data_dir`")
     labels: dict[str, Path] = {}
     if description.labels is not None and wanted.labelled:
         labels, double = _index(root, description.labels, wanted.folder)
@@ -105,7 +105,7 @@ def load_description(path: Path) -> Description:
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, IsADirectoryError) as error:
-        raise InputError(f"--dataset {path} does not exist; give the TOML file that describes your data set") from error
+        raise InputError(f"`dataset` {path} does not exist; give the TOML file that describes your data set") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is no TOML file ({error}); docs/datasets.md shows one") from error
     fields = _Fields(path, content)
@@ -269,7 +269,7 @@ def _pattern(fields: _Fields, field: str) -> str:
 
 def _require_inside(fields: _Fields, field: str, path: str) -> None:
     if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
-        raise fields.error(field, f"{path!r} leaves the folder", "give a path within it, and the folder by --data-dir")
+        raise fields.error(field, f"{path!r} leaves the folder", "give a path within it, and the folder by `data_dir`")
 
 
 def _index(root: Path, pattern: str, folder: str) -> tuple[dict[str, Path], list[str]]:

@@ -163,9 +163,9 @@ def open_picture(path: Path) -> Image.Image:
 def require_layout(data_dir: Path, paths: Iterable[Path], layout: str) -> None:
     """Refuse a folder that lacks one of the files (those with a suffix) or folders `paths`; `layout` says what is expected."""
     if not data_dir.is_dir():
-        raise InputError(f"--data-dir {data_dir} is not a folder; {layout}")
+        raise InputError(f"`data_dir` {data_dir} is not a folder; {layout}")
     if not any(data_dir.iterdir()):
-        raise InputError(f"--data-dir {data_dir} is empty; {layout}")
+        raise InputError(f"`data_dir` {data_dir} is empty; {layout}")
     for path in paths:
         if path.suffix and not path.is_file():
             raise InputError(f"list {path} is missing; {layout}")

@@ -31,14 +31,14 @@ _LABELS = LabelReader(
 def open_split(split: str, data_dir: Path | None) -> FileDataset:
     """List the pictures of `split` in `data_dir`. Raises InputError for a folder or list that is missing or empty."""
     if data_dir is None:
-        raise InputError(f"--dataset pascal_person_part needs --data-dir: the folder that holds {_ORIGIN}")
+        raise InputError(f"`dataset` pascal_person_part needs `data_dir`: the folder that holds {_ORIGIN}")
     originals = data_dir / "Annotations_Part"
     converted = data_dir / "SegmentationPart"
     labels, suffix = (originals, ".mat") if originals.is_dir() and not converted.is_dir() else (converted, ".png")
     listings = [data_dir / "list" / f"{part}_id.txt" for part in (("train", "val") if split == "trainval" else (split,))]
     layout = (
         f"expected JPEGImages/, SegmentationPart/ (or Annotations_Part/) and list/{listings[0].name} of {_ORIGIN}; "
-        "correct --data-dir or restore them"
+        "correct `data_dir` or restore them"
     )
     require_layout(data_dir, [data_dir / "JPEGImages", labels, *listings], layout)
     names = [line for listing in listings for _, line in read_lines(listing, f"restore the list of {_ORIGIN}")]

@@ -60,7 +60,7 @@ _LABELS = LabelReader(
 def open_split(split: str, data_dir: Path | None) -> FileDataset:
     """List the pictures of `split` in `data_dir`. Raises InputError for a folder or list that is missing or empty."""
     if data_dir is None:
-        raise InputError(f"--dataset pascal_voc needs --data-dir: the folder with VOCdevkit/ from {_ORIGIN}")
+        raise InputError(f"`dataset` pascal_voc needs `data_dir`: the folder with VOCdevkit/ from {_ORIGIN}")
     voc = data_dir / "VOCdevkit" / "VOC2012"
     listing = voc / "ImageSets" / "Segmentation" / f"{split}.txt"
     required = [voc / "JPEGImages"]
@@ -68,7 +68,7 @@ def open_split(split: str, data_dir: Path | None) -> FileDataset:
         required.append(voc / "SegmentationClass")
     if split != "train_aug":
         required.append(listing)
-    layout = f"expected VOCdevkit/VOC2012/ from {_ORIGIN}; correct --data-dir or unpack it there"
+    layout = f"expected VOCdevkit/VOC2012/ from {_ORIGIN}; correct `data_dir` or unpack it there"
     require_layout(data_dir, required, layout)
     if split == "train_aug":
         listing, pairs = _augmented_pairs(data_dir, voc)

@@ -82,7 +82,7 @@ class Shapes:
 def open_split(split: str, data_dir: Path | None) -> Shapes:
     """Open the scenes of `split`; InputError if a folder is given, since nothing is read from it."""
     if data_dir is not None:
-        raise InputError(f"--dataset shapes is generated and reads no files; remove --data-dir {data_dir}")
+        raise InputError(f"`dataset` shapes is generated and reads no files; remove `data_dir` {data_dir}")
     return Shapes(split, LENGTHS[split])
 
 

@@ -121,7 +121,7 @@ def _cost(name: str, context: DensePredictionCell, feature_size: tuple[int, int]
     try:
         return module_cost(context, feature_size)
     except ValueError as error:
-        raise InputError(f"cell {name} does not fit --feature-size {feature_size[0]} {feature_size[1]}: {error}") from error
+        raise InputError(f"cell {name} does not fit `feature_size` {feature_size[0]} {feature_size[1]}: {error}") from error
 
 
 def _labels(names: Sequence[str]) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -12,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from search.errors import InputError
-from search.features import write_text
+from search.files import write_text
+from search.folder import Folder
 from search.reports.rank_correlation import MIN_POINTS, RankCorrelation, rank_correlation, spearman, ties
 from search.reports.scatter import Point, Scatter, write_scatters
 
@@ -47,27 +46,27 @@ class Agreement:
     ceiling: float
 
 
-def score_path(directory: Path, protocol: str, cell_name: str, seed: int) -> Path:
-    """The file of one score in the folder of a run."""
-    return directory / protocol / f"{cell_name}-seed{seed}.json"
+def score_name(cell_name: str, seed: int) -> str:
+    """What a score is called in the folder of its protocol."""
+    return f"{cell_name}-seed{seed}"
 
 
 def load_scores(directory: Path, protocols: Sequence[str], cell_names: Sequence[str]) -> list[Score]:
     """The scores that are there: by protocol, seed and cell, in that order. Raises InputError for a damaged file."""
     scores = []
     for protocol in protocols:
-        names = [path.name for path in (directory / protocol).glob("*-seed*.json")]
+        folder = Folder(directory / protocol)
+        names = [path.name for path in folder.path.glob("*-seed*.json")]
         for seed in sorted({int(match[1]) for name in names if (match := re.search(r"-seed(\d+)\.json$", name))}):
             for name in cell_names:
-                path = score_path(directory, protocol, name, seed)
-                try:
-                    content = json.loads(path.read_text(encoding="utf-8"))
-                    content.pop("cell")
-                    scores.append(Score(**content))
-                except FileNotFoundError:
+                content = folder.result(score_name(name, seed))
+                if content is None:
                     continue
-                except (ValueError, KeyError, TypeError, AttributeError) as error:
-                    raise InputError(f"{path} is damaged ({error}): delete it and run the same command again") from error
+                try:
+                    del content["cell"]
+                    scores.append(Score(**content))
+                except (KeyError, TypeError) as error:
+                    raise folder.damaged(score_name(name, seed), error) from error
     return scores
 
 

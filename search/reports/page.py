@@ -7,7 +7,7 @@ import jinja2
 import numpy as np
 
 from search.errors import InputError
-from search.features import write_text
+from search.files import write_text
 from search.reports.diagram import operation_label
 
 

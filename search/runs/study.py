@@ -7,7 +7,6 @@ process, keeps a second one out. A trial that was interrupted is still RUNNING i
 """
 
 import json
-import shlex
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,20 +17,17 @@ from typing import Any
 
 import numpy as np
 import optuna
-from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from reference.cell import Cell
-from search.cli import ctrl_c_waits, differences
-from search.errors import InputError
-from search.features import write_json
-from search.tasks.proxy import ProxyResult
 from search.cells.space import canonical_form
-
-# What a run depends on without a flag of its own, and the flags behind it.
-_FLAGS = {"weights_hash": "--weights", "data_fingerprint": "--data-dir", "val_fingerprint": "--data-dir"}
+from search.errors import InputError
+from search.folder import Folder
+from search.interrupts import ctrl_c_waits
+from search.settings import BackboneSettings, DataSettings, FeatureSettings, HeadSettings, MachineSettings, plain, restored
+from search.tasks.proxy import ProxyResult
 
 
 @dataclass(frozen=True)
@@ -56,17 +52,39 @@ class BaselineRecord:
 
 
 @dataclass(frozen=True)
+class RunSettings:
+    """What a run's data, features and cells were made with, as it was given: whoever trains its cells begins with these."""
+
+    data: DataSettings
+    backbone: BackboneSettings
+    features: FeatureSettings
+    head: HeadSettings
+    machine: MachineSettings
+
+    @classmethod
+    def restored(cls, content: dict[str, Any]) -> "RunSettings":
+        """From what `plain` made of it."""
+        return cls(
+            restored(DataSettings, content["data"]),
+            restored(BackboneSettings, content["backbone"]),
+            restored(FeatureSettings, content["features"]),
+            restored(HeadSettings, content["head"]),
+            restored(MachineSettings, content["machine"]),
+        )
+
+
+@dataclass(frozen=True)
 class Run:
     """All that a finished or interrupted run holds."""
 
     directory: Path
-    settings: dict[str, Any]
+    identity: dict[str, Any]  # what its scores depend on, by the names of the settings
     command: str
     class_names: tuple[str, ...]
     palette: NDArray[np.uint8]  # (K, 3) RGB
+    settings: RunSettings
     trials: list[TrialRecord]  # finished ones, by number
     baselines: list[BaselineRecord]
-    features: dict[str, Any] | None = None  # flags of data and backbone as given; `settings` has what was behind them
 
 
 FOUND = "trial "  # with its number: the search's best among the compared cells
@@ -154,51 +172,50 @@ class Study:
 @contextmanager
 def open_run(
     directory: Path,
-    settings: dict[str, Any],
+    identity: dict[str, Any],
     sampler: optuna.samplers.BaseSampler,
     *,
     storage: str | None,
-    command: list[str],
+    command: str,
     class_names: tuple[str, ...],
     palette: NDArray[np.uint8],
-    features: dict[str, Any] | None = None,
+    settings: RunSettings,
 ) -> Iterator[Study]:
     """Begin a run, or go on with it. Raises InputError for other settings, a second process, or an unwritable folder."""
     url = _storage_url(directory, storage)
+    folder = Folder(directory)
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with FileLock(directory / "lock", timeout=0):
-            run_id = _check_settings(directory, settings) or uuid.uuid4().hex  # names its studies, also in a shared database
-            description = {"id": run_id, "settings": settings, "storage": storage, "command": shlex.join(command)}
-            description["features"] = json.loads(json.dumps(features, default=str))
-            write_json(directory / "settings.json", description | {"class_names": class_names, "palette": palette.tolist()})
+        with folder.locked():
+            run_id = (folder.description() or {}).get("id") or uuid.uuid4().hex  # names its studies, also in a shared database
+            description = {"id": run_id, "storage": storage, "settings": plain(asdict(settings))}
+            description |= {"class_names": class_names, "palette": palette.tolist()}
+            folder.begin(identity, command, **description)
             yield Study(directory, url, run_id, sampler)
-    except Timeout as error:
-        raise InputError(f"{directory} is in use by another process: wait for it, or give another --name") from error
     except (SQLAlchemyError, optuna.exceptions.OptunaError, ImportError) as error:
-        raise InputError(f"the study {url} cannot be used ({_first_line(error)}): check --storage and the disk") from error
+        raise InputError(f"the study {url} cannot be used ({_first_line(error)}): check `storage` and the disk") from error
     except OSError as error:
-        raise InputError(f"cannot write {directory} ({error}): give another --runs-dir, or make room and run again") from error
+        raise InputError(f"cannot write {directory} ({error}): give another `out`, or make room and run again") from error
 
 
 def load_run(directory: Path) -> Run:
     """Read a run, also while another process writes it. Raises InputError for a folder that is none."""
-    path = directory / "settings.json"
+    description = Folder(directory, remedy="its cells are in cells.csv").description()
+    if description is None:
+        raise InputError(f"{directory} is not a run (no settings.json): give the folder of a `search.random` run")
     try:
-        description = json.loads(path.read_text(encoding="utf-8"))
         run_id, url = str(description["id"]), _storage_url(directory, description["storage"])
-        settings, command = dict(description["settings"]), str(description["command"])
+        identity, command = dict(description["identity"]), str(description["command"])
         class_names, palette = tuple(description["class_names"]), np.array(description["palette"], dtype=np.uint8)
-    except FileNotFoundError as error:
-        raise InputError(f"{directory} is not a run (no settings.json): give the folder of a `search.random` run") from error
+        settings = RunSettings.restored(description["settings"])
     except (OSError, ValueError, KeyError, TypeError) as error:
+        path = directory / "settings.json"
         raise InputError(f"{path} is damaged ({error}): delete the run {directory} and start it again") from error
     try:
         study = _study_of(directory, url, run_id)
         trials, baselines = study.records(), study.baselines()
     except (SQLAlchemyError, optuna.exceptions.OptunaError, ImportError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"the study of {directory} cannot be read: {_first_line(error)}") from error
-    return Run(directory, settings, command, class_names, palette, trials, baselines, description.get("features"))
+    return Run(directory, identity, command, class_names, palette, settings, trials, baselines)
 
 
 def _study_of(directory: Path, url: str, run_id: str) -> Study:
@@ -221,24 +238,6 @@ def ranked(records: list[TrialRecord]) -> list[TrialRecord]:
 def _storage_url(directory: Path, storage: str | None) -> str:
     """The file beside the settings by default, wherever the folder may have been moved."""
     return storage or f"sqlite:///{directory.absolute() / 'study.db'}"
-
-
-def _check_settings(directory: Path, settings: dict[str, Any]) -> str | None:
-    """The id of the run that is there, None if there is none. Raises InputError if its settings differ."""
-    path = directory / "settings.json"
-    if not path.exists():
-        return None
-    try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-        before, run_id = dict(description["settings"]), str(description["id"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is damaged ({error}): delete the run {directory} and start it again") from error
-    if different := differences(before, settings, _FLAGS):
-        raise InputError(
-            f"run {directory} was started with {different}: use the same values ({description.get('command')}), "
-            "another --name, or delete that folder"
-        )
-    return run_id
 
 
 def _with_state(study: optuna.Study, *states: TrialState) -> list[FrozenTrial]:

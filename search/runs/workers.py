@@ -1,7 +1,7 @@
 """Who evaluates cells: this process, or several workers under Ray, on one machine or a cluster.
 
-What evaluating means is the task's: a brief training on cached features (`search.tasks.proxy`), or a whole (`search.tasks.end_to_end`).
-Workers only evaluate; the process that asks also writes the study. A worker that dies gives its cell back.
+What evaluating means is the task's: a brief training on cached features (`search.tasks.proxy`), or a whole one
+(`search.tasks.end_to_end`). Workers only evaluate; the process that asks also writes the study. A worker that dies gives its cell back.
 """
 
 import logging
@@ -147,20 +147,20 @@ class RayWorkers(Generic[Result]):
         try:
             import ray
         except ImportError as error:
-            raise InputError("--workers above 1 needs Ray: pip install -e '.[workers]'") from error
+            raise InputError("`workers` above 1 needs Ray: pip install -e '.[workers]'") from error
         self._ray: Any = ray
         self.capacity = count
         errors = ("RayActorError", "ObjectLostError", "OutOfMemoryError")  # the last by Ray's guard of the machine's memory
         self._deaths = tuple(getattr(ray.exceptions, name) for name in errors)
         if device.startswith("cuda:"):
-            raise InputError(f"--device {device} is one GPU, --workers {count} have one each: give --device cuda")
+            raise InputError(f"`device` {device} is one GPU, `workers` {count} have one each: give cuda")
         if not ray.is_initialized():
             ray.init(logging_level=logging.ERROR, log_to_driver=False, include_dashboard=False)
         gpus = 1 if device.startswith("cuda") else 0
         resources: Any = ray.cluster_resources  # untyped
         available = int(resources().get("GPU", 0))
         if gpus * count > available:
-            raise InputError(f"--workers {count} on CUDA needs {count} GPUs, Ray has {available}: give fewer workers")
+            raise InputError(f"`workers` {count} on CUDA needs {count} GPUs, Ray has {available}: give fewer workers")
         threads = max(1, torch.get_num_threads() // count)
         actor_class: Any = ray.remote(num_gpus=gpus, num_cpus=0)(_Evaluator)
         self._create: Callable[[], Any] = lambda: actor_class.remote(create_task, threads, Path.cwd())

@@ -1,10 +1,10 @@
 """The true task (paper, section 4.2): train a whole network around a cell, from images to classes, and score it.
 
-It is `search.train` for one cell after another, by the workers of the search. Each training has a folder of its own, and one
-that was interrupted goes on in it. Under Ray on several machines they must see the same folder.
+Each training has a folder of its own, and one that was interrupted goes on in it. Under Ray on several machines they must see
+the same folder.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,17 +12,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from fast.checkpoint import load_network
+from fast.segmentation import SegmentationNetwork
 from reference.cell import Cell
 from search.cells.cost import module_cost
-from search.cells.space import cell_hash
-from search.cli import flags_called
+from search.cells.space import cell_hash, load_cell
 from search.datasets import open_dataset
 from search.devices import Devices
-from search.errors import InputError
-from search.features import write_text
+from search.files import write_text
+from search.folder import Folder
+from search.settings import TrainingSettings
 from search.tasks.proxy import NotFiniteError
-from search.train import NotFiniteTrainingError, TrainSettings, check, complete, create_network, identity, train_network
+from search.training.loop import NotFiniteTrainingError, Training, TrainingResult
+from search.training.network import create_network, training_identity
 
 
 @dataclass(frozen=True)
@@ -46,31 +47,27 @@ def training_folder(directory: Path, cell: Cell, seed: Sequence[int]) -> Path:
 
 
 class EndToEndTask:
-    """Scores cells by whole trainings in folders below `directory`; the cell, folder and seed of `settings` are not used.
+    """Scores cells by whole trainings in folders below `directory`; the seed of `settings` is not used.
 
-    `flags` are the flags of `search.train` that the command of the caller has by other names, for errors. Raises InputError
-    for settings that cannot work.
+    Raises InputError for settings that cannot work.
     """
 
-    def __init__(self, settings: TrainSettings, directory: Path, flags: Mapping[str, str] | None = None) -> None:
-        self.settings = complete(settings)
+    def __init__(self, settings: TrainingSettings, directory: Path) -> None:
+        self.settings = settings.completed()
+        self.settings.check()
         self.directory = directory
-        self.flags = flags or {}
-        with flags_called(self.flags):
-            check(replace(self.settings, cell="dpc", run=None))  # any cell: an --init would bring one of its own
-            self.devices = Devices(settings.device)
-            self.train, self.val = (
-                open_dataset(settings.dataset, split, settings.data_dir)
-                for split in (settings.train_split, settings.val_split)
-            )
+        self.devices = Devices(settings.machine.device)
+        data = settings.data
+        self.train, self.val = (
+            open_dataset(data.dataset, split, data.data_dir) for split in (data.train_split, data.val_split)
+        )
 
     def identity(self) -> dict[str, Any]:
-        """What all scores depend on, by the names of the flags; it takes building a network, whose problems show here."""
-        settings = replace(self.settings, cell=None, run=None)
-        with torch.random.fork_rng(devices=[]), flags_called(self.flags):
-            network = create_network(settings, self.train)
-            parts = identity(settings, network, self.train, self.val, self.devices)
-        return {field: value for field, value in parts.items() if field != "cell"}
+        """What all scores depend on; it takes building a network, whose problems show here."""
+        with torch.random.fork_rng(devices=[]):
+            network = create_network(self.settings, load_cell("dpc"), self.train.class_names)
+            parts = training_identity(self.settings, network, self.train, self.val, self.devices)
+        return {name: value for name, value in parts.items() if name not in ("cell", "number of devices")}
 
     def folder(self, cell: Cell, seed: Sequence[int]) -> Path:
         """Where the cell is trained with this seed: state, curve, and at the end the network as `last.safetensors`."""
@@ -86,29 +83,30 @@ class EndToEndTask:
         folder = self.folder(cell, seed)
         if not (folder / "cell.json").exists():  # what began with its branches in another order goes on in that order
             write_text(folder / "cell.json", cell.to_json())
+        cell = load_cell(str(folder / "cell.json"))
         number = int(np.random.SeedSequence(list(seed)).generate_state(1)[0])
-        settings = replace(self.settings, cell=str(folder / "cell.json"), run=None, out=folder, seed=number)
+        settings = replace(self.settings, seed=number)
         device = self.devices.device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), flags_called(self.flags):
-            try:
-                train_network(settings, self.train, self.val, folder, self.devices, [], on_step)
-            except NotFiniteTrainingError as error:
-                raise NotFiniteError(str(error)) from error
-            return self._result(folder / "last.safetensors"), None
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            network = create_network(settings, cell, self.train.class_names)
+            identity = training_identity(settings, network, self.train, self.val, self.devices)
+            training = Folder(folder, "training", f"delete {folder}")
+            with training.locked():
+                training.begin(identity, command="")
+                try:
+                    result = Training(settings, network, self.train, self.val, folder, self.devices).run(on_step)
+                except NotFiniteTrainingError as error:
+                    raise NotFiniteError(str(error)) from error
+            return self._result(network, result), None
 
-    def _result(self, path: Path) -> EndToEndResult:
-        try:
-            network, description = load_network(path)
-        except ValueError as error:
-            raise InputError(f"{error}; delete the folder {path.parent} and run the same command again") from error
-        context, stride = network.head.context, network.backbone.output_stride
+    def _result(self, network: SegmentationNetwork, result: TrainingResult) -> EndToEndResult:
+        stride = network.backbone.output_stride
         height, width = (-(-(extent - 1) // stride) + 1 for extent in self.val[0].label.shape)
-        cost = module_cost(context, (height, width)).total
-        source = description["source"]
+        cost = module_cost(network.head.context, (height, width)).total
         return EndToEndResult(
-            mean_iou=source["mean_iou"],
-            class_iou=tuple(source["class_iou"]),
+            mean_iou=result.last.mean_iou,
+            class_iou=result.last.class_iou,
             parameters=cost.parameters,
             multiply_adds=cost.multiply_adds,
-            seconds=source["seconds"],
+            seconds=result.seconds,
         )

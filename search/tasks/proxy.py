@@ -19,43 +19,15 @@ from fast.batch_norm import recompute_statistics
 from fast.dense_prediction_cell import DensePredictionCell
 from fast.mean_iou import upsampled_confusion_matrix
 from fast.segmentation import SegmentationHead
-from fast.train_step import Precision, TrainStep
+from fast.train_step import TrainStep
 from reference.cell import Cell
 from reference.mean_iou import class_iou, mean_iou
-from reference.pyramid_pooling import PoolingVariant
 from search.cells.cost import module_cost
 from search.errors import InputError
-from search.features import FeatureCache
+from search.settings import HeadSettings, ProxySettings
+from search.tasks.feature_cache import FeatureCache
 
 _CURVE_POINTS = 100
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProxySettings:
-    """How a cell is trained on cached features before it is scored. The paper: 30,000 iterations at rate 0.01, batch 8."""
-
-    iterations: int = 30_000
-    """Training steps per cell."""
-    batch_size: int = 8
-    """Crops per step."""
-    learning_rate: float = 0.01
-    """Initial learning rate; it falls to 0 by the power 0.9 of the remaining share of steps."""
-    momentum: float = 0.9
-    """Momentum of stochastic gradient descent."""
-    weight_decay: float = 4e-5
-    """L2 penalty; none on depthwise weights, batch norms and biases."""
-    dropout: float = 0.1
-    """Share of the concatenated branch outputs that is dropped."""
-    crop_size: tuple[int, int] | None = None
-    """Height and width in pixels of the training crops, of the form stride·k + 1. Default: whole images."""
-    branch_channels: int = 256
-    """Filters of each branch and of the cell's output."""
-    pooling: PoolingVariant = "sliding_window"
-    """Pyramid pooling as in the authors' code (sliding_window) or in the paper's words (grid_cells)."""
-    precision: Precision = "auto"
-    """Of the products in training: float32, bfloat16, or the latter where the device is quicker at it (auto)."""
-    statistics_batches: int = 16
-    """Training batches from which the batch norm statistics are recomputed before scoring."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +50,11 @@ class NotFiniteError(ArithmeticError):
 class ProxyTask:
     """Scores cells on the features of one data set. Raises InputError for a crop that does not fit."""
 
-    def __init__(self, train: FeatureCache, val: FeatureCache, settings: ProxySettings, device: str = "cpu") -> None:
+    def __init__(
+        self, train: FeatureCache, val: FeatureCache, settings: ProxySettings, head: HeadSettings, device: str = "cpu"
+    ) -> None:
         self.settings = settings
+        self.head = head.completed(train.manifest["dataset"])
         self.device = torch.device(device)
         self.num_classes = len(train.class_names)
         self.output_stride = train.output_stride
@@ -118,12 +93,12 @@ class ProxyTask:
         return result, head.cpu()
 
     def _create_head(self, cell: Cell) -> SegmentationHead:
-        settings = self.settings
+        settings = self.head
         context = DensePredictionCell(
             cell,
             self._train[0].shape[1],
-            branch_channels=settings.branch_channels,
-            cell_channels=settings.branch_channels,
+            branch_channels=settings.channels,
+            cell_channels=settings.channels,
             output_stride=self.output_stride,
             dropout_rate=settings.dropout,
             pooling=settings.pooling,
@@ -154,7 +129,7 @@ class ProxyTask:
             if iteration % every == 0 or iteration == iterations:  # reading the loss waits for the device
                 curve.append((iteration, loss.item()))
                 if not math.isfinite(curve[-1][1]):
-                    raise NotFiniteError(f"the loss was {curve[-1][1]} at iteration {iteration}; try a lower --learning-rate")
+                    raise NotFiniteError(f"the loss was {curve[-1][1]} at iteration {iteration}; try a lower `learning_rate`")
             on_step(iteration)
         return tuple(curve)
 
@@ -166,7 +141,7 @@ class ProxyTask:
             batch = slice(start, start + self.settings.batch_size)
             logits = head(features[batch].to(self.device, torch.float32))
             if not logits.isfinite().all():
-                raise NotFiniteError("the trained cell gives scores that are not finite; try a lower --learning-rate")
+                raise NotFiniteError("the trained cell gives scores that are not finite; try a lower `learning_rate`")
             total += upsampled_confusion_matrix(logits, labels[batch].to(self.device)).cpu()
         return total.numpy()
 
@@ -189,7 +164,7 @@ def crop_in_features(settings: ProxySettings, cache: FeatureCache) -> tuple[int,
     largest = [stride * (limit - 1) + 1 for limit in whole]
     if any((extent - 1) % stride or not 1 <= extent <= most for extent, most in zip(settings.crop_size, largest, strict=True)):
         given, most = (" ".join(map(str, sizes)) for sizes in (settings.crop_size, largest))
-        raise InputError(f"--crop-size {given} must be {stride}·k + 1 each, at most {most}, the cached images' size")
+        raise InputError(f"`crop_size` {given} must be {stride}·k + 1 each, at most {most}, the cached images' size")
     height, width = ((extent - 1) // stride + 1 for extent in settings.crop_size)
     return height, width
 

@@ -12,42 +12,15 @@ appended to; what it holds beyond the state, an interrupted line included, is cu
 """
 
 import csv
-import json
 import os
-import shlex
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
-from search.cli import differences
 from search.errors import InputError
-from search.features import write_json
 
 _COLUMNS = ("iteration", "loss", "learning_rate", "mean_iou")
-# What a training depends on without a flag of that name, and the flag behind it.
-_FLAGS = {
-    "initial_weights": "--weights or --init",
-    "data_fingerprint": "--data-dir or --train-split",
-    "val_fingerprint": "--data-dir or --val-split",
-    "devices": "the number of devices",
-}
-
-
-@contextmanager
-def open_training(directory: Path, settings: dict[str, Any], command: list[str]) -> Iterator[None]:
-    """Hold the folder while one training runs. Raises InputError for other settings in it, or a second process."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with FileLock(directory / "lock", timeout=0):
-            _check_settings(directory, settings)
-            write_json(directory / "settings.json", {"settings": settings, "command": shlex.join(command)})
-            yield
-    except Timeout as error:
-        raise InputError(f"{directory} is in use by another process: wait for it, or give another --out") from error
 
 
 def save_state(directory: Path, state: dict[str, Any]) -> None:
@@ -133,19 +106,3 @@ def _event_writer(directory: Path, iteration: int) -> Any:
     except ImportError:  # the optional dependency
         return None
     return SummaryWriter(str(directory), purge_step=iteration + 1)
-
-
-def _check_settings(directory: Path, settings: dict[str, Any]) -> None:
-    path = directory / "settings.json"
-    if not path.exists():
-        return
-    try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-        before, command = dict(description["settings"]), str(description["command"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is damaged ({error}): delete the folder {directory} and train again") from error
-    if different := differences(before, settings, _FLAGS):
-        raise InputError(
-            f"training {directory} was started with {different}: use the same values ({command}), give another --out, "
-            "or delete that folder"
-        )

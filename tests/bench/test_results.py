@@ -297,7 +297,7 @@ def test_another_command_or_code_begins_anew(
 def test_two_benchmarks_at_once_are_refused(tmp_path: Path) -> None:
     folder = tmp_path / environment(CPU).folder
     folder.mkdir()
-    with FileLock(folder / "lock"), pytest.raises(InputError, match="two at once"):
+    with FileLock(folder / "lock"), pytest.raises(InputError, match="in use by another process"):
         main(BenchSettings(device="cpu", out=tmp_path))
 
 

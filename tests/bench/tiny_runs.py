@@ -11,7 +11,7 @@ from bench.roofline import Roofs
 from bench.run import run_plan, unsupported_rows
 from bench.suites import QUICK, Job, Plan, Planner, Scale
 from reference.cell import Operation
-from search.tasks.proxy import ProxySettings
+from search.settings import ProxySettings
 
 CPU = torch.device("cpu")
 TINY = replace(
@@ -21,7 +21,8 @@ TINY = replace(
     num_classes=3,
     rates=((1, 1), (6, 21)),
     random_cells=1,
-    search=ProxySettings(iterations=2, learning_rate=0.05, branch_channels=8, batch_size=2, statistics_batches=1),
+    search=ProxySettings(iterations=2, learning_rate=0.05, batch_size=2, statistics_batches=1),
+    search_channels=8,
     search_images=(3, 2),
 )
 ROOFS = Roofs(copy_gb_per_s=10.0, matrix_gflops={"float32": 50.0})

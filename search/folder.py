@@ -1,0 +1,114 @@
+"""A folder that lasts: a run, a training, the scores of a protocol, a feature cache.
+
+One process at a time holds it, and it remembers what it was begun with, so that the same command goes on and another one is
+refused by the names of what differs. What a job came to is one JSON file, which is there whole or not at all.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from search.errors import InputError
+from search.files import write_json
+
+_FORMAT = 2  # of settings.json; the first one had no number
+
+
+@dataclass(frozen=True)
+class Folder:
+    """The folder at `path`; `kind` is what it holds, in the words of an error, and `remedy` how to take another one."""
+
+    path: Path
+    kind: str = "run"
+    remedy: str = "give another `out`"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Make the folder, and keep other processes out while inside. Raises InputError where one is in it already."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = FileLock(self.path / "lock", timeout=0)
+            lock.acquire()
+        except Timeout as error:
+            raise InputError(f"{self.path} is in use by another process: wait for it, or {self.remedy}") from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def begin(self, identity: Mapping[str, Any], command: str, **description: Any) -> None:
+        """Begin, or go on: `identity` is what all results in the folder depend on, by the names of the settings.
+
+        It is kept in `settings.json` beside the command and the `description`, which may change. Raises InputError, naming
+        each difference, where the folder was begun with another identity.
+        """
+        self.check(identity)
+        write_json(self.path / "settings.json", {"format": _FORMAT, "identity": identity, "command": command, **description})
+
+    def check(self, identity: Mapping[str, Any]) -> None:
+        """Raise InputError, naming each difference, where the folder was begun with another identity."""
+        plain = json.loads(json.dumps(identity))
+        before = self.description()
+        typed = f" ({before['command']})" if before and before["command"] else ""
+        if before is not None and (different := differences(before["identity"], plain)):
+            raise InputError(
+                f"{self.kind} {self.path} was started with {different}: use the same values{typed}, "
+                f"{self.remedy}, or delete that folder"
+            )
+
+    def description(self) -> dict[str, Any] | None:
+        """What `begin` wrote, None if it never did. Raises InputError for a file that is damaged or of another version."""
+        path = self.path / "settings.json"
+        try:
+            description: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf-8")))
+            if description.get("format") == _FORMAT:
+                return description | {"identity": dict(description["identity"]), "command": str(description["command"])}
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path} is damaged ({error}): delete {self.kind} {self.path} and start it again") from error
+        raise InputError(f"{self.kind} {self.path} is of another version of this project: {self.remedy}")
+
+    def result(self, job: str) -> dict[str, Any] | None:
+        """What `write_result` wrote, None if there is nothing yet. Raises InputError naming a damaged file."""
+        path = self.result_path(job)
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError) as error:
+            raise self.damaged(job, error) from error
+
+    def write_result(self, job: str, result: Mapping[str, Any]) -> None:
+        """Keep what a job came to."""
+        write_json(self.result_path(job), result)
+
+    def result_path(self, job: str) -> Path:
+        return self.path / f"{job}.json"
+
+    def damaged(self, job: str, error: Exception) -> InputError:
+        """What to say of a result that cannot be read."""
+        return InputError(f"{self.result_path(job)} is damaged ({error}): delete it and run the same command again")
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Which settings are not what they were, as fields; "" if all are. What is behind a field stands in brackets after it.
+
+    >>> differences({"top_k": 3, "weights (content)": "ab", "top": 1}, {"top_k": 5, "weights (content)": "cd", "top": 1})
+    '`top_k` 3, now it is 5, and `weights` (content) ab, now it is cd'
+    """
+    return ", and ".join(
+        f"{_as_field(name)} {before.get(name)}, now it is {now.get(name)}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    )
+
+
+def _as_field(name: str) -> str:
+    field, _, behind = name.partition(" ")
+    return f"`{field}` {behind}".rstrip()

@@ -1,0 +1,205 @@
+"""What a re-ranking found: cells by their score end to end beside their proxy rank, as a table, a CSV and a picture."""
+
+import csv
+import io
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from reference.cell import Cell
+from search.files import write_text
+from search.reports.rank_correlation import MIN_POINTS, RankCorrelation, rank_correlation, ties
+from search.reports.scatter import Point, Scatter, write_scatters
+from search.tasks.end_to_end import EndToEndResult
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A training without a result, and why."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A cell to train end to end: one of the search's best, or a known one, which has no rank."""
+
+    name: str
+    cell: Cell
+    proxy_scores: tuple[float, ...]  # one per seed; none for a known cell that the run did not score
+    proxy_rank: int | None
+
+
+@dataclass(frozen=True)
+class Reranked:
+    """A candidate and what came of its trainings so far: `results` are those that count, `finished` is the number of all."""
+
+    candidate: Candidate
+    results: tuple[EndToEndResult, ...]
+    failures: tuple[str, ...]
+    finished: int
+    folder: Path  # of the first seed's training
+    final_rank: int | None = None
+
+    @property
+    def is_scored(self) -> bool:
+        """A cell that failed with any seed is not: its mean would leave out its worst."""
+        return bool(self.results) and not self.failures
+
+    @property
+    def scores(self) -> list[float]:
+        return [result.mean_iou for result in self.results]
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(self.scores)) if self.results else math.nan
+
+    @property
+    def std(self) -> float:
+        return float(np.std(self.scores, ddof=1)) if len(self.results) > 1 else math.nan
+
+
+@dataclass(frozen=True)
+class Trainings:
+    """A candidate's trainings, one for each seed; None is one that is not finished. `folder` is that of the first."""
+
+    candidate: Candidate
+    outcomes: Sequence[EndToEndResult | Failed | None]
+    folder: Path
+
+    @property
+    def failures(self) -> list[Failed]:
+        return [outcome for outcome in self.outcomes if isinstance(outcome, Failed)]
+
+    @property
+    def has_begun(self) -> bool:
+        """Some of them are finished, and none has failed: its scores are to be compared with others'."""
+        return any(self.outcomes) and not self.failures
+
+
+def rank(trainings: Sequence[Trainings]) -> list[Reranked]:
+    """Best first, those without a score last; the cells of the search have ranks among themselves.
+
+    While trainings are missing, of the cells that have a score only the seeds count that all of them have.
+    """
+    seeds = _seeds_of_all([each for each in trainings if each.has_begun])
+    rows = sorted((_row(each, seeds) for each in trainings), key=lambda row: -row.mean if row.is_scored else math.inf)
+    found = [row.candidate.name for row in rows if row.candidate.proxy_rank is not None and row.is_scored]
+    final_ranks = {name: place for place, name in enumerate(found, start=1)}
+    return [replace(row, final_rank=final_ranks.get(row.candidate.name)) for row in rows]
+
+
+def _seeds_of_all(begun: Sequence[Trainings]) -> set[int] | None:
+    """The seeds with which all of these are finished; None, for all seeds, if there is no such seed."""
+    finished = ({k for k, outcome in enumerate(each.outcomes) if outcome} for each in begun)
+    return (set.intersection(*finished) if begun else None) or None
+
+
+def _row(trainings: Trainings, seeds: set[int] | None) -> Reranked:
+    """With the results that count: by these seeds, or of a cell that failed all, for what they are worth."""
+    of_all = seeds is None or bool(trainings.failures)
+    counted = [outcome for k, outcome in enumerate(trainings.outcomes) if of_all or k in (seeds or ())]
+    return Reranked(
+        candidate=trainings.candidate,
+        results=tuple(outcome for outcome in counted if isinstance(outcome, EndToEndResult)),
+        failures=tuple(failed.reason for failed in trainings.failures),
+        finished=sum(outcome is not None for outcome in trainings.outcomes),
+        folder=trainings.folder,
+    )
+
+
+def correlation(rows: list[Reranked]) -> RankCorrelation | None:
+    """Spearman's ρ of proxy and final score over the search's cells, None below three. The known ones were not its choice."""
+    found = [row for row in rows if row.final_rank is not None]
+    if len(found) < MIN_POINTS:
+        return None
+    return rank_correlation([row.candidate.proxy_scores[0] for row in found], [row.mean for row in found])
+
+
+def finish_reranking(directory: Path, rows: list[Reranked], seeds: int) -> None:
+    """Write the ranks, the picture and the best cell; print the table. `seeds` is how often each cell is to be trained."""
+    found = [row for row in rows if row.final_rank is not None]
+    if not found:
+        failed = sum(len(row.failures) for row in rows)
+        print(f"no cell of the search is trained yet ({failed} trainings failed)", file=sys.stderr)
+        return
+    rho = correlation(rows)
+    write_text(directory / "best_cell.json", found[0].candidate.cell.to_json())
+    _write_csv(directory / "ranks.csv", rows)
+    _draw(directory / "scatter.png", rows, rho)
+    print(_table(rows))
+    done, wanted = sum(row.finished for row in rows), len(rows) * seeds
+    if done < wanted:
+        print(f"\n{done} of {wanted} trainings are done; the same command goes on")
+    if warning := ties([row.mean for row in found]):
+        print(f"\nwarning: {warning}")
+    if rho is None:
+        print(f"\nSpearman's rho of proxy and final score takes {MIN_POINTS} cells of the search; here are {len(found)}")
+    else:
+        print(f"\nproxy and final score, {rho.count} cells: Spearman's {rho}, with its 95 % bootstrap interval")
+    print(f"\nranks: {directory / 'ranks.csv'}\npicture: {directory / 'scatter.png'}")
+    print(f"best cell: {directory / 'best_cell.json'}, {found[0].candidate.name}")
+    print(f"its network: {found[0].folder / 'last.safetensors'}")
+
+
+def _table(rows: list[Reranked]) -> str:
+    width = max(len(row.candidate.name) for row in rows)
+    lines = [
+        f"{'':{width}} {'proxy':>12} {'final':>20}",
+        f"{'':{width}} {'rank':>5} {'mIOU %':>6} {'rank':>5} {'mIOU %':>14} {'params':>9} {'multiply-adds':>13} "
+        f"{'seconds':>8}  cell",
+    ]
+    for row in rows:
+        candidate = row.candidate
+        proxy = f"{100 * np.mean(candidate.proxy_scores):.2f}" if candidate.proxy_scores else "–"
+        final, cost = "failed" if row.failures else "–", f"{'–':>9} {'–':>13} {'–':>8}"
+        if row.is_scored:
+            spread = f" ± {100 * row.std:.2f}" if len(row.results) > 1 else ""
+            final, first = f"{100 * row.mean:.2f}{spread}", row.results[0]
+            cost = f"{first.parameters:>9,} {first.multiply_adds / 1e9:>12.3f}B {first.seconds:>8.1f}"
+        lines.append(
+            f"{candidate.name:{width}} {candidate.proxy_rank or '–':>5} {proxy:>6} {row.final_rank or '–':>5} {final:>14} "
+            f"{cost}  {candidate.cell}"
+        )
+    return "\n".join(lines)
+
+
+def _write_csv(path: Path, rows: list[Reranked]) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text)
+    final_columns = (
+        "final_rank",
+        "final_mean_iou",
+        "final_std",
+        "seeds",
+        "failures",
+        "parameters",
+        "multiply_adds",
+        "seconds",
+    )
+    writer.writerow(["name", "proxy_rank", "proxy_mean_iou", *final_columns, "folder", "cell"])
+    for row in rows:
+        candidate, first = row.candidate, row.results[0] if row.results else None
+        proxy = float(np.mean(candidate.proxy_scores)) if candidate.proxy_scores else None
+        final = [row.mean if row.results else None, row.std if len(row.results) > 1 else None, len(row.results)]
+        cost: list[Any] = [first.parameters, first.multiply_adds, first.seconds] if first else [None] * 3
+        cell = json.dumps(json.loads(candidate.cell.to_json()))
+        ranks = [candidate.proxy_rank, proxy, row.final_rank]
+        writer.writerow([candidate.name, *ranks, *final, "; ".join(row.failures), *cost, row.folder.name, cell])
+    write_text(path, text.getvalue())
+
+
+def _draw(path: Path, rows: list[Reranked], rho: RankCorrelation | None) -> None:
+    """Figure 4b: a dot for each cell, the known ones marked, ρ of the others above."""
+    points = [
+        Point(row.candidate.proxy_scores, row.scores, None if row.candidate.proxy_rank else row.candidate.name)
+        for row in rows
+        if row.candidate.proxy_scores and row.is_scored
+    ]
+    write_scatters(path, [Scatter(points, "proxy", "end to end", title=f"cells of the search: {rho}" if rho else "")])

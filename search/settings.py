@@ -1,0 +1,348 @@
+"""Settings in groups, each declared once; a command composes those that it needs (`search.cli` makes flags of them).
+
+A group checks itself: `check` raises InputError about its own fields. A field that is declared by `changes_no_score` says
+where something lies or who does the work; all others decide what comes out, and so belong to the identity of a run (`scored`).
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar, get_args, get_type_hints
+
+from fast.backbone import WeightsOrigin
+from fast.train_step import Precision
+from reference.pyramid_pooling import PoolingVariant
+from search.errors import InputError
+
+FeatureDtype = Literal["float16", "bfloat16"]
+Value = TypeVar("Value")
+Group = TypeVar("Group")
+
+SHAPES = "shapes"  # the generated scenes, small enough for a CPU while one watches
+
+
+def changes_no_score(default: Value) -> Value:
+    """A field of a group with this default, which may change when a run goes on."""
+    free: Value = field(default=default, metadata={"changes_no_score": True})
+    return free
+
+
+def scored(*groups: Any) -> dict[str, Any]:
+    """What a score depends on, by field, as JSON has it.
+
+    >>> scored(DataSettings(), HeadSettings(branch_channels=64))
+    {'dataset': 'shapes', 'branch_channels': 64, 'pooling': 'sliding_window', 'dropout': 0.1}
+    """
+    found: dict[str, Any] = {}
+    for group in groups:
+        found |= {f.name: getattr(group, f.name) for f in fields(group) if not f.metadata.get("changes_no_score")}
+    return dict(plain(found))
+
+
+def plain(content: Any) -> Any:
+    """A group, or what holds some, as JSON has it: lists for tuples, text for paths."""
+    return json.loads(json.dumps(content, default=lambda value: str(value) if isinstance(value, Path) else asdict(value)))
+
+
+def restored(group: type[Group], content: Mapping[str, Any]) -> Group:
+    """The group that `plain` wrote down; fields that it does not know are left out, those that lack have their defaults.
+
+    >>> restored(FeatureSettings, plain(FeatureSettings(image_size=(33, 49))))
+    FeatureSettings(image_size=(33, 49), mirrored=False, feature_dtype='float16')
+    """
+    types = get_type_hints(group)
+
+    def value(name: str) -> Any:
+        given, declared = content[name], types[name]
+        if isinstance(given, str) and (declared is Path or Path in get_args(declared)):
+            return Path(given)
+        return tuple(given) if isinstance(given, list) else given
+
+    return group(**{name: value(name) for name in types if name in content})
+
+
+def field_names(group: type) -> frozenset[str]:
+    """The fields of a group, for `search.errors.fields_in`."""
+    return frozenset(get_type_hints(group))
+
+
+def require(field_name: str, value: Any, holds: bool, words: str) -> None:
+    """Raise InputError about the field where its value does not hold; NaN never does if `holds` compares."""
+    if not holds:
+        raise InputError(f"`{field_name}` must be {words}, got {value}")
+
+
+def known(value: Value | None) -> Value:
+    """A setting that `completed` has filled in."""
+    assert value is not None
+    return value
+
+
+def _given(value: Value | None, default: Value) -> Value:
+    return default if value is None else value
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureSettings:
+    """Which pictures."""
+
+    dataset: str = SHAPES
+    """Data set: shapes (generated), camvid, cityscapes, pascal_voc, pascal_person_part, or a TOML file (docs/datasets.md)."""
+    data_dir: Path | None = changes_no_score(None)  # what lies in it counts: the fingerprint of a split
+    """Folder of the data set. A TOML file describes the folder it lies in unless told otherwise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings(PictureSettings):
+    """Which pictures, to learn from and to score on."""
+
+    train_split: str = changes_no_score("train")  # a fingerprint has its split's name
+    """Split to train on, such as cityscapes' trainval or pascal_voc's train_aug."""
+    val_split: str = changes_no_score("val")
+    """Split to score on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneSettings:
+    """What turns pictures into features."""
+
+    backbone: str | None = None
+    """Any timm model with feature maps. None: a small one trained on the spot for shapes, mobilenetv2_100 for the rest."""
+    weights: Path | None = changes_no_score(None)  # what the file holds counts: the hash of the weights
+    """Local file of the backbone's weights (safetensors or PyTorch state dict, in timm's key names)."""
+    weights_origin: WeightsOrigin = "timm"
+    """Where the weights were trained: tensorflow ones expect its padding, batch norm epsilon 1e-3 and inputs in -1..1."""
+    pretrained: bool = changes_no_score(False)
+    """Let timm download its pretrained weights."""
+    output_stride: int | None = None
+    """Pixels per feature, 8 or 16; at 8 the cells' rates double. None: 16."""
+
+    @property
+    def stride(self) -> int:
+        """The output stride, given or not."""
+        return _given(self.output_stride, 16)
+
+    def check(self) -> None:
+        """Raises InputError for an output stride that no backbone has."""
+        require("output_stride", self.output_stride, self.stride in (8, 16), "8 or 16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureSettings:
+    """How features are cached."""
+
+    image_size: tuple[int, int] | None = None
+    """Height and width in pixels that images are padded to. None: the first image's size, rounded up to stride·k + 1."""
+    mirrored: bool = False
+    """Cache each training image's mirror image too."""
+    feature_dtype: FeatureDtype = "float16"
+    """Number format of the cached features: float16 or bfloat16."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellSettings:
+    """How a cell is built: what its JSON leaves open."""
+
+    branch_channels: int | None = None
+    """Filters of each branch and of the cell's output. None: the paper's 256, or 64 for shapes."""
+    pooling: PoolingVariant = "sliding_window"
+    """Pyramid pooling as in the authors' code (sliding_window) or in the paper's words (grid_cells)."""
+
+    @property
+    def channels(self) -> int:
+        """Filters of each branch, completed."""
+        return known(self.branch_channels)
+
+    def completed(self, dataset: str) -> Self:
+        """With the defaults for a data set where nothing was given."""
+        return replace(self, branch_channels=_given(self.branch_channels, 64 if dataset == SHAPES else 256))
+
+    def check(self) -> None:
+        """Raises InputError for numbers that cannot work."""
+        require("branch_channels", self.branch_channels, _given(self.branch_channels, 1) >= 1, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadSettings(CellSettings):
+    """How a cell is built and trained with its classifier."""
+
+    dropout: float = 0.1
+    """Share of the concatenated branch outputs that is dropped."""
+
+    def check(self) -> None:
+        """Raises InputError for numbers that cannot work."""
+        super().check()
+        require("dropout", self.dropout, 0 <= self.dropout < 1, "at least 0 and below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProxySettings:
+    """How a cell is trained on cached features before it is scored. The paper: 30,000 iterations at rate 0.01, batch 8."""
+
+    iterations: int = 30_000
+    """Training steps per cell."""
+    batch_size: int = 8
+    """Crops per step."""
+    learning_rate: float = 0.01
+    """Initial learning rate; it falls to 0 by the power 0.9 of the remaining share of steps."""
+    momentum: float = 0.9
+    """Momentum of stochastic gradient descent."""
+    weight_decay: float = 4e-5
+    """L2 penalty; none on depthwise weights, batch norms and biases."""
+    crop_size: tuple[int, int] | None = None
+    """Height and width in pixels of the training crops, of the form stride·k + 1. None: whole images."""
+    precision: Precision = "auto"
+    """Of the products in training: float32, bfloat16, or the latter where the device is quicker at it (auto)."""
+    statistics_batches: int = 16
+    """Training batches from which the batch norm statistics are recomputed before scoring."""
+
+    def check(self) -> None:
+        """Raises InputError for numbers that cannot work."""
+        require("iterations", self.iterations, self.iterations >= 1, "at least 1")
+        require("batch_size", self.batch_size, self.batch_size >= 1, "at least 1")
+        require("statistics_batches", self.statistics_batches, self.statistics_batches >= 1, "at least 1")
+        require("momentum", self.momentum, self.momentum >= 0, "at least 0")
+        require("weight_decay", self.weight_decay, self.weight_decay >= 0, "at least 0")
+        require("learning_rate", self.learning_rate, self.learning_rate > 0, "above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeSettings:
+    """How a whole network is trained, whatever its backbone, its cell and the data."""
+
+    decoder: bool = False
+    """Refine with DeepLabv3+'s decoder, which reads a map on every 4th pixel."""
+    crop_size: tuple[int, int] | None = None
+    """Height and width in pixels of the training crops, stride·k + 1 each. None: 769 769; 257 257 for shapes."""
+    min_scale: float | None = None
+    """Smallest random scale of a training picture. None: 0.5."""
+    max_scale: float | None = None
+    """Largest random scale. None: 2."""
+    scale_step: float = 0.25
+    """Distance of the scales that are drawn; 0 draws any between the two."""
+    batch_size: int | None = None
+    """Crops per iteration, those of all devices together. None: 16; 8 for shapes."""
+    accumulate: int = 1
+    """Passes that an iteration's crops are divided into, each with its share of the memory."""
+    iterations: int | None = None
+    """Steps of the optimiser. None: 90,000; 150 for shapes."""
+    learning_rate: float | None = None
+    """Initial learning rate; it falls to 0 by the power 0.9 of the remaining share. None: 0.01; 0.05 for shapes."""
+    slow_start_iterations: int = 0
+    """First iterations at a fixed rate, before the fall begins."""
+    slow_start_learning_rate: float = 1e-4
+    """The rate of those."""
+    momentum: float = 0.9
+    """Momentum of stochastic gradient descent."""
+    weight_decay: float = 4e-5
+    """L2 penalty; none on depthwise weights, batch norms and biases."""
+    last_layer_multiplier: float = 1.0
+    """Learning rate of all but the backbone, as a multiple of the backbone's."""
+    frozen_batch_norm: bool = False
+    """Normalise by the statistics that the weights came with, for batches too small for their own."""
+    hard_example_mining: float = 1.0
+    """Share of the pixels that counts, those with the largest loss."""
+    hard_example_iterations: int = 0
+    """Iterations in which that share falls from 1 to its value."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the products in the network; the loss is always float32."""
+    ema: float = 0.0
+    """Share of the old in a moving average of the weights, such as 0.999, which is then what is validated and kept."""
+    statistics_batches: int = 16
+    """Batches from which a network's batch norm statistics are computed before validation; 0 takes the moving averages."""
+    validate_every: int | None = None
+    """Iterations between validations. None: a tenth of all; where many cells are trained, only after the last."""
+    checkpoint_every: int = changes_no_score(200)
+    """Iterations between checkpoints, besides those at validations."""
+    loading_processes: int = changes_no_score(2)
+    """Processes that load pictures, for each network in training; 0 loads between the iterations."""
+
+    def completed(self, dataset: str) -> Self:
+        """With the defaults for a data set where nothing was given: the paper's, or what a CPU does while one watches."""
+        small = dataset == SHAPES
+        return replace(
+            self,
+            crop_size=_given(self.crop_size, (257, 257) if small else (769, 769)),
+            min_scale=_given(self.min_scale, 0.5),
+            max_scale=_given(self.max_scale, 2.0),
+            batch_size=_given(self.batch_size, 8 if small else 16),
+            iterations=_given(self.iterations, 150 if small else 90_000),
+            learning_rate=_given(self.learning_rate, 0.05 if small else 0.01),
+        )
+
+    def check(self, output_stride: int) -> None:
+        """Of a completed recipe, for networks of this output stride. Raises InputError for what cannot work."""
+        iterations, learning_rate = known(self.iterations), known(self.learning_rate)
+        require("iterations", iterations, iterations >= 1, "at least 1")
+        require("batch_size", self.batch_size, known(self.batch_size) >= 1, "at least 1")
+        require("accumulate", self.accumulate, self.accumulate >= 1, "at least 1")
+        require("checkpoint_every", self.checkpoint_every, self.checkpoint_every >= 1, "at least 1")
+        require("validate_every", self.validate_every, _given(self.validate_every, 1) >= 1, "at least 1")
+        require("loading_processes", self.loading_processes, self.loading_processes >= 0, "at least 0")
+        require("statistics_batches", self.statistics_batches, self.statistics_batches >= 0, "at least 0")
+        require("slow_start_iterations", self.slow_start_iterations, self.slow_start_iterations >= 0, "at least 0")
+        require("hard_example_iterations", self.hard_example_iterations, self.hard_example_iterations >= 0, "at least 0")
+        require("scale_step", self.scale_step, self.scale_step >= 0, "at least 0")
+        require("weight_decay", self.weight_decay, 0 <= self.weight_decay < math.inf, "at least 0")
+        require("momentum", self.momentum, 0 <= self.momentum < math.inf, "at least 0")
+        rate = self.slow_start_learning_rate
+        require("slow_start_learning_rate", rate, 0 <= rate < math.inf, "at least 0")
+        require("learning_rate", learning_rate, 0 < learning_rate < math.inf, "above 0")
+        min_scale, max_scale = known(self.min_scale), known(self.max_scale)
+        require("min_scale", min_scale, 0 < min_scale < math.inf, "above 0")
+        multiplier = self.last_layer_multiplier
+        require("last_layer_multiplier", multiplier, 0 < multiplier < math.inf, "above 0")
+        share = self.hard_example_mining
+        require("hard_example_mining", share, 0 < share <= 1, "above 0 and at most 1")
+        require("ema", self.ema, 0 <= self.ema < 1, "at least 0 and below 1")
+        require("max_scale", max_scale, min_scale <= max_scale < math.inf, "at least `min_scale`")
+        height, width = known(self.crop_size)
+        if any(extent < 1 or (extent - 1) % output_stride for extent in (height, width)):
+            raise InputError(
+                f"`crop_size` {height} {width} must be {output_stride}·k + 1 each, such as {32 * output_stride + 1} "
+                f"{32 * output_stride + 1}"
+            )
+        if self.slow_start_iterations >= iterations:
+            raise InputError(f"`slow_start_iterations` {self.slow_start_iterations} leaves none of `iterations` {iterations}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceSettings:
+    """Where it is computed."""
+
+    device: str = changes_no_score("auto")
+    """cpu, cuda, cuda:1, ...; auto takes the GPU if there is one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineSettings(DeviceSettings):
+    """Where it is computed, and where that leaves what is computed once."""
+
+    cache_dir: Path = changes_no_score(Path("cache"))
+    """Folder of feature caches, and of the small backbones that are trained on the spot."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """All that a whole network's training takes, but the cell."""
+
+    data: DataSettings = DataSettings()
+    backbone: BackboneSettings = BackboneSettings()
+    head: HeadSettings = HeadSettings()
+    recipe: RecipeSettings = RecipeSettings()
+    machine: MachineSettings = MachineSettings()
+    seed: int = 0
+
+    def completed(self) -> Self:
+        """With the defaults for the data set where nothing was given."""
+        dataset = self.data.dataset
+        return replace(self, head=self.head.completed(dataset), recipe=self.recipe.completed(dataset))
+
+    def check(self) -> None:
+        """Of completed settings. Raises InputError for what cannot work, before anything is written."""
+        self.backbone.check()
+        self.head.check()
+        self.recipe.check(self.backbone.stride)
+        require("seed", self.seed, self.seed >= 0, "at least 0")

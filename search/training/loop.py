@@ -1,0 +1,350 @@
+"""The training of a whole network, end to end, as the authors do it; it goes on where it was interrupted.
+
+Crops and dropout of an iteration depend on the seed and its number alone, so that the losses after an interruption are those
+of a training without one. docs/training.md explains what is followed and where the defaults differ.
+"""
+
+import copy
+import math
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+from fast.batch_norm import recompute_statistics
+from fast.checkpoint import save_network
+from fast.hard_example_mining import hardest_pixels, mined_share
+from fast.segmentation import SegmentationNetwork
+from fast.upsampled_cross_entropy import upsampled_cross_entropy
+from search.datasets import IGNORE_INDEX, Dataset
+from search.devices import Devices
+from search.errors import InputError
+from search.settings import RecipeSettings, TrainingSettings, known, plain
+from search.training.augmentation import Augmentation, Crop
+from search.training.batches import Batches
+from search.training.optimizer import parameter_groups, poly_learning_rate, set_learning_rate
+from search.training.scoring import Scores, count_pixels
+from search.training.state import Curve, load_state, save_state
+
+_LOG_EVERY = 10  # iterations between two looks at the losses, for which a GPU must be waited for
+_DROPOUT = 2  # what a random stream is for, beside those of augmentation.py
+
+
+class NotFiniteTrainingError(InputError):
+    """The loss or the weights left the finite numbers."""
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a training came to. `last` are the scores of the weights after the last iteration."""
+
+    last: Scores
+    best_mean_iou: float  # of all validations, 0..1
+    seconds: float  # of training and validation, in all processes that worked on it one after the other
+
+
+@dataclass
+class _Progress:
+    """How far a training is: what `state.pt` holds beside weights."""
+
+    iteration: int = 0
+    validated: int = 0  # the iteration of the last validation
+    best: float = -1.0  # mIOU of the best one
+    last: dict[str, Any] | None = None  # scores of the last one
+    seconds: float = 0.0
+
+
+class Training:
+    """Trains `network` in `directory` by completed settings; all that must last is in `state.pt`."""
+
+    def __init__(
+        self,
+        settings: TrainingSettings,
+        network: SegmentationNetwork,
+        train: Dataset,
+        val: Dataset,
+        directory: Path,
+        devices: Devices,
+    ) -> None:
+        self.settings, self.recipe = settings, settings.recipe
+        self.val, self.directory, self.devices = val, directory, devices
+        self.iterations = known(self.recipe.iterations)
+        augmentation = create_augmentation(self.recipe, network)
+        self.batches = Batches(train, augmentation, self.recipe, devices, settings.seed)
+        self.network = network.to(devices.device)
+        self._learns = self.devices.prepare(self.network)
+        groups = parameter_groups(
+            self.network, weight_decay=self.recipe.weight_decay, last_layer_multiplier=self.recipe.last_layer_multiplier
+        )
+        self.optimizer = torch.optim.SGD(groups, lr=0.0, momentum=self.recipe.momentum)
+        self.average = averaged(self.network, self.recipe.ema) if self.recipe.ema else None
+        self.progress = _Progress()
+        self._losses: list[tuple[Tensor, float]] = []  # since the last look, with their learning rates
+        self._stop = False
+
+    def run(self, on_step: Callable[[int], None] | None = None) -> TrainingResult:
+        """To the end. Who gives `on_step` is told each iteration there, and nothing is printed.
+
+        Raises NotFiniteTrainingError, and InputError for unusable pictures.
+        """
+        self._restore()
+        self._begun = time.perf_counter() - self.progress.seconds
+        self._quiet = on_step is not None or self.devices.rank > 0
+        first = self.progress.iteration
+        self.curve = Curve(self.directory, first, self.progress.validated) if self.devices.rank == 0 else None
+        bar = tqdm(total=self.iterations, initial=first, desc="training", unit="step", disable=self._quiet)
+        try:
+            with bar, self._stopped_by_ctrl_c():
+                self._validate_if_due()
+                for batches in self.batches.of_iterations(first):
+                    stop = self._step(batches)
+                    bar.update()
+                    if on_step is not None:
+                        on_step(self.progress.iteration)
+                    self._look(bar, stop, is_first=self.progress.iteration == first + 1)
+                    self._validate_if_due()
+                if self._stop:  # in the last validation: whoever trains several networks is to end too
+                    raise KeyboardInterrupt
+        finally:
+            if self.curve is not None:
+                self.curve.close()
+        last = Scores(**known(self.progress.last))
+        return TrainingResult(last, self.progress.best, self.progress.seconds)
+
+    def _look(self, bar: Any, stop: bool, is_first: bool) -> None:
+        """Behind an iteration: say how it goes, keep the state where it is time, end where that was asked for."""
+        iteration = self.progress.iteration
+        if is_first:
+            self._print_memory()
+        if iteration % _LOG_EVERY == 0 or iteration == self.iterations:
+            best = "-" if self.progress.best < 0 else f"{100 * self.progress.best:.2f}%"
+            bar.set_postfix(loss=f"{self._log():.4f}", rate=f"{self._rate():.2g}", best=best)
+        if stop or iteration % self.recipe.checkpoint_every == 0:
+            self._save()
+        if stop:
+            raise KeyboardInterrupt
+
+    def _step(self, batches: list[Crop]) -> bool:
+        """One iteration; returns whether to stop after it."""
+        recipe, devices, iteration = self.recipe, self.devices, self.progress.iteration
+        torch.manual_seed(_seed(self.settings.seed, _DROPOUT, iteration, devices.rank))
+        set_training(self.network, frozen_batch_norm=recipe.frozen_batch_norm)
+        share = mined_share(recipe.hard_example_mining, iteration, recipe.hard_example_iterations)
+        counts = [int((batch.label != IGNORE_INDEX).sum()) for batch in batches]
+        labelled, stop = devices.total(
+            torch.tensor([sum(counts), self._stop], device=devices.device, dtype=torch.float64)
+        ).tolist()
+        rate = self._rate()
+        set_learning_rate(self.optimizer, rate)
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=devices.device)
+        for i, (batch, count) in enumerate(zip(batches, counts, strict=True)):
+            # The loss is the mean over the labelled pixels of all passes and devices, however many there are. The hardest
+            # pixels are sought in each pass by itself, so with mining it is the mean over the passes.
+            weight = count / max(labelled, 1) if share == 1 else 1 / (len(batches) * devices.count)
+            with devices.alone(self._learns) if i + 1 < len(batches) else nullcontext():
+                loss = self._loss(batch, share) * weight
+                (loss * devices.count).backward()  # type: ignore[no-untyped-call]  # gradients are averaged over devices
+            total += loss.detach()
+        self.optimizer.step()
+        if self.average is not None:
+            self.average.update_parameters(self.network)
+        self.progress.iteration += 1
+        self._losses.append((total, rate))
+        return bool(stop)
+
+    def _loss(self, batch: Crop, share: float) -> Tensor:
+        device = self.devices.device
+        images, labels = batch.image.to(device, non_blocking=True), batch.label.to(device, non_blocking=True)
+        with self._autocast():
+            logits = self._learns(images)
+        if share < 1:
+            labels = hardest_pixels(logits.detach(), labels, share)
+        return upsampled_cross_entropy(logits, labels)
+
+    def _rate(self) -> float:
+        return poly_learning_rate(
+            self.progress.iteration,
+            initial=known(self.recipe.learning_rate),
+            iterations=self.iterations,
+            slow_start_iterations=self.recipe.slow_start_iterations,
+            slow_start_rate=self.recipe.slow_start_learning_rate,
+        )
+
+    def _log(self) -> float:
+        """Look at the losses since the last look, write them down, return the latest."""
+        if not self._losses:
+            return math.nan
+        losses = self.devices.total(torch.stack([loss for loss, _ in self._losses])).tolist()
+        first = self.progress.iteration - len(losses) + 1
+        for iteration, (loss, (_, rate)) in enumerate(zip(losses, self._losses, strict=True), start=first):
+            if not math.isfinite(loss):
+                raise NotFiniteTrainingError(f"the loss was {loss} at iteration {iteration}")
+            if self.curve is not None:
+                self.curve.add(iteration, loss=loss, rate=rate)
+        self._losses.clear()
+        if self.curve is not None:
+            self.curve.flush()
+        return float(losses[-1])
+
+    def _validate_if_due(self) -> None:
+        iteration = self.progress.iteration
+        every = self.recipe.validate_every or max(1, self.iterations // 10)
+        is_due = iteration > 0 and (iteration % every == 0 or iteration == self.iterations)
+        if is_due and self.progress.validated < iteration:
+            self._validate()
+
+    def _validate(self) -> None:
+        """Score a copy of the network with statistics of its own; keep it as the last, and as the best if it is."""
+        if self._losses:
+            self._log()
+        network = copy.deepcopy(cast(SegmentationNetwork, self.average.module) if self.average is not None else self.network)
+        self._require_finite(network)
+        with self._autocast():
+            if self.recipe.statistics_batches and not self.recipe.frozen_batch_norm:
+                recompute_statistics(network, self.batches.for_statistics())
+                self._require_finite(network)  # statistics overflow where no weight does
+            indices = range(self.devices.rank, len(self.val), self.devices.count)
+            network.eval()
+            confusion = count_pixels(network, self.val, indices=indices, on_picture=self._stop_validation)
+        scores = Scores.of(self.devices.total(confusion.double()).long().cpu().numpy())
+        if math.isnan(scores.mean_iou):
+            raise InputError(f"no pixel of {self.val.name} {self.val.split} has a label to score by: give another `val_split`")
+        is_best = scores.mean_iou > self.progress.best
+        self.progress.validated, self.progress.last = self.progress.iteration, asdict(scores)
+        self.progress.best = max(self.progress.best, scores.mean_iou)
+        if self.devices.rank == 0:
+            self._keep(network, scores, is_best)
+        self._save()
+
+    def _keep(self, network: SegmentationNetwork, scores: Scores, is_best: bool) -> None:
+        iteration = self.progress.iteration
+        if self.curve is not None:
+            self.curve.add(iteration, mean_iou=scores.mean_iou)
+        if not self._quiet:
+            on = f"{self.val.name} {self.val.split}"
+            tqdm.write(f"iteration {iteration}: mIOU {100 * scores.mean_iou:.2f} % on {on}", file=sys.stderr)
+        source = {
+            "training": plain(self.settings),
+            "iteration": iteration,
+            "seconds": time.perf_counter() - self._begun,
+            **asdict(scores),
+            "palette": self.val.palette.tolist(),
+        }
+        for name in ("last", "best") if is_best else ("last",):
+            path = self.directory / f"{name}.safetensors"
+            save_network(path, network, class_names=self.val.class_names, source=source)
+
+    def _restore(self) -> None:
+        state = load_state(self.directory, self.devices.device)
+        if state is None:
+            return
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        self.progress = _Progress(**state["progress"])
+
+    def _save(self) -> None:
+        if self._losses:
+            self._log()
+        self._require_finite(self.network)
+        if self.curve is not None:
+            self.curve.flush()  # before the state says that this is behind it
+        self.devices.wait()
+        self.progress.seconds = time.perf_counter() - self._begun
+        if self.devices.rank > 0:
+            return
+        state = {
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+            "progress": asdict(self.progress),
+        }
+        save_state(self.directory, state)
+
+    def _require_finite(self, network: nn.Module) -> None:
+        """A finite loss says nothing of the step after it."""
+        for name, tensor in network.state_dict().items():
+            if not tensor.isfinite().all():
+                raise NotFiniteTrainingError(f"after iteration {self.progress.iteration} the weights {name} are not finite")
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.devices.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16")
+
+    @contextmanager
+    def _stopped_by_ctrl_c(self) -> Iterator[None]:
+        """Ctrl-C ends the iteration first; a second one ends at once."""
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            self._stop = True
+            signal.signal(signal.SIGINT, previous)
+
+        previous = signal.signal(signal.SIGINT, stop)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, previous)
+
+    def _stop_validation(self) -> None:
+        if self._stop and self.devices.count == 1:  # else the others would wait for this process's part of the sum
+            self._save()
+            raise KeyboardInterrupt
+
+    def _print_memory(self) -> None:
+        if self._quiet:
+            return
+        if self.devices.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self.devices.device)
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        height, width = known(self.recipe.crop_size)
+        upsampled = 4 * self.batches.size * len(self.val.class_names) * height * width
+        tqdm.write(
+            f"memory: {peak / 2**30:.2f} GiB at most for passes of {self.batches.size} crops; more passes (`accumulate`) "
+            f"take less. The loss never makes full-size logits ({upsampled / 2**30:.2f} GiB and as much for their gradient).",
+            file=sys.stderr,
+        )
+
+
+def averaged(network: nn.Module, decay: float) -> AveragedModel:
+    """Moving average of the weights: decay · average + (1 − decay) · weights after each step, from the initial ones."""
+    average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(decay))  # type: ignore[no-untyped-call]
+    average.update_parameters(network)  # its first call copies
+    return average
+
+
+def set_training(network: nn.Module, *, frozen_batch_norm: bool) -> None:
+    """Training mode; frozen norms keep their statistics and use them, but their scale and offset learn, as the authors' do."""
+    network.train()
+    for child in network.modules():
+        if frozen_batch_norm and isinstance(child, nn.BatchNorm2d):
+            child.eval()
+
+
+def create_augmentation(recipe: RecipeSettings, network: SegmentationNetwork) -> Augmentation:
+    """How crops are drawn by the recipe, padded with the mean pixel of the network's backbone."""
+    red, green, blue = network.backbone.mean.flatten().tolist()
+    return Augmentation(
+        known(recipe.crop_size),
+        (red, green, blue),
+        known(recipe.min_scale),
+        known(recipe.max_scale),
+        recipe.scale_step,
+    )
+
+
+def _seed(*parts: int) -> int:
+    return int(np.random.SeedSequence(list(parts)).generate_state(1)[0])

@@ -1,0 +1,93 @@
+"""A whole network put together from settings: backbone, cell, decoder if wanted, classifier, with their first weights."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fast.checkpoint import load_network
+from fast.decoder import Decoder
+from fast.dense_prediction_cell import DensePredictionCell
+from fast.segmentation import SegmentationHead, SegmentationNetwork
+from reference.cell import Cell
+from search.backbones import create_backbone
+from search.datasets import Dataset
+from search.devices import Devices
+from search.errors import InputError
+from search.settings import TrainingSettings, known, scored
+
+
+def create_network(settings: TrainingSettings, cell: Cell, class_names: Sequence[str]) -> SegmentationNetwork:
+    """A network around the cell, weights by the settings' backbone and seed. Raises InputError naming the field."""
+    torch.manual_seed(settings.seed)
+    backbone = create_backbone(
+        settings.backbone, settings.data.dataset, settings.machine.cache_dir, low_level=settings.recipe.decoder
+    )
+    channels = settings.head.channels
+    context = DensePredictionCell(
+        cell,
+        backbone.channels,
+        branch_channels=channels,
+        cell_channels=channels,
+        output_stride=backbone.output_stride,
+        dropout_rate=settings.head.dropout,
+        pooling=settings.head.pooling,
+    )
+    decoder = Decoder(backbone.low_level.channels, channels=channels) if backbone.low_level is not None else None
+    return SegmentationNetwork(backbone, SegmentationHead(context, len(class_names)), decoder)
+
+
+def initial_network(settings: TrainingSettings, path: Path, class_names: Sequence[str]) -> SegmentationNetwork:
+    """The network of a file, architecture included; with other classes its classifier begins anew. Raises InputError."""
+    torch.manual_seed(settings.seed)
+    try:
+        network, description = load_network(path)
+    except ValueError as error:
+        raise InputError(f"{error}; correct `init`") from error
+    if tuple(description["class_names"]) != tuple(class_names):
+        print(f"{path} knows {len(description['class_names'])} other classes: the classifier begins anew", file=sys.stderr)
+        network.head = SegmentationHead(network.head.context, len(class_names))
+    network.head.context.dropout.p = settings.head.dropout
+    return network
+
+
+def training_identity(
+    settings: TrainingSettings,
+    network: SegmentationNetwork,
+    train: Dataset,
+    val: Dataset,
+    devices: Devices,
+    init: Path | None = None,
+) -> dict[str, Any]:
+    """What the losses of a training depend on; the same command goes on, another one is refused.
+
+    Raises InputError for a batch that cannot be divided among passes and devices.
+    """
+    batch_size, parts = known(settings.recipe.batch_size), settings.recipe.accumulate * devices.count
+    if batch_size % parts:
+        raise InputError(
+            f"`batch_size` {batch_size} cannot be divided into {parts} equal parts (`accumulate` "
+            f"{settings.recipe.accumulate}, {devices.count} devices)"
+        )
+    context = network.head.context
+    identity = scored(settings.data, settings.backbone, settings.head, settings.recipe) | {
+        "dataset": train.name,
+        "seed": settings.seed,
+        "cell": json.loads(context.cell.to_json()),
+        "backbone": network.backbone.name,
+        "output_stride": network.backbone.output_stride,
+        "`data_dir` or `train_split` (pictures)": train.fingerprint(),
+        "`data_dir` or `val_split` (pictures)": val.fingerprint(),
+        "number of devices": devices.count,
+    }
+    if init is None:
+        return identity | {"`weights` (content)": network.backbone.weights_hash()}
+    return identity | {"`init` (content)": str(_weights_sum(network))}
+
+
+def _weights_sum(network: nn.Module) -> float:
+    return sum(float(value.double().abs().sum()) for value in network.state_dict().values())
