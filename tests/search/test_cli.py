@@ -19,8 +19,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-import search.features
 import search.random
+import search.tasks.feature_cache
 from search.cli import ctrl_c_waits, run_command
 from search.errors import InputError
 from search.features import FeatureSettings

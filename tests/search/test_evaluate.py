@@ -17,6 +17,7 @@ from fast.segmentation import SegmentationNetwork, predict_scales
 from search.datasets import IGNORE_INDEX, Sample, cityscapes, open_dataset, pascal_voc
 from search.errors import InputError
 from search.evaluate import EvaluateSettings, count_pixels, overlay, predict_classes, prediction_path, write_prediction
+from tests.search.composed import changed, composed
 from tests.search.test_random import write_camvid
 from tests.search.test_train import small_network
 
@@ -138,7 +139,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> EvaluateSettings:
     data_dir = write_camvid(folder / "camvid")
     names = open_dataset("camvid", "val", data_dir).class_names
     save_network(folder / "n.safetensors", small_network(len(names)), class_names=names)
-    return EvaluateSettings(network=folder / "n.safetensors", dataset="camvid", data_dir=data_dir, device="cpu")
+    return composed(EvaluateSettings, network=folder / "n.safetensors", dataset="camvid", data_dir=data_dir, device="cpu")
 
 
 def test_the_command_prints_and_writes_everything(
@@ -170,14 +171,14 @@ def test_the_command_prints_and_writes_everything(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"scales": ()}, "--scales must be numbers above 0"),
-        ({"scales": (1.0, -1.0)}, "--scales must be numbers above 0"),
-        ({"pad_to": (17, 17)}, r"picture 0 is .*larger than --pad-to"),
-        ({"network": Path("absent.safetensors")}, r"absent\.safetensors.*--network"),
+        ({"scales": ()}, "`scales` must be numbers above 0"),
+        ({"scales": (1.0, -1.0)}, "`scales` must be numbers above 0"),
+        ({"pad_to": (17, 17)}, r"picture 0 is .*larger than `pad_to`"),
+        ({"network": Path("absent.safetensors")}, r"absent\.safetensors.*`network`"),
         ({"dataset": "shapes", "data_dir": None}, "trained on 11 classes .* shapes has 8"),
         ({"split": "nonsense"}, "split 'nonsense'"),
     ],
 )
 def test_what_cannot_work_is_refused(tiny: EvaluateSettings, change: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        search.evaluate.main(replace(tiny, **change))
+        search.evaluate.main(changed(tiny, **change))

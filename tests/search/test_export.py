@@ -2,7 +2,6 @@
 
 import json
 import re
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from reference.cell import BACKBONE_FEATURE, CONV1X1, Branch, Cell, Operation
 from search.cells.space import load_cell
 from search.errors import InputError
 from search.export import TOLERANCE, ExportSettings, export, main
+from tests.search.composed import changed
 
 CLASSES = ("sky", "road", "öther")
 DYNAMIC_CELL = Cell(  # every kind of operation that can follow the size
@@ -225,7 +225,7 @@ def test_bad_input_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     head_file(tmp_path, POOLING, pooling_size=(9, 9))
     settings = ExportSettings(head=Path("head.safetensors"), out=Path("head.pt2"), size=(17, 17))
     with pytest.raises(InputError, match=re.escape(message)):
-        main(replace(settings, **change))
+        main(changed(settings, **change))
     assert [each.name for each in tmp_path.iterdir()] == ["head.safetensors"]
 
 

@@ -16,11 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-import search.features
+import search.tasks.feature_cache
 from fast.backbone import Backbone
 from search.datasets import IGNORE_INDEX, Sample
 from search.errors import InputError
 from search.features import FeatureSettings, HalfWrittenError, build_cache, open_cache, prepare_caches
+from tests.search.composed import composed
 from tests.strategies import rng_seeds
 
 STRIDE = 16
@@ -76,7 +77,7 @@ class Pictures:
 
 
 def identity(dataset: Pictures, backbone: Backbone, size: tuple[int, int] = (33, 49), **changes: Any) -> dict[str, Any]:
-    settings = FeatureSettings(image_size=size, **changes)
+    settings = composed(FeatureSettings, image_size=size, **changes)
     return search.features._identity(settings, dataset, backbone, settings.mirrored)
 
 
@@ -262,13 +263,13 @@ def test_features_beyond_float16_are_refused_and_fit_bfloat16(tmp_path: Path) ->
 
 def test_a_picture_larger_than_the_canvas_is_refused(tmp_path: Path) -> None:
     dataset = Pictures(((33, 49), (33, 50)))
-    with pytest.raises(InputError, match=r"image picture 1 is 33×50, larger than 33×49: give a larger --image-size"):
+    with pytest.raises(InputError, match=r"image picture 1 is 33×50, larger than 33×49: give a larger `image_size`"):
         build(tmp_path, dataset)
 
 
 @pytest.mark.parametrize("size", [(32, 49), (33, 48), (0, 49), (33, -15)])
 def test_a_canvas_off_the_grid_is_refused(tmp_path: Path, size: tuple[int, int]) -> None:
-    with pytest.raises(InputError, match=rf"--image-size {size[0]} {size[1]} must be 16·k \+ 1"):
+    with pytest.raises(InputError, match=rf"`image_size` {size[0]} {size[1]} must be 16·k \+ 1"):
         build(tmp_path, TWENTY, size=size)
     assert contents(tmp_path) == {}
 
@@ -279,20 +280,20 @@ def test_a_backbone_without_the_corners_is_refused(tmp_path: Path) -> None:
             return [nn.functional.avg_pool2d(images, STRIDE)]
 
     backbone = Backbone("patches", Patches(), channels=3, output_stride=STRIDE, mean=torch.zeros(3), std=torch.ones(3))
-    with pytest.raises(InputError, match="--backbone patches has no feature on every 16th pixel"):
+    with pytest.raises(InputError, match="`backbone` patches has no feature on every 16th pixel"):
         build(tmp_path, TWENTY, backbone)
 
 
 def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
-    with pytest.raises(InputError, match=r"cannot write .*needs .* GiB of free disk.*--cache-dir"):
+    with pytest.raises(InputError, match=r"cannot write .*needs .* GiB of free disk.*`cache_dir`"):
         build(tmp_path, TWENTY)
     assert contents(tmp_path) == {}
 
 
 def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(InputError, match=r"cannot write .*file/cache .*give another --cache-dir"):
+    with pytest.raises(InputError, match=r"cannot write .*file/cache .*give another `cache_dir`"):
         build(tmp_path / "file" / "cache", TWENTY)
 
 
@@ -310,7 +311,7 @@ def test_caches_are_made_once_for_both_splits(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(search.features, "open_dataset", open_dataset)
     monkeypatch.setattr(search.features, "create_backbone", lambda settings: pixel_backbone())
-    settings = FeatureSettings(dataset="pictures", cache_dir=tmp_path, mirrored=True, device="cpu")
+    settings = composed(FeatureSettings, dataset="pictures", cache_dir=tmp_path, mirrored=True, device="cpu")
     caches = prepare_caches(settings)
     assert asked == ["train", "val"]
     assert {split: len(cache.features) for split, cache in caches.items()} == {"train": 6, "val": 3}  # val is never mirrored

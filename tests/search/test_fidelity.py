@@ -39,6 +39,7 @@ from search.reports.fidelity import (
 from search.reports.rank_correlation import spearman
 from search.tasks.end_to_end import EndToEndTask
 from search.tasks.proxy import NotFiniteError, ProxyTask
+from tests.search.composed import changed, composed
 
 SMALL, LARGE = "test_efficientnet", "test_resnet"
 FOUR = dict(list(fidelity_cells().items())[3:7])  # r18, pool, 1x1+r6, 1x1+r12
@@ -94,7 +95,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> FidelitySettings:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             torch.save(timm.create_model(name).state_dict(), folder / f"{name}.pth")
-    return FidelitySettings(
+    return composed(
+        FidelitySettings,
         dataset="camvid",
         data_dir=write_camvid(folder / "camvid"),
         backbone=SMALL,
@@ -102,7 +104,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> FidelitySettings:
         large_backbone=LARGE,
         large_weights=folder / f"{LARGE}.pth",
         cache_dir=folder / "cache",
-        runs_dir=folder / "runs",
+        out=folder / "runs" / "camvid",
         device="cpu",
         crop_size=SIZE,
         iterations=3,
@@ -129,14 +131,14 @@ def few_cells_and_no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 def uninterrupted(tiny: FidelitySettings) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(search.fidelity, "fidelity_cells", lambda: FOUR)
-        search.fidelity.main(replace(tiny, name="uninterrupted", seeds=2))
+        search.fidelity.main(changed(tiny, name="uninterrupted", seeds=2))
     return tiny.runs_dir / "fidelity" / "uninterrupted"
 
 
 @pytest.fixture
 def settings(tiny: FidelitySettings, tmp_path: Path) -> FidelitySettings:
     """The same in a folder of its own, two protocols."""
-    return replace(tiny, runs_dir=tmp_path, protocols=("proxy", "end_to_end"))
+    return changed(tiny, runs_dir=tmp_path, protocols=("proxy", "end_to_end"))
 
 
 def scores_of(
@@ -174,7 +176,7 @@ def test_a_run_leaves_what_it_is_for(
 
     capsys.readouterr()
     forbid_evaluation(monkeypatch)
-    search.fidelity.main(replace(tiny, name="uninterrupted", seeds=2))
+    search.fidelity.main(changed(tiny, name="uninterrupted", seeds=2))
     means = {p: [np.mean([rows[p, name, seed] for seed in (0, 1)]) for name in FOUR] for p in PROTOCOLS}
     rho = spearman([float(x) for x in means["proxy"]], [float(y) for y in means["long"]])
     table = capsys.readouterr().out.splitlines()
@@ -183,18 +185,18 @@ def test_a_run_leaves_what_it_is_for(
 
 
 def test_every_training_has_random_numbers_of_its_own(tiny: FidelitySettings) -> None:
-    settings = replace(tiny, seeds=3)
+    settings = changed(tiny, seeds=3)
     jobs = [job for protocol in PROTOCOLS for job in search.fidelity._jobs(settings, protocol, FOUR)]
     assert len({job.seed for job in jobs}) == len(jobs) == 4 * 4 * 3
 
 
 def test_protocols_and_seeds_can_be_added(settings: FidelitySettings, uninterrupted: Path) -> None:
-    first = scores_of(run(replace(settings, protocols=("proxy",))))
+    first = scores_of(run(changed(settings, protocols=("proxy",))))
     assert set(first) == {("proxy", name, 0) for name in FOUR}
-    more = scores_of(run(replace(settings, protocols=("proxy", "long"), seeds=2)))
+    more = scores_of(run(changed(settings, protocols=("proxy", "long"), seeds=2)))
     assert more == {key: score for key, score in scores_of(uninterrupted).items() if key[0] in ("proxy", "long")}
 
-    directory = run(replace(settings, protocols=("long",), seeds=1))  # asks for less, and takes nothing from the report
+    directory = run(changed(settings, protocols=("long",), seeds=1))  # asks for less, and takes nothing from the report
     with (directory / "scores.csv").open(newline="") as file:
         reported = {(row["protocol"], row["seed"]) for row in csv.DictReader(file)}
     assert reported == {(protocol, seed) for protocol in ("proxy", "long") for seed in "01"}
@@ -265,7 +267,7 @@ def failing(protocol_number: int, cell_number: int, error: BaseException) -> Cal
 def test_ctrl_c_shows_what_is_there_and_goes_on(
     settings: FidelitySettings, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = replace(settings, protocols=("proxy", "long"))
+    settings = changed(settings, protocols=("proxy", "long"))
     with monkeypatch.context() as patch:
         patch.setattr(ProxyTask, "evaluate", failing(1, 3, KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
@@ -289,7 +291,7 @@ def test_ctrl_c_before_the_first_score_ends_in_order(
 def test_a_cell_that_fails_is_left_out_and_named(
     settings: FidelitySettings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = replace(settings, protocols=("proxy", "long"))
+    settings = changed(settings, protocols=("proxy", "long"))
     name = list(FOUR)[1]
     with monkeypatch.context() as patch:
         patch.setattr(ProxyTask, "evaluate", failing(1, 1, NotFiniteError("the loss was nan at iteration 2")))
@@ -308,7 +310,7 @@ def test_a_cell_that_fails_is_left_out_and_named(
 def test_a_passing_failure_leaves_no_score_and_is_tried_again(
     settings: FidelitySettings, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = replace(settings, protocols=("proxy",))
+    settings = changed(settings, protocols=("proxy",))
     with monkeypatch.context() as patch:
         patch.setattr(ProxyTask, "evaluate", failing(0, 1, torch.OutOfMemoryError("tried 3 GiB")))
         assert len(scores_of(run(settings))) == len(FOUR) - 1
@@ -324,32 +326,32 @@ def test_other_data_are_refused_by_their_split(tiny: FidelitySettings, uninterru
         folder = tmp_path / split
         shutil.copytree(tiny.data_dir or Path(), folder)
         Image.fromarray(np.zeros(SIZE, np.uint8)).save(folder / f"{split}annot" / "0.png")
-        changed = replace(tiny, name="uninterrupted", protocols=("end_to_end",), data_dir=folder)
+        changed = changed(tiny, name="uninterrupted", protocols=("end_to_end",), data_dir=folder)
         role = {"train": "training", "val": "validation"}[split]
-        with pytest.raises(InputError, match=rf"end_to_end in .* was scored with --data-dir \({role}\)"):
+        with pytest.raises(InputError, match=rf"end_to_end in .* was scored with `data_dir` \({role}\)"):
             search.fidelity.main(changed)
 
 
 def test_crops_are_whole_images_by_default(tiny: FidelitySettings, tmp_path: Path) -> None:
-    settings = replace(tiny, crop_size=None)
-    protocols = search.fidelity.prepare_protocols(replace(settings, protocols=("end_to_end",)), tmp_path)
+    settings = changed(tiny, crop_size=None)
+    protocols = search.fidelity.prepare_protocols(changed(settings, protocols=("end_to_end",)), tmp_path)
     assert protocols[0].identity["--crop-size"] == list(SIZE)
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"iterations": 4}, "proxy in .* was scored with --iterations 3, now it is 4"),
-        ({"learning_rate": 0.1}, "with --learning-rate 0.5, now it is 0.1"),
-        ({"seed": 1}, "with --seed 0, now it is 1"),
-        ({"end_to_end_iterations": 3}, "end_to_end in .* with --end-to-end-iterations 2, now it is 3"),
-        ({"end_to_end_batch_size": 4}, "with --end-to-end-batch-size 2, now it is 4"),
-        ({"end_to_end_learning_rate": 0.2}, "with --end-to-end-learning-rate 0.1, now it is 0.2"),
-        ({"end_to_end_max_scale": 1.0}, "with --end-to-end-max-scale 2.0, now it is 1.0"),
-        ({"long_iterations": 7}, "long in .* with --long-iterations 6, now it is 7"),
+        ({"iterations": 4}, "proxy in .* was scored with `iterations` 3, now it is 4"),
+        ({"learning_rate": 0.1}, "with `learning_rate` 0.5, now it is 0.1"),
+        ({"seed": 1}, "with `seed` 0, now it is 1"),
+        ({"end_to_end_iterations": 3}, "end_to_end in .* with `end_to_end_iterations` 2, now it is 3"),
+        ({"end_to_end_batch_size": 4}, "with `end_to_end_batch_size` 2, now it is 4"),
+        ({"end_to_end_learning_rate": 0.2}, "with `end_to_end_learning_rate` 0.1, now it is 0.2"),
+        ({"end_to_end_max_scale": 1.0}, "with `end_to_end_max_scale` 2.0, now it is 1.0"),
+        ({"long_iterations": 7}, "long in .* with `long_iterations` 6, now it is 7"),
         (
             {"large_backbone": SMALL, "large_weights": "weights"},
-            f"large in .* with --large-backbone {LARGE}, now it is {SMALL}",
+            f"large in .* with `large_backbone` {LARGE}, now it is {SMALL}",
         ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
@@ -361,41 +363,41 @@ def test_other_settings_are_refused_by_their_flag(
         changes = changes | {"large_weights": tiny.weights}
     forbid_evaluation(monkeypatch)
     with pytest.raises(InputError, match=words):
-        search.fidelity.main(replace(tiny, name="uninterrupted", **changes))
+        search.fidelity.main(changed(tiny, name="uninterrupted", **changes))
 
 
 def test_settings_of_another_protocol_do_not_matter(
     tiny: FidelitySettings, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forbid_evaluation(monkeypatch)
-    search.fidelity.main(replace(tiny, name="uninterrupted", protocols=("proxy", "large"), long_iterations=99))
+    search.fidelity.main(changed(tiny, name="uninterrupted", protocols=("proxy", "large"), long_iterations=99))
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"seeds": 0}, "--seeds must be at least 1, got 0"),
-        ({"long_iterations": 0}, "--long-iterations must be at least 1, got 0"),
-        ({"learning_rate": math.nan}, "--learning-rate must be above 0, got nan"),
-        ({"dropout": 1.0}, "--dropout must be"),
-        ({"protocols": ("proxy", "proxy")}, "--protocols must name some of proxy, long, large, end_to_end, each once"),
-        ({"protocols": ()}, "--protocols must name"),
-        ({"large_weights": None}, "give --large-weights FILE, or --large-pretrained"),
-        ({"large_backbone": "no_such_model"}, "correct --large-backbone, --large-weights"),
-        ({"crop_size": (32, 32)}, "--crop-size 32 32 must be"),
-        ({"end_to_end_min_scale": 0.0}, "^--end-to-end-min-scale must be above 0"),
+        ({"seeds": 0}, "`seeds` must be at least 1, got 0"),
+        ({"long_iterations": 0}, "`long_iterations` must be at least 1, got 0"),
+        ({"learning_rate": math.nan}, "`learning_rate` must be above 0, got nan"),
+        ({"dropout": 1.0}, "`dropout` must be"),
+        ({"protocols": ("proxy", "proxy")}, "`protocols` must name some of proxy, long, large, end_to_end, each once"),
+        ({"protocols": ()}, "`protocols` must name"),
+        ({"large_weights": None}, "give `large_weights` FILE, or `large_pretrained`"),
+        ({"large_backbone": "no_such_model"}, "correct `large_backbone`, `large_weights`"),
+        ({"crop_size": (32, 32)}, "`crop_size` 32 32 must be"),
+        ({"end_to_end_min_scale": 0.0}, "^`end_to_end_min_scale` must be above 0"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_written(
     settings: FidelitySettings, changes: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(InputError, match=words):
-        search.fidelity.main(replace(settings, **{"protocols": PROTOCOLS} | changes))
+        search.fidelity.main(changed(settings, **{"protocols": PROTOCOLS} | changes))
     assert not settings.runs_dir.joinpath("fidelity").exists()
 
 
 def test_a_damaged_score_is_named(settings: FidelitySettings) -> None:
-    settings = replace(settings, protocols=("proxy",))
+    settings = changed(settings, protocols=("proxy",))
     path = score_path(run(settings), "proxy", "pool", 0)
     path.write_text("{")
     with pytest.raises(InputError, match=f"{path} is damaged .* delete it"):
@@ -467,8 +469,8 @@ def test_seeds_that_are_not_finished_do_not_count_for_the_noise() -> None:
 def test_the_shapes_have_a_wide_backbone_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained: list[str] = []
     monkeypatch.setattr(search.backbones.shapes, "_train", lambda backbone, _: trained.append(backbone.name))
-    settings = FeatureSettings(cache_dir=tmp_path, backbone="shapes_cnn_wide")
-    wide, again, small = (create_backbone(s) for s in (settings, settings, replace(settings, backbone=None)))
+    settings = composed(FeatureSettings, cache_dir=tmp_path, backbone="shapes_cnn_wide")
+    wide, again, small = (create_backbone(s) for s in (settings, settings, changed(settings, backbone=None)))
     assert trained == ["shapes_cnn_wide", "shapes_cnn"]  # each once, then from its own file
     assert again.weights_hash() == wide.weights_hash()
     assert (wide.name, wide.channels, small.name, small.channels) == ("shapes_cnn_wide", 256, "shapes_cnn", 128)

@@ -17,19 +17,21 @@ import timm
 import torch
 from PIL import Image
 
-import search.features
 import search.random
+import search.tasks.feature_cache
 from fast.checkpoint import load_head
 from fast.train_step import TrainStep
 from reference.cell import CONV1X1, Branch, Cell, Operation
 from reference.mean_iou import mean_iou
+from search.backbones import create_backbone
 from search.cells.space import canonical_form, load_cell
 from search.datasets import SPLITS
 from search.errors import InputError
-from search.features import create_backbone, open_cache
 from search.random import RandomSettings
 from search.runs.study import Run, load_run, ranked
+from search.tasks.feature_cache import open_cache
 from search.tasks.proxy import NotFiniteError, ProxyResult, ProxyTask
+from tests.search.composed import changed, composed
 
 BACKBONE = "test_efficientnet"
 KNOWN_CELLS = ("aspp", "dpc")
@@ -59,13 +61,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> RandomSettings:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         torch.save(timm.create_model(BACKBONE).state_dict(), folder / "weights.pth")
-    return RandomSettings(
+    return composed(
+        RandomSettings,
         dataset="camvid",
         data_dir=write_camvid(folder / "camvid"),
         backbone=BACKBONE,
         weights=folder / "weights.pth",
         cache_dir=folder / "cache",
-        runs_dir=folder / "runs",
+        out=folder / "runs" / "camvid",
         device="cpu",
         cells=6,
         iterations=8,
@@ -81,7 +84,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> RandomSettings:
 @pytest.fixture(scope="module")
 def uninterrupted(tiny: RandomSettings) -> Run:
     """The whole run, with its real report."""
-    search.random.main(replace(tiny, name="uninterrupted"))
+    search.random.main(changed(tiny, name="uninterrupted"))
     return load_run(tiny.runs_dir / "uninterrupted")
 
 
@@ -89,7 +92,7 @@ def uninterrupted(tiny: RandomSettings) -> Run:
 def settings(tiny: RandomSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RandomSettings:
     """The same search in a folder of its own, without a drawn report."""
     monkeypatch.setattr(search.random, "write_report", skip_report)
-    return replace(tiny, runs_dir=tmp_path)
+    return changed(tiny, runs_dir=tmp_path)
 
 
 def skip_report(run: Run, device: str | None = None) -> Path:
@@ -149,7 +152,7 @@ def test_a_run_leaves_what_it_is_for(
 
     capsys.readouterr()
     forbid_evaluation(monkeypatch)
-    search.random.main(replace(tiny, name="uninterrupted"))
+    search.random.main(changed(tiny, name="uninterrupted"))
     table = capsys.readouterr().out
     for line in (f"trial {best[0].number} ", "aspp (n=1)", "dpc (n=1)", f"trial {best[0].number} again (n=1)"):
         assert line in table
@@ -195,7 +198,7 @@ def test_the_same_command_again_keeps_everything(
 
 
 def test_more_cells_continue_the_search(settings: RandomSettings, uninterrupted: Run) -> None:
-    few = run_search(replace(settings, cells=2))
+    few = run_search(changed(settings, cells=2))
     more = run_search(settings)
     assert len(few.trials) == 2
     assert few.trials == more.trials[:2]
@@ -203,8 +206,8 @@ def test_more_cells_continue_the_search(settings: RandomSettings, uninterrupted:
 
 
 def test_more_comparison_seeds_keep_the_first(settings: RandomSettings, uninterrupted: Run) -> None:
-    run_search(replace(settings, cells=1))
-    run = run_search(replace(settings, cells=1, comparison_seeds=2))
+    run_search(changed(settings, cells=1))
+    run = run_search(changed(settings, cells=1, comparison_seeds=2))
     scores = {(record.name, record.seed): record for record in comparisons(run)}
     assert set(scores) == {(name, seed) for name in (*KNOWN_CELLS, "trial 0") for seed in (0, 1)}
     assert len(run.baselines) == len(scores)
@@ -213,14 +216,14 @@ def test_more_comparison_seeds_keep_the_first(settings: RandomSettings, uninterr
 
 
 def test_another_seed_is_another_search(settings: RandomSettings, uninterrupted: Run) -> None:
-    other = run_search(replace(settings, cells=2, seed=1))
+    other = run_search(changed(settings, cells=2, seed=1))
     assert {record.cell for record in other.trials}.isdisjoint(record.cell for record in uninterrupted.trials)
 
 
 # Ends without warning. Each child dies by SIGKILL at the n-th call of a function, and the same command goes on from there.
 
 DEATHS: dict[str, tuple[object, str, int]] = {
-    "while features are cached": (search.features, "write_json", 1),
+    "while features are cached": (search.tasks.feature_cache, "write_json", 1),
     "before a comparison is told": (optuna.Study, "tell", 2),
     "in the middle of a training": (TrainStep, "draw", 4 * 10 + 3),  # 10 batches each: the fifth job
     "before a head is saved": (search.random, "save_head", 3),
@@ -256,7 +259,7 @@ def test_a_killed_search_goes_on_as_if_nothing_had_happened(
     settings: RandomSettings, uninterrupted: Run, death: str, tmp_path: Path
 ) -> None:
     if death == "while features are cached":
-        settings = replace(settings, cache_dir=tmp_path / "cache")
+        settings = changed(settings, cache_dir=tmp_path / "cache")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     child = context.Process(target=search_until_death, args=(settings, death))
@@ -324,7 +327,7 @@ def test_a_failed_trial_has_its_reason_and_the_search_goes_on(
 def test_a_learning_rate_that_ruins_every_cell_still_ends_in_order(
     settings: RandomSettings, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = run_search(replace(settings, learning_rate=1e30, cells=2))
+    run = run_search(changed(settings, learning_rate=1e30, cells=2))
     assert [record.result for record in run.trials] == [None, None]
     assert all("not finite" in str(record.failure) or "the loss was" in str(record.failure) for record in run.trials)
     assert run.baselines == []
@@ -343,7 +346,7 @@ def test_an_equal_graph_is_not_evaluated_twice(settings: RandomSettings, monkeyp
         return original(self, cell, *rest)
 
     monkeypatch.setattr(ProxyTask, "evaluate", evaluate)
-    run = run_search(replace(settings, cells=4, sampler="tpe"))
+    run = run_search(changed(settings, cells=4, sampler="tpe"))
     assert evaluated.count(cells[0]) == 2  # as trial 0, and as the best once more
     assert evaluated.count(cells[1]) == 0
     assert [record.duplicate_of for record in run.trials] == [None, 0, 0, 0]
@@ -359,21 +362,21 @@ def test_an_equal_graph_is_not_evaluated_twice(settings: RandomSettings, monkeyp
 @pytest.mark.parametrize(
     ("field", "value", "sentence"),
     [
-        ("iterations", 0, "--iterations must be at least 1"),
-        ("statistics_batches", 0, "--statistics-batches must be at least 1"),
-        ("comparison_seeds", 0, "--comparison-seeds must be at least 1"),
-        ("lag", -1, "--lag must not be negative"),
-        ("weight_decay", -1.0, "--weight-decay must not be negative"),
-        ("learning_rate", 0.0, "--learning-rate must be above 0"),
-        ("learning_rate", float("nan"), "--learning-rate must be above 0"),
-        ("dropout", 1.0, "--dropout must be at least 0 and below 1"),
-        ("seed", -1, "--seed must be 0 or more"),
-        ("image_size", (17, 49), "is 33×49, larger than 17×49: give a larger --image-size"),
-        ("image_size", (0, 0), r"--image-size 0 0 must be 16·k \+ 1"),
-        ("image_size", (-15, 49), r"--image-size -15 49 must be 16·k \+ 1"),
-        ("weights", None, "random weights: give --weights FILE, or --pretrained"),
-        ("storage", "not a database", "the study not a database cannot be used .*--storage"),
-        ("storage", "nosuchdatabase://host/name", "--storage"),
+        ("iterations", 0, "`iterations` must be at least 1"),
+        ("statistics_batches", 0, "`statistics_batches` must be at least 1"),
+        ("comparison_seeds", 0, "`comparison_seeds` must be at least 1"),
+        ("lag", -1, "`lag` must not be negative"),
+        ("weight_decay", -1.0, "`weight_decay` must not be negative"),
+        ("learning_rate", 0.0, "`learning_rate` must be above 0"),
+        ("learning_rate", float("nan"), "`learning_rate` must be above 0"),
+        ("dropout", 1.0, "`dropout` must be at least 0 and below 1"),
+        ("seed", -1, "`seed` must be 0 or more"),
+        ("image_size", (17, 49), "is 33×49, larger than 17×49: give a larger `image_size`"),
+        ("image_size", (0, 0), r"`image_size` 0 0 must be 16·k \+ 1"),
+        ("image_size", (-15, 49), r"`image_size` -15 49 must be 16·k \+ 1"),
+        ("weights", None, "random weights: give `weights` FILE, or `pretrained`"),
+        ("storage", "not a database", "the study not a database cannot be used .*`storage`"),
+        ("storage", "nosuchdatabase://host/name", "`storage`"),
     ],
     ids=str,
 )
@@ -382,7 +385,7 @@ def test_settings_that_cannot_work_are_refused(
 ) -> None:
     cache = {"cache_dir": tmp_path / "cache"} if field == "image_size" else {}
     with pytest.raises(InputError, match=sentence) as caught:
-        search.random.main(replace(settings, **{"name": "refused", field: value} | cache))
+        search.random.main(changed(settings, **{"name": "refused", field: value} | cache))
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.glob("refused/*.csv"))
     assert not list(tmp_path.rglob("*.partial*"))
@@ -397,8 +400,8 @@ def test_a_run_with_other_settings_is_refused(
 ) -> None:
     files = {path: path.read_bytes() for path in uninterrupted.directory.iterdir() if path.is_file()}
     flag = field.replace("_", "-")
-    with pytest.raises(InputError, match=f"with --{flag} {before}, now it is {value}: .*another --name"):
-        search.random.main(replace(tiny, name="uninterrupted", **{field: value}))
+    with pytest.raises(InputError, match=f"with --{flag} {before}, now it is {value}: .*another `name`"):
+        search.random.main(changed(tiny, name="uninterrupted", **{field: value}))
     assert files == {path: path.read_bytes() for path in files}
 
 
@@ -406,7 +409,7 @@ def test_features_of_other_weights_are_refused(settings: RandomSettings, uninter
     state = timm.create_model(BACKBONE).state_dict()
     torch.save({key: value + 1 for key, value in state.items()}, tmp_path / "other.pth")
     with pytest.raises(InputError, match=r"cache .*camvid-train-.* is stale: it was made with weights_hash \w+"):
-        search.random.main(replace(settings, weights=tmp_path / "other.pth"))
+        search.random.main(changed(settings, weights=tmp_path / "other.pth"))
 
 
 def test_a_moved_folder_is_a_run_still(uninterrupted: Run, tmp_path: Path) -> None:

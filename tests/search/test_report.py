@@ -14,6 +14,7 @@ from search.report import ReportSettings, main, pareto_front, write_report
 from search.reports.page import percent, quantity
 from search.runs.study import BaselineRecord, Run, TrialRecord
 from search.tasks.proxy import ProxyResult
+from tests.search.composed import composed
 
 CLASS_NAMES = ("road", "car & <b>van</b>", "sky")
 FAILURE = "the loss was nan at iteration 3 <script>"
@@ -79,8 +80,8 @@ def test_own_cells_are_compared_by_their_names(tmp_path: Path) -> None:
 
 
 def test_a_run_keeps_its_report_in_its_folder(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"--out is for --cells: the report of a run is .*report\.html"):
-        main(ReportSettings(run=tmp_path, out=tmp_path / "page.html"))
+    with pytest.raises(InputError, match=r"`out` is for `cells`: the report of a run is .*report\.html"):
+        main(composed(ReportSettings, run=tmp_path, out=tmp_path / "page.html"))
 
 
 def test_the_best_and_the_worst_cells_are_drawn_once_each(tmp_path: Path) -> None:
@@ -193,7 +194,7 @@ def test_the_report_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch:
 
 def test_command_refuses_a_folder_that_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is not a run"):
-        main(ReportSettings(run=tmp_path))
+        main(composed(ReportSettings, run=tmp_path))
 
 
 def test_pareto_front_keeps_what_nothing_beats() -> None:

@@ -22,7 +22,7 @@ from fast.checkpoint import load_network
 from reference.cell import CONV1X1, Branch, Cell, Operation
 from search.cells.space import cell_hash, load_cell
 from search.errors import InputError
-from search.features import write_json
+from search.files import write_json
 from search.random import RandomSettings
 from search.rerank import Candidate, RerankSettings, correlation, finish, rank, read_result, train_settings
 from search.runs.study import Run, load_run, ranked
@@ -30,6 +30,7 @@ from search.tasks.end_to_end import EndToEndResult, EndToEndTask
 from search.tasks.proxy import NotFiniteError
 from search.train import Training
 from search.training.state import read_curve
+from tests.search.composed import changed, composed
 from tests.search.tasks.test_end_to_end import measured, write_backbone
 from tests.search.test_random import BACKBONE, skip_report, write_camvid
 from tests.search.test_train import kill_at_call, killed_while
@@ -44,13 +45,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     data_dir = write_camvid(folder / "camvid")
     for kind in ("", "annot"):  # its own validation pictures hold mostly a class that is rare in training
         shutil.copytree(data_dir / f"train{kind}", data_dir / f"val{kind}", dirs_exist_ok=True)
-    settings = RandomSettings(
+    settings = composed(
+        RandomSettings,
         dataset="camvid",
         data_dir=data_dir,
         backbone=BACKBONE,
         weights=write_backbone(folder / "weights.pth"),
         cache_dir=folder / "cache",
-        runs_dir=folder / "runs",
+        out=folder / "runs" / "camvid",
         device="cpu",
         cells=4,
         iterations=8,
@@ -70,7 +72,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 @pytest.fixture(scope="module")
 def tiny(run: Run, tmp_path_factory: pytest.TempPathFactory) -> RerankSettings:
     """Settings of a re-ranking that takes some seconds."""
-    return RerankSettings(
+    return composed(
+        RerankSettings,
         run=run.directory,
         top=3,
         compare=("dpc",),
@@ -166,7 +169,7 @@ def test_the_same_command_again_prints_the_same_table(
 def test_more_seeds_and_cells_keep_what_is_trained(
     tiny: RerankSettings, uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    small = replace(tiny, out=tmp_path, top=1, compare=())
+    small = changed(tiny, out=tmp_path, top=1, compare=())
     search.rerank.main(small)
     times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/result.json")}
     assert len(times) == 1
@@ -196,7 +199,7 @@ def test_more_seeds_and_cells_keep_what_is_trained(
 def test_a_killed_reranking_goes_on_to_the_same_results(
     tiny: RerankSettings, uninterrupted: Path, tmp_path: Path, arm: Callable[[], None]
 ) -> None:
-    settings = replace(tiny, out=tmp_path)
+    settings = changed(tiny, out=tmp_path)
     killed_while(lambda: search.rerank.main(settings), arm)
     search.rerank.main(settings)
     assert results(tmp_path) == results(uninterrupted)
@@ -214,7 +217,7 @@ def test_ctrl_c_shows_what_there_is_and_goes_on(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    settings, step, calls = replace(tiny, out=tmp_path), Training._step, iter(range(1, 100))
+    settings, step, calls = changed(tiny, out=tmp_path), Training._step, iter(range(1, 100))
 
     def interrupted_step(self: Training, batches: Any) -> bool:
         if next(calls) == 2 * ITERATIONS + 1:  # in the third of four cells
@@ -235,35 +238,35 @@ def test_ctrl_c_shows_what_there_is_and_goes_on(
 @pytest.mark.parametrize(
     ("change", "flag"),
     [
-        ({"learning_rate": 0.2}, "--learning-rate 0.5, now it is 0.2"),
-        ({"branch_channels": 4}, "--branch-channels 8, now it is 4"),  # 8 was the run's
-        ({"seed": 1}, "--seed"),
-        ({"val_split": "train"}, "--val-split"),
-        ({"crop_size": (49, 49)}, "--crop-size"),
+        ({"learning_rate": 0.2}, "`learning_rate` 0.5, now it is 0.2"),
+        ({"branch_channels": 4}, "`branch_channels` 8, now it is 4"),  # 8 was the run's
+        ({"seed": 1}, "`seed`"),
+        ({"val_split": "train"}, "`val_split`"),
+        ({"crop_size": (49, 49)}, "`crop_size`"),
     ],
 )
 def test_other_settings_are_refused(tiny: RerankSettings, uninterrupted: Path, change: dict[str, Any], flag: str) -> None:
     with pytest.raises(InputError, match=flag):
-        search.rerank.main(replace(tiny, **change))
+        search.rerank.main(changed(tiny, **change))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"top": 0}, "--top must be at least 1, got 0"),
-        ({"seeds": 0}, "--seeds must be at least 1, got 0"),
-        ({"iterations": 0}, "--iterations must be at least 1, got 0"),
-        ({"branch_channels": 0}, "--branch-channels must be at least 1, got 0"),
+        ({"top": 0}, "`top` must be at least 1, got 0"),
+        ({"seeds": 0}, "`seeds` must be at least 1, got 0"),
+        ({"iterations": 0}, "`iterations` must be at least 1, got 0"),
+        ({"branch_channels": 0}, "`branch_channels` must be at least 1, got 0"),
         ({"compare": ("nothing",)}, "there is no cell 'nothing'"),
         ({"run": Path("nowhere")}, "nowhere is not a run"),
-        ({"weights": Path("nowhere.pth")}, r"nowhere\.pth.*--weights"),
+        ({"weights": Path("nowhere.pth")}, r"nowhere\.pth.*`weights`"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(
     tiny: RerankSettings, tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
-        search.rerank.main(replace(tiny, out=tmp_path / "out", **change))
+        search.rerank.main(changed(tiny, out=tmp_path / "out", **change))
     assert not (tmp_path / "out").exists()
 
 
@@ -282,7 +285,7 @@ def test_a_cell_whose_training_diverges_fails_and_the_others_go_on(
             raise NotFiniteError("the loss was nan at iteration 2")
         return evaluate(self, cell, seed, on_step)
 
-    settings = replace(tiny, out=tmp_path)
+    settings = changed(tiny, out=tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(EndToEndTask, "evaluate", diverging)
         search.rerank.main(settings)
@@ -301,12 +304,12 @@ def test_a_cell_whose_training_diverges_fails_and_the_others_go_on(
 def test_all_cells_failing_still_ends_in_order(
     tiny: RerankSettings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    search.rerank.main(replace(tiny, out=tmp_path, learning_rate=1e30))
+    search.rerank.main(changed(tiny, out=tmp_path, learning_rate=1e30))
     assert "no cell of the search is trained yet (4 trainings failed)" in capsys.readouterr().err
 
 
 def test_a_damaged_result_is_named(tiny: RerankSettings, tmp_path: Path) -> None:
-    settings = replace(tiny, out=tmp_path, top=1, compare=())
+    settings = changed(tiny, out=tmp_path, top=1, compare=())
     search.rerank.main(settings)
     (path,) = tmp_path.glob("*/result.json")
     path.write_text('{"result": {')
@@ -319,7 +322,7 @@ def test_two_ray_workers_give_the_same_as_one(
 ) -> None:
     pytest.importorskip("ray", reason="Ray is an extra: pip install -e '.[workers]'")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
-    search.rerank.main(replace(tiny, out=tmp_path, workers=2))
+    search.rerank.main(changed(tiny, out=tmp_path, workers=2))
     assert results(tmp_path) == results(uninterrupted)
 
 
@@ -333,12 +336,12 @@ def test_data_and_backbone_are_the_runs_unless_given(tiny: RerankSettings, run: 
     assert (str(inherited.data_dir), str(inherited.weights)) == (run.features["data_dir"], run.features["weights"])
     assert (inherited.branch_channels, inherited.iterations, inherited.validate_every) == (8, ITERATIONS, ITERATIONS)
 
-    other = train_settings(replace(tiny, dataset="shapes", backbone="resnet18", validate_every=1, branch_channels=4), run)
+    other = train_settings(changed(tiny, dataset="shapes", backbone="resnet18", validate_every=1, branch_channels=4), run)
     assert (other.dataset, other.data_dir, other.train_split) == ("shapes", None, "train")
     assert (other.backbone, other.weights, other.pretrained) == ("resnet18", None, False)
     assert (other.validate_every, other.branch_channels) == (1, 4)
 
-    weights = train_settings(replace(tiny, weights=Path("other.pth"), weights_origin="tensorflow"), run)
+    weights = train_settings(changed(tiny, weights=Path("other.pth"), weights_origin="tensorflow"), run)
     assert (weights.backbone, weights.weights, weights.weights_origin) == (BACKBONE, Path("other.pth"), "tensorflow")
 
 
@@ -367,7 +370,7 @@ def made(tmp_path: Path, tiny: RerankSettings) -> tuple[Folders, list[Candidate]
             result = {"mean_iou": score, "class_iou": [score, None], "parameters": 7, "multiply_adds": 2e9, "seconds": 1.5}
             write_json(task.folder(candidate.cell, (0, k)) / "result.json", {"result": result, "failure": None})
     write_json(task.folder(known[1].cell, (0, 1)) / "result.json", {"result": None, "failure": "nan"})
-    return task, [*known, *names], replace(tiny, seeds=2)
+    return task, [*known, *names], changed(tiny, seeds=2)
 
 
 def test_ranks_and_correlation_of_known_scores(made: tuple[Folders, list[Candidate], RerankSettings]) -> None:
@@ -428,10 +431,10 @@ def test_known_cells_have_the_proxy_scores_of_the_same_cell(tiny: RerankSettings
     assert {"dpc", "aspp"} <= scores.keys()
     other = tmp_path / "aspp.json"  # another cell of a known name
     other.write_text(pooling_cell(4).to_json())
-    found = search.rerank.candidates_of(run, replace(tiny, compare=("dpc", str(other))))
+    found = search.rerank.candidates_of(run, changed(tiny, compare=("dpc", str(other))))
     assert [candidate.proxy_scores for candidate in found[:2]] == [(scores["dpc"],), ()]
-    with pytest.raises(InputError, match=r"--compare has two cells of the name 'aspp': rename the file .*aspp\.json"):
-        search.rerank.candidates_of(run, replace(tiny, compare=("aspp", str(other))))
+    with pytest.raises(InputError, match=r"`compare` has two cells of the name 'aspp': rename the file .*aspp\.json"):
+        search.rerank.candidates_of(run, changed(tiny, compare=("aspp", str(other))))
 
 
 def test_a_passing_failure_is_tried_again(
@@ -441,7 +444,7 @@ def test_a_passing_failure_is_tried_again(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    settings, step, calls = replace(tiny, out=tmp_path), Training._step, iter(range(1, 100))
+    settings, step, calls = changed(tiny, out=tmp_path), Training._step, iter(range(1, 100))
 
     def full_once(self: Training, batches: Any) -> bool:
         if next(calls) == ITERATIONS + 3:  # in the second of four cells
@@ -463,14 +466,14 @@ def test_equal_cells_in_another_order_of_branches_are_one_training(tiny: RerankS
     branches = Branch(-1, CONV1X1), Branch(-1, Operation("pyramid_pooling", grid_size=(2, 2)))
     for name, cell in (("first", Cell(branches)), ("second", Cell(branches[::-1]))):
         (tmp_path / f"{name}.json").write_text(cell.to_json())
-    settings = replace(tiny, out=tmp_path / "out", top=1, compare=(str(tmp_path / "first.json"),))
+    settings = changed(tiny, out=tmp_path / "out", top=1, compare=(str(tmp_path / "first.json"),))
     killed_while(lambda: search.rerank.main(settings), kill_at_call(Training, "_step", 2))
-    search.rerank.main(replace(settings, compare=(*settings.compare, str(tmp_path / "second.json"))))
+    search.rerank.main(changed(settings, compare=(*settings.compare, str(tmp_path / "second.json"))))
     table = rows(tmp_path / "out")
     assert len(list((tmp_path / "out").glob("*/result.json"))) == len(table) - 1 == 2
     assert table["first"]["final_mean_iou"] == table["second"]["final_mean_iou"] != ""
 
 
 def test_an_error_of_a_training_names_the_flag_of_this_command(tiny: RerankSettings, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"^--loading-processes must be at least 0, got -1"):
-        search.rerank.main(replace(tiny, out=tmp_path / "out", loading_processes=-1))
+    with pytest.raises(InputError, match=r"^`loading_processes` must be at least 0, got -1"):
+        search.rerank.main(changed(tiny, out=tmp_path / "out", loading_processes=-1))

@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from search.errors import InputError
 from search.evaluate import count_pixels
 from search.train import Training, TrainSettings, averaged, check, complete
 from search.training.state import read_curve
+from tests.search.composed import changed, composed
 from tests.search.test_random import write_camvid
 
 ITERATIONS = 8
@@ -53,7 +53,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TrainSettings:
         nn.init.normal_(network.head.classifier.weight, std=0.3)
         nn.init.constant_(network.head.classifier.bias[:4], 2.0)  # the four classes that occur
         save_network(folder / "init.safetensors", network, class_names=names)
-    return TrainSettings(
+    return composed(
+        TrainSettings,
         dataset="camvid",
         data_dir=data_dir,
         val_split="train",  # the other four pictures hold mostly a class that is rare in these five
@@ -73,7 +74,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TrainSettings:
 @pytest.fixture(scope="module")
 def uninterrupted(tiny: TrainSettings, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("uninterrupted")
-    search.train.main(replace(tiny, out=directory))
+    search.train.main(changed(tiny, out=directory))
     return directory
 
 
@@ -105,7 +106,7 @@ def test_a_training_leaves_its_curve_and_whole_networks(tiny: TrainSettings, uni
 
 
 def test_loss_falls(tiny: TrainSettings, tmp_path: Path) -> None:
-    search.train.main(replace(tiny, out=tmp_path, iterations=60, validate_every=60))
+    search.train.main(changed(tiny, out=tmp_path, iterations=60, validate_every=60))
     curve = losses(tmp_path)
     assert sum(curve[-10:]) < 0.8 * sum(curve[:10])  # four classes with a colour each: from ln 11 = 2.4 to below 1.9
 
@@ -162,7 +163,7 @@ def kill_at_call(owner: Any, name: str, call: int, *, after: bool = False) -> Ca
 def test_a_killed_training_goes_on_to_the_same_losses(
     tiny: TrainSettings, uninterrupted: Path, tmp_path: Path, arm: Callable[[], None]
 ) -> None:
-    settings = replace(tiny, out=tmp_path)
+    settings = changed(tiny, out=tmp_path)
     killed(settings, arm)
     search.train.main(settings)
     assert same_outcome(tmp_path, uninterrupted)
@@ -171,7 +172,7 @@ def test_a_killed_training_goes_on_to_the_same_losses(
 def test_a_validation_that_the_state_does_not_know_is_cut_off_the_curve(
     tiny: TrainSettings, uninterrupted: Path, tmp_path: Path
 ) -> None:
-    settings = replace(tiny, out=tmp_path, checkpoint_every=1)
+    settings = changed(tiny, out=tmp_path, checkpoint_every=1)
     killed(settings, kill_at_call(search.train, "save_state", 5))  # after 4 of the iterations: of the validation
     assert search.training.state.read_curve(tmp_path)[-1][3] is not None
     search.train.main(settings)
@@ -179,7 +180,7 @@ def test_a_validation_that_the_state_does_not_know_is_cut_off_the_curve(
 
 
 def test_a_half_written_line_of_the_curve_is_cut_off(tiny: TrainSettings, uninterrupted: Path, tmp_path: Path) -> None:
-    settings = replace(tiny, out=tmp_path)
+    settings = changed(tiny, out=tmp_path)
     killed(settings, kill_at_call(Training, "_step", 6))
     with (tmp_path / "curve.csv").open("a") as file:
         file.write("5,2.0,0.01,\n6,1.")
@@ -195,7 +196,7 @@ def test_a_finished_training_is_left_as_it_is(
 
     monkeypatch.setattr(Training, "_step", step)
     before = (uninterrupted / "curve.csv").read_bytes()
-    search.train.main(replace(tiny, out=uninterrupted))
+    search.train.main(changed(tiny, out=uninterrupted))
     assert (uninterrupted / "curve.csv").read_bytes() == before
 
 
@@ -203,7 +204,7 @@ def test_a_finished_training_is_left_as_it_is(
 def test_ctrl_c_saves_and_goes_on(
     tiny: TrainSettings, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, iteration: int
 ) -> None:
-    settings, step = replace(tiny, out=tmp_path), Training._step
+    settings, step = changed(tiny, out=tmp_path), Training._step
 
     def interrupted_step(self: Training, batches: Any) -> bool:
         if self.iteration == iteration - 1:
@@ -224,7 +225,7 @@ def test_ctrl_c_saves_and_goes_on(
 def test_ctrl_c_in_the_last_validation_ends_whoever_would_train_another(
     tiny: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings, keep = replace(tiny, out=tmp_path), Training._keep
+    settings, keep = changed(tiny, out=tmp_path), Training._keep
 
     def interrupted_keep(self: Training, *arguments: Any) -> None:
         if self.iteration == settings.iterations:
@@ -240,7 +241,7 @@ def test_ctrl_c_in_the_last_validation_ends_whoever_would_train_another(
 
 
 def test_a_loading_process_that_dies_is_named_with_its_remedy(tiny: TrainSettings, tmp_path: Path) -> None:
-    killed_by = replace(tiny, out=tmp_path, workers=1)
+    killed_by = changed(tiny, out=tmp_path, workers=1)
     original = search.training.augmentation.TrainingCrops.__getitem__
 
     def dying(self: search.training.augmentation.TrainingCrops, position: int) -> Any:
@@ -250,32 +251,32 @@ def test_a_loading_process_that_dies_is_named_with_its_remedy(tiny: TrainSetting
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(search.training.augmentation.TrainingCrops, "__getitem__", dying)
-        with pytest.raises(InputError, match=r"a process that loads pictures has ended .*--workers 0"):
+        with pytest.raises(InputError, match=r"a process that loads pictures has ended .*`workers` 0"):
             search.train.main(killed_by)
 
 
 def test_loading_processes_change_nothing(tiny: TrainSettings, uninterrupted: Path, tmp_path: Path) -> None:
-    search.train.main(replace(tiny, out=tmp_path, workers=2))
+    search.train.main(changed(tiny, out=tmp_path, workers=2))
     assert same_outcome(tmp_path, uninterrupted)
 
 
 @pytest.mark.parametrize(
     ("change", "field"),
     [
-        ({"learning_rate": 0.01}, "--learning-rate 0.3, now it is 0.01"),
-        ({"crop_size": (33, 49)}, "--crop-size"),
-        ({"seed": 1}, "--seed"),
-        ({"accumulate": 2}, "--accumulate"),
+        ({"learning_rate": 0.01}, "`learning_rate` 0.3, now it is 0.01"),
+        ({"crop_size": (33, 49)}, "`crop_size`"),
+        ({"seed": 1}, "`seed`"),
+        ({"accumulate": 2}, "`accumulate`"),
     ],
 )
 def test_other_settings_are_refused(tiny: TrainSettings, uninterrupted: Path, change: dict[str, Any], field: str) -> None:
     with pytest.raises(InputError, match=field):
-        search.train.main(replace(tiny, out=uninterrupted, **change))
+        search.train.main(changed(tiny, out=uninterrupted, **change))
 
 
 def test_a_loss_that_is_not_finite_keeps_the_last_good_state(tiny: TrainSettings, tmp_path: Path) -> None:
-    settings = replace(tiny, out=tmp_path, learning_rate=1e30, slow_start_iterations=4)
-    with pytest.raises(InputError, match=r"(loss was nan at iteration|not finite).*--learning-rate"):
+    settings = changed(tiny, out=tmp_path, learning_rate=1e30, slow_start_iterations=4)
+    with pytest.raises(InputError, match=r"(loss was nan at iteration|not finite).*`learning_rate`"):
         search.train.main(settings)
     state = search.training.state.load_state(tmp_path, torch.device("cpu"))
     assert state is not None
@@ -289,12 +290,12 @@ def test_a_broken_picture_is_named(tiny: TrainSettings, tmp_path: Path, workers:
     broken = folder / "train" / "2.png"
     broken.write_bytes(broken.read_bytes()[:100])
     with pytest.raises(InputError, match=r"train/2\.png is truncated or unreadable") as raised:
-        search.train.main(replace(tiny, data_dir=folder, out=tmp_path / "out", workers=workers))
+        search.train.main(changed(tiny, data_dir=folder, out=tmp_path / "out", workers=workers))
     assert "Traceback" not in str(raised.value)
 
 
 def test_frozen_norms_keep_their_statistics_and_learn_the_rest(tiny: TrainSettings, tmp_path: Path) -> None:
-    search.train.main(replace(tiny, out=tmp_path, frozen_batch_norm=True, learning_rate=0.01))
+    search.train.main(changed(tiny, out=tmp_path, frozen_batch_norm=True, learning_rate=0.01))
     assert tiny.init is not None
     before, after = (load_network(path)[0].state_dict() for path in (tiny.init, tmp_path / "last.safetensors"))
     statistics = [key for key in before if "running_" in key or "num_batches" in key]
@@ -310,7 +311,7 @@ def test_accumulation_is_the_whole_batch(tiny: TrainSettings, tmp_path: Path) ->
     for accumulate in (1, 2, 4):
         directory = tmp_path / str(accumulate)
         changes: dict[str, Any] = {"frozen_batch_norm": True, "learning_rate": 0.01, "dropout": 0.0, "accumulate": accumulate}
-        search.train.main(replace(tiny, out=directory, **changes))
+        search.train.main(changed(tiny, out=directory, **changes))
         curves.append(losses(directory))
     weight = "backbone.body.layers.0.weight"
     assert tiny.init is not None
@@ -322,7 +323,7 @@ def test_accumulation_is_the_whole_batch(tiny: TrainSettings, tmp_path: Path) ->
 
 
 def test_hard_example_mining_raises_the_loss(tiny: TrainSettings, tmp_path: Path, uninterrupted: Path) -> None:
-    search.train.main(replace(tiny, out=tmp_path, hard_example_mining=0.25, hard_example_iterations=4))
+    search.train.main(changed(tiny, out=tmp_path, hard_example_mining=0.25, hard_example_iterations=4))
     mined, plain = losses(tmp_path), losses(uninterrupted)
     assert mined[0] == plain[0]  # all pixels still count
     assert mined[1] > plain[1]
@@ -342,7 +343,7 @@ def test_the_average_is_that_of_all_weights_so_far() -> None:
 
 
 def test_an_averaged_training_goes_on_too(tiny: TrainSettings, tmp_path: Path) -> None:
-    settings = [replace(tiny, out=tmp_path / name, ema=0.5) for name in ("whole", "killed")]
+    settings = [changed(tiny, out=tmp_path / name, ema=0.5) for name in ("whole", "killed")]
     search.train.main(settings[0])
     killed(settings[1], kill_at_call(Training, "_step", 6))
     search.train.main(settings[1])
@@ -366,7 +367,7 @@ def test_a_network_on_plain_convolutions_is_one_file(tmp_path: Path, decoder: bo
 
 def test_other_classes_begin_with_a_new_classifier(tiny: TrainSettings, capsys: pytest.CaptureFixture[str]) -> None:
     dataset = open_dataset("shapes", "val", None)
-    network = search.train.create_network(complete(replace(tiny, dataset="shapes", data_dir=None)), dataset)
+    network = search.train.create_network(complete(changed(tiny, dataset="shapes", data_dir=None)), dataset)
     assert network.head.classifier.out_channels == len(dataset.class_names)
     assert "other classes: the classifier begins anew" in capsys.readouterr().err
     assert tiny.init is not None
@@ -375,38 +376,38 @@ def test_other_classes_begin_with_a_new_classifier(tiny: TrainSettings, capsys: 
 
 
 def test_defaults_are_the_papers_but_for_shapes() -> None:
-    paper = complete(TrainSettings(dataset="cityscapes"))
+    paper = complete(composed(TrainSettings, dataset="cityscapes"))
     assert (paper.crop_size, paper.batch_size, paper.iterations, paper.learning_rate) == ((769, 769), 16, 90_000, 0.01)
-    assert complete(TrainSettings(dataset="cityscapes", batch_size=4)).batch_size == 4
+    assert complete(composed(TrainSettings, dataset="cityscapes", batch_size=4)).batch_size == 4
     assert complete(TrainSettings()).iterations == 150
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"crop_size": (33, 32)}, r"--crop-size 33 32 must be 16·k \+ 1"),
-        ({"learning_rate": float("nan")}, "--learning-rate must be above 0, got nan"),
-        ({"iterations": 0}, "--iterations must be at least 1"),
-        ({"hard_example_mining": 0.0}, "--hard-example-mining must be above 0 and at most 1"),
-        ({"ema": 1.0}, "--ema must be at least 0 and below 1"),
-        ({"max_scale": 0.25}, "--max-scale must be at least --min-scale"),
-        ({"slow_start_iterations": 8}, "--slow-start-iterations 8 leaves none"),
-        ({"init": None, "output_stride": 4}, "--output-stride must be 8 or 16"),
-        ({"cell": "dpc"}, "--init brings its own .* leave out --cell"),
-        ({"init": None, "cell": "dpc", "run": Path("runs/x")}, "--cell and --run both"),
-        ({"init": None}, "random weights: give --weights FILE, or --pretrained"),
-        ({"accumulate": 3}, "--batch-size 4 cannot be divided into 3"),
-        ({"init": Path("absent.safetensors")}, r"absent\.safetensors.*--init"),
+        ({"crop_size": (33, 32)}, r"`crop_size` 33 32 must be 16·k \+ 1"),
+        ({"learning_rate": float("nan")}, "`learning_rate` must be above 0, got nan"),
+        ({"iterations": 0}, "`iterations` must be at least 1"),
+        ({"hard_example_mining": 0.0}, "`hard_example_mining` must be above 0 and at most 1"),
+        ({"ema": 1.0}, "`ema` must be at least 0 and below 1"),
+        ({"max_scale": 0.25}, "`max_scale` must be at least `min_scale`"),
+        ({"slow_start_iterations": 8}, "`slow_start_iterations` 8 leaves none"),
+        ({"init": None, "output_stride": 4}, "`output_stride` must be 8 or 16"),
+        ({"cell": "dpc"}, "`init` brings its own .* leave out `cell`"),
+        ({"init": None, "cell": "dpc", "run": Path("runs/x")}, "`cell` and `run` both"),
+        ({"init": None}, "random weights: give `weights` FILE, or `pretrained`"),
+        ({"accumulate": 3}, "`batch_size` 4 cannot be divided into 3"),
+        ({"init": Path("absent.safetensors")}, r"absent\.safetensors.*`init`"),
         ({"train_split": "nonsense"}, "split 'nonsense'"),
-        ({"init": None, "run": Path("runs/nope")}, r"--run runs/nope has no best_cells/rank_01\.json: give the folder"),
+        ({"init": None, "run": Path("runs/nope")}, r"`run` runs/nope has no best_cells/rank_01\.json: give the folder"),
     ],
 )
 def test_what_cannot_work_is_refused(tiny: TrainSettings, tmp_path: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        search.train.main(replace(tiny, out=tmp_path / "out", **change))
+        search.train.main(changed(tiny, out=tmp_path / "out", **change))
     assert not (tmp_path / "out").exists()
 
 
 def test_all_defaults_pass_the_check() -> None:
     for name in ("shapes", "cityscapes"):
-        check(complete(TrainSettings(dataset=name)))
+        check(complete(composed(TrainSettings, dataset=name)))

@@ -273,7 +273,7 @@ def test_settings_out_of_range_are_refused(settings: dict[str, float]) -> None:
 
 
 def test_create_sampler_says_what_is_wrong() -> None:
-    with pytest.raises(InputError, match="--sampler grid is unknown; choose one of paper, random, tpe, evolution"):
+    with pytest.raises(InputError, match="`sampler` grid is unknown; choose one of paper, random, tpe, evolution"):
         create_sampler("grid", SPACE, 0)
-    with pytest.raises(InputError, match="--seed must be 0 or more, got -1"):
+    with pytest.raises(InputError, match="`seed` must be 0 or more, got -1"):
         create_sampler("tpe", SPACE, -1)

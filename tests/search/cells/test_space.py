@@ -202,7 +202,7 @@ def test_cells_to_compare_have_names_of_their_own(tmp_path: Path) -> None:
         (tmp_path / name).write_text(load_cell("psp").to_json())
     assert load_cells(("dpc", str(tmp_path / "mine.json"))) == {"dpc": load_cell("dpc"), "mine": load_cell("psp")}
     for name in ("best.json", "trial 3.json"):
-        with pytest.raises(InputError, match=r"--compare .*: the search has cells called .* itself, rename the file"):
+        with pytest.raises(InputError, match=r"`compare` .*: the search has cells called .* itself, rename the file"):
             load_cells((str(tmp_path / name),))
-    with pytest.raises(InputError, match="--compare has two cells of the name 'dpc'"):
+    with pytest.raises(InputError, match="`compare` has two cells of the name 'dpc'"):
         load_cells(("dpc", "dpc"))

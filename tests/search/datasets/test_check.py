@@ -205,11 +205,11 @@ def test_a_split_that_is_absent_is_a_problem_only_where_it_has_to_be(
 @pytest.mark.parametrize(
     ("name", "options", "sentence"),
     [
-        ("imagenet", {}, r"--dataset imagenet is unknown; choose one of"),
-        ("camvid", {}, r"--dataset camvid needs --data-dir"),
-        ("camvid", {"folder": Path("nowhere")}, r"--data-dir nowhere is not a folder"),
-        ("camvid", {"splits": ("train", "train_aug")}, r"--splits train_aug of camvid is unknown; choose from: train val tr"),
-        ("camvid", {"processes": 0}, r"--processes must be at least 1, got 0"),
+        ("imagenet", {}, r"`dataset` imagenet is unknown; choose one of"),
+        ("camvid", {}, r"`dataset` camvid needs `data_dir`"),
+        ("camvid", {"folder": Path("nowhere")}, r"`data_dir` nowhere is not a folder"),
+        ("camvid", {"splits": ("train", "train_aug")}, r"`splits` train_aug of camvid is unknown; choose from: train val tr"),
+        ("camvid", {"processes": 0}, r"`processes` must be at least 1, got 0"),
     ],
 )
 def test_flags_that_cannot_work_are_refused(

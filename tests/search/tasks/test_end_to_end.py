@@ -23,6 +23,7 @@ from search.runs.workers import InProcess, Job, Outcome, RayWorkers
 from search.tasks.end_to_end import EndToEndResult, EndToEndTask
 from search.train import Training, TrainSettings
 from search.training.state import read_curve
+from tests.search.composed import changed, composed
 from tests.search.test_random import BACKBONE, write_camvid
 from tests.search.test_train import kill_at_call, killed_while
 
@@ -47,7 +48,8 @@ def write_backbone(path: Path) -> Path:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> TrainSettings:
     """Settings of a whole training that takes a second."""
     folder = tmp_path_factory.mktemp("tiny")
-    return TrainSettings(
+    return composed(
+        TrainSettings,
         dataset="camvid",
         data_dir=write_camvid(folder / "camvid"),
         val_split="train",
@@ -103,7 +105,7 @@ def test_a_cell_is_scored_as_search_train_scores_it(
 ) -> None:
     task, _ = uninterrupted
     seed = load_network(task.folder(load_cell("dpc"), SEED) / "last.safetensors")[1]["source"]["training"]["seed"]
-    search.train.main(replace(tiny, cell="dpc", seed=seed, out=tmp_path))
+    search.train.main(changed(tiny, cell="dpc", seed=seed, out=tmp_path))
     assert (tmp_path / "curve.csv").read_bytes() == curve(task, load_cell("dpc"))
 
 
@@ -143,7 +145,7 @@ def test_a_killed_evaluation_goes_on(
 
 
 def test_a_training_that_leaves_the_finite_numbers_is_a_failure_of_its_cell(tiny: TrainSettings, tmp_path: Path) -> None:
-    workers = InProcess(EndToEndTask(replace(tiny, learning_rate=1e30), tmp_path), lambda job, iteration: None)
+    workers = InProcess(EndToEndTask(changed(tiny, learning_rate=1e30), tmp_path), lambda job, iteration: None)
     workers.submit(Job(0, load_cell("dpc"), SEED))
     outcome = workers.wait()
     assert outcome.result is None
@@ -185,8 +187,8 @@ def test_ctrl_c_saves_and_goes_on(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"iterations": 0}, "--iterations must be at least 1"),
-        ({"init": Path("network.safetensors")}, "--init brings its own architecture"),
+        ({"iterations": 0}, "`iterations` must be at least 1"),
+        ({"init": Path("network.safetensors")}, "`init` brings its own architecture"),
         ({"data_dir": Path("nowhere")}, "nowhere"),
     ],
 )
@@ -194,7 +196,7 @@ def test_settings_that_cannot_work_are_refused(
     tiny: TrainSettings, tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
-        EndToEndTask(replace(tiny, **change), tmp_path)
+        EndToEndTask(changed(tiny, **change), tmp_path)
 
 
 def test_real_ray_gives_the_same_results_and_says_bad_input_as_it_is(

@@ -134,7 +134,7 @@ def test_cost_time_and_memory_are_recorded(pooling: PoolingVariant) -> None:
 
 @pytest.mark.parametrize("rate", [1e30, float("inf")])
 def test_a_loss_that_is_not_finite_is_an_error(rate: float) -> None:
-    with pytest.raises(NotFiniteError, match="try a lower --learning-rate"):
+    with pytest.raises(NotFiniteError, match="try a lower `learning_rate`"):
         make_task(learning_rate=rate).evaluate(CELL, (0,))
 
 
@@ -183,7 +183,7 @@ def test_schedule_and_weight_decay(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("crop", [(40, 33), (33, 40), (65, 33), (33, 81), (0, 33), (-15, 33)])
 def test_a_crop_that_does_not_fit_is_refused(crop: tuple[int, int]) -> None:
     height, width = label_size(SIZE)
-    with pytest.raises(InputError, match=rf"--crop-size {crop[0]} {crop[1]} must be 16·k \+ 1 each, at most {height} {width}"):
+    with pytest.raises(InputError, match=rf"`crop_size` {crop[0]} {crop[1]} must be 16·k \+ 1 each, at most {height} {width}"):
         make_task(crop_size=crop)
 
 
