@@ -1,7 +1,10 @@
 """`reference/batch_norm.py` on PyTorch. In training the running statistics are updated in place, as PyTorch does."""
 
+import contextlib
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +13,35 @@ from torch import Tensor, nn
 from reference.batch_norm import EPS, BatchNorm
 
 MOMENTUM = 0.0003  # the authors' decay of 0.9997
+
+
+class LiveNorm(NamedTuple):
+    """A batch norm as it stands in a network: its tensors, and how it is to run, which every norm decides for itself."""
+
+    tensors: BatchNorm[Tensor]
+    training: bool
+    momentum: float | None = MOMENTUM  # None: the running statistics are the plain average of all batches so far
+    eps: float = EPS
+    batches: Tensor | None = None  # (), int64: how many batches are in the running statistics
+
+
+def live(norm: nn.Module) -> LiveNorm:
+    """What a module of `nn.BatchNorm2d` holds and says now.
+
+    Raises TypeError for another kind of norm, ValueError for one without scale and offset, or without running statistics.
+    """
+    if isinstance(norm, nn.SyncBatchNorm) and norm.training:
+        raise TypeError(
+            "SyncBatchNorm cannot train here, the kernels take the statistics of one process alone: keep nn.BatchNorm2d in "
+            "cell and decoder (convert_sync_batchnorm(network.backbone) converts the backbone), or freeze the norm by eval()"
+        )
+    if not isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm)):
+        raise TypeError(f"the norm of a convolution must be nn.BatchNorm2d, got {type(norm).__name__}")
+    if not (norm.affine and norm.track_running_stats):
+        raise ValueError(f"the norm of a convolution must have affine=True and track_running_stats=True, got {norm}")
+    mean, var = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
+    tensors = BatchNorm(norm.weight, norm.bias, mean, var)
+    return LiveNorm(tensors, norm.training, norm.momentum, norm.eps, norm.num_batches_tracked)
 
 
 def batch_norm(x: Tensor, norm: BatchNorm[Tensor], *, training: bool, momentum: float = MOMENTUM, eps: float = EPS) -> Tensor:
@@ -31,7 +63,58 @@ def uses_batch_statistics(x: Tensor, training: bool) -> bool:
 
 def batch_norm_relu(x: Tensor, norm: BatchNorm[Tensor], *, training: bool, momentum: float = MOMENTUM) -> Tensor:
     """max(batch_norm(x), 0): (N, C, H, W) -> (N, C, H, W)."""
-    return F.relu(batch_norm(x, norm, training=training, momentum=momentum))
+    return live_batch_norm_relu(x, LiveNorm(norm, training, momentum))
+
+
+def live_batch_norm_relu(x: Tensor, norm: LiveNorm) -> Tensor:
+    """`batch_norm_relu` in the norm's own mode."""
+    training, momentum = start(norm, x)
+    mean, var = norm.tensors.running_mean, norm.tensors.running_var
+    return F.relu(F.batch_norm(x, mean, var, norm.tensors.scale, norm.tensors.offset, training, momentum, norm.eps))
+
+
+def start(norm: LiveNorm, x: Tensor) -> tuple[bool, float]:
+    """Whether x (N, any C, H, W) is normalised by its own statistics, and their weight in the running ones.
+
+    Counts the batch where it is, so call it once a forward pass. As in PyTorch, the device is only asked for the count where
+    momentum is None.
+    """
+    if not uses_batch_statistics(x, norm.training):
+        return False, 0.0
+    if norm.momentum is not None:
+        if norm.batches is not None:
+            _count(norm.batches)
+        return True, norm.momentum
+    if norm.batches is None or (norm.batches.is_cuda and torch.cuda.is_current_stream_capturing()):
+        raise ValueError(
+            "momentum=None averages by num_batches_tracked, which is missing or cannot be read in a CUDA graph: give a number"
+        )
+    norm.batches.add_(1)
+    return True, 1 / float(norm.batches)
+
+
+_uncounted: ContextVar[list[Tensor] | None] = ContextVar("uncounted_batches", default=None)
+
+
+@contextlib.contextmanager
+def counted_at_once() -> Iterator[None]:
+    """One operation at the end counts the batch for all norms that run inside, each at most once: on a GPU one launch."""
+    counters: list[Tensor] = []
+    token = _uncounted.set(counters)
+    try:
+        yield
+    finally:
+        _uncounted.reset(token)
+    if counters:
+        torch._foreach_add_(counters, 1)
+
+
+def _count(batches: Tensor) -> None:
+    # Asked first: torch.compile of torch 2.11 cannot trace a ContextVar.
+    if torch.compiler.is_compiling() or (counters := _uncounted.get()) is None:
+        batches.add_(1)
+    else:
+        counters.append(batches)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fast.batch_norm import MOMENTUM
 from fast.kernels import Dropout, NormedMap, backend_for
-from fast.lazy_norm import Pointwise, check_shapes, conv_norm, dense, frozen, is_inference, value
+from fast.lazy_norm import LiveConv, Pointwise, check_shapes, conv_norm, dense, frozen, in_mode, is_inference, value
 from fast.pointwise_conv import lazy_conv1x1
 from reference.pointwise_conv import ConvNorm
 
@@ -23,28 +23,21 @@ def concat_project(
 ) -> Tensor:
     """B maps (N, C, H, W) -> (N, C_out, H, W); a dropout_rate above 0 drops out, whatever `training` says of the norm."""
     maps = [NormedMap(branch) for branch in branches]
-    return value(lazy_concat_project(maps, weights, training=training, dropout_rate=dropout_rate, momentum=momentum))
+    return value(lazy_concat_project(maps, in_mode(weights, training, momentum), dropout_rate=dropout_rate))
 
 
-def lazy_concat_project(
-    branches: Sequence[NormedMap],
-    weights: ConvNorm[Tensor],
-    *,
-    training: bool,
-    dropout_rate: float = 0.0,
-    momentum: float = MOMENTUM,
-) -> NormedMap:
+def lazy_concat_project(branches: Sequence[NormedMap], conv: LiveConv, *, dropout_rate: float = 0.0) -> NormedMap:
     """`concat_project` from and to maps whose norm is not yet applied; kernels do not concatenate."""
     raw = branches[0].raw
     if backend := backend_for(raw):
-        if dropout_rate == 0.0 and is_inference(*branches, weights, training=training):
-            check_shapes(Pointwise(), branches, weights.weight)
+        if dropout_rate == 0.0 and is_inference(branches, conv):
+            check_shapes(Pointwise(), branches, conv.weight)
             maps = [dense(branch, backend) for branch in branches]
-            return NormedMap(backend.pointwise_inference(maps, weights.weight.contiguous(), frozen(weights.norm, raw)))
+            return NormedMap(backend.pointwise_inference(maps, conv.weight.contiguous(), frozen(conv.norm, raw)))
         dropout = draw_dropout(dropout_rate, raw.device) if dropout_rate > 0.0 else None
-        return conv_norm(backend, Pointwise(dropout), branches, *weights, training=training, momentum=momentum)
+        return conv_norm(backend, Pointwise(dropout), branches, *conv)
     concat = torch.cat([branch.raw for branch in branches], dim=1)  # (N, B·C, H, W)
-    return lazy_conv1x1(NormedMap(F.dropout(concat, dropout_rate)), weights, training=training, momentum=momentum)
+    return lazy_conv1x1(NormedMap(F.dropout(concat, dropout_rate)), conv)
 
 
 def draw_dropout(rate: float, device: torch.device) -> Dropout:

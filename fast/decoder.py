@@ -7,16 +7,14 @@ is resized to its size; two atrous separable convolutions of rate 1 read both. B
     y = separable(separable(concat[resize(context), conv1x1(low_level)]))
 """
 
-from typing import cast
-
 import torch
 from torch import Tensor, nn
 
-from fast.atrous_separable_conv import atrous_separable_conv
 from fast.bilinear_resize import lazy_bilinear_resize
 from fast.dense_prediction_cell import ConvNormLayer, SeparableBranch
 from fast.kernels import NormedMap
-from fast.pointwise_conv import conv1x1
+from fast.lazy_norm import value
+from fast.pointwise_conv import lazy_conv1x1
 
 OUTPUT_STRIDE = 4
 LOW_LEVEL_CHANNELS = 48  # after the projection
@@ -39,10 +37,9 @@ class Decoder(nn.Module):
         )
 
     def forward(self, context: Tensor, low_level: Tensor) -> Tensor:
-        low = conv1x1(low_level, self.projection.weights(), **self.projection.mode())
+        low = value(lazy_conv1x1(NormedMap(low_level), self.projection.live()))
         resized = lazy_bilinear_resize(NormedMap(context), (low.shape[2], low.shape[3]))
         x = torch.cat((resized, low), dim=1)  # (N, 256 + 48, H, W)
-        for module in self.refinement:
-            branch = cast(SeparableBranch, module)
-            x = atrous_separable_conv(x, branch.weights(), rate=branch.rate, **branch.pointwise.mode())
+        for branch in self.refinement:
+            x = value(branch(NormedMap(x)))
         return x

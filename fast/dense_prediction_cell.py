@@ -1,17 +1,17 @@
 """The Dense Prediction Cell as a PyTorch module; `reference/dense_prediction_cell.py` is its meaning."""
 
 from itertools import chain
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fast.atrous_separable_conv import lazy_atrous_separable_conv
-from fast.batch_norm import MOMENTUM
+from fast.batch_norm import MOMENTUM, live
 from fast.concat_project import lazy_concat_project
 from fast.kernels import NormedMap, backend_for
-from fast.lazy_norm import dense, value
+from fast.lazy_norm import LiveConv, dense, value
 from fast.pointwise_conv import lazy_conv1x1
 from fast.pyramid_pooling import lazy_pyramid_pooling
 from reference.atrous_separable_conv import SeparableConv
@@ -28,6 +28,7 @@ class DensePredictionCell(nn.Module):
 
     Rates are as searched at output stride 16 and double at 8 (`output_stride`). `pooling` and `pooling_size` are those of
     `reference/pyramid_pooling.py`. Initial weights follow the authors (research/deeplab/core/dense_prediction_cell.py).
+    Raises ValueError for an argument that no forward pass could use, naming it and its value.
 
     >>> from reference.cell import Cell
     >>> cell = Cell.from_json('[{"op": "conv", "kernel": 3, "rate": [1, 6], "input": -1}]')
@@ -50,6 +51,8 @@ class DensePredictionCell(nn.Module):
         super().__init__()
         if not 0.0 <= dropout_rate < 1.0:
             raise ValueError(f"dropout_rate must be at least 0 and below 1, got {dropout_rate}")
+        _check_channels(in_channels=in_channels, branch_channels=branch_channels, cell_channels=cell_channels)
+        _check_pooling(pooling, pooling_size)
         self.cell = cell
         self.in_channels, self.branch_channels, self.cell_channels = in_channels, branch_channels, cell_channels
         self.output_stride = output_stride
@@ -78,7 +81,7 @@ class DensePredictionCell(nn.Module):
             maps[i] = module(maps[branch.input_index])
         dropout_rate = self.dropout.p if self.dropout.training else 0.0
         branches = [maps[i] for i in range(len(self.branches))]
-        return lazy_concat_project(branches, self.projection.weights(), dropout_rate=dropout_rate, **self.projection.mode())
+        return lazy_concat_project(branches, self.projection.live(), dropout_rate=dropout_rate)
 
     def weights(self) -> CellWeights[Tensor]:
         """The live parameters and statistics, in the reference's containers."""
@@ -130,9 +133,9 @@ class ConvNormLayer(nn.Module):
         mean, var = cast(Tensor, self.norm.running_mean), cast(Tensor, self.norm.running_var)  # always tracked
         return ConvNorm(self.weight, BatchNorm(self.norm.weight, self.norm.bias, mean, var))
 
-    def mode(self) -> dict[str, Any]:
-        """The norm decides whether it trains, so that it can be frozen, or train alone, while the rest does not."""
-        return {"training": self.norm.training, "momentum": self.norm.momentum}
+    def live(self) -> LiveConv:
+        """With the mode of the norm, which decides itself whether it trains: it can be frozen, or train alone."""
+        return LiveConv(self.weight, live(self.norm))
 
 
 class _Conv1x1Branch(nn.Module):
@@ -144,7 +147,7 @@ class _Conv1x1Branch(nn.Module):
         return self.pointwise.weights()
 
     def forward(self, x: NormedMap) -> NormedMap:
-        return lazy_conv1x1(x, self.weights(), **self.pointwise.mode())
+        return lazy_conv1x1(x, self.pointwise.live())
 
 
 class _PoolingBranch(_Conv1x1Branch):
@@ -153,7 +156,7 @@ class _PoolingBranch(_Conv1x1Branch):
         self.pooling = pooling
 
     def forward(self, x: NormedMap) -> NormedMap:
-        return lazy_pyramid_pooling(x, self.weights(), **self.pooling, **self.pointwise.mode())
+        return lazy_pyramid_pooling(x, self.pointwise.live(), **self.pooling)
 
 
 class SeparableBranch(nn.Module):
@@ -169,7 +172,7 @@ class SeparableBranch(nn.Module):
         return SeparableConv(self.depthwise.weights(), self.pointwise.weights())
 
     def forward(self, x: NormedMap) -> NormedMap:
-        return lazy_atrous_separable_conv(x, self.weights(), rate=self.rate, **self.pointwise.mode())
+        return lazy_atrous_separable_conv(x, self.depthwise.live(), self.pointwise.live(), rate=self.rate)
 
 
 def _branch(
@@ -185,6 +188,28 @@ def _branch(
     if operation.grid_size is not None:
         return _PoolingBranch(in_channels, channels, grid_size=operation.grid_size, variant=variant, pooling_size=pooling_size)
     return _Conv1x1Branch(in_channels, channels)
+
+
+def _check_channels(**channels: int) -> None:
+    for name, count in channels.items():
+        if not _is_count(count):
+            raise ValueError(f"{name} must be an integer of at least 1, got {count!r}")
+
+
+def _check_pooling(variant: PoolingVariant, pooling_size: tuple[int, int] | None) -> None:
+    if variant not in get_args(PoolingVariant):
+        raise ValueError(f"pooling must be one of {', '.join(get_args(PoolingVariant))}, got {variant!r}")
+    if pooling_size is None:
+        return
+    if variant != "sliding_window":
+        raise ValueError(f"pooling_size pins a sliding window, which {variant} has not: it must be None, got {pooling_size!r}")
+    pair = isinstance(pooling_size, tuple) and len(pooling_size) == 2
+    if not pair or not all(map(_is_count, pooling_size)):
+        raise ValueError(f"pooling_size must be (height, width), two integers of at least 1, or None, got {pooling_size!r}")
+
+
+def _is_count(number: Any) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and number >= 1
 
 
 def _to_numpy(weights: Any) -> Any:

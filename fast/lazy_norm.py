@@ -2,15 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fast.batch_norm import MOMENTUM, uses_batch_statistics
+from fast.batch_norm import LiveNorm, start
 from fast.kernels import Backend, Dropout, Folded, NormedMap, Unfolded, backend_for
-from reference.batch_norm import EPS, BatchNorm
 from reference.pointwise_conv import ConvNorm
 
 
@@ -26,6 +25,18 @@ class Pointwise:
     """1×1 over all channels of one or several maps."""
 
     dropout: Dropout | None = None
+
+
+class LiveConv(NamedTuple):
+    """A convolution and its norm as they stand in a network."""
+
+    weight: Tensor  # (C_out, C_in, 1, 1) pointwise, (C, 1, 3, 3) depthwise
+    norm: LiveNorm
+
+
+def in_mode(conv: ConvNorm[Tensor], training: bool, momentum: float) -> LiveConv:
+    """The weights of a function whose caller says how their norm is to run."""
+    return LiveConv(conv.weight, LiveNorm(conv.norm, training, momentum))
 
 
 def value(x: NormedMap) -> Tensor:
@@ -44,21 +55,19 @@ def dense(x: NormedMap, backend: Backend) -> NormedMap:
 
 
 def conv_norm(
-    backend: Backend,
-    conv: Depthwise | Pointwise,
-    maps: Sequence[NormedMap],
-    weight: Tensor,
-    norm: BatchNorm[Tensor] | None,
-    *,
-    training: bool = False,
-    momentum: float = MOMENTUM,
+    backend: Backend, conv: Depthwise | Pointwise, maps: Sequence[NormedMap], weight: Tensor, norm: LiveNorm | None
 ) -> NormedMap:
     """A convolution and its norm with ReLU, not yet applied; without a norm the raw output alone."""
     check_shapes(conv, maps, weight)
-    training = norm is not None and uses_batch_statistics(maps[0].raw, training)
-    tensors = [tensor for x in maps for tensor in dense(x, backend)]
-    result: Any = _ConvNorm.apply(backend, conv, training, momentum, weight.contiguous(), *(norm or [None] * 4), *tensors)
-    return NormedMap(*result) if norm else NormedMap(result)
+    weight, maps = weight.contiguous(), [dense(x, backend) for x in maps]
+    if norm is None:
+        raw: Any = _ConvNorm.apply(_Plan(backend, conv, None), *_Inputs(weight, None, None, maps).flat())
+        return NormedMap(raw)
+    training, momentum = start(norm, maps[0].raw)
+    plan = _Plan(backend, conv, norm._replace(training=training, momentum=momentum))
+    inputs = _Inputs(weight, norm.tensors.scale, norm.tensors.offset, maps)
+    result: Any = _ConvNorm.apply(plan, *inputs.flat())
+    return NormedMap(*result)
 
 
 def check_shapes(conv: Depthwise | Pointwise, maps: Sequence[NormedMap], weight: Tensor) -> None:
@@ -71,138 +80,176 @@ def check_shapes(conv: Depthwise | Pointwise, maps: Sequence[NormedMap], weight:
         raise ValueError(f"{conv} of maps {shapes} does not fit the weight {tuple(weight.shape)}")
 
 
-def is_inference(*tensors: Tensor | NormedMap | ConvNorm[Tensor], training: bool) -> bool:
-    """Whether norms are frozen and no gradient is asked for, of any of these or what is inside."""
-    return not training and not (torch.is_grad_enabled() and any(map(_requires_grad, tensors)))
+def is_inference(maps: Sequence[NormedMap], *convs: LiveConv) -> bool:
+    """Whether all norms are frozen and no gradient is asked for, of any map, weight or norm."""
+    if any(conv.norm.training for conv in convs):
+        return False
+    tensors = [*_flat(maps), *(tensor for conv in convs for tensor in (conv.weight, *conv.norm.tensors))]
+    return not (torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors))
 
 
-def _requires_grad(tree: Any) -> bool:
-    return tree.requires_grad if isinstance(tree, Tensor) else any(leaf is not None and _requires_grad(leaf) for leaf in tree)
-
-
-def frozen(norm: BatchNorm[Tensor], raw: Tensor) -> tuple[Tensor, Tensor]:
+def frozen(norm: LiveNorm, raw: Tensor) -> tuple[Tensor, Tensor]:
     """Scale and offset, (C,) each, of a norm that uses its running statistics on maps like raw."""
     scale, offset, *_ = _frozen(norm, raw)
     return scale, offset
+
+
+class _Plan(NamedTuple):
+    """What `_ConvNorm` is to do, all but the tensors that get gradients."""
+
+    backend: Backend
+    conv: Depthwise | Pointwise
+    norm: LiveNorm | None  # as `start` decided: whether it takes the batch's statistics, and momentum as a number
+
+
+class _Inputs(NamedTuple):
+    """The tensors that `_ConvNorm` takes; also the container of their gradients, and of whether each needs one."""
+
+    weight: Any
+    gamma: Any
+    beta: Any
+    maps: Sequence[Any]  # a NormedMap each, or None
+
+    def flat(self) -> list[Any]:
+        """One after the other, as autograd hands them over and takes their gradients back."""
+        return [self.weight, self.gamma, self.beta, *_flat(self.maps)]
+
+    @classmethod
+    def of(cls, flat: Sequence[Any]) -> "_Inputs":
+        """The way back from `flat`."""
+        weight, gamma, beta, *maps = flat
+        return cls(weight, gamma, beta, _maps(maps))
 
 
 class _ConvNorm(torch.autograd.Function):
     """Forward gives raw, scale, offset; backward gets the gradients of all three and hands them on."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        backend: Backend,
-        conv: Depthwise | Pointwise,
-        training: bool,
-        momentum: float,
-        weight: Tensor,
-        gamma: Tensor | None,
-        beta: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        *tensors: Tensor | None,
-    ) -> Any:
-        maps = _maps(tensors)
-        batch, _, height, width = maps[0].raw.shape
-        count = batch * height * width
-        if isinstance(conv, Depthwise):
-            raw, moments = backend.depthwise_forward(maps[0], weight, conv.rate, statistics=training)
-        else:
-            raw, moments = backend.pointwise_forward(maps, weight, conv.dropout, statistics=training)
-        folded = None
-        if gamma is not None:
-            norm: BatchNorm[Any] = BatchNorm(gamma, beta, running_mean, running_var)
-            folded = backend.fold(moments, norm, count=count, momentum=momentum, eps=EPS) if training else _frozen(norm, raw)
-        ctx.backend, ctx.conv, ctx.count, ctx.training = backend, conv, count, training
+    def forward(ctx: Any, plan: _Plan, *tensors: Tensor | None) -> Any:
+        backend, conv, norm = plan
+        inputs = _Inputs.of(tensors)
+        training = norm is not None and norm.training
+        raw, moments = _convolve(backend, conv, inputs, statistics=training)
+        ctx.plan, ctx.count = plan, raw.shape[0] * raw.shape[2] * raw.shape[3]
         ctx.autocast = torch.is_autocast_enabled(raw.device.type), torch.get_autocast_dtype(raw.device.type)
-        ctx.save_for_backward(weight, gamma, raw, *(folded or [None] * 4), *tensors)
         ctx.set_materialize_grads(False)
-        return raw if folded is None else (raw, folded.scale, folded.offset)
+        if norm is None:
+            ctx.save_for_backward(raw, None, None, None, None, *tensors)
+            return raw
+        if training:
+            assert norm.momentum is not None
+            folded = backend.fold(moments, norm.tensors, count=ctx.count, momentum=norm.momentum, eps=norm.eps)
+        else:
+            folded = _frozen(norm, raw)
+        ctx.save_for_backward(raw, *folded, *tensors)
+        return raw, folded.scale, folded.offset
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        weight, gamma, raw, *rest = ctx.saved_tensors
-        folded, maps = (None if rest[0] is None else Folded(*rest[:4])), _maps(rest[4:])
-        grad = _given(grads[0], raw)
-        unfolded = None
-        if folded is not None:
-            grad_scale, grad_offset = _given(grads[1], folded.scale), _given(grads[2], folded.offset)
-            unfolded = ctx.backend.unfold(grad_scale, grad_offset, folded, gamma, count=ctx.count)
-        need_input = [ctx.needs_input_grad[9 + 3 * i] for i in range(len(maps))]
-        grad = grad.contiguous(memory_format=ctx.backend.memory_format)
-        through_statistics = unfolded if ctx.training else None
-        with torch.autocast(raw.device.type, ctx.autocast[1], enabled=ctx.autocast[0]):
-            grad_maps, grad_weight = _backward(ctx.backend, ctx.conv, grad, raw, through_statistics, maps, weight, need_input)
-        grad_norm = (None, None) if unfolded is None else (unfolded.gamma.to(gamma.dtype), unfolded.beta.to(gamma.dtype))
-        tensors = [tensor for x in grad_maps for tensor in (x or (None, None, None))]
-        return None, None, None, None, grad_weight, *grad_norm, None, None, *tensors
+    def backward(
+        ctx: Any, grad_raw: Tensor | None, grad_scale: Tensor | None = None, grad_offset: Tensor | None = None
+    ) -> Any:
+        backend, conv, norm = ctx.plan
+        raw, scale, offset, mean, inv_std, *tensors = ctx.saved_tensors
+        inputs, needed = _Inputs.of(tensors), _Inputs.of(ctx.needs_input_grad[1:])  # the first is the plan
+        grad_gamma = grad_beta = through_statistics = None
+        if norm is not None:
+            grads = _given(grad_scale, scale), _given(grad_offset, offset)
+            unfolded = backend.unfold(*grads, Folded(scale, offset, mean, inv_std), inputs.gamma, count=ctx.count)
+            grad_gamma, grad_beta = unfolded.gamma.to(inputs.gamma.dtype), unfolded.beta.to(inputs.gamma.dtype)
+            through_statistics = unfolded if norm.training else None
+        grad = _given(grad_raw, raw).contiguous(memory_format=backend.memory_format)
+        enabled, dtype = ctx.autocast
+        with torch.autocast(raw.device.type, dtype, enabled=enabled):
+            grad_weight, grad_maps = _convolve_backward(backend, conv, grad, raw, through_statistics, inputs, needed)
+        return None, *_Inputs(grad_weight, grad_gamma, grad_beta, grad_maps).flat()
 
 
-def _backward(
+def _convolve(backend: Backend, conv: Depthwise | Pointwise, inputs: _Inputs, *, statistics: bool) -> tuple[Tensor, Any]:
+    """Raw output and its moments, or None without `statistics`."""
+    if isinstance(conv, Depthwise):
+        (x,) = inputs.maps
+        return backend.depthwise_forward(x, inputs.weight, conv.rate, statistics=statistics)
+    return backend.pointwise_forward(inputs.maps, inputs.weight, conv.dropout, statistics=statistics)
+
+
+def _convolve_backward(
     backend: Backend,
     conv: Depthwise | Pointwise,
     grad: Tensor,
     raw: Tensor,
     unfolded: Unfolded | None,
-    maps: list[NormedMap],
-    weight: Tensor,
-    need_input: list[bool],
-) -> tuple[list[NormedMap | None], Tensor]:
-    if isinstance(conv, Pointwise):
-        return backend.pointwise_backward(grad, raw, unfolded, maps, weight, conv.dropout, need_input=need_input)
-    grad_map, grad_weight = backend.depthwise_backward(
-        grad, raw, unfolded, maps[0], weight, conv.rate, need_input=need_input[0]
+    inputs: _Inputs,
+    needed: _Inputs,
+) -> tuple[Tensor, Sequence[NormedMap | None]]:
+    """Gradients of the weight and of the maps that need one, given that of the raw output."""
+    if isinstance(conv, Depthwise):
+        (x,), (need,) = inputs.maps, needed.maps
+        grad_x, grad_weight = backend.depthwise_backward(
+            grad, raw, unfolded, x, inputs.weight, conv.rate, need_input=any(need)
+        )
+        return grad_weight, [grad_x]
+    need_input = [any(need) for need in needed.maps]
+    grad_maps, grad_weight = backend.pointwise_backward(
+        grad, raw, unfolded, inputs.maps, inputs.weight, conv.dropout, need_input=need_input
     )
-    return [grad_map], grad_weight
+    return grad_weight, grad_maps
 
 
 def plane_product(backend: Backend, x: NormedMap, rows: Tensor, columns: Tensor) -> Tensor:
     """P · X · Qᵀ for every plane X of the value: (N, C, H, W), rows P: (R, H), columns Q: (S, W) -> (N, C, R, S)."""
-    result: Tensor = _PlaneProduct.apply(backend, rows, columns, *dense(x, backend))
+    result: Tensor = _PlaneProduct.apply((backend, rows, columns), *dense(x, backend))
     return result
 
 
 class _PlaneProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, backend: Backend, rows: Tensor, columns: Tensor, *tensors: Tensor | None) -> Tensor:
-        ctx.backend = backend
-        ctx.save_for_backward(rows, columns, *tensors)
+    def forward(ctx: Any, plan: tuple[Backend, Tensor, Tensor], *tensors: Tensor | None) -> Tensor:
+        backend, rows, columns = ctx.plan = plan  # matrices without gradient
+        ctx.save_for_backward(*tensors)
         (x,) = _maps(tensors)
         return backend.plane_product(x, rows, columns)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        rows, columns, *tensors = ctx.saved_tensors
-        grad = grad.contiguous(memory_format=ctx.backend.memory_format)
-        grad_value = ctx.backend.plane_product(NormedMap(grad), rows.T.contiguous(), columns.T.contiguous())
-        return None, None, None, *ctx.backend.normalise_backward(grad_value, *_maps(tensors))
+        backend, rows, columns = ctx.plan
+        (x,) = _maps(ctx.saved_tensors)
+        grad = grad.contiguous(memory_format=backend.memory_format)
+        grad_value = backend.plane_product(NormedMap(grad), rows.T.contiguous(), columns.T.contiguous())
+        return None, *backend.normalise_backward(grad_value, x)
 
 
 class _Normalise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, backend: Backend, raw: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+    def forward(ctx: Any, backend: Backend, *tensors: Tensor | None) -> Tensor:
         ctx.backend = backend
-        ctx.save_for_backward(raw, scale, offset)
-        return backend.normalise(NormedMap(raw, scale, offset))
+        ctx.save_for_backward(*tensors)
+        (x,) = _maps(tensors)
+        return backend.normalise(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
+        (x,) = _maps(ctx.saved_tensors)
         grad = grad.contiguous(memory_format=ctx.backend.memory_format)
-        return None, *ctx.backend.normalise_backward(grad, NormedMap(*ctx.saved_tensors))
+        return None, *ctx.backend.normalise_backward(grad, x)
 
 
-def _maps(tensors: Sequence[Tensor | None]) -> list[NormedMap]:
-    return [NormedMap(*tensors[i : i + 3]) for i in range(0, len(tensors), 3)]  # type: ignore[arg-type]  # raw is never None
+def _flat(maps: Sequence[NormedMap | None]) -> list[Any]:
+    """The three tensors of each map, one after the other."""
+    return [tensor for x in maps for tensor in (x or (None, None, None))]
 
 
-def _frozen(norm: BatchNorm[Tensor], raw: Tensor) -> Folded:
+def _maps(flat: Sequence[Any]) -> list[NormedMap]:
+    """The way back from `_flat`."""
+    return [NormedMap(*flat[i : i + 3]) for i in range(0, len(flat), 3)]
+
+
+def _frozen(norm: LiveNorm, raw: Tensor) -> Folded:
     dtype = torch.float64 if raw.dtype == torch.float64 else torch.float32
-    gamma, beta, mean, var = (tensor.to(dtype) for tensor in norm)
-    inv_std = (var + EPS).rsqrt()
+    gamma, beta, mean, var = (tensor.to(dtype) for tensor in norm.tensors)
+    inv_std = (var + norm.eps).rsqrt()
     return Folded(gamma * inv_std, beta - mean * gamma * inv_std, mean, inv_std)
 
 

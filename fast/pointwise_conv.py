@@ -4,9 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fast.batch_norm import MOMENTUM, batch_norm_relu
+from fast.batch_norm import MOMENTUM, live_batch_norm_relu
 from fast.kernels import NormedMap, backend_for
-from fast.lazy_norm import Pointwise, check_shapes, conv_norm, dense, frozen, is_inference, value
+from fast.lazy_norm import LiveConv, Pointwise, check_shapes, conv_norm, dense, frozen, in_mode, is_inference, value
 from reference.pointwise_conv import ConvNorm
 
 
@@ -26,16 +26,15 @@ def lazy_pointwise_conv(x: NormedMap, weight: Tensor) -> Tensor:
 
 def conv1x1(x: Tensor, weights: ConvNorm[Tensor], *, training: bool, momentum: float = MOMENTUM) -> Tensor:
     """Pointwise convolution, batch norm, ReLU: (N, C_in, H, W) -> (N, C_out, H, W)."""
-    return value(lazy_conv1x1(NormedMap(x), weights, training=training, momentum=momentum))
+    return value(lazy_conv1x1(NormedMap(x), in_mode(weights, training, momentum)))
 
 
-def lazy_conv1x1(x: NormedMap, weights: ConvNorm[Tensor], *, training: bool, momentum: float = MOMENTUM) -> NormedMap:
+def lazy_conv1x1(x: NormedMap, conv: LiveConv) -> NormedMap:
     """`conv1x1` from and to maps whose norm is not yet applied."""
+    weight, norm = conv
     if backend := backend_for(x.raw):
-        if is_inference(x, weights, training=training):
-            weight, norm = weights
+        if is_inference([x], conv):
             check_shapes(Pointwise(), [x], weight)
             return NormedMap(backend.pointwise_inference([dense(x, backend)], weight.contiguous(), frozen(norm, x.raw)))
-        return conv_norm(backend, Pointwise(), [x], *weights, training=training, momentum=momentum)
-    raw = pointwise_conv(x.raw, weights.weight)
-    return NormedMap(batch_norm_relu(raw, weights.norm, training=training, momentum=momentum))
+        return conv_norm(backend, Pointwise(), [x], weight, norm)
+    return NormedMap(live_batch_norm_relu(pointwise_conv(x.raw, weight), norm))

@@ -13,7 +13,7 @@ from torch import Tensor
 from fast.batch_norm import MOMENTUM
 from fast.bilinear_resize import constant, lazy_bilinear_resize
 from fast.kernels import NormedMap, backend_for
-from fast.lazy_norm import plane_product, value
+from fast.lazy_norm import LiveConv, in_mode, plane_product, value
 from fast.pointwise_conv import lazy_conv1x1
 from reference.pointwise_conv import ConvNorm
 from reference.pyramid_pooling import PoolingVariant, pooling_matrix, window_size
@@ -30,26 +30,17 @@ def pyramid_pooling(
     momentum: float = MOMENTUM,
 ) -> Tensor:
     """Means, conv1x1 (with BN and ReLU), resize back: (N, C_in, H, W) -> (N, C_out, H, W)."""
-    return lazy_pyramid_pooling(
-        NormedMap(x),
-        weights,
-        grid_size=grid_size,
-        training=training,
-        variant=variant,
-        pooling_size=pooling_size,
-        momentum=momentum,
-    ).raw
+    conv = in_mode(weights, training, momentum)
+    return lazy_pyramid_pooling(NormedMap(x), conv, grid_size=grid_size, variant=variant, pooling_size=pooling_size).raw
 
 
 def lazy_pyramid_pooling(
     x: NormedMap,
-    weights: ConvNorm[Tensor],
+    conv: LiveConv,
     *,
     grid_size: tuple[int, int],
-    training: bool,
     variant: PoolingVariant = "sliding_window",
     pooling_size: tuple[int, int] | None = None,
-    momentum: float = MOMENTUM,
 ) -> NormedMap:
     """`pyramid_pooling` of a map whose norm is not yet applied; its own result is a value."""
     size = (x.raw.shape[2], x.raw.shape[3])
@@ -64,7 +55,7 @@ def lazy_pyramid_pooling(
         means = NormedMap(F.adaptive_avg_pool2d(value(x), grid_size))
     else:
         means = NormedMap(_sliding_means(_sliding_means(value(x), 2, grid_size[0], pin_h), 3, grid_size[1], pin_w))
-    return NormedMap(lazy_bilinear_resize(lazy_conv1x1(means, weights, training=training, momentum=momentum), size))
+    return NormedMap(lazy_bilinear_resize(lazy_conv1x1(means, conv), size))
 
 
 def _sliding_means(x: Tensor, axis: int, grid: int, pooling_size: int | None) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fast.batch_norm import counted_at_once
 from fast.dense_prediction_cell import decays
 from fast.segmentation import SegmentationHead
 from fast.upsampled_cross_entropy import upsampled_cross_entropy
@@ -104,7 +105,7 @@ class TrainStep:
         self._done += 1
         features, labels = self._batch or self.draw()
         features = features.to(self._dtype)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16):
+        with counted_at_once(), torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16):
             logits = self.head(features)
         loss = upsampled_cross_entropy(logits, labels)
         self._optimizer.zero_grad(set_to_none=True)

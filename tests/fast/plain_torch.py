@@ -1,10 +1,10 @@
-"""The yardstick: a cell as anyone would write it with `torch.nn.functional` alone."""
+"""The yardstick: a cell as anyone would write it with `torch.nn` alone, on given weights and as modules with their own."""
 
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fast.batch_norm import MOMENTUM
 from reference.atrous_separable_conv import SeparableConv
@@ -46,3 +46,74 @@ def _conv_norm_relu(x: Tensor, weights: ConvNorm[Tensor], options: BranchOptions
 
 def _batch_norm(x: Tensor, norm: BatchNorm[Tensor], training: bool) -> Tensor:
     return F.batch_norm(x, norm.running_mean, norm.running_var, norm.scale, norm.offset, training, MOMENTUM, EPS)
+
+
+class ConvNormReLU(nn.Conv2d):
+    """Convolution, batch norm, ReLU of `torch.nn` alone, with the keys of our layer; `rate` makes it 3×3 and depthwise."""
+
+    def __init__(self, in_channels: int, channels: int, rate: tuple[int, int] | None = None) -> None:
+        depthwise: Any = {} if rate is None else {"padding": rate, "dilation": rate, "groups": in_channels}
+        super().__init__(in_channels, channels, 1 if rate is None else 3, bias=False, **depthwise)
+        self.norm = nn.BatchNorm2d(channels, eps=EPS, momentum=MOMENTUM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.norm(super().forward(x)))
+
+
+class PlainBranch(nn.Module):
+    """Any of the three operations: (N, C_in, H, W) -> (N, C, H, W)."""
+
+    def __init__(self, operation: Operation, in_channels: int, channels: int) -> None:
+        super().__init__()
+        self.grid_size = operation.grid_size
+        self.depthwise = None if operation.rate is None else ConvNormReLU(in_channels, in_channels, operation.rate)
+        self.pointwise = ConvNormReLU(in_channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.grid_size is not None:
+            means = F.avg_pool2d(
+                x, [-(-size // grid) for size, grid in zip(x.shape[2:], self.grid_size, strict=True)], stride=1
+            )
+            return F.interpolate(self.pointwise(means), x.shape[2:], mode="bilinear", align_corners=True)
+        output: Tensor = self.pointwise(x if self.depthwise is None else self.depthwise(x))
+        return output
+
+
+class PlainCell(nn.Module):
+    """A Dense Prediction Cell without dropout, at output stride 16, with the keys of ours."""
+
+    def __init__(self, cell: Cell, in_channels: int, branch_channels: int, cell_channels: int) -> None:
+        super().__init__()
+        self.cell = cell
+        self.branches = nn.ModuleList(
+            PlainBranch(
+                branch.operation, in_channels if branch.input_index == BACKBONE_FEATURE else branch_channels, branch_channels
+            )
+            for branch in cell.branches
+        )
+        self.projection = ConvNormReLU(len(cell.branches) * branch_channels, cell_channels)
+
+    def forward(self, features: Tensor) -> Tensor:
+        maps = {BACKBONE_FEATURE: features}
+        for i, (branch, module) in enumerate(zip(self.cell.branches, self.branches, strict=True)):
+            maps[i] = module(maps[branch.input_index])
+        output: Tensor = self.projection(torch.cat([maps[i] for i in range(len(self.branches))], dim=1))
+        return output
+
+
+class PlainDecoder(nn.Module):
+    """`fast.decoder.Decoder` with its keys."""
+
+    def __init__(self, low_level_channels: int, channels: int, projected_channels: int) -> None:
+        super().__init__()
+        separable = Operation("atrous_separable_conv", rate=(1, 1))
+        self.projection = ConvNormReLU(low_level_channels, projected_channels)
+        self.refinement = nn.Sequential(
+            *(PlainBranch(separable, width, channels) for width in (channels + projected_channels, channels))
+        )
+
+    def forward(self, context: Tensor, low_level: Tensor) -> Tensor:
+        low = self.projection(low_level)
+        resized = F.interpolate(context, low.shape[2:], mode="bilinear", align_corners=True)
+        output: Tensor = self.refinement(torch.cat((resized, low), dim=1))
+        return output

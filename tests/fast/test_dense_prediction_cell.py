@@ -1,4 +1,6 @@
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -262,3 +264,28 @@ def test_initial_weights_are_the_authors() -> None:
 def test_dropout_rate_that_keeps_nothing_is_refused(rate: float) -> None:
     with pytest.raises(ValueError, match="dropout_rate must be at least 0 and below 1"):
         DensePredictionCell(Cell((Branch(BACKBONE_FEATURE, CONV1X1),)), 4, dropout_rate=rate)
+
+
+@pytest.mark.parametrize("size", [(0, 9), (9, -1), (9,), (9, 9, 9), (4.5, 9), 9, "ab", (True, 9), ()], ids=str)
+def test_pooling_size_other_than_height_and_width_is_refused(size: Any) -> None:
+    message = f"pooling_size must be (height, width), two integers of at least 1, or None, got {size!r}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        DensePredictionCell(single(CONV1X1), 4, pooling_size=size)
+
+
+def test_pooling_size_without_a_sliding_window_is_refused() -> None:
+    message = r"pooling_size pins a sliding window, which grid_cells has not: it must be None, got \(9, 9\)"
+    with pytest.raises(ValueError, match=message):
+        DensePredictionCell(single(CONV1X1), 4, pooling="grid_cells", pooling_size=(9, 9))
+
+
+def test_unknown_pooling_variant_is_refused() -> None:
+    with pytest.raises(ValueError, match="pooling must be one of sliding_window, grid_cells, got 'max'"):
+        DensePredictionCell(single(CONV1X1), 4, pooling="max")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("channels", [0, -1, 2.0, True])
+@pytest.mark.parametrize("name", ["in_channels", "branch_channels", "cell_channels"])
+def test_channels_below_1_are_refused(name: str, channels: Any) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be an integer of at least 1, got {channels}"):
+        DensePredictionCell(single(CONV1X1), **{"in_channels": 4, name: channels})

@@ -10,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chi2
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import fast.train_step
 from fast.dense_prediction_cell import DensePredictionCell, decays
@@ -110,8 +112,39 @@ def test_a_graph_trains_as_the_same_calls_do(precision: Precision) -> None:
         if not captured:
             step._replay = step._iterate  # type: ignore[method-assign]
         losses.append([step().item() for _ in range(12)])
+        assert {int(count) for count in counters(head)} == {12}
     assert len(set(losses[0])) == 12
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+
+
+def counters(head: SegmentationHead) -> list[Tensor]:
+    return [buffer for name, buffer in head.named_buffers() if name.endswith("num_batches_tracked")]
+
+
+class Touching(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes the operations that take one of these tensors."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.addresses = {tensor.data_ptr() for tensor in tensors}
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if any(leaf.data_ptr() in self.addresses for leaf in leaves):
+            self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_one_operation_counts_the_batch_for_all_norms() -> None:
+    """On a GPU a launch; nothing else reads or writes the counts, so no iteration waits for the device."""
+    head = make_head()
+    step = make_step(head, *random_data())
+    with Touching(counters(head)) as touching:
+        for _ in range(3):
+            step()
+    assert touching.seen == 3 * ["aten._foreach_add_.Scalar"]
+    assert [int(count) for count in counters(head)] == [3] * 5
 
 
 @every_device
