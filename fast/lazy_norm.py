@@ -1,6 +1,7 @@
 """Convolutions with their batch norm on the kernels of `fast/kernels`, differentiable: maps stay raw until they are loaded."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -51,7 +52,7 @@ def value(x: NormedMap) -> Tensor:
 
 def dense(x: NormedMap, backend: Backend) -> NormedMap:
     """The same map in the layout that the kernels read."""
-    return x._replace(raw=x.raw.contiguous(memory_format=backend.memory_format))
+    return NormedMap(x.raw.contiguous(memory_format=backend.memory_format), x.scale, x.offset)
 
 
 def conv_norm(
@@ -61,10 +62,9 @@ def conv_norm(
     check_shapes(conv, maps, weight)
     weight, maps = weight.contiguous(), [dense(x, backend) for x in maps]
     if norm is None:
-        raw: Any = _ConvNorm.apply(_Plan(backend, conv, None), *_Inputs(weight, None, None, maps).flat())
+        raw: Any = _ConvNorm.apply(_Plan(backend, conv), *_Inputs(weight, None, None, maps).flat())
         return NormedMap(raw)
-    training, momentum = start(norm, maps[0].raw)
-    plan = _Plan(backend, conv, norm._replace(training=training, momentum=momentum))
+    plan = _Plan(backend, conv, norm, *start(norm, maps[0].raw))
     inputs = _Inputs(weight, norm.tensors.scale, norm.tensors.offset, maps)
     result: Any = _ConvNorm.apply(plan, *inputs.flat())
     return NormedMap(*result)
@@ -99,7 +99,9 @@ class _Plan(NamedTuple):
 
     backend: Backend
     conv: Depthwise | Pointwise
-    norm: LiveNorm | None  # as `start` decided: whether it takes the batch's statistics, and momentum as a number
+    norm: LiveNorm | None = None
+    training: bool = False  # and momentum: as `start` says
+    momentum: float = 0.0
 
 
 class _Inputs(NamedTuple):
@@ -117,8 +119,7 @@ class _Inputs(NamedTuple):
     @classmethod
     def of(cls, flat: Sequence[Any]) -> "_Inputs":
         """The way back from `flat`."""
-        weight, gamma, beta, *maps = flat
-        return cls(weight, gamma, beta, _maps(maps))
+        return cls(*flat[:3], _maps(flat[3:]))
 
 
 class _ConvNorm(torch.autograd.Function):
@@ -126,10 +127,8 @@ class _ConvNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, plan: _Plan, *tensors: Tensor | None) -> Any:
-        backend, conv, norm = plan
-        inputs = _Inputs.of(tensors)
-        training = norm is not None and norm.training
-        raw, moments = _convolve(backend, conv, inputs, statistics=training)
+        backend, conv, norm, training, momentum = plan
+        raw, moments = _convolve(backend, conv, _Inputs.of(tensors), statistics=training)
         ctx.plan, ctx.count = plan, raw.shape[0] * raw.shape[2] * raw.shape[3]
         ctx.autocast = torch.is_autocast_enabled(raw.device.type), torch.get_autocast_dtype(raw.device.type)
         ctx.set_materialize_grads(False)
@@ -137,8 +136,7 @@ class _ConvNorm(torch.autograd.Function):
             ctx.save_for_backward(raw, None, None, None, None, *tensors)
             return raw
         if training:
-            assert norm.momentum is not None
-            folded = backend.fold(moments, norm.tensors, count=ctx.count, momentum=norm.momentum, eps=norm.eps)
+            folded = backend.fold(moments, norm.tensors, count=ctx.count, momentum=momentum, eps=norm.eps)
         else:
             folded = _frozen(norm, raw)
         ctx.save_for_backward(raw, *folded, *tensors)
@@ -149,7 +147,7 @@ class _ConvNorm(torch.autograd.Function):
     def backward(
         ctx: Any, grad_raw: Tensor | None, grad_scale: Tensor | None = None, grad_offset: Tensor | None = None
     ) -> Any:
-        backend, conv, norm = ctx.plan
+        backend, conv, norm, training, _ = ctx.plan
         raw, scale, offset, mean, inv_std, *tensors = ctx.saved_tensors
         inputs, needed = _Inputs.of(tensors), _Inputs.of(ctx.needs_input_grad[1:])  # the first is the plan
         grad_gamma = grad_beta = through_statistics = None
@@ -157,10 +155,9 @@ class _ConvNorm(torch.autograd.Function):
             grads = _given(grad_scale, scale), _given(grad_offset, offset)
             unfolded = backend.unfold(*grads, Folded(scale, offset, mean, inv_std), inputs.gamma, count=ctx.count)
             grad_gamma, grad_beta = unfolded.gamma.to(inputs.gamma.dtype), unfolded.beta.to(inputs.gamma.dtype)
-            through_statistics = unfolded if norm.training else None
+            through_statistics = unfolded if training else None
         grad = _given(grad_raw, raw).contiguous(memory_format=backend.memory_format)
-        enabled, dtype = ctx.autocast
-        with torch.autocast(raw.device.type, dtype, enabled=enabled):
+        with _autocast(raw.device.type, *ctx.autocast):
             grad_weight, grad_maps = _convolve_backward(backend, conv, grad, raw, through_statistics, inputs, needed)
         return None, *_Inputs(grad_weight, grad_gamma, grad_beta, grad_maps).flat()
 
@@ -251,6 +248,12 @@ def _frozen(norm: LiveNorm, raw: Tensor) -> Folded:
     gamma, beta, mean, var = (tensor.to(dtype) for tensor in norm.tensors)
     inv_std = (var + norm.eps).rsqrt()
     return Folded(gamma * inv_std, beta - mean * gamma * inv_std, mean, inv_std)
+
+
+def _autocast(device: str, enabled: bool, dtype: torch.dtype) -> AbstractContextManager[Any]:
+    """The mode of the forward pass, entered only where it differs: entering takes microseconds, as a small product does."""
+    differs = enabled or torch.is_autocast_enabled(device)
+    return torch.autocast(device, dtype, enabled=enabled) if differs else nullcontext()
 
 
 def _given(grad: Tensor | None, like: Tensor) -> Tensor:
