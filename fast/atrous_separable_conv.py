@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from fast.batch_norm import MOMENTUM, live_batch_norm_relu
+from fast.batch_norm import MOMENTUM, live_batch_norm
 from fast.kernels import NormedMap, backend_for
 from fast.lazy_norm import Depthwise, LiveConv, Pointwise, check_shapes, conv_norm, dense, frozen, in_mode, is_inference, value
 from fast.pointwise_conv import lazy_conv1x1
@@ -38,5 +38,5 @@ def lazy_atrous_separable_conv(x: NormedMap, depthwise: LiveConv, pointwise: Liv
         middle = conv_norm(backend, Depthwise(rate), [x], *depthwise)
     else:
         raw = depthwise_conv(x.raw, depthwise.weight, rate=rate)
-        middle = NormedMap(live_batch_norm_relu(raw, depthwise.norm))
+        middle = NormedMap(F.relu(live_batch_norm(raw, depthwise.norm)))
     return lazy_conv1x1(middle, pointwise)

@@ -46,8 +46,14 @@ def live(norm: nn.Module) -> LiveNorm:
 
 def batch_norm(x: Tensor, norm: BatchNorm[Tensor], *, training: bool, momentum: float = MOMENTUM, eps: float = EPS) -> Tensor:
     """Normalise x: (N, C, H, W) -> (N, C, H, W)."""
-    training = uses_batch_statistics(x, training)
-    return F.batch_norm(x, norm.running_mean, norm.running_var, norm.scale, norm.offset, training, momentum, eps)
+    return live_batch_norm(x, LiveNorm(norm, training, momentum, eps))
+
+
+def live_batch_norm(x: Tensor, norm: LiveNorm) -> Tensor:
+    """`batch_norm` in the norm's own mode."""
+    training, momentum = start(norm, x)
+    scale, offset, mean, var = norm.tensors
+    return F.batch_norm(x, mean, var, scale, offset, training, momentum, norm.eps)
 
 
 def uses_batch_statistics(x: Tensor, training: bool) -> bool:
@@ -63,14 +69,7 @@ def uses_batch_statistics(x: Tensor, training: bool) -> bool:
 
 def batch_norm_relu(x: Tensor, norm: BatchNorm[Tensor], *, training: bool, momentum: float = MOMENTUM) -> Tensor:
     """max(batch_norm(x), 0): (N, C, H, W) -> (N, C, H, W)."""
-    return live_batch_norm_relu(x, LiveNorm(norm, training, momentum))
-
-
-def live_batch_norm_relu(x: Tensor, norm: LiveNorm) -> Tensor:
-    """`batch_norm_relu` in the norm's own mode."""
-    training, momentum = start(norm, x)
-    mean, var = norm.tensors.running_mean, norm.tensors.running_var
-    return F.relu(F.batch_norm(x, mean, var, norm.tensors.scale, norm.tensors.offset, training, momentum, norm.eps))
+    return F.relu(batch_norm(x, norm, training=training, momentum=momentum))
 
 
 def start(norm: LiveNorm, x: Tensor) -> tuple[bool, float]:

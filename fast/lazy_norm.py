@@ -119,7 +119,8 @@ class _Inputs(NamedTuple):
     @classmethod
     def of(cls, flat: Sequence[Any]) -> "_Inputs":
         """The way back from `flat`."""
-        return cls(*flat[:3], _maps(flat[3:]))
+        weight, gamma, beta = flat[:3]
+        return cls(weight, gamma, beta, _maps(flat[3:]))
 
 
 class _ConvNorm(torch.autograd.Function):

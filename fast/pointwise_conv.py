@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fast.batch_norm import MOMENTUM, live_batch_norm_relu
+from fast.batch_norm import MOMENTUM, live_batch_norm
 from fast.kernels import NormedMap, backend_for
 from fast.lazy_norm import LiveConv, Pointwise, check_shapes, conv_norm, dense, frozen, in_mode, is_inference, value
 from reference.pointwise_conv import ConvNorm
@@ -37,4 +37,4 @@ def lazy_conv1x1(x: NormedMap, conv: LiveConv) -> NormedMap:
             check_shapes(Pointwise(), [x], weight)
             return NormedMap(backend.pointwise_inference([dense(x, backend)], weight.contiguous(), frozen(norm, x.raw)))
         return conv_norm(backend, Pointwise(), [x], weight, norm)
-    return NormedMap(live_batch_norm_relu(pointwise_conv(x.raw, weight), norm))
+    return NormedMap(F.relu(live_batch_norm(pointwise_conv(x.raw, weight), norm)))
