@@ -65,13 +65,15 @@ class Folder:
         """What `begin` wrote, None if it never did. Raises InputError for a file that is damaged or of another version."""
         path = self.path / "settings.json"
         try:
-            description: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf-8")))
+            description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(description, dict) or not description:
+                raise ValueError("no settings are in it")
             if description.get("format") == _FORMAT:
                 return description | {"identity": dict(description["identity"]), "command": str(description["command"])}
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path} is damaged ({error}): delete {self.kind} {self.path} and start it again") from error
+            raise InputError(f"{path} is damaged ({error}): delete the {self.kind} {self.path} and start it again") from error
         raise InputError(f"{self.kind} {self.path} is of another version of this project: {self.remedy}")
 
     def result(self, job: str) -> dict[str, Any] | None:

@@ -1,6 +1,6 @@
 """Settings by field, whatever group of a command's settings a field is in: `large.backbone` where a group has a name."""
 
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import MISSING, fields, is_dataclass, replace
 from typing import Any, TypeVar, get_type_hints
 
 from search.settings import field_names
@@ -10,9 +10,8 @@ Settings = TypeVar("Settings")
 
 def composed(settings_type: type[Settings], **values: Any) -> Settings:
     """Settings with these values, and the command's defaults for the rest."""
-    required = {f.name for f in fields(settings_type)} & values.keys()  # type: ignore[arg-type]  # a dataclass
-    own = {name: values.pop(name) for name in required}
-    return changed(settings_type(**own), **values)
+    required = [f.name for f in fields(settings_type) if f.default is MISSING]  # type: ignore[arg-type]  # a dataclass
+    return changed(settings_type(**{name: values.pop(name) for name in required if name in values}), **values)
 
 
 def changed(settings: Settings, **values: Any) -> Settings:
@@ -26,7 +25,7 @@ def changed(settings: Settings, **values: Any) -> Settings:
     for field, value in values.items():
         group, _, inner = field.rpartition(".")
         owners = [group] if group else [name for name in flat if inner in field_names(type(getattr(settings, name)))]
-        if field in names:
+        if field in names and (field not in groups or is_dataclass(value)):
             own[field] = value
         elif owners:
             parts.setdefault(owners[0], {})[inner] = value

@@ -19,11 +19,12 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+import search.features
 import search.random
-import search.tasks.feature_cache
-from search.cli import ctrl_c_waits, run_command
+from search.cli import Flat, run_command
 from search.errors import InputError
-from search.features import FeatureSettings
+from search.features import FeaturesSettings
+from search.interrupts import ctrl_c_waits
 from search.random import RandomSettings
 
 ROOT = Path(__file__).parents[2]
@@ -59,6 +60,51 @@ def test_bad_input_is_one_line_and_code_2(monkeypatch: pytest.MonkeyPatch, capsy
 
     assert run(monkeypatch, refuse, "--count", "9") == 2
     assert capsys.readouterr() == ("", "error: --count 9 is too large: give less\n")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Settings that several commands have."""
+
+    crop_size: int = 1
+    """How large."""
+
+
+@dataclass(frozen=True)
+class GroupedSettings:
+    """One group by its fields' names, another one of the same kind by its own."""
+
+    crops: Flat[Group] = Group()
+    large: Group = Group(3)
+
+
+def test_fields_of_groups_are_flags_also_in_what_parts_say(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[GroupedSettings] = []
+
+    def refuse(settings: GroupedSettings) -> None:
+        seen.append(settings)
+        raise InputError("`crop_size` is larger than `large.crop_size`, not than `depth` of `python -m search.features`")
+
+    monkeypatch.setattr(sys, "argv", ["command", "--crop-size", "7", "--large.crop-size", "5"])
+    with pytest.raises(SystemExit) as end:
+        run_command(GroupedSettings, refuse, prog="command")
+    assert end.value.code == 2
+    assert seen == [GroupedSettings(Group(7), Group(5))]
+    sentence = "--crop-size is larger than --large.crop-size, not than `depth` of `python -m search.features`"
+    assert capsys.readouterr().err == f"error: {sentence}\n"
+
+
+@pytest.mark.parametrize("flags", [["--cells", "9"], ["--cells=9"]])
+def test_a_flag_of_an_earlier_version_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flags: list[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["command", *flags])
+    with pytest.raises(SystemExit) as end:
+        run_command(Settings, lambda settings: pytest.fail("must not run"), prog="command", renamed={"--cells": "--count"})
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "error: --cells is now --count\n"
 
 
 def test_ctrl_c_is_one_line_and_code_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -188,15 +234,15 @@ BAD_INPUT: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "unwritable cache": (in_the_way("--cache-dir"), r"cannot write .*file.*: give another --cache-dir"),
 }
 BAD_SEARCH = BAD_INPUT | {
-    "no cells": (add("--cells", "0"), r"--cells must be at least 1, got 0"),
+    "no cells": (add("--trials", "0"), r"--trials must be at least 1, got 0"),
     "crop size": (add("--crop-size", "50", "33"), r"--crop-size 50 33 must be 16·k \+ 1 each, at most 17 \d+,"),
     "sampler": (add("--sampler", "bayes"), r"--sampler bayes is unknown"),
-    "unwritable runs": (in_the_way("--runs-dir"), r"cannot write .*file.*: give another --runs-dir"),
+    "unwritable runs": (in_the_way("--out"), r"cannot write .*file.*: give another --out"),
 }
 
 
 COMMANDS: dict[str, Callable[[], None]] = {
-    "features": lambda: run_command(FeatureSettings, search.features.main, prog="command"),
+    "features": lambda: run_command(FeaturesSettings, search.features.main, prog="command"),
     "random": lambda: run_command(RandomSettings, search.random.main, prog="command"),
 }
 
@@ -256,7 +302,7 @@ def test_a_real_process_refuses_bad_input(tmp_path: Path, weights: Path) -> None
 
 def test_a_real_ctrl_c_stops_a_search_cleanly(tmp_path: Path, weights: Path) -> None:
     write_camvid(tmp_path / "camvid")
-    sizes = ("--iterations", "20", "--branch-channels", "4", "--branches", "2", "--cells", "10000")
+    sizes = ("--iterations", "20", "--branch-channels", "4", "--branches", "2", "--trials", "10000")
     process = start("search.random", *flags_for(tmp_path, weights), *sizes, "--device", "cpu", cwd=tmp_path)
     deadline = time.monotonic() + 200
     while not (tmp_path / "runs/camvid/heads/best.safetensors").exists():  # the first cell has a score

@@ -18,6 +18,8 @@ import torch
 from PIL import Image
 
 import search.random
+import search.reports.run_files
+import search.runs.search
 import search.tasks.feature_cache
 from fast.checkpoint import load_head
 from fast.train_step import TrainStep
@@ -29,6 +31,7 @@ from search.datasets import SPLITS
 from search.errors import InputError
 from search.random import RandomSettings
 from search.runs.study import Run, load_run, ranked
+from search.settings import known
 from search.tasks.feature_cache import open_cache
 from search.tasks.proxy import NotFiniteError, ProxyResult, ProxyTask
 from tests.search.composed import changed, composed
@@ -68,9 +71,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> RandomSettings:
         backbone=BACKBONE,
         weights=folder / "weights.pth",
         cache_dir=folder / "cache",
-        out=folder / "runs" / "camvid",
+        out=folder / "uninterrupted",
         device="cpu",
-        cells=6,
+        trials=6,
         iterations=8,
         batch_size=4,
         learning_rate=0.5,
@@ -84,15 +87,15 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> RandomSettings:
 @pytest.fixture(scope="module")
 def uninterrupted(tiny: RandomSettings) -> Run:
     """The whole run, with its real report."""
-    search.random.main(changed(tiny, name="uninterrupted"))
-    return load_run(tiny.runs_dir / "uninterrupted")
+    search.random.main(changed(tiny, out=tiny.out))
+    return load_run(known(tiny.out))
 
 
 @pytest.fixture
 def settings(tiny: RandomSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RandomSettings:
     """The same search in a folder of its own, without a drawn report."""
-    monkeypatch.setattr(search.random, "write_report", skip_report)
-    return changed(tiny, runs_dir=tmp_path)
+    monkeypatch.setattr(search.reports.run_files, "write_report", skip_report)
+    return changed(tiny, out=tmp_path / "camvid")
 
 
 def skip_report(run: Run, device: str | None = None) -> Path:
@@ -101,7 +104,7 @@ def skip_report(run: Run, device: str | None = None) -> Path:
 
 def run_search(settings: RandomSettings) -> Run:
     search.random.main(settings)
-    return load_run(settings.runs_dir / (settings.name or settings.dataset))
+    return load_run(known(settings.out))
 
 
 def measured(result: ProxyResult | None) -> ProxyResult | None:
@@ -129,8 +132,8 @@ def test_a_run_leaves_what_it_is_for(
 ) -> None:
     folder = uninterrupted.directory
     assert all((folder / name).is_file() for name in OUTPUTS)
-    assert [record.number for record in uninterrupted.trials] == list(range(tiny.cells))
-    assert len({canonical_form(record.cell) for record in uninterrupted.trials}) == tiny.cells
+    assert [record.number for record in uninterrupted.trials] == list(range(tiny.trials))
+    assert len({canonical_form(record.cell) for record in uninterrupted.trials}) == tiny.trials
     best = ranked(uninterrupted.trials)
     assert [record.result.mean_iou for record in best if record.result] == sorted(
         (record.result.mean_iou for record in uninterrupted.trials if record.result), reverse=True
@@ -152,7 +155,7 @@ def test_a_run_leaves_what_it_is_for(
 
     capsys.readouterr()
     forbid_evaluation(monkeypatch)
-    search.random.main(changed(tiny, name="uninterrupted"))
+    search.random.main(changed(tiny, out=tiny.out))
     table = capsys.readouterr().out
     for line in (f"trial {best[0].number} ", "aspp (n=1)", "dpc (n=1)", f"trial {best[0].number} again (n=1)"):
         assert line in table
@@ -167,14 +170,14 @@ def test_a_saved_head_has_the_recorded_score(tiny: RandomSettings, uninterrupted
     head, description = load_head(file)
     assert head.context.cell == expected[name].cell
     assert (description["backbone"]["backbone"], description["backbone"]["output_stride"]) == (BACKBONE, 16)
-    backbone = create_backbone(tiny)
+    backbone = create_backbone(tiny.backbone, "camvid", tiny.machine.cache_dir)
     for key, constant in (("mean", backbone.mean), ("std", backbone.std)):  # what its images must be normalised by
         assert description["backbone"][key] == constant.flatten().tolist()
 
-    train, val = (open_cache(tiny.cache_dir / f"camvid-{split}-{BACKBONE}-os16") for split in SPLITS)
+    train, val = (open_cache(tiny.machine.cache_dir / f"camvid-{split}-{BACKBONE}-os16") for split in SPLITS)
     result = expected[name].result
     assert result is not None
-    assert mean_iou(ProxyTask(train, val, tiny)._confusion(head)) == result.mean_iou
+    assert mean_iou(ProxyTask(train, val, tiny.proxy, tiny.head)._confusion(head)) == result.mean_iou
 
 
 def test_examples_hold_pictures_labels_and_predictions(uninterrupted: Run) -> None:
@@ -194,11 +197,11 @@ def test_the_same_command_again_keeps_everything(
 
     forbid_evaluation(monkeypatch)
     again = run_search(settings)
-    assert (again.trials, again.baselines, again.settings) == (first.trials, first.baselines, first.settings)
+    assert (again.trials, again.baselines, again.identity) == (first.trials, first.baselines, first.identity)
 
 
 def test_more_cells_continue_the_search(settings: RandomSettings, uninterrupted: Run) -> None:
-    few = run_search(changed(settings, cells=2))
+    few = run_search(changed(settings, trials=2))
     more = run_search(settings)
     assert len(few.trials) == 2
     assert few.trials == more.trials[:2]
@@ -206,8 +209,8 @@ def test_more_cells_continue_the_search(settings: RandomSettings, uninterrupted:
 
 
 def test_more_comparison_seeds_keep_the_first(settings: RandomSettings, uninterrupted: Run) -> None:
-    run_search(changed(settings, cells=1))
-    run = run_search(changed(settings, cells=1, comparison_seeds=2))
+    run_search(changed(settings, trials=1))
+    run = run_search(changed(settings, trials=1, comparison_seeds=2))
     scores = {(record.name, record.seed): record for record in comparisons(run)}
     assert set(scores) == {(name, seed) for name in (*KNOWN_CELLS, "trial 0") for seed in (0, 1)}
     assert len(run.baselines) == len(scores)
@@ -216,7 +219,7 @@ def test_more_comparison_seeds_keep_the_first(settings: RandomSettings, uninterr
 
 
 def test_another_seed_is_another_search(settings: RandomSettings, uninterrupted: Run) -> None:
-    other = run_search(changed(settings, cells=2, seed=1))
+    other = run_search(changed(settings, trials=2, seed=1))
     assert {record.cell for record in other.trials}.isdisjoint(record.cell for record in uninterrupted.trials)
 
 
@@ -229,7 +232,7 @@ DEATHS: dict[str, tuple[object, str, int]] = {
     "before a head is saved": (search.random, "save_head", 3),
     "after the result, before the trial is finished": (optuna.Study, "tell", 6),
     "in the last comparison": (ProxyTask, "evaluate", 2 + 6 + 1),
-    "before the report": (search.random, "finish", 1),
+    "before the report": (search.random, "finish_run", 1),
 }
 
 
@@ -248,7 +251,7 @@ def die_at(owner: Any, name: str, call: int) -> None:
 
 def search_until_death(settings: RandomSettings, death: str) -> None:
     torch.set_num_threads(1)
-    vars(search.random)["write_report"] = skip_report
+    vars(search.reports.run_files)["write_report"] = skip_report
     die_at(*DEATHS[death])
     search.random.main(settings)
 
@@ -288,8 +291,8 @@ def test_ctrl_c_reports_what_is_there_and_goes_on(
         with pytest.raises(KeyboardInterrupt):
             search.random.main(settings)
     assert "best cell:" in capsys.readouterr().out
-    assert (settings.runs_dir / "camvid" / "best_cells" / "rank_03.json").is_file()
-    assert trials(load_run(settings.runs_dir / "camvid")) == trials(uninterrupted)[:3]
+    assert (known(settings.out) / "best_cells" / "rank_03.json").is_file()
+    assert trials(load_run(known(settings.out))) == trials(uninterrupted)[:3]
     assert trials(run_search(settings)) == trials(uninterrupted)
 
 
@@ -314,7 +317,7 @@ def test_a_failed_trial_has_its_reason_and_the_search_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(ProxyTask, "evaluate", interrupted_at((0, 0, 1), error))
         run = run_search(settings)
-    assert [record.number for record in run.trials] == list(range(settings.cells))
+    assert [record.number for record in run.trials] == list(range(settings.trials))
     assert {record.number: record.failure for record in run.trials if record.failure} == {1: str(error)}
     assert run.trials[1].result is None
     assert f"trial 1 failed: {error}" in capsys.readouterr().err
@@ -327,7 +330,7 @@ def test_a_failed_trial_has_its_reason_and_the_search_goes_on(
 def test_a_learning_rate_that_ruins_every_cell_still_ends_in_order(
     settings: RandomSettings, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = run_search(changed(settings, learning_rate=1e30, cells=2))
+    run = run_search(changed(settings, learning_rate=1e30, trials=2))
     assert [record.result for record in run.trials] == [None, None]
     assert all("not finite" in str(record.failure) or "the loss was" in str(record.failure) for record in run.trials)
     assert run.baselines == []
@@ -337,7 +340,7 @@ def test_a_learning_rate_that_ruins_every_cell_still_ends_in_order(
 def test_an_equal_graph_is_not_evaluated_twice(settings: RandomSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     pool = Operation("pyramid_pooling", grid_size=(1, 1))
     cells = [Cell(tuple(Branch(-1, op) for op in order)) for order in ((CONV1X1, pool), (pool, CONV1X1))]
-    monkeypatch.setattr(search.random, "suggest_cell", lambda trial, space: cells[trial.number % 2])
+    monkeypatch.setattr(search.runs.search, "suggest_cell", lambda trial, space: cells[trial.number % 2])
     evaluated = []
     original = ProxyTask.evaluate
 
@@ -346,7 +349,7 @@ def test_an_equal_graph_is_not_evaluated_twice(settings: RandomSettings, monkeyp
         return original(self, cell, *rest)
 
     monkeypatch.setattr(ProxyTask, "evaluate", evaluate)
-    run = run_search(changed(settings, cells=4, sampler="tpe"))
+    run = run_search(changed(settings, trials=4, sampler="tpe"))
     assert evaluated.count(cells[0]) == 2  # as trial 0, and as the best once more
     assert evaluated.count(cells[1]) == 0
     assert [record.duplicate_of for record in run.trials] == [None, 0, 0, 0]
@@ -365,8 +368,8 @@ def test_an_equal_graph_is_not_evaluated_twice(settings: RandomSettings, monkeyp
         ("iterations", 0, "`iterations` must be at least 1"),
         ("statistics_batches", 0, "`statistics_batches` must be at least 1"),
         ("comparison_seeds", 0, "`comparison_seeds` must be at least 1"),
-        ("lag", -1, "`lag` must not be negative"),
-        ("weight_decay", -1.0, "`weight_decay` must not be negative"),
+        ("lag", -1, "`lag` must be at least 0"),
+        ("weight_decay", -1.0, "`weight_decay` must be at least 0"),
         ("learning_rate", 0.0, "`learning_rate` must be above 0"),
         ("learning_rate", float("nan"), "`learning_rate` must be above 0"),
         ("dropout", 1.0, "`dropout` must be at least 0 and below 1"),
@@ -374,7 +377,7 @@ def test_an_equal_graph_is_not_evaluated_twice(settings: RandomSettings, monkeyp
         ("image_size", (17, 49), "is 33×49, larger than 17×49: give a larger `image_size`"),
         ("image_size", (0, 0), r"`image_size` 0 0 must be 16·k \+ 1"),
         ("image_size", (-15, 49), r"`image_size` -15 49 must be 16·k \+ 1"),
-        ("weights", None, "random weights: give `weights` FILE, or `pretrained`"),
+        ("weights", None, "random weights: give `weights`, or `pretrained`"),
         ("storage", "not a database", "the study not a database cannot be used .*`storage`"),
         ("storage", "nosuchdatabase://host/name", "`storage`"),
     ],
@@ -385,7 +388,7 @@ def test_settings_that_cannot_work_are_refused(
 ) -> None:
     cache = {"cache_dir": tmp_path / "cache"} if field == "image_size" else {}
     with pytest.raises(InputError, match=sentence) as caught:
-        search.random.main(changed(settings, **{"name": "refused", field: value} | cache))
+        search.random.main(changed(settings, **{"out": tmp_path / "refused", field: value} | cache))
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.glob("refused/*.csv"))
     assert not list(tmp_path.rglob("*.partial*"))
@@ -399,9 +402,8 @@ def test_a_run_with_other_settings_is_refused(
     tiny: RandomSettings, uninterrupted: Run, field: str, value: Any, before: Any
 ) -> None:
     files = {path: path.read_bytes() for path in uninterrupted.directory.iterdir() if path.is_file()}
-    flag = field.replace("_", "-")
-    with pytest.raises(InputError, match=f"with --{flag} {before}, now it is {value}: .*another `name`"):
-        search.random.main(changed(tiny, name="uninterrupted", **{field: value}))
+    with pytest.raises(InputError, match=f"with `{field}` {before}, now it is {value}: .*another `out`"):
+        search.random.main(changed(tiny, out=tiny.out, **{field: value}))
     assert files == {path: path.read_bytes() for path in files}
 
 
@@ -425,6 +427,6 @@ def test_a_moved_folder_is_a_run_still(uninterrupted: Run, tmp_path: Path) -> No
 
 def test_settings_of_a_run_can_be_read(uninterrupted: Run, tiny: RandomSettings) -> None:
     described = json.loads((uninterrupted.directory / "settings.json").read_text())
-    assert described["settings"]["iterations"] == tiny.iterations
+    assert described["identity"]["iterations"] == tiny.proxy.iterations
     assert described["command"].startswith("python -m search.random")
     assert len(described["class_names"]) == len(described["palette"]) == 11

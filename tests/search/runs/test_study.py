@@ -15,14 +15,22 @@ import pytest
 
 import search.runs.study
 from reference.cell import CONV1X1, OPERATIONS, Branch, Cell
-from search.errors import InputError
-from search.tasks.proxy import ProxyResult
 from search.cells.sampler import create_sampler, suggest_cell
 from search.cells.space import SearchSpace, load_cell
-from search.runs.study import Study, TrialRecord, load_run, open_run, ranked
+from search.errors import InputError
+from search.runs.study import RunSettings, Study, TrialRecord, load_run, open_run, ranked
+from search.settings import BackboneSettings, DataSettings, FeatureSettings, HeadSettings, MachineSettings
+from search.tasks.proxy import ProxyResult
 
 SPACE = SearchSpace(2)
-SETTINGS = {"iterations": 10, "learning_rate": 0.1, "crop_size": None, "backbone": "tiny"}
+IDENTITY = {"iterations": 10, "learning_rate": 0.1, "crop_size": None, "backbone": "tiny"}
+SETTINGS = RunSettings(
+    DataSettings(dataset="camvid", data_dir=Path("my pictures")),
+    BackboneSettings(output_stride=8),
+    FeatureSettings(image_size=(33, 49)),
+    HeadSettings(branch_channels=8, pooling="grid_cells"),
+    MachineSettings(cache_dir=Path("elsewhere")),
+)
 CELL = load_cell("dpc")
 
 
@@ -33,12 +41,19 @@ def make_result(mean_iou: float = 0.5) -> ProxyResult:
 def begin(
     directory: Path, changes: dict[str, object] | None = None, *, storage: str | None = None
 ) -> AbstractContextManager[Study]:
-    command = ["python", "-m", "search.random", "--data-dir", "my pictures"]
+    command = "python -m search.random --data-dir 'my pictures'"
     palette = np.array([[1, 2, 3], [4, 5, 6], [255, 0, 9]], np.uint8)
     sampler = create_sampler("paper", SPACE, 0)
     names = ("sky", "road", "tree")
     return open_run(
-        directory, SETTINGS | (changes or {}), sampler, storage=storage, command=command, class_names=names, palette=palette
+        directory,
+        IDENTITY | (changes or {}),
+        sampler,
+        storage=storage,
+        command=command,
+        class_names=names,
+        palette=palette,
+        settings=SETTINGS,
     )
 
 
@@ -70,6 +85,7 @@ def directory(original: Path, tmp_path: Path) -> Path:
 def test_what_was_told_is_read_back(directory: Path) -> None:
     run = load_run(directory)
     assert run.directory == directory
+    assert run.identity == IDENTITY
     assert run.settings == SETTINGS
     assert run.command == "python -m search.random --data-dir 'my pictures'"
     assert run.class_names == ("sky", "road", "tree")
@@ -177,7 +193,7 @@ def test_another_storage_is_kept_in_the_settings(tmp_path: Path) -> None:
 )
 def test_other_settings_are_refused_by_flag(directory: Path, field: str, value: object, flag: str) -> None:
     settings = (directory / "settings.json").read_bytes()
-    remedy = r"use the same values \(python -m search.random .*\), another --name, or delete"
+    remedy = r"use the same values \(python -m search.random .*\), give another `out`, or delete"
     with pytest.raises(InputError, match=f"was started with {flag}, now it is .*: {remedy}"):
         begin(directory, {field: value}).__enter__()
     assert (directory / "settings.json").read_bytes() == settings
@@ -191,7 +207,7 @@ def test_all_other_settings_are_named_at_once(directory: Path) -> None:
 def test_a_second_process_is_refused(directory: Path) -> None:
     with (
         begin(directory),
-        pytest.raises(InputError, match="is in use by another process: wait for it, or give another `name`"),
+        pytest.raises(InputError, match="is in use by another process: wait for it, or give another `out`"),
     ):
         begin(directory).__enter__()
     with begin(directory):
@@ -247,12 +263,12 @@ def test_a_folder_that_is_no_run_is_refused_and_left_alone(tmp_path: Path) -> No
 
 def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(InputError, match=r"cannot write .*give another `runs_dir`"):
+    with pytest.raises(InputError, match=r"cannot write .*give another `out`"):
         begin(tmp_path / "file").__enter__()
 
 
 def test_settings_are_plain_json(directory: Path) -> None:
-    assert json.loads((directory / "settings.json").read_text())["settings"] == SETTINGS
+    assert json.loads((directory / "settings.json").read_text())["identity"] == IDENTITY
 
 
 @pytest.mark.usefixtures("interruptible")

@@ -17,19 +17,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import search.random
 from reference.cell import Cell
-from tests.search.composed import composed
-from search.errors import InputError
-from search.features import FeatureCache
-from search.tasks.proxy import NotFiniteError, ProxyResult, ProxySettings, ProxyTask
-from search.random import RandomSettings
 from search.cells.sampler import create_sampler
-from search.cells.space import SearchSpace, canonical_form, cell_hash, load_cell
+from search.cells.space import SearchSpace, canonical_form, cell_hash, load_cell, load_cells
+from search.errors import InputError
+from search.random import RandomSettings
+from search.runs.search import Search, SearchPlan
 from search.runs.study import Study, TrialRecord
 from search.runs.workers import MAX_DEATHS, InProcess, Job, Outcome, RayWorkers, evaluate, outcomes
+from search.settings import HeadSettings, ProxySettings
+from search.tasks.feature_cache import FeatureCache
+from search.tasks.proxy import NotFiniteError, ProxyResult, ProxyTask
 
-SETTINGS = composed(RandomSettings, cells=25, branches=2)
+SETTINGS = RandomSettings(trials=25, branches=2)
 
 
 def score(cell: Cell) -> ProxyResult:
@@ -62,7 +62,7 @@ class Shuffled:
         """Nothing to stop."""
 
 
-class Search(search.random._Search):
+class HeadlessSearch(Search):
     """The loop of the main job without heads to save."""
 
     def _save(self, outcome: Outcome[ProxyResult], name: str) -> None:
@@ -88,7 +88,8 @@ def create_study(settings: RandomSettings = SETTINGS, storage: optuna.storages.B
 
 def searched(workers: Shuffled, study: Study | None = None, settings: RandomSettings = SETTINGS) -> list[TrialRecord]:
     study = study or create_study(settings)
-    Search(settings, study, workers, {}).run()
+    plan = SearchPlan(settings.trials, load_cells(settings.compare), settings.comparison_seeds, settings.seed)
+    HeadlessSearch(study, workers, SearchSpace(settings.branches), plan, lambda name, head: None).run()
     return study.records()
 
 
@@ -98,8 +99,8 @@ def alone() -> list[TrialRecord]:
 
 
 def test_the_search_is_worth_comparing(alone: list[TrialRecord]) -> None:
-    assert [record.number for record in alone] == list(range(SETTINGS.cells))
-    assert len({canonical_form(record.cell) for record in alone}) == SETTINGS.cells
+    assert [record.number for record in alone] == list(range(SETTINGS.trials))
+    assert len({canonical_form(record.cell) for record in alone}) == SETTINGS.trials
     assert 0 < sum(record.failure is not None for record in alone) < 10
     neighbours = {cell for record in alone for cell in SearchSpace(2).neighbours(record.cell)}
     assert sum(record.cell in neighbours for record in alone) > 5  # some are near the best, which depends on the scores
@@ -124,13 +125,13 @@ def test_an_interrupted_search_goes_on_with_any_number_of_workers(
 
 @pytest.mark.parametrize("sampler", ["random", "tpe", "evolution"])
 def test_other_samplers_run_with_workers(sampler: str) -> None:
-    settings = replace(SETTINGS, sampler=sampler, cells=12)
+    settings = replace(SETTINGS, sampler=sampler, trials=12)
     records = searched(Shuffled(3), settings=settings)
     assert [record.number for record in records] == list(range(12))
 
 
 def test_equal_cells_are_evaluated_once_in_a_space_that_is_used_up() -> None:
-    settings = replace(SETTINGS, branches=1, cells=90)  # of 81 cells
+    settings = replace(SETTINGS, branches=1, trials=90)  # of 81 cells
     records = searched(Shuffled(1), settings=settings)
     assert len(records) == 90
     scored = [record for record in records if record.result is not None]
@@ -146,14 +147,16 @@ def make_cache(seed: int, count: int) -> FeatureCache:
     rng = np.random.default_rng(seed)
     features = torch.from_numpy(rng.normal(size=(count, 4, 3, 3))).half()
     labels = torch.from_numpy(rng.integers(0, 3, (count, 33, 33))).to(torch.uint8)
-    return FeatureCache(Path("in memory"), features, labels, {"class_names": ["a", "b", "c"], "output_stride": 16})
+    manifest = {"dataset": "noise", "class_names": ["a", "b", "c"], "output_stride": 16}
+    return FeatureCache(Path("in memory"), features, labels, manifest)
 
 
-PROXY = ProxySettings(iterations=3, batch_size=2, learning_rate=0.1, branch_channels=4, statistics_batches=1)
+PROXY = ProxySettings(iterations=3, batch_size=2, learning_rate=0.1, statistics_batches=1)
+HEAD = HeadSettings(branch_channels=4)
 
 
 def create_task(settings: ProxySettings = PROXY) -> ProxyTask:
-    return ProxyTask(make_cache(0, 3), make_cache(1, 2), settings)
+    return ProxyTask(make_cache(0, 3), make_cache(1, 2), settings, HEAD)
 
 
 JOBS = [Job(i, load_cell(name), (0, i)) for i, name in enumerate(("aspp", "dpc", "psp", "dpc"))]
@@ -294,7 +297,7 @@ def test_more_workers_than_gpus_are_refused(fake_ray: Callable[[set[int]], FakeR
 
 def test_one_gpu_by_name_is_no_device_for_workers(fake_ray: Callable[[set[int]], FakeRay]) -> None:
     fake_ray(set())
-    with pytest.raises(InputError, match="`device` cuda:1 is one GPU, `workers` 2 have one each: give `device` cuda"):
+    with pytest.raises(InputError, match="`device` cuda:1 is one GPU, `workers` 2 have one each: give cuda"):
         RayWorkers(create_task, 2, "cuda:1")
 
 
@@ -338,7 +341,7 @@ class Suicidal(ProxyTask):
 
 
 def create_suicidal_task() -> ProxyTask:
-    return Suicidal(make_cache(0, 3), make_cache(1, 2), PROXY)
+    return Suicidal(make_cache(0, 3), make_cache(1, 2), PROXY, HEAD)
 
 
 def test_real_ray_gives_the_same_results_and_survives_a_death(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
