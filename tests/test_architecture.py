@@ -1,6 +1,8 @@
 """Holds the arrows reference <- fast <- search <- bench, and a few rules that no linter knows, by reading the source."""
 
 import ast
+import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +17,19 @@ MAY_IMPORT = {  # of the project's own folders
     "bench": {"reference", "fast", "search", "bench"},
     "tests": {"reference", "fast", "search", "bench", "tests"},
 }
+# The rooms of search/, from the top: each may import those below it and itself, and whatever stands on the same floor.
+# Files that lie directly in search/ are commands, which nobody imports, unless they are named as the ground floor.
+FLOORS: list[set[str]] = [
+    {"reports"},
+    {"runs"},
+    {"tasks"},
+    {"training", "tensorflow"},
+    {"backbones"},
+    {"datasets", "cells"},
+    {"settings", "devices", "folder"},
+    {"errors", "files", "interrupts"},
+]
+CLI_LIBRARY, CLI = "tyro", "search.cli"
 SOURCES = [path.relative_to(ROOT) for folder in MAY_IMPORT for path in sorted((ROOT / folder).rglob("*.py"))]
 every_source = pytest.mark.parametrize("path", SOURCES, ids=str)
 
@@ -44,6 +59,48 @@ def forbidden_imports(tree: ast.AST, path: Path) -> list[str]:
         ):
             found.append(name)
     return found
+
+
+def floor_of(module: str) -> int | None:
+    """Which floor of search/ a module stands on: 0 a command or the parser of flags, None outside search/."""
+    parts = module.split(".")
+    if parts[0] != "search" or len(parts) < 2:
+        return None
+    if parts[-1] == "__main__":
+        return 0
+    return next((floor for floor, rooms in enumerate(FLOORS, start=1) if parts[1] in rooms), 0)
+
+
+def upward_imports(tree: ast.AST, path: Path) -> list[str]:
+    """What a module of search/ imports from a floor above its own, from a command, or of the library of flags."""
+    floor = floor_of(".".join(path.with_suffix("").parts))
+    if floor is None:
+        return []
+    found = []
+    for name in imports(tree, path):
+        other = floor_of(name)
+        is_command = other == 0 and not name.startswith(CLI)
+        is_flags = name.split(".")[0] == CLI_LIBRARY or name.startswith(CLI)
+        if is_command or (floor > 0 and is_flags) or (other is not None and 0 < other < floor):
+            found.append(name)
+    return found
+
+
+def flags_in_strings(tree: ast.AST) -> list[str]:
+    """Flags in the words of a module, but for whole commands to be typed; parts speak of fields, `crop_size`."""
+    docstrings = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and node.body and isinstance(node.body[0], ast.Expr)
+    }
+    parts = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+    texts = [
+        "".join(str(part.value) for part in getattr(node, "values", [node]) if isinstance(part, ast.Constant))
+        for node in ast.walk(tree)
+        if isinstance(node, ast.JoinedStr)
+        or (isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings | parts)
+    ]
+    return [flag for text in texts if "python -m" not in text for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)]
 
 
 def called_name(node: ast.AST) -> str:
@@ -95,6 +152,17 @@ def test_imports_follow_the_arrows(path: Path) -> None:
 
 
 @every_source
+def test_imports_in_search_lead_downwards(path: Path) -> None:
+    assert upward_imports(parse(path), path) == []
+
+
+@every_source
+def test_parts_speak_of_fields_not_of_flags(path: Path) -> None:
+    if floor_of(".".join(path.with_suffix("").parts)):
+        assert flags_in_strings(parse(path)) == []
+
+
+@every_source
 def test_torch_loads_weights_only(path: Path) -> None:
     assert unsafe_loads(parse(path)) == []
 
@@ -133,6 +201,54 @@ def test_names_say_what_is_inside(path: Path) -> None:
 )
 def test_forbidden_imports_are_noticed(path: str, source: str, found: list[str]) -> None:
     assert forbidden_imports(ast.parse(source), Path(path)) == found
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "found"),
+    [
+        ("search/cells/a.py", "from search.settings import known", []),
+        ("search/cells/a.py", "import search.datasets.camvid", []),
+        ("search/cells/a.py", "import search.training.loop", ["search.training.loop"]),
+        ("search/runs/a.py", "def f():\n    from search.random import main", ["search.random", "search.random.main"]),
+        ("search/runs/a.py", "import tyro", ["tyro"]),
+        ("search/runs/a.py", "from search.cli import Flat", ["search.cli", "search.cli.Flat"]),
+        ("search/random.py", "from search.cli import Flat\nimport tyro\nfrom search.reports.run import write_report", []),
+        ("search/random.py", "from search.train import main", ["search.train", "search.train.main"]),
+        ("search/datasets/__main__.py", "from search.cli import run_command\nimport search.datasets.check", []),
+        ("bench/a.py", "from search.tasks.proxy import ProxyTask", []),
+    ],
+)
+def test_upward_imports_are_noticed(path: str, source: str, found: list[str]) -> None:
+    assert upward_imports(ast.parse(source), Path(path)) == found
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ('raise InputError(f"--crop-size {size} is too large")', ["--crop-size"]),
+        ('raise InputError("`crop_size` is too large")', []),
+        ('def f():\n    """Flags such as --crop-size."""', []),
+        ('text = "`python -m search.datasets check --data-dir x`"', []),
+        ('text = "|---|---|"', []),
+    ],
+)
+def test_flags_in_strings_are_noticed(source: str, found: list[str]) -> None:
+    assert flags_in_strings(ast.parse(source)) == found
+
+
+@pytest.mark.parametrize(
+    ("modules", "absent"),
+    [
+        ("search.cells.space", "tyro"),
+        ("search.tasks.proxy, search.training.loop", "tyro"),
+        ("fast.dense_prediction_cell, fast", "timm"),
+        ("fast", "torchvision"),
+    ],
+)
+def test_who_wants_a_part_does_not_load_the_rest(modules: str, absent: str) -> None:
+    """In a process of its own, which has not loaded anything yet."""
+    code = f"import sys, {modules}; sys.exit({absent!r} in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
 @pytest.mark.parametrize(

@@ -101,8 +101,10 @@ def open_dataset(name: str, split: str, data_dir: Path | None) -> Dataset:
     dataset = open_unchecked(name, split, data_dir)
     first, *others = dataset.problems() or [""]
     if others:
-        folder = f" --data-dir {data_dir}" if data_dir is not None else ""
-        first += f" ({len(others)} more: `python -m search.datasets check {name}{folder}` lists them)"
+        check = f"python -m search.datasets check {name}"
+        if data_dir is not None:
+            check = f"python -m search.datasets check {name} --data-dir {data_dir}"
+        first += f" ({len(others)} more: `{check}` lists them)"
     if first:
         raise InputError(first)
     return dataset

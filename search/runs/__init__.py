@@ -1,0 +1,1 @@
+"""What lasts while a search runs, and who evaluates its cells."""

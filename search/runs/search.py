@@ -1,0 +1,156 @@
+"""The loop of a search: ask for a cell, have it scored, tell the study; before and after it, the cells to compare with."""
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import optuna
+from tqdm import tqdm
+
+from fast.segmentation import SegmentationHead
+from reference.cell import Cell
+from search.cells.sampler import PaperSampler, suggest_cell
+from search.cells.space import SearchSpace, canonical_form
+from search.interrupts import ctrl_c_waits
+from search.runs.study import FOUND, Study, ranked
+from search.runs.workers import Job, Outcome, Workers
+from search.tasks.proxy import ProxyResult
+
+BEST_HEAD = "best"  # the head of the search's best cell, among those that a run keeps
+
+# What a random stream is for: (seed of the run, purpose, number). Known cells and the best share those of a comparison.
+_TRIAL, _COMPARISON = 0, 1
+
+
+@dataclass(frozen=True)
+class SearchPlan:
+    """How much is to be done: cells to try in all, and known ones to score beside them, by name, with so many seeds."""
+
+    trials: int
+    compare: Mapping[str, Cell]
+    comparison_seeds: int
+    seed: int
+
+
+def head_name(compared: str) -> str:
+    """Under which name a run keeps the head of a compared cell."""
+    return f"{compared.replace(' ', '_')}_seed0"
+
+
+class Search:
+    """The loop that asks, submits, waits and tells; all state that must last is in the study."""
+
+    def __init__(
+        self,
+        study: Study,
+        workers: Workers[ProxyResult],
+        space: SearchSpace,
+        plan: SearchPlan,
+        keep_head: Callable[[str, SegmentationHead], None],
+    ) -> None:
+        self.study = study
+        self.workers = workers
+        self.space = space
+        self.plan = plan
+        self._keep_head = keep_head
+        self.scored: dict[Cell, tuple[int, ProxyResult]] = {}  # by canonical form: the trial that was evaluated
+
+    def run(self) -> None:
+        """Score the known cells, then the search's, then its best again: one of many is partly there by luck."""
+        self.study.discard_unfinished_comparisons()
+        for name, cell in self.plan.compare.items():
+            self._compare(name, cell)
+        self._search()
+        best = ranked(self.study.records())[:1]
+        for record in best:  # with the seeds of the known cells
+            self._compare(f"{FOUND}{record.number}", record.cell)
+
+    def _compare(self, name: str, cell: Cell) -> None:
+        done = self.study.compared(name)
+        for seed in range(self.plan.comparison_seeds):
+            if seed in done:
+                continue
+            print(f"comparison: {name}, seed {seed}", file=sys.stderr)
+            self.workers.submit(Job(name, cell, (self.plan.seed, _COMPARISON, seed)))
+            outcome = self.workers.wait()
+            with ctrl_c_waits():
+                self._finish_comparison(outcome, name, seed)
+
+    def _finish_comparison(self, outcome: Outcome[ProxyResult], name: str, seed: int) -> None:
+        number = self.study.comparison.ask().number
+        if outcome.result is None:
+            print(f"comparison: {name}, seed {seed} failed: {outcome.failure}", file=sys.stderr)
+            self.study.tell_comparison_failure(number, name, seed, outcome.failure or "unknown")
+            return
+        if seed == 0:
+            self._save(outcome, head_name(name))
+        self.study.tell(self.study.comparison, number, outcome.job.cell, outcome.result, name=name, seed=seed)
+
+    def _search(self) -> None:
+        records = self.study.records()
+        finished = {record.number for record in records}
+        queue = self.study.unfinished()
+        running: set[int] = set()
+        for record in records:
+            if record.result:
+                self.scored.setdefault(canonical_form(record.cell), (record.number, record.result))
+        best = max((result.mean_iou for _, result in self.scored.values()), default=0.0)
+        failed = sum(record.failure is not None for record in records)
+        with tqdm(total=self.plan.trials, initial=len(finished), desc="search", unit="cell") as bar:
+            while True:
+                bar.set_postfix(best_mIOU=f"{100 * best:.2f}%", failed=failed)
+                while len(running) < self.workers.capacity:
+                    with ctrl_c_waits():
+                        trial = self._next_trial(queue, finished, running)
+                        if trial is None:
+                            break
+                        running |= self._start(trial, finished)
+                    bar.update(trial.number in finished)
+                if not running:
+                    return
+                outcome = self.workers.wait()
+                running.remove(outcome.job.key)
+                finished.add(outcome.job.key)
+                failed += outcome.failure is not None
+                with ctrl_c_waits():
+                    best = max(best, self._finish_trial(outcome, best))
+                bar.update()
+
+    def _next_trial(self, queue: list[optuna.Trial], finished: set[int], running: set[int]) -> optuna.Trial | None:
+        """An interrupted trial, or a new one if there is room and what its sampler may look at is finished."""
+        if queue:
+            return queue.pop(0)
+        number = len(finished) + len(running)
+        if number >= self.plan.trials:
+            return None
+        sampler = self.study.search.sampler
+        visible = sampler.visible_before(number) if isinstance(sampler, PaperSampler) else 0
+        return self.study.search.ask() if all(i in finished for i in range(visible)) else None
+
+    def _start(self, trial: optuna.Trial, finished: set[int]) -> set[int]:
+        """Submit the trial's cell, or take the score of an equal cell; returns the trials that now run."""
+        cell = suggest_cell(trial, self.space)
+        if twin := self.scored.get(canonical_form(cell)):
+            number, result = twin
+            self.study.tell(self.study.search, trial.number, cell, result, duplicate_of=number)
+            finished.add(trial.number)
+            return set()
+        self.workers.submit(Job(trial.number, cell, (self.plan.seed, _TRIAL, trial.number)))
+        return {trial.number}
+
+    def _finish_trial(self, outcome: Outcome[ProxyResult], best: float) -> float:
+        number = outcome.job.key
+        if outcome.result is None:
+            self.study.tell_failure(number, outcome.job.cell, outcome.failure or "unknown")
+            tqdm.write(f"trial {number} failed: {outcome.failure}", file=sys.stderr)
+            return 0.0
+        score = outcome.result.mean_iou
+        if score > best:
+            self._save(outcome, BEST_HEAD)
+        self.study.tell(self.study.search, number, outcome.job.cell, outcome.result)
+        self.scored.setdefault(canonical_form(outcome.job.cell), (number, outcome.result))
+        return score
+
+    def _save(self, outcome: Outcome[ProxyResult], name: str) -> None:
+        assert outcome.head is not None  # a result comes with its head
+        self._keep_head(name, outcome.head)
