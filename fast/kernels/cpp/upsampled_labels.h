@@ -25,7 +25,7 @@ inline V<float> power_of_two(V<float> x) {
     y = y * r + 2.402264791363012e-1f;
     y = y * r + 6.931472028550421e-1f;
     y = y * r + 1.0f;
-    Mask<float> n, bits;
+    Bits<float> n, bits;
     std::memcpy(&n, &shifted, sizeof n);
     std::memcpy(&bits, &y, sizeof bits);
     bits += n << 23;  // to the exponent's place; what was above it falls out

@@ -36,6 +36,8 @@ template <class T>
 using Lane = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;  // of a mask
 template <class T>
 using Mask __attribute__((vector_size(VECTOR_BYTES))) = Lane<T>;
+template <class T>
+using Bits __attribute__((vector_size(VECTOR_BYTES))) = std::make_unsigned_t<Lane<T>>;  // sums and shifts may overflow
 
 template <class T>
 inline V<T> load(const T* p) {
