@@ -15,14 +15,12 @@
 template <class T>
 struct PaddedPlane {
     long width, margin, stride;
-    T* values;
+    Scratch<T> values;
 
-    PaddedPlane(std::vector<T>& buffer, long height, long width, long rate)
-        : width(width), margin(rate < width ? rate : 0), stride(width + 2 * margin + L<T>) {
-        values = scratch(buffer, height * stride + L<T>);
-        std::memset(values, 0, (height * stride + L<T>)*sizeof(T));
-    }
-    T* row(long y) const { return values + y * stride + margin; }
+    PaddedPlane(long height, long width, long rate)
+        : width(width), margin(rate < width ? rate : 0), stride(width + 2 * margin + L<T>), values(height * stride + L<T>) {}
+    T* row(long y) { return values.data() + y * stride + margin; }
+    const T* row(long y) const { return values.data() + y * stride + margin; }
 };
 
 // Up to three rows of a plane that a row of the output reads, with the weights of their taps.
@@ -90,8 +88,7 @@ void depthwise_forward(Map<T> x, const T* weight, long n, long height, long widt
     std::vector<Moments> moments(mean ? n * channels : 0);
 #pragma omp parallel num_threads(threads)
     {
-        std::vector<T> buffer;
-        const PaddedPlane<T> plane(buffer, height, width, rate_w);
+        PaddedPlane<T> plane(height, width, rate_w);
 #pragma omp for
         for (long i = 0; i < n * channels; i++) {
             const long c = i % channels;
@@ -145,8 +142,7 @@ void depthwise_backward(Gradient<T> grad, Map<T> x, const T* weight, long n, lon
     std::vector<double> weights(n * channels * 9), scales(n * channels), offsets(n * channels);
 #pragma omp parallel num_threads(threads)
     {
-        std::vector<T> buffer_x, buffer_g;
-        const PaddedPlane<T> plane(buffer_x, height, width, rate_w), gradient(buffer_g, height, width, rate_w);
+        PaddedPlane<T> plane(height, width, rate_w), gradient(height, width, rate_w);
 #pragma omp for
         for (long i = 0; i < n * channels; i++) {
             const long c = i % channels;

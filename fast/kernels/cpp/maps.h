@@ -27,10 +27,12 @@ struct Gradient {  // of a raw output: grad + slope · raw + intercept; slope is
     const T *grad, *raw, *slope, *intercept;
 };
 
-// A short piece of a row that will be read soon: the processor's own prefetcher does not see from plane to plane.
+// A short piece of a row, `distance` behind `row`, that will be read soon: the processor's own prefetcher does not see from plane
+// to plane. It may lie behind the map, where no pointer may point: hence an address.
 template <class T>
-inline void prefetch(const T* row, long size) {
-    for (long i = 0; i < size; i += 64 / sizeof(T)) __builtin_prefetch(row + i);
+inline void prefetch(const T* row, long distance, long size) {
+    const auto address = reinterpret_cast<uintptr_t>(row) + distance * sizeof(T);
+    for (long i = 0; i < size * long(sizeof(T)); i += 64) __builtin_prefetch(reinterpret_cast<const void*>(address + i));
 }
 constexpr long ROWS_AHEAD = 8;
 
@@ -61,8 +63,8 @@ inline void normalise_row(T* out, const T* raw, const T* scale, const T* offset,
 
 template <class T>
 inline void gradient_row(T* out, const Gradient<T>& g, long start, long c, long size, long row_stride = 0) {
-    if (row_stride) prefetch(g.grad + start + ROWS_AHEAD * row_stride, size);
-    if (row_stride && g.slope) prefetch(g.raw + start + ROWS_AHEAD * row_stride, size);
+    if (row_stride) prefetch(g.grad + start, ROWS_AHEAD * row_stride, size);
+    if (row_stride && g.slope) prefetch(g.raw + start, ROWS_AHEAD * row_stride, size);
     if (!g.slope) {
         std::memcpy(out, g.grad + start, size * sizeof(T));
         return;
@@ -180,6 +182,20 @@ void add_parts(const std::vector<double>& partial, long parts, long size, T* out
         out[i] = T(total);
     }
 }
+
+// Memory of one thread, zero at first, from the beginning of a cache line to exactly its size: a sanitizer then sees what is read
+// behind it.
+template <class T>
+struct AtCacheLine : std::allocator<T> {
+    template <class U>
+    struct rebind {
+        using other = AtCacheLine<U>;
+    };
+    T* allocate(size_t count) { return static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t(64))); }
+    void deallocate(T* p, size_t) { ::operator delete(p, std::align_val_t(64)); }
+};
+template <class T>
+using Scratch = std::vector<T, AtCacheLine<T>>;
 
 template <class T>
 T* scratch(std::vector<T>& buffer, long size) {  // 64-byte aligned; grows, never shrinks

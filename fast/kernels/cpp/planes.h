@@ -95,18 +95,16 @@ void plane_product(Map<T> x, const T* rows, const T* columns, long n, long heigh
     const long between_size = rows_first ? (out_height + MR) * width : height * out_width + NR<T>;
 #pragma omp parallel num_threads(threads)
     {
-        std::vector<T> buffer;
-        T* plane = scratch(buffer, plane_size + between_size);
-        T* between = plane + plane_size;
+        Scratch<T> plane(plane_size), between(between_size);
 #pragma omp for
         for (long i = 0; i < n * x.channels; i++) {
-            normalise_row(plane, x.raw + i * size, x.scale, x.offset, i % x.channels, size);
+            normalise_row(plane.data(), x.raw + i * size, x.scale, x.offset, i % x.channels, size);
             if (rows_first) {
-                multiply_rows(p, plane, width, between);
-                multiply_columns(q, between, out_height, out + i * out_size);
+                multiply_rows(p, plane.data(), width, between.data());
+                multiply_columns(q, between.data(), out_height, out + i * out_size);
             } else {
-                multiply_columns(q, plane, height, between);
-                multiply_rows(p, between, out_width, out + i * out_size);
+                multiply_columns(q, plane.data(), height, between.data());
+                multiply_rows(p, between.data(), out_width, out + i * out_size);
             }
         }
     }

@@ -123,7 +123,7 @@ struct Concat {  // several maps as one, and the dropout on it
         return map.raw + (n * map.channels + channel_of[k]) * size + first;
     }
     void row(T* out, long n, long k, long first, long length) const {
-        if (k + ROWS_AHEAD < channels) prefetch(raw(n, k + ROWS_AHEAD, first), length);
+        if (k + ROWS_AHEAD < channels) prefetch(raw(n, k + ROWS_AHEAD, first), 0, length);
         const Map<T>& map = maps[map_of[k]];
         const long c = channel_of[k];
         normalise_row(out, raw(n, k, first), map.scale, map.offset, c, length);
@@ -142,8 +142,7 @@ void pointwise_forward(const Map<T>* maps, long map_count, const T* weight, long
     std::vector<Moments> moments(mean ? n * spans.count * out_channels : 0);
 #pragma omp parallel num_threads(threads)
     {
-        std::vector<T> buffer;
-        T* rows = scratch(buffer, K_BLOCK * STRIDE);
+        Scratch<T> rows(K_BLOCK * STRIDE);
 #pragma omp for schedule(dynamic)
         for (long task = 0; task < n * spans.count; task++) {
             const long image = task / spans.count, first = spans.start(task % spans.count);
@@ -151,8 +150,8 @@ void pointwise_forward(const Map<T>* maps, long map_count, const T* weight, long
             T* c = out + image * out_channels * size + first;
             for (long block = 0; block < x.channels; block += K_BLOCK) {
                 const long kc = std::min(K_BLOCK, x.channels - block);
-                for (long k = 0; k < kc; k++) x.row(rows + k * STRIDE, image, block + k, first, length);
-                multiply_span(packed, block, kc, rows, STRIDE, length, c, size, block > 0);
+                for (long k = 0; k < kc; k++) x.row(&rows[k * STRIDE], image, block + k, first, length);
+                multiply_span(packed, block, kc, rows.data(), STRIDE, length, c, size, block > 0);
             }
             if (mean)
                 for (long i = 0; i < out_channels; i++) moments[task * out_channels + i] = row_moments(c + i * size, length);
@@ -224,19 +223,17 @@ struct Parts {
 template <class T>
 struct SpanOfGradient {
     static constexpr long STRIDE = ROW_STRIDE<T>, CHUNK = 16 * MR;
-    std::vector<T> buffer;
-    T *rows, *transposed, *values;
-    explicit SpanOfGradient(long out_channels) {
-        const long padded = ceil_div(out_channels, NR<T>) * NR<T>;
-        rows = scratch(buffer, padded * STRIDE + padded * LONG_SPAN * NR<T> + CHUNK * STRIDE);
-        transposed = rows + padded * STRIDE, values = transposed + padded * LONG_SPAN * NR<T>;
-    }
+    long padded;
+    Scratch<T> rows, transposed, values;
+    explicit SpanOfGradient(long out_channels)
+        : padded(ceil_div(out_channels, NR<T>) * NR<T>), rows(padded * STRIDE), transposed(padded * LONG_SPAN * NR<T>),
+          values(CHUNK * STRIDE) {}
     void read(const Gradient<T>& grad, long out_channels, long image, long first, long length, long size) {
         for (long j = 0; j < out_channels; j += NR<T>) {
             const long count = std::min(NR<T>, out_channels - j);
             for (long k = j; k < j + count; k++)
-                gradient_row(rows + k * STRIDE, grad, (image * out_channels + k) * size + first, k, length, size);
-            pack_transposed(transposed + j * length, rows + j * STRIDE, STRIDE, count, length);
+                gradient_row(&rows[k * STRIDE], grad, (image * out_channels + k) * size + first, k, length, size);
+            pack_transposed(&transposed[j * length], &rows[j * STRIDE], STRIDE, count, length);
         }
     }
 };
@@ -248,12 +245,12 @@ void map_gradient(const Concat<T>& x, const SpanOfGradient<T>& grad, const Packe
     const Map<T>& map = x.maps[m];
     out += image * map.channels * x.size + first;
     for (long block = 0; block < weight.depth; block += K_BLOCK)
-        multiply_span(weight, block, std::min(K_BLOCK, weight.depth - block), grad.rows + block * grad.STRIDE, grad.STRIDE,
+        multiply_span(weight, block, std::min(K_BLOCK, weight.depth - block), &grad.rows[block * grad.STRIDE], grad.STRIDE,
                       length, out, x.size, block > 0);
     for (long i = 0; i < map.channels; i++) {
         T* row = out + i * x.size;
         const T* raw = map.raw + (image * map.channels + i) * x.size + first;
-        if (map.scale) prefetch(raw + ROWS_AHEAD * x.size, length);
+        if (map.scale) prefetch(raw, ROWS_AHEAD * x.size, length);
         dropout_row(row, x.dropout, uint64_t(image * x.channels + begin + i), first, length);
         if (map.scale)
             normalise_row_backward(row, raw, map.scale[i], map.offset[i], length, &scales[begin + i], &offsets[begin + i]);
@@ -262,15 +259,15 @@ void map_gradient(const Concat<T>& x, const SpanOfGradient<T>& grad, const Packe
 
 // sums (channels × out_channels) = or += value · gradientᵀ, for channels `begin` and on
 template <class T>
-void weight_gradient(const Concat<T>& x, const SpanOfGradient<T>& grad, long begin, long channels, long out_channels,
+void weight_gradient(const Concat<T>& x, SpanOfGradient<T>& grad, long begin, long channels, long out_channels,
                      long image, long first, long length, T* sums, bool add) {
     constexpr long STRIDE = SpanOfGradient<T>::STRIDE, CHUNK = SpanOfGradient<T>::CHUNK;
     for (long chunk = 0; chunk < channels; chunk += CHUNK) {
         const long count = std::min(CHUNK, channels - chunk);
-        for (long i = 0; i < count; i++) x.row(grad.values + i * STRIDE, image, begin + chunk + i, first, length);
+        for (long i = 0; i < count; i++) x.row(&grad.values[i * STRIDE], image, begin + chunk + i, first, length);
         for (long j = 0; j < out_channels; j += NR<T>)
             for (long i = 0; i < count; i += MR)
-                multiply_clipped_tile<T, 1>(length, grad.values + i * STRIDE, Constant<STRIDE>(), grad.transposed + j * length,
+                multiply_clipped_tile<T, 1>(length, &grad.values[i * STRIDE], Constant<STRIDE>(), &grad.transposed[j * length],
                                             NR<T>, sums + (begin + chunk + i) * out_channels + j, out_channels, add, count - i,
                                             out_channels - j);
     }
