@@ -39,16 +39,18 @@
         plane_product(*x, rows, columns, n, height, width, out_height, out_width, out, threads);                                \
     }
 
-#define FOR_LABELS(T, SUFFIX, LABELS, LABEL_SUFFIX)                                                                              \
-    EXPORT bool upsampled_cross_entropy_##SUFFIX##_##LABEL_SUFFIX(const T* logits, const LABELS* labels, long n, long classes,   \
-                                                                  const Axis* rows, const Axis* columns, long ignore,            \
-                                                                  double* loss, T* grad, int threads) {                          \
-        return upsampled_cross_entropy(logits, labels, n, classes, *rows, *columns, LABELS(ignore), loss, grad, threads);        \
-    }                                                                                                                            \
-    EXPORT bool upsampled_confusion_matrix_##SUFFIX##_##LABEL_SUFFIX(const T* logits, const LABELS* labels, long n,              \
-                                                                     long classes, const Axis* rows, const Axis* columns,        \
-                                                                     long ignore, int64_t* confusion, int threads) {             \
-        return upsampled_confusion_matrix(logits, labels, n, classes, *rows, *columns, LABELS(ignore), confusion, threads);      \
+#define FOR_LABELS(T, SUFFIX, LABELS, LABEL_SUFFIX)                                                                             \
+    EXPORT bool upsampled_cross_entropy_##SUFFIX##_##LABEL_SUFFIX(const T* logits, const LABELS* labels, long n, long classes,  \
+                                                                  const Axis* rows, const Axis* columns, long ignore,           \
+                                                                  double* loss, T* grad, int threads) {                         \
+        const Batch<T, LABELS> batch{logits, labels, n, classes, *rows, *columns, LABELS(ignore)};                              \
+        return upsampled_cross_entropy(batch, loss, grad, threads);                                                             \
+    }                                                                                                                           \
+    EXPORT bool upsampled_confusion_matrix_##SUFFIX##_##LABEL_SUFFIX(const T* logits, const LABELS* labels, long n,             \
+                                                                     long classes, const Axis* rows, const Axis* columns,       \
+                                                                     long ignore, int64_t* confusion, int threads) {            \
+        const Batch<T, LABELS> batch{logits, labels, n, classes, *rows, *columns, LABELS(ignore)};                              \
+        return upsampled_confusion_matrix(batch, confusion, threads);                                                           \
     }
 
 FOR_TYPE(float, f32)

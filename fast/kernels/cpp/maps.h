@@ -27,8 +27,8 @@ struct Gradient {  // of a raw output: grad + slope · raw + intercept; slope is
     const T *grad, *raw, *slope, *intercept;
 };
 
-// A short piece of a row, `distance` behind `row`, that will be read soon: the processor's own prefetcher does not see from plane
-// to plane. It may lie behind the map, where no pointer may point: hence an address.
+// A short piece of a row, `distance` behind `row`, that will be read soon: the processor's own prefetcher does not see from
+// plane to plane. It may lie behind the map, where no pointer may point: hence an address.
 template <class T>
 inline void prefetch(const T* row, long distance, long size) {
     const auto address = reinterpret_cast<uintptr_t>(row) + distance * sizeof(T);
@@ -183,8 +183,8 @@ void add_parts(const std::vector<double>& partial, long parts, long size, T* out
     }
 }
 
-// Memory of one thread, zero at first, from the beginning of a cache line to exactly its size: a sanitizer then sees what is read
-// behind it.
+// Memory of one thread, zero at first, from the beginning of a cache line to exactly its size: a sanitizer then sees what is
+// read behind it.
 template <class T>
 struct AtCacheLine : std::allocator<T> {
     template <class U>
@@ -196,10 +196,3 @@ struct AtCacheLine : std::allocator<T> {
 };
 template <class T>
 using Scratch = std::vector<T, AtCacheLine<T>>;
-
-template <class T>
-T* scratch(std::vector<T>& buffer, long size) {  // 64-byte aligned; grows, never shrinks
-    if (long(buffer.size()) < size + 64) buffer.resize(size + 64);
-    const auto address = reinterpret_cast<uintptr_t>(buffer.data());
-    return reinterpret_cast<T*>((address + 63) / 64 * 64);
-}
