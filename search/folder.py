@@ -99,10 +99,10 @@ class Folder:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Which settings are not what they were, as fields; "" if all are. What is behind a field stands in brackets after it.
+    """Which settings are not what they were, as fields; "" if all are. A name with a space in it is said as it is.
 
-    >>> differences({"top_k": 3, "weights (content)": "ab", "top": 1}, {"top_k": 5, "weights (content)": "cd", "top": 1})
-    '`top_k` 3, now it is 5, and `weights` (content) ab, now it is cd'
+    >>> differences({"top_k": 3, "`weights` (content)": "ab", "top": 1}, {"top_k": 5, "`weights` (content)": "cd", "top": 1})
+    '`weights` (content) ab, now it is cd, and `top_k` 3, now it is 5'
     """
     return ", and ".join(
         f"{_as_field(name)} {before.get(name)}, now it is {now.get(name)}"
@@ -112,5 +112,4 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 def _as_field(name: str) -> str:
-    field, _, behind = name.partition(" ")
-    return f"`{field}` {behind}".rstrip()
+    return name if " " in name else f"`{name}`"

@@ -101,7 +101,7 @@ class DataSettings(PictureSettings):
     train_split: str = changes_no_score("train")  # a fingerprint has its split's name
     """Split to train on, such as cityscapes' trainval or pascal_voc's train_aug."""
     val_split: str = changes_no_score("val")
-    """Split to score on."""
+    """Split to score on; where whole networks are trained, its mIOU chooses the best."""
 
 
 @dataclass(frozen=True, kw_only=True)

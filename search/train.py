@@ -35,7 +35,10 @@ _RENAMED = {"--workers": "--loading-processes"}
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
-    """Train a whole network: backbone, dense prediction cell, decoder if wanted, classifier."""
+    """Train a whole network: backbone, dense prediction cell, decoder if wanted, classifier.
+
+    On several devices: start it by torchrun or accelerate launch.
+    """
 
     cell: str | None = None
     """dpc, aspp, psp, or the path of a cell's JSON file. None: dpc."""
@@ -103,7 +106,7 @@ def _train(
     with folder.locked() if devices.rank == 0 else nullcontext():  # the first process alone writes
         if devices.rank == 0:
             folder.begin(identity, this_command(_PROG))
-        return Training(training, network, train, val, directory, devices).run()
+        return Training(training, network, train, val, directory, devices, source=settings).run()
 
 
 def _cell(settings: TrainSettings) -> Cell:

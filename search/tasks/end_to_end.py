@@ -90,7 +90,7 @@ class EndToEndTask:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             network = create_network(settings, cell, self.train.class_names)
             identity = training_identity(settings, network, self.train, self.val, self.devices)
-            training = Folder(folder, "training", f"delete {folder}")
+            training = Folder(folder, "training")
             with training.locked():
                 training.begin(identity, command="")
                 try:

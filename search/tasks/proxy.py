@@ -129,7 +129,7 @@ class ProxyTask:
             if iteration % every == 0 or iteration == iterations:  # reading the loss waits for the device
                 curve.append((iteration, loss.item()))
                 if not math.isfinite(curve[-1][1]):
-                    raise NotFiniteError(f"the loss was {curve[-1][1]} at iteration {iteration}; try a lower `learning_rate`")
+                    raise NotFiniteError(f"the loss was {curve[-1][1]} at iteration {iteration}; try a lower learning rate")
             on_step(iteration)
         return tuple(curve)
 
@@ -141,7 +141,7 @@ class ProxyTask:
             batch = slice(start, start + self.settings.batch_size)
             logits = head(features[batch].to(self.device, torch.float32))
             if not logits.isfinite().all():
-                raise NotFiniteError("the trained cell gives scores that are not finite; try a lower `learning_rate`")
+                raise NotFiniteError("the trained cell gives scores that are not finite; try a lower learning rate")
             total += upsampled_confusion_matrix(logits, labels[batch].to(self.device)).cpu()
         return total.numpy()
 

@@ -67,7 +67,10 @@ class _Progress:
 
 
 class Training:
-    """Trains `network` in `directory` by completed settings; all that must last is in `state.pt`."""
+    """Trains `network` in `directory` by completed settings; all that must last is in `state.pt`.
+
+    `source` is what the networks' files say of where they come from; by default the settings.
+    """
 
     def __init__(
         self,
@@ -77,8 +80,10 @@ class Training:
         val: Dataset,
         directory: Path,
         devices: Devices,
+        source: Any = None,
     ) -> None:
         self.settings, self.recipe = settings, settings.recipe
+        self.source = plain(settings if source is None else source)
         self.val, self.directory, self.devices = val, directory, devices
         self.iterations = known(self.recipe.iterations)
         augmentation = create_augmentation(self.recipe, network)
@@ -237,7 +242,7 @@ class Training:
             on = f"{self.val.name} {self.val.split}"
             tqdm.write(f"iteration {iteration}: mIOU {100 * scores.mean_iou:.2f} % on {on}", file=sys.stderr)
         source = {
-            "training": plain(self.settings),
+            "training": self.source,
             "iteration": iteration,
             "seconds": time.perf_counter() - self._begun,
             **asdict(scores),
@@ -313,8 +318,8 @@ class Training:
         height, width = known(self.recipe.crop_size)
         upsampled = 4 * self.batches.size * len(self.val.class_names) * height * width
         tqdm.write(
-            f"memory: {peak / 2**30:.2f} GiB at most for passes of {self.batches.size} crops; more passes (`accumulate`) "
-            f"take less. The loss never makes full-size logits ({upsampled / 2**30:.2f} GiB and as much for their gradient).",
+            f"memory: {peak / 2**30:.2f} GiB at most for passes of {self.batches.size} crops; more passes take "
+            f"less. The loss never makes full-size logits ({upsampled / 2**30:.2f} GiB and as much for their gradient).",
             file=sys.stderr,
         )
 

@@ -1,97 +1,23 @@
-"""Scores against a count by hand, predictions in the servers' numbers and places, overlays, and what is refused."""
+"""Predictions in the servers' numbers and places, overlays, what the command prints and writes, and what is refused."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from torch import Tensor
 
 import search.evaluate
 from fast.checkpoint import save_network
-from fast.segmentation import SegmentationNetwork, predict_scales
 from search.datasets import IGNORE_INDEX, Sample, cityscapes, open_dataset, pascal_voc
 from search.errors import InputError
-from search.evaluate import EvaluateSettings, count_pixels, overlay, predict_classes, prediction_path, write_prediction
+from search.evaluate import EvaluateSettings
+from search.reports.predictions import overlay, prediction_path, write_prediction
 from tests.search.composed import changed, composed
 from tests.search.test_random import write_camvid
 from tests.search.test_train import small_network
-
-
-class Made:
-    """Pictures of several sizes; a class's grey value is its number, and one class is ignored here and there."""
-
-    name, split = "made", "val"
-    class_names: tuple[str, ...] = ("sky", "road", "car")
-    label_ids: tuple[int, ...] = (7, 3, 200)
-    palette = np.array([(0, 0, 255), (90, 90, 90), (255, 0, 0)], np.uint8)
-
-    def __init__(self, sizes: tuple[tuple[int, int], ...] = ((33, 49), (20, 30), (17, 17))) -> None:
-        self.sizes = sizes
-
-    def __len__(self) -> int:
-        return len(self.sizes)
-
-    def __getitem__(self, index: int) -> Sample:
-        rng = np.random.default_rng(index)
-        label = rng.integers(0, 3, self.sizes[index]).astype(np.uint8)
-        image = np.repeat(label[..., None], 3, axis=2)
-        label[rng.random(label.shape) < 0.1] = IGNORE_INDEX
-        return Sample(image, label, f"city/{index}")
-
-    def fingerprint(self) -> str:
-        return "made"
-
-    def problems(self) -> list[str]:
-        return []
-
-
-class Reader(SegmentationNetwork):
-    """Reads the class from the grey value of its pixel, except that it takes every sky for road."""
-
-    def __init__(self) -> None:
-        super().__init__(small_network(3).backbone, small_network(3).head)
-        self.seen: list[tuple[int, ...]] = []
-
-    def forward(self, images: Tensor) -> Tensor:
-        self.seen.append(tuple(images.shape))
-        grey = images[:, :1].round()
-        return torch.cat([torch.full_like(grey, -9.0), (grey <= 1) * 5.0, (grey == 2) * 5.0], dim=1)
-
-
-def test_scores_are_those_counted_by_hand() -> None:
-    dataset, network = Made(), Reader()
-    expected = np.zeros((3, 3), np.int64)
-    for index in range(3):
-        for label in dataset[index].label[dataset[index].label != IGNORE_INDEX]:
-            expected[label, max(label, 1)] += 1
-    np.testing.assert_array_equal(count_pixels(network, dataset).numpy(), expected)
-    assert network.seen == [(1, 3, 33, 49), (1, 3, 33, 33), (1, 3, 17, 17)]  # the next 16·k + 1
-
-
-def test_padding_is_the_mean_pixel_and_not_scored() -> None:
-    network = Reader()
-    image = np.full((5, 7, 3), 2, np.uint8)
-    with torch.no_grad():
-        network.backbone.mean.fill_(1.0)
-    assert torch.equal(predict_classes(network, image, pad_to=(17, 33)), torch.full((5, 7), 2))
-    assert network.seen == [(1, 3, 17, 33)]
-
-
-def test_scales_and_flips_are_averaged() -> None:
-    torch.manual_seed(0)
-    network = small_network(3).eval()
-    with torch.no_grad():
-        network.head.classifier.weight.normal_()
-    image = np.random.default_rng(0).integers(0, 256, (33, 49, 3), dtype=np.uint8)
-    actual = predict_classes(network, image, scales=(0.5, 1.0, 1.5), flip=True)
-    images = torch.from_numpy(image).permute(2, 0, 1)[None].float()
-    expected = predict_scales(network, images, scales=(0.5, 1.0, 1.5), flip=True).argmax(dim=1)[0]
-    assert torch.equal(actual, expected)
+from tests.search.training.test_scoring import Made
 
 
 def test_predictions_are_label_ids_in_the_servers_places(tmp_path: Path) -> None:
@@ -145,13 +71,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> EvaluateSettings:
 def test_the_command_prints_and_writes_everything(
     tiny: EvaluateSettings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = replace(
-        tiny, predictions=tmp_path / "predictions", overlays=tmp_path / "overlays", json=tmp_path / "scores.json"
+    settings = changed(
+        tiny, predictions=tmp_path / "predictions", overlays=tmp_path / "overlays", out=tmp_path / "scores.json"
     )
     search.evaluate.main(settings)
     table = capsys.readouterr().out
     scores = json.loads((tmp_path / "scores.json").read_text())
-    dataset = open_dataset("camvid", "val", tiny.data_dir)
+    dataset = open_dataset("camvid", "val", tiny.data.data_dir)
     assert all(f"\n{name} " in table for name in dataset.class_names)
     assert f"mIOU {100 * scores['mean_iou']:>20.2f}".split() == table[table.index("mIOU") :].split()[:2]
     confusion = np.zeros((11, 11), np.int64)

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,8 @@ import torch
 from torch import nn
 
 import search.train
+import search.training.augmentation
+import search.training.loop
 import search.training.state
 from fast.backbone import plain_backbone
 from fast.batch_norm import recompute_statistics
@@ -23,8 +26,11 @@ from reference.mean_iou import mean_iou
 from search.cells.space import load_cell
 from search.datasets import open_dataset
 from search.errors import InputError
-from search.evaluate import count_pixels
-from search.train import Training, TrainSettings, averaged, check, complete
+from search.settings import known
+from search.train import TrainSettings
+from search.training.loop import Training
+from search.training.network import initial_network
+from search.training.scoring import count_pixels
 from search.training.state import read_curve
 from tests.search.composed import changed, composed
 from tests.search.test_random import write_camvid
@@ -66,7 +72,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TrainSettings:
         validate_every=4,
         checkpoint_every=3,
         statistics_batches=2,
-        workers=0,
+        loading_processes=0,
         device="cpu",
     )
 
@@ -98,7 +104,7 @@ def test_a_training_leaves_its_curve_and_whole_networks(tiny: TrainSettings, uni
     assert curve[0][2] == 0.3
     best = max(row[3] for row in curve if row[3] is not None)
     network, description = load_network(uninterrupted / "best.safetensors")
-    val = open_dataset("camvid", tiny.val_split, tiny.data_dir)
+    val = open_dataset("camvid", tiny.data.val_split, tiny.data.data_dir)
     assert best > 0.02  # else nothing would be compared
     assert description["source"]["mean_iou"] == best == mean_iou(count_pixels(network, val).numpy())
     assert tuple(description["class_names"]) == val.class_names
@@ -154,9 +160,9 @@ def kill_at_call(owner: Any, name: str, call: int, *, after: bool = False) -> Ca
         kill_at_call(Training, "_step", 3, after=True),
         kill_at_call(Training, "_step", 6),
         kill_at_call(os, "fsync", 3),
-        kill_at_call(Training, "_keep", 1, after=True),
-        kill_at_call(Training, "_keep", 3, after=True),
-        kill_at_call(search.train, "save_state", 2, after=True),
+        kill_at_call(search.training.loop, "save_network", 1, after=True),
+        kill_at_call(search.training.loop, "save_network", 3, after=True),
+        kill_at_call(search.training.loop, "save_state", 2, after=True),
     ],
     ids=["first", "before_a_save", "after_a_save", "while_saving", "while_keeping", "at_the_end", "after_validation"],
 )
@@ -173,7 +179,7 @@ def test_a_validation_that_the_state_does_not_know_is_cut_off_the_curve(
     tiny: TrainSettings, uninterrupted: Path, tmp_path: Path
 ) -> None:
     settings = changed(tiny, out=tmp_path, checkpoint_every=1)
-    killed(settings, kill_at_call(search.train, "save_state", 5))  # after 4 of the iterations: of the validation
+    killed(settings, kill_at_call(search.training.loop, "save_state", 5))  # after 4 of the iterations: of the validation
     assert search.training.state.read_curve(tmp_path)[-1][3] is not None
     search.train.main(settings)
     assert same_outcome(tmp_path, uninterrupted)
@@ -207,7 +213,7 @@ def test_ctrl_c_saves_and_goes_on(
     settings, step = changed(tiny, out=tmp_path), Training._step
 
     def interrupted_step(self: Training, batches: Any) -> bool:
-        if self.iteration == iteration - 1:
+        if self.progress.iteration == iteration - 1:
             os.kill(os.getpid(), signal.SIGINT)
         return step(self, batches)
 
@@ -216,7 +222,7 @@ def test_ctrl_c_saves_and_goes_on(
         search.train.main(settings)
     state = search.training.state.load_state(tmp_path, torch.device("cpu"))
     assert state is not None
-    assert state["iteration"] == iteration
+    assert state["progress"]["iteration"] == iteration
     monkeypatch.undo()
     search.train.main(settings)
     assert same_outcome(tmp_path, uninterrupted)
@@ -228,7 +234,7 @@ def test_ctrl_c_in_the_last_validation_ends_whoever_would_train_another(
     settings, keep = changed(tiny, out=tmp_path), Training._keep
 
     def interrupted_keep(self: Training, *arguments: Any) -> None:
-        if self.iteration == settings.iterations:
+        if self.progress.iteration == ITERATIONS:
             os.kill(os.getpid(), signal.SIGINT)
         keep(self, *arguments)
 
@@ -237,11 +243,11 @@ def test_ctrl_c_in_the_last_validation_ends_whoever_would_train_another(
         search.train.main(settings)
     state = search.training.state.load_state(tmp_path, torch.device("cpu"))
     assert state is not None
-    assert state["validated"] == settings.iterations
+    assert state["progress"]["validated"] == ITERATIONS
 
 
 def test_a_loading_process_that_dies_is_named_with_its_remedy(tiny: TrainSettings, tmp_path: Path) -> None:
-    killed_by = changed(tiny, out=tmp_path, workers=1)
+    killed_by = changed(tiny, out=tmp_path, loading_processes=1)
     original = search.training.augmentation.TrainingCrops.__getitem__
 
     def dying(self: search.training.augmentation.TrainingCrops, position: int) -> Any:
@@ -251,12 +257,12 @@ def test_a_loading_process_that_dies_is_named_with_its_remedy(tiny: TrainSetting
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(search.training.augmentation.TrainingCrops, "__getitem__", dying)
-        with pytest.raises(InputError, match=r"a process that loads pictures has ended .*`workers` 0"):
+        with pytest.raises(InputError, match=r"a process that loads pictures has ended .*0 as `loading_processes`"):
             search.train.main(killed_by)
 
 
 def test_loading_processes_change_nothing(tiny: TrainSettings, uninterrupted: Path, tmp_path: Path) -> None:
-    search.train.main(changed(tiny, out=tmp_path, workers=2))
+    search.train.main(changed(tiny, out=tmp_path, loading_processes=2))
     assert same_outcome(tmp_path, uninterrupted)
 
 
@@ -267,11 +273,29 @@ def test_loading_processes_change_nothing(tiny: TrainSettings, uninterrupted: Pa
         ({"crop_size": (33, 49)}, "`crop_size`"),
         ({"seed": 1}, "`seed`"),
         ({"accumulate": 2}, "`accumulate`"),
+        ({"train_split": "val"}, r"with `data_dir` or `train_split` \(pictures\) \w+, now it is \w+: "),
+        ({"val_split": "val"}, r"with `data_dir` or `val_split` \(pictures\) \w+, now it is \w+: "),
     ],
 )
 def test_other_settings_are_refused(tiny: TrainSettings, uninterrupted: Path, change: dict[str, Any], field: str) -> None:
     with pytest.raises(InputError, match=field):
         search.train.main(changed(tiny, out=uninterrupted, **change))
+
+
+def test_another_initial_network_is_refused(tiny: TrainSettings, uninterrupted: Path) -> None:
+    with pytest.raises(InputError, match=r"with `init` \(content\) [\d.]+, now it is [\d.]+: .*another `out`"):
+        search.train.main(changed(tiny, out=uninterrupted, init=uninterrupted / "last.safetensors"))
+
+
+def test_what_changes_no_loss_may_change(tiny: TrainSettings, uninterrupted: Path, tmp_path: Path) -> None:
+    before = (uninterrupted / "curve.csv").read_bytes()
+    init = tmp_path / "copy.safetensors"
+    init.write_bytes(known(tiny.init).read_bytes())
+    data_dir = tmp_path / "copy"
+    shutil.copytree(known(tiny.data.data_dir), data_dir)
+    moved: dict[str, Any] = {"init": init, "data_dir": data_dir, "cache_dir": tmp_path}
+    search.train.main(changed(tiny, out=uninterrupted, checkpoint_every=7, loading_processes=1, **moved))
+    assert (uninterrupted / "curve.csv").read_bytes() == before
 
 
 def test_a_loss_that_is_not_finite_keeps_the_last_good_state(tiny: TrainSettings, tmp_path: Path) -> None:
@@ -280,17 +304,17 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_state(tiny: TrainSettings
         search.train.main(settings)
     state = search.training.state.load_state(tmp_path, torch.device("cpu"))
     assert state is not None
-    assert state["iteration"] == 4
+    assert state["progress"]["iteration"] == 4
     assert all(value.isfinite().all() for value in state["network"].values())
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_broken_picture_is_named(tiny: TrainSettings, tmp_path: Path, workers: int) -> None:
+@pytest.mark.parametrize("loading_processes", [0, 2])
+def test_a_broken_picture_is_named(tiny: TrainSettings, tmp_path: Path, loading_processes: int) -> None:
     folder = write_camvid(tmp_path / "camvid")
     broken = folder / "train" / "2.png"
     broken.write_bytes(broken.read_bytes()[:100])
     with pytest.raises(InputError, match=r"train/2\.png is truncated or unreadable") as raised:
-        search.train.main(changed(tiny, data_dir=folder, out=tmp_path / "out", workers=workers))
+        search.train.main(changed(tiny, data_dir=folder, out=tmp_path / "out", loading_processes=loading_processes))
     assert "Traceback" not in str(raised.value)
 
 
@@ -329,19 +353,6 @@ def test_hard_example_mining_raises_the_loss(tiny: TrainSettings, tmp_path: Path
     assert mined[1] > plain[1]
 
 
-def test_the_average_is_that_of_all_weights_so_far() -> None:
-    module = nn.Linear(1, 1, bias=False)
-    weights = [1.0, 2.0, -3.0]
-    with torch.no_grad():
-        module.weight.fill_(weights[0])
-        average = averaged(module, 0.75)
-        for weight in weights[1:]:
-            module.weight.fill_(weight)
-            average.update_parameters(module)
-    expected = 0.75 * (0.75 * weights[0] + 0.25 * weights[1]) + 0.25 * weights[2]
-    assert next(average.parameters()).item() == pytest.approx(expected, rel=1e-6)  # float32
-
-
 def test_an_averaged_training_goes_on_too(tiny: TrainSettings, tmp_path: Path) -> None:
     settings = [changed(tiny, out=tmp_path / name, ema=0.5) for name in ("whole", "killed")]
     search.train.main(settings[0])
@@ -367,19 +378,23 @@ def test_a_network_on_plain_convolutions_is_one_file(tmp_path: Path, decoder: bo
 
 def test_other_classes_begin_with_a_new_classifier(tiny: TrainSettings, capsys: pytest.CaptureFixture[str]) -> None:
     dataset = open_dataset("shapes", "val", None)
-    network = search.train.create_network(complete(changed(tiny, dataset="shapes", data_dir=None)), dataset)
+    assert tiny.init is not None
+    training = changed(tiny, dataset="shapes", data_dir=None).training()
+    network = initial_network(training, tiny.init, dataset.class_names)
     assert network.head.classifier.out_channels == len(dataset.class_names)
     assert "other classes: the classifier begins anew" in capsys.readouterr().err
-    assert tiny.init is not None
     expected = load_network(tiny.init)[0].backbone.state_dict()
     assert all(torch.equal(value, expected[key]) for key, value in network.backbone.state_dict().items())
 
 
 def test_defaults_are_the_papers_but_for_shapes() -> None:
-    paper = complete(composed(TrainSettings, dataset="cityscapes"))
-    assert (paper.crop_size, paper.batch_size, paper.iterations, paper.learning_rate) == ((769, 769), 16, 90_000, 0.01)
-    assert complete(composed(TrainSettings, dataset="cityscapes", batch_size=4)).batch_size == 4
-    assert complete(TrainSettings()).iterations == 150
+    paper = composed(TrainSettings, dataset="cityscapes").training()
+    recipe = paper.recipe
+    assert (recipe.crop_size, recipe.batch_size, recipe.iterations, recipe.learning_rate) == ((769, 769), 16, 90_000, 0.01)
+    assert (recipe.min_scale, recipe.max_scale, paper.head.branch_channels) == (0.5, 2.0, 256)
+    assert composed(TrainSettings, dataset="cityscapes", batch_size=4).training().recipe.batch_size == 4
+    small = TrainSettings().training()
+    assert (small.recipe.iterations, small.head.branch_channels) == (150, 64)
 
 
 @pytest.mark.parametrize(
@@ -395,7 +410,7 @@ def test_defaults_are_the_papers_but_for_shapes() -> None:
         ({"init": None, "output_stride": 4}, "`output_stride` must be 8 or 16"),
         ({"cell": "dpc"}, "`init` brings its own .* leave out `cell`"),
         ({"init": None, "cell": "dpc", "run": Path("runs/x")}, "`cell` and `run` both"),
-        ({"init": None}, "random weights: give `weights` FILE, or `pretrained`"),
+        ({"init": None}, "random weights: give `weights`, or `pretrained`"),
         ({"accumulate": 3}, "`batch_size` 4 cannot be divided into 3"),
         ({"init": Path("absent.safetensors")}, r"absent\.safetensors.*`init`"),
         ({"train_split": "nonsense"}, "split 'nonsense'"),
@@ -410,4 +425,4 @@ def test_what_cannot_work_is_refused(tiny: TrainSettings, tmp_path: Path, change
 
 def test_all_defaults_pass_the_check() -> None:
     for name in ("shapes", "cityscapes"):
-        check(complete(composed(TrainSettings, dataset=name)))
+        composed(TrainSettings, dataset=name).training().check()

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -14,14 +15,17 @@ import torch
 from torch import nn
 
 import search.train
+import search.training.loop
 from fast.checkpoint import load_network
 from reference.cell import Cell
 from search.cells.cost import cell_cost
 from search.cells.space import load_cell
 from search.errors import InputError
 from search.runs.workers import InProcess, Job, Outcome, RayWorkers
+from search.settings import TrainingSettings
 from search.tasks.end_to_end import EndToEndResult, EndToEndTask
-from search.train import Training, TrainSettings
+from search.train import TrainSettings
+from search.training.loop import Training
 from search.training.state import read_curve
 from tests.search.composed import changed, composed
 from tests.search.test_random import BACKBONE, write_camvid
@@ -45,11 +49,11 @@ def write_backbone(path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TrainSettings:
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TrainingSettings:
     """Settings of a whole training that takes a second."""
     folder = tmp_path_factory.mktemp("tiny")
     return composed(
-        TrainSettings,
+        TrainingSettings,
         dataset="camvid",
         data_dir=write_camvid(folder / "camvid"),
         val_split="train",
@@ -63,13 +67,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TrainSettings:
         validate_every=4,
         checkpoint_every=1,
         statistics_batches=1,
-        workers=0,
+        loading_processes=0,
         device="cpu",
     )
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tiny: TrainSettings, tmp_path_factory: pytest.TempPathFactory) -> tuple[EndToEndTask, EndToEndResult]:
+def uninterrupted(tiny: TrainingSettings, tmp_path_factory: pytest.TempPathFactory) -> tuple[EndToEndTask, EndToEndResult]:
     task = EndToEndTask(tiny, tmp_path_factory.mktemp("uninterrupted"))
     return task, task.evaluate(load_cell("dpc"), SEED)[0]
 
@@ -101,16 +105,17 @@ def test_the_result_is_that_of_the_last_weights(uninterrupted: tuple[EndToEndTas
 
 
 def test_a_cell_is_scored_as_search_train_scores_it(
-    tiny: TrainSettings, uninterrupted: tuple[EndToEndTask, EndToEndResult], tmp_path: Path
+    tiny: TrainingSettings, uninterrupted: tuple[EndToEndTask, EndToEndResult], tmp_path: Path
 ) -> None:
     task, _ = uninterrupted
     seed = load_network(task.folder(load_cell("dpc"), SEED) / "last.safetensors")[1]["source"]["training"]["seed"]
-    search.train.main(changed(tiny, cell="dpc", seed=seed, out=tmp_path))
+    groups = {name: getattr(tiny, name) for name in ("data", "backbone", "head", "recipe", "machine")}
+    search.train.main(TrainSettings(**groups, cell="dpc", seed=seed, out=tmp_path))
     assert (tmp_path / "curve.csv").read_bytes() == curve(task, load_cell("dpc"))
 
 
 def test_seed_and_cell_decide_and_progress_is_told(
-    tiny: TrainSettings,
+    tiny: TrainingSettings,
     uninterrupted: tuple[EndToEndTask, EndToEndResult],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -132,19 +137,42 @@ def test_seed_and_cell_decide_and_progress_is_told(
 
 
 @pytest.mark.parametrize(
-    ("name", "call"), [("_step", 1), ("_step", 6), ("_keep", 3)], ids=["at_once", "in_the_middle", "at_the_end"]
+    "arm",
+    [
+        kill_at_call(Training, "_step", 1),
+        kill_at_call(Training, "_step", 6),
+        kill_at_call(search.training.loop, "save_network", 3),
+        kill_at_call(search.training.loop, "save_state", ITERATIONS + 2, after=True),
+    ],
+    ids=["at_once", "in_the_middle", "at_the_end", "finished_and_not_told"],
 )
 def test_a_killed_evaluation_goes_on(
-    tiny: TrainSettings, uninterrupted: tuple[EndToEndTask, EndToEndResult], tmp_path: Path, name: str, call: int
+    tiny: TrainingSettings, uninterrupted: tuple[EndToEndTask, EndToEndResult], tmp_path: Path, arm: Callable[[], None]
 ) -> None:
     task, cell = EndToEndTask(tiny, tmp_path), load_cell("dpc")
-    killed_while(lambda: task.evaluate(cell, SEED), kill_at_call(Training, name, call))
+    killed_while(lambda: task.evaluate(cell, SEED), arm)
     result, _ = task.evaluate(cell, SEED)
     assert measured(result) == measured(uninterrupted[1])
     assert curve(task, cell) == curve(uninterrupted[0], cell)
 
 
-def test_a_training_that_leaves_the_finite_numbers_is_a_failure_of_its_cell(tiny: TrainSettings, tmp_path: Path) -> None:
+def test_a_finished_training_gives_its_result_again_without_its_networks(
+    tiny: TrainingSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task, cell = EndToEndTask(tiny, tmp_path), load_cell("dpc")
+    result, _ = task.evaluate(cell, SEED)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("nothing is left to do")
+
+    monkeypatch.setattr(Training, "_step", refuse)
+    monkeypatch.setattr(Training, "_validate", refuse)
+    for name in ("last", "best"):
+        (task.folder(cell, SEED) / f"{name}.safetensors").unlink()
+    assert EndToEndTask(tiny, tmp_path).evaluate(cell, SEED)[0] == result  # the time that it took too
+
+
+def test_a_training_that_leaves_the_finite_numbers_is_a_failure_of_its_cell(tiny: TrainingSettings, tmp_path: Path) -> None:
     workers = InProcess(EndToEndTask(changed(tiny, learning_rate=1e30), tmp_path), lambda job, iteration: None)
     workers.submit(Job(0, load_cell("dpc"), SEED))
     outcome = workers.wait()
@@ -154,11 +182,11 @@ def test_a_training_that_leaves_the_finite_numbers_is_a_failure_of_its_cell(tiny
     assert not outcome.is_passing
 
 
-def test_a_full_disk_is_no_failure_of_a_cell(tiny: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_no_failure_of_a_cell(tiny: TrainingSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def save(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(search.train, "save_state", save)
+    monkeypatch.setattr(search.training.loop, "save_state", save)
     workers = InProcess(EndToEndTask(tiny, tmp_path), lambda job, iteration: None)
     workers.submit(Job(0, load_cell("dpc"), SEED))
     with pytest.raises(OSError, match="No space left"):
@@ -166,7 +194,7 @@ def test_a_full_disk_is_no_failure_of_a_cell(tiny: TrainSettings, tmp_path: Path
 
 
 def test_ctrl_c_saves_and_goes_on(
-    tiny: TrainSettings,
+    tiny: TrainingSettings,
     uninterrupted: tuple[EndToEndTask, EndToEndResult],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -188,19 +216,20 @@ def test_ctrl_c_saves_and_goes_on(
     ("change", "message"),
     [
         ({"iterations": 0}, "`iterations` must be at least 1"),
-        ({"init": Path("network.safetensors")}, "`init` brings its own architecture"),
+        ({"output_stride": 4}, "`output_stride` must be 8 or 16"),
+        ({"dropout": 1.0}, "`dropout` must be at least 0 and below 1"),
         ({"data_dir": Path("nowhere")}, "nowhere"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(
-    tiny: TrainSettings, tmp_path: Path, change: dict[str, Any], message: str
+    tiny: TrainingSettings, tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
         EndToEndTask(changed(tiny, **change), tmp_path)
 
 
 def test_real_ray_gives_the_same_results_and_says_bad_input_as_it_is(
-    tiny: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: TrainingSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("ray", reason="Ray is an extra: pip install -e '.[workers]'")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))

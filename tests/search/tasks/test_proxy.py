@@ -20,20 +20,20 @@ from reference.pyramid_pooling import PoolingVariant
 from search.cells.cost import cell_cost
 from search.cells.space import load_cell
 from search.errors import InputError
-from search.features import FeatureCache
-from search.tasks.proxy import NotFiniteError, ProxyResult, ProxySettings, ProxyTask
+from search.settings import HeadSettings, ProxySettings, field_names
+from search.tasks.feature_cache import FeatureCache
+from search.tasks.proxy import NotFiniteError, ProxyResult, ProxyTask
 from tests.strategies import cells, rng_seeds
 
 STRIDE = 16
 SIZE = (4, 5)  # of a feature map
 CELL = Cell.from_json('[{"op": "conv", "kernel": 3, "rate": [1, 1], "input": -1}, {"op": "conv", "kernel": 1, "input": 0}]')
-SETTINGS = ProxySettings(
-    iterations=4, batch_size=3, learning_rate=0.2, branch_channels=8, statistics_batches=2, weight_decay=4e-5, dropout=0.1
-)
+SETTINGS = ProxySettings(iterations=4, batch_size=3, learning_rate=0.2, statistics_batches=2, weight_decay=4e-5)
+HEAD = HeadSettings(branch_channels=8, dropout=0.1)
 
 
 def make_cache(features: torch.Tensor, labels: torch.Tensor, num_classes: int) -> FeatureCache:
-    manifest = {"class_names": [f"class {i}" for i in range(num_classes)], "output_stride": STRIDE}
+    manifest = {"dataset": "made", "class_names": [f"class {i}" for i in range(num_classes)], "output_stride": STRIDE}
     return FeatureCache(Path("in memory"), features, labels.to(torch.uint8), manifest)
 
 
@@ -55,8 +55,9 @@ def easy_cache(seed: int, count: int = 6, num_classes: int = 3) -> FeatureCache:
 TRAIN, VAL = easy_cache(0), easy_cache(1, count=5)
 
 
-def make_task(**changes: Any) -> ProxyTask:
-    return ProxyTask(TRAIN, VAL, replace(SETTINGS, **changes))
+def make_task(train: FeatureCache = TRAIN, val: FeatureCache = VAL, **changes: Any) -> ProxyTask:
+    of_head = {name: changes.pop(name) for name in field_names(HeadSettings) & changes.keys()}
+    return ProxyTask(train, val, replace(SETTINGS, **changes), replace(HEAD, **of_head))
 
 
 def measured(result: ProxyResult) -> dict[str, Any]:
@@ -112,7 +113,7 @@ def test_shuffled_labels_are_not_learned() -> None:
     """So the score above comes from the features, and no label leaks into a prediction."""
     order = torch.from_numpy(np.random.default_rng(0).permutation(VAL.labels[0].numel()))
     shuffled = VAL.labels.flatten(1)[:, order].view_as(VAL.labels)
-    task = ProxyTask(TRAIN, make_cache(VAL.features, shuffled, 3), replace(SETTINGS, iterations=60))
+    task = make_task(val=make_cache(VAL.features, shuffled, 3), iterations=60)
     assert task.evaluate(CELL, (0,))[0].mean_iou < 0.3
 
 
@@ -134,7 +135,7 @@ def test_cost_time_and_memory_are_recorded(pooling: PoolingVariant) -> None:
 
 @pytest.mark.parametrize("rate", [1e30, float("inf")])
 def test_a_loss_that_is_not_finite_is_an_error(rate: float) -> None:
-    with pytest.raises(NotFiniteError, match="try a lower `learning_rate`"):
+    with pytest.raises(NotFiniteError, match="try a lower learning rate"):
         make_task(learning_rate=rate).evaluate(CELL, (0,))
 
 
@@ -220,7 +221,7 @@ def test_the_recorded_score_is_that_of_the_returned_head() -> None:
 
 def test_a_class_that_is_nowhere_has_no_score() -> None:
     train, val = (make_cache(cache.features, cache.labels, 4) for cache in (TRAIN, VAL))
-    result, _ = ProxyTask(train, val, replace(SETTINGS, iterations=20)).evaluate(CELL, (0,))
+    result, _ = make_task(train, val, iterations=20).evaluate(CELL, (0,))
     assert result.class_iou[3] is None
     present = [iou for iou in result.class_iou if iou is not None]
     assert len(present) == 3
@@ -249,6 +250,13 @@ def test_progress_is_told_step_by_step() -> None:
     assert steps == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.parametrize(("dataset", "channels"), [("shapes", 64), ("camvid", 256)])
+def test_a_head_has_the_filters_of_its_data_set_unless_told(dataset: str, channels: int) -> None:
+    train = replace(TRAIN, manifest={**TRAIN.manifest, "dataset": dataset})
+    assert make_task(train, branch_channels=None)._create_head(CELL).classifier.in_channels == channels
+    assert make_task(train)._create_head(CELL).classifier.in_channels == 8
+
+
 # With kernels and without
 
 
@@ -260,7 +268,7 @@ def hard_cache(seed: int) -> FeatureCache:
 
 
 def train_with_and_without_kernels(seeds: int, **changes: Any) -> tuple[list[ProxyResult], list[ProxyResult]]:
-    task = ProxyTask(hard_cache(0), hard_cache(1), replace(SETTINGS, iterations=120, batch_size=8, **changes))
+    task = make_task(hard_cache(0), hard_cache(1), iterations=120, batch_size=8, **changes)
     cell = Cell.from_json(
         '[{"op": "conv", "kernel": 3, "rate": [1, 1], "input": -1}, {"op": "conv", "kernel": 1, "input": 0},'
         ' {"op": "pyramid_pooling", "grid_size": [1, 2], "input": 0}]'

@@ -1,0 +1,89 @@
+"""Scores against a count by hand, and what pictures are padded with and averaged over."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fast.segmentation import SegmentationNetwork, predict_scales
+from search.datasets import IGNORE_INDEX, Sample
+from search.training.scoring import Scores, count_pixels, predict_classes
+from tests.search.test_train import small_network
+
+
+class Made:
+    """Pictures of several sizes; a class's grey value is its number, and one class is ignored here and there."""
+
+    name, split = "made", "val"
+    class_names: tuple[str, ...] = ("sky", "road", "car")
+    label_ids: tuple[int, ...] = (7, 3, 200)
+    palette = np.array([(0, 0, 255), (90, 90, 90), (255, 0, 0)], np.uint8)
+
+    def __init__(self, sizes: tuple[tuple[int, int], ...] = ((33, 49), (20, 30), (17, 17))) -> None:
+        self.sizes = sizes
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __getitem__(self, index: int) -> Sample:
+        rng = np.random.default_rng(index)
+        label = rng.integers(0, 3, self.sizes[index]).astype(np.uint8)
+        image = np.repeat(label[..., None], 3, axis=2)
+        label[rng.random(label.shape) < 0.1] = IGNORE_INDEX
+        return Sample(image, label, f"city/{index}")
+
+    def fingerprint(self) -> str:
+        return "made"
+
+    def problems(self) -> list[str]:
+        return []
+
+
+class Reader(SegmentationNetwork):
+    """Reads the class from the grey value of its pixel, except that it takes every sky for road."""
+
+    def __init__(self) -> None:
+        super().__init__(small_network(3).backbone, small_network(3).head)
+        self.seen: list[tuple[int, ...]] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.seen.append(tuple(images.shape))
+        grey = images[:, :1].round()
+        return torch.cat([torch.full_like(grey, -9.0), (grey <= 1) * 5.0, (grey == 2) * 5.0], dim=1)
+
+
+def test_scores_are_those_counted_by_hand() -> None:
+    dataset, network = Made(), Reader()
+    expected = np.zeros((3, 3), np.int64)
+    for index in range(3):
+        for label in dataset[index].label[dataset[index].label != IGNORE_INDEX]:
+            expected[label, max(label, 1)] += 1
+    np.testing.assert_array_equal(count_pixels(network, dataset).numpy(), expected)
+    assert network.seen == [(1, 3, 33, 49), (1, 3, 33, 33), (1, 3, 17, 17)]  # the next 16·k + 1
+
+
+def test_padding_is_the_mean_pixel_and_not_scored() -> None:
+    network = Reader()
+    image = np.full((5, 7, 3), 2, np.uint8)
+    with torch.no_grad():
+        network.backbone.mean.fill_(1.0)
+    assert torch.equal(predict_classes(network, image, pad_to=(17, 33)), torch.full((5, 7), 2))
+    assert network.seen == [(1, 3, 17, 33)]
+
+
+def test_scales_and_flips_are_averaged() -> None:
+    torch.manual_seed(0)
+    network = small_network(3).eval()
+    with torch.no_grad():
+        network.head.classifier.weight.normal_()
+    image = np.random.default_rng(0).integers(0, 256, (33, 49, 3), dtype=np.uint8)
+    actual = predict_classes(network, image, scales=(0.5, 1.0, 1.5), flip=True)
+    images = torch.from_numpy(image).permute(2, 0, 1)[None].float()
+    expected = predict_scales(network, images, scales=(0.5, 1.0, 1.5), flip=True).argmax(dim=1)[0]
+    assert torch.equal(actual, expected)
+
+
+def test_a_class_that_is_nowhere_has_no_score_and_no_part_in_the_mean() -> None:
+    assert Scores.of(np.array([[3, 1, 0], [0, 4, 0], [0, 0, 0]])) == Scores((3 / 4 + 4 / 5) / 2, (3 / 4, 4 / 5, None))
+    nothing = Scores.of(np.zeros((2, 2), np.int64))
+    assert np.isnan(nothing.mean_iou)
+    assert nothing.class_iou == (None, None)
