@@ -16,6 +16,7 @@ same command goes on; more protocols or seeds add to what is there. Each trainin
 agreement never comes from equal initial weights or crops.
 """
 
+import functools
 import json
 import math
 import shutil
@@ -51,12 +52,13 @@ from search.settings import (
     RecipeSettings,
     TrainingSettings,
     field_names,
+    given,
     plain,
     require,
     scored,
 )
 from search.tasks.end_to_end import EndToEndTask, training_folder
-from search.tasks.feature_cache import open_cache, padded_size, prepare_caches
+from search.tasks.feature_cache import FeatureCache, open_cache, padded_size, prepare_caches
 from search.tasks.proxy import ProxyTask, crop_in_features
 
 ProtocolName = Literal["proxy", "long", "large", "end_to_end"]
@@ -103,7 +105,7 @@ class FidelitySettings:
     large: BackboneSettings = BackboneSettings()
     """The backbone of large. By default a wider one trained on the spot for shapes, xception65 for the rest."""
     end_to_end: RecipeSettings = RecipeSettings(iterations=50, batch_size=4, learning_rate=0.1)
-    """The trainings of end_to_end. By default of whole pictures, at scale 1 for shapes, validated at the end."""
+    """The trainings of end_to_end. By default with crops as --crop-size has them, for shapes at scale 1."""
 
 
 @dataclass(frozen=True)
@@ -169,21 +171,28 @@ def prepare_protocols(settings: FidelitySettings, directory: Path) -> list[Proto
         large = replace(large, backbone=WIDE_BACKBONE if settings.data.dataset == SHAPES else "xception65")
     if large.output_stride is None:
         large = replace(large, output_stride=settings.backbone.output_stride)
+    longer = replace(settings.proxy, iterations=settings.long_iterations)
+
+    @functools.cache  # proxy and long have the same
+    def caches(backbone: BackboneSettings) -> dict[str, FeatureCache]:
+        return prepare_caches(settings.data, backbone, settings.features, settings.machine)
+
+    def prepare(name: ProtocolName) -> Protocol:
+        match name:
+            case "proxy":
+                return _cached(name, settings, settings.proxy, caches(settings.backbone), device)
+            case "long":
+                return _cached(name, settings, longer, caches(settings.backbone), device)
+            case "large":
+                return _cached(name, settings, settings.proxy, caches(large), device)
+            case "end_to_end":
+                return _end_to_end(settings, _trainings(directory), device)
+
     protocols = []
     for name in PROTOCOLS:
-        if name not in settings.protocols:
-            continue
-        with _fields_of(name):
-            match name:
-                case "proxy":
-                    protocols.append(_cached(name, settings, settings.backbone, settings.proxy, device))
-                case "long":
-                    longer = replace(settings.proxy, iterations=settings.long_iterations)
-                    protocols.append(_cached(name, settings, settings.backbone, longer, device))
-                case "large":
-                    protocols.append(_cached(name, settings, large, settings.proxy, device))
-                case "end_to_end":
-                    protocols.append(_end_to_end(settings, _trainings(directory), device))
+        if name in settings.protocols:
+            with _fields_of(name):
+                protocols.append(prepare(name))
     return protocols
 
 
@@ -199,10 +208,9 @@ def _fields_of(protocol: ProtocolName) -> AbstractContextManager[None]:
 
 
 def _cached(
-    name: ProtocolName, settings: FidelitySettings, backbone: BackboneSettings, proxy: ProxySettings, device: str
+    name: ProtocolName, settings: FidelitySettings, proxy: ProxySettings, caches: dict[str, FeatureCache], device: str
 ) -> Protocol:
-    """A protocol on cached features of this backbone, with trainings like this."""
-    caches = prepare_caches(settings.data, backbone, settings.features, settings.machine)
+    """A protocol on these cached features, with trainings like this."""
     directories = {role: cache.directory for role, cache in caches.items()}
 
     def create_task() -> ProxyTask:
@@ -229,11 +237,12 @@ def _cached(
 
 def _end_to_end(settings: FidelitySettings, directory: Path, device: str) -> Protocol:
     data, recipe = settings.data, settings.end_to_end
-    if recipe.crop_size is None:  # whole pictures, as on cached features
+    if recipe.crop_size is None:  # as on cached features: whole pictures, unless told otherwise
         train = open_dataset(data.dataset, data.train_split, data.data_dir)
-        recipe = replace(recipe, crop_size=padded_size(settings.features, train, settings.backbone.stride))
+        whole = padded_size(settings.features, train, settings.backbone.stride)
+        recipe = replace(recipe, crop_size=given(settings.proxy.crop_size, whole))
     if data.dataset == SHAPES:  # a short training learns one scale at best
-        recipe = replace(recipe, min_scale=recipe.min_scale or 1.0, max_scale=recipe.max_scale or 1.0)
+        recipe = replace(recipe, min_scale=given(recipe.min_scale, 1.0), max_scale=given(recipe.max_scale, 1.0))
     training = TrainingSettings(
         data=data,
         backbone=settings.backbone,
@@ -273,8 +282,7 @@ def _run(settings: FidelitySettings, protocols: list[Protocol], directory: Path)
 
 
 def _folder(directory: Path, protocol: ProtocolName) -> Folder:
-    path = directory / protocol
-    return Folder(path, "protocol", f"give another `out`, or delete {path}")
+    return Folder(directory / protocol, "protocol")
 
 
 def _is_scored(folder: Folder, job: Job) -> bool:
@@ -336,6 +344,15 @@ def _check(settings: FidelitySettings) -> None:
     require("long_iterations", settings.long_iterations, settings.long_iterations >= 1, "at least 1")
     if not settings.protocols or len(set(settings.protocols)) < len(settings.protocols):
         raise InputError(f"`protocols` must name some of {', '.join(PROTOCOLS)}, each once")
+    if "large" in settings.protocols:
+        with _fields_of("large"):
+            settings.large.check()
+    if "end_to_end" in settings.protocols:
+        with _fields_of("end_to_end"):
+            recipe = settings.end_to_end.completed(settings.data.dataset)
+            recipe.check(settings.backbone.stride)
+            if settings.end_to_end.validate_every is not None:
+                raise InputError("`validate_every` is for single trainings: only the last iteration counts here, leave it out")
 
 
 if __name__ == "__main__":

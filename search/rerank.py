@@ -29,6 +29,7 @@ from search.settings import (
     MachineSettings,
     RecipeSettings,
     TrainingSettings,
+    given,
     known,
     require,
 )
@@ -70,9 +71,9 @@ class RunOverrides:
         before = run if self.dataset is None else DataSettings(dataset=self.dataset)
         return DataSettings(
             dataset=before.dataset,
-            data_dir=self.data_dir or before.data_dir,
-            train_split=self.train_split or before.train_split,
-            val_split=self.val_split or before.val_split,
+            data_dir=given(self.data_dir, before.data_dir),
+            train_split=given(self.train_split, before.train_split),
+            val_split=given(self.val_split, before.val_split),
         )
 
     def network(self, run: BackboneSettings) -> BackboneSettings:
@@ -80,17 +81,17 @@ class RunOverrides:
         is_another = self.backbone is not None or self.weights is not None or self.pretrained
         before = BackboneSettings(backbone=run.backbone) if is_another else run
         return BackboneSettings(
-            backbone=self.backbone or before.backbone,
-            weights=self.weights or before.weights,
-            weights_origin=self.weights_origin or before.weights_origin,
+            backbone=given(self.backbone, before.backbone),
+            weights=given(self.weights, before.weights),
+            weights_origin=given(self.weights_origin, before.weights_origin),
             pretrained=self.pretrained or before.pretrained,
-            output_stride=self.output_stride or run.output_stride,
+            output_stride=given(self.output_stride, run.output_stride),
         )
 
     def head(self, run: HeadSettings, dropout: float) -> HeadSettings:
         return HeadSettings(
-            branch_channels=run.branch_channels if self.branch_channels is None else self.branch_channels,
-            pooling=self.pooling or run.pooling,
+            branch_channels=given(self.branch_channels, run.branch_channels),
+            pooling=given(self.pooling, run.pooling),
             dropout=dropout,
         )
 
@@ -134,9 +135,10 @@ def main(settings: RerankSettings) -> None:
         return EndToEndTask(training, directory)
 
     task, folder = create_task(), Folder(directory, "re-ranking")
+    identity = task.identity()  # builds a network, so that one that cannot be built leaves no folder behind
     workers = open_workers(create_task, settings.workers, training.machine.device, known(training.recipe.iterations))
     with folder.locked():
-        folder.begin(task.identity(), this_command(_PROG))
+        folder.begin(identity, this_command(_PROG))
         with workers as opened:
             try:
                 _train(task, opened, candidates, settings)
@@ -163,14 +165,15 @@ def candidates_of(run: Run, settings: RerankSettings) -> list[Candidate]:
 
 def training_settings(settings: RerankSettings, run: Run) -> TrainingSettings:
     """Of each training: what is given, else what the run was made with. Only the last validation counts, unless told so."""
-    given, of_run = settings.overrides, run.settings
+    overrides, of_run = settings.overrides, run.settings
     training = TrainingSettings(
-        data=given.data(of_run.data),
-        backbone=given.network(of_run.backbone),
-        head=given.head(of_run.head, settings.dropout),
+        data=overrides.data(of_run.data),
+        backbone=overrides.network(of_run.backbone),
+        head=overrides.head(of_run.head, settings.dropout),
         recipe=settings.recipe,
         machine=MachineSettings(
-            device=resolve_device(settings.device.device), cache_dir=given.cache_dir or of_run.machine.cache_dir
+            device=resolve_device(settings.device.device),
+            cache_dir=given(overrides.cache_dir, of_run.machine.cache_dir),
         ),
         seed=settings.seed,
     ).completed()

@@ -80,7 +80,8 @@ def known(value: Value | None) -> Value:
     return value
 
 
-def _given(value: Value | None, default: Value) -> Value:
+def given(value: Value | None, default: Value) -> Value:
+    """The value, or the default where it is None: 0 and "" were given."""
     return default if value is None else value
 
 
@@ -122,7 +123,7 @@ class BackboneSettings:
     @property
     def stride(self) -> int:
         """The output stride, given or not."""
-        return _given(self.output_stride, 16)
+        return given(self.output_stride, 16)
 
     def check(self) -> None:
         """Raises InputError for an output stride that no backbone has."""
@@ -157,11 +158,11 @@ class CellSettings:
 
     def completed(self, dataset: str) -> Self:
         """With the defaults for a data set where nothing was given."""
-        return replace(self, branch_channels=_given(self.branch_channels, 64 if dataset == SHAPES else 256))
+        return replace(self, branch_channels=given(self.branch_channels, 64 if dataset == SHAPES else 256))
 
     def check(self) -> None:
         """Raises InputError for numbers that cannot work."""
-        require("branch_channels", self.branch_channels, _given(self.branch_channels, 1) >= 1, "at least 1")
+        require("branch_channels", self.branch_channels, given(self.branch_channels, 1) >= 1, "at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,12 +265,12 @@ class RecipeSettings:
         small = dataset == SHAPES
         return replace(
             self,
-            crop_size=_given(self.crop_size, (257, 257) if small else (769, 769)),
-            min_scale=_given(self.min_scale, 0.5),
-            max_scale=_given(self.max_scale, 2.0),
-            batch_size=_given(self.batch_size, 8 if small else 16),
-            iterations=_given(self.iterations, 150 if small else 90_000),
-            learning_rate=_given(self.learning_rate, 0.05 if small else 0.01),
+            crop_size=given(self.crop_size, (257, 257) if small else (769, 769)),
+            min_scale=given(self.min_scale, 0.5),
+            max_scale=given(self.max_scale, 2.0),
+            batch_size=given(self.batch_size, 8 if small else 16),
+            iterations=given(self.iterations, 150 if small else 90_000),
+            learning_rate=given(self.learning_rate, 0.05 if small else 0.01),
         )
 
     def check(self, output_stride: int) -> None:
@@ -279,7 +280,7 @@ class RecipeSettings:
         require("batch_size", self.batch_size, known(self.batch_size) >= 1, "at least 1")
         require("accumulate", self.accumulate, self.accumulate >= 1, "at least 1")
         require("checkpoint_every", self.checkpoint_every, self.checkpoint_every >= 1, "at least 1")
-        require("validate_every", self.validate_every, _given(self.validate_every, 1) >= 1, "at least 1")
+        require("validate_every", self.validate_every, given(self.validate_every, 1) >= 1, "at least 1")
         require("loading_processes", self.loading_processes, self.loading_processes >= 0, "at least 0")
         require("statistics_batches", self.statistics_batches, self.statistics_batches >= 0, "at least 0")
         require("slow_start_iterations", self.slow_start_iterations, self.slow_start_iterations >= 0, "at least 0")

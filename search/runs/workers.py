@@ -1,7 +1,8 @@
 """Who evaluates cells: this process, or several workers under Ray, on one machine or a cluster.
 
 What evaluating means is the task's: a brief training on cached features (`search.tasks.proxy`), or a whole one
-(`search.tasks.end_to_end`). Workers only evaluate; the process that asks also writes the study. A worker that dies gives its cell back.
+(`search.tasks.end_to_end`). Workers only evaluate; the process that asks also writes the study. A worker that dies gives
+its cell back.
 """
 
 import logging

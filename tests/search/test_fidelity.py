@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -22,22 +23,26 @@ import search.backbones.shapes
 import search.fidelity
 import search.reports.fidelity
 from reference.cell import BACKBONE_FEATURE, Cell
+from search.backbones import create_backbone
 from search.cells.space import SearchSpace, canonical_form, load_cell
+from search.datasets import open_dataset
 from search.errors import InputError
-from search.features import FeatureSettings, create_backbone, write_json
 from search.fidelity import PROTOCOLS, FidelitySettings, fidelity_cells
+from search.folder import Folder
 from search.reports.fidelity import (
     Score,
     agreements,
     cell_scores,
     load_scores,
     noise_ceiling,
-    score_path,
+    score_name,
     self_agreement,
     write_report,
 )
 from search.reports.rank_correlation import spearman
+from search.settings import SHAPES, BackboneSettings, known
 from search.tasks.end_to_end import EndToEndTask
+from search.tasks.feature_cache import padded_size
 from search.tasks.proxy import NotFiniteError, ProxyTask
 from tests.search.composed import changed, composed
 
@@ -101,22 +106,25 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> FidelitySettings:
         data_dir=write_camvid(folder / "camvid"),
         backbone=SMALL,
         weights=folder / f"{SMALL}.pth",
-        large_backbone=LARGE,
-        large_weights=folder / f"{LARGE}.pth",
         cache_dir=folder / "cache",
         out=folder / "runs" / "camvid",
         device="cpu",
         crop_size=SIZE,
         iterations=3,
         long_iterations=6,
-        end_to_end_iterations=2,
-        end_to_end_batch_size=2,
         batch_size=2,
         learning_rate=0.5,
         branch_channels=8,
         statistics_batches=1,
-        loading_processes=0,
         seeds=1,
+        **{
+            "large.backbone": LARGE,
+            "large.weights": folder / f"{LARGE}.pth",
+            "end_to_end.iterations": 2,
+            "end_to_end.batch_size": 2,
+            "end_to_end.statistics_batches": 1,
+            "end_to_end.loading_processes": 0,
+        },
     )
 
 
@@ -131,14 +139,14 @@ def few_cells_and_no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 def uninterrupted(tiny: FidelitySettings) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(search.fidelity, "fidelity_cells", lambda: FOUR)
-        search.fidelity.main(changed(tiny, name="uninterrupted", seeds=2))
-    return tiny.runs_dir / "fidelity" / "uninterrupted"
+        search.fidelity.main(changed(tiny, seeds=2))
+    return known(tiny.out)
 
 
 @pytest.fixture
 def settings(tiny: FidelitySettings, tmp_path: Path) -> FidelitySettings:
     """The same in a folder of its own, two protocols."""
-    return changed(tiny, runs_dir=tmp_path, protocols=("proxy", "end_to_end"))
+    return changed(tiny, out=tmp_path / "camvid", protocols=("proxy", "end_to_end"))
 
 
 def scores_of(
@@ -150,7 +158,11 @@ def scores_of(
 
 def run(settings: FidelitySettings) -> Path:
     search.fidelity.main(settings)
-    return settings.runs_dir / "fidelity" / "camvid"
+    return known(settings.out)
+
+
+def score_path(directory: Path, protocol: str, cell_name: str, seed: int) -> Path:
+    return Folder(directory / protocol).result_path(score_name(cell_name, seed))
 
 
 def forbid_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,7 +188,7 @@ def test_a_run_leaves_what_it_is_for(
 
     capsys.readouterr()
     forbid_evaluation(monkeypatch)
-    search.fidelity.main(changed(tiny, name="uninterrupted", seeds=2))
+    search.fidelity.main(changed(tiny, seeds=2))
     means = {p: [np.mean([rows[p, name, seed] for seed in (0, 1)]) for name in FOUR] for p in PROTOCOLS}
     rho = spearman([float(x) for x in means["proxy"]], [float(y) for y in means["long"]])
     table = capsys.readouterr().out.splitlines()
@@ -188,6 +200,29 @@ def test_every_training_has_random_numbers_of_its_own(tiny: FidelitySettings) ->
     settings = changed(tiny, seeds=3)
     jobs = [job for protocol in PROTOCOLS for job in search.fidelity._jobs(settings, protocol, FOUR)]
     assert len({job.seed for job in jobs}) == len(jobs) == 4 * 4 * 3
+
+
+def test_random_numbers_follow_from_names_alone(tiny: FidelitySettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    def numbers(cells: dict[str, Cell]) -> dict[object, Sequence[int]]:
+        jobs = [job for protocol in PROTOCOLS for job in search.fidelity._jobs(changed(tiny, seeds=2), protocol, cells)]
+        return {job.key: job.seed for job in jobs}
+
+    before = numbers(FOUR)
+    assert before["long", "pool", 1] == (0, crc32(b"long"), 1, crc32(b"pool"))
+    monkeypatch.setattr(search.fidelity, "PROTOCOLS", ("earlier", *reversed(PROTOCOLS)))
+    after = numbers(dict(reversed(fidelity_cells().items())))
+    assert after.items() >= before.items()
+    assert len(set(after.values())) == len(after) == 4 * 31 * 2
+
+
+def test_a_protocol_added_before_another_reseeds_nothing(settings: FidelitySettings, uninterrupted: Path) -> None:
+    alone = scores_of(run(changed(settings, protocols=("long",))))
+    assert alone == scores_of(uninterrupted, ("long",), seeds=1)
+    times = {path: path.stat().st_mtime_ns for path in known(settings.out).glob("long/*-seed*.json")}
+    assert len(times) == len(FOUR)
+    both = scores_of(run(changed(settings, protocols=("proxy", "long"))))
+    assert both == scores_of(uninterrupted, ("proxy", "long"), seeds=1)
+    assert all(path.stat().st_mtime_ns == time for path, time in times.items())
 
 
 def test_protocols_and_seeds_can_be_added(settings: FidelitySettings, uninterrupted: Path) -> None:
@@ -219,7 +254,7 @@ def die_at(owner: Any, name: str, call: int) -> None:
 
 
 DEATHS: dict[str, tuple[Any, str, int]] = {
-    "before a score is written": (search.fidelity, "write_json", 2 + 3),  # the settings of two protocols come first
+    "before a score is written": (Folder, "write_result", 3),
     "in a proxy training": (ProxyTask, "evaluate", 2),
     "before a network is deleted": (shutil, "rmtree", 2),
     "before the last network is deleted": (shutil, "rmtree", 4),
@@ -245,7 +280,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(settings: FidelitySetti
     assert child.exitcode == -signal.SIGKILL
 
     expected = {(p, name, s): x for (p, name, s), x in scores_of(uninterrupted).items() if p in settings.protocols and s == 0}
-    kept = scores_of(settings.runs_dir / "fidelity" / "camvid")
+    kept = scores_of(known(settings.out))
     assert kept.items() <= expected.items()
     assert (len(kept) == len(expected)) == (death == "before the last network is deleted")
     directory = run(settings)
@@ -253,11 +288,11 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(settings: FidelitySetti
     assert not (directory / "end_to_end" / "trainings").exists()
 
 
-def failing(protocol_number: int, cell_number: int, error: BaseException) -> Callable[..., Any]:
-    original = ProxyTask.evaluate
+def failing(protocol: str, cell_number: int, error: BaseException) -> Callable[..., Any]:
+    original, numbers = ProxyTask.evaluate, (crc32(protocol.encode()), crc32(list(FOUR)[cell_number].encode()))
 
     def evaluate(self: ProxyTask, cell: Cell, seed: Sequence[int], on_step: Any) -> Any:
-        if (seed[1], seed[3]) == (protocol_number, cell_number):
+        if (seed[1], seed[3]) == numbers:
             raise error
         return original(self, cell, seed, on_step)
 
@@ -269,7 +304,7 @@ def test_ctrl_c_shows_what_is_there_and_goes_on(
 ) -> None:
     settings = changed(settings, protocols=("proxy", "long"))
     with monkeypatch.context() as patch:
-        patch.setattr(ProxyTask, "evaluate", failing(1, 3, KeyboardInterrupt()))
+        patch.setattr(ProxyTask, "evaluate", failing("long", 3, KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             search.fidelity.main(settings)
     line = capsys.readouterr().out.splitlines()[1]
@@ -282,10 +317,20 @@ def test_ctrl_c_shows_what_is_there_and_goes_on(
 def test_ctrl_c_before_the_first_score_ends_in_order(
     settings: FidelitySettings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(ProxyTask, "evaluate", failing(0, 0, KeyboardInterrupt()))
+    monkeypatch.setattr(ProxyTask, "evaluate", failing("proxy", 0, KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         search.fidelity.main(settings)
     assert "proxy – end to end                    –      –" in capsys.readouterr().out
+
+
+def test_a_run_without_a_folder_of_its_own_is_named_after_its_data(
+    settings: FidelitySettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ProxyTask, "evaluate", failing("proxy", 0, KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        search.fidelity.main(changed(settings, out=None))
+    assert (tmp_path / "runs" / "fidelity" / "camvid" / "report.md").is_file()
 
 
 def test_a_cell_that_fails_is_left_out_and_named(
@@ -294,7 +339,7 @@ def test_a_cell_that_fails_is_left_out_and_named(
     settings = changed(settings, protocols=("proxy", "long"))
     name = list(FOUR)[1]
     with monkeypatch.context() as patch:
-        patch.setattr(ProxyTask, "evaluate", failing(1, 1, NotFiniteError("the loss was nan at iteration 2")))
+        patch.setattr(ProxyTask, "evaluate", failing("long", 1, NotFiniteError("the loss was nan at iteration 2")))
         directory = run(settings)
     printed = capsys.readouterr()
     assert f"left out: {name} of long training, seed 0: the loss was nan at iteration 2" in printed.out
@@ -312,7 +357,7 @@ def test_a_passing_failure_leaves_no_score_and_is_tried_again(
 ) -> None:
     settings = changed(settings, protocols=("proxy",))
     with monkeypatch.context() as patch:
-        patch.setattr(ProxyTask, "evaluate", failing(0, 1, torch.OutOfMemoryError("tried 3 GiB")))
+        patch.setattr(ProxyTask, "evaluate", failing("proxy", 1, torch.OutOfMemoryError("tried 3 GiB")))
         assert len(scores_of(run(settings))) == len(FOUR) - 1
     assert "seed 0 failed: out of GPU memory: tried 3 GiB; the same command goes on with it" in capsys.readouterr().err
     assert scores_of(run(settings)) == scores_of(uninterrupted, ("proxy",), seeds=1)
@@ -324,34 +369,34 @@ def test_a_passing_failure_leaves_no_score_and_is_tried_again(
 def test_other_data_are_refused_by_their_split(tiny: FidelitySettings, uninterrupted: Path, tmp_path: Path) -> None:
     for split in ("train", "val"):
         folder = tmp_path / split
-        shutil.copytree(tiny.data_dir or Path(), folder)
+        shutil.copytree(known(tiny.data.data_dir), folder)
         Image.fromarray(np.zeros(SIZE, np.uint8)).save(folder / f"{split}annot" / "0.png")
-        changed = changed(tiny, name="uninterrupted", protocols=("end_to_end",), data_dir=folder)
-        role = {"train": "training", "val": "validation"}[split]
-        with pytest.raises(InputError, match=rf"end_to_end in .* was scored with `data_dir` \({role}\)"):
-            search.fidelity.main(changed)
+        other = changed(tiny, protocols=("end_to_end",), data_dir=folder)
+        blamed = rf"`data_dir` or `{split}_split` \(pictures\)"
+        with pytest.raises(InputError, match=rf"protocol .*/end_to_end was started with {blamed} \w+, now it is \w+: "):
+            search.fidelity.main(other)
 
 
 def test_crops_are_whole_images_by_default(tiny: FidelitySettings, tmp_path: Path) -> None:
     settings = changed(tiny, crop_size=None)
     protocols = search.fidelity.prepare_protocols(changed(settings, protocols=("end_to_end",)), tmp_path)
-    assert protocols[0].identity["--crop-size"] == list(SIZE)
+    assert protocols[0].identity["end_to_end.crop_size"] == list(SIZE)
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"iterations": 4}, "proxy in .* was scored with `iterations` 3, now it is 4"),
+        ({"iterations": 4}, "protocol .*/proxy was started with `iterations` 3, now it is 4"),
         ({"learning_rate": 0.1}, "with `learning_rate` 0.5, now it is 0.1"),
         ({"seed": 1}, "with `seed` 0, now it is 1"),
-        ({"end_to_end_iterations": 3}, "end_to_end in .* with `end_to_end_iterations` 2, now it is 3"),
-        ({"end_to_end_batch_size": 4}, "with `end_to_end_batch_size` 2, now it is 4"),
-        ({"end_to_end_learning_rate": 0.2}, "with `end_to_end_learning_rate` 0.1, now it is 0.2"),
-        ({"end_to_end_max_scale": 1.0}, "with `end_to_end_max_scale` 2.0, now it is 1.0"),
-        ({"long_iterations": 7}, "long in .* with `long_iterations` 6, now it is 7"),
+        ({"end_to_end.iterations": 3}, "protocol .*/end_to_end was started with `end_to_end.iterations` 2, now it is 3"),
+        ({"end_to_end.batch_size": 4}, "with `end_to_end.batch_size` 2, now it is 4"),
+        ({"end_to_end.learning_rate": 0.2}, "with `end_to_end.learning_rate` 0.1, now it is 0.2"),
+        ({"end_to_end.max_scale": 1.0}, "with `end_to_end.max_scale` 2.0, now it is 1.0"),
+        ({"long_iterations": 7}, "protocol .*/long was started with `long_iterations` 6, now it is 7"),
         (
-            {"large_backbone": SMALL, "large_weights": "weights"},
-            f"large in .* with `large_backbone` {LARGE}, now it is {SMALL}",
+            {"large.backbone": SMALL, "large.weights": "weights"},
+            f"protocol .*/large was started with .*`large.backbone` {LARGE}, now it is {SMALL}",
         ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
@@ -359,18 +404,18 @@ def test_crops_are_whole_images_by_default(tiny: FidelitySettings, tmp_path: Pat
 def test_other_settings_are_refused_by_their_flag(
     tiny: FidelitySettings, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], words: str
 ) -> None:
-    if "large_backbone" in changes:
-        changes = changes | {"large_weights": tiny.weights}
+    if "large.backbone" in changes:
+        changes = changes | {"large.weights": tiny.backbone.weights}
     forbid_evaluation(monkeypatch)
     with pytest.raises(InputError, match=words):
-        search.fidelity.main(changed(tiny, name="uninterrupted", **changes))
+        search.fidelity.main(changed(tiny, **changes))
 
 
 def test_settings_of_another_protocol_do_not_matter(
     tiny: FidelitySettings, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forbid_evaluation(monkeypatch)
-    search.fidelity.main(changed(tiny, name="uninterrupted", protocols=("proxy", "large"), long_iterations=99))
+    search.fidelity.main(changed(tiny, protocols=("proxy", "large"), long_iterations=99))
 
 
 @pytest.mark.parametrize(
@@ -382,10 +427,12 @@ def test_settings_of_another_protocol_do_not_matter(
         ({"dropout": 1.0}, "`dropout` must be"),
         ({"protocols": ("proxy", "proxy")}, "`protocols` must name some of proxy, long, large, end_to_end, each once"),
         ({"protocols": ()}, "`protocols` must name"),
-        ({"large_weights": None}, "give `large_weights` FILE, or `large_pretrained`"),
-        ({"large_backbone": "no_such_model"}, "correct `large_backbone`, `large_weights`"),
+        ({"large.weights": None}, "give `large.weights`, or `large.pretrained`"),
+        ({"large.backbone": "no_such_model"}, "correct `large.backbone`, `large.weights`"),
         ({"crop_size": (32, 32)}, "`crop_size` 32 32 must be"),
-        ({"end_to_end_min_scale": 0.0}, "^`end_to_end_min_scale` must be above 0"),
+        ({"large.output_stride": 4}, "^`large.output_stride` must be 8 or 16, got 4"),
+        ({"end_to_end.iterations": 0}, "^`end_to_end.iterations` must be at least 1, got 0"),
+        ({"end_to_end.min_scale": 0.0}, "^`end_to_end.min_scale` must be above 0"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_written(
@@ -393,7 +440,37 @@ def test_what_cannot_work_is_refused_before_anything_is_written(
 ) -> None:
     with pytest.raises(InputError, match=words):
         search.fidelity.main(changed(settings, **{"protocols": PROTOCOLS} | changes))
-    assert not settings.runs_dir.joinpath("fidelity").exists()
+    assert not known(settings.out).exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"large.output_stride": 4},
+        {"end_to_end.iterations": 0},
+        {"end_to_end.min_scale": 0.0},
+        {"end_to_end.validate_every": 1},
+    ],
+)
+def test_numbers_that_cannot_work_are_refused_before_features_are_computed(
+    settings: FidelitySettings, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search.fidelity, "prepare_caches", lambda *_: pytest.fail("features take hours"))
+    with pytest.raises(InputError, match=f"`{next(iter(changes))}`"):
+        search.fidelity.main(changed(settings, **{"protocols": PROTOCOLS} | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "crop"),
+    [({}, None), ({"crop_size": (33, 33)}, (33, 33)), ({"crop_size": (33, 33), "end_to_end.crop_size": (17, 33)}, (17, 33))],
+)
+def test_end_to_end_crops_as_the_proxy_unless_told_otherwise(
+    settings: FidelitySettings, changes: dict[str, Any], crop: tuple[int, int] | None
+) -> None:
+    settings = changed(settings, protocols=("end_to_end",), **changes)
+    (protocol,) = search.fidelity.prepare_protocols(settings, known(settings.out))
+    whole = padded_size(settings.features, open_dataset("camvid", "train", settings.data.data_dir), 16)
+    assert protocol.identity["end_to_end.crop_size"] == list(crop or whole)
 
 
 def test_a_damaged_score_is_named(settings: FidelitySettings) -> None:
@@ -423,7 +500,8 @@ def test_made_scores_give_the_known_rho(tmp_path: Path) -> None:
         {"proxy": [[0.1, 0.1, 0.3, 0.5, 0.4], [0.1, 0.3, 0.3, 0.3, 0.6]], "long": [[0.2, 0.1, 0.3, 0.4, 0.5]]}
     )
     for score in scores:
-        write_json(score_path(tmp_path, score.protocol, score.cell_name, score.seed), {**vars(score), "cell": []})
+        name = score_name(score.cell_name, score.seed)
+        Folder(tmp_path / score.protocol).write_result(name, {**vars(score), "cell": []})
     loaded = load_scores(tmp_path, ("proxy", "long"), [f"c{i}" for i in range(5)])
     assert loaded == scores
     (pair,) = agreements(loaded, ("proxy", "long"))
@@ -469,8 +547,8 @@ def test_seeds_that_are_not_finished_do_not_count_for_the_noise() -> None:
 def test_the_shapes_have_a_wide_backbone_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained: list[str] = []
     monkeypatch.setattr(search.backbones.shapes, "_train", lambda backbone, _: trained.append(backbone.name))
-    settings = composed(FeatureSettings, cache_dir=tmp_path, backbone="shapes_cnn_wide")
-    wide, again, small = (create_backbone(s) for s in (settings, settings, changed(settings, backbone=None)))
+    names = ("shapes_cnn_wide", "shapes_cnn_wide", None)
+    wide, again, small = (create_backbone(BackboneSettings(backbone=name), SHAPES, tmp_path) for name in names)
     assert trained == ["shapes_cnn_wide", "shapes_cnn"]  # each once, then from its own file
     assert again.weights_hash() == wide.weights_hash()
     assert (wide.name, wide.channels, small.name, small.channels) == ("shapes_cnn_wide", 256, "shapes_cnn", 128)

@@ -10,11 +10,12 @@ import pytest
 
 from search.cells.space import SearchSpace, load_cell
 from search.errors import InputError
-from search.report import ReportSettings, main, pareto_front, write_report
+from search.report import ReportSettings, main
 from search.reports.page import percent, quantity
-from search.runs.study import BaselineRecord, Run, TrialRecord
+from search.reports.run import pareto_front, write_report
+from search.runs.study import BaselineRecord, Run, RunSettings, TrialRecord
+from search.settings import BackboneSettings, DataSettings, FeatureSettings, HeadSettings, MachineSettings
 from search.tasks.proxy import ProxyResult
-from tests.search.composed import composed
 
 CLASS_NAMES = ("road", "car & <b>van</b>", "sky")
 FAILURE = "the loss was nan at iteration 3 <script>"
@@ -38,10 +39,11 @@ def make_run(directory: Path, scores: list[float | None], baselines: dict[str, l
         for name, group in (baselines or {}).items()
         for seed, score in enumerate(group)
     ]
-    settings = {"dataset": "shapes", "iterations": 1500, "crop_size": None, "learning_rate": 0.05}
+    identity = {"dataset": "shapes", "iterations": 1500, "crop_size": None, "learning_rate": 0.05}
     palette = np.array([[128, 64, 128], [0, 0, 142], [70, 130, 180]], dtype=np.uint8)
     command = "python -m search.random --dataset shapes"
-    return Run(directory, settings, command, CLASS_NAMES, palette, trials, compared)
+    settings = RunSettings(DataSettings(), BackboneSettings(), FeatureSettings(), HeadSettings(), MachineSettings())
+    return Run(directory, identity, command, CLASS_NAMES, palette, settings, trials, compared)
 
 
 def read_report(run: Run) -> str:
@@ -81,7 +83,7 @@ def test_own_cells_are_compared_by_their_names(tmp_path: Path) -> None:
 
 def test_a_run_keeps_its_report_in_its_folder(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"`out` is for `cells`: the report of a run is .*report\.html"):
-        main(composed(ReportSettings, run=tmp_path, out=tmp_path / "page.html"))
+        main(ReportSettings(run=tmp_path, out=tmp_path / "page.html"))
 
 
 def test_the_best_and_the_worst_cells_are_drawn_once_each(tmp_path: Path) -> None:
@@ -194,7 +196,7 @@ def test_the_report_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch:
 
 def test_command_refuses_a_folder_that_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is not a run"):
-        main(composed(ReportSettings, run=tmp_path))
+        main(ReportSettings(run=tmp_path))
 
 
 def test_pareto_front_keeps_what_nothing_beats() -> None:

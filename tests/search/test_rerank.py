@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 import search.random
+import search.reports.run_files
 import search.rerank
 from fast.checkpoint import load_network
 from reference.cell import CONV1X1, Branch, Cell, Operation
@@ -24,11 +25,13 @@ from search.cells.space import cell_hash, load_cell
 from search.errors import InputError
 from search.files import write_json
 from search.random import RandomSettings
-from search.rerank import Candidate, RerankSettings, correlation, finish, rank, read_result, train_settings
+from search.reports.reranking import Candidate, Failed, correlation, finish_reranking
+from search.rerank import RerankSettings, candidates_of, ranks, read_outcome, training_settings
 from search.runs.study import Run, load_run, ranked
+from search.settings import BackboneSettings, DataSettings
 from search.tasks.end_to_end import EndToEndResult, EndToEndTask
 from search.tasks.proxy import NotFiniteError
-from search.train import Training
+from search.training.loop import Training
 from search.training.state import read_curve
 from tests.search.composed import changed, composed
 from tests.search.tasks.test_end_to_end import measured, write_backbone
@@ -54,7 +57,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         cache_dir=folder / "cache",
         out=folder / "runs" / "camvid",
         device="cpu",
-        cells=4,
+        trials=4,
         iterations=8,
         batch_size=4,
         learning_rate=0.5,
@@ -64,7 +67,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         statistics_batches=1,
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search.random, "write_report", skip_report)
+        patch.setattr(search.reports.run_files, "write_report", skip_report)
         search.random.main(settings)
     return load_run(folder / "runs" / "camvid")
 
@@ -97,7 +100,7 @@ def uninterrupted(tiny: RerankSettings) -> Path:
 
 
 def results(directory: Path) -> dict[str, Any]:
-    read = {path.parent.name: read_result(path.parent) for path in directory.glob("*/result.json")}
+    read = {path.parent.name: read_outcome(path.parent) for path in directory.glob("*/result.json")}
     return {name: measured(result) if isinstance(result, EndToEndResult) else result for name, result in read.items()}
 
 
@@ -192,7 +195,7 @@ def test_more_seeds_and_cells_keep_what_is_trained(
         kill_at_call(Training, "_step", ITERATIONS + 2),
         kill_at_call(search.rerank, "_record", 2),
         kill_at_call(search.rerank, "_delete_state", 2),
-        kill_at_call(search.rerank, "finish", 1),
+        kill_at_call(search.rerank, "finish_reranking", 1),
     ],
     ids=["first_cell", "second_cell", "before_its_result", "after_its_result", "before_the_table"],
 )
@@ -256,6 +259,7 @@ def test_other_settings_are_refused(tiny: RerankSettings, uninterrupted: Path, c
         ({"top": 0}, "`top` must be at least 1, got 0"),
         ({"seeds": 0}, "`seeds` must be at least 1, got 0"),
         ({"iterations": 0}, "`iterations` must be at least 1, got 0"),
+        ({"output_stride": 0}, "`output_stride` must be 8 or 16, got 0"),
         ({"branch_channels": 0}, "`branch_channels` must be at least 1, got 0"),
         ({"compare": ("nothing",)}, "there is no cell 'nothing'"),
         ({"run": Path("nowhere")}, "nowhere is not a run"),
@@ -295,7 +299,7 @@ def test_a_cell_whose_training_diverges_fails_and_the_others_go_on(
     assert (failed["final_rank"], failed["failures"]) == ("", "the loss was nan at iteration 2")
     assert "failed" in next(line for line in output.out.splitlines() if line.startswith(f"trial {best.number} "))
     name = f"{cell_hash(best.cell)}-0-0"
-    assert {**results(uninterrupted), name: "the loss was nan at iteration 2"} == results(tmp_path)
+    assert {**results(uninterrupted), name: Failed("the loss was nan at iteration 2")} == results(tmp_path)
 
     forbid_training(monkeypatch)  # a failure is final: it would fail again
     search.rerank.main(settings)
@@ -311,10 +315,13 @@ def test_all_cells_failing_still_ends_in_order(
 def test_a_damaged_result_is_named(tiny: RerankSettings, tmp_path: Path) -> None:
     settings = changed(tiny, out=tmp_path, top=1, compare=())
     search.rerank.main(settings)
-    (path,) = tmp_path.glob("*/result.json")
+    (path,), before = tmp_path.glob("*/result.json"), results(tmp_path)
     path.write_text('{"result": {')
-    with pytest.raises(InputError, match=r"result\.json is damaged .* delete the folder"):
+    with pytest.raises(InputError, match=r"result\.json is damaged .* delete it and run the same command again"):
         search.rerank.main(settings)
+    path.unlink()
+    search.rerank.main(settings)
+    assert results(tmp_path) == before
 
 
 def test_two_ray_workers_give_the_same_as_one(
@@ -330,19 +337,20 @@ def test_two_ray_workers_give_the_same_as_one(
 
 
 def test_data_and_backbone_are_the_runs_unless_given(tiny: RerankSettings, run: Run) -> None:
-    assert run.features is not None
-    inherited = train_settings(tiny, run)
-    assert (inherited.dataset, inherited.backbone, inherited.output_stride) == ("camvid", BACKBONE, 16)
-    assert (str(inherited.data_dir), str(inherited.weights)) == (run.features["data_dir"], run.features["weights"])
-    assert (inherited.branch_channels, inherited.iterations, inherited.validate_every) == (8, ITERATIONS, ITERATIONS)
+    assert run.settings.data.data_dir is not None
+    inherited = training_settings(tiny, run)
+    assert (inherited.data.dataset, inherited.backbone.backbone, inherited.backbone.stride) == ("camvid", BACKBONE, 16)
+    assert (inherited.data, inherited.backbone) == (run.settings.data, run.settings.backbone)
+    recipe = inherited.recipe
+    assert (inherited.head.branch_channels, recipe.iterations, recipe.validate_every) == (8, ITERATIONS, ITERATIONS)
 
-    other = train_settings(changed(tiny, dataset="shapes", backbone="resnet18", validate_every=1, branch_channels=4), run)
-    assert (other.dataset, other.data_dir, other.train_split) == ("shapes", None, "train")
-    assert (other.backbone, other.weights, other.pretrained) == ("resnet18", None, False)
-    assert (other.validate_every, other.branch_channels) == (1, 4)
+    other = training_settings(changed(tiny, dataset="shapes", backbone="resnet18", validate_every=1, branch_channels=4), run)
+    assert other.data == DataSettings(dataset="shapes", data_dir=None, train_split="train")
+    assert other.backbone == BackboneSettings(backbone="resnet18", weights=None, pretrained=False)
+    assert (other.recipe.validate_every, other.head.branch_channels) == (1, 4)
 
-    weights = train_settings(changed(tiny, weights=Path("other.pth"), weights_origin="tensorflow"), run)
-    assert (weights.backbone, weights.weights, weights.weights_origin) == (BACKBONE, Path("other.pth"), "tensorflow")
+    weights = training_settings(changed(tiny, weights=Path("other.pth"), weights_origin="tensorflow"), run)
+    assert weights.backbone == BackboneSettings(backbone=BACKBONE, weights=Path("other.pth"), weights_origin="tensorflow")
 
 
 def pooling_cell(grid: int) -> Cell:
@@ -374,7 +382,7 @@ def made(tmp_path: Path, tiny: RerankSettings) -> tuple[Folders, list[Candidate]
 
 
 def test_ranks_and_correlation_of_known_scores(made: tuple[Folders, list[Candidate], RerankSettings]) -> None:
-    ordered = rank(*made)
+    ordered = ranks(*made)
     assert [row.candidate.name for row in ordered] == ["trial 3", "trial 1", "trial 2", "trial 0", "aspp", "psp"]
     assert [row.final_rank for row in ordered] == [1, 2, 3, 4, None, None]
     assert [row.candidate.proxy_rank for row in ordered] == [1, 3, 2, 4, None, None]
@@ -391,7 +399,7 @@ def test_ranks_and_correlation_of_known_scores(made: tuple[Folders, list[Candida
 def test_the_table_of_known_scores(
     made: tuple[Folders, list[Candidate], RerankSettings], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    finish(tmp_path, rank(*made), made[2])
+    finish_reranking(tmp_path, ranks(*made), made[2].seeds)
     lines = capsys.readouterr().out.splitlines()
     fields = {line.split("  ")[0]: line.split() for line in lines}
     assert fields["trial 1"][:7] == ["trial", "1", "3", "20.00", "2", "30.00", "±"]
@@ -408,10 +416,10 @@ def test_in_an_unfinished_ranking_only_shared_seeds_count(
 ) -> None:
     task, candidates, _ = made
     (task.folder(candidates[2].cell, (0, 1)) / "result.json").unlink()  # trial 0 has its first seed alone
-    ordered = rank(*made)
+    ordered = ranks(*made)
     assert [row.candidate.name for row in ordered] == ["trial 3", "trial 2", "trial 1", "trial 0", "aspp", "psp"]
     assert [row.mean for row in ordered[:4]] == [0.35, 0.25, 0.2, 0.1]
-    finish(tmp_path, ordered, made[2])
+    finish_reranking(tmp_path, ordered, made[2].seeds)
     assert "11 of 12 trainings are done; the same command goes on" in capsys.readouterr().out.splitlines()
 
 
@@ -421,7 +429,7 @@ def test_of_a_cell_that_failed_with_one_seed_the_others_give_no_rank(
     task, candidates, _ = made
     best = task.folder(candidates[5].cell, (0, 1)) / "result.json"
     write_json(best, {"result": None, "failure": "nan"})
-    ordered = rank(*made)
+    ordered = ranks(*made)
     assert [row.candidate.name for row in ordered if row.final_rank] == ["trial 1", "trial 2", "trial 0"]
     assert ordered[0].mean == pytest.approx(0.3)  # of both seeds: the failed one keeps nobody waiting
 
@@ -431,10 +439,10 @@ def test_known_cells_have_the_proxy_scores_of_the_same_cell(tiny: RerankSettings
     assert {"dpc", "aspp"} <= scores.keys()
     other = tmp_path / "aspp.json"  # another cell of a known name
     other.write_text(pooling_cell(4).to_json())
-    found = search.rerank.candidates_of(run, changed(tiny, compare=("dpc", str(other))))
+    found = candidates_of(run, changed(tiny, compare=("dpc", str(other))))
     assert [candidate.proxy_scores for candidate in found[:2]] == [(scores["dpc"],), ()]
     with pytest.raises(InputError, match=r"`compare` has two cells of the name 'aspp': rename the file .*aspp\.json"):
-        search.rerank.candidates_of(run, changed(tiny, compare=("aspp", str(other))))
+        candidates_of(run, changed(tiny, compare=("aspp", str(other))))
 
 
 def test_a_passing_failure_is_tried_again(

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from search.datasets import camvid, cityscapes, pascal_person_part, pascal_voc
-from search.datasets.check import CheckSettings, main
+from search.datasets.__main__ import CheckSettings, main
 from search.errors import InputError
 from tests.search import dataset_folders as made
 
@@ -200,6 +200,7 @@ def test_a_split_that_is_absent_is_a_problem_only_where_it_has_to_be(
     code, out = check(capsys, "pascal_voc", tmp_path)
     assert code == 1
     assert "1 problem:\n  folder " in out  # the same folder, which train and val both need, once
+    assert "correct --data-dir or unpack it there" in out  # the field of a part is the flag of the command
 
 
 @pytest.mark.parametrize(

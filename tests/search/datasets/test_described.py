@@ -17,7 +17,7 @@ from search.datasets import IGNORE_INDEX, described, open_dataset, split_names
 from search.datasets.files import FileDataset, voc_palette
 from search.errors import InputError
 from tests.search import dataset_folders as made
-from tests.search.composed import changed
+from tests.search.composed import changed, composed
 
 DOCUMENTATION = Path(__file__).parents[3] / "docs" / "datasets.md"
 FOLDERS = """
@@ -277,7 +277,9 @@ def test_missing_and_superfluous_files_are_named(tmp_path: Path) -> None:
 # In use
 
 
-def test_a_search_runs_on_a_described_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_search_runs_on_a_described_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Labels keep the ids of another data set, and the training split has another name, as a user's may."""
     rng = np.random.default_rng(0)
     for split, count in (("all", 5), ("val", 4)):
@@ -294,15 +296,16 @@ def test_a_search_runs_on_a_described_folder(tmp_path: Path, capsys: pytest.Capt
     with torch.random.fork_rng():
         torch.manual_seed(0)
         torch.save(timm.create_model("test_efficientnet").state_dict(), tmp_path / "weights.pth")
-    settings = search.random.RandomSettings(
+    monkeypatch.chdir(tmp_path)
+    settings = composed(
+        search.random.RandomSettings,
         dataset=str(path),
         train_split="all",
         backbone="test_efficientnet",
         weights=tmp_path / "weights.pth",
         cache_dir=tmp_path / "cache",
-        runs_dir=tmp_path / "runs",
         device="cpu",
-        cells=2,
+        trials=2,
         iterations=4,
         branch_channels=8,
         batch_size=2,
@@ -318,5 +321,5 @@ def test_a_search_runs_on_a_described_folder(tmp_path: Path, capsys: pytest.Capt
     assert (tmp_path / "runs" / "fields" / "report.html").stat().st_size > 0
     (tmp_path / "descriptions").mkdir()
     moved = path.rename(tmp_path / "descriptions" / path.name)  # a run is known by its data, not by where they are described
-    search.random.main(changed(settings, dataset=str(moved), data_dir=tmp_path, cells=3))
+    search.random.main(changed(settings, dataset=str(moved), data_dir=tmp_path, trials=3))
     assert len((tmp_path / "runs" / "fields" / "cells.csv").read_text().splitlines()) == 1 + 3

@@ -2,20 +2,20 @@
 
 import html
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-import search.report
+import search.reports.run
 from fast import DensePredictionCell, SegmentationHead
 from fast.checkpoint import save_head
 from reference.cell import Cell
 from search.cells.space import load_cell
 from search.errors import InputError
-from search.report import ReportSettings, main, write_report
-from tests.search.composed import composed
+from search.report import ReportSettings, main
+from search.reports.run import write_report
+from tests.search.composed import changed, composed
 from tests.search.test_report import BASELINES, make_run, visible_text
 
 SETTINGS = composed(ReportSettings, cells=("dpc",), in_channels=320, feature_size=(5, 5), device="cpu")
@@ -39,7 +39,7 @@ def page_of(settings: ReportSettings) -> str:
 
 @pytest.mark.parametrize(("in_channels", "parameters"), [(320, "356,160"), (2048, "814,080")])
 def test_parameters_are_those_of_table_1(tmp_path: Path, in_channels: int, parameters: str) -> None:
-    text = visible_text(page_of(replace(SETTINGS, in_channels=in_channels, out=tmp_path / "cells.html")))
+    text = visible_text(page_of(changed(SETTINGS, in_channels=in_channels, out=tmp_path / "cells.html")))
     assert f"{in_channels} → 256 {parameters}" in text
     assert "327,680" in text  # the projection
     assert "3×3 sep, rate 18×15" in text
@@ -52,7 +52,7 @@ def test_names_files_and_heads_stand_side_by_side(tmp_path: Path) -> None:
     (tmp_path / "mine.json").write_text(load_cell("psp").to_json(), encoding="utf-8")
     save_trained(tmp_path / "best.safetensors", load_cell("dpc"))
     cells = ("aspp", str(tmp_path / "mine.json"), str(tmp_path / "best.safetensors"))
-    settings = replace(SETTINGS, cells=cells, in_channels=8, branch_channels=4, out=tmp_path / "new" / "cells.html")
+    settings = changed(SETTINGS, cells=cells, in_channels=8, branch_channels=4, out=tmp_path / "new" / "cells.html")
     page = page_of(settings)
     text = visible_text(page)
     assert text.count("aspp, mine, best") == 1
@@ -69,7 +69,7 @@ def test_equal_names_are_told_apart_by_their_folders(tmp_path: Path) -> None:
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "<cell>.json").write_text(load_cell("psp").to_json(), encoding="utf-8")
     names = tuple(str(tmp_path / folder / "<cell>.json") for folder in ("one", "two"))
-    page = page_of(replace(SETTINGS, cells=names, in_channels=4, branch_channels=4, out=tmp_path / "cells.html"))
+    page = page_of(changed(SETTINGS, cells=names, in_channels=4, branch_channels=4, out=tmp_path / "cells.html"))
     assert all(html.escape(name) in page for name in names)
     assert "<cell>" not in page
 
@@ -77,13 +77,14 @@ def test_equal_names_are_told_apart_by_their_folders(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"cells": ()}, "give either `run` FOLDER or `cells`"),
-        ({"run": Path("runs")}, "give either `run` FOLDER or `cells`"),
+        ({"cells": ()}, "give either `run` with a folder, or `cells`"),
+        ({"run": Path("runs")}, "give either `run` with a folder, or `cells`"),
         ({"cells": ("nobody",)}, "there is no cell 'nobody'"),
         ({"cells": ("nobody.safetensors",)}, "nobody.safetensors cannot be read as safetensors"),
         ({"output_stride": 4}, "`output_stride` must be 8 or 16, got 4"),
         ({"in_channels": 0}, "`in_channels` must be at least 1, got 0"),
-        ({"feature_size": (0, 5)}, "`feature_size` must be at least 1, got 0"),
+        ({"branch_channels": 0}, "`branch_channels` must be at least 1, got 0"),
+        ({"feature_size": (0, 5)}, "`feature_size` must be at least 1 each, got (0, 5)"),
         ({"device": "abacus"}, "`device` abacus cannot be used"),
     ],
 )
@@ -92,7 +93,7 @@ def test_bad_input_is_refused_and_nothing_written(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=re.escape(message)):
-        main(replace(SETTINGS, **change))  # type: ignore[arg-type]
+        main(changed(SETTINGS, **change))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -101,12 +102,12 @@ def test_windows_pinned_larger_than_the_map_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "head.safetensors"
     save_head(path, SegmentationHead(context, 1), class_names=("a",), backbone={})
     with pytest.raises(InputError, match=r"head\.safetensors does not fit `feature_size` 5 5: pooling window of 9"):
-        main(replace(SETTINGS, cells=(str(path),), out=tmp_path / "cells.html"))
+        main(changed(SETTINGS, cells=(str(path),), out=tmp_path / "cells.html"))
 
 
 def test_a_runs_page_shows_what_its_heads_have_learned(tmp_path: Path) -> None:
     run = make_run(tmp_path, [0.30, 0.45, None, 0.25], BASELINES | {"trial 1": [0.44]})
-    run.settings["image_size"] = [33, 49]
+    run.identity["image_size"] = [33, 49]
     for file, cell in {"best": run.trials[1].cell, "aspp_seed0": load_cell("aspp"), "dpc_seed0": load_cell("psp")}.items():
         save_trained(tmp_path / "heads" / f"{file}.safetensors", cell)
     page = write_report(run, "cpu").read_text(encoding="utf-8")
@@ -120,7 +121,7 @@ def test_a_runs_page_shows_what_its_heads_have_learned(tmp_path: Path) -> None:
 
 def test_without_heads_or_device_no_latency_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run(tmp_path, [0.30], BASELINES)
-    monkeypatch.setattr(search.report, "measure_latencies", lambda *_, **__: pytest.fail("must not run"))
+    monkeypatch.setattr(search.reports.run, "measure_latencies", lambda *_, **__: pytest.fail("must not run"))
     assert "latency" not in visible_text(write_report(run, "cpu").read_text(encoding="utf-8")).lower()
     save_trained(tmp_path / "heads" / "best.safetensors", run.trials[0].cell)
     assert "latency" not in visible_text(write_report(run).read_text(encoding="utf-8")).lower()

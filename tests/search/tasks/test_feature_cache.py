@@ -20,7 +20,9 @@ import search.tasks.feature_cache
 from fast.backbone import Backbone
 from search.datasets import IGNORE_INDEX, Sample
 from search.errors import InputError
-from search.features import FeatureSettings, HalfWrittenError, build_cache, open_cache, prepare_caches
+from search.features import FeaturesSettings, main
+from search.settings import BackboneSettings, DataSettings, FeatureSettings, MachineSettings
+from search.tasks.feature_cache import FeatureCache, HalfWrittenError, build_cache, open_cache, prepare_caches
 from tests.search.composed import composed
 from tests.strategies import rng_seeds
 
@@ -39,10 +41,10 @@ class EveryNthPixel(nn.Module):
         return [self.scale * images[:, :, ::STRIDE, ::STRIDE]]
 
 
-def pixel_backbone(scale: float = 1.0) -> Backbone:
+def pixel_backbone(scale: float = 1.0, output_stride: int = STRIDE) -> Backbone:
     """Features are the pixels minus `MEAN`, times `scale`."""
     body, ones = EveryNthPixel(scale), torch.ones(3)
-    return Backbone("pixels", body, channels=3, output_stride=STRIDE, mean=torch.tensor(MEAN), std=ones)
+    return Backbone("pixels", body, channels=3, output_stride=output_stride, mean=torch.tensor(MEAN), std=ones)
 
 
 @dataclass(frozen=True)
@@ -77,11 +79,11 @@ class Pictures:
 
 
 def identity(dataset: Pictures, backbone: Backbone, size: tuple[int, int] = (33, 49), **changes: Any) -> dict[str, Any]:
-    settings = composed(FeatureSettings, image_size=size, **changes)
-    return search.features._identity(settings, dataset, backbone, settings.mirrored)
+    settings = FeatureSettings(image_size=size, **changes)
+    return search.tasks.feature_cache._identity(settings, dataset, backbone, settings.mirrored)
 
 
-def build(folder: Path, dataset: Pictures, backbone: Backbone | None = None, **changes: Any) -> search.features.FeatureCache:
+def build(folder: Path, dataset: Pictures, backbone: Backbone | None = None, **changes: Any) -> FeatureCache:
     backbone = backbone or pixel_backbone()
     return build_cache(folder, dataset, backbone, identity(replace(dataset, broken=-1), backbone, **changes), "cpu")
 
@@ -194,7 +196,10 @@ def test_an_interrupted_cache_whose_arrays_were_damaged_starts_again(
 
 def test_a_second_process_is_refused(tmp_path: Path) -> None:
     tmp_path.joinpath("cache").mkdir()
-    with FileLock(tmp_path / "cache" / "lock"), pytest.raises(InputError, match="is being written by another process: wait"):
+    with (
+        FileLock(tmp_path / "cache" / "lock"),
+        pytest.raises(InputError, match="is in use by another process: wait for it, or give another `cache_dir`"),
+    ):
         build(tmp_path / "cache", TWENTY)
     build(tmp_path / "cache", TWENTY)
 
@@ -202,13 +207,13 @@ def test_a_second_process_is_refused(tmp_path: Path) -> None:
 # Refusals
 
 
-STALE: dict[str, tuple[Pictures, float, dict[str, Any]]] = {
-    "weights_hash": (TWENTY, 2.0, {}),
-    "data_fingerprint": (replace(TWENTY, seed=1), 1.0, {}),
-    "output_stride": (TWENTY, 1.0, {"output_stride": 8}),
-    "image_size": (TWENTY, 1.0, {"size": (49, 49)}),
-    "mirrored": (TWENTY, 1.0, {"mirrored": True}),
-    "feature_dtype": (TWENTY, 1.0, {"feature_dtype": "bfloat16"}),
+STALE: dict[str, tuple[Pictures, Backbone, dict[str, Any]]] = {
+    "weights_hash": (TWENTY, pixel_backbone(2.0), {}),
+    "data_fingerprint": (replace(TWENTY, seed=1), pixel_backbone(), {}),
+    "output_stride": (TWENTY, pixel_backbone(output_stride=8), {}),
+    "image_size": (TWENTY, pixel_backbone(), {"size": (49, 49)}),
+    "mirrored": (TWENTY, pixel_backbone(), {"mirrored": True}),
+    "feature_dtype": (TWENTY, pixel_backbone(), {"feature_dtype": "bfloat16"}),
 }
 
 
@@ -221,11 +226,11 @@ def test_a_cache_of_something_else_is_refused_by_name(tmp_path: Path, field: str
     else:
         build(tmp_path, TWENTY)
     before = contents(tmp_path)
-    dataset, scale, changes = STALE[field]
+    dataset, backbone, changes = STALE[field]
     with pytest.raises(
         InputError, match=rf"cache {tmp_path} is stale: it was made with {field} .*; delete that folder"
     ) as caught:
-        open_cache(tmp_path, identity(dataset, pixel_backbone(scale), **changes))
+        open_cache(tmp_path, identity(dataset, backbone, **changes))
     assert not isinstance(caught.value, HalfWrittenError)  # which would be finished, with features of two kinds
     assert contents(tmp_path) == before
 
@@ -300,25 +305,42 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
 # Both splits
 
 
-def test_caches_are_made_once_for_both_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The splits that are opened, of three made pictures each, whose features are pixels."""
+    splits = []
 
     def open_dataset(name: str, split: str, data_dir: Path | None) -> Pictures:
         dataset = Pictures(((20, 40),) * 3, seed=len(split))
         object.__setattr__(dataset, "split", split)
-        asked.append(split)
+        splits.append(split)
         return dataset
 
-    monkeypatch.setattr(search.features, "open_dataset", open_dataset)
-    monkeypatch.setattr(search.features, "create_backbone", lambda settings: pixel_backbone())
-    settings = composed(FeatureSettings, dataset="pictures", cache_dir=tmp_path, mirrored=True, device="cpu")
-    caches = prepare_caches(settings)
+    monkeypatch.setattr(search.tasks.feature_cache, "open_dataset", open_dataset)
+    monkeypatch.setattr(search.tasks.feature_cache, "create_backbone", lambda *_: pixel_backbone())
+    return splits
+
+
+def test_the_command_says_what_the_caches_hold(tmp_path: Path, asked: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    main(composed(FeaturesSettings, dataset="pictures", train_split="all", cache_dir=tmp_path, device="cpu"))
+    assert asked == ["all", "val"]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(",")[0] for line in lines] == [
+        f"{role}: {tmp_path / f'pictures-{split}-pixels-os16'}" for role, split in (("train", "all"), ("val", "val"))
+    ]
+    assert all("features (3, 3, 3, 4) torch.float16" in line for line in lines)
+
+
+def test_caches_are_made_once_for_both_splits(tmp_path: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    features, machine = FeatureSettings(mirrored=True), MachineSettings(cache_dir=tmp_path, device="cpu")
+    groups = DataSettings(dataset="pictures"), BackboneSettings(), features, machine
+    caches = prepare_caches(*groups)
     assert asked == ["train", "val"]
     assert {split: len(cache.features) for split, cache in caches.items()} == {"train": 6, "val": 3}  # val is never mirrored
     assert caches["val"].labels.shape[1:] == (33, 49)  # the first picture's size, rounded up to the grid
 
-    monkeypatch.setattr(search.features, "build_cache", lambda *_: pytest.fail("the caches are there"))
-    again = prepare_caches(settings)
+    monkeypatch.setattr(search.tasks.feature_cache, "build_cache", lambda *_: pytest.fail("the caches are there"))
+    again = prepare_caches(*groups)
     for split in ("train", "val"):
         assert torch.equal(again[split].features, caches[split].features)
         assert json.loads((again[split].directory / "manifest.json").read_text()) == again[split].manifest
