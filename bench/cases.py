@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, Self, assert_never, cast
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from reference.atrous_separable_conv import depthwise_conv as reference_depthwis
 from reference.atrous_separable_conv import depthwise_conv_backward as reference_depthwise_conv_backward
 from reference.batch_norm import Array, BatchNorm
 from reference.bilinear_resize import bilinear_resize
-from reference.cell import Cell, Operation
+from reference.cell import AtrousSeparableConv, Cell, Conv1x1, Operation, PyramidPooling
 from reference.concat_project import DROPOUT_RATE
 from reference.dense_prediction_cell import (
     BranchOptions,
@@ -275,11 +275,15 @@ class OperationCase(MapCase):
 
     def _ours(self, x: Tensor, owner: nn.Module) -> Tensor:
         weights, training = cast(Any, owner).weights(), self.mode == "training"
-        if self.operation.rate is not None:
-            return atrous_separable_conv(x, weights, rate=self.operation.rate, training=training)
-        if self.operation.grid_size is not None:
-            return pyramid_pooling(x, weights, grid_size=self.operation.grid_size, training=training)
-        return conv1x1(x, weights, training=training)
+        match self.operation:
+            case Conv1x1():
+                return conv1x1(x, weights, training=training)
+            case AtrousSeparableConv(rate):
+                return atrous_separable_conv(x, weights, rate=rate, training=training)
+            case PyramidPooling(grid_size):
+                return pyramid_pooling(x, weights, grid_size=grid_size, training=training)
+            case _:
+                assert_never(self.operation)
 
     def truth(self, dtype: str) -> Truth:
         x, weights = array(self.features(dtype)), arrays(cast(Any, self.plain()).weights())

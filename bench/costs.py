@@ -8,9 +8,9 @@ A cell is the sum of its operations, because a batch norm in training ends each 
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, assert_never
 
-from reference.cell import BACKBONE_FEATURE, Cell, Operation
+from reference.cell import BACKBONE_FEATURE, AtrousSeparableConv, Cell, Conv1x1, Operation, PyramidPooling
 from reference.pyramid_pooling import window_size
 
 Mode = Literal["inference", "training"]
@@ -68,20 +68,23 @@ def operation_cost(
 ) -> Cost:
     """One of the 81 operations, as one pass: what lies between its convolutions need not reach the memory."""
     pointwise = in_channels * channels
-    weights, flops = pointwise, 0
-    if operation.rate is not None:
-        weights += 9 * in_channels
-        flops = conv_flops(size, 9 * in_channels, mode, need_input=need_input)
-    if operation.grid_size is not None:  # the convolution runs on the pooled map
-        height, width = (
-            extent - window_size(extent, grid) + 1
-            for extent, grid in zip((size.height, size.width), operation.grid_size, strict=True)
-        )
-        pooled = MapSize(size.batch, height, width, size.element_bytes)
-        flops = conv_flops(pooled, pointwise, mode, need_input=need_input)
-    else:
-        # behind a depthwise convolution, the gradient of the pointwise one's input is always needed
-        flops += conv_flops(size, pointwise, mode, need_input=need_input or operation.rate is not None)
+    match operation:
+        case Conv1x1():
+            weights, flops = pointwise, conv_flops(size, pointwise, mode, need_input=need_input)
+        case AtrousSeparableConv():
+            depthwise = 9 * in_channels
+            weights, flops = depthwise + pointwise, conv_flops(size, depthwise, mode, need_input=need_input)
+            # the way back leads through the pointwise one to the depthwise one's weights, whoever needs the input's gradient
+            flops += conv_flops(size, pointwise, mode, need_input=True)
+        case PyramidPooling(grid_size):  # the convolution runs on the pooled map
+            height, width = (
+                extent - window_size(extent, grid) + 1
+                for extent, grid in zip((size.height, size.width), grid_size, strict=True)
+            )
+            pooled = MapSize(size.batch, height, width, size.element_bytes)
+            weights, flops = pointwise, conv_flops(pooled, pointwise, mode, need_input=need_input)
+        case _:
+            assert_never(operation)
     return Cost(map_cost(size, in_channels, channels, weights, mode, need_input=need_input), flops)
 
 

@@ -4,7 +4,7 @@
 """
 
 from itertools import chain
-from typing import cast
+from typing import assert_never, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fast.batch_norm import MOMENTUM
 from reference.atrous_separable_conv import SeparableConv
 from reference.batch_norm import EPS, BatchNorm
-from reference.cell import BACKBONE_FEATURE, Cell, Operation
+from reference.cell import BACKBONE_FEATURE, AtrousSeparableConv, Cell, Conv1x1, Operation, PyramidPooling
 from reference.concat_project import DROPOUT_RATE
 from reference.dense_prediction_cell import CellWeights
 from reference.pointwise_conv import ConvNorm
@@ -72,11 +72,15 @@ class Pooling(nn.Module):
 
 def operation_module(operation: Operation, in_channels: int, channels: int) -> ConvNormReLU | Separable | Pooling:
     """One of the 81 operations."""
-    if operation.rate is not None:
-        return Separable(in_channels, channels, operation.rate)
-    if operation.grid_size is not None:
-        return Pooling(in_channels, channels, operation.grid_size)
-    return ConvNormReLU(in_channels, channels)
+    match operation:
+        case Conv1x1():
+            return ConvNormReLU(in_channels, channels)
+        case AtrousSeparableConv(rate):
+            return Separable(in_channels, channels, rate)
+        case PyramidPooling(grid_size):
+            return Pooling(in_channels, channels, grid_size)
+        case _:
+            assert_never(operation)
 
 
 class PlainCell(nn.Module):

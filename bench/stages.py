@@ -62,7 +62,7 @@ from bench.training_cases import NewCellCase, ProxyCase, SearchCase
 from bench.worker import OutOfTime, Say, WorkerLost, Workers, WorkFailed
 from fast import kernels
 from fast.kernels import Backend
-from reference.cell import BACKBONE_FEATURE, CONV1X1, Branch, Cell, Operation
+from reference.cell import BACKBONE_FEATURE, AtrousSeparableConv, Branch, Cell, Conv1x1, PyramidPooling
 from search.files import write_text
 
 ROOT = Path(__file__).parents[1]
@@ -73,11 +73,11 @@ REPLAYS = 3
 GPU_TESTS = ("tests/fast/kernels/test_triton_on_gpu.py", "tests/fast/test_train_step.py")
 EVERY_KIND = Cell(  # of branch, each input normed or not, one map read twice
     (
-        Branch(BACKBONE_FEATURE, Operation("atrous_separable_conv", rate=(1, 6))),
-        Branch(0, Operation("atrous_separable_conv", rate=(3, 1))),
-        Branch(0, CONV1X1),
-        Branch(1, Operation("pyramid_pooling", grid_size=(2, 4))),
-        Branch(BACKBONE_FEATURE, CONV1X1),
+        Branch(BACKBONE_FEATURE, AtrousSeparableConv(rate=(1, 6))),
+        Branch(0, AtrousSeparableConv(rate=(3, 1))),
+        Branch(0, Conv1x1()),
+        Branch(1, PyramidPooling(grid_size=(2, 4))),
+        Branch(BACKBONE_FEATURE, Conv1x1()),
     )
 )
 NCU_METRICS = (

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, assert_never
 
 import torch
 
@@ -25,7 +25,7 @@ from bench.cases import (
 from bench.costs import Mode
 from bench.training_cases import NewCellCase, ProxyCase, SearchCase, random_cells
 from fast.train_step import has_fast_bf16
-from reference.cell import CONV1X1, GRID_SIZES, RATES, Operation
+from reference.cell import GRID_SIZES, RATES, AtrousSeparableConv, Conv1x1, Operation, PyramidPooling
 from search.cells.space import load_cell
 from search.settings import HeadSettings, ProxySettings
 
@@ -127,7 +127,11 @@ def supported_dtypes(device: torch.device) -> tuple[tuple[DType, ...], tuple[DTy
 
 def rate_of(case: Case) -> tuple[int, int] | None:
     """Of an atrous convolution alone."""
-    return case.operation.rate if isinstance(case, OperationCase) else case.rate if isinstance(case, DepthwiseCase) else None
+    match case:
+        case DepthwiseCase(rate=rate) | OperationCase(operation=AtrousSeparableConv(rate)):
+            return rate
+        case _:
+            return None
 
 
 @dataclass(frozen=True)
@@ -195,18 +199,27 @@ class Planner:
 
     def _is_compiled(self, case: Case) -> bool:
         if self.quick:
-            return self.device.type != "cpu" and isinstance(case, OperationCase) and bool(case.operation.rate)
+            return self.device.type != "cpu" and isinstance(case, OperationCase) and rate_of(case) is not None
         return self.full or self._is_typical(case)
 
     def _is_typical(self, case: Case) -> bool:
         """Stands for its likes, where something is too slow to be done for all of them."""
         if isinstance(case, OperationCase):
-            operation = case.operation
-            few = self._few_rates()
-            return operation.rate in few if operation.rate else operation.grid_size in (None, self.scale.grids[0])
+            return self._is_typical_operation(case.operation)
         if isinstance(case, CellCase):
             return case.name in ("dpc", "aspp")
         return True
+
+    def _is_typical_operation(self, operation: Operation) -> bool:
+        match operation:
+            case Conv1x1():
+                return True
+            case AtrousSeparableConv(rate):
+                return rate in self._few_rates()
+            case PyramidPooling(grid_size):
+                return grid_size == self.scale.grids[0]
+            case _:
+                assert_never(operation)
 
     def _few_rates(self) -> tuple[tuple[int, int], ...]:
         return tuple(rate for rate in FEW_RATES if rate in self.scale.rates) or self.scale.rates
@@ -216,8 +229,8 @@ class Planner:
             all_of_them = k == 0 or self.full or self.device.type == "cuda"
             rates = self.scale.rates if all_of_them else self._few_rates()
             grids = self.scale.grids if all_of_them else self.scale.grids[:1]
-            operations = [Operation("atrous_separable_conv", rate=rate) for rate in rates]
-            operations += [CONV1X1, *(Operation("pyramid_pooling", grid_size=grid) for grid in grids)]
+            operations: list[Operation] = [AtrousSeparableConv(rate=rate) for rate in rates]
+            operations += [Conv1x1(), *(PyramidPooling(grid_size=grid) for grid in grids)]
             size: dict[str, Any] = {"batch": batch, "height": height, "width": width}
             size |= {"in_channels": channels, "channels": channels}
             for mode in MODES:

@@ -1,7 +1,7 @@
 """The Dense Prediction Cell as a PyTorch module; `reference/dense_prediction_cell.py` is its meaning."""
 
 from itertools import chain
-from typing import Any, cast, get_args
+from typing import Any, assert_never, cast, get_args
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from fast.pointwise_conv import lazy_conv1x1
 from fast.pyramid_pooling import lazy_pyramid_pooling
 from reference.atrous_separable_conv import SeparableConv
 from reference.batch_norm import EPS, Array, BatchNorm
-from reference.cell import BACKBONE_FEATURE, Cell, Operation
+from reference.cell import BACKBONE_FEATURE, AtrousSeparableConv, Cell, Conv1x1, Operation, PyramidPooling
 from reference.concat_project import DROPOUT_RATE
 from reference.dense_prediction_cell import CellWeights, rate_multiplier_for
 from reference.pointwise_conv import ConvNorm
@@ -183,11 +183,15 @@ def _branch(
     variant: PoolingVariant,
     pooling_size: tuple[int, int] | None,
 ) -> nn.Module:
-    if operation.rate is not None:
-        return SeparableBranch(in_channels, channels, (operation.rate[0] * multiplier, operation.rate[1] * multiplier))
-    if operation.grid_size is not None:
-        return _PoolingBranch(in_channels, channels, grid_size=operation.grid_size, variant=variant, pooling_size=pooling_size)
-    return _Conv1x1Branch(in_channels, channels)
+    match operation:
+        case Conv1x1():
+            return _Conv1x1Branch(in_channels, channels)
+        case AtrousSeparableConv():
+            return SeparableBranch(in_channels, channels, operation.rate_times(multiplier))
+        case PyramidPooling(grid_size):
+            return _PoolingBranch(in_channels, channels, grid_size=grid_size, variant=variant, pooling_size=pooling_size)
+        case _:
+            assert_never(operation)
 
 
 def _check_channels(**channels: int) -> None:

@@ -14,50 +14,68 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self, TypeAlias, assert_never
 
 BACKBONE_FEATURE = -1
 NUM_BRANCHES = 5  # B of the paper
 RATES = (1, 3, 6, 9, 12, 15, 18, 21)
 GRID_SIZES = (1, 2, 4, 8)
 
-OperationKind = Literal["conv1x1", "atrous_separable_conv", "pyramid_pooling"]
+
+@dataclass(frozen=True, slots=True)
+class Conv1x1:
+    """The 1×1 convolution."""
+
+    def __str__(self) -> str:
+        return "conv1x1"
 
 
 @dataclass(frozen=True, slots=True)
-class Operation:
-    """One operation of a branch; every operation ends in batch norm and ReLU and keeps the map's size.
+class AtrousSeparableConv:
+    """The 3×3 atrous separable convolution at `rate`, (rate_h, rate_w). Raises ValueError, naming the field.
 
-    `rate` is (rate_h, rate_w) of the 3×3 atrous separable convolution, `grid_size` is (grid_h, grid_w) of the pyramid pooling;
-    each belongs to its own kind and is None for the others. Any positive integers are valid here; which of them a search
-    may propose is the business of its search space.
-
-    >>> print(Operation("atrous_separable_conv", rate=(6, 21)))
+    >>> print(AtrousSeparableConv(rate=(6, 21)))
     sep3x3 6x21
-    >>> Operation("atrous_separable_conv", rate=(0, 1))
+    >>> AtrousSeparableConv(rate=(0, 1))
     Traceback (most recent call last):
     ValueError: rate must be two integers of at least 1, as [height, width], got (0, 1)
     """
 
-    kind: OperationKind
-    rate: tuple[int, int] | None = None
-    grid_size: tuple[int, int] | None = None
+    rate: tuple[int, int]
 
     def __post_init__(self) -> None:
-        if self.kind not in ("conv1x1", "atrous_separable_conv", "pyramid_pooling"):
-            raise ValueError(f"kind must be conv1x1, atrous_separable_conv or pyramid_pooling, got {self.kind!r}")
-        for field, owner in (("rate", "atrous_separable_conv"), ("grid_size", "pyramid_pooling")):
-            if self.kind == owner:
-                object.__setattr__(self, field, _height_width(getattr(self, field), field))
-            elif getattr(self, field) is not None:
-                raise ValueError(f"{field} belongs to {owner}, remove it from {self.kind}")
+        object.__setattr__(self, "rate", _height_width(self.rate, "rate"))
 
     def __str__(self) -> str:
-        if self.rate is not None:
-            return "sep3x3 {}x{}".format(*self.rate)
-        if self.grid_size is not None:
-            return "pool {}x{}".format(*self.grid_size)
-        return "conv1x1"
+        return "sep3x3 {}x{}".format(*self.rate)
+
+    def rate_times(self, multiplier: int) -> tuple[int, int]:
+        """The rate at another output stride: `rate_multiplier_for` of reference/dense_prediction_cell.py."""
+        return (self.rate[0] * multiplier, self.rate[1] * multiplier)
+
+
+@dataclass(frozen=True, slots=True)
+class PyramidPooling:
+    """The pyramid pooling over `grid_size`, (grid_h, grid_w). Raises ValueError, naming the field.
+
+    >>> print(PyramidPooling(grid_size=(4, 4)))
+    pool 4x4
+    """
+
+    grid_size: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "grid_size", _height_width(self.grid_size, "grid_size"))
+
+    def __str__(self) -> str:
+        return "pool {}x{}".format(*self.grid_size)
+
+
+# One operation of a branch; every operation ends in batch norm and ReLU and keeps the map's size. Any positive integers are
+# valid here; which of them a search may propose is the business of its search space. Whoever decides on an operation does so
+# by `match` and ends in `assert_never`, so that mypy names each place that an operation added here has to be taught.
+# `str` of an operation is its name in the databases of searches and must not change.
+Operation: TypeAlias = Conv1x1 | AtrousSeparableConv | PyramidPooling
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,26 +157,31 @@ def _branch_from_json(item: Any, i: int) -> Branch:
 
 
 def _operation_from_json(item: Mapping[str, Any]) -> Operation:
+    rate: Any = item.get("rate")  # whatever the file says, or None: the operation refuses what is no rate
+    grid_size: Any = item.get("grid_size")
     if item["op"] == "pyramid_pooling":
-        return Operation("pyramid_pooling", grid_size=item.get("grid_size"))
+        return PyramidPooling(grid_size)
     kernel = item.get("kernel")
     if kernel in (1, [1, 1]) and _all_ints(kernel):
-        if item.get("rate") not in (None, 1, [1, 1]):  # a rate means nothing to a 1×1 kernel; accept only the neutral one
-            raise ValueError(f"rate has no effect on a 1x1 kernel, remove it, got {item['rate']!r}")
-        return CONV1X1
+        if rate not in (None, 1, [1, 1]):  # a rate means nothing to a 1×1 kernel; accept only the neutral one
+            raise ValueError(f"rate has no effect on a 1x1 kernel, remove it, got {rate!r}")
+        return Conv1x1()
     if kernel in (3, [3, 3]) and _all_ints(kernel):
-        return Operation("atrous_separable_conv", rate=item.get("rate"))
+        return AtrousSeparableConv(rate)
     raise ValueError(f"kernel must be 1 or 3, got {kernel!r}")
 
 
 def _branch_to_json(branch: Branch) -> dict[str, Any]:
+    fields: dict[str, Any]
     match branch.operation:
-        case Operation(rate=(h, w)):
-            fields: dict[str, Any] = {"kernel": 3, "rate": [h, w], "op": "conv"}
-        case Operation(grid_size=(h, w)):
-            fields = {"grid_size": [h, w], "op": "pyramid_pooling"}
-        case _:
+        case Conv1x1():
             fields = {"kernel": 1, "op": "conv"}
+        case AtrousSeparableConv(rate):
+            fields = {"kernel": 3, "rate": [*rate], "op": "conv"}
+        case PyramidPooling(grid_size):
+            fields = {"grid_size": [*grid_size], "op": "pyramid_pooling"}
+        case _:
+            assert_never(branch.operation)
     return fields | {"input": branch.input_index}
 
 
@@ -176,11 +199,9 @@ def _all_ints(value: Any) -> bool:
     return all(map(_is_int, value if isinstance(value, list) else [value]))
 
 
-CONV1X1 = Operation("conv1x1")
-
 # The 81 operations of the paper (section 3.1): 1 + 8·8 + 4·4, in the order that the search's indices refer to.
 OPERATIONS: tuple[Operation, ...] = (
-    CONV1X1,
-    *(Operation("atrous_separable_conv", rate=(h, w)) for h in RATES for w in RATES),
-    *(Operation("pyramid_pooling", grid_size=(h, w)) for h in GRID_SIZES for w in GRID_SIZES),
+    Conv1x1(),
+    *(AtrousSeparableConv(rate=(h, w)) for h in RATES for w in RATES),
+    *(PyramidPooling(grid_size=(h, w)) for h in GRID_SIZES for w in GRID_SIZES),
 )

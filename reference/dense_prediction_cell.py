@@ -6,14 +6,14 @@ At output stride 8 the atrous rates double (`rate_multiplier=2`), 1×1 convoluti
 """
 
 from collections.abc import Callable
-from typing import Any, Generic, NamedTuple
+from typing import Any, Generic, NamedTuple, assert_never
 
 import numpy as np
 from numpy.typing import NDArray
 
 from reference.atrous_separable_conv import SeparableConv, atrous_separable_conv, atrous_separable_conv_backward
 from reference.batch_norm import Array, ArrayT
-from reference.cell import BACKBONE_FEATURE, Cell, Operation
+from reference.cell import BACKBONE_FEATURE, AtrousSeparableConv, Cell, Conv1x1, Operation, PyramidPooling
 from reference.concat_project import DROPOUT_RATE, concat_project, concat_project_backward
 from reference.pointwise_conv import ConvNorm, conv1x1, conv1x1_backward
 from reference.pyramid_pooling import PoolingVariant, pyramid_pooling, pyramid_pooling_backward
@@ -117,11 +117,15 @@ def apply_operation_backward(
 
 def _resolve(operation: Operation, options: BranchOptions) -> tuple[Callable[..., Array], Callable[..., Any], dict[str, Any]]:
     """The operation's function, its gradient, and the keyword arguments of both."""
-    if operation.rate is not None:
-        rate = tuple(r * options.rate_multiplier for r in operation.rate)
-        return atrous_separable_conv, atrous_separable_conv_backward, {"rate": rate, "training": options.training}
-    if operation.grid_size is not None:
-        pooling = {"variant": options.pooling, "pooling_size": options.pooling_size}
-        arguments = {"grid_size": operation.grid_size, "training": options.training, **pooling}
-        return pyramid_pooling, pyramid_pooling_backward, arguments
-    return conv1x1, conv1x1_backward, {"training": options.training}
+    arguments: dict[str, Any] = {"training": options.training}
+    match operation:
+        case Conv1x1():
+            return conv1x1, conv1x1_backward, arguments
+        case AtrousSeparableConv():
+            arguments |= {"rate": operation.rate_times(options.rate_multiplier)}
+            return atrous_separable_conv, atrous_separable_conv_backward, arguments
+        case PyramidPooling(grid_size):
+            arguments |= {"grid_size": grid_size, "variant": options.pooling, "pooling_size": options.pooling_size}
+            return pyramid_pooling, pyramid_pooling_backward, arguments
+        case _:
+            assert_never(operation)

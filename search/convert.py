@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, assert_never
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from fast.checkpoint import save_network
 from fast.decoder import Decoder
 from fast.dense_prediction_cell import DensePredictionCell
 from fast.segmentation import SegmentationHead, SegmentationNetwork
-from reference.cell import BACKBONE_FEATURE, CONV1X1, Branch, Cell, Operation
+from reference.cell import BACKBONE_FEATURE, AtrousSeparableConv, Branch, Cell, Conv1x1, Operation, PyramidPooling
 from search.cells.space import load_cell
 from search.cli import run_command
 from search.datasets import cityscapes, pascal_voc
@@ -200,13 +200,10 @@ def _context(sources: Mapping[str, str], cell: Cell, atrous_rates: tuple[int, ..
     atrous = sum(re.fullmatch(r"aspp\d+_depthwise/depthwise_weights", name) is not None for name in sources)
     if atrous and atrous != len(atrous_rates):
         raise InputError(f"the checkpoint's ASPP has {atrous} atrous convolutions: give --atrous-rates with as many numbers")
-    operations = {
-        **({"image_pooling": Operation("pyramid_pooling", grid_size=(1, 1))} if "image_pooling/weights" in sources else {}),
-        "aspp0": CONV1X1,
-        **{
-            f"aspp{i + 1}": Operation("atrous_separable_conv", rate=(rate, rate))
-            for i, rate in enumerate(atrous_rates[:atrous])
-        },
+    operations: dict[str, Operation] = {
+        **({"image_pooling": PyramidPooling(grid_size=(1, 1))} if "image_pooling/weights" in sources else {}),
+        "aspp0": Conv1x1(),
+        **{f"aspp{i + 1}": AtrousSeparableConv(rate=(rate, rate)) for i, rate in enumerate(atrous_rates[:atrous])},
     }
     aspp = Cell(tuple(Branch(BACKBONE_FEATURE, operation) for operation in operations.values()))
     return _Context(aspp, tuple(operations), "concat_projection")
@@ -234,11 +231,14 @@ def _targets(network: SegmentationNetwork, scope: str, context: _Context) -> dic
     body = _mobilenet_scopes(network.backbone.body) if scope == "MobilenetV2" else _xception_scopes(scope)
     scopes = {f"backbone.body.{module}": f"{scope}/{name}" for module, name in body.items()}
     for i, (branch, name) in enumerate(zip(context.cell.branches, context.branches, strict=True)):
-        if branch.operation.rate is not None:
-            scopes[f"head.context.branches.{i}.depthwise"] = f"{name}_depthwise"
-            scopes[f"head.context.branches.{i}.pointwise"] = f"{name}_pointwise"
-        else:
-            scopes[f"head.context.branches.{i}.pointwise"] = name
+        match branch.operation:
+            case Conv1x1() | PyramidPooling():
+                scopes[f"head.context.branches.{i}.pointwise"] = name
+            case AtrousSeparableConv():
+                scopes[f"head.context.branches.{i}.depthwise"] = f"{name}_depthwise"
+                scopes[f"head.context.branches.{i}.pointwise"] = f"{name}_pointwise"
+            case _:
+                assert_never(branch.operation)
     scopes |= {"head.context.projection": context.projection, "decoder.projection": "decoder/feature_projection0"}
     for i in range(2):
         for part in ("depthwise", "pointwise"):

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, assert_never
 
 import torch
 from timm.layers.conv2d_same import Conv2dSame
@@ -29,6 +29,7 @@ import fast.kernels
 from fast.bilinear_resize import bilinear_resize
 from fast.checkpoint import load_head, load_network, write_whole
 from fast.dense_prediction_cell import DensePredictionCell
+from reference.cell import AtrousSeparableConv, Conv1x1, Operation, PyramidPooling
 from search.cli import run_command
 from search.errors import InputError
 
@@ -176,13 +177,22 @@ def _load(settings: ExportSettings) -> tuple[nn.Module, dict[str, Any], int]:
 def _what_fixes_the_size(module: nn.Module) -> str | None:
     """What follows from the map's size in a way that a traced program cannot, if anything does."""
     (context,) = (child for child in module.modules() if isinstance(child, DensePredictionCell))
-    grids = [branch.operation.grid_size for branch in context.cell.branches if branch.operation.grid_size is not None]
     pinned = context.pooling == "sliding_window" and context.pooling_size is not None
-    if not pinned and any(grid != (1, 1) for grid in grids):
+    if not pinned and any(_windows_follow_the_size(branch.operation) for branch in context.cell.branches):
         return "the windows of its pyramid pooling depend on the size"
     if any(isinstance(child, _SAME) for child in module.modules()):  # it could, but the tracer's algebra takes hours
         return "TensorFlow's padding in its backbone depends on the size"
     return None
+
+
+def _windows_follow_the_size(operation: Operation) -> bool:
+    match operation:
+        case Conv1x1() | AtrousSeparableConv():
+            return False
+        case PyramidPooling(grid_size):
+            return grid_size != (1, 1)  # which is one mean over the whole map, whatever its size
+        case _:
+            assert_never(operation)
 
 
 def _require_packages() -> None:

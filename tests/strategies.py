@@ -4,12 +4,24 @@ The weights of this file are not those of an initialised network: scales of both
 differ by channel, so that a forgotten or swapped one shows.
 """
 
+from typing import assert_never
+
 import numpy as np
 from hypothesis import strategies as st
 
 from reference.atrous_separable_conv import SeparableConv
 from reference.batch_norm import Array, BatchNorm
-from reference.cell import BACKBONE_FEATURE, CONV1X1, GRID_SIZES, RATES, Branch, Cell, Operation
+from reference.cell import (
+    BACKBONE_FEATURE,
+    GRID_SIZES,
+    RATES,
+    AtrousSeparableConv,
+    Branch,
+    Cell,
+    Conv1x1,
+    Operation,
+    PyramidPooling,
+)
 from reference.dense_prediction_cell import CellWeights
 from reference.pointwise_conv import ConvNorm
 
@@ -24,13 +36,13 @@ def map_sizes(max_size: int = 12) -> st.SearchStrategy[tuple[int, int]]:
 
 
 def operations(searchable: bool = False) -> st.SearchStrategy[Operation]:
-    """The three kinds equally often; `searchable` keeps to the paper's 81, otherwise rates up to 24 and grids up to 10."""
+    """Every kind equally often; `searchable` keeps to the paper's 81, otherwise rates up to 24 and grids up to 10."""
     rates = st.sampled_from(RATES) if searchable else st.integers(1, 24)
     grid_sizes = st.sampled_from(GRID_SIZES) if searchable else st.integers(1, 10)
     return st.one_of(
-        st.just(CONV1X1),
-        st.builds(Operation, st.just("atrous_separable_conv"), rate=st.tuples(rates, rates)),
-        st.builds(Operation, st.just("pyramid_pooling"), grid_size=st.tuples(grid_sizes, grid_sizes)),
+        st.just(Conv1x1()),
+        st.builds(AtrousSeparableConv, rate=st.tuples(rates, rates)),
+        st.builds(PyramidPooling, grid_size=st.tuples(grid_sizes, grid_sizes)),
     )
 
 
@@ -67,6 +79,11 @@ def random_cell_weights(
     branches: list[ConvNorm[Array] | SeparableConv[Array]] = []
     for branch in cell.branches:
         channels = in_channels if branch.input_index == BACKBONE_FEATURE else branch_channels
-        create = random_separable if branch.operation.kind == "atrous_separable_conv" else random_pointwise
-        branches.append(create(channels, branch_channels, rng))
+        match branch.operation:
+            case Conv1x1() | PyramidPooling():
+                branches.append(random_pointwise(channels, branch_channels, rng))
+            case AtrousSeparableConv():
+                branches.append(random_separable(channels, branch_channels, rng))
+            case _:
+                assert_never(branch.operation)
     return CellWeights(tuple(branches), random_pointwise(len(branches) * branch_channels, cell_channels, rng))

@@ -6,9 +6,10 @@ exactly, and all four rows of multiply-adds within one percent (the paper's own 
 """
 
 from dataclasses import dataclass
+from typing import assert_never
 
 from fast.dense_prediction_cell import DensePredictionCell
-from reference.cell import BACKBONE_FEATURE, Cell, Operation
+from reference.cell import BACKBONE_FEATURE, AtrousSeparableConv, Cell, Conv1x1, Operation, PyramidPooling
 from reference.pyramid_pooling import PoolingVariant, window_size
 
 
@@ -54,10 +55,7 @@ def cell_cost(
     branches = []
     for branch in cell.branches:
         channels = in_channels if branch.input_index == BACKBONE_FEATURE else branch_channels
-        size = feature_size
-        if branch.operation.grid_size is not None:  # its convolution runs on the pooled map
-            size = _pooled_size(feature_size, branch.operation.grid_size, pooling, pooling_size)
-        branches.append(_operation_cost(branch.operation, channels, branch_channels, size))
+        branches.append(_operation_cost(branch.operation, channels, branch_channels, feature_size, pooling, pooling_size))
     return CellCost(tuple(branches), _pointwise_cost(len(branches) * branch_channels, cell_channels, feature_size))
 
 
@@ -74,10 +72,24 @@ def module_cost(context: DensePredictionCell, feature_size: tuple[int, int]) -> 
     )
 
 
-def _operation_cost(operation: Operation, in_channels: int, channels: int, size: tuple[int, int]) -> Cost:
-    if operation.rate is not None:
-        return Cost(9 * in_channels, 9 * in_channels * size[0] * size[1]) + _pointwise_cost(in_channels, channels, size)
-    return _pointwise_cost(in_channels, channels, size)
+def _operation_cost(
+    operation: Operation,
+    in_channels: int,
+    channels: int,
+    size: tuple[int, int],
+    pooling: PoolingVariant,
+    pooling_size: tuple[int, int] | None,
+) -> Cost:
+    match operation:
+        case Conv1x1():
+            return _pointwise_cost(in_channels, channels, size)
+        case AtrousSeparableConv():
+            depthwise = Cost(9 * in_channels, 9 * in_channels * size[0] * size[1])
+            return depthwise + _pointwise_cost(in_channels, channels, size)
+        case PyramidPooling(grid_size):  # its convolution runs on the pooled map
+            return _pointwise_cost(in_channels, channels, _pooled_size(size, grid_size, pooling, pooling_size))
+        case _:
+            assert_never(operation)
 
 
 def _pooled_size(

@@ -14,7 +14,7 @@
 Both end at the border of a finite map, as the cell does.
 """
 
-from typing import cast
+from typing import assert_never, cast
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from fast.dense_prediction_cell import DensePredictionCell
 from reference.atrous_separable_conv import SeparableConv, depthwise_conv
 from reference.batch_norm import EPS, BatchNorm
 from reference.bilinear_resize import bilinear_resize_backward, interpolation_matrix
-from reference.cell import BACKBONE_FEATURE, Cell, Operation
+from reference.cell import BACKBONE_FEATURE, AtrousSeparableConv, Cell, Conv1x1, Operation, PyramidPooling
 from reference.dense_prediction_cell import BranchOptions, rate_multiplier_for
 from reference.pointwise_conv import ConvNorm
 from reference.pyramid_pooling import pooling_matrix
@@ -100,19 +100,21 @@ def _check_size(size: int) -> None:
 
 def _spread(grad_output: NDArray[np.float64], operation: Operation, options: BranchOptions) -> NDArray[np.float64]:
     """The gradient of one operation with unit weights, (1, 1, size, size) to the same."""
-    if operation.rate is not None:  # nine equal taps: convolution and its gradient are the same
-        rate_h, rate_w = (rate * options.rate_multiplier for rate in operation.rate)
-        return depthwise_conv(grad_output, np.ones((1, 1, 3, 3)), rate=(rate_h, rate_w))
-    if operation.grid_size is not None:
-        rows, columns = _pooling(grad_output.shape[2], operation, options)
-        grad_means = bilinear_resize_backward(grad_output, (rows.shape[0], columns.shape[0]))
-        return rows.T @ grad_means @ columns
-    return grad_output
+    match operation:
+        case Conv1x1():
+            return grad_output
+        case AtrousSeparableConv():  # nine equal taps: convolution and its gradient are the same
+            return depthwise_conv(grad_output, np.ones((1, 1, 3, 3)), rate=operation.rate_times(options.rate_multiplier))
+        case PyramidPooling(grid_size):
+            rows, columns = _pooling(grad_output.shape[2], grid_size, options)
+            grad_means = bilinear_resize_backward(grad_output, (rows.shape[0], columns.shape[0]))
+            return rows.T @ grad_means @ columns
+        case _:
+            assert_never(operation)
 
 
-def _pooling(size: int, operation: Operation, options: BranchOptions) -> list[NDArray[np.float64]]:
+def _pooling(size: int, grid_size: tuple[int, int], options: BranchOptions) -> list[NDArray[np.float64]]:
     """The matrices of means along either axis, (out, size) each."""
-    grid_size = cast(tuple[int, int], operation.grid_size)
     pins = options.pooling_size or (None, None)
     return [
         pooling_matrix(size, grid, variant=options.pooling, pooling_size=pin)
@@ -137,15 +139,21 @@ class _Gated:
         return self._pointwise(concat, self.weights.projection)
 
     def _branch(self, x: Tensor, operation: Operation, weights: ConvNorm[Tensor] | SeparableConv[Tensor]) -> Tensor:
-        if isinstance(weights, SeparableConv):
-            depthwise, pointwise = weights
-            rate_h, rate_w = (rate * self.options.rate_multiplier for rate in cast(tuple[int, int], operation.rate))
-            weight, rate = _plain(depthwise.weight), (rate_h, rate_w)
-            spread = F.conv2d(x, weight, padding=rate, dilation=rate, groups=x.shape[1])
-            return self._pointwise(self._gate(spread, depthwise.norm), pointwise)
-        if operation.grid_size is None:
-            return self._pointwise(x, weights)
-        rows, columns = (torch.from_numpy(matrix).float() for matrix in _pooling(x.shape[2], operation, self.options))
+        match operation:
+            case Conv1x1():
+                return self._pointwise(x, cast(ConvNorm[Tensor], weights))
+            case AtrousSeparableConv():
+                depthwise, pointwise = cast(SeparableConv[Tensor], weights)
+                weight, rate = _plain(depthwise.weight), operation.rate_times(self.options.rate_multiplier)
+                spread = F.conv2d(x, weight, padding=rate, dilation=rate, groups=x.shape[1])
+                return self._pointwise(self._gate(spread, depthwise.norm), pointwise)
+            case PyramidPooling(grid_size):
+                return self._pyramid_pooling(x, grid_size, cast(ConvNorm[Tensor], weights))
+            case _:
+                assert_never(operation)
+
+    def _pyramid_pooling(self, x: Tensor, grid_size: tuple[int, int], weights: ConvNorm[Tensor]) -> Tensor:
+        rows, columns = (torch.from_numpy(matrix).float() for matrix in _pooling(x.shape[2], grid_size, self.options))
         means = self._pointwise(rows @ x @ columns.T, weights)
         up, across = (
             torch.from_numpy(interpolation_matrix(extent, x.shape[2])).float() for extent in (means.shape[2], means.shape[3])

@@ -10,10 +10,23 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import assert_never
 
 import numpy as np
 
-from reference.cell import BACKBONE_FEATURE, GRID_SIZES, NUM_BRANCHES, OPERATIONS, RATES, Branch, Cell, Operation
+from reference.cell import (
+    BACKBONE_FEATURE,
+    GRID_SIZES,
+    NUM_BRANCHES,
+    OPERATIONS,
+    RATES,
+    AtrousSeparableConv,
+    Branch,
+    Cell,
+    Conv1x1,
+    Operation,
+    PyramidPooling,
+)
 from search.errors import InputError
 
 CELLS_DIRECTORY = Path(__file__).parent
@@ -166,6 +179,12 @@ def _with_branch(cell: Cell, i: int, branch: Branch) -> Cell:
 
 
 def _outside(operation: Operation) -> str:
-    if operation.rate is not None:
-        return f"rate must be two of {', '.join(map(str, RATES))}, got {operation.rate}"
-    return f"grid_size must be two of {', '.join(map(str, GRID_SIZES))}, got {operation.grid_size}"
+    match operation:
+        case Conv1x1():
+            return f"operation must be one that a search proposes, got {operation}"
+        case AtrousSeparableConv(rate):
+            return f"rate must be two of {', '.join(map(str, RATES))}, got {rate}"
+        case PyramidPooling(grid_size):
+            return f"grid_size must be two of {', '.join(map(str, GRID_SIZES))}, got {grid_size}"
+        case _:
+            assert_never(operation)

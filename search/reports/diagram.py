@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, assert_never
 
 import matplotlib
 import numpy as np
@@ -23,7 +23,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from fast.dense_prediction_cell import DensePredictionCell
-from reference.cell import BACKBONE_FEATURE, Cell, Operation
+from reference.cell import BACKBONE_FEATURE, AtrousSeparableConv, Cell, Conv1x1, Operation, PyramidPooling
 from reference.dense_prediction_cell import BranchOptions
 from search.cells.receptive_field import effective_receptive_field, field_size_for, options_of, structural_receptive_field
 
@@ -36,11 +36,6 @@ BOX_WIDTH, BOX_HEIGHT, BAR_HEIGHT = 1.16, 0.46, 0.34
 COLUMN_GAP, LAYER_GAP, LANE_WIDTH, MARGIN = 0.18, 0.38, 0.2, 0.04
 FONT_SIZE = 9.0
 
-_FILL_AND_EDGE = {
-    "conv1x1": ("#d9efe4", "#3d9970"),
-    "atrous_separable_conv": ("#dbe8fb", "#3f74c9"),
-    "pyramid_pooling": ("#fde6cf", "#d9822b"),
-}
 _BAR_COLOURS = ("#e6e8ec", "#7a828f")
 _ARROW_COLOUR = "#7a828f"
 
@@ -77,14 +72,31 @@ class CellLayout:
 def operation_label(operation: Operation) -> str:
     """The operation as a reader says it.
 
-    >>> operation_label(Operation("atrous_separable_conv", rate=(6, 21)))
+    >>> operation_label(AtrousSeparableConv(rate=(6, 21)))
     '3×3 sep, rate 6×21'
     """
-    if operation.rate is not None:
-        return "3×3 sep, rate {}×{}".format(*operation.rate)
-    if operation.grid_size is not None:
-        return "pyramid pooling, {}×{}".format(*operation.grid_size)
-    return "1×1 conv"
+    match operation:
+        case Conv1x1():
+            return "1×1 conv"
+        case AtrousSeparableConv(rate):
+            return "3×3 sep, rate {}×{}".format(*rate)
+        case PyramidPooling(grid_size):
+            return "pyramid pooling, {}×{}".format(*grid_size)
+        case _:
+            assert_never(operation)
+
+
+def operation_colours(operation: Operation) -> tuple[str, str]:
+    """The fill, light enough for dark text, and the edge of an operation's box."""
+    match operation:
+        case Conv1x1():
+            return "#d9efe4", "#3d9970"
+        case AtrousSeparableConv():
+            return "#dbe8fb", "#3f74c9"
+        case PyramidPooling():
+            return "#fde6cf", "#d9822b"
+        case _:
+            assert_never(operation)
 
 
 def layout_cell(cell: Cell) -> CellLayout:
@@ -160,7 +172,7 @@ def draw_cell(cell: Cell, axes: Axes) -> None:
     _draw_box(axes, layout.feature, "feature F", _BAR_COLOURS, scale)
     for branch, box in zip(cell.branches, layout.branches, strict=True):
         label = operation_label(branch.operation).replace(", ", "\n")
-        _draw_box(axes, box, label, _FILL_AND_EDGE[branch.operation.kind], scale)
+        _draw_box(axes, box, label, operation_colours(branch.operation), scale)
     _draw_box(axes, layout.projection, "concat + 1×1", _BAR_COLOURS, scale)
 
 
@@ -234,7 +246,7 @@ def draw_branch_weights(context: DensePredictionCell, axes: Axes) -> None:
     """A bar per branch, as long as its `branch_weights`, in the colour of its operation."""
     means = branch_weights(context)
     for i, (branch, mean) in enumerate(zip(context.cell.branches, means, strict=True)):
-        fill, edge = _FILL_AND_EDGE[branch.operation.kind]
+        fill, edge = operation_colours(branch.operation)
         axes.barh(i, mean, height=0.62, color=fill, edgecolor=edge, linewidth=1.1)
         options: dict[str, Any] = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
         axes.annotate(f"{mean:.3g}", (mean, i), fontsize=FONT_SIZE - 1, color=INK, **options)

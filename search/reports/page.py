@@ -8,7 +8,7 @@ import numpy as np
 
 from search.errors import InputError
 from search.files import write_text
-from search.reports.diagram import operation_label
+from search.reports.diagram import operation_colours, operation_label
 
 
 def write_page(path: Path, template: str, content: dict[str, Any]) -> None:
@@ -24,6 +24,7 @@ def write_page(path: Path, template: str, content: dict[str, Any]) -> None:
         "percent": percent,
         "quantity": quantity,
         "operation_label": operation_label,
+        "operation_colours": operation_colours,
         "milliseconds": milliseconds,
     }
     page = environment.get_template(template).render(content)

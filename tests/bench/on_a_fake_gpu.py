@@ -137,7 +137,7 @@ def test_the_default_plan(gpu: FakeGpu, tmp_path: Path, size: dict[str, Any], mo
 
 
 def kind_of(case: Case) -> str:
-    operation = case.operation.kind if isinstance(case, OperationCase) else ""
+    operation = type(case.operation).__name__ if isinstance(case, OperationCase) else ""
     return f"{type(case).__name__} {operation}"
 
 

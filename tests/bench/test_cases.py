@@ -1,7 +1,7 @@
 """Ours, the baselines and `reference/` compute the same thing from the same inputs, and costs are counted as PyTorch does."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -23,9 +23,9 @@ from bench.cases import (
     Provider,
 )
 from bench.costs import Cost
-from bench.suites import MODES, NEW_CELL, PAPER, PUBLISHED_RATES, make_plan
+from bench.suites import MODES, NEW_CELL, PAPER, PUBLISHED_RATES, make_plan, rate_of
 from bench.training_cases import ProxyCase, SearchCase
-from reference.cell import BACKBONE_FEATURE, RATES
+from reference.cell import BACKBONE_FEATURE, RATES, Operation
 from tests.bench.tiny_runs import CPU, SEPARABLE, tiny_jobs
 
 CASES = [job.case for suite in SUITES for job in tiny_jobs(suite)]
@@ -82,7 +82,7 @@ def flops(case: Case) -> int:
 
 @every_map_case
 def test_operations_are_counted_as_torch_counts_them(case: MapCase) -> None:
-    if case.mode == "training" and not (isinstance(case, OperationCase) and case.operation.rate is None):
+    if case.mode == "training" and not (isinstance(case, OperationCase) and rate_of(case) is None):
         pytest.skip("PyTorch's counter takes the weight gradient of a grouped convolution for that of a full one")
     assert flops(case) == counted(case)
 
@@ -96,7 +96,7 @@ def test_training_is_three_times_inference_where_the_input_needs_a_gradient(case
         for operation in first:
             alone = OperationCase(**vars_of(case, "inference"), operation=operation)
             depthwise = DepthwiseCase(**(vars_of(case, "inference") | {"channels": case.in_channels}), rate=(1, 1))
-            spared += flops(alone if operation.rate is None else depthwise)
+            spared += flops(alone if rate_of(alone) is None else depthwise)
     assert training == 3 * inference - spared
 
 
@@ -137,13 +137,14 @@ def test_unusable_results_have_no_finite_error(damage: str) -> None:
 
 def test_the_plan_holds_every_rate_grid_and_cell() -> None:
     plan = make_plan(SUITES, CPU, quick=False, full=False, dtypes=["float32"])  # bfloat16 too, where it is quick
-    separable = [job.case for job in plan.jobs if isinstance(job.case, OperationCase) and job.case.operation.rate]
+    separable = [job.case for job in plan.jobs if isinstance(job.case, OperationCase) and rate_of(job.case)]
     first_size = [case for case in separable if case.height == 49]
-    assert {(case.operation.rate, case.mode) for case in first_size} == {
+    assert {(rate_of(case), case.mode) for case in first_size} == {
         (rate, mode) for rate in PUBLISHED_RATES for mode in ("inference", "training")
     }
     assert len(PUBLISHED_RATES) == len(RATES) ** 2 == 64
     assert {case.shape for case in separable} == {"8×256×49×49", "16×256×97×97"}
+    assert {type(job.case.operation) for job in plan.jobs if isinstance(job.case, OperationCase)} == {*get_args(Operation)}
     cells = {job.case.name for job in plan.jobs if isinstance(job.case, CellCase)}
     assert cells == {"dpc", "aspp", *(f"random {i}" for i in range(PAPER.random_cells))}
     assert [job.case.name for job in plan.jobs if job.case.suite == "proxy"][:2] == ["iteration", NEW_CELL]

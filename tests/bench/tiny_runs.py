@@ -10,7 +10,7 @@ from bench.results import Environment, Results, Row
 from bench.roofline import Roofs
 from bench.run import run_plan, unsupported_rows
 from bench.suites import QUICK, Job, Plan, Planner, Scale
-from reference.cell import Operation
+from reference.cell import AtrousSeparableConv
 from search.settings import ProxySettings
 
 CPU = torch.device("cpu")
@@ -41,7 +41,7 @@ SEPARABLE = OperationCase(
     suite="ops",
     name="sep3x3 6x21",
     mode="training",
-    operation=Operation("atrous_separable_conv", rate=(6, 21)),
+    operation=AtrousSeparableConv(rate=(6, 21)),
     batch=2,
     in_channels=6,
     channels=6,

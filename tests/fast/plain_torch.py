@@ -1,6 +1,6 @@
 """The yardstick: a cell as anyone would write it with `torch.nn` alone, on given weights and as modules with their own."""
 
-from typing import Any
+from typing import Any, assert_never, cast
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fast.batch_norm import MOMENTUM
 from reference.atrous_separable_conv import SeparableConv
 from reference.batch_norm import EPS, BatchNorm
-from reference.cell import BACKBONE_FEATURE, Cell, Operation
+from reference.cell import BACKBONE_FEATURE, AtrousSeparableConv, Cell, Conv1x1, Operation, PyramidPooling
 from reference.dense_prediction_cell import BranchOptions, CellWeights
 from reference.pointwise_conv import ConvNorm
 
@@ -24,20 +24,25 @@ def plain_cell(features: Tensor, weights: CellWeights[Tensor], cell: Cell, optio
 def plain_operation(
     x: Tensor, weights: ConvNorm[Tensor] | SeparableConv[Tensor], operation: Operation, options: BranchOptions
 ) -> Tensor:
-    if isinstance(weights, SeparableConv):
-        assert operation.rate is not None
-        rate = (operation.rate[0] * options.rate_multiplier, operation.rate[1] * options.rate_multiplier)
-        middle = _conv_norm_relu(x, weights.depthwise, options, padding=rate, dilation=rate, groups=x.shape[1])
-        return _conv_norm_relu(middle, weights.pointwise, options)
-    if operation.grid_size is None:
-        return _conv_norm_relu(x, weights, options)
-    if options.pooling == "grid_cells":
-        means = F.adaptive_avg_pool2d(x, operation.grid_size)
-    else:
-        pooling_size = options.pooling_size or x.shape[2:]
-        window = [-(-size // grid) for size, grid in zip(pooling_size, operation.grid_size, strict=True)]
-        means = F.avg_pool2d(x, window, stride=1)
-    return F.interpolate(_conv_norm_relu(means, weights, options), x.shape[2:], mode="bilinear", align_corners=True)
+    match operation:
+        case Conv1x1():
+            return _conv_norm_relu(x, cast(ConvNorm[Tensor], weights), options)
+        case AtrousSeparableConv((rate_h, rate_w)):
+            depthwise, pointwise = cast(SeparableConv[Tensor], weights)
+            rate = (rate_h * options.rate_multiplier, rate_w * options.rate_multiplier)
+            middle = _conv_norm_relu(x, depthwise, options, padding=rate, dilation=rate, groups=x.shape[1])
+            return _conv_norm_relu(middle, pointwise, options)
+        case PyramidPooling(grid_size):
+            if options.pooling == "grid_cells":
+                means = F.adaptive_avg_pool2d(x, grid_size)
+            else:
+                pooling_size = options.pooling_size or x.shape[2:]
+                window = [-(-size // grid) for size, grid in zip(pooling_size, grid_size, strict=True)]
+                means = F.avg_pool2d(x, window, stride=1)
+            projected = _conv_norm_relu(means, cast(ConvNorm[Tensor], weights), options)
+            return F.interpolate(projected, x.shape[2:], mode="bilinear", align_corners=True)
+        case _:
+            assert_never(operation)
 
 
 def _conv_norm_relu(x: Tensor, weights: ConvNorm[Tensor], options: BranchOptions, **convolution: Any) -> Tensor:

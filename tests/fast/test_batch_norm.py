@@ -12,7 +12,7 @@ from fast.batch_norm import batch_norm, batch_norm_relu, recompute_statistics
 from fast.dense_prediction_cell import DensePredictionCell
 from reference import batch_norm as reference
 from reference.batch_norm import Array, BatchNorm
-from reference.cell import BACKBONE_FEATURE, CONV1X1, Branch, Cell
+from reference.cell import BACKBONE_FEATURE, Branch, Cell, Conv1x1
 from tests.fast.against_reference import (
     LAYOUTS,
     Layout,
@@ -72,7 +72,7 @@ def test_one_value_per_channel_warns_and_uses_the_running_statistics(device: str
 
 def test_whole_cell_trains_on_one_pixel() -> None:
     """As in inference, and the running statistics stay."""
-    cell = DensePredictionCell(Cell((Branch(BACKBONE_FEATURE, CONV1X1),)), 3, branch_channels=4, dropout_rate=0.0)
+    cell = DensePredictionCell(Cell((Branch(BACKBONE_FEATURE, Conv1x1()),)), 3, branch_channels=4, dropout_rate=0.0)
     features = torch.randn(1, 3, 1, 1, generator=torch.Generator().manual_seed(0))
     before = {key: value.clone() for key, value in cell.state_dict().items()}
     with pytest.warns(UserWarning, match="raise the batch size or the map"):

@@ -10,14 +10,14 @@ from safetensors.torch import load_file, save_file
 from fast import Decoder, DensePredictionCell, SegmentationHead, SegmentationNetwork
 from fast.backbone import Backbone, timm_backbone
 from fast.checkpoint import FORMAT, NETWORK_FORMAT, load_context, load_head, load_network, save_head, save_network
-from reference.cell import BACKBONE_FEATURE, CONV1X1, Branch, Cell, Operation
+from reference.cell import BACKBONE_FEATURE, AtrousSeparableConv, Branch, Cell, Conv1x1, PyramidPooling
 from reference.pyramid_pooling import PoolingVariant
 
 CELL = Cell(
     (
-        Branch(BACKBONE_FEATURE, Operation("atrous_separable_conv", rate=(6, 3))),
-        Branch(0, Operation("pyramid_pooling", grid_size=(2, 4))),
-        Branch(BACKBONE_FEATURE, CONV1X1),
+        Branch(BACKBONE_FEATURE, AtrousSeparableConv(rate=(6, 3))),
+        Branch(0, PyramidPooling(grid_size=(2, 4))),
+        Branch(BACKBONE_FEATURE, Conv1x1()),
     )
 )
 CLASSES = ("sky", "road", "öther")

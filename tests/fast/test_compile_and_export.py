@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from fast import DensePredictionCell
-from reference.cell import BACKBONE_FEATURE, CONV1X1, Branch, Cell, Operation
+from reference.cell import BACKBONE_FEATURE, AtrousSeparableConv, Branch, Cell, Conv1x1, PyramidPooling
 
 ROOT = Path(__file__).parents[2]
 CELL = Cell(
     (
-        Branch(BACKBONE_FEATURE, Operation("atrous_separable_conv", rate=(6, 3))),
-        Branch(0, Operation("pyramid_pooling", grid_size=(2, 4))),
-        Branch(BACKBONE_FEATURE, CONV1X1),
+        Branch(BACKBONE_FEATURE, AtrousSeparableConv(rate=(6, 3))),
+        Branch(0, PyramidPooling(grid_size=(2, 4))),
+        Branch(BACKBONE_FEATURE, Conv1x1()),
     )
 )
 ROUNDING = 1e-5  # float32 through a few convolutions, values of order 1; a compiler may fuse and reorder

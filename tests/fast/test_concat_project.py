@@ -11,7 +11,7 @@ from fast.dense_prediction_cell import DensePredictionCell
 from fast.kernels import NormedMap, backend_for
 from fast.lazy_norm import Pointwise, conv_norm
 from reference import concat_project as reference
-from reference.cell import BACKBONE_FEATURE, CONV1X1, Branch, Cell
+from reference.cell import BACKBONE_FEATURE, Branch, Cell, Conv1x1
 from tests.fast.against_reference import (
     LAYOUTS,
     Layout,
@@ -112,7 +112,7 @@ def dropped_out(x: torch.Tensor, rate: float) -> torch.Tensor:
 
 def test_cell_drops_out_only_in_training() -> None:
     """Whatever its norms do: frozen norms with dropout are a way to train, norms without dropout a way to recompute."""
-    cell = DensePredictionCell(Cell((Branch(BACKBONE_FEATURE, CONV1X1),)), 3, branch_channels=16, dropout_rate=0.5).eval()
+    cell = DensePredictionCell(Cell((Branch(BACKBONE_FEATURE, Conv1x1()),)), 3, branch_channels=16, dropout_rate=0.5).eval()
     features = torch.randn(1, 3, 5, 5, generator=torch.Generator().manual_seed(0))
     assert torch.equal(cell(features), cell(features))
     cell.dropout.train()

@@ -13,7 +13,7 @@ from fast.batch_norm import MOMENTUM
 from fast.dense_prediction_cell import DensePredictionCell, decays, load_reference_weights, reference_weights
 from reference.atrous_separable_conv import SeparableConv
 from reference.batch_norm import Array
-from reference.cell import BACKBONE_FEATURE, CONV1X1, OPERATIONS, Branch, Cell, Operation
+from reference.cell import BACKBONE_FEATURE, OPERATIONS, AtrousSeparableConv, Branch, Cell, Conv1x1, Operation, PyramidPooling
 from reference.dense_prediction_cell import (
     BranchOptions,
     CellWeights,
@@ -44,13 +44,13 @@ PUBLISHED = Path(__file__).parents[2] / "search" / "cells"
 VARIANTS = st.sampled_from(("sliding_window", "grid_cells"))
 
 KINDS = (  # one operation of each kind and each shape that differs in its code or its numbers
-    CONV1X1,
-    Operation("atrous_separable_conv", rate=(1, 1)),
-    Operation("atrous_separable_conv", rate=(6, 3)),
-    Operation("atrous_separable_conv", rate=(21, 1)),
-    Operation("pyramid_pooling", grid_size=(1, 1)),
-    Operation("pyramid_pooling", grid_size=(2, 4)),
-    Operation("pyramid_pooling", grid_size=(8, 1)),
+    Conv1x1(),
+    AtrousSeparableConv(rate=(1, 1)),
+    AtrousSeparableConv(rate=(6, 3)),
+    AtrousSeparableConv(rate=(21, 1)),
+    PyramidPooling(grid_size=(1, 1)),
+    PyramidPooling(grid_size=(2, 4)),
+    PyramidPooling(grid_size=(8, 1)),
 )
 
 
@@ -167,8 +167,8 @@ def test_every_searchable_operation_equals_reference(device: str, operation: Ope
 )
 def test_options_reach_the_operations(device: str, options: BranchOptions) -> None:
     """With rates and grids whose undoubled, transposed or unpinned form would read other pixels of this map."""
-    separable, pool = Operation("atrous_separable_conv", rate=(1, 3)), Operation("pyramid_pooling", grid_size=(2, 3))
-    cell = Cell((Branch(BACKBONE_FEATURE, separable), Branch(BACKBONE_FEATURE, pool), Branch(0, CONV1X1)))
+    separable, pool = AtrousSeparableConv(rate=(1, 3)), PyramidPooling(grid_size=(2, 3))
+    cell = Cell((Branch(BACKBONE_FEATURE, separable), Branch(BACKBONE_FEATURE, pool), Branch(0, Conv1x1())))
     check(cell, (8, 11), 2, options, "contiguous", device, seed=0)
 
 
@@ -222,25 +222,25 @@ def test_weights_round_trip() -> None:
 
 def test_output_stride_other_than_8_or_16_is_refused() -> None:
     with pytest.raises(ValueError, match="output_stride must be 8 or 16, got 32"):
-        DensePredictionCell(single(CONV1X1), IN_CHANNELS, output_stride=32)
+        DensePredictionCell(single(Conv1x1()), IN_CHANNELS, output_stride=32)
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 5, 5), (3, 5, 5)])
 def test_features_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
-    module = DensePredictionCell(single(CONV1X1), IN_CHANNELS, branch_channels=4)
+    module = DensePredictionCell(single(Conv1x1()), IN_CHANNELS, branch_channels=4)
     with pytest.raises(ValueError, match=r"cell needs features: \(N, 3, H, W\), got"):
         module(torch.zeros(shape))
 
 
 def test_weight_decay_spares_depthwise_weights_norms_and_biases() -> None:
-    module = DensePredictionCell(single(Operation("atrous_separable_conv", rate=(1, 1))), IN_CHANNELS)
+    module = DensePredictionCell(single(AtrousSeparableConv(rate=(1, 1))), IN_CHANNELS)
     decaying = {name for name, decay in decays(nn.Sequential(module, nn.Conv2d(256, 2, 1))).items() if decay}
     assert decaying == {"0.branches.0.pointwise.weight", "0.projection.weight", "1.weight"}
 
 
 def test_initial_weights_are_the_authors() -> None:
     """Truncated normals of 0.33 and 0.06 for the separable pair, Xavier for the rest, norms neutral."""
-    cell = Cell((Branch(BACKBONE_FEATURE, Operation("atrous_separable_conv", rate=(1, 1))), Branch(BACKBONE_FEATURE, CONV1X1)))
+    cell = Cell((Branch(BACKBONE_FEATURE, AtrousSeparableConv(rate=(1, 1))), Branch(BACKBONE_FEATURE, Conv1x1())))
     torch.manual_seed(0)
     weights = reference_weights(DensePredictionCell(cell, 500))
     separable, conv = weights.branches
@@ -263,29 +263,29 @@ def test_initial_weights_are_the_authors() -> None:
 @pytest.mark.parametrize("rate", [1.0, -0.1, float("nan")])
 def test_dropout_rate_that_keeps_nothing_is_refused(rate: float) -> None:
     with pytest.raises(ValueError, match="dropout_rate must be at least 0 and below 1"):
-        DensePredictionCell(Cell((Branch(BACKBONE_FEATURE, CONV1X1),)), 4, dropout_rate=rate)
+        DensePredictionCell(Cell((Branch(BACKBONE_FEATURE, Conv1x1()),)), 4, dropout_rate=rate)
 
 
 @pytest.mark.parametrize("size", [(0, 9), (9, -1), (9,), (9, 9, 9), (4.5, 9), 9, "ab", (True, 9), ()], ids=str)
 def test_pooling_size_other_than_height_and_width_is_refused(size: Any) -> None:
     message = f"pooling_size must be (height, width), two integers of at least 1, or None, got {size!r}"
     with pytest.raises(ValueError, match=re.escape(message)):
-        DensePredictionCell(single(CONV1X1), 4, pooling_size=size)
+        DensePredictionCell(single(Conv1x1()), 4, pooling_size=size)
 
 
 def test_pooling_size_without_a_sliding_window_is_refused() -> None:
     message = r"pooling_size pins a sliding window, which grid_cells has not: it must be None, got \(9, 9\)"
     with pytest.raises(ValueError, match=message):
-        DensePredictionCell(single(CONV1X1), 4, pooling="grid_cells", pooling_size=(9, 9))
+        DensePredictionCell(single(Conv1x1()), 4, pooling="grid_cells", pooling_size=(9, 9))
 
 
 def test_unknown_pooling_variant_is_refused() -> None:
     with pytest.raises(ValueError, match="pooling must be one of sliding_window, grid_cells, got 'max'"):
-        DensePredictionCell(single(CONV1X1), 4, pooling="max")  # type: ignore[arg-type]
+        DensePredictionCell(single(Conv1x1()), 4, pooling="max")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("channels", [0, -1, 2.0, True])
 @pytest.mark.parametrize("name", ["in_channels", "branch_channels", "cell_channels"])
 def test_channels_below_1_are_refused(name: str, channels: Any) -> None:
     with pytest.raises(ValueError, match=f"{name} must be an integer of at least 1, got {channels}"):
-        DensePredictionCell(single(CONV1X1), **{"in_channels": 4, name: channels})
+        DensePredictionCell(single(Conv1x1()), **{"in_channels": 4, name: channels})

@@ -10,9 +10,9 @@ from fast.backbone import Backbone, LowLevel, timm_backbone
 from fast.batch_norm import recompute_statistics
 from reference.batch_norm import Array
 from reference.bilinear_resize import bilinear_resize
-from reference.cell import BACKBONE_FEATURE, CONV1X1, Branch, Cell
+from reference.cell import BACKBONE_FEATURE, Branch, Cell, Conv1x1
 
-CELL = Cell((Branch(BACKBONE_FEATURE, CONV1X1),))
+CELL = Cell((Branch(BACKBONE_FEATURE, Conv1x1()),))
 
 
 class Body(nn.Module):

@@ -6,7 +6,7 @@ become float64 arrays in the layout of `reference/`.
 
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, assert_never
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from reference.atrous_separable_conv import SeparableConv
 from reference.batch_norm import Array, BatchNorm
-from reference.cell import Cell
+from reference.cell import AtrousSeparableConv, Cell, Conv1x1, PyramidPooling
 from reference.dense_prediction_cell import BranchOptions, CellWeights
 from reference.pointwise_conv import ConvNorm
 
@@ -73,10 +73,14 @@ def cell_weights(variables: Variables, cell: Cell) -> CellWeights[Array]:
     """The authors' variables, or their gradients (which have no moving statistics: zero), as the reference's weights."""
     branches: list[ConvNorm[Array] | SeparableConv[Array]] = []
     for i, branch in enumerate(cell.branches):
-        if branch.operation.kind == "atrous_separable_conv":
-            branches.append(SeparableConv(_conv(variables, f"branch{i}_depthwise"), _conv(variables, f"branch{i}_pointwise")))
-        else:
-            branches.append(_conv(variables, f"branch{i}"))
+        match branch.operation:
+            case Conv1x1() | PyramidPooling():
+                branches.append(_conv(variables, f"branch{i}"))
+            case AtrousSeparableConv():
+                parts = (_conv(variables, f"branch{i}_{part}") for part in ("depthwise", "pointwise"))
+                branches.append(SeparableConv(*parts))
+            case _:
+                assert_never(branch.operation)
     return CellWeights(tuple(branches), _conv(variables, "concat_projection"))
 
 

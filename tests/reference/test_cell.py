@@ -2,13 +2,13 @@ import dataclasses
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
-from hypothesis import given
+from hypothesis import find, given
 
-from reference.cell import CONV1X1, GRID_SIZES, OPERATIONS, RATES, Branch, Cell, Operation
-from tests.strategies import cells
+from reference.cell import GRID_SIZES, OPERATIONS, RATES, AtrousSeparableConv, Branch, Cell, Conv1x1, Operation, PyramidPooling
+from tests.strategies import cells, operations
 
 CONV = {"op": "conv", "kernel": 1, "input": -1}
 ATROUS = {"op": "conv", "kernel": 3, "rate": [6, 21], "input": -1}
@@ -22,9 +22,9 @@ def without(item: dict[str, Any], key: str) -> dict[str, Any]:
 def test_reads_the_authors_format() -> None:
     cell = Cell.from_json(json.dumps([CONV, ATROUS, POOL]))
     assert cell.branches == (
-        Branch(-1, Operation("conv1x1")),
-        Branch(-1, Operation("atrous_separable_conv", rate=(6, 21))),
-        Branch(0, Operation("pyramid_pooling", grid_size=(2, 4))),
+        Branch(-1, Conv1x1()),
+        Branch(-1, AtrousSeparableConv(rate=(6, 21))),
+        Branch(0, PyramidPooling(grid_size=(2, 4))),
     )
     assert str(cell) == "conv1x1(F), sep3x3 6x21(F), pool 2x4(0)"
 
@@ -35,7 +35,7 @@ def test_kernel_may_be_a_pair_as_in_the_authors_files() -> None:
 
 
 def test_neutral_rate_of_a_1x1_kernel_is_dropped() -> None:
-    assert Cell.from_json(json.dumps([CONV | {"rate": [1, 1]}])) == Cell((Branch(-1, CONV1X1),))
+    assert Cell.from_json(json.dumps([CONV | {"rate": [1, 1]}])) == Cell((Branch(-1, Conv1x1()),))
 
 
 @given(cells())
@@ -51,9 +51,10 @@ def test_json_round_trip(cell: Cell) -> None:
 
 def test_the_81_operations() -> None:
     assert len(set(OPERATIONS)) == 81
-    assert {op.rate for op in OPERATIONS if op.rate} == {(h, w) for h in RATES for w in RATES}
-    assert {op.grid_size for op in OPERATIONS if op.grid_size} == {(h, w) for h in GRID_SIZES for w in GRID_SIZES}
-    assert [op.kind for op in OPERATIONS].count("conv1x1") == 1
+    assert {op.rate for op in OPERATIONS if isinstance(op, AtrousSeparableConv)} == {(h, w) for h in RATES for w in RATES}
+    grid_sizes = {op.grid_size for op in OPERATIONS if isinstance(op, PyramidPooling)}
+    assert grid_sizes == {(h, w) for h in GRID_SIZES for w in GRID_SIZES}
+    assert OPERATIONS.count(Conv1x1()) == 1
 
 
 @pytest.mark.parametrize(
@@ -128,13 +129,36 @@ def test_loading_names_the_file(tmp_path: Path) -> None:
         Cell.load(path)
 
 
-def test_operation_refuses_fields_of_another_kind() -> None:
-    with pytest.raises(ValueError, match="kind must be"):
-        Operation("conv3x3")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="rate belongs to atrous_separable_conv"):
-        Operation("conv1x1", rate=(1, 1))
-    with pytest.raises(ValueError, match="grid_size belongs to pyramid_pooling"):
-        Operation("atrous_separable_conv", rate=(1, 1), grid_size=(1, 1))
+def test_an_operation_has_its_own_fields_alone() -> None:
+    with pytest.raises(TypeError, match="rate"):
+        Conv1x1(rate=(1, 1))  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="grid_size"):
+        AtrousSeparableConv(rate=(1, 1), grid_size=(1, 1))  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("value", [None, 6, (6,), (6, 6, 6), (0, 1), (1, -1), (1.0, 1), (True, 1), "66"])
+def test_an_operation_checks_its_field(value: Any) -> None:
+    with pytest.raises(ValueError, match=r"^rate must be two integers of at least 1, as \[height, width\], got "):
+        AtrousSeparableConv(rate=value)
+    with pytest.raises(ValueError, match=r"^grid_size must be two integers of at least 1, as \[height, width\], got "):
+        PyramidPooling(grid_size=value)
+
+
+def test_operations_are_immutable_data() -> None:
+    from_list = AtrousSeparableConv(rate=[6, 21])  # type: ignore[arg-type]
+    assert from_list.rate == (6, 21)
+    same: set[Operation] = {from_list, AtrousSeparableConv(rate=(6, 21)), Conv1x1(), Conv1x1()}
+    assert len(same) == 2
+    assert len({AtrousSeparableConv(rate=(1, 2)), PyramidPooling(grid_size=(1, 2)), PyramidPooling(grid_size=(2, 1))}) == 3
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        from_list.rate = (1, 1)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("kind", get_args(Operation))
+def test_every_operation_has_a_name_and_is_drawn(kind: type) -> None:
+    """`str` is the operation's name in the databases of searches; property tests reach every operation."""
+    assert "__str__" in vars(kind)
+    assert isinstance(find(operations(), lambda operation: isinstance(operation, kind)), kind)
 
 
 def test_cells_are_immutable_data() -> None:

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from reference.atrous_separable_conv import SeparableConv, atrous_separable_conv
 from reference.batch_norm import Array
-from reference.cell import BACKBONE_FEATURE, OPERATIONS, Branch, Cell, Operation
+from reference.cell import BACKBONE_FEATURE, OPERATIONS, AtrousSeparableConv, Branch, Cell, Operation, PyramidPooling
 from reference.dense_prediction_cell import (
     BranchOptions,
     CellWeights,
@@ -26,7 +26,7 @@ IN_CHANNELS, BRANCH_CHANNELS, CELL_CHANNELS = 3, 4, 5
 
 def test_branches_read_their_inputs() -> None:
     """F -> conv (0), 0 -> pool (1), F -> sep (2): the same maps as the operations called by hand; all three concatenated."""
-    pool, separable = Operation("pyramid_pooling", grid_size=(2, 1)), Operation("atrous_separable_conv", rate=(1, 3))
+    pool, separable = PyramidPooling(grid_size=(2, 1)), AtrousSeparableConv(rate=(1, 3))
     cell = Cell((Branch(BACKBONE_FEATURE, OPERATIONS[0]), Branch(0, pool), Branch(BACKBONE_FEATURE, separable)))
     rng = np.random.default_rng(0)
     weights, features = (
@@ -56,7 +56,7 @@ def test_branches_read_their_inputs() -> None:
     ],
 )
 def test_pooling_options_reach_the_pooling(options: BranchOptions) -> None:
-    operation = Operation("pyramid_pooling", grid_size=(2, 3))
+    operation = PyramidPooling(grid_size=(2, 3))
     rng = np.random.default_rng(0)
     features, weights = rng.standard_normal((2, IN_CHANNELS, 5, 7)), random_pointwise(IN_CHANNELS, BRANCH_CHANNELS, rng)
     expected = pyramid_pooling(
@@ -120,8 +120,8 @@ def check_gradient(
 def test_rate_multiplier_doubles_rates_and_nothing_else(cell: Cell, size: tuple[int, int], seed: int) -> None:
     doubled = Cell(
         tuple(
-            Branch(b.input_index, Operation(b.operation.kind, rate=(2 * b.operation.rate[0], 2 * b.operation.rate[1])))
-            if b.operation.rate is not None
+            Branch(b.input_index, AtrousSeparableConv(rate=(2 * b.operation.rate[0], 2 * b.operation.rate[1])))
+            if isinstance(b.operation, AtrousSeparableConv)
             else b
             for b in cell.branches
         )

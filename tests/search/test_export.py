@@ -15,7 +15,7 @@ from fast import Decoder, DensePredictionCell, SegmentationHead, SegmentationNet
 from fast.backbone import timm_backbone
 from fast.bilinear_resize import bilinear_resize
 from fast.checkpoint import load_head, load_network, save_head, save_network
-from reference.cell import BACKBONE_FEATURE, CONV1X1, Branch, Cell, Operation
+from reference.cell import BACKBONE_FEATURE, AtrousSeparableConv, Branch, Cell, Conv1x1, PyramidPooling
 from search.cells.space import load_cell
 from search.errors import InputError
 from search.export import TOLERANCE, ExportSettings, export, main
@@ -24,9 +24,9 @@ from tests.search.composed import changed
 CLASSES = ("sky", "road", "öther")
 DYNAMIC_CELL = Cell(  # every kind of operation that can follow the size
     (
-        Branch(BACKBONE_FEATURE, Operation("atrous_separable_conv", rate=(6, 3))),
-        Branch(0, Operation("pyramid_pooling", grid_size=(1, 1))),
-        Branch(BACKBONE_FEATURE, CONV1X1),
+        Branch(BACKBONE_FEATURE, AtrousSeparableConv(rate=(6, 3))),
+        Branch(0, PyramidPooling(grid_size=(1, 1))),
+        Branch(BACKBONE_FEATURE, Conv1x1()),
     )
 )
 needs_onnx = pytest.mark.skipif(
@@ -119,7 +119,7 @@ def test_onnx_runs_in_onnxruntime(tmp_path: Path, fixed_size: bool) -> None:
     assert [each.name for each in tmp_path.iterdir() if "onnx" in each.name] == ["head.onnx"]  # weights included
 
 
-POOLING = Cell((*DYNAMIC_CELL.branches, Branch(BACKBONE_FEATURE, Operation("pyramid_pooling", grid_size=(2, 4)))))
+POOLING = Cell((*DYNAMIC_CELL.branches, Branch(BACKBONE_FEATURE, PyramidPooling(grid_size=(2, 4)))))
 
 
 @pytest.mark.parametrize("pooling", ["sliding_window", "grid_cells"])

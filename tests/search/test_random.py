@@ -23,7 +23,7 @@ import search.runs.search
 import search.tasks.feature_cache
 from fast.checkpoint import load_head
 from fast.train_step import TrainStep
-from reference.cell import CONV1X1, Branch, Cell, Operation
+from reference.cell import Branch, Cell, Conv1x1, PyramidPooling
 from reference.mean_iou import mean_iou
 from search.backbones import create_backbone
 from search.cells.space import canonical_form, load_cell
@@ -338,8 +338,8 @@ def test_a_learning_rate_that_ruins_every_cell_still_ends_in_order(
 
 
 def test_an_equal_graph_is_not_evaluated_twice(settings: RandomSettings, monkeypatch: pytest.MonkeyPatch) -> None:
-    pool = Operation("pyramid_pooling", grid_size=(1, 1))
-    cells = [Cell(tuple(Branch(-1, op) for op in order)) for order in ((CONV1X1, pool), (pool, CONV1X1))]
+    pool = PyramidPooling(grid_size=(1, 1))
+    cells = [Cell(tuple(Branch(-1, op) for op in order)) for order in ((Conv1x1(), pool), (pool, Conv1x1()))]
     monkeypatch.setattr(search.runs.search, "suggest_cell", lambda trial, space: cells[trial.number % 2])
     evaluated = []
     original = ProxyTask.evaluate

@@ -20,7 +20,7 @@ import search.random
 import search.reports.run_files
 import search.rerank
 from fast.checkpoint import load_network
-from reference.cell import CONV1X1, Branch, Cell, Operation
+from reference.cell import Branch, Cell, Conv1x1, PyramidPooling
 from search.cells.space import cell_hash, load_cell
 from search.errors import InputError
 from search.files import write_json
@@ -354,7 +354,7 @@ def test_data_and_backbone_are_the_runs_unless_given(tiny: RerankSettings, run: 
 
 
 def pooling_cell(grid: int) -> Cell:
-    return Cell((Branch(-1, CONV1X1), Branch(0, Operation("pyramid_pooling", grid_size=(grid, grid)))))
+    return Cell((Branch(-1, Conv1x1()), Branch(0, PyramidPooling(grid_size=(grid, grid)))))
 
 
 class Folders(EndToEndTask):
@@ -471,7 +471,7 @@ def test_a_passing_failure_is_tried_again(
 
 
 def test_equal_cells_in_another_order_of_branches_are_one_training(tiny: RerankSettings, tmp_path: Path) -> None:
-    branches = Branch(-1, CONV1X1), Branch(-1, Operation("pyramid_pooling", grid_size=(2, 2)))
+    branches = Branch(-1, Conv1x1()), Branch(-1, PyramidPooling(grid_size=(2, 2)))
     for name, cell in (("first", Cell(branches)), ("second", Cell(branches[::-1]))):
         (tmp_path / f"{name}.json").write_text(cell.to_json())
     settings = changed(tiny, out=tmp_path / "out", top=1, compare=(str(tmp_path / "first.json"),))

@@ -16,7 +16,7 @@ from fast.kernels import Dropout, Folded, NormedMap
 from fast.segmentation import SegmentationHead
 from fast.upsampled_cross_entropy import upsampled_cross_entropy
 from reference.batch_norm import EPS, Array, BatchNorm
-from reference.cell import BACKBONE_FEATURE, CONV1X1, Branch, Cell, Operation
+from reference.cell import BACKBONE_FEATURE, AtrousSeparableConv, Branch, Cell, Conv1x1, PyramidPooling
 from reference.pyramid_pooling import PoolingVariant
 from tests.fast.error_budget import assert_within_budget
 
@@ -188,10 +188,10 @@ def test_a_cell_with_every_kind_of_branch_trains_to_the_same_bits(precision: str
     """Pooling, whose resize PyTorch differentiates by atomics, 1×1 and separable convolutions; three steps of two runs."""
     cell = Cell(
         (
-            Branch(BACKBONE_FEATURE, Operation("pyramid_pooling", grid_size=(2, 4))),
-            Branch(BACKBONE_FEATURE, CONV1X1),
-            Branch(0, Operation("atrous_separable_conv", rate=(3, 6))),
-            Branch(2, Operation("pyramid_pooling", grid_size=(1, 1))),
+            Branch(BACKBONE_FEATURE, PyramidPooling(grid_size=(2, 4))),
+            Branch(BACKBONE_FEATURE, Conv1x1()),
+            Branch(0, AtrousSeparableConv(rate=(3, 6))),
+            Branch(2, PyramidPooling(grid_size=(1, 1))),
         )
     )
     states = []

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from fast.batch_norm import recompute_statistics
 from fast.dense_prediction_cell import DensePredictionCell
-from reference.cell import RATES, Branch, Cell, Operation
+from reference.cell import RATES, AtrousSeparableConv, Branch, Cell, PyramidPooling
 from reference.dense_prediction_cell import BranchOptions
 from search.cells.receptive_field import (
     effective_receptive_field,
@@ -23,7 +23,7 @@ from tests.strategies import cells, rng_seeds
 
 @given(st.sampled_from(RATES), st.sampled_from(RATES))
 def test_one_atrous_convolution_reads_nine_positions(rate_h: int, rate_w: int) -> None:
-    field = structural_receptive_field(Cell((Branch(-1, Operation("atrous_separable_conv", rate=(rate_h, rate_w))),)), 43)
+    field = structural_receptive_field(Cell((Branch(-1, AtrousSeparableConv(rate=(rate_h, rate_w))),)), 43)
     expected = {(21 + i * rate_h, 21 + j * rate_w) for i in (-1, 0, 1) for j in (-1, 0, 1)}
     assert set(map(tuple, np.argwhere(field).tolist())) == expected
     assert set(field[field > 0]) == {1.0}
@@ -39,12 +39,12 @@ def test_published_cell_sees_25_rows_and_27_columns_around() -> None:
 
 
 def test_global_pooling_sees_everything_equally() -> None:
-    field = structural_receptive_field(Cell((Branch(-1, Operation("pyramid_pooling", grid_size=(1, 1))),)), 9)
+    field = structural_receptive_field(Cell((Branch(-1, PyramidPooling(grid_size=(1, 1))),)), 9)
     np.testing.assert_allclose(field, 1 / 81, rtol=1e-12)
 
 
 def test_paths_end_at_the_border_of_the_map() -> None:
-    conv = Operation("atrous_separable_conv", rate=(2, 2))
+    conv = AtrousSeparableConv(rate=(2, 2))
     field = structural_receptive_field(Cell((Branch(-1, conv), Branch(0, conv))), 3)  # only the centre tap stays inside
     np.testing.assert_array_equal(field, [[0, 0, 0], [0, 2, 0], [0, 0, 0]])
 
@@ -56,8 +56,8 @@ def test_a_map_without_a_centre_is_refused(size: int) -> None:
 
 
 def test_rates_double_at_output_stride_8() -> None:
-    cell = Cell((Branch(-1, Operation("atrous_separable_conv", rate=(1, 3))),))
-    twice = Cell((Branch(-1, Operation("atrous_separable_conv", rate=(2, 6))),))
+    cell = Cell((Branch(-1, AtrousSeparableConv(rate=(1, 3))),))
+    twice = Cell((Branch(-1, AtrousSeparableConv(rate=(2, 6))),))
     at_8 = structural_receptive_field(cell, 15, BranchOptions(training=False, rate_multiplier=2))
     np.testing.assert_array_equal(at_8, structural_receptive_field(twice, 15))
 
@@ -67,7 +67,7 @@ def test_rates_double_at_output_stride_8() -> None:
     [BranchOptions(False), BranchOptions(False, pooling="grid_cells"), BranchOptions(False, pooling_size=(3, 3))],
 )
 def test_pooling_reads_as_its_variant_does(options: BranchOptions) -> None:
-    cell = Cell((Branch(-1, Operation("pyramid_pooling", grid_size=(2, 1))),))
+    cell = Cell((Branch(-1, PyramidPooling(grid_size=(2, 1))),))
     module = DensePredictionCell(
         cell, 1, branch_channels=1, cell_channels=1, pooling=options.pooling, pooling_size=options.pooling_size
     )

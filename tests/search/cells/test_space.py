@@ -8,13 +8,13 @@ from hypothesis import given
 from scipy import stats
 
 import search.cells.space
-from reference.cell import BACKBONE_FEATURE, OPERATIONS, Branch, Cell, Operation
+from reference.cell import BACKBONE_FEATURE, OPERATIONS, AtrousSeparableConv, Branch, Cell, Operation, PyramidPooling
 from search.cells.space import SearchSpace, canonical_form, cell_hash, load_cell, load_cells
 from search.errors import InputError
 from tests.strategies import cells, rng_seeds
 
 FALSE_ALARM_RATE = 1e-6  # of a whole test, shared by its chi-square tests (Bonferroni)
-POOL = Operation("pyramid_pooling", grid_size=(1, 1))
+POOL = PyramidPooling(grid_size=(1, 1))
 
 
 def all_cells(num_branches: int, operations: tuple[Operation, ...] = OPERATIONS) -> list[Cell]:
@@ -149,8 +149,8 @@ def test_neighbours_are_mutual(cell: Cell, seed: int) -> None:
 @pytest.mark.parametrize(
     ("operation", "message"),
     [
-        (Operation("atrous_separable_conv", rate=(2, 1)), r"branch 1: rate must be two of 1, 3, .* 21, got \(2, 1\)"),
-        (Operation("pyramid_pooling", grid_size=(1, 3)), r"branch 1: grid_size must be two of 1, 2, 4, 8, got \(1, 3\)"),
+        (AtrousSeparableConv(rate=(2, 1)), r"branch 1: rate must be two of 1, 3, .* 21, got \(2, 1\)"),
+        (PyramidPooling(grid_size=(1, 3)), r"branch 1: grid_size must be two of 1, 2, 4, 8, got \(1, 3\)"),
     ],
 )
 def test_check_names_the_branch_and_the_field(operation: Operation, message: str) -> None:

@@ -14,6 +14,7 @@ from reference.cell import Cell
 from search.cells.space import load_cell
 from search.errors import InputError
 from search.report import ReportSettings, main
+from search.reports.diagram import operation_colours
 from search.reports.run import write_report
 from tests.search.composed import changed, composed
 from tests.search.test_report import BASELINES, make_run, visible_text
@@ -55,6 +56,9 @@ def test_names_files_and_heads_stand_side_by_side(tmp_path: Path) -> None:
     settings = changed(SETTINGS, cells=cells, in_channels=8, branch_channels=4, out=tmp_path / "new" / "cells.html")
     page = page_of(settings)
     text = visible_text(page)
+    operations = [branch.operation for name in ("aspp", "psp", "dpc") for branch in load_cell(name).branches]
+    chips = re.findall(r'class="chip" style="background: (#\w{6})"', page)
+    assert chips == [operation_colours(operation)[0] for operation in operations]
     assert text.count("aspp, mine, best") == 1
     assert "output stride 8, trained weights" in text
     assert text.count("trained weights") == 1

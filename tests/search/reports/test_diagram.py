@@ -14,7 +14,7 @@ from matplotlib.path import Path as Curve
 from numpy.typing import NDArray
 
 from fast.dense_prediction_cell import DensePredictionCell
-from reference.cell import Cell, Operation
+from reference.cell import Cell, Conv1x1, PyramidPooling
 from reference.dense_prediction_cell import BranchOptions
 from search.cells.receptive_field import structural_receptive_field
 from search.cells.space import SearchSpace, load_cell
@@ -100,8 +100,8 @@ def test_every_branch_is_labelled_once(cell: Cell) -> None:
 
 
 def test_labels() -> None:
-    assert operation_label(Operation("conv1x1")) == "1×1 conv"
-    assert operation_label(Operation("pyramid_pooling", grid_size=(2, 4))) == "pyramid pooling, 2×4"
+    assert operation_label(Conv1x1()) == "1×1 conv"
+    assert operation_label(PyramidPooling(grid_size=(2, 4))) == "pyramid pooling, 2×4"
 
 
 def trained_cell() -> DensePredictionCell:

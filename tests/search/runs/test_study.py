@@ -14,7 +14,7 @@ import optuna
 import pytest
 
 import search.runs.study
-from reference.cell import CONV1X1, OPERATIONS, Branch, Cell
+from reference.cell import OPERATIONS, Branch, Cell, Conv1x1
 from search.cells.sampler import create_sampler, suggest_cell
 from search.cells.space import SearchSpace, load_cell
 from search.errors import InputError
@@ -150,7 +150,7 @@ def test_a_failed_comparison_is_final_and_an_interrupted_one_is_not(directory: P
 
 def test_ranked_is_best_first_without_duplicates_and_failures() -> None:
     scores = [0.2, None, 0.9, 0.5, 0.9]
-    cells = [Cell((Branch(-1, operation), Branch(-1, CONV1X1))) for operation in OPERATIONS[1:6]]
+    cells = [Cell((Branch(-1, operation), Branch(-1, Conv1x1()))) for operation in OPERATIONS[1:6]]
     records = [
         TrialRecord(i, cell, None if score is None else make_result(score), None, None)
         for i, (cell, score) in enumerate(zip(cells, scores, strict=True))

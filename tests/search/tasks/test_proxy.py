@@ -14,7 +14,7 @@ from fast.batch_norm import recompute_statistics
 from fast.kernels import using
 from fast.mean_iou import confusion_matrix
 from fast.segmentation import SegmentationHead
-from reference.cell import BACKBONE_FEATURE, Branch, Cell, Operation
+from reference.cell import BACKBONE_FEATURE, Branch, Cell, PyramidPooling
 from reference.mean_iou import class_iou, mean_iou
 from reference.pyramid_pooling import PoolingVariant
 from search.cells.cost import cell_cost
@@ -124,7 +124,7 @@ def test_the_loss_curve_is_thinned_and_keeps_its_end() -> None:
 
 @pytest.mark.parametrize("pooling", ["sliding_window", "grid_cells"])
 def test_cost_time_and_memory_are_recorded(pooling: PoolingVariant) -> None:
-    pool = Branch(BACKBONE_FEATURE, Operation("pyramid_pooling", grid_size=(2, 2)))
+    pool = Branch(BACKBONE_FEATURE, PyramidPooling(grid_size=(2, 2)))
     cell = Cell((*CELL.branches, pool))
     result, _ = make_task(pooling=pooling).evaluate(cell, (0,))
     cost = cell_cost(cell, 3, SIZE, branch_channels=8, cell_channels=8, pooling=pooling).total
