@@ -6,8 +6,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
+
+from reference.cell import Operation
 
 ROOT = Path(__file__).parents[1]
 MAY_IMPORT = {  # of the project's own folders
@@ -30,6 +33,7 @@ FLOORS: list[set[str]] = [
     {"errors", "files", "interrupts"},
 ]
 CLI_LIBRARY, CLI = "tyro", "search.cli"
+OPERATIONS = {kind.__name__ for kind in get_args(Operation)}
 SOURCES = [path.relative_to(ROOT) for folder in MAY_IMPORT for path in sorted((ROOT / folder).rglob("*.py"))]
 every_source = pytest.mark.parametrize("path", SOURCES, ids=str)
 
@@ -142,6 +146,37 @@ def unasserted_comparisons(tree: ast.AST) -> list[int]:
     ]
 
 
+def open_decisions(tree: ast.AST) -> list[int]:
+    """Lines that decide on an operation otherwise than by a `match` that ends in `case _: assert_never(...)`.
+
+    Only such a match is named by mypy when an operation is added. `isinstance` with one of them decides otherwise; a pattern
+    inside another one is no decision but asks a case for a field, as in `OperationCase(operation=AtrousSeparableConv(rate))`.
+    """
+    lines = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Match) and any(map(is_of_an_operation, node.cases)) and not is_closed(node):
+            lines.append(node.lineno)
+        if isinstance(node, ast.Call) and called_name(node) in {"isinstance", "issubclass"} and names_an_operation(node):
+            lines.append(node.lineno)
+    return lines
+
+
+def is_of_an_operation(case: ast.match_case) -> bool:
+    patterns = case.pattern.patterns if isinstance(case.pattern, ast.MatchOr) else [case.pattern]
+    return any(isinstance(pattern, ast.MatchClass) and names_an_operation(pattern.cls) for pattern in patterns)
+
+
+def is_closed(match: ast.Match) -> bool:
+    last = match.cases[-1]
+    is_rest = isinstance(last.pattern, ast.MatchAs) and last.pattern.pattern is None and last.guard is None
+    return is_rest and isinstance(last.body[0], ast.Expr) and called_name(last.body[0].value) == "assert_never"
+
+
+def names_an_operation(node: ast.AST) -> bool:
+    names = {part.id if isinstance(part, ast.Name) else getattr(part, "attr", "") for part in ast.walk(node)}
+    return not OPERATIONS.isdisjoint(names)
+
+
 def test_sources_are_found() -> None:
     assert {path.parts[0] for path in SOURCES} >= {"reference", "fast", "search", "tests"}
 
@@ -170,6 +205,11 @@ def test_torch_loads_weights_only(path: Path) -> None:
 @every_source
 def test_comparisons_are_asserted(path: Path) -> None:
     assert path.parts[0] != "tests" or unasserted_comparisons(parse(path)) == []
+
+
+@every_source
+def test_decisions_on_an_operation_are_closed(path: Path) -> None:
+    assert path.parts[0] == "tests" or open_decisions(parse(path)) == []
 
 
 @every_source
@@ -277,6 +317,23 @@ def test_unsafe_loads_are_noticed(source: str, lines: list[int]) -> None:
 )
 def test_unasserted_comparisons_are_noticed(source: str, lines: list[int]) -> None:
     assert unasserted_comparisons(ast.parse(source)) == lines
+
+
+@pytest.mark.parametrize(
+    ("source", "lines"),
+    [
+        ("if isinstance(operation, AtrousSeparableConv):\n    pass", [1]),
+        ("x = 1\ny = isinstance(operation, cell.Conv1x1 | PyramidPooling)", [2]),
+        ("match operation:\n    case Conv1x1():\n        pass", [1]),
+        ("match operation:\n    case Conv1x1():\n        pass\n    case _:\n        pass", [1]),
+        ("match operation:\n    case Conv1x1() | PyramidPooling():\n        pass\n    case other:\n        use(other)", [1]),
+        ("match operation:\n    case cell.Conv1x1():\n        pass\n    case _:\n        assert_never(operation)", []),
+        ("match case:\n    case OperationCase(operation=AtrousSeparableConv(rate)):\n        use(rate)", []),
+        ("isinstance(case, OperationCase)\nmatch name:\n    case 'paper':\n        pass", []),
+    ],
+)
+def test_open_decisions_are_noticed(source: str, lines: list[int]) -> None:
+    assert open_decisions(ast.parse(source)) == lines
 
 
 def parse(path: Path) -> ast.Module:
