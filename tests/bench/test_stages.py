@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -25,6 +25,7 @@ from bench.results import Results, Row
 from bench.roofline import NO_ROOFS
 from bench.run import BenchSettings, main, parser
 from bench.stages import (
+    EVERY_KIND,
     Kernel,
     Prediction,
     Run,
@@ -41,10 +42,15 @@ from bench.stages import (
 )
 from bench.suites import Job
 from bench.worker import OutOfTime, Say, Workers
+from reference.cell import Operation
 from search.errors import InputError
 from tests.bench.tiny_runs import CPU, ENVIRONMENT, SEPARABLE, TINY, row
 
 RUN = Run("cpu", 1, TINY, 1, NO_ROOFS, Path("nowhere"))
+
+
+def test_the_tiny_cell_has_every_operation() -> None:
+    assert {type(branch.operation) for branch in EVERY_KIND.branches} == {*get_args(Operation)}
 
 
 def say_roof(run: Run, say: Say) -> None:
