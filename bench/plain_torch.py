@@ -4,7 +4,7 @@
 """
 
 from itertools import chain
-from typing import assert_never, cast
+from typing import TypeAlias, assert_never, cast
 
 import torch
 import torch.nn.functional as F
@@ -70,7 +70,10 @@ class Pooling(nn.Module):
         return self.conv.weights()
 
 
-def operation_module(operation: Operation, in_channels: int, channels: int) -> ConvNormReLU | Separable | Pooling:
+OperationModule: TypeAlias = ConvNormReLU | Separable | Pooling
+
+
+def operation_module(operation: Operation, in_channels: int, channels: int) -> OperationModule:
     """One of the 81 operations."""
     match operation:
         case Conv1x1():
@@ -104,7 +107,7 @@ class PlainCell(nn.Module):
         return output
 
     def weights(self) -> CellWeights[Tensor]:
-        branches = (cast(ConvNormReLU | Separable | Pooling, branch) for branch in self.branches)
+        branches = (cast(OperationModule, branch) for branch in self.branches)
         return CellWeights(tuple(branch.weights() for branch in branches), self.projection.weights())
 
 

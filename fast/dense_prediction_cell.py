@@ -1,7 +1,7 @@
 """The Dense Prediction Cell as a PyTorch module; `reference/dense_prediction_cell.py` is its meaning."""
 
 from itertools import chain
-from typing import Any, assert_never, cast, get_args
+from typing import Any, TypeAlias, assert_never, cast, get_args
 
 import numpy as np
 import torch
@@ -85,7 +85,7 @@ class DensePredictionCell(nn.Module):
 
     def weights(self) -> CellWeights[Tensor]:
         """The live parameters and statistics, in the reference's containers."""
-        branches = (cast(_Conv1x1Branch | SeparableBranch, branch) for branch in self.branches)
+        branches = (cast(_BranchModule, branch) for branch in self.branches)
         return CellWeights(tuple(branch.weights() for branch in branches), self.projection.weights())
 
     def extra_repr(self) -> str:
@@ -175,6 +175,9 @@ class SeparableBranch(nn.Module):
         return lazy_atrous_separable_conv(x, self.depthwise.live(), self.pointwise.live(), rate=self.rate)
 
 
+_BranchModule: TypeAlias = _Conv1x1Branch | _PoolingBranch | SeparableBranch
+
+
 def _branch(
     operation: Operation,
     in_channels: int,
@@ -182,7 +185,7 @@ def _branch(
     multiplier: int,
     variant: PoolingVariant,
     pooling_size: tuple[int, int] | None,
-) -> nn.Module:
+) -> _BranchModule:
     match operation:
         case Conv1x1():
             return _Conv1x1Branch(in_channels, channels)

@@ -6,7 +6,7 @@ At output stride 8 the atrous rates double (`rate_multiplier=2`), 1×1 convoluti
 """
 
 from collections.abc import Callable
-from typing import Any, Generic, NamedTuple, assert_never
+from typing import Any, Generic, NamedTuple, TypeAlias, assert_never
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,11 +18,13 @@ from reference.concat_project import DROPOUT_RATE, concat_project, concat_projec
 from reference.pointwise_conv import ConvNorm, conv1x1, conv1x1_backward
 from reference.pyramid_pooling import PoolingVariant, pyramid_pooling, pyramid_pooling_backward
 
+BranchWeights: TypeAlias = ConvNorm[ArrayT] | SeparableConv[ArrayT]
+
 
 class CellWeights(NamedTuple, Generic[ArrayT]):
     """Weights of a cell; also the container of their gradients."""
 
-    branches: tuple[ConvNorm[ArrayT] | SeparableConv[ArrayT], ...]  # in the order of the cell
+    branches: tuple[BranchWeights[ArrayT], ...]  # in the order of the cell
     projection: ConvNorm[ArrayT]  # weight (cell_channels, B·branch_channels, 1, 1)
 
 
@@ -98,20 +100,18 @@ def dense_prediction_cell_backward(
     return grads[BACKBONE_FEATURE], CellWeights(tuple(reversed(grad_weights)), grad_projection)
 
 
-def apply_operation(
-    x: Array, operation: Operation, weights: ConvNorm[Array] | SeparableConv[Array], options: BranchOptions
-) -> Array:
+def apply_operation(x: Array, operation: Operation, weights: BranchWeights[Array], options: BranchOptions) -> Array:
     """One of the 81 operations: (N, C_in, H, W) -> (N, C_out, H, W)."""
     forward, _, arguments = _resolve(operation, options)
     return forward(x, weights, **arguments)
 
 
 def apply_operation_backward(
-    grad_output: Array, x: Array, operation: Operation, weights: ConvNorm[Array] | SeparableConv[Array], options: BranchOptions
-) -> tuple[Array, ConvNorm[Array] | SeparableConv[Array]]:
+    grad_output: Array, x: Array, operation: Operation, weights: BranchWeights[Array], options: BranchOptions
+) -> tuple[Array, BranchWeights[Array]]:
     """Gradients for x and the weights of `apply_operation`."""
     _, backward, arguments = _resolve(operation, options)
-    gradients: tuple[Array, ConvNorm[Array] | SeparableConv[Array]] = backward(grad_output, x, weights, **arguments)
+    gradients: tuple[Array, BranchWeights[Array]] = backward(grad_output, x, weights, **arguments)
     return gradients
 
 

@@ -22,7 +22,7 @@ from reference.cell import (
     Operation,
     PyramidPooling,
 )
-from reference.dense_prediction_cell import CellWeights
+from reference.dense_prediction_cell import BranchWeights, CellWeights
 from reference.pointwise_conv import ConvNorm
 
 
@@ -76,7 +76,7 @@ def random_cell_weights(
     cell: Cell, in_channels: int, branch_channels: int, cell_channels: int, rng: np.random.Generator
 ) -> CellWeights[Array]:
     """Weights of every branch and of the projection; convolutions keep the variance of their input."""
-    branches: list[ConvNorm[Array] | SeparableConv[Array]] = []
+    branches: list[BranchWeights[Array]] = []
     for branch in cell.branches:
         channels = in_channels if branch.input_index == BACKBONE_FEATURE else branch_channels
         match branch.operation:

@@ -27,7 +27,7 @@ from reference.atrous_separable_conv import SeparableConv, depthwise_conv
 from reference.batch_norm import EPS, BatchNorm
 from reference.bilinear_resize import bilinear_resize_backward, interpolation_matrix
 from reference.cell import BACKBONE_FEATURE, AtrousSeparableConv, Cell, Conv1x1, Operation, PyramidPooling
-from reference.dense_prediction_cell import BranchOptions, rate_multiplier_for
+from reference.dense_prediction_cell import BranchOptions, BranchWeights, rate_multiplier_for
 from reference.pointwise_conv import ConvNorm
 from reference.pyramid_pooling import pooling_matrix
 
@@ -138,7 +138,7 @@ class _Gated:
         concat = torch.cat([maps[i] for i in range(len(self.cell.branches))], dim=1)
         return self._pointwise(concat, self.weights.projection)
 
-    def _branch(self, x: Tensor, operation: Operation, weights: ConvNorm[Tensor] | SeparableConv[Tensor]) -> Tensor:
+    def _branch(self, x: Tensor, operation: Operation, weights: BranchWeights[Tensor]) -> Tensor:
         match operation:
             case Conv1x1():
                 return self._pointwise(x, cast(ConvNorm[Tensor], weights))

@@ -10,7 +10,7 @@ from fast.batch_norm import MOMENTUM
 from reference.atrous_separable_conv import SeparableConv
 from reference.batch_norm import EPS, BatchNorm
 from reference.cell import BACKBONE_FEATURE, AtrousSeparableConv, Cell, Conv1x1, Operation, PyramidPooling
-from reference.dense_prediction_cell import BranchOptions, CellWeights
+from reference.dense_prediction_cell import BranchOptions, BranchWeights, CellWeights
 from reference.pointwise_conv import ConvNorm
 
 
@@ -21,9 +21,7 @@ def plain_cell(features: Tensor, weights: CellWeights[Tensor], cell: Cell, optio
     return _conv_norm_relu(torch.cat([maps[i] for i in range(len(cell.branches))], dim=1), weights.projection, options)
 
 
-def plain_operation(
-    x: Tensor, weights: ConvNorm[Tensor] | SeparableConv[Tensor], operation: Operation, options: BranchOptions
-) -> Tensor:
+def plain_operation(x: Tensor, weights: BranchWeights[Tensor], operation: Operation, options: BranchOptions) -> Tensor:
     match operation:
         case Conv1x1():
             return _conv_norm_relu(x, cast(ConvNorm[Tensor], weights), options)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from reference.atrous_separable_conv import SeparableConv
 from reference.batch_norm import Array, BatchNorm
 from reference.cell import AtrousSeparableConv, Cell, Conv1x1, PyramidPooling
-from reference.dense_prediction_cell import BranchOptions, CellWeights
+from reference.dense_prediction_cell import BranchOptions, BranchWeights, CellWeights
 from reference.pointwise_conv import ConvNorm
 
 HERE = Path(__file__).parent
@@ -71,7 +71,7 @@ def nchw(array: NDArray[Any]) -> Array:
 
 def cell_weights(variables: Variables, cell: Cell) -> CellWeights[Array]:
     """The authors' variables, or their gradients (which have no moving statistics: zero), as the reference's weights."""
-    branches: list[ConvNorm[Array] | SeparableConv[Array]] = []
+    branches: list[BranchWeights[Array]] = []
     for i, branch in enumerate(cell.branches):
         match branch.operation:
             case Conv1x1() | PyramidPooling():
