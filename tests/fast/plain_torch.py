@@ -68,17 +68,23 @@ class PlainBranch(nn.Module):
 
     def __init__(self, operation: Operation, in_channels: int, channels: int) -> None:
         super().__init__()
-        self.grid_size = operation.grid_size
-        self.depthwise = None if operation.rate is None else ConvNormReLU(in_channels, in_channels, operation.rate)
+        self.operation = operation
+        if isinstance(operation, AtrousSeparableConv):
+            self.depthwise = ConvNormReLU(in_channels, in_channels, operation.rate)
         self.pointwise = ConvNormReLU(in_channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.grid_size is not None:
-            means = F.avg_pool2d(
-                x, [-(-size // grid) for size, grid in zip(x.shape[2:], self.grid_size, strict=True)], stride=1
-            )
-            return F.interpolate(self.pointwise(means), x.shape[2:], mode="bilinear", align_corners=True)
-        output: Tensor = self.pointwise(x if self.depthwise is None else self.depthwise(x))
+        match self.operation:
+            case Conv1x1():
+                output: Tensor = self.pointwise(x)
+            case AtrousSeparableConv():
+                output = self.pointwise(self.depthwise(x))
+            case PyramidPooling(grid_size):
+                window = [-(-size // grid) for size, grid in zip(x.shape[2:], grid_size, strict=True)]
+                means = self.pointwise(F.avg_pool2d(x, window, stride=1))
+                output = F.interpolate(means, x.shape[2:], mode="bilinear", align_corners=True)
+            case _:
+                assert_never(self.operation)
         return output
 
 
@@ -109,7 +115,7 @@ class PlainDecoder(nn.Module):
 
     def __init__(self, low_level_channels: int, channels: int, projected_channels: int) -> None:
         super().__init__()
-        separable = Operation("atrous_separable_conv", rate=(1, 1))
+        separable = AtrousSeparableConv(rate=(1, 1))
         self.projection = ConvNormReLU(low_level_channels, projected_channels)
         self.refinement = nn.Sequential(
             *(PlainBranch(separable, width, channels) for width in (channels + projected_channels, channels))
