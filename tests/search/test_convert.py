@@ -14,8 +14,9 @@ from fast.checkpoint import load_network
 from fast.segmentation import SegmentationNetwork, predict_scales
 from reference.cell import Cell
 from search.cells.space import load_cell
-from search.convert import Conversion, ConvertSettings, convert, main
+from search.convert import ConvertSettings, main
 from search.errors import InputError
+from search.tensorflow.deeplab import Conversion, convert
 from search.tensorflow.tensor_bundle import TensorBundle
 from tests.golden.authors_dumps import SHARED
 from tests.search.authors_deeplab import AuthorsDeepLab, Variables, random_variables, variable_shapes
@@ -204,12 +205,12 @@ def test_another_cell_is_refused(mobilenet: Variables) -> None:
 
 def test_rates_of_aspp_must_be_as_many_as_its_convolutions() -> None:
     variables = random_variables(variable_shapes("MobilenetV2", context="aspp", decoder=False))
-    with pytest.raises(InputError, match=r"has 3 atrous convolutions: give --atrous-rates"):
+    with pytest.raises(InputError, match=r"has 3 atrous convolutions: give `atrous_rates`"):
         convert_variables(variables, atrous_rates=(6, 12))
 
 
 def test_rates_that_are_none_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="--atrous-rates 0 6: give numbers of at least 1"):
+    with pytest.raises(InputError, match="`atrous_rates` 0 6: give numbers of at least 1"):
         main(ConvertSettings(checkpoint=tmp_path, out=tmp_path / "out", atrous_rates=(0, 6)))
 
 
@@ -224,7 +225,7 @@ def test_a_checkpoint_without_context_or_backbone_is_refused(mobilenet: Variable
 def test_class_names_must_be_as_many_as_classes(tmp_path: Path, mobilenet: Variables) -> None:
     write_bundle(tmp_path / "model.ckpt", mobilenet)
     out = tmp_path / "network.safetensors"
-    with pytest.raises(InputError, match="has 5 classes: give as many --class-names, got 2"):
+    with pytest.raises(InputError, match="has 5 classes: give as many `class_names`, got 2"):
         main(ConvertSettings(checkpoint=tmp_path, out=out, class_names=("a", "b")))
     main(ConvertSettings(checkpoint=tmp_path, out=out, class_names=("a", "b", "c", "d", "e")))
     assert load_network(out)[1]["class_names"] == ["a", "b", "c", "d", "e"]

@@ -215,7 +215,7 @@ def test_tensorflows_padding_fixes_the_size() -> None:
         ({"head": Path("nowhere.safetensors")}, "head nowhere.safetensors cannot be read"),
         ({"out": Path("head.bin")}, "--out head.bin: a file of the format torch-export must end in .pt2"),
         ({"out": Path("head.pt2"), "format": "onnx"}, "--out head.pt2: a file of the format onnx must end in .onnx"),
-        ({"size": (0, 5)}, "--size 0 5: both must be at least 1"),
+        ({"size": (0, 5)}, "`size` 0 5: both must be at least 1"),
         ({"size": (3, 3)}, "the input (2, 6, 3, 3) does not fit: pooling window of 9"),
         ({"out": Path("head.safetensors/head.pt2")}, "--out head.safetensors/head.pt2 cannot be written"),
     ],
