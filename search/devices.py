@@ -65,7 +65,7 @@ class AcceleratedDevices(Devices):
             from accelerate import Accelerator
         except ImportError as error:
             raise InputError(
-                "several processes need Accelerate: install the extra `devices`, or start without torchrun"
+                "several processes need Accelerate: pip install -e '.[devices]', or start without torchrun"
             ) from error
         self._accelerator = Accelerator(cpu=device == "cpu")
         self.device = self._accelerator.device

@@ -201,7 +201,7 @@ def load_run(directory: Path) -> Run:
     """Read a run, also while another process writes it. Raises InputError for a folder that is none."""
     description = Folder(directory, remedy="its cells are in cells.csv").description()
     if description is None:
-        raise InputError(f"{directory} is not a run (no settings.json): give the folder of a `search.random` run")
+        raise InputError(f"{directory} is not a run (no settings.json): give the folder of a run of `python -m search.random`")
     try:
         run_id, url = str(description["id"]), _storage_url(directory, description["storage"])
         identity, command = dict(description["identity"]), str(description["command"])

@@ -1,5 +1,7 @@
 """What a user meets at the command line: one sentence and exit code 2 for bad input, 130 for Ctrl-C, never a traceback."""
 
+import ast
+import importlib
 import os
 import re
 import signal
@@ -11,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import get_type_hints
 
 import numpy as np
 import pytest
@@ -21,7 +24,7 @@ from PIL import Image
 
 import search.features
 import search.random
-from search.cli import Flat, run_command
+from search.cli import Flat, _field_names, run_command
 from search.errors import InputError
 from search.features import FeaturesSettings
 from search.interrupts import ctrl_c_waits
@@ -94,6 +97,30 @@ def test_fields_of_groups_are_flags_also_in_what_parts_say(
     assert seen == [GroupedSettings(Group(7), Group(5))]
     sentence = "--crop-size is larger than --large.crop-size, not than `depth` of `python -m search.features`"
     assert capsys.readouterr().err == f"error: {sentence}\n"
+
+
+def settings_types() -> list[type]:
+    """The settings of every command: what `python -m search.X` hands to `run_command`."""
+    names = sorted(path.stem for path in (ROOT / "search").glob("*.py") if "run_command(" in path.read_text(encoding="utf-8"))
+    modules = [importlib.import_module(f"search.{name}") for name in (*names, "datasets.__main__") if name != "cli"]
+    return [get_type_hints(module.main)["settings"] for module in modules]
+
+
+def test_every_field_in_an_error_is_a_flag_of_some_command() -> None:
+    """So that a field which is renamed is renamed in what is said of it."""
+    known = {name for settings in settings_types() for name in _field_names(settings)}
+    assert {"crop_size", "large.weights", "end_to_end.iterations", "processes", "atrous_rates"} <= known
+    said = {
+        field
+        for path in (ROOT / "search").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Raise | ast.Call | ast.Dict)
+        for part in ast.walk(node)
+        if isinstance(part, ast.Constant) and isinstance(part.value, str)
+        for field in re.findall(r"`([a-z_.]+)`", part.value)
+    }
+    assert len(said) > 30
+    assert said - known == {"classes"}  # a field of the TOML file that describes a data set
 
 
 @pytest.mark.parametrize("flags", [["--cells", "9"], ["--cells=9"]])
