@@ -319,7 +319,7 @@ class DeviceSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class MachineSettings(DeviceSettings):
-    """Where it is computed, and where that leaves what is computed once."""
+    """Where it is computed, and where what is computed once is kept."""
 
     cache_dir: Path = changes_no_score(Path("cache"))
     """Folder of feature caches, and of the small backbones that are trained on the spot."""
