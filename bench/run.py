@@ -39,7 +39,7 @@ from bench.stages import Run, compile_kernels, plan_stages, run_stages
 from bench.suites import PAPER, Plan, make_plan
 from bench.worker import Workers
 from search.devices import resolve_device
-from search.errors import InputError, with_fields
+from search.errors import InputError, as_flag, with_fields
 from search.folder import Folder
 
 CLOSING_S = 12.0  # of a run of limited minutes: what was imported before, the last summary and the picture
@@ -108,7 +108,7 @@ def main(settings: BenchSettings) -> None:
     if device.type == "cpu" and "float16" in (settings.dtype or ()):
         raise InputError("--dtype float16 is measured on a GPU alone: this run is on the CPU")
     folder = settings.out / environment(device).folder
-    with Folder(folder).locked():  # two at once would disturb each other's times
+    with Folder(folder, remedy="stop it: two at once would disturb each other's times").locked():
         results = (run_and_write if settings.minutes is None else run_for_minutes)(settings, device, folder)
     if not results.is_complete:
         sys.exit(130)
@@ -258,7 +258,7 @@ if __name__ == "__main__":
     try:
         main(BenchSettings(**vars(parser().parse_args())))
     except InputError as error:
-        print(f"error: {with_fields(str(error), lambda field: f'--{field}')}", file=sys.stderr)
+        print(f"error: {with_fields(str(error), as_flag)}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         print(f"error: {error}: check the path, its permissions and the disk", file=sys.stderr)

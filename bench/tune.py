@@ -36,7 +36,7 @@ from fast.checkpoint import write_whole
 from fast.kernels import triton as kernels
 from fast.kernels.triton.launches import DEFAULT, SIZES, Key, Launch, Table, file_stem, measured
 from search.devices import resolve_device
-from search.errors import InputError, with_fields
+from search.errors import InputError, as_flag, with_fields
 
 ROOT = Path(__file__).parents[1]
 LAUNCHES = ROOT / "fast" / "kernels" / "triton" / "launches"
@@ -384,7 +384,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         options.device = resolve_device(options.device)  # with its number
     except InputError as error:
-        parser.exit(2, with_fields(f"{error}\n", lambda field: f"--{field}"))
+        parser.exit(2, with_fields(f"{error}\n", as_flag))
     command = shlex.join(["python", "bench/tune.py", *(sys.argv[1:] if arguments is None else arguments)])
     sys.exit(run(options, keys, end, processes, command))
 

@@ -2,18 +2,18 @@
 
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import TypeVar, get_type_hints
 
 import tyro
 from tyro.conf import OmitArgPrefixes as Flat
 
-from search.errors import InputError, with_fields
+from search.errors import InputError, as_flag, with_fields
 
 # Flat: a group of settings whose fields are flags by their own names, `data: Flat[DataSettings]`. Without it the group's name
 # comes first, as in --large.backbone, for a command that has two groups of one kind.
-__all__ = ["Flat", "in_flags", "run_command", "this_command"]
+__all__ = ["Flat", "flags_of", "in_flags", "run_command", "this_command"]
 
 Settings = TypeVar("Settings")
 
@@ -31,9 +31,9 @@ def run_command(
     `goes_on` says that the same command goes on where it was stopped; `renamed` has the flags of earlier versions, and what
     is to be written instead. A full memory is bad input too: of sizes too large.
     """
-    for argument in sys.argv[1:]:
-        if instead := (renamed or {}).get(argument.partition("=")[0]):
-            sys.exit(_fail(f"{argument.partition('=')[0]} is now {instead}"))
+    for flag in (argument.partition("=")[0] for argument in sys.argv[1:]):
+        if instead := (renamed or {}).get(flag.replace("_", "-")):
+            sys.exit(_fail(f"{flag} is now {instead}"))
     settings = tyro.cli(settings_type, prog=prog, config=(tyro.conf.FlagCreatePairsOff,))
     try:
         command(settings)
@@ -52,19 +52,22 @@ def run_command(
 
 def in_flags(text: str, settings_type: type) -> str:
     """What a part says of fields, of the flags of a command with these settings. Fields of others stay as they are."""
-    known = set(_field_names(settings_type))
-    return with_fields(text, lambda name: f"--{name.replace('_', '-')}" if name in known else f"`{name}`")
+    known = flags_of(settings_type)
+    return with_fields(text, lambda name: known.get(name, f"`{name}`"))
 
 
-def _field_names(settings_type: type) -> Iterator[str]:
-    """The fields of all groups, by their names alone where the group is `Flat`, else with the group's name before it."""
+def flags_of(settings_type: type) -> dict[str, str]:
+    """The flags of all fields by the fields' names, with the group's name before them where the group is not `Flat`."""
+    flags: dict[str, str] = {}
     for name, annotated in get_type_hints(settings_type, include_extras=True).items():
         group = getattr(annotated, "__origin__", annotated)
         if isinstance(group, type) and is_dataclass(group):
             prefix = "" if group is not annotated else f"{name}."
-            yield from (prefix + field.name for field in fields(group))
+            flags |= {prefix + field.name: as_flag(prefix + field.name) for field in fields(group)}
         else:
-            yield name
+            is_positional = tyro.conf.Positional in getattr(annotated, "__metadata__", ())
+            flags[name] = name if is_positional else as_flag(name)
+    return flags
 
 
 def this_command(prog: str) -> str:

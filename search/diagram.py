@@ -23,13 +23,13 @@ def main(settings: DiagramSettings) -> None:
     """Write the picture. Raises InputError for an unknown cell, suffix or folder."""
     cell = load_cell(settings.cell)
     if settings.out.suffix not in (".svg", ".png", ".pdf"):
-        raise InputError(f"--out {settings.out}: give a file that ends in .svg, .png or .pdf")
+        raise InputError(f"`out` {settings.out}: give a file that ends in .svg, .png or .pdf")
     figure = cell_and_receptive_field_figure(cell)
     try:
         save_figure(figure, settings.out, settings.out.suffix[1:])
     except OSError as error:
-        raise InputError(f"--out {settings.out}: cannot be written ({error.strerror}); choose another place") from error
+        raise InputError(f"`out` {settings.out}: cannot be written ({error.strerror}); choose another place") from error
 
 
 if __name__ == "__main__":
-    run_command(DiagramSettings, main, prog="python -m search.diagram")
+    run_command(DiagramSettings, main, prog="python -m search.diagram", renamed={"--output": "--out"})

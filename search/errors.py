@@ -24,6 +24,15 @@ def with_fields(text: str, spelling: Callable[[str], str]) -> str:
     return _FIELD.sub(lambda match: spelling(match[1]), text)
 
 
+def as_flag(field: str) -> str:
+    """How a command spells the field.
+
+    >>> as_flag("large.crop_size")
+    '--large.crop-size'
+    """
+    return f"--{field.replace('_', '-')}"
+
+
 @contextmanager
 def fields_in(group: str, fields: frozenset[str]) -> Iterator[None]:
     """Of errors raised inside, these fields are said to be of a group of settings, for whoever has a second one like it.

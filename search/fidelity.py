@@ -81,6 +81,36 @@ _RENAMED = {
 
 
 @dataclass(frozen=True, kw_only=True)
+class LargeSettings(BackboneSettings):
+    """The backbone of large."""
+
+    backbone: str | None = None
+    """Any timm model with feature maps. None: a wider one trained on the spot for shapes, xception65 for the rest."""
+    output_stride: int | None = None
+    """Pixels per feature, 8 or 16. None: as --output-stride."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EndToEndSettings(RecipeSettings):
+    """The trainings of end_to_end, which share nothing with those on cached features but head, data and backbone."""
+
+    crop_size: tuple[int, int] | None = None
+    """Height and width in pixels of the training crops, stride·k + 1 each. None: whole pictures."""
+    min_scale: float | None = None
+    """Smallest random scale of a training picture. None: 0.5; 1 for shapes."""
+    max_scale: float | None = None
+    """Largest random scale. None: 2; 1 for shapes."""
+    batch_size: int | None = 4
+    """Crops per iteration. The paper: 16."""
+    iterations: int | None = 50
+    """Steps of the optimiser. The paper: 90,000."""
+    learning_rate: float | None = 0.1
+    """Initial learning rate; it falls to 0 by the power 0.9 of the remaining share. The paper: 0.01."""
+    validate_every: int | None = None
+    """Iterations between validations. None: only after the last, which alone counts."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class FidelitySettings:
     """Score a space of 31 cells under several protocols, and say how alike these order them."""
 
@@ -102,10 +132,8 @@ class FidelitySettings:
     backbone: Flat[BackboneSettings] = BackboneSettings()
     features: Flat[FeatureSettings] = FeatureSettings()
     machine: Flat[MachineSettings] = MachineSettings()
-    large: BackboneSettings = BackboneSettings()
-    """The backbone of large. By default a wider one trained on the spot for shapes, xception65 for the rest."""
-    end_to_end: RecipeSettings = RecipeSettings(iterations=50, batch_size=4, learning_rate=0.1)
-    """The trainings of end_to_end. By default with crops as --crop-size has them, for shapes at scale 1."""
+    large: LargeSettings = LargeSettings()
+    end_to_end: EndToEndSettings = EndToEndSettings()
 
 
 @dataclass(frozen=True)
@@ -237,17 +265,16 @@ def _cached(
 
 def _end_to_end(settings: FidelitySettings, directory: Path, device: str) -> Protocol:
     data, recipe = settings.data, settings.end_to_end
-    if recipe.crop_size is None:  # as on cached features: whole pictures, unless told otherwise
+    if recipe.crop_size is None:  # whole pictures, as on cached features
         train = open_dataset(data.dataset, data.train_split, data.data_dir)
-        whole = padded_size(settings.features, train, settings.backbone.stride)
-        recipe = replace(recipe, crop_size=given(settings.proxy.crop_size, whole))
+        recipe = replace(recipe, crop_size=padded_size(settings.features, train, settings.backbone.stride))
     if data.dataset == SHAPES:  # a short training learns one scale at best
         recipe = replace(recipe, min_scale=given(recipe.min_scale, 1.0), max_scale=given(recipe.max_scale, 1.0))
     training = TrainingSettings(
         data=data,
         backbone=settings.backbone,
         head=settings.head,
-        recipe=replace(recipe, validate_every=recipe.iterations),
+        recipe=replace(recipe, validate_every=given(recipe.validate_every, recipe.iterations)),
         machine=replace(settings.machine, device=device),
         seed=settings.seed,
     ).completed()
@@ -258,12 +285,12 @@ def _end_to_end(settings: FidelitySettings, directory: Path, device: str) -> Pro
     own = scored(training.recipe)
     parts = create_task().identity()
     identity = {f"end_to_end.{name}" if name in own else name: value for name, value in parts.items()}
-    del identity["end_to_end.validate_every"]  # follows from the iterations
+    del identity["end_to_end.validate_every"]  # decides when to look, not what is seen at the end
     return Protocol("end_to_end", create_task, training.recipe.iterations or 0, plain(identity))
 
 
 def _run(settings: FidelitySettings, protocols: list[Protocol], directory: Path) -> None:
-    cells, device = fidelity_cells(), resolve_device(settings.machine.device)
+    cells = fidelity_cells()
     total = len(protocols) * len(cells) * settings.seeds
     with tqdm(total=total, desc="fidelity", unit="cell") as bar:
         for protocol in protocols:
@@ -271,7 +298,7 @@ def _run(settings: FidelitySettings, protocols: list[Protocol], directory: Path)
             jobs = [job for job in _jobs(settings, protocol.name, cells) if not _is_scored(folder, job)]
             bar.update(len(cells) * settings.seeds - len(jobs))
             if jobs:
-                opened = open_workers(protocol.create_task, settings.workers, device, protocol.iterations)
+                opened = open_workers(protocol.create_task, settings.workers, settings.machine.device, protocol.iterations)
                 with _fields_of(protocol.name), opened as workers:
                     for outcome in outcomes(workers, jobs):
                         _record(directory, outcome)
@@ -349,10 +376,7 @@ def _check(settings: FidelitySettings) -> None:
             settings.large.check()
     if "end_to_end" in settings.protocols:
         with _fields_of("end_to_end"):
-            recipe = settings.end_to_end.completed(settings.data.dataset)
-            recipe.check(settings.backbone.stride)
-            if settings.end_to_end.validate_every is not None:
-                raise InputError("`validate_every` is for single trainings: only the last iteration counts here, leave it out")
+            settings.end_to_end.completed(settings.data.dataset).check(settings.backbone.stride)
 
 
 if __name__ == "__main__":

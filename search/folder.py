@@ -1,7 +1,8 @@
-"""A folder that lasts: a run, a training, the scores of a protocol, a feature cache.
+"""A folder that lasts: a run, a training, a re-ranking, the scores of a protocol.
 
 One process at a time holds it, and it remembers what it was begun with, so that the same command goes on and another one is
-refused by the names of what differs. What a job came to is one JSON file, which is there whole or not at all.
+refused by the names of what differs. What a job came to is one JSON file, which is there whole or not at all. A feature cache
+and a benchmark keep lists of their own of what is done, and take its lock alone.
 """
 
 import json
@@ -48,7 +49,8 @@ class Folder:
         each difference, where the folder was begun with another identity.
         """
         self.check(identity)
-        write_json(self.path / "settings.json", {"format": _FORMAT, "identity": identity, "command": command, **description})
+        content = {"format": _FORMAT, "kind": self.kind, "identity": identity, "command": command, **description}
+        write_json(self.path / "settings.json", content)
 
     def check(self, identity: Mapping[str, Any]) -> None:
         """Raise InputError, naming each difference, where the folder was begun with another identity."""
@@ -68,10 +70,14 @@ class Folder:
             description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(description, dict) or not description:
                 raise ValueError("no settings are in it")
+            if description.get("format") == _FORMAT and description["kind"] != self.kind:
+                raise InputError(f"{self.path} holds a {description['kind']}, not a {self.kind}: {self.remedy}")
             if description.get("format") == _FORMAT:
                 return description | {"identity": dict(description["identity"]), "command": str(description["command"])}
         except FileNotFoundError:
             return None
+        except InputError:
+            raise
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path} is damaged ({error}): delete the {self.kind} {self.path} and start it again") from error
         raise InputError(f"{self.kind} {self.path} is of another version of this project: {self.remedy}")

@@ -31,6 +31,7 @@ from search.settings import (
     HeadSettings,
     MachineSettings,
     ProxySettings,
+    changes_no_score,
     plain,
     require,
     scored,
@@ -47,11 +48,11 @@ _RENAMED = {"--cells": "--trials", "--name": "--out FOLDER", "--runs-dir": "--ou
 class RandomSettings:
     """Search dense prediction cells on the proxy task, beside ASPP and the published cell."""
 
-    out: Path | None = None
+    out: Path | None = changes_no_score(None)
     """Folder of the run. None: runs/ and the data set's name."""
     storage: str | None = None
     """Database URL of the study, such as postgresql://host/name. None: a SQLite file in the run's folder."""
-    trials: int = 12
+    trials: int = changes_no_score(12)
     """Number of cells to try in all, those of earlier runs of this command included."""
     branches: int = NUM_BRANCHES
     """Branches per cell."""
@@ -61,11 +62,11 @@ class RandomSettings:
     """The paper's sampler ignores this many latest results, so that its cells do not depend on up to lag + 1 workers."""
     seed: int = 0
     """Seed of everything: the cells, their initial weights, crops and dropout."""
-    compare: tuple[str, ...] = KNOWN_CELLS
+    compare: tuple[str, ...] = changes_no_score(KNOWN_CELLS)
     """Cells to score beside the search: aspp, dpc, psp, or paths of cell JSON files."""
-    comparison_seeds: int = 1
+    comparison_seeds: int = changes_no_score(1)
     """Seeds with which these and the best cell found are scored."""
-    workers: int = 1
+    workers: int = changes_no_score(1)
     """Cells evaluated at a time; above 1 by Ray (install the extra `workers`), on CUDA with one GPU each."""
     proxy: Flat[ProxySettings] = ProxySettings(iterations=80, learning_rate=0.2)
     head: Flat[HeadSettings] = HeadSettings(branch_channels=64)
@@ -107,7 +108,10 @@ def main(settings: RandomSettings) -> None:
         palette=np.array(manifest["palette"], dtype=np.uint8),
         settings=RunSettings(settings.data, settings.backbone, settings.features, head, settings.machine),
     )
-    with run as study, open_workers(create_task, settings.workers, device, settings.proxy.iterations) as workers:
+    with (
+        run as study,
+        open_workers(create_task, settings.workers, settings.machine.device, settings.proxy.iterations) as workers,
+    ):
         timed_on = None
         try:
             Search(study, workers, space, plan, keep_head).run()
@@ -133,19 +137,15 @@ def _check(settings: RandomSettings) -> None:
 def _identity(settings: RandomSettings, head: HeadSettings, caches: dict[str, FeatureCache]) -> dict[str, Any]:
     """What the scores of a run depend on; the same command goes on, another one is refused."""
     train, val = caches["train"].manifest, caches["val"].manifest
-    identity = scored(settings.data, settings.backbone, settings.features, head, settings.proxy) | {
+    identity = scored(settings, settings.data, settings.backbone, settings.features, head, settings.proxy) | {
         "dataset": train["dataset"],
         "backbone": train["backbone"],
+        "weights_origin": train["weights_origin"],
         "output_stride": train["output_stride"],
         "image_size": train["image_size"],
         "`weights` (content)": train["weights_hash"],
         "`data_dir` or `train_split` (pictures)": train["data_fingerprint"],
         "`data_dir` or `val_split` (pictures)": val["data_fingerprint"],
-        "branches": settings.branches,
-        "sampler": settings.sampler,
-        "lag": settings.lag,
-        "seed": settings.seed,
-        "storage": settings.storage,
     }
     return dict(plain(identity))
 

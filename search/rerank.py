@@ -69,8 +69,8 @@ class RunOverrides:
 
     def data(self, run: DataSettings) -> DataSettings:
         before = run if self.dataset is None else DataSettings(dataset=self.dataset)
-        return DataSettings(
-            dataset=before.dataset,
+        return replace(
+            before,
             data_dir=given(self.data_dir, before.data_dir),
             train_split=given(self.train_split, before.train_split),
             val_split=given(self.val_split, before.val_split),
@@ -79,17 +79,19 @@ class RunOverrides:
     def network(self, run: BackboneSettings) -> BackboneSettings:
         """The backbone; of the run's only the name is kept where other weights are given."""
         is_another = self.backbone is not None or self.weights is not None or self.pretrained
-        before = BackboneSettings(backbone=run.backbone) if is_another else run
-        return BackboneSettings(
+        before = BackboneSettings(backbone=run.backbone, output_stride=run.output_stride) if is_another else run
+        return replace(
+            before,
             backbone=given(self.backbone, before.backbone),
             weights=given(self.weights, before.weights),
             weights_origin=given(self.weights_origin, before.weights_origin),
             pretrained=self.pretrained or before.pretrained,
-            output_stride=given(self.output_stride, run.output_stride),
+            output_stride=given(self.output_stride, before.output_stride),
         )
 
     def head(self, run: HeadSettings, dropout: float) -> HeadSettings:
-        return HeadSettings(
+        return replace(
+            run,
             branch_channels=given(self.branch_channels, run.branch_channels),
             pooling=given(self.pooling, run.pooling),
             dropout=dropout,
@@ -127,7 +129,6 @@ def main(settings: RerankSettings) -> None:
     require("seeds", settings.seeds, settings.seeds >= 1, "at least 1")
     require("workers", settings.workers, settings.workers >= 1, "at least 1")
     run = load_run(settings.run)
-    candidates = candidates_of(run, settings)
     directory = settings.out or settings.run / "rerank"
     training = training_settings(settings, run)
 
@@ -135,8 +136,9 @@ def main(settings: RerankSettings) -> None:
         return EndToEndTask(training, directory)
 
     task, folder = create_task(), Folder(directory, "re-ranking")
+    candidates = candidates_of(run, settings)
     identity = task.identity()  # builds a network, so that one that cannot be built leaves no folder behind
-    workers = open_workers(create_task, settings.workers, training.machine.device, known(training.recipe.iterations))
+    workers = open_workers(create_task, settings.workers, settings.device.device, known(training.recipe.iterations))
     with folder.locked():
         folder.begin(identity, this_command(_PROG))
         with workers as opened:

@@ -7,7 +7,7 @@ where something lies or who does the work; all others decide what comes out, and
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, get_args, get_type_hints
 
@@ -30,14 +30,17 @@ def changes_no_score(default: Value) -> Value:
 
 
 def scored(*groups: Any) -> dict[str, Any]:
-    """What a score depends on, by field, as JSON has it.
+    """What a score depends on, by field, as JSON has it; of a command's settings its own fields, without its groups.
 
     >>> scored(DataSettings(), HeadSettings(branch_channels=64))
     {'dataset': 'shapes', 'branch_channels': 64, 'pooling': 'sliding_window', 'dropout': 0.1}
     """
     found: dict[str, Any] = {}
     for group in groups:
-        found |= {f.name: getattr(group, f.name) for f in fields(group) if not f.metadata.get("changes_no_score")}
+        values = {f.name: getattr(group, f.name) for f in fields(group) if not f.metadata.get("changes_no_score")}
+        own = {name: value for name, value in values.items() if not is_dataclass(value)}
+        assert not found.keys() & own.keys(), "two settings of one name: one of them would go unnoticed"
+        found |= own
     return dict(plain(found))
 
 
@@ -55,10 +58,10 @@ def restored(group: type[Group], content: Mapping[str, Any]) -> Group:
     types = get_type_hints(group)
 
     def value(name: str) -> Any:
-        given, declared = content[name], types[name]
-        if isinstance(given, str) and (declared is Path or Path in get_args(declared)):
-            return Path(given)
-        return tuple(given) if isinstance(given, list) else given
+        written, declared = content[name], types[name]
+        if isinstance(written, str) and (declared is Path or Path in get_args(declared)):
+            return Path(written)
+        return tuple(written) if isinstance(written, list) else written
 
     return group(**{name: value(name) for name in types if name in content})
 
@@ -298,7 +301,7 @@ class RecipeSettings:
         share = self.hard_example_mining
         require("hard_example_mining", share, 0 < share <= 1, "above 0 and at most 1")
         require("ema", self.ema, 0 <= self.ema < 1, "at least 0 and below 1")
-        require("max_scale", max_scale, min_scale <= max_scale < math.inf, "at least `min_scale`")
+        require("max_scale", max_scale, min_scale <= max_scale < math.inf, f"at least `min_scale`, which is {min_scale}")
         height, width = known(self.crop_size)
         if any(extent < 1 or (extent - 1) % output_stride for extent in (height, width)):
             raise InputError(

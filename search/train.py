@@ -25,6 +25,7 @@ from search.settings import (
     MachineSettings,
     RecipeSettings,
     TrainingSettings,
+    plain,
 )
 from search.training.loop import NotFiniteTrainingError, Training, TrainingResult
 from search.training.network import create_network, initial_network, training_identity
@@ -106,7 +107,7 @@ def _train(
     with folder.locked() if devices.rank == 0 else nullcontext():  # the first process alone writes
         if devices.rank == 0:
             folder.begin(identity, this_command(_PROG))
-        return Training(training, network, train, val, directory, devices, source=settings).run()
+        return Training(training, network, train, val, directory, devices, source=plain(settings) | plain(training)).run()
 
 
 def _cell(settings: TrainSettings) -> Cell:

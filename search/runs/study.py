@@ -186,7 +186,8 @@ def open_run(
     folder = Folder(directory)
     try:
         with folder.locked():
-            run_id = (folder.description() or {}).get("id") or uuid.uuid4().hex  # names its studies, also in a shared database
+            before = folder.description()
+            run_id = _run_id(folder, before) if before else uuid.uuid4().hex  # names its studies, also in a shared database
             description = {"id": run_id, "storage": storage, "settings": plain(asdict(settings))}
             description |= {"class_names": class_names, "palette": palette.tolist()}
             folder.begin(identity, command, **description)
@@ -199,7 +200,7 @@ def open_run(
 
 def load_run(directory: Path) -> Run:
     """Read a run, also while another process writes it. Raises InputError for a folder that is none."""
-    description = Folder(directory, remedy="its cells are in cells.csv").description()
+    description = Folder(directory, remedy="its report.html and cells.csv can be read still").description()
     if description is None:
         raise InputError(f"{directory} is not a run (no settings.json): give the folder of a run of `python -m search.random`")
     try:
@@ -216,6 +217,12 @@ def load_run(directory: Path) -> Run:
     except (SQLAlchemyError, optuna.exceptions.OptunaError, ImportError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"the study of {directory} cannot be read: {_first_line(error)}") from error
     return Run(directory, identity, command, class_names, palette, settings, trials, baselines)
+
+
+def _run_id(folder: Folder, description: dict[str, Any]) -> str:
+    if "id" not in description:
+        raise InputError(f"{folder.path / 'settings.json'} is damaged ('id'): delete the run {folder.path} and start it again")
+    return str(description["id"])
 
 
 def _study_of(directory: Path, url: str, run_id: str) -> Study:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from fast.segmentation import SegmentationHead
 from reference.cell import Cell
+from search.devices import resolve_device
 from search.errors import InputError
 from search.tasks.proxy import NotFiniteError
 
@@ -98,7 +99,10 @@ def outcomes(workers: Workers[Result], jobs: Iterable[Job]) -> Iterator[Outcome[
 def open_workers(
     create_task: Callable[[], Task[Result]], count: int, device: str, iterations: int
 ) -> Iterator[Workers[Result]]:
-    """`count` workers with tasks by `create_task` under Ray, or one in this process with a bar of a cell's iterations."""
+    """`count` workers with tasks by `create_task` under Ray, or one in this process with a bar of a cell's iterations.
+
+    `device` as the user gave it: cuda is one GPU for each worker, cuda:1 is refused for more than one.
+    """
     if count > 1:
         with closing(RayWorkers(create_task, count, device)) as workers:
             yield workers
@@ -155,9 +159,10 @@ class RayWorkers(Generic[Result]):
         self._deaths = tuple(getattr(ray.exceptions, name) for name in errors)
         if device.startswith("cuda:"):
             raise InputError(f"`device` {device} is one GPU, `workers` {count} have one each: give cuda")
+        on_gpu = (resolve_device(device) if device == "auto" else device).startswith("cuda")
         if not ray.is_initialized():
             ray.init(logging_level=logging.ERROR, log_to_driver=False, include_dashboard=False)
-        gpus = 1 if device.startswith("cuda") else 0
+        gpus = 1 if on_gpu else 0
         resources: Any = ray.cluster_resources  # untyped
         available = int(resources().get("GPU", 0))
         if gpus * count > available:

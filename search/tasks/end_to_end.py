@@ -47,7 +47,7 @@ def training_folder(directory: Path, cell: Cell, seed: Sequence[int]) -> Path:
 
 
 class EndToEndTask:
-    """Scores cells by whole trainings in folders below `directory`; the seed of `settings` is not used.
+    """Scores cells by whole trainings in folders below `directory`; each with random numbers of its own.
 
     Raises InputError for settings that cannot work.
     """

@@ -32,6 +32,7 @@ from search.folder import Folder
 from search.settings import BackboneSettings, DataSettings, FeatureDtype, FeatureSettings, MachineSettings
 
 _DTYPES: dict[FeatureDtype, torch.dtype] = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+_BEHIND = {"data_fingerprint": "`data_dir` (pictures)", "weights_hash": "`weights` (content)"}  # facts, not settings
 _BATCH = 8  # images per pass of the backbone
 
 
@@ -72,9 +73,10 @@ def open_cache(directory: Path, expected: dict[str, Any] | None = None) -> Featu
         raise InputError(f"{path} is damaged ({error}): delete the folder {directory} and run the command again") from error
     for field, value in (expected or {}).items():
         if manifest.get(field) != value:
+            before, now, name = _brief(manifest.get(field)), _brief(value), _BEHIND.get(field, f"`{field}`")
             raise InputError(
-                f"cache {directory} is stale: it was made with {field} {_brief(manifest.get(field))}, this run has "
-                f"{_brief(value)}; delete that folder or give another `cache_dir`"
+                f"cache {directory} is stale: it was made with {name} {before}, this run has {now}; delete that folder or "
+                "give another `cache_dir`"
             )
     if done < features_shape[0]:
         raise HalfWrittenError(

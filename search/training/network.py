@@ -74,9 +74,8 @@ def training_identity(
             f"{settings.recipe.accumulate}, {devices.count} devices)"
         )
     context = network.head.context
-    identity = scored(settings.data, settings.backbone, settings.head, settings.recipe) | {
+    identity = scored(settings, settings.data, settings.backbone, settings.head, settings.recipe) | {
         "dataset": train.name,
-        "seed": settings.seed,
         "cell": json.loads(context.cell.to_json()),
         "backbone": network.backbone.name,
         "output_stride": network.backbone.output_stride,

@@ -24,7 +24,7 @@ from PIL import Image
 
 import search.features
 import search.random
-from search.cli import Flat, _field_names, run_command
+from search.cli import Flat, flags_of, run_command
 from search.errors import InputError
 from search.features import FeaturesSettings
 from search.interrupts import ctrl_c_waits
@@ -108,7 +108,7 @@ def settings_types() -> list[type]:
 
 def test_every_field_in_an_error_is_a_flag_of_some_command() -> None:
     """So that a field which is renamed is renamed in what is said of it."""
-    known = {name for settings in settings_types() for name in _field_names(settings)}
+    known = {name for settings in settings_types() for name in flags_of(settings)}
     assert {"crop_size", "large.weights", "end_to_end.iterations", "processes", "atrous_rates"} <= known
     said = {
         field

@@ -410,7 +410,7 @@ def test_a_run_with_other_settings_is_refused(
 def test_features_of_other_weights_are_refused(settings: RandomSettings, uninterrupted: Run, tmp_path: Path) -> None:
     state = timm.create_model(BACKBONE).state_dict()
     torch.save({key: value + 1 for key, value in state.items()}, tmp_path / "other.pth")
-    with pytest.raises(InputError, match=r"cache .*camvid-train-.* is stale: it was made with weights_hash \w+"):
+    with pytest.raises(InputError, match=r"cache .*camvid-train-.* is stale: it was made with `weights` \(content\) \w+"):
         search.random.main(changed(settings, weights=tmp_path / "other.pth"))
 
 

@@ -106,6 +106,9 @@ def test_a_training_leaves_its_curve_and_whole_networks(tiny: TrainSettings, uni
     network, description = load_network(uninterrupted / "best.safetensors")
     val = open_dataset("camvid", tiny.data.val_split, tiny.data.data_dir)
     assert best > 0.02  # else nothing would be compared
+    source = description["source"]["training"]
+    assert (source["recipe"]["iterations"], source["cell"]) == (ITERATIONS, None)
+    assert source["recipe"]["min_scale"] == 0.5  # as completed
     assert description["source"]["mean_iou"] == best == mean_iou(count_pixels(network, val).numpy())
     assert tuple(description["class_names"]) == val.class_names
     assert not list(uninterrupted.glob("*.partial"))

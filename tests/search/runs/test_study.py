@@ -239,6 +239,13 @@ def test_settings_without_a_field_are_refused_by_name(directory: Path, field: st
         load_run(directory)
 
 
+def test_a_run_without_its_id_is_refused_and_not_begun_anew(directory: Path) -> None:
+    path = directory / "settings.json"
+    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "id"}))
+    with pytest.raises(InputError, match=r"settings\.json is damaged \('id'\): delete the run"):
+        begin(directory).__enter__()
+
+
 def test_a_run_without_its_study_is_refused_and_none_is_made(directory: Path) -> None:
     (directory / "study.db").unlink()
     with pytest.raises(InputError, match=r"the study of .* is not at .*study\.db: copy that file too"):

@@ -17,6 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import search.runs.workers
 from reference.cell import Cell
 from search.cells.sampler import create_sampler
 from search.cells.space import SearchSpace, canonical_form, cell_hash, load_cell, load_cells
@@ -24,7 +25,7 @@ from search.errors import InputError
 from search.random import RandomSettings
 from search.runs.search import Search, SearchPlan
 from search.runs.study import Study, TrialRecord
-from search.runs.workers import MAX_DEATHS, InProcess, Job, Outcome, RayWorkers, evaluate, outcomes
+from search.runs.workers import MAX_DEATHS, InProcess, Job, Outcome, RayWorkers, evaluate, open_workers, outcomes
 from search.settings import HeadSettings, ProxySettings
 from search.tasks.feature_cache import FeatureCache
 from search.tasks.proxy import NotFiniteError, ProxyResult, ProxyTask
@@ -287,6 +288,17 @@ def test_a_worker_that_dies_gives_its_cell_back(dying: set[int]) -> None:
     assert {key: measured(outcome) for key, outcome in by_key.items()} == {
         job.key: measured(evaluate(create_task(), job)) for job in JOBS
     }
+
+
+@pytest.mark.parametrize(("device", "resolved"), [("cuda", "cuda:0"), ("auto", "cuda:0"), ("auto", "cpu"), ("cpu", "cpu")])
+def test_a_device_without_a_number_is_one_for_each_worker(
+    fake_ray: Callable[[set[int]], FakeRay], monkeypatch: pytest.MonkeyPatch, device: str, resolved: str
+) -> None:
+    fake_ray(set())
+    monkeypatch.setattr(search.runs.workers, "resolve_device", lambda _: resolved)
+    monkeypatch.setattr(FakeRay, "cluster_resources", lambda self: {"GPU": 2 if resolved == "cuda:0" else 0})
+    with open_workers(create_task, 2, device, 1) as workers:
+        assert workers.capacity == 2
 
 
 def test_more_workers_than_gpus_are_refused(fake_ray: Callable[[set[int]], FakeRay]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -227,8 +228,9 @@ def test_a_cache_of_something_else_is_refused_by_name(tmp_path: Path, field: str
         build(tmp_path, TWENTY)
     before = contents(tmp_path)
     dataset, backbone, changes = STALE[field]
+    said = {"weights_hash": "`weights` (content)", "data_fingerprint": "`data_dir` (pictures)"}.get(field, f"`{field}`")
     with pytest.raises(
-        InputError, match=rf"cache {tmp_path} is stale: it was made with {field} .*; delete that folder"
+        InputError, match=rf"cache {tmp_path} is stale: it was made with {re.escape(said)} .*; delete that folder"
     ) as caught:
         open_cache(tmp_path, identity(dataset, backbone, **changes))
     assert not isinstance(caught.value, HalfWrittenError)  # which would be finished, with features of two kinds
