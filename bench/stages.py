@@ -61,7 +61,6 @@ from bench.timing import (
 from bench.training_cases import NewCellCase, ProxyCase, SearchCase
 from bench.worker import OutOfTime, Say, WorkerLost, Workers, WorkFailed
 from fast import kernels
-from fast.kernels import Backend
 from reference.cell import BACKBONE_FEATURE, AtrousSeparableConv, Branch, Cell, Conv1x1, PyramidPooling
 from search.files import write_text
 
@@ -493,7 +492,7 @@ def compile_kernels(architecture: int, stages: Iterable[Stage]) -> int:
         print(f"\r{len(compiled)} kernels", end="", file=sys.stderr, flush=True)
 
     device = torch.device("cpu")
-    with launched_by(compile_only), precision_of_a_gpu(), kernels.using(cast(Backend, triton)):
+    with launched_by(compile_only), precision_of_a_gpu(), kernels.using(triton):
         for case, dtype in dict.fromkeys(pair for stage in stages for pair in _cases_of(stage)):
             case.workload(OURS, dtype, device)()
     return len(compiled)

@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fast.kernels import Dropout, Folded, NormedMap, Unfolded
+from fast.kernels.interface import Dropout, Folded, NormedMap, Unfolded
 from fast.kernels.triton.launches import LARGE, Launch, table_for
 from reference.batch_norm import BatchNorm
 
-if importlib.util.find_spec("triton") is not None:
+_IS_INSTALLED = importlib.util.find_spec("triton") is not None
+if _IS_INSTALLED:
     from fast.kernels.triton.batch_norm import (
         fold_kernel,
         normalise_backward_kernel,
@@ -38,6 +39,7 @@ if importlib.util.find_spec("triton") is not None:
     from fast.kernels.triton.upsampled_confusion_matrix import confusion_matrix_kernel
     from fast.kernels.triton.upsampled_cross_entropy import cell_gradients_kernel, gather_corners_kernel, mean_loss_kernel
 
+name = "Triton kernels"
 memory_format = torch.channels_last
 
 
@@ -50,7 +52,16 @@ class Moments(NamedTuple):
 
 def is_available() -> bool:
     """Whether Triton is installed and PyTorch sees a CUDA device."""
-    return importlib.util.find_spec("triton") is not None and torch.cuda.is_available()
+    return _IS_INSTALLED and torch.cuda.is_available()
+
+
+def supports(x: Tensor) -> str | None:
+    if x.device.type != "cuda":
+        return f"the Triton kernels compute on an NVIDIA GPU, this map is on {x.device}"
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        dtype = str(x.dtype).removeprefix("torch.")
+        return f"the Triton kernels compute float32, float16 and bfloat16, this map is {dtype}"
+    return None if _IS_INSTALLED else "Triton is not installed"
 
 
 def depthwise_forward(

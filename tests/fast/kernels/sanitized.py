@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fast.kernels import Dropout, NormedMap, Unfolded, cpu
+from fast.kernels import Dropout, NormedMap, Unfolded, cpp
+from fast.kernels.cpp import build
 
 FLAGS = ["-O1", "-g", "-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all"]
 CHECKS = ["-D_GLIBCXX_ASSERTIONS", "-D_GLIBCXX_SANITIZE_VECTOR"]  # indices of std::vector, and what it has in reserve
@@ -64,7 +65,7 @@ class Recorded:
 
 
 def exported() -> set[str]:
-    source = (cpu._SOURCES / "kernels.cpp").read_text(encoding="utf-8")
+    source = (build.FOLDER / "kernels.cpp").read_text(encoding="utf-8")
     names = re.findall(r"EXPORT \w+ (\w+)_##SUFFIX(##_##LABEL_SUFFIX)?\(", source)
     suffixes = {"": ("f32", "f64"), "##_##LABEL_SUFFIX": ("f32_u8", "f32_i64", "f64_u8", "f64_i64")}
     return {f"{name}_{suffix}" for name, labels in names for suffix in suffixes[labels]}
@@ -122,26 +123,26 @@ class Inputs:
 def depthwise(draw: Inputs) -> None:
     channels = draw.channels()
     x, weight, rate = draw.map(channels), draw.tensor(channels, 1, 3, 3), draw.rate()
-    out, _ = cpu.depthwise_forward(x, weight, rate, statistics=draw.yes())
-    cpu.depthwise_backward(draw.tensor(*out.shape), out, draw.unfolded(channels), x, weight, rate, need_input=draw.yes())
+    out, _ = cpp.depthwise_forward(x, weight, rate, statistics=draw.yes())
+    cpp.depthwise_backward(draw.tensor(*out.shape), out, draw.unfolded(channels), x, weight, rate, need_input=draw.yes())
 
 
 def pointwise(draw: Inputs) -> None:
     maps = [draw.map(draw.channels()) for _ in range(draw.one_of(1, 1, 2, 5))]
     in_channels, channels, dropout = sum(x.raw.shape[1] for x in maps), draw.channels(), draw.dropout()
     weight, norm = draw.tensor(channels, in_channels, 1, 1), (draw.tensor(channels), draw.tensor(channels))
-    out, _ = cpu.pointwise_forward(maps, weight, dropout, statistics=draw.yes())
-    cpu.pointwise_inference(maps, weight, norm)
+    out, _ = cpp.pointwise_forward(maps, weight, dropout, statistics=draw.yes())
+    cpp.pointwise_inference(maps, weight, norm)
     needed = [draw.yes() for _ in maps]
-    cpu.pointwise_backward(draw.tensor(*out.shape), out, draw.unfolded(channels), maps, weight, dropout, need_input=needed)
+    cpp.pointwise_backward(draw.tensor(*out.shape), out, draw.unfolded(channels), maps, weight, dropout, need_input=needed)
 
 
 def planes(draw: Inputs) -> None:
     channels, first = draw.channels(), int(draw.rng.integers(30))
     x = draw.map(channels)
-    value = cpu.normalise(x, draw.dropout(), first=first, channels=first + channels + 3)
-    cpu.normalise_backward(draw.tensor(*value.shape), x)
-    cpu.plane_product(x, draw.band(draw.one_of(*SIZES), draw.height), draw.band(draw.one_of(*SIZES), draw.width))
+    value = cpp.normalise(x, draw.dropout(), first=first, channels=first + channels + 3)
+    cpp.normalise_backward(draw.tensor(*value.shape), x)
+    cpp.plane_product(x, draw.band(draw.one_of(*SIZES), draw.height), draw.band(draw.one_of(*SIZES), draw.width))
 
 
 def labels(draw: Inputs) -> None:
@@ -157,7 +158,7 @@ def labels(draw: Inputs) -> None:
         target = target.to(torch.uint8)
     elif wrong:
         target = torch.where(target == classes, draw.one_of(-1, -(2**63), 2**63 - 1, 2**32, classes), target)
-    for compute in (cpu.upsampled_cross_entropy, cpu.upsampled_confusion_matrix):
+    for compute in (cpp.upsampled_cross_entropy, cpp.upsampled_confusion_matrix):
         try:
             compute(logits, target, ignored)
         except ValueError:
@@ -166,7 +167,7 @@ def labels(draw: Inputs) -> None:
 
 def read_beyond_a_tensor() -> None:
     """One value less than the kernel reads: the sanitizers' alarm must go off."""
-    cpu.depthwise_forward(NormedMap(torch.ones(1, 3, 5, 5)), torch.ones(3 * 9 - 1), (1, 1), statistics=False)
+    cpp.depthwise_forward(NormedMap(torch.ones(1, 3, 5, 5)), torch.ones(3 * 9 - 1), (1, 1), statistics=False)
 
 
 def main() -> None:
@@ -177,11 +178,11 @@ def main() -> None:
     arguments = parser.parse_args()
     if "libasan" not in os.environ.get("LD_PRELOAD", ""):
         os.execve(sys.executable, [sys.executable, "-m", "tests.fast.kernels.sanitized", *sys.argv[1:]], environment())
-    cpu._FLAGS += FLAGS + CHECKS  # a library of its own in the cache: flags are part of its name
-    library = cpu._library()
-    assert library is not None, "the sanitizers' build does not load"
+    build.FLAGS += FLAGS + CHECKS  # a library of its own in the cache: flags are part of its name
+    library = build.library()
+    assert not isinstance(library, str), f"the sanitizers' build does not load: {library}"
     recorded = Recorded(library)
-    cpu._library = lambda: recorded  # type: ignore[assignment]
+    build.library = lambda: recorded  # type: ignore[assignment]
     if arguments.read_beyond_a_tensor:
         read_beyond_a_tensor()
     for seed in range(arguments.seed, arguments.seed + arguments.rounds):

@@ -1,45 +1,35 @@
-"""The C++ kernels in `cpp/` as a `Backend`: compiled once per machine, called through ctypes, without Python's lock.
-
-The compiler is $CXX, c++, g++ or clang++, whichever is found first. The library lies in $XDG_CACHE_HOME/dense-prediction-cell
-(by default ~/.cache) under a name made of the sources, the compiler and the processor. Without a compiler PyTorch's own
-operations are used, and one warning says so.
+"""The C++ kernels beside this file as a `Backend`: checks, allocations and calls through ctypes, without Python's lock.
 
 Under torch.autocast pointwise products are the library's, in bf16: worth it where the processor has AMX or AVX-512 bf16.
 """
 
 import ctypes
 import functools
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
-import warnings
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fast.kernels import Dropout, Folded, NormedMap, Unfolded
+from fast.kernels.cpp import build
+from fast.kernels.interface import Dropout, Folded, NormedMap, Unfolded
 from reference.batch_norm import BatchNorm
 from reference.bilinear_resize import interpolation_taps
 
+name = "C++ kernels"
 memory_format = torch.contiguous_format
 
-_SOURCES = Path(__file__).with_name("cpp")
-_FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
-_VECTORS, _THREADS = ["-march=native", "-ffp-contract=fast"], ["-fopenmp"]  # not every compiler and system has them
-_OPTIONAL_FLAGS = [[*_VECTORS, *_THREADS], _VECTORS, _THREADS, []]  # the first that compile are used
 _SUFFIX = {torch.float32: "f32", torch.float64: "f64", torch.uint8: "u8", torch.int64: "i64"}
 
 
-def is_available() -> bool:
-    """Whether the kernels are compiled, or can be; compiles them at the first call, which takes some ten seconds."""
-    return _library() is not None
+def supports(x: Tensor) -> str | None:
+    if x.device.type != "cpu":
+        return f"the C++ kernels compute on a CPU, this map is on {x.device}"
+    if x.dtype not in (torch.float32, torch.float64):
+        return f"the C++ kernels compute float32 and float64, this map is {str(x.dtype).removeprefix('torch.')}"
+    library = build.library()  # last, as it may have to be compiled
+    return library if isinstance(library, str) else None
 
 
 def depthwise_forward(x: NormedMap, weight: Tensor, rate: tuple[int, int], *, statistics: bool) -> tuple[Tensor, Any]:
@@ -403,56 +393,6 @@ def _check(tensor: Tensor, like: Tensor) -> None:
 
 @functools.cache
 def _function(name: str, result: Any = None) -> Any:
-    function = getattr(_library(), name)
+    function = getattr(build.library(), name)
     function.restype = result
     return function
-
-
-@functools.cache
-def _library() -> ctypes.CDLL | None:
-    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
-    if compiler is None:
-        warnings.warn("no C++ compiler found (install g++, or set CXX): PyTorch's slower operations are used", stacklevel=2)
-        return None
-    try:
-        return ctypes.CDLL(str(_compiled(compiler)))
-    except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:  # RuntimeError: no home folder
-        reason = getattr(error, "stderr", "") or str(error)
-        warnings.warn(f"the C++ kernels do not work here, PyTorch's slower operations are used: {reason}", stacklevel=2)
-        return None
-
-
-def _compiled(compiler: str) -> Path:
-    """The shared library for this source, compiler and processor; compiled if it is not there yet."""
-    version = subprocess.run([*compiler.split(), "--version"], check=True, capture_output=True, text=True).stdout
-    sources = [path.read_text(encoding="utf-8") for path in sorted(_SOURCES.iterdir())]
-    identity = "\n".join([version, _processor(), str(_FLAGS), str(_OPTIONAL_FLAGS), *sources])
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dense-prediction-cell"
-    path = folder / f"cpu-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as aside:
-            _compile(compiler, Path(aside) / "cpu.so")
-            os.replace(Path(aside) / "cpu.so", path)
-    return path
-
-
-def _compile(compiler: str, path: Path) -> None:
-    """With as many of the optional flags as the compiler accepts; a warning names those that it does not."""
-    command = [*compiler.split(), *_FLAGS, str(_SOURCES / "kernels.cpp"), "-o", str(path)]
-    for flags in _OPTIONAL_FLAGS:
-        run = subprocess.run([*command, *flags], check=not flags, capture_output=True, text=True)
-        if run.returncode == 0:
-            break
-    missing = [flag for flag in _OPTIONAL_FLAGS[0] if flag not in flags]
-    if missing:
-        warnings.warn(f"{compiler} compiles the C++ kernels only without {' '.join(missing)}: they are slower", stacklevel=2)
-
-
-def _processor() -> str:
-    """What -march=native looks at: a home folder may be shared by machines of different kinds."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return f"{platform.machine()} {platform.processor()}"
-    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))

@@ -15,7 +15,8 @@ from torch import Tensor
 import fast.kernels
 from fast.atrous_separable_conv import depthwise_conv
 from fast.dense_prediction_cell import DensePredictionCell
-from fast.kernels import Dropout, NormedMap, Unfolded, backend_for, cpu, using
+from fast.kernels import Dropout, NormedMap, Unfolded, backend_for, cpp, using
+from fast.kernels.cpp import build
 from fast.mean_iou import upsampled_confusion_matrix
 from fast.pointwise_conv import pointwise_conv
 from fast.segmentation import SegmentationHead
@@ -24,7 +25,7 @@ from reference.cell import Cell
 from search.cells.space import load_cell
 from tests.fast.error_budget import assert_within_budget
 
-pytestmark = pytest.mark.skipif(not cpu.is_available(), reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(cpp.supports(torch.ones(1)) is not None, reason="no C++ compiler")
 
 EVERY_KIND = Cell.from_json(
     '[{"op": "conv", "kernel": 3, "rate": [6, 21], "input": -1}, {"op": "conv", "kernel": 3, "rate": [1, 1], "input": 0},'
@@ -131,7 +132,7 @@ def test_nan_is_not_hidden() -> None:
     loss, *_ = training_step(make_head(), features, labels)
     assert torch.isnan(loss)
     x = NormedMap(torch.tensor([torch.nan, -1.0, 1.0]).view(1, 1, 1, 3), torch.ones(1), torch.zeros(1))
-    assert torch.equal(cpu.normalise(x).isnan().flatten(), torch.tensor([True, False, False]))
+    assert torch.equal(cpp.normalise(x).isnan().flatten(), torch.tensor([True, False, False]))
 
 
 @pytest.mark.parametrize("mean", [0.0, 1e3, 1e5])
@@ -143,8 +144,8 @@ def test_variance_survives_a_large_mean(mean: float) -> None:
     centre[:, :, 1, 1] = 1.0
     identity = torch.eye(20)[:, :, None, None]
     for _, moments in (
-        cpu.depthwise_forward(NormedMap(x), centre, (1, 1), statistics=True),
-        cpu.pointwise_forward([NormedMap(x)], identity, None, statistics=True),
+        cpp.depthwise_forward(NormedMap(x), centre, (1, 1), statistics=True),
+        cpp.pointwise_forward([NormedMap(x)], identity, None, statistics=True),
     ):
         expected = x.double().var(dim=(0, 2, 3), correction=0)
         assert torch.allclose(moments.var.double(), expected, rtol=1e-4, atol=0)  # sums of 323 float32 deviations
@@ -154,7 +155,7 @@ def test_variance_survives_a_large_mean(mean: float) -> None:
 def test_rates_beyond_the_map_leave_the_centre() -> None:
     x = torch.randn(2, 3, 5, 6, generator=torch.Generator().manual_seed(0))
     weight = torch.randn(3, 1, 3, 3, generator=torch.Generator().manual_seed(1))
-    output, _ = cpu.depthwise_forward(NormedMap(x), weight, (10**6, 10**6), statistics=False)
+    output, _ = cpp.depthwise_forward(NormedMap(x), weight, (10**6, 10**6), statistics=False)
     assert torch.allclose(output, x * weight[:, 0, 1, 1, None, None], rtol=1e-6)
 
 
@@ -185,7 +186,7 @@ def test_what_a_kernel_cannot_read_is_refused(change: dict[str, Tensor], message
     given: dict[str, Any] = {"raw": torch.ones(2, 3, 4, 4), "scale": torch.ones(3), "weight": torch.ones(3, 1, 3, 3)} | change
     x = NormedMap(given["raw"], given["scale"], torch.zeros(3))
     with pytest.raises(ValueError, match=message):
-        cpu.depthwise_forward(x, given["weight"], (1, 1), statistics=True)
+        cpp.depthwise_forward(x, given["weight"], (1, 1), statistics=True)
 
 
 @pytest.mark.parametrize("shape", [(4, 6, 1, 1), (4, 8, 3, 3), (8, 4)])
@@ -211,7 +212,7 @@ def test_variance_survives_an_outlier_in_the_first_place() -> None:
     x[:, :, 0, 0] = 1e4
     centre = torch.zeros(2, 1, 3, 3)
     centre[:, :, 1, 1] = 1.0
-    _, moments = cpu.depthwise_forward(NormedMap(x), centre, (1, 1), statistics=True)
+    _, moments = cpp.depthwise_forward(NormedMap(x), centre, (1, 1), statistics=True)
     assert torch.allclose(moments.var.double(), x.double().var(dim=(0, 2, 3), correction=0), rtol=1e-3)  # float32 sums
 
 
@@ -229,7 +230,7 @@ def test_nan_under_ignored_labels_is_as_pytorchs(dtype: torch.dtype, kernels: bo
     results = []
     for loss_of in (upsampled_cross_entropy, plain_upsampled_cross_entropy):
         given = logits.clone().requires_grad_()
-        with using(cpu if kernels else None):
+        with using(cpp if kernels else None):
             loss = loss_of(given, labels)
         loss.backward()  # type: ignore[no-untyped-call]
         assert given.grad is not None
@@ -260,7 +261,7 @@ def test_loss_where_one_class_rises_from_far_below_to_level_with_another(rise: f
 
 def assert_loss_within_budget(logits: Tensor, labels: Tensor) -> None:
     results = []
-    for given, backend in ((logits, cpu), (logits.double(), None), (logits, None)):
+    for given, backend in ((logits, cpp), (logits.double(), None), (logits, None)):
         leaf = given.clone().requires_grad_()
         with using(backend):
             loss = upsampled_cross_entropy(leaf, labels)
@@ -280,7 +281,7 @@ def test_images_of_a_large_batch_share_parts_of_the_weight_gradient() -> None:
     """A part is as large as the weight, so beyond 32 images several add to one."""
     x, grad = (torch.randn(40, 16, 2, 2, generator=torch.Generator().manual_seed(seed)) for seed in range(2))
     weight = torch.ones(16, 16, 1, 1)
-    _, grad_weight = cpu.pointwise_backward(grad, grad, None, [NormedMap(x)], weight, None, need_input=[False])
+    _, grad_weight = cpp.pointwise_backward(grad, grad, None, [NormedMap(x)], weight, None, need_input=[False])
     expected = torch.einsum("nohw,nchw->oc", grad.double(), x.double())
     assert torch.allclose(grad_weight[:, :, 0, 0].double(), expected, atol=1e-4)  # 160 products of order 1 in float32
 
@@ -300,10 +301,10 @@ def test_dropped_elements_get_no_gradient() -> None:
     dropout = Dropout(0.5, torch.tensor([7]))
     maps = [NormedMap(torch.ones(2, 3, 5, 6)) for _ in range(2)]
     identity = torch.eye(6)[:, :, None, None]
-    output, _ = cpu.pointwise_forward(maps, identity, dropout, statistics=False)
+    output, _ = cpp.pointwise_forward(maps, identity, dropout, statistics=False)
     unfolded: Unfolded | None = None
     ones = torch.ones_like(output)
-    grads, _ = cpu.pointwise_backward(ones, output, unfolded, maps, identity, dropout, need_input=[True, True])
+    grads, _ = cpp.pointwise_backward(ones, output, unfolded, maps, identity, dropout, need_input=[True, True])
     gradient = torch.cat([g.raw for g in grads if g is not None], dim=1)
     assert torch.equal(gradient, output)  # both are keep / (1 - rate)
 
@@ -313,10 +314,10 @@ def test_dropped_elements_get_no_gradient() -> None:
 
 def test_compiled_once_per_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    library = cpu._compiled("c++")
+    library = build.compiled("c++")
     assert list((tmp_path / "dense-prediction-cell").iterdir()) == [library]
-    monkeypatch.setattr(cpu, "_compile", lambda *arguments: pytest.fail("compiled again"))
-    assert cpu._compiled("c++") == library
+    monkeypatch.setattr(build, "compile_to", lambda *arguments: pytest.fail("compiled again"))
+    assert build.compiled("c++") == library
 
 
 @pytest.mark.parametrize(
@@ -332,7 +333,7 @@ def test_a_flag_that_the_compiler_lacks_costs_no_other(tmp_path: Path, refused: 
     compiler.chmod(0o755)
     missing = [flag for flag in ("-march=native", "-ffp-contract=fast", "-fopenmp") if flag not in kept]
     with pytest.warns(UserWarning, match=f"only without {' '.join(missing)}: they are slower"):
-        cpu._compile(str(compiler), library)
+        build.compile_to(library, str(compiler))
     given = library.read_text(encoding="utf-8").split()
     assert [flag for flag in given if flag in ("-march=native", "-ffp-contract=fast", "-fopenmp")] == kept
 
