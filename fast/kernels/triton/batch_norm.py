@@ -16,15 +16,8 @@ Ladder (not measured: no GPU was at hand)
   3. several tiles per program, fewer partial sums: expected to gain only beyond 10⁵ positions
 """
 
-import torch
 import triton
 import triton.language as tl
-
-
-def cost(n: int, channels: int, height: int, width: int, dtype: torch.dtype) -> tuple[int, int]:
-    """Bytes and floating-point operations of `normalise`."""
-    values = n * channels * height * width
-    return 2 * values * dtype.itemsize, 3 * values
 
 
 @triton.jit

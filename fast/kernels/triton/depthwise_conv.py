@@ -19,17 +19,10 @@ Ladder (not measured: no GPU was at hand)
   4. taps that lie outside for the whole tile skipped: expected to gain at rates of more than half the map, not done
 """
 
-import torch
 import triton
 import triton.language as tl
 
 from fast.kernels.triton.batch_norm import relu_of, store_moments
-
-
-def cost(n: int, channels: int, height: int, width: int, dtype: torch.dtype, *, backward: bool = False) -> tuple[int, int]:
-    """Bytes and floating-point operations: the fewest bytes that a pass over the maps must move."""
-    values = n * channels * height * width
-    return (4 if backward else 2) * values * dtype.itemsize, (36 if backward else 18) * values
 
 
 @triton.jit(do_not_specialize=["positions", "height", "width", "rate_h", "rate_w"])

@@ -23,20 +23,10 @@ Ladder (not measured: no GPU was at hand)
   3. gradient of all maps from one program that holds g: expected to save B - 1 reads of g from the L2 cache, not done
 """
 
-import torch
 import triton
 import triton.language as tl
 
 from fast.kernels.triton.batch_norm import relu_of, store_moments
-
-
-def cost(
-    n: int, in_channels: int, out_channels: int, height: int, width: int, dtype: torch.dtype, *, backward: bool = False
-) -> tuple[int, int]:
-    """Bytes and floating-point operations; in_channels of all maps together, float32 weights."""
-    positions, passes = n * height * width, 2 if backward else 1
-    bytes_moved = positions * (in_channels + out_channels) * dtype.itemsize + 4 * in_channels * out_channels
-    return passes * bytes_moved, passes * 2 * positions * in_channels * out_channels
 
 
 @triton.jit

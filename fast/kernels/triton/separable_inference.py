@@ -15,19 +15,11 @@ Ladder (not measured: no GPU was at hand)
   3. this: one launch, two maps of traffic; expected 2× over 2. while the nine reads come from the L1 and L2 caches
 """
 
-import torch
 import triton
 import triton.language as tl
 
 from fast.kernels.triton.batch_norm import relu_of
 from fast.kernels.triton.pointwise_conv import multiply_add
-
-
-def cost(n: int, in_channels: int, out_channels: int, height: int, width: int, dtype: torch.dtype) -> tuple[int, int]:
-    """Bytes and floating-point operations; float32 weights."""
-    positions = n * height * width
-    bytes_moved = positions * (in_channels + out_channels) * dtype.itemsize + 4 * in_channels * (9 + out_channels)
-    return bytes_moved, positions * in_channels * (18 + 2 * out_channels)
 
 
 @triton.jit(do_not_specialize=["positions", "height", "width", "rate_h", "rate_w"])

@@ -14,19 +14,10 @@ Ladder (not measured: no GPU was at hand)
   3. this: expected 10 times fewer atomics on maps whose segments are wider than BLOCK_X
 """
 
-import torch
 import triton
 import triton.language as tl
 
 from fast.kernels.triton.upsampled_cross_entropy import SIZES, STRIDES, first_pixel, within_cell
-
-
-def cost(
-    n: int, classes: int, size: tuple[int, int], label_size: tuple[int, int], label_dtype: torch.dtype = torch.uint8
-) -> tuple[int, int]:
-    """Bytes and floating-point operations."""
-    logits, pixels = n * classes * size[0] * size[1], n * label_size[0] * label_size[1]
-    return 4 * logits + pixels * label_dtype.itemsize + 8 * classes**2, 4 * pixels * classes
 
 
 @triton.jit(do_not_specialize=[*SIZES, *STRIDES, "ignore_index"])

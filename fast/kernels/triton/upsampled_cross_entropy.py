@@ -22,17 +22,8 @@ Ladder (not measured: no GPU was at hand)
   4. classes in blocks that need no padding, 16 + 4 for 19: expected 1.4×, not done
 """
 
-import torch
 import triton
 import triton.language as tl
-
-
-def cost(
-    n: int, classes: int, size: tuple[int, int], label_size: tuple[int, int], label_dtype: torch.dtype = torch.uint8
-) -> tuple[int, int]:
-    """Bytes and floating-point operations of the loss and its gradient."""
-    logits, pixels = n * classes * size[0] * size[1], n * label_size[0] * label_size[1]
-    return 8 * logits + pixels * label_dtype.itemsize, 12 * pixels * classes
 
 
 @triton.jit
