@@ -1,43 +1,14 @@
 """`reference/bilinear_resize.py` on PyTorch."""
 
-import functools
-
-import numpy as np
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fast.kernels import NormedMap, backend_for
-from fast.lazy_norm import plane_product, value
-from reference.batch_norm import Array
-from reference.bilinear_resize import interpolation_matrix
+from fast.kernels import NormedMap, library
 
 
 def bilinear_resize(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """x: (N, C, H, W) -> (N, C, *size), corners aligned."""
-    return F.interpolate(x, size, mode="bilinear", align_corners=True)
+    """x: (N, C, H, W) -> (N, C, *size), corners aligned.
 
-
-def lazy_bilinear_resize(x: NormedMap, size: tuple[int, int]) -> Tensor:
-    """`bilinear_resize` of a map whose norm is not yet applied; by kernels, so that the gradient is the same at every run."""
-    backend = backend_for(x.raw)
-    if backend is None:
-        return bilinear_resize(value(x), size)
-    like = (torch.promote_types(x.raw.dtype, torch.float32), x.raw.device)
-    rows, columns = (resize_matrix(x.raw.shape[2 + i], size[i], *like) for i in range(2))
-    return plane_product(backend, x, rows, columns)
-
-
-@functools.cache
-def resize_matrix(in_size: int, out_size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The resize along one axis as a matrix: (out_size, in_size).
-
-    Kept for good: a captured CUDA graph cannot copy it again, and reads it at each replay, which no cache hears of.
+    Always PyTorch's: it makes images and full-size logits, whose gradient nobody asks for, without a product by matrices. Maps
+    within a cell are resized by `Operations.resize`; on kernels, its gradient is the same at every run.
     """
-    return constant(interpolation_matrix(in_size, out_size), dtype, device)
-
-
-def constant(matrix: Array, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A matrix of the reference as a tensor that inference and training may share."""
-    with torch.inference_mode(False):
-        return torch.from_numpy(np.ascontiguousarray(matrix)).to(device, dtype)
+    return library.resize(NormedMap(x), size)

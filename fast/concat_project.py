@@ -2,14 +2,10 @@
 
 from collections.abc import Sequence
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fast.batch_norm import MOMENTUM
-from fast.kernels import Dropout, NormedMap, backend_for
-from fast.lazy_norm import LiveConv, Pointwise, check_shapes, conv_norm, dense, frozen, in_mode, is_inference, value
-from fast.pointwise_conv import lazy_conv1x1
+from fast.kernels import NormedMap, in_mode, operations_for, value
 from reference.pointwise_conv import ConvNorm
 
 
@@ -21,30 +17,11 @@ def concat_project(
     dropout_rate: float = 0.0,
     momentum: float = MOMENTUM,
 ) -> Tensor:
-    """B maps (N, C, H, W) -> (N, C_out, H, W); a dropout_rate above 0 drops out, whatever `training` says of the norm."""
-    maps = [NormedMap(branch) for branch in branches]
-    return value(lazy_concat_project(maps, in_mode(weights, training, momentum), dropout_rate=dropout_rate))
+    """B maps (N, C, H, W) -> (N, C_out, H, W); a dropout_rate above 0 drops out, whatever `training` says of the norm.
 
-
-def lazy_concat_project(branches: Sequence[NormedMap], conv: LiveConv, *, dropout_rate: float = 0.0) -> NormedMap:
-    """`concat_project` from and to maps whose norm is not yet applied; kernels do not concatenate."""
-    raw = branches[0].raw
-    if backend := backend_for(raw):
-        if dropout_rate == 0.0 and is_inference(branches, conv):
-            check_shapes(Pointwise(), branches, conv.weight)
-            maps = [dense(branch, backend) for branch in branches]
-            return NormedMap(backend.pointwise_inference(maps, conv.weight.contiguous(), frozen(conv.norm, raw)))
-        dropout = draw_dropout(dropout_rate, raw.device) if dropout_rate > 0.0 else None
-        return conv_norm(backend, Pointwise(dropout), branches, *conv)
-    concat = torch.cat([branch.raw for branch in branches], dim=1)  # (N, B·C, H, W)
-    return lazy_conv1x1(NormedMap(F.dropout(concat, dropout_rate)), conv)
-
-
-def draw_dropout(rate: float, device: torch.device) -> Dropout:
-    """A new mask, for kernels: its seed is drawn on the device, so that a captured graph draws one at each replay.
-
-    Raises ValueError unless 0 < rate < 1: kept elements grow by 1 / (1 - rate).
+    A pointwise convolution of several maps; kernels do not concatenate them. Raises ValueError for a dropout_rate below 0, or
+    of 1 and more.
     """
-    if not 0.0 < rate < 1.0:
-        raise ValueError(f"a dropout rate must be at least 0 and below 1, got {rate}")
-    return Dropout(rate, torch.randint(2**63 - 1, (1,), device=device))
+    maps = [NormedMap(branch) for branch in branches]
+    conv = in_mode(weights, training, momentum)
+    return value(operations_for(branches[0]).pointwise_conv(maps, *conv, dropout_rate=dropout_rate))

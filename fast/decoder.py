@@ -10,11 +10,8 @@ is resized to its size; two atrous separable convolutions of rate 1 read both. B
 import torch
 from torch import Tensor, nn
 
-from fast.bilinear_resize import lazy_bilinear_resize
 from fast.dense_prediction_cell import ConvNormLayer, SeparableBranch
-from fast.kernels import NormedMap
-from fast.lazy_norm import value
-from fast.pointwise_conv import lazy_conv1x1
+from fast.kernels import NormedMap, operations_for, value
 
 OUTPUT_STRIDE = 4
 LOW_LEVEL_CHANNELS = 48  # after the projection
@@ -37,8 +34,8 @@ class Decoder(nn.Module):
         )
 
     def forward(self, context: Tensor, low_level: Tensor) -> Tensor:
-        low = value(lazy_conv1x1(NormedMap(low_level), self.projection.live()))
-        resized = lazy_bilinear_resize(NormedMap(context), (low.shape[2], low.shape[3]))
+        low = value(operations_for(low_level).pointwise_conv([NormedMap(low_level)], *self.projection.live()))
+        resized = operations_for(context).resize(NormedMap(context), (low.shape[2], low.shape[3]))
         x = torch.cat((resized, low), dim=1)  # (N, 256 + 48, H, W)
         for branch in self.refinement:
             x = value(branch(NormedMap(x)))

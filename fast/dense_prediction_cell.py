@@ -7,13 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fast.atrous_separable_conv import lazy_atrous_separable_conv
 from fast.batch_norm import MOMENTUM, live
-from fast.concat_project import lazy_concat_project
-from fast.kernels import NormedMap, backend_for
-from fast.lazy_norm import LiveConv, dense, value
-from fast.pointwise_conv import lazy_conv1x1
-from fast.pyramid_pooling import lazy_pyramid_pooling
+from fast.kernels import LiveConv, NormedMap, operations_for, value
+from fast.pyramid_pooling import pool
 from reference.atrous_separable_conv import SeparableConv
 from reference.batch_norm import EPS, Array, BatchNorm
 from reference.cell import BACKBONE_FEATURE, AtrousSeparableConv, Cell, Conv1x1, Operation, PyramidPooling
@@ -73,15 +69,13 @@ class DensePredictionCell(nn.Module):
         """The output with its norm not yet applied, for whatever can apply it on load."""
         if features.ndim != 4 or features.shape[1] != self.in_channels:
             raise ValueError(f"cell needs features: (N, {self.in_channels}, H, W), got {tuple(features.shape)}")
-        x = NormedMap(features)
-        if backend := backend_for(features):
-            x = dense(x, backend)  # here once, not in every branch that reads it
-        maps = {BACKBONE_FEATURE: x}
+        operations = operations_for(features)
+        maps = {BACKBONE_FEATURE: operations.dense(NormedMap(features))}  # here once, not in every branch that reads it
         for i, (branch, module) in enumerate(zip(self.cell.branches, self.branches, strict=True)):
             maps[i] = module(maps[branch.input_index])
         dropout_rate = self.dropout.p if self.dropout.training else 0.0
         branches = [maps[i] for i in range(len(self.branches))]
-        return lazy_concat_project(branches, self.projection.live(), dropout_rate=dropout_rate)
+        return operations.pointwise_conv(branches, *self.projection.live(), dropout_rate=dropout_rate)
 
     def weights(self) -> CellWeights[Tensor]:
         """The live parameters and statistics, in the reference's containers."""
@@ -147,7 +141,7 @@ class _Conv1x1Branch(nn.Module):
         return self.pointwise.weights()
 
     def forward(self, x: NormedMap) -> NormedMap:
-        return lazy_conv1x1(x, self.pointwise.live())
+        return operations_for(x.raw).pointwise_conv([x], *self.pointwise.live())
 
 
 class _PoolingBranch(_Conv1x1Branch):
@@ -156,7 +150,7 @@ class _PoolingBranch(_Conv1x1Branch):
         self.pooling = pooling
 
     def forward(self, x: NormedMap) -> NormedMap:
-        return lazy_pyramid_pooling(x, self.pointwise.live(), **self.pooling)
+        return NormedMap(pool(x, self.pointwise.live(), **self.pooling))
 
 
 class SeparableBranch(nn.Module):
@@ -172,7 +166,7 @@ class SeparableBranch(nn.Module):
         return SeparableConv(self.depthwise.weights(), self.pointwise.weights())
 
     def forward(self, x: NormedMap) -> NormedMap:
-        return lazy_atrous_separable_conv(x, self.depthwise.live(), self.pointwise.live(), rate=self.rate)
+        return operations_for(x.raw).separable_conv(x, self.depthwise.live(), self.pointwise.live(), rate=self.rate)
 
 
 _BranchModule: TypeAlias = _Conv1x1Branch | _PoolingBranch | SeparableBranch

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fast.bilinear_resize import resize_matrix
-from fast.upsampled_cross_entropy import BAND_BYTES
+from fast.kernels.library import band_rows
+from fast.kernels.matrices import resize_matrix
 from reference.upsampled_cross_entropy import IGNORE_INDEX
 
 
@@ -41,7 +41,7 @@ def _pixel_losses(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
     """(N, H, W), 0 where ignored; by bands of rows."""
     height, width = labels.shape[1:]
     rows, columns = (resize_matrix(logits.shape[2 + i], (height, width)[i], logits.dtype, logits.device) for i in range(2))
-    band = max(1, BAND_BYTES.get(logits.device.type, 1 << 22) // (logits.shape[1] * width * logits.element_size()))
+    band = band_rows(logits, width)
     losses = logits.new_empty(labels.shape)
     for n, logit in enumerate(logits):
         wide = logit @ columns.T  # (K, h, W)

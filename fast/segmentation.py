@@ -10,8 +10,7 @@ from fast.bilinear_resize import bilinear_resize
 from fast.decoder import OUTPUT_STRIDE as DECODER_STRIDE
 from fast.decoder import Decoder
 from fast.dense_prediction_cell import DensePredictionCell
-from fast.kernels import NormedMap
-from fast.pointwise_conv import lazy_pointwise_conv
+from fast.kernels import NormedMap, operations_for
 
 
 class Classifier(nn.Conv2d):
@@ -25,7 +24,7 @@ class Classifier(nn.Conv2d):
 
     def forward(self, x: Tensor | NormedMap) -> Tensor:
         x = NormedMap(x) if isinstance(x, Tensor) else x
-        return lazy_pointwise_conv(x, self.weight) + self.bias[:, None, None]
+        return operations_for(x.raw).pointwise_conv([x], self.weight, None).raw + self.bias[:, None, None]
 
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")

@@ -1,8 +1,4 @@
-"""`reference/upsampled_cross_entropy.py` on PyTorch: by kernels, or by bands of rows.
-
-Full-size logits of a batch, 360 MB at the paper's proxy size, never exist: one image's band is upsampled, its loss taken and
-its gradient sent back to the small logits at once, while the band is in the cache. So the gradient is ready when the loss is.
-"""
+"""`reference/upsampled_cross_entropy.py` on PyTorch. Loss and gradient are made in one pass, without full-size logits."""
 
 from typing import Any
 
@@ -10,11 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fast.bilinear_resize import resize_matrix
-from fast.kernels import backend_for
+from fast.kernels import operations_for
 from reference.upsampled_cross_entropy import IGNORE_INDEX
-
-BAND_BYTES = {"cpu": 1 << 22, "cuda": 1 << 28}  # of upsampled logits at a time: in a cache on CPU, in few launches on CUDA
 
 
 def upsampled_cross_entropy(logits: Tensor, labels: Tensor, *, ignore_index: int = IGNORE_INDEX) -> Tensor:
@@ -43,9 +36,7 @@ def check_labels(logits: Tensor, labels: Tensor, ignore_index: int) -> None:
 class _UpsampledCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
-        backend = backend_for(logits)
-        compute = _by_bands if backend is None else backend.upsampled_cross_entropy
-        loss, grad = compute(logits.contiguous(), labels, ignore_index)
+        loss, grad = operations_for(logits).upsampled_cross_entropy(logits, labels, ignore_index)
         ctx.save_for_backward(grad)
         return loss
 
@@ -54,40 +45,3 @@ class _UpsampledCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None]:
         (grad,) = ctx.saved_tensors
         return grad * grad_loss, None, None
-
-
-def _by_bands(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """The mean loss and the gradient of the logits."""
-    height, width = labels.shape[1:]
-    rows, columns = (
-        resize_matrix(logits.shape[2 + i], (height, width)[i], logits.dtype, logits.device) for i in range(2)
-    )  # (H, h), (W, w)
-    band = max(1, BAND_BYTES.get(logits.device.type, 1 << 22) // (logits.shape[1] * width * logits.element_size()))
-    total, grad = logits.new_zeros((), dtype=torch.float64), torch.empty_like(logits)
-    for n in range(logits.shape[0]):
-        wide = logits[n] @ columns.T  # (K, h, W)
-        grad_wide = torch.zeros_like(wide)
-        for top in range(0, height, band):
-            weights = rows[top : top + band]  # (band, h), nonzero only between the feature rows around the band
-            first, last = top * (logits.shape[2] - 1) // max(height - 1, 1), logits.shape[2]
-            last = min(last, (top + weights.shape[0] - 1) * (logits.shape[2] - 1) // max(height - 1, 1) + 2)
-            weights = weights[:, first:last]
-            loss, grad_band = _softmax_cross_entropy(weights @ wide[:, first:last], labels[n, top : top + band], ignore_index)
-            total += loss
-            grad_wide[:, first:last] += weights.T @ grad_band
-        grad[n] = grad_wide @ columns
-    count = (labels != ignore_index).sum().clamp(min=1)
-    return (total / count).to(logits.dtype), grad.div_(count)
-
-
-def _softmax_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """Summed loss and its gradient, written over logits: (K, rows, W); labels: (rows, W)."""
-    labelled = labels != ignore_index
-    target = labels.long().where(labelled, 0)[None]  # (1, rows, W)
-    logits -= logits.amax(dim=0)
-    chosen = logits.gather(0, target)[0]  # (rows, W)
-    total = logits.exp_().sum(dim=0)
-    loss = (total.log() - chosen).where(labelled, 0).sum(dtype=torch.float64)
-    logits *= labelled / total
-    logits.scatter_add_(0, target, -labelled[None].to(logits.dtype))
-    return loss, logits

@@ -1,4 +1,4 @@
-"""Which kernels compute a map: by its device, unless `using` says otherwise."""
+"""Who computes a map: the kernels of its device if they support it, else PyTorch, unless `using` says otherwise."""
 
 import contextlib
 from collections.abc import Iterator
@@ -7,7 +7,9 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-from fast.kernels.interface import Backend
+from fast.kernels import library
+from fast.kernels.differentiable import OnKernels
+from fast.kernels.interface import Backend, NormedMap, Operations
 
 _AUTOMATIC = "by device"
 _chosen: ContextVar[Backend | str | None] = ContextVar("chosen_backend", default=_AUTOMATIC)
@@ -25,6 +27,17 @@ def using(backend: Backend | None) -> Iterator[None]:
         yield
     finally:
         _chosen.reset(token)
+
+
+def operations_for(x: Tensor) -> Operations:
+    """What computes maps such as x."""
+    chosen = _choose(x)
+    return library if isinstance(chosen, str) else OnKernels(chosen)
+
+
+def value(x: NormedMap) -> Tensor:
+    """relu(scale · raw + offset), differentiable: (N, C, H, W)."""
+    return x.raw if x.scale is None else operations_for(x.raw).value(x)
 
 
 def backend_for(x: Tensor) -> Backend | None:

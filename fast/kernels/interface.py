@@ -1,4 +1,6 @@
-"""What kernels compute, whichever device they are for: maps with lazy norms, and the protocol `Backend`.
+"""What computes a map must offer: `Operations`, which autograd differentiates; below it, for a device's kernels, `Backend`.
+
+`library.py` has the operations on PyTorch, `differentiable.py` those on any backend's kernels (`cpp/`, `triton/`).
 
 Between kernels a map travels as the raw output of its convolution with two numbers per channel: its value is
 relu(scale · raw + offset). Whoever loads it applies them, so a normalised map is never written, and the batch norm costs the
@@ -16,7 +18,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from fast.batch_norm import LiveNorm
 from reference.batch_norm import BatchNorm
+from reference.pointwise_conv import ConvNorm
+from reference.pyramid_pooling import PoolingVariant
 
 
 class NormedMap(NamedTuple):
@@ -25,6 +30,76 @@ class NormedMap(NamedTuple):
     raw: Tensor  # (N, C, H, W)
     scale: Tensor | None = None  # (C,), float32, or float64 for a float64 map
     offset: Tensor | None = None  # (C,)
+
+
+class LiveConv(NamedTuple):
+    """A convolution and its norm as they stand in a network."""
+
+    weight: Tensor  # (C_out, C_in, 1, 1) pointwise, (C, 1, 3, 3) depthwise
+    norm: LiveNorm
+
+
+def in_mode(conv: ConvNorm[Tensor], training: bool, momentum: float) -> LiveConv:
+    """The weights of a function whose caller says how their norm is to run."""
+    return LiveConv(conv.weight, LiveNorm(conv.norm, training, momentum))
+
+
+class Operations(Protocol):
+    """What the files of `fast/` compute maps with. All but the last two are differentiable with respect to maps and weights.
+
+    A convolution is followed by its norm and ReLU, or with None instead of a norm by nothing. Its result may be a map whose
+    norm is not yet applied; `value` applies it. Raises ValueError for weights or maps whose sizes do not fit on kernels,
+    RuntimeError on PyTorch.
+    """
+
+    def dense(self, x: NormedMap) -> NormedMap:
+        """The same map in the layout that is read quickest: for one that several convolutions will read."""
+        ...
+
+    def value(self, x: NormedMap) -> Tensor:
+        """relu(scale · raw + offset): (N, C, H, W)."""
+        ...
+
+    def depthwise_conv(self, x: NormedMap, weight: Tensor, norm: LiveNorm | None, *, rate: tuple[int, int]) -> NormedMap:
+        """3×3, one filter a channel, zero padding: x: (N, C, H, W), weight: (C, 1, 3, 3) -> (N, C, H, W)."""
+        ...
+
+    def pointwise_conv(
+        self, maps: Sequence[NormedMap], weight: Tensor, norm: LiveNorm | None, *, dropout_rate: float = 0.0
+    ) -> NormedMap:
+        """1×1 over the channels of all maps (N, C_i, H, W), weight: (C_out, Σ C_i, 1, 1) -> (N, C_out, H, W).
+
+        A dropout_rate above 0 drops out elements of the maps, whatever the norm does. Raises ValueError unless it is below 1.
+        """
+        ...
+
+    def separable_conv(self, x: NormedMap, depthwise: LiveConv, pointwise: LiveConv, *, rate: tuple[int, int]) -> NormedMap:
+        """`depthwise_conv`, then `pointwise_conv`: (N, C, H, W) -> (N, C_out, H, W)."""
+        ...
+
+    def pooling_means(
+        self, x: NormedMap, grid_size: tuple[int, int], variant: PoolingVariant, pooling_size: tuple[int, int] | None
+    ) -> Tensor:
+        """The means of `reference/pyramid_pooling.py` before its convolution: (N, C, H, W) -> (N, C, rows, columns)."""
+        ...
+
+    def resize(self, x: NormedMap, size: tuple[int, int]) -> Tensor:
+        """Bilinear, corners aligned: (N, C, H, W) -> (N, C, *size)."""
+        ...
+
+    def upsampled_cross_entropy(self, logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+        """logits: (N, K, h, w), labels: (N, H, W) integer -> the mean loss (), and its gradient (N, K, h, w)."""
+        ...
+
+    def upsampled_confusion_matrix(self, logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+        """Pixels by (label, best class): (K, K), int64."""
+        ...
+
+
+def check_dropout_rate(rate: float) -> None:
+    """Raises ValueError unless 0 <= rate < 1: kept elements grow by 1 / (1 - rate)."""
+    if not 0.0 <= rate < 1.0:
+        raise ValueError(f"a dropout rate must be at least 0 and below 1, got {rate}")
 
 
 class Folded(NamedTuple):

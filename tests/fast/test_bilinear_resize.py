@@ -7,15 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fast.bilinear_resize import bilinear_resize, lazy_bilinear_resize, resize_matrix
-from fast.kernels import NormedMap
+from fast.bilinear_resize import bilinear_resize
+from fast.kernels import NormedMap, operations_for
+from fast.kernels.matrices import resize_matrix
 from reference import bilinear_resize as reference
 from tests.fast.against_reference import LAYOUTS, Layout, check, every_device
 from tests.strategies import map_sizes, rng_seeds
 
 
 @every_device
-@pytest.mark.parametrize("resize", [bilinear_resize, lambda x, size: lazy_bilinear_resize(NormedMap(x), size)])
+@pytest.mark.parametrize("resize", [bilinear_resize, lambda x, size: operations_for(x).resize(NormedMap(x), size)])
 @given(map_sizes(), map_sizes(), st.integers(1, 2), st.sampled_from(LAYOUTS), rng_seeds())
 def test_equals_reference(
     device: str,

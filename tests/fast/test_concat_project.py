@@ -6,10 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fast.concat_project import concat_project, draw_dropout
+from fast.concat_project import concat_project
 from fast.dense_prediction_cell import DensePredictionCell
-from fast.kernels import NormedMap, backend_for
-from fast.lazy_norm import Pointwise, conv_norm
+from fast.kernels import NormedMap, operations_for
 from reference import concat_project as reference
 from reference.cell import BACKBONE_FEATURE, Branch, Cell, Conv1x1
 from tests.fast.against_reference import (
@@ -102,12 +101,9 @@ def test_dropout_follows_the_seed(device: str) -> None:
 
 
 def dropped_out(x: torch.Tensor, rate: float) -> torch.Tensor:
-    """What `concat_project` makes of its concatenation (N, C, H, W): with kernels, seen through a product by the identity."""
-    backend = backend_for(x)
-    if backend is None:
-        return torch.nn.functional.dropout(x, rate)
+    """What `concat_project` makes of its concatenation (N, C, H, W), seen through a product by the identity."""
     identity = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)[:, :, None, None]
-    return conv_norm(backend, Pointwise(draw_dropout(rate, x.device)), [NormedMap(x)], identity, None).raw
+    return operations_for(x).pointwise_conv([NormedMap(x)], identity, None, dropout_rate=rate).raw
 
 
 def test_cell_drops_out_only_in_training() -> None:

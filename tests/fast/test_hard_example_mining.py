@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fast.bilinear_resize import bilinear_resize
 from fast.hard_example_mining import hardest_pixels, mined_share
-from fast.upsampled_cross_entropy import BAND_BYTES, upsampled_cross_entropy
+from fast.kernels.library import BAND_BYTES
+from fast.upsampled_cross_entropy import upsampled_cross_entropy
 from reference.upsampled_cross_entropy import IGNORE_INDEX
 
 LOSSES = Path(__file__).parents[3] / "shared" / "golden" / "train_facts" / "loss.npz"

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-import fast.upsampled_cross_entropy as module
+from fast.kernels import library
 from fast.upsampled_cross_entropy import upsampled_cross_entropy
 from reference import upsampled_cross_entropy as reference
 from tests.fast.against_reference import (
@@ -73,7 +73,7 @@ def test_equals_reference(
     logits = rng.normal(0.0, 3.0, (batch, num_classes, *size))
     labels = draw_labels((batch, *label_size), num_classes, ignored, 255, rng)
     on_device = torch.from_numpy(labels).to(device, label_dtype)
-    with mock.patch.dict(module.BAND_BYTES, cpu=band_bytes, cuda=band_bytes):
+    with mock.patch.dict(library.BAND_BYTES, cpu=band_bytes, cuda=band_bytes):
         actual = torch_step(lambda x: upsampled_cross_entropy(x, on_device), to_tensors((logits,), device, layout), ONE)
     # What the pixels around a logit add to its gradient: of one class alone, terms whose sum is 0.
     terms = 1 / logits[:, 0].size

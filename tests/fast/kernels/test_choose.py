@@ -1,4 +1,4 @@
-"""Every backend implements the protocol, and says in a sentence which maps it does not compute."""
+"""Every backend keeps to its protocol, and says in a sentence which maps it does not compute."""
 
 from collections.abc import Callable
 from unittest import mock
@@ -7,10 +7,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fast.kernels import Backend, backend_for, cpp, explain, triton, using
+from fast.kernels import Backend, Operations, backend_for, cpp, explain, library, operations_for, triton, using
 from fast.kernels.cpp import build
+from fast.kernels.differentiable import OnKernels
 
-BACKENDS: dict[str, Backend] = {"cpp": cpp, "triton": triton}  # mypy holds each module to the protocol here
+# mypy holds each module, and the class, to its protocol here.
+BACKENDS: dict[str, Backend] = {"cpp": cpp, "triton": triton}
+OPERATIONS: list[Operations] = [library, *map(OnKernels, BACKENDS.values())]
 without_compiler = pytest.mark.skipif(isinstance(build.library(), str), reason="no C++ compiler")
 MAP = torch.ones(1, 3, 5, 5)
 
@@ -47,6 +50,7 @@ def test_kernels_of_a_cpu_are_chosen(dtype: torch.dtype) -> None:
     for x in (MAP.to(dtype), nn.Parameter(MAP.to(dtype))):
         assert backend_for(x) is cpp
         assert explain(x) == "C++ kernels"
+        assert isinstance(operations_for(x), OnKernels)
 
 
 def test_a_machine_without_a_compiler() -> None:
@@ -71,6 +75,7 @@ class Marked(Tensor):
 def test_explains_why_pytorch_computes(x: Tensor, reason: str) -> None:
     assert backend_for(x) is None
     assert explain(x) == f"PyTorch: {reason}"
+    assert operations_for(x) is library
 
 
 def test_explains_a_choice() -> None:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from fast.batch_norm import LiveNorm
 from fast.kernels import NormedMap, backend_for
-from fast.lazy_norm import Depthwise, Pointwise, _Inputs, conv_norm, plane_product
+from fast.kernels.differentiable import OnKernels, _Inputs
 from reference.batch_norm import BatchNorm
 from tests.fast.against_reference import every_device
 
@@ -29,7 +29,7 @@ def gradients(tensors: list[Tensor], needed: set[str], *, training: bool) -> dic
     norm = BatchNorm(gamma, beta, torch.zeros_like(gamma), torch.ones_like(gamma))
     backend = backend_for(weight)
     assert backend is not None
-    outputs = conv_norm(backend, Pointwise(), maps, weight, LiveNorm(norm, training, 0.1))
+    outputs = OnKernels(backend).pointwise_conv(maps, weight, LiveNorm(norm, training, 0.1))
     assert outputs.scale is not None
     assert outputs.offset is not None
     parts = [output for output in outputs if output is not None and output.requires_grad]  # a frozen norm's may not
@@ -73,7 +73,7 @@ def test_gradients_of_a_plane_product(device: str) -> None:
         if kernels:
             backend = backend_for(raw)
             assert backend is not None
-            y = plane_product(backend, x, rows, columns)
+            y = OnKernels(backend)._plane_product(x, rows, columns)
         else:
             assert x.scale is not None
             assert x.offset is not None
@@ -90,7 +90,7 @@ def test_a_depthwise_map_without_gradient_is_left_alone(device: str) -> None:
     x = torch.randn(2, 3, *SIZE, generator=torch.Generator().manual_seed(1)).to(device)
     backend = backend_for(x)
     assert backend is not None
-    y = conv_norm(backend, Depthwise((1, 2)), [NormedMap(x)], weight, None).raw
+    y = OnKernels(backend).depthwise_conv(NormedMap(x), weight, None, rate=(1, 2)).raw
     y.square().sum().backward()  # type: ignore[no-untyped-call]
     expected = torch.nn.functional.conv2d(
         x, leaf := weight.detach().requires_grad_(), padding=(1, 2), dilation=(1, 2), groups=3

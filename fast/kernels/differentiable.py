@@ -1,4 +1,4 @@
-"""Convolutions with their batch norm on the kernels of `fast/kernels`, differentiable: maps stay raw until they are loaded."""
+"""`Operations` on the kernels of any `Backend`, differentiable once: maps stay raw until they are loaded."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -10,77 +10,123 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fast.batch_norm import LiveNorm, start
-from fast.kernels import Backend, Dropout, Folded, NormedMap, Unfolded, backend_for
-from reference.pointwise_conv import ConvNorm
+from fast.kernels.interface import Backend, Dropout, Folded, LiveConv, NormedMap, Unfolded, check_dropout_rate
+from fast.kernels.matrices import pooling_matrix, resize_matrix
+from reference.pyramid_pooling import PoolingVariant
+
+
+class OnKernels:
+    """The operations on the kernels of one backend; `interface.Operations` documents what each method does.
+
+    Where norms are frozen and nobody asks for a gradient, a convolution writes its value in one pass.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+
+    def dense(self, x: NormedMap) -> NormedMap:
+        return NormedMap(x.raw.contiguous(memory_format=self.backend.memory_format), x.scale, x.offset)
+
+    def value(self, x: NormedMap) -> Tensor:
+        if x.scale is None:
+            return x.raw
+        result: Tensor = _Normalise.apply(self.backend, *x)
+        return result
+
+    def depthwise_conv(self, x: NormedMap, weight: Tensor, norm: LiveNorm | None, *, rate: tuple[int, int]) -> NormedMap:
+        return self._conv_norm(_Depthwise(rate), [x], weight, norm)
+
+    def pointwise_conv(
+        self, maps: Sequence[NormedMap], weight: Tensor, norm: LiveNorm | None, *, dropout_rate: float = 0.0
+    ) -> NormedMap:
+        check_dropout_rate(dropout_rate)
+        if dropout_rate > 0.0:
+            return self._conv_norm(_Pointwise(_draw_dropout(dropout_rate, weight.device)), maps, weight, norm)
+        if norm is None or not _is_inference(maps, LiveConv(weight, norm)):
+            return self._conv_norm(_Pointwise(), maps, weight, norm)
+        _check_shapes(_Pointwise(), maps, weight)
+        maps = [self.dense(x) for x in maps]
+        return NormedMap(self.backend.pointwise_inference(maps, weight.contiguous(), _scale_and_offset(norm, maps[0])))
+
+    def separable_conv(self, x: NormedMap, depthwise: LiveConv, pointwise: LiveConv, *, rate: tuple[int, int]) -> NormedMap:
+        if not _is_inference([x], depthwise, pointwise):
+            return self.pointwise_conv([self.depthwise_conv(x, *depthwise, rate=rate)], *pointwise)
+        _check_shapes(_Depthwise(rate), [x], depthwise.weight)
+        _check_shapes(_Pointwise(), [x], pointwise.weight)
+        weights = depthwise.weight.contiguous(), pointwise.weight.contiguous()
+        norms = _scale_and_offset(depthwise.norm, x), _scale_and_offset(pointwise.norm, x)
+        x = self.dense(x)
+        return NormedMap(self.backend.separable_inference(x, weights[0], norms[0], rate, weights[1], norms[1]))
+
+    def pooling_means(
+        self, x: NormedMap, grid_size: tuple[int, int], variant: PoolingVariant, pooling_size: tuple[int, int] | None
+    ) -> Tensor:
+        like = (torch.promote_types(x.raw.dtype, torch.float32), x.raw.device)
+        pins = pooling_size or (None, None)
+        rows, columns = (pooling_matrix(x.raw.shape[2 + i], grid_size[i], variant, pins[i], *like) for i in range(2))
+        return self._plane_product(x, rows, columns)
+
+    def resize(self, x: NormedMap, size: tuple[int, int]) -> Tensor:
+        like = (torch.promote_types(x.raw.dtype, torch.float32), x.raw.device)
+        rows, columns = (resize_matrix(x.raw.shape[2 + i], size[i], *like) for i in range(2))
+        return self._plane_product(x, rows, columns)
+
+    def upsampled_cross_entropy(self, logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+        return self.backend.upsampled_cross_entropy(logits.contiguous(), labels, ignore_index)
+
+    def upsampled_confusion_matrix(self, logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+        return self.backend.upsampled_confusion_matrix(logits.contiguous(), labels, ignore_index)
+
+    def _conv_norm(
+        self, conv: "_Depthwise | _Pointwise", maps: Sequence[NormedMap], weight: Tensor, norm: LiveNorm | None
+    ) -> NormedMap:
+        """A convolution and its norm with ReLU, not yet applied; without a norm the raw output alone."""
+        _check_shapes(conv, maps, weight)
+        weight, maps = weight.contiguous(), [self.dense(x) for x in maps]
+        if norm is None:
+            raw: Any = _ConvNorm.apply(_Plan(self.backend, conv), *_Inputs(weight, None, None, maps).flat())
+            return NormedMap(raw)
+        plan = _Plan(self.backend, conv, norm, *start(norm, maps[0].raw))
+        inputs = _Inputs(weight, norm.tensors.scale, norm.tensors.offset, maps)
+        result: Any = _ConvNorm.apply(plan, *inputs.flat())
+        return NormedMap(*result)
+
+    def _plane_product(self, x: NormedMap, rows: Tensor, columns: Tensor) -> Tensor:
+        """P · X · Qᵀ for every plane X of the value: (N, C, H, W), rows P: (R, H), columns Q: (S, W) -> (N, C, R, S)."""
+        result: Tensor = _PlaneProduct.apply((self.backend, rows, columns), *self.dense(x))
+        return result
 
 
 @dataclass(frozen=True)
-class Depthwise:
+class _Depthwise:
     """3×3, one filter a channel."""
 
     rate: tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Pointwise:
+class _Pointwise:
     """1×1 over all channels of one or several maps."""
 
     dropout: Dropout | None = None
 
 
-class LiveConv(NamedTuple):
-    """A convolution and its norm as they stand in a network."""
-
-    weight: Tensor  # (C_out, C_in, 1, 1) pointwise, (C, 1, 3, 3) depthwise
-    norm: LiveNorm
+def _draw_dropout(rate: float, device: torch.device) -> Dropout:
+    """A new mask: its seed is drawn on the device, so that a captured graph draws one at each replay."""
+    return Dropout(rate, torch.randint(2**63 - 1, (1,), device=device))
 
 
-def in_mode(conv: ConvNorm[Tensor], training: bool, momentum: float) -> LiveConv:
-    """The weights of a function whose caller says how their norm is to run."""
-    return LiveConv(conv.weight, LiveNorm(conv.norm, training, momentum))
-
-
-def value(x: NormedMap) -> Tensor:
-    """relu(scale · raw + offset), differentiable."""
-    if x.scale is None:
-        return x.raw
-    backend = backend_for(x.raw)
-    assert backend is not None, "only kernels leave a norm to be applied"
-    result: Tensor = _Normalise.apply(backend, *x)
-    return result
-
-
-def dense(x: NormedMap, backend: Backend) -> NormedMap:
-    """The same map in the layout that the kernels read."""
-    return NormedMap(x.raw.contiguous(memory_format=backend.memory_format), x.scale, x.offset)
-
-
-def conv_norm(
-    backend: Backend, conv: Depthwise | Pointwise, maps: Sequence[NormedMap], weight: Tensor, norm: LiveNorm | None
-) -> NormedMap:
-    """A convolution and its norm with ReLU, not yet applied; without a norm the raw output alone."""
-    check_shapes(conv, maps, weight)
-    weight, maps = weight.contiguous(), [dense(x, backend) for x in maps]
-    if norm is None:
-        raw: Any = _ConvNorm.apply(_Plan(backend, conv), *_Inputs(weight, None, None, maps).flat())
-        return NormedMap(raw)
-    plan = _Plan(backend, conv, norm, *start(norm, maps[0].raw))
-    inputs = _Inputs(weight, norm.tensors.scale, norm.tensors.offset, maps)
-    result: Any = _ConvNorm.apply(plan, *inputs.flat())
-    return NormedMap(*result)
-
-
-def check_shapes(conv: Depthwise | Pointwise, maps: Sequence[NormedMap], weight: Tensor) -> None:
+def _check_shapes(conv: _Depthwise | _Pointwise, maps: Sequence[NormedMap], weight: Tensor) -> None:
     """A kernel sees addresses alone. Raises ValueError where the weight or the maps' sizes do not fit."""
     channels, sizes = sum(x.raw.shape[1] for x in maps), {(x.raw.shape[0], *x.raw.shape[2:]) for x in maps}
-    depthwise = isinstance(conv, Depthwise)
+    depthwise = isinstance(conv, _Depthwise)
     fits = weight.shape == (channels, 1, 3, 3) if depthwise else weight.ndim == 4 and weight.shape[1:] == (channels, 1, 1)
-    if not fits or len(sizes) != 1 or (isinstance(conv, Depthwise) and min(conv.rate) < 1):
+    if not fits or len(sizes) != 1 or (isinstance(conv, _Depthwise) and min(conv.rate) < 1):
         shapes = [tuple(x.raw.shape) for x in maps]
         raise ValueError(f"{conv} of maps {shapes} does not fit the weight {tuple(weight.shape)}")
 
 
-def is_inference(maps: Sequence[NormedMap], *convs: LiveConv) -> bool:
+def _is_inference(maps: Sequence[NormedMap], *convs: LiveConv) -> bool:
     """Whether all norms are frozen and no gradient is asked for, of any map, weight or norm."""
     if any(conv.norm.training for conv in convs):
         return False
@@ -88,9 +134,9 @@ def is_inference(maps: Sequence[NormedMap], *convs: LiveConv) -> bool:
     return not (torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors))
 
 
-def frozen(norm: LiveNorm, raw: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and offset, (C,) each, of a norm that uses its running statistics on maps like raw."""
-    scale, offset, *_ = _frozen(norm, raw)
+def _scale_and_offset(norm: LiveNorm, x: NormedMap) -> tuple[Tensor, Tensor]:
+    """(C,) each, of a norm that uses its running statistics on maps like x."""
+    scale, offset, *_ = _frozen(norm, x.raw)
     return scale, offset
 
 
@@ -98,7 +144,7 @@ class _Plan(NamedTuple):
     """What `_ConvNorm` is to do, all but the tensors that get gradients."""
 
     backend: Backend
-    conv: Depthwise | Pointwise
+    conv: _Depthwise | _Pointwise
     norm: LiveNorm | None = None
     training: bool = False  # and momentum: as `start` says
     momentum: float = 0.0
@@ -163,9 +209,9 @@ class _ConvNorm(torch.autograd.Function):
         return None, *_Inputs(grad_weight, grad_gamma, grad_beta, grad_maps).flat()
 
 
-def _convolve(backend: Backend, conv: Depthwise | Pointwise, inputs: _Inputs, *, statistics: bool) -> tuple[Tensor, Any]:
+def _convolve(backend: Backend, conv: _Depthwise | _Pointwise, inputs: _Inputs, *, statistics: bool) -> tuple[Tensor, Any]:
     """Raw output and its moments, or None without `statistics`."""
-    if isinstance(conv, Depthwise):
+    if isinstance(conv, _Depthwise):
         (x,) = inputs.maps
         return backend.depthwise_forward(x, inputs.weight, conv.rate, statistics=statistics)
     return backend.pointwise_forward(inputs.maps, inputs.weight, conv.dropout, statistics=statistics)
@@ -173,7 +219,7 @@ def _convolve(backend: Backend, conv: Depthwise | Pointwise, inputs: _Inputs, *,
 
 def _convolve_backward(
     backend: Backend,
-    conv: Depthwise | Pointwise,
+    conv: _Depthwise | _Pointwise,
     grad: Tensor,
     raw: Tensor,
     unfolded: Unfolded | None,
@@ -181,7 +227,7 @@ def _convolve_backward(
     needed: _Inputs,
 ) -> tuple[Tensor, Sequence[NormedMap | None]]:
     """Gradients of the weight and of the maps that need one, given that of the raw output."""
-    if isinstance(conv, Depthwise):
+    if isinstance(conv, _Depthwise):
         (x,), (need,) = inputs.maps, needed.maps
         grad_x, grad_weight = backend.depthwise_backward(
             grad, raw, unfolded, x, inputs.weight, conv.rate, need_input=any(need)
@@ -192,12 +238,6 @@ def _convolve_backward(
         grad, raw, unfolded, inputs.maps, inputs.weight, conv.dropout, need_input=need_input
     )
     return grad_weight, grad_maps
-
-
-def plane_product(backend: Backend, x: NormedMap, rows: Tensor, columns: Tensor) -> Tensor:
-    """P · X · Qᵀ for every plane X of the value: (N, C, H, W), rows P: (R, H), columns Q: (S, W) -> (N, C, R, S)."""
-    result: Tensor = _PlaneProduct.apply((backend, rows, columns), *dense(x, backend))
-    return result
 
 
 class _PlaneProduct(torch.autograd.Function):
