@@ -34,25 +34,25 @@ class OnKernels:
         return result
 
     def depthwise_conv(self, x: NormedMap, weight: Tensor, norm: LiveNorm | None, *, rate: tuple[int, int]) -> NormedMap:
-        return self._conv_norm(_Depthwise(rate), [x], weight, norm)
+        return self._conv_norm(Depthwise(rate), [x], weight, norm)
 
     def pointwise_conv(
         self, maps: Sequence[NormedMap], weight: Tensor, norm: LiveNorm | None, *, dropout_rate: float = 0.0
     ) -> NormedMap:
         check_dropout_rate(dropout_rate)
         if dropout_rate > 0.0:
-            return self._conv_norm(_Pointwise(_draw_dropout(dropout_rate, weight.device)), maps, weight, norm)
+            return self._conv_norm(Pointwise(_draw_dropout(dropout_rate, weight.device)), maps, weight, norm)
         if norm is None or not _is_inference(maps, LiveConv(weight, norm)):
-            return self._conv_norm(_Pointwise(), maps, weight, norm)
-        _check_shapes(_Pointwise(), maps, weight)
+            return self._conv_norm(Pointwise(), maps, weight, norm)
+        _check_shapes(Pointwise(), maps, weight)
         maps = [self.dense(x) for x in maps]
         return NormedMap(self.backend.pointwise_inference(maps, weight.contiguous(), _scale_and_offset(norm, maps[0])))
 
     def separable_conv(self, x: NormedMap, depthwise: LiveConv, pointwise: LiveConv, *, rate: tuple[int, int]) -> NormedMap:
         if not _is_inference([x], depthwise, pointwise):
             return self.pointwise_conv([self.depthwise_conv(x, *depthwise, rate=rate)], *pointwise)
-        _check_shapes(_Depthwise(rate), [x], depthwise.weight)
-        _check_shapes(_Pointwise(), [x], pointwise.weight)
+        _check_shapes(Depthwise(rate), [x], depthwise.weight)
+        _check_shapes(Pointwise(), [x], pointwise.weight)
         weights = depthwise.weight.contiguous(), pointwise.weight.contiguous()
         norms = _scale_and_offset(depthwise.norm, x), _scale_and_offset(pointwise.norm, x)
         x = self.dense(x)
@@ -78,7 +78,7 @@ class OnKernels:
         return self.backend.upsampled_confusion_matrix(logits.contiguous(), labels, ignore_index)
 
     def _conv_norm(
-        self, conv: "_Depthwise | _Pointwise", maps: Sequence[NormedMap], weight: Tensor, norm: LiveNorm | None
+        self, conv: "Depthwise | Pointwise", maps: Sequence[NormedMap], weight: Tensor, norm: LiveNorm | None
     ) -> NormedMap:
         """A convolution and its norm with ReLU, not yet applied; without a norm the raw output alone."""
         _check_shapes(conv, maps, weight)
@@ -98,14 +98,14 @@ class OnKernels:
 
 
 @dataclass(frozen=True)
-class _Depthwise:
+class Depthwise:
     """3×3, one filter a channel."""
 
     rate: tuple[int, int]
 
 
 @dataclass(frozen=True)
-class _Pointwise:
+class Pointwise:
     """1×1 over all channels of one or several maps."""
 
     dropout: Dropout | None = None
@@ -116,12 +116,12 @@ def _draw_dropout(rate: float, device: torch.device) -> Dropout:
     return Dropout(rate, torch.randint(2**63 - 1, (1,), device=device))
 
 
-def _check_shapes(conv: _Depthwise | _Pointwise, maps: Sequence[NormedMap], weight: Tensor) -> None:
+def _check_shapes(conv: Depthwise | Pointwise, maps: Sequence[NormedMap], weight: Tensor) -> None:
     """A kernel sees addresses alone. Raises ValueError where the weight or the maps' sizes do not fit."""
     channels, sizes = sum(x.raw.shape[1] for x in maps), {(x.raw.shape[0], *x.raw.shape[2:]) for x in maps}
-    depthwise = isinstance(conv, _Depthwise)
+    depthwise = isinstance(conv, Depthwise)
     fits = weight.shape == (channels, 1, 3, 3) if depthwise else weight.ndim == 4 and weight.shape[1:] == (channels, 1, 1)
-    if not fits or len(sizes) != 1 or (isinstance(conv, _Depthwise) and min(conv.rate) < 1):
+    if not fits or len(sizes) != 1 or (isinstance(conv, Depthwise) and min(conv.rate) < 1):
         shapes = [tuple(x.raw.shape) for x in maps]
         raise ValueError(f"{conv} of maps {shapes} does not fit the weight {tuple(weight.shape)}")
 
@@ -144,7 +144,7 @@ class _Plan(NamedTuple):
     """What `_ConvNorm` is to do, all but the tensors that get gradients."""
 
     backend: Backend
-    conv: _Depthwise | _Pointwise
+    conv: Depthwise | Pointwise
     norm: LiveNorm | None = None
     training: bool = False  # and momentum: as `start` says
     momentum: float = 0.0
@@ -209,9 +209,9 @@ class _ConvNorm(torch.autograd.Function):
         return None, *_Inputs(grad_weight, grad_gamma, grad_beta, grad_maps).flat()
 
 
-def _convolve(backend: Backend, conv: _Depthwise | _Pointwise, inputs: _Inputs, *, statistics: bool) -> tuple[Tensor, Any]:
+def _convolve(backend: Backend, conv: Depthwise | Pointwise, inputs: _Inputs, *, statistics: bool) -> tuple[Tensor, Any]:
     """Raw output and its moments, or None without `statistics`."""
-    if isinstance(conv, _Depthwise):
+    if isinstance(conv, Depthwise):
         (x,) = inputs.maps
         return backend.depthwise_forward(x, inputs.weight, conv.rate, statistics=statistics)
     return backend.pointwise_forward(inputs.maps, inputs.weight, conv.dropout, statistics=statistics)
@@ -219,7 +219,7 @@ def _convolve(backend: Backend, conv: _Depthwise | _Pointwise, inputs: _Inputs, 
 
 def _convolve_backward(
     backend: Backend,
-    conv: _Depthwise | _Pointwise,
+    conv: Depthwise | Pointwise,
     grad: Tensor,
     raw: Tensor,
     unfolded: Unfolded | None,
@@ -227,7 +227,7 @@ def _convolve_backward(
     needed: _Inputs,
 ) -> tuple[Tensor, Sequence[NormedMap | None]]:
     """Gradients of the weight and of the maps that need one, given that of the raw output."""
-    if isinstance(conv, _Depthwise):
+    if isinstance(conv, Depthwise):
         (x,), (need,) = inputs.maps, needed.maps
         grad_x, grad_weight = backend.depthwise_backward(
             grad, raw, unfolded, x, inputs.weight, conv.rate, need_input=any(need)

@@ -45,11 +45,11 @@ def in_mode(conv: ConvNorm[Tensor], training: bool, momentum: float) -> LiveConv
 
 
 class Operations(Protocol):
-    """What the files of `fast/` compute maps with. All but the last two are differentiable with respect to maps and weights.
+    """What the files of `fast/` compute maps with. All but the last two are differentiable, by maps, weights and norms.
 
     A convolution is followed by its norm and ReLU, or with None instead of a norm by nothing. Its result may be a map whose
-    norm is not yet applied; `value` applies it. Raises ValueError for weights or maps whose sizes do not fit on kernels,
-    RuntimeError on PyTorch.
+    norm is not yet applied; `value` applies it. Where a weight or the maps' sizes do not fit, kernels raise ValueError, PyTorch
+    RuntimeError.
     """
 
     def dense(self, x: NormedMap) -> NormedMap:
