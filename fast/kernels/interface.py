@@ -48,8 +48,8 @@ class Operations(Protocol):
     """What the files of `fast/` compute maps with. All but the last two are differentiable, by maps, weights and norms.
 
     A convolution is followed by its norm and ReLU, or with None instead of a norm by nothing. Its result may be a map whose
-    norm is not yet applied; `value` applies it. Where a weight or the maps' sizes do not fit, kernels raise ValueError, PyTorch
-    RuntimeError.
+    norm is not yet applied; `value` applies it. Where a weight or the maps' sizes do not fit, kernels raise ValueError and
+    PyTorch raises RuntimeError.
     """
 
     def dense(self, x: NormedMap) -> NormedMap:
