@@ -59,7 +59,7 @@ def test_a_map_whose_norm_is_not_yet_applied_is_taken_as_by_kernels(operation: C
 
 @every_operation
 def test_gradients_of_gradients(operation: Callable[[Operations, NormedMap], Any]) -> None:
-    """Of a smooth function of the operation, by central differences; the draw keeps clear of the ReLU's edge."""
+    """Those of a smooth function of the operation, against central differences; the draw keeps clear of the ReLU's edge."""
     assert torch.autograd.gradgradcheck(
         lambda raw: value_of(operation(library, NormedMap(raw))).square().sum(), draw(2, 3, *SIZE)
     )
