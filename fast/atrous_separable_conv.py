@@ -26,7 +26,7 @@ def atrous_separable_conv(
 
 
 def lazy_atrous_separable_conv(x: NormedMap, depthwise: LiveConv, pointwise: LiveConv, *, rate: tuple[int, int]) -> NormedMap:
-    """`atrous_separable_conv` from and to maps whose norm is not yet applied, each norm in its own mode."""
+    """Like `atrous_separable_conv`, on maps whose norm is applied on load; each norm runs in its own mode."""
     if backend := backend_for(x.raw):
         if is_inference([x], depthwise, pointwise):
             check_shapes(Depthwise(rate), [x], depthwise.weight)

@@ -19,7 +19,7 @@ def bilinear_resize(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def lazy_bilinear_resize(x: NormedMap, size: tuple[int, int]) -> Tensor:
-    """`bilinear_resize` of a map whose norm is not yet applied; by kernels, so that the gradient is the same at every run."""
+    """Like `bilinear_resize`, of a map whose norm is applied on load; kernels make its gradient the same in every run."""
     backend = backend_for(x.raw)
     if backend is None:
         return bilinear_resize(value(x), size)
@@ -32,7 +32,7 @@ def lazy_bilinear_resize(x: NormedMap, size: tuple[int, int]) -> Tensor:
 def resize_matrix(in_size: int, out_size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The resize along one axis as a matrix: (out_size, in_size).
 
-    Kept for good: a captured CUDA graph cannot copy it again, and reads it at each replay, which no cache hears of.
+    The result is never dropped from memory: a captured CUDA graph reads it at each replay and cannot make it again.
     """
     return constant(interpolation_matrix(in_size, out_size), dtype, device)
 

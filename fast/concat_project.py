@@ -21,13 +21,13 @@ def concat_project(
     dropout_rate: float = 0.0,
     momentum: float = MOMENTUM,
 ) -> Tensor:
-    """B maps (N, C, H, W) -> (N, C_out, H, W); a dropout_rate above 0 drops out, whatever `training` says of the norm."""
+    """B maps (N, C, H, W) -> (N, C_out, H, W). Drops out if dropout_rate is above 0; `training` is for the norm alone."""
     maps = [NormedMap(branch) for branch in branches]
     return value(lazy_concat_project(maps, in_mode(weights, training, momentum), dropout_rate=dropout_rate))
 
 
 def lazy_concat_project(branches: Sequence[NormedMap], conv: LiveConv, *, dropout_rate: float = 0.0) -> NormedMap:
-    """`concat_project` from and to maps whose norm is not yet applied; kernels do not concatenate."""
+    """Like `concat_project`, on maps whose norm is applied on load; kernels do not concatenate."""
     raw = branches[0].raw
     if backend := backend_for(raw):
         if dropout_rate == 0.0 and is_inference(branches, conv):
@@ -41,7 +41,7 @@ def lazy_concat_project(branches: Sequence[NormedMap], conv: LiveConv, *, dropou
 
 
 def draw_dropout(rate: float, device: torch.device) -> Dropout:
-    """A new mask, for kernels: its seed is drawn on the device, so that a captured graph draws one at each replay.
+    """Draw the dropout mask of a call, as a seed for kernels. It is drawn on the device, so a captured graph draws anew.
 
     Raises ValueError unless 0 < rate < 1: kept elements grow by 1 / (1 - rate).
     """

@@ -1,4 +1,4 @@
-"""The Dense Prediction Cell as a PyTorch module; `reference/dense_prediction_cell.py` is its meaning."""
+"""The Dense Prediction Cell as a PyTorch module; `reference/dense_prediction_cell.py` defines what it computes."""
 
 from itertools import chain
 from typing import Any, cast, get_args
@@ -70,12 +70,12 @@ class DensePredictionCell(nn.Module):
         return value(self.lazy(features))
 
     def lazy(self, features: Tensor) -> NormedMap:
-        """The output with its norm not yet applied, for whatever can apply it on load."""
+        """The output with its norm not yet applied, for callers that apply it on load."""
         if features.ndim != 4 or features.shape[1] != self.in_channels:
             raise ValueError(f"cell needs features: (N, {self.in_channels}, H, W), got {tuple(features.shape)}")
         x = NormedMap(features)
         if backend := backend_for(features):
-            x = dense(x, backend)  # here once, not in every branch that reads it
+            x = dense(x, backend)  # once here, instead of in every branch that reads it
         maps = {BACKBONE_FEATURE: x}
         for i, (branch, module) in enumerate(zip(self.cell.branches, self.branches, strict=True)):
             maps[i] = module(maps[branch.input_index])
@@ -93,7 +93,7 @@ class DensePredictionCell(nn.Module):
 
 
 def decays(module: nn.Module) -> dict[str, bool]:
-    """Which parameters carry weight decay, by name: all but depthwise weights, batch norms and biases (deeplab's rule)."""
+    """Names of all parameters, each with whether it decays: all but depthwise weights, batch norms and biases (deeplab)."""
     exempt = {name for name, child in module.named_modules() if isinstance(child, nn.BatchNorm2d)}
     exempt |= {f"{name}.depthwise" for name, child in module.named_modules() if isinstance(child, SeparableBranch)}
     convolutions = {name: child for name, child in module.named_modules() if isinstance(child, nn.Conv2d)}
@@ -134,7 +134,7 @@ class ConvNormLayer(nn.Module):
         return ConvNorm(self.weight, BatchNorm(self.norm.weight, self.norm.bias, mean, var))
 
     def live(self) -> LiveConv:
-        """With the mode of the norm, which decides itself whether it trains: it can be frozen, or train alone."""
+        """The weights with the norm's own mode: it can be frozen while the rest trains, or the other way round."""
         return LiveConv(self.weight, live(self.norm))
 
 

@@ -19,7 +19,7 @@ def confusion_matrix(predictions: Tensor, labels: Tensor, *, num_classes: int, i
 def upsampled_confusion_matrix(logits: Tensor, labels: Tensor, *, ignore_index: int = IGNORE_INDEX) -> Tensor:
     """Resize logits: (N, K, h, w) to labels: (N, H, W), take the best class, count -> (K, K).
 
-    By kernels, or one image at a time: full-size logits of a batch never exist.
+    Kernels do this, or PyTorch one image at a time, so the full-size logits of a batch never exist.
     """
     check_labels(logits, labels, ignore_index)
     if backend := backend_for(logits):

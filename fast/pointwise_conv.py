@@ -16,10 +16,10 @@ def pointwise_conv(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def lazy_pointwise_conv(x: NormedMap, weight: Tensor) -> Tensor:
-    """`pointwise_conv` of a map whose norm is not yet applied."""
+    """Like `pointwise_conv`, of a map whose norm is applied on load."""
     if backend := backend_for(x.raw):
         return conv_norm(backend, Pointwise(), [x], weight, None).raw
-    if x.raw.device.type == "cpu" and x.raw.is_contiguous():  # without the library's copies into columns
+    if x.raw.device.type == "cpu" and x.raw.is_contiguous():  # avoids the library's im2col copies
         return torch.matmul(weight.flatten(1), x.raw.flatten(2)).view(x.raw.shape[0], weight.shape[0], *x.raw.shape[2:])
     return F.conv2d(x.raw, weight)
 
@@ -30,7 +30,7 @@ def conv1x1(x: Tensor, weights: ConvNorm[Tensor], *, training: bool, momentum: f
 
 
 def lazy_conv1x1(x: NormedMap, conv: LiveConv) -> NormedMap:
-    """`conv1x1` from and to maps whose norm is not yet applied."""
+    """Like `conv1x1`, on maps whose norm is applied on load."""
     weight, norm = conv
     if backend := backend_for(x.raw):
         if is_inference([x], conv):

@@ -1,7 +1,7 @@
 """`reference/pyramid_pooling.py` on PyTorch.
 
-A sliding mean is taken along rows, then along columns: k_h + k_w reads per output instead of k_h · k_w. Where the kernels have
-a product of planes with small matrices, it makes the means, and the resize back, in one pass over the map each.
+A sliding mean is taken along rows, then along columns: k_h + k_w reads per output instead of k_h · k_w. Backends that multiply
+planes by small matrices compute the means in one pass over the map, and the resize in another.
 """
 
 import functools
@@ -42,7 +42,7 @@ def lazy_pyramid_pooling(
     variant: PoolingVariant = "sliding_window",
     pooling_size: tuple[int, int] | None = None,
 ) -> NormedMap:
-    """`pyramid_pooling` of a map whose norm is not yet applied; its own result is a value."""
+    """Like `pyramid_pooling`, of a map whose norm is applied on load; the result's norm is applied."""
     size = (x.raw.shape[2], x.raw.shape[3])
     pin_h, pin_w = pooling_size or (None, None)
     backend = backend_for(x.raw)
@@ -59,13 +59,13 @@ def lazy_pyramid_pooling(
 
 
 def _sliding_means(x: Tensor, axis: int, grid: int, pooling_size: int | None) -> Tensor:
-    if grid == 1 and pooling_size is None:  # a program exported from it serves every size; no window could
+    if grid == 1 and pooling_size is None:  # an exported program then works at every size, which windows could not
         return x.mean(dim=axis, keepdim=True)
     window = window_size(x.shape[axis], grid, pooling_size)
     return F.avg_pool2d(x, (window, 1) if axis == 2 else (1, window), stride=1)
 
 
-@functools.cache  # for good, as `resize_matrix`
+@functools.cache  # kept in memory, as in `resize_matrix`
 def _pooling(
     size: int, grid: int, variant: PoolingVariant, pooling_size: int | None, dtype: torch.dtype, device: torch.device
 ) -> Tensor:

@@ -1,7 +1,8 @@
 """`reference/upsampled_cross_entropy.py` on PyTorch: by kernels, or by bands of rows.
 
-Full-size logits of a batch, 360 MB at the paper's proxy size, never exist: one image's band is upsampled, its loss taken and
-its gradient sent back to the small logits at once, while the band is in the cache. So the gradient is ready when the loss is.
+Full-size logits of a batch, 360 MB at the paper's proxy size, never exist: a band of one image is upsampled, its loss
+computed, and its gradient added to that of the small logits while the band is in the cache. So the gradient is ready with
+the loss.
 """
 
 from typing import Any
@@ -14,7 +15,7 @@ from fast.bilinear_resize import resize_matrix
 from fast.kernels import backend_for
 from reference.upsampled_cross_entropy import IGNORE_INDEX
 
-BAND_BYTES = {"cpu": 1 << 22, "cuda": 1 << 28}  # of upsampled logits at a time: in a cache on CPU, in few launches on CUDA
+BAND_BYTES = {"cpu": 1 << 22, "cuda": 1 << 28}  # upsampled logits at a time: fits a CPU's cache, few launches on CUDA
 
 
 def upsampled_cross_entropy(logits: Tensor, labels: Tensor, *, ignore_index: int = IGNORE_INDEX) -> Tensor:

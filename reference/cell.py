@@ -29,8 +29,8 @@ class Operation:
     """One operation of a branch; every operation ends in batch norm and ReLU and keeps the map's size.
 
     `rate` is (rate_h, rate_w) of the 3×3 atrous separable convolution, `grid_size` is (grid_h, grid_w) of the pyramid pooling;
-    each belongs to its own kind and is None for the others. Any positive integers are valid here; which of them a search
-    may propose is the business of its search space.
+    each is None for the other kinds. Any positive integers are valid here; the search space decides which of them a search
+    may propose.
 
     >>> print(Operation("atrous_separable_conv", rate=(6, 21)))
     sep3x3 6x21
@@ -99,7 +99,7 @@ class Cell:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Read the authors' format. Raises ValueError naming the branch and the key."""
+        """Read a cell in the authors' format. Raises ValueError naming the branch and the key."""
         try:
             items = json.loads(text)
         except (ValueError, RecursionError) as error:  # also a number of thousands of digits, or absurd nesting

@@ -2,7 +2,7 @@
 
     maps[-1] = features;   maps[i] = operation_i(maps[input_i]);   y = concat_project(maps[0], ..., maps[B-1])
 
-At output stride 8 the atrous rates double (`rate_multiplier=2`), 1×1 convolutions and pooling grids stay.
+At output stride 8 the atrous rates double (`rate_multiplier=2`); 1×1 convolutions and pooling grids stay the same.
 """
 
 from collections.abc import Callable

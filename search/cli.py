@@ -1,4 +1,4 @@
-"""How every command of `search` meets its user: flags from groups of settings, a sentence for bad input, clean Ctrl-C."""
+"""Command lines of `search`: flags from groups of settings, one sentence for bad input, a clean end by Ctrl-C."""
 
 import shlex
 import sys
@@ -11,8 +11,8 @@ from tyro.conf import OmitArgPrefixes as Flat
 
 from search.errors import InputError, with_fields
 
-# Flat: a group of settings whose fields are flags by their own names, `data: Flat[DataSettings]`. Without it the group's name
-# comes first, as in --large.backbone, for a command that has two groups of one kind.
+# Flat: the fields of this group of settings are flags by their own names, as in `data: Flat[DataSettings]`. Without it, the
+# group's name comes first, as in --large.backbone: for commands with two groups of one kind.
 __all__ = ["Flat", "in_flags", "run_command", "this_command"]
 
 Settings = TypeVar("Settings")
@@ -28,8 +28,8 @@ def run_command(
 ) -> None:
     """Parse the flags of `settings_type`, run `command`, and exit: 0 done, 2 bad input, 130 stopped by Ctrl-C.
 
-    `goes_on` says that the same command goes on where it was stopped; `renamed` has the flags of earlier versions, and what
-    is to be written instead. A full memory is bad input too: of sizes too large.
+    `goes_on` says that the same command continues where it was stopped. `renamed` maps flags of earlier versions to what is
+    to be written instead. A full memory counts as bad input too, because the sizes that were given are too large.
     """
     for argument in sys.argv[1:]:
         if instead := (renamed or {}).get(argument.partition("=")[0]):
@@ -51,13 +51,13 @@ def run_command(
 
 
 def in_flags(text: str, settings_type: type) -> str:
-    """What a part says of fields, of the flags of a command with these settings. Fields of others stay as they are."""
+    """Replace `field` names in a message by the flags of a command with these settings. Unknown names stay as they are."""
     known = set(_field_names(settings_type))
     return with_fields(text, lambda name: f"--{name.replace('_', '-')}" if name in known else f"`{name}`")
 
 
 def _field_names(settings_type: type) -> Iterator[str]:
-    """The fields of all groups, by their names alone where the group is `Flat`, else with the group's name before it."""
+    """The fields of all groups, by name; if a group is not `Flat`, with the group's name before it."""
     for name, annotated in get_type_hints(settings_type, include_extras=True).items():
         group = getattr(annotated, "__origin__", annotated)
         if isinstance(group, type) and is_dataclass(group):
@@ -68,12 +68,12 @@ def _field_names(settings_type: type) -> Iterator[str]:
 
 
 def this_command(prog: str) -> str:
-    """As it was typed, for who wants to type it again."""
+    """The command line as it was typed, so that a user can repeat it."""
     return shlex.join([*prog.split(), *sys.argv[1:]])
 
 
 def _is_full_memory(error: Exception) -> bool:
-    """PyTorch has a type of its own for a full GPU, for a full CPU it has words alone."""
+    """Whether the error means a full memory. PyTorch has an exception type for a full GPU, but only words for a CPU."""
     words = ("can't allocate memory", "not enough memory", "out of memory")
     return isinstance(error, MemoryError) or any(each in str(error).lower() for each in words)
 

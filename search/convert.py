@@ -1,10 +1,10 @@
-"""From a TensorFlow V2 checkpoint of the authors' DeepLab to a network of this project: `python -m search.convert`.
+"""Convert a TensorFlow V2 checkpoint of the authors' DeepLab into a network of this project: `python -m search.convert`.
 
-Backbone (MobileNet-v2, Xception-41, -65 or -71), decoder, ASPP or cell and classes are read off the variables' names and
+Backbone (MobileNet-v2, Xception-41, -65 or -71), decoder, ASPP or cell and classes are read from the variables' names and
 shapes (research/deeplab/core/{feature_extractor,xception,dense_prediction_cell}.py, research/deeplab/model.py). What no
-variable shows must be given: the cell, or ASPP's rates, and the output stride. Strict: every variable becomes a weight or is
-skipped for a named reason, every weight comes from a variable, and shapes agree; anything else is an error that names the
-variable.
+variable shows must be given: the cell, or ASPP's rates, and the output stride. The conversion is strict: every variable
+becomes a weight or is skipped for a named reason, every weight comes from a variable, and shapes must agree. Anything else
+is an error that names the variable.
 """
 
 import re
@@ -30,7 +30,7 @@ from search.datasets import cityscapes, pascal_voc
 from search.errors import InputError
 from search.tensorflow.tensor_bundle import TensorBundle
 
-CLASS_NAMES = {len(names): names for names in (cityscapes.CLASS_NAMES, pascal_voc.CLASS_NAMES)}  # the authors' data sets
+CLASS_NAMES = {len(names): names for names in (cityscapes.CLASS_NAMES, pascal_voc.CLASS_NAMES)}  # the authors' two data sets
 
 _BACKBONES = {
     "MobilenetV2": "mobilenetv2_100",
@@ -38,7 +38,7 @@ _BACKBONES = {
     "xception_65": "xception65",
     "xception_71": "xception71",
 }
-_XCEPTION_UNITS = {"xception_41": (3, 8), "xception_65": (3, 16), "xception_71": (5, 16)}  # of the entry and the middle flow
+_XCEPTION_UNITS = {"xception_41": (3, 8), "xception_65": (3, 16), "xception_71": (5, 16)}  # in the entry and the middle flow
 
 _AVERAGE = "/ExponentialMovingAverage"
 _SLOT = re.compile(r"/(Momentum|Adam|Adam_1|RMSProp|RMSProp_1|Adagrad)$")
@@ -72,7 +72,7 @@ class ConvertSettings:
 
 
 class Conversion(NamedTuple):
-    """The network, in evaluation mode; the variables it was made of; the others, each with the reason why it was skipped."""
+    """The network, in evaluation mode; the variables that became weights; the skipped ones, each with the reason."""
 
     network: SegmentationNetwork
     used: tuple[str, ...]
@@ -85,7 +85,7 @@ class _Target(NamedTuple):
 
 
 class _Context(NamedTuple):
-    """The cell, and the scopes of its branches and of its projection."""
+    """The cell, and the name scopes of its branches and of its projection."""
 
     cell: Cell
     branches: tuple[str, ...]
@@ -93,7 +93,7 @@ class _Context(NamedTuple):
 
 
 def main(settings: ConvertSettings) -> None:
-    """Read, convert, check, write, and say what became of every variable."""
+    """Read, convert, check and write, then print what became of every variable."""
     if settings.output_stride not in (8, 16):
         raise InputError(f"--output-stride must be 8 or 16, got {settings.output_stride}")
     if min(settings.atrous_rates, default=1) < 1:
@@ -152,7 +152,7 @@ def convert(
 
 
 def _sources(names: Iterable[str], moving_averages: bool) -> tuple[dict[str, str], dict[str, str]]:
-    """Weights' names -> the variables to read them from, and the variables to skip -> why."""
+    """Map each weight's name to the variable to read it from, and each skipped variable to the reason."""
     names = list(names)
     known = set(names)
     sources, skipped = {name: name for name in names}, {}
@@ -175,7 +175,7 @@ def _sources(names: Iterable[str], moving_averages: bool) -> tuple[dict[str, str
             )
     if moving_averages and not any(name.endswith(_AVERAGE) for name in names):
         raise InputError("the checkpoint holds no moving averages: leave out --moving-averages")
-    averages = {weight + _AVERAGE for weight in known}  # what averages no weight stays, and is refused as unknown
+    averages = {weight + _AVERAGE for weight in known}  # an average of no weight stays, and is refused as unknown
     kept = {name: source for name, source in sources.items() if source not in skipped and name not in averages}
     return kept, skipped
 
@@ -191,7 +191,7 @@ def _backbone_scope(sources: Mapping[str, str]) -> str:
 
 
 def _context(sources: Mapping[str, str], cell: Cell, atrous_rates: tuple[int, ...]) -> _Context:
-    """A cell keeps its name scope; ASPP is a cell too, its branches in the authors' order."""
+    """Find the context module: a cell by its name scope, or ASPP as a cell with its branches in the authors' order."""
     if any(name.startswith("meta_architecture/") for name in sources):
         branches = tuple(f"meta_architecture/branch{i}" for i in range(len(cell.branches)))
         return _Context(cell, branches, "meta_architecture/concat_projection")
@@ -247,7 +247,7 @@ def _targets(network: SegmentationNetwork, scope: str, context: _Context) -> dic
     targets = {}
     for key, tensor in network.state_dict().items():
         module, _, leaf = key.rpartition(".")
-        if leaf != "num_batches_tracked":  # a count that TensorFlow does not keep and no momentum here reads
+        if leaf != "num_batches_tracked":  # the batch count, which TensorFlow does not keep; unused here
             targets[key] = _target(scopes[module.removesuffix(".norm")], leaf, tensor.ndim)
     return targets
 
@@ -263,7 +263,7 @@ def _target(scope: str, leaf: str, dimensions: int) -> _Target:
 
 
 def _mobilenet_scopes(body: Any) -> dict[str, str]:
-    """timm's modules -> scopes within MobilenetV2; the first block has no expansion."""
+    """Map timm's modules to name scopes in MobilenetV2; the first block has no expansion."""
     first = {"conv_dw": "depthwise", "bn1": "depthwise", "conv_pw": "project", "bn2": "project"}
     others = {
         **{"conv_pw": "expand", "bn1": "expand", "conv_dw": "depthwise", "bn2": "depthwise"},
@@ -278,7 +278,7 @@ def _mobilenet_scopes(body: Any) -> dict[str, str]:
 
 
 def _xception_scopes(scope: str) -> dict[str, str]:
-    """timm's modules -> scopes within xception_65 and its kin."""
+    """Map timm's modules to name scopes in xception_41, _65 and _71."""
     entry, middle = _XCEPTION_UNITS[scope]
     units = [
         *(f"entry_flow/block{i}/unit_1" for i in range(1, entry + 1)),

@@ -1,7 +1,7 @@
-"""A folder that lasts: a run, a training, the scores of a protocol, a feature cache.
+"""A folder of results that several commands may continue: a run, a training, the scores of a protocol, a feature cache.
 
-One process at a time holds it, and it remembers what it was begun with, so that the same command goes on and another one is
-refused by the names of what differs. What a job came to is one JSON file, which is there whole or not at all.
+One process at a time holds it. It remembers the settings that it was begun with, so that the same command continues and
+other settings are refused, with their names. The result of a job is one JSON file, which exists whole or not at all.
 """
 
 import json
@@ -16,12 +16,12 @@ from filelock import FileLock, Timeout
 from search.errors import InputError
 from search.files import write_json
 
-_FORMAT = 2  # of settings.json; the first one had no number
+_FORMAT = 2  # version of settings.json; the first one had no number
 
 
 @dataclass(frozen=True)
 class Folder:
-    """The folder at `path`; `kind` is what it holds, in the words of an error, and `remedy` how to take another one."""
+    """The folder at `path`; `kind` names its content in error messages, and `remedy` says there how to use another folder."""
 
     path: Path
     kind: str = "run"
@@ -29,7 +29,7 @@ class Folder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Make the folder, and keep other processes out while inside. Raises InputError where one is in it already."""
+        """Make the folder and keep other processes out of it. Raises InputError if another process is using it."""
         self.path.mkdir(parents=True, exist_ok=True)
         try:
             lock = FileLock(self.path / "lock", timeout=0)
@@ -42,16 +42,16 @@ class Folder:
             lock.release()
 
     def begin(self, identity: Mapping[str, Any], command: str, **description: Any) -> None:
-        """Begin, or go on: `identity` is what all results in the folder depend on, by the names of the settings.
+        """Begin, or continue: `identity` maps the settings that all results in the folder depend on to their values.
 
-        It is kept in `settings.json` beside the command and the `description`, which may change. Raises InputError, naming
-        each difference, where the folder was begun with another identity.
+        It is kept in `settings.json`, with the command and the `description`, which may change. Raises InputError, naming
+        each difference, if the folder was begun with another identity.
         """
         self.check(identity)
         write_json(self.path / "settings.json", {"format": _FORMAT, "identity": identity, "command": command, **description})
 
     def check(self, identity: Mapping[str, Any]) -> None:
-        """Raise InputError, naming each difference, where the folder was begun with another identity."""
+        """Raise InputError, naming each difference, if the folder was begun with another identity."""
         plain = json.loads(json.dumps(identity))
         before = self.description()
         typed = f" ({before['command']})" if before and before["command"] else ""
@@ -62,7 +62,7 @@ class Folder:
             )
 
     def description(self) -> dict[str, Any] | None:
-        """What `begin` wrote, None if it never did. Raises InputError for a file that is damaged or of another version."""
+        """Read what `begin` wrote, or None. Raises InputError for a file that is damaged or of another version."""
         path = self.path / "settings.json"
         try:
             description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -77,7 +77,7 @@ class Folder:
         raise InputError(f"{self.kind} {self.path} is of another version of this project: {self.remedy}")
 
     def result(self, job: str) -> dict[str, Any] | None:
-        """What `write_result` wrote, None if there is nothing yet. Raises InputError naming a damaged file."""
+        """Read what `write_result` wrote, or None. Raises InputError naming a damaged file."""
         path = self.result_path(job)
         try:
             return dict(json.loads(path.read_text(encoding="utf-8")))
@@ -87,19 +87,19 @@ class Folder:
             raise self.damaged(job, error) from error
 
     def write_result(self, job: str, result: Mapping[str, Any]) -> None:
-        """Keep what a job came to."""
+        """Write the result of a job."""
         write_json(self.result_path(job), result)
 
     def result_path(self, job: str) -> Path:
         return self.path / f"{job}.json"
 
     def damaged(self, job: str, error: Exception) -> InputError:
-        """What to say of a result that cannot be read."""
+        """The error for a result file that cannot be read."""
         return InputError(f"{self.result_path(job)} is damaged ({error}): delete it and run the same command again")
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Which settings are not what they were, as fields; "" if all are. What is behind a field stands in brackets after it.
+    """Name the settings that have changed, as fields, with both values; "" if none has. A note in brackets is kept.
 
     >>> differences({"top_k": 3, "weights (content)": "ab", "top": 1}, {"top_k": 5, "weights (content)": "cd", "top": 1})
     '`top_k` 3, now it is 5, and `weights` (content) ab, now it is cd'
