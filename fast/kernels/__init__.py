@@ -1,9 +1,9 @@
-"""Where the fast path leaves the library: C++ kernels for CPUs (`cpp/`), Triton kernels for GPUs, behind one interface.
+"""The project's own kernels, in C++ for CPUs (`cpp/`) and in Triton for GPUs, behind one interface.
 
-Between kernels a map travels as the raw output of its convolution with two numbers per channel: its value is
-relu(scale · raw + offset). Whoever loads it applies them, so a normalised map is never written, and the batch norm costs the
-sums that the convolution takes of its output while that is still in a register or a cache. The same on the way back: the
-gradient that a convolution gets through its own statistics is slope · raw + intercept per channel, added on load.
+Kernels pass a map on as the raw output of its convolution with two numbers per channel: its value is
+relu(scale · raw + offset). The kernel that loads the map applies them, so no normalised map is ever written. The batch norm
+only costs the sums that the convolution takes of its output while that is still in a register or a cache. In the backward
+pass, the gradient that flows through a convolution's statistics is slope · raw + intercept per channel, added on load.
 
     raw = conv(x)   mean, var over (N, H, W)      scale = γ / √(var + ε)    offset = β - mean · scale           (`fold`)
     G = ∂L/∂scale - mean · ∂L/∂offset             ∂L/∂γ = G / √(var + ε)    ∂L/∂β = ∂L/∂offset                  (`unfold`)
@@ -23,7 +23,7 @@ from reference.batch_norm import BatchNorm
 
 
 class NormedMap(NamedTuple):
-    """A map whose value is relu(scale · raw + offset), or raw itself where both are None. Also the container of gradients."""
+    """A map whose value is relu(scale · raw + offset), or raw if both are None. Also used for its gradients."""
 
     raw: Tensor  # (N, C, H, W)
     scale: Tensor | None = None  # (C,), float32, or float64 for a float64 map
@@ -31,7 +31,7 @@ class NormedMap(NamedTuple):
 
 
 class Folded(NamedTuple):
-    """A batch norm in training, as two numbers per channel, and what its gradient needs."""
+    """A batch norm in training as two numbers per channel, and what its gradient needs."""
 
     scale: Tensor  # (C,)
     offset: Tensor  # (C,)
@@ -40,7 +40,7 @@ class Folded(NamedTuple):
 
 
 class Unfolded(NamedTuple):
-    """Gradients of a batch norm in training: its parameters', and what its input gets through the statistics."""
+    """Gradients of a batch norm in training: of its parameters, and of its input through the statistics."""
 
     slope: Tensor  # (C,)
     intercept: Tensor  # (C,)
@@ -56,9 +56,9 @@ class Dropout(NamedTuple):
 
 
 class Backend(Protocol):
-    """What a device's kernels compute. Maps are dense in `memory_format`; results are the same at every call.
+    """The functions of a device's kernels. Maps are dense in `memory_format`; results are the same at every call.
 
-    `moments` is the backend's own: whatever `fold` needs to know of the sums over (N, H, W).
+    `moments` has a type of the backend's own: what `fold` needs to know of the sums over (N, H, W).
     """
 
     memory_format: torch.memory_format
@@ -104,7 +104,7 @@ class Backend(Protocol):
         ...
 
     def pointwise_inference(self, maps: Sequence[NormedMap], weight: Tensor, norm: tuple[Tensor, Tensor]) -> Tensor:
-        """The value after a frozen norm, given as scale and offset: (C_out,) each -> (N, C_out, H, W)."""
+        """The map's value after a frozen norm, which is given as scale and offset, (C_out,) each -> (N, C_out, H, W)."""
         ...
 
     def separable_inference(
@@ -120,11 +120,11 @@ class Backend(Protocol):
         ...
 
     def fold(self, moments: Any, norm: BatchNorm[Tensor], *, count: int, momentum: float, eps: float) -> Folded:
-        """Batch statistics over `count` values a channel into scale and offset; moves the running statistics in place."""
+        """Compute scale and offset from batch statistics over `count` values a channel; update running statistics in place."""
         ...
 
     def unfold(self, grad_scale: Tensor, grad_offset: Tensor, folded: Folded, gamma: Tensor, *, count: int) -> Unfolded:
-        """The way back through `fold`."""
+        """The backward pass of `fold`."""
         ...
 
     def normalise(self, x: NormedMap) -> Tensor:
@@ -157,10 +157,10 @@ _chosen: ContextVar[Backend | str | None] = ContextVar("chosen_backend", default
 
 @contextlib.contextmanager
 def using(backend: Backend | None) -> Iterator[None]:
-    """These kernels whatever the device, or with None the library's operations: to compare, or to differentiate twice.
+    """Inside, use these kernels for any device, or with None PyTorch's operations (to compare, or to differentiate twice).
 
-    Holds in this context alone: a thread that is started inside chooses by device again. torch.compile always traces the
-    library's operations.
+    This holds in the present context: a thread that is started inside chooses by device again. torch.compile always traces
+    PyTorch's operations.
     """
     token = _chosen.set(backend)
     try:
@@ -170,7 +170,7 @@ def using(backend: Backend | None) -> Iterator[None]:
 
 
 def backend_for(x: Tensor) -> Backend | None:
-    """The kernels for maps such as x; None where the library computes: chosen so, traced, or no kernels for x."""
+    """The kernels for maps such as x, or None if PyTorch is to compute: if chosen, when tracing, or without kernels for x."""
     if torch.compiler.is_compiling():  # asked first: torch.compile of torch 2.11 cannot trace a ContextVar
         return None
     chosen = _chosen.get()

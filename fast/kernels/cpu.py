@@ -1,10 +1,10 @@
 """The C++ kernels in `cpp/` as a `Backend`: compiled once per machine, called through ctypes, without Python's lock.
 
-The compiler is $CXX, c++, g++ or clang++, whichever is found first. The library lies in $XDG_CACHE_HOME/dense-prediction-cell
-(by default ~/.cache) under a name made of the sources, the compiler and the processor. Without a compiler PyTorch's own
-operations are used, and one warning says so.
+The compiler is the first that is found of $CXX, c++, g++ and clang++. The library is in $XDG_CACHE_HOME/dense-prediction-cell
+(by default ~/.cache) under a name made from the sources, the compiler and the processor. Without a compiler PyTorch's own
+operations are used, with one warning.
 
-Under torch.autocast pointwise products are the library's, in bf16: worth it where the processor has AMX or AVX-512 bf16.
+Under torch.autocast, pointwise products are PyTorch's, in bf16, for processors with AMX or AVX-512 bf16.
 """
 
 import ctypes
@@ -32,8 +32,8 @@ memory_format = torch.contiguous_format
 
 _SOURCES = Path(__file__).with_name("cpp")
 _FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
-_VECTORS, _THREADS = ["-march=native", "-ffp-contract=fast"], ["-fopenmp"]  # not every compiler and system has them
-_OPTIONAL_FLAGS = [[*_VECTORS, *_THREADS], _VECTORS, _THREADS, []]  # the first that compile are used
+_VECTORS, _THREADS = ["-march=native", "-ffp-contract=fast"], ["-fopenmp"]  # not supported by every compiler and system
+_OPTIONAL_FLAGS = [[*_VECTORS, *_THREADS], _VECTORS, _THREADS, []]  # the first set that compiles is used
 _SUFFIX = {torch.float32: "f32", torch.float64: "f64", torch.uint8: "u8", torch.int64: "i64"}
 
 
@@ -215,7 +215,7 @@ def _bf16_pointwise_backward(
 
 
 def _bf16_values(maps: Sequence[NormedMap], dropout: Dropout | None) -> Iterator[Tensor]:
-    """Each map's value, dropped out: (N, C, H·W)."""
+    """The value of each map after dropout: (N, C, H·W)."""
     first, channels = 0, sum(x.raw.shape[1] for x in maps)
     for x in maps:
         yield normalise(x, dropout, first=first, channels=channels).flatten(2).bfloat16()
@@ -243,7 +243,7 @@ def unfold(grad_scale: Tensor, grad_offset: Tensor, folded: Folded, gamma: Tenso
 
 
 def normalise(x: NormedMap, dropout: Dropout | None = None, *, first: int = 0, channels: int = 0) -> Tensor:
-    """The value; with `dropout` as it is for channels `first` and on of a concatenation of `channels`."""
+    """The map's value; `dropout` is that of channels `first` and on in a concatenation of `channels`."""
     out = torch.empty_like(x.raw)
     size = x.raw.shape[2] * x.raw.shape[3]
     _call("normalise", out, _map(x, x.raw), x.raw.shape[0], size, *_dropout(dropout), first, channels, out)
@@ -297,7 +297,7 @@ class _Moments:
         self.mean, self.var = like.new_empty(channels), like.new_empty(channels)
 
 
-# The structs of cpp/maps.h. A struct of pointers owns nothing: the caller holds the tensors until the call returns.
+# The structs of cpp/maps.h. A struct of pointers owns nothing, so the caller keeps the tensors until the call returns.
 class _Map(ctypes.Structure):
     _fields_ = (
         ("raw", ctypes.c_void_p),
@@ -369,7 +369,7 @@ def _axis(in_size: int, out_size: int) -> _Axis:
     low, fraction = interpolation_taps(in_size, out_size)
     low, fraction = np.ascontiguousarray(low, dtype=np.int32), np.ascontiguousarray(fraction)
     axis = _Axis(low.ctypes.data, fraction.ctypes.data, in_size, out_size)
-    axis.arrays = (low, fraction)  # alive as long as the pointers
+    axis.arrays = (low, fraction)  # kept alive as long as the pointers
     return axis
 
 
@@ -394,7 +394,7 @@ def _call(name: str, like: Tensor, *arguments: Any) -> None:
 
 
 def _check(tensor: Tensor, like: Tensor) -> None:
-    """A kernel sees addresses alone, so what it assumes of them is checked here."""
+    """Check what a kernel assumes of its tensors, because it only sees their addresses."""
     if tensor.dtype != like.dtype or tensor.device != like.device:
         raise ValueError(f"tensors must share dtype and device: {tensor.dtype} {tensor.device}, {like.dtype} {like.device}")
     if not tensor.is_contiguous():
@@ -423,7 +423,7 @@ def _library() -> ctypes.CDLL | None:
 
 
 def _compiled(compiler: str) -> Path:
-    """The shared library for this source, compiler and processor; compiled if it is not there yet."""
+    """The shared library for this source, compiler and processor, compiled if it does not exist yet."""
     version = subprocess.run([*compiler.split(), "--version"], check=True, capture_output=True, text=True).stdout
     sources = [path.read_text(encoding="utf-8") for path in sorted(_SOURCES.iterdir())]
     identity = "\n".join([version, _processor(), str(_FLAGS), str(_OPTIONAL_FLAGS), *sources])
@@ -438,7 +438,7 @@ def _compiled(compiler: str) -> Path:
 
 
 def _compile(compiler: str, path: Path) -> None:
-    """With as many of the optional flags as the compiler accepts; a warning names those that it does not."""
+    """Compile with as many optional flags as the compiler accepts; a warning names those that it does not."""
     command = [*compiler.split(), *_FLAGS, str(_SOURCES / "kernels.cpp"), "-o", str(path)]
     for flags in _OPTIONAL_FLAGS:
         run = subprocess.run([*command, *flags], check=not flags, capture_output=True, text=True)
@@ -450,7 +450,7 @@ def _compile(compiler: str, path: Path) -> None:
 
 
 def _processor() -> str:
-    """What -march=native looks at: a home folder may be shared by machines of different kinds."""
+    """The processor's model and features, for the library's name: a home folder may be shared by different machines."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
