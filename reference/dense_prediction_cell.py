@@ -27,7 +27,7 @@ class CellWeights(NamedTuple, Generic[ArrayT]):
 
 
 class BranchOptions(NamedTuple):
-    """What a cell's operations depend on besides the cell and the weights."""
+    """Options of a cell's operations, besides the cell and the weights."""
 
     training: bool
     rate_multiplier: int = 1  # 16 // output_stride

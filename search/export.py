@@ -67,7 +67,7 @@ class ExportSettings:
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written, and how well it agrees."""
+    """The exported file, and how well its outputs agree."""
 
     path: Path
     is_dynamic: bool
