@@ -1,1 +1,1 @@
-"""How quick the fast path is, beside what PyTorch gives anyone: `python bench/run.py`."""
+"""Measures the fast path beside plain PyTorch: `python bench/run.py`."""

@@ -1,8 +1,8 @@
-"""Which results are right: a time of one that is not is shown beside that verdict, and no ratio uses it.
+"""Decides which results are right. The time of a wrong result is shown with that verdict, but no ratio uses it.
 
 Errors are relative to the largest expected value of their kind (the output, all gradients together). The root mean square
-decides, because a ReLU whose input is zero up to rounding may pass the gradient of that one element or not; the largest error
-is reported beside it. A tap, a border row or a statistic that is wrong costs more than a tenth of the mean square.
+decides, because a ReLU whose input is zero up to rounding may or may not pass the gradient of that element; the largest error
+is reported beside it. A wrong tap, border row or statistic causes more than a tenth of the mean square.
 """
 
 from collections.abc import Iterable
@@ -15,25 +15,25 @@ from torch import Tensor
 from bench.cases import Parts, Truth
 from reference.batch_norm import Array
 
-# What nobody may exceed. float32 leaves room for TF32's ten bits of mantissa, which libraries use for it on a GPU, and for
-# ReLUs that flip; bfloat16's eight bits lose 4e-3 at each of the ten roundings of a cell's training step.
+# Limits for every provider. float32 leaves room for TF32's ten bits of mantissa, which libraries use on a GPU, and for ReLUs
+# that flip; bfloat16's eight bits lose 4e-3 at each of the ten roundings of a cell's training step.
 LIMIT = {"float32": 2e-3, "float16": 1e-2, "bfloat16": 5e-2}
 
-# Ours besides may not exceed this multiple of eager PyTorch's error plus the floor. Two right orders of summation differ by
-# luck, by up to five (tests/fast/error_budget.py); the floor is one flipped ReLU among a small case's ten thousand.
+# Ours must also stay below this multiple of eager PyTorch's error, plus the floor. Two correct orders of summation differ by
+# chance, by up to five times (tests/fast/error_budget.py); the floor is one flipped ReLU among a small case's ten thousand.
 MULTIPLE = 8.0
 FLOOR = {"float32": 1e-4, "float16": 3e-3, "bfloat16": 1e-2}
 
 
 class Error(NamedTuple):
-    """The worst over the kinds of results; infinite if anything is not finite or of another shape."""
+    """The worst error over all kinds of results; infinite if anything is not finite or has another shape."""
 
     maximum: float
     rms: float
 
 
 def error_of(actual: Parts, expected: Truth | Parts) -> Error:
-    """Compare a workload's parts with the truth, or with another workload's; in float64, where the parts are."""
+    """Compare a workload's parts with the truth or with another workload's parts, in float64 on the parts' device."""
     if actual.keys() != expected.keys():
         return Error(np.inf, np.inf)
     errors = [_error(_joined(actual[kind]), _joined(expected[kind])) for kind in expected]
@@ -41,7 +41,7 @@ def error_of(actual: Parts, expected: Truth | Parts) -> Error:
 
 
 def budget(dtype: str, yardstick: Error | None = None) -> float:
-    """The largest RMS error that is accepted, with eager PyTorch's error as the yardstick for ours."""
+    """The largest RMS error that is accepted; for ours it depends on eager PyTorch's error."""
     limit = LIMIT[dtype]
     return limit if yardstick is None else min(limit, MULTIPLE * yardstick.rms + FLOOR[dtype])
 

@@ -1,4 +1,4 @@
-"""What is measured: each case knows its inputs, its cost, its truth by `reference/`, and how each provider computes it."""
+"""The cases to measure. A case has its inputs, its cost, its truth from `reference/`, and each provider's workload."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -50,11 +50,11 @@ from reference.upsampled_cross_entropy import (
 )
 
 Suite = Literal["proxy", "loss", "search", "cell", "ops"]
-SUITES: tuple[Suite, ...] = ("proxy", "loss", "search", "cell", "ops")  # what matters most first, what takes longest last
+SUITES: tuple[Suite, ...] = ("proxy", "loss", "search", "cell", "ops")  # most important first, longest last
 
 DType = Literal["float32", "bfloat16", "float16"]
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-Parts = dict[str, list[Tensor]]  # what a call computed, by kind: "output", "gradients", ...
+Parts = dict[str, list[Tensor]]  # the results of a call by kind: "output", "gradients", ...
 Truth = dict[str, list[Array]]
 
 SEED = 1809_04184  # the paper's number at arXiv
@@ -62,7 +62,7 @@ SEED = 1809_04184  # the paper's number at arXiv
 
 @dataclass(frozen=True)
 class Provider:
-    """Who computes, and how."""
+    """One way to compute a case: ours, or one of PyTorch's."""
 
     name: str
     channels_last: bool = False
@@ -71,7 +71,7 @@ class Provider:
     uses_kernels: bool = True  # ours only
 
     def memory_format(self, device: torch.device) -> torch.memory_format:
-        """Of the maps: torch.compile gets what suits the device, ours what its kernels want."""
+        """Memory format of the maps: for torch.compile the one that suits the device, for ours that of its kernels."""
         if self.is_ours:
             backend = kernels.backend_for(torch.empty(1, device=device)) if self.uses_kernels else None
             return torch.contiguous_format if backend is None else backend.memory_format
@@ -89,17 +89,17 @@ PROVIDERS = (OURS, EAGER, EAGER_CHANNELS_LAST, COMPILE, COMPILE_MAX)
 
 
 class Workload(ABC):
-    """One provider's iteration of one case: call it to compute, then read what came out."""
+    """One provider's computation of one case: call it to compute, then read its results."""
 
     @abstractmethod
     def __call__(self) -> None: ...
 
     @abstractmethod
     def parts(self) -> Parts:
-        """What the last call computed, by kind."""
+        """The results of the last call, by kind."""
 
-    def drop(self) -> None:  # noqa: B027  # nothing to let go of, for most
-        """Let go of what the last call computed, so that memory can be measured from here."""
+    def drop(self) -> None:  # noqa: B027  # most have nothing to release
+        """Release the results of the last call, so that memory can be measured from here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,9 +111,9 @@ class Case(ABC):
     mode: Mode
 
     launches_count: bool = True
-    """On a GPU: the time that a user waits, launches included (True), or that the device is busy (False)."""
+    """On a GPU: whether the time that a user waits is measured, with launches, instead of the device's busy time."""
     repeats: bool = False
-    """Whether a long run is made of such calls, one behind the other."""
+    """Whether a long run consists of many such calls, one after the other."""
 
     @property
     @abstractmethod
@@ -121,27 +121,27 @@ class Case(ABC):
 
     @abstractmethod
     def cost(self, element_bytes: int) -> Cost | None:
-        """None where no floor is stated."""
+        """The counted cost; None if no lower limit is stated."""
 
     def without_chance(self) -> Self | None:
-        """The same case where every provider computes the same numbers: no dropout, no crops. None if there is none."""
+        """The same case without dropout and crops, so that all providers compute the same numbers; None if impossible."""
         return self
 
     @abstractmethod
     def small(self) -> Self:
-        """The same case without chance, of a size that the reference computes in a moment."""
+        """The same case without randomness, at a size that the reference computes quickly."""
 
     @abstractmethod
     def workload(self, provider: Provider, dtype: str, device: torch.device) -> Workload:
-        """The same inputs and weights for every provider."""
+        """A provider's workload; all have the same inputs and weights."""
 
     @abstractmethod
     def truth(self, dtype: str) -> Truth:
-        """What `workload(...).parts()` should be, in float64, for inputs that `dtype` holds exactly."""
+        """The expected `workload(...).parts()`, in float64, for inputs that `dtype` represents exactly."""
 
 
 class ModuleWorkload(Workload):
-    """Forward, and in training backward, of a module."""
+    """Forward pass of a module, and in training the backward pass."""
 
     def __init__(
         self,
@@ -179,7 +179,7 @@ class ModuleWorkload(Workload):
                 stack.enter_context(torch.inference_mode())
             output = self._function(*self._inputs)
         if self._is_training:
-            if self._cotangent is None:  # in the layout of what it is the gradient of
+            if self._cotangent is None:  # in the memory layout of the tensor that it is the gradient of
                 drawn = normal(tuple(output.shape), SEED + 1, self._device).to(output.dtype)
                 self._cotangent = torch.empty_like(output.detach()).copy_(drawn)
             output.backward(self._cotangent)
@@ -200,7 +200,7 @@ class ModuleWorkload(Workload):
 
 
 def contexts(provider: Provider, dtype: str, device: torch.device) -> list[AbstractContextManager[Any]]:
-    """Autocast for what is below float32, and kernels off for who must not use them."""
+    """Contexts for a provider: autocast below float32, and no kernels of ours for the others."""
     entered: list[AbstractContextManager[Any]] = []
     if dtype != "float32":
         entered.append(torch.autocast(device.type, DTYPES[dtype]))
@@ -236,11 +236,11 @@ class MapCase(Case):
         return f"{self.batch}×{self.in_channels}×{self.height}×{self.width}"
 
     def size(self, element_bytes: int) -> MapSize:
-        """As the cost functions take it."""
+        """The map's size, as the cost functions take it."""
         return MapSize(self.batch, self.height, self.width, element_bytes)
 
     def small(self) -> Self:
-        # 25 and 27 let the largest rate, 21, reach from inside the map to inside the map along both axes.
+        # At 25 × 27, taps of the largest rate, 21, still fall inside the map along both axes.
         return replace(self, batch=2, in_channels=20, channels=16, height=25, width=27)
 
     def features(self, dtype: str, device: torch.device | None = None) -> Tensor:
@@ -337,7 +337,7 @@ class DepthwiseCase(MapCase):
 
 @dataclass(frozen=True, kw_only=True)
 class CellCase(MapCase):
-    """A whole cell on fixed features, as a search trains it, or as a network applies it."""
+    """A whole cell on fixed features: in training as in a search, or in inference as in a network."""
 
     cell: Cell
     dropout_rate: float = DROPOUT_RATE
@@ -428,7 +428,7 @@ class LossCase(Case):
             counts = confusion_matrix(predictions, labels, num_classes=self.num_classes)
             return {"output": [counts.astype(np.float64)]}
         loss = np.array(reference_upsampled_cross_entropy(logits, labels))
-        cotangent = float(normal((), SEED + 1))  # of the loss, as the workload draws it
+        cotangent = float(normal((), SEED + 1))  # the loss's, as the workload draws it
         return {"output": [loss], "gradients": [cotangent * upsampled_cross_entropy_backward(logits, labels)]}
 
 
@@ -442,7 +442,7 @@ class _OfLogits(nn.Module):
 
 
 def _gradient(leaf: Tensor) -> Tensor:
-    return torch.full_like(leaf, torch.nan) if leaf.grad is None else leaf.grad  # nobody is right who leaves one out
+    return torch.full_like(leaf, torch.nan) if leaf.grad is None else leaf.grad  # a result without one of these is wrong
 
 
 def normal(shape: tuple[int, ...], seed: int, device: torch.device | None = None) -> Tensor:
@@ -451,7 +451,7 @@ def normal(shape: tuple[int, ...], seed: int, device: torch.device | None = None
 
 
 def draw_labels(shape: tuple[int, ...], num_classes: int, device: torch.device | None = None) -> Tensor:
-    """Classes in blocks of 16 pixels, as real labels come, with ignored blocks between them: `shape` (N, H, W), uint8."""
+    """Draw labels of `shape` (N, H, W), uint8: classes in blocks of 16 pixels, some of them ignored."""
     generator = torch.Generator().manual_seed(SEED + 2)
     blocks = [-(-extent // 16) for extent in shape[1:]]
     classes = torch.randint(num_classes, (shape[0], *blocks), generator=generator)
@@ -461,13 +461,13 @@ def draw_labels(shape: tuple[int, ...], num_classes: int, device: torch.device |
 
 
 def array(tensor: Tensor) -> Array:
-    """As float64."""
+    """The tensor as a float64 array."""
     values: Array = tensor.detach().cpu().double().numpy()
     return values
 
 
 def arrays(tree: Any) -> Any:
-    """A container of tensors as one of float64 arrays."""
+    """The same container with float64 arrays instead of tensors."""
     if isinstance(tree, Tensor):
         return array(tree)
     children = [arrays(child) for child in tree]

@@ -1,10 +1,10 @@
-"""What a case costs at least: bytes that must move, each input read once and each output written once, and operations.
+"""The least cost of a case: bytes that must move (each input read once, each output written once), and operations.
 
 Operations are those of convolutions, two for a multiply-add, as PyTorch's own counter has them; the loss is counted by hand.
-Training is one pass forward and one back: a convolution's product is made again for the gradient of its weight, and for the
-gradient of its input where somebody needs that. Parameters are float32 whatever the maps are.
+Training is one forward and one backward pass: a convolution's product is repeated for the gradient of its weight, and for
+that of its input if it is needed. Parameters are float32, for maps of any dtype.
 
-A cell is the sum of its operations, because a batch norm in training ends each of them: its statistics need the whole map.
+A cell costs the sum of its operations, because each ends in a batch norm, whose statistics in training need the whole map.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ _PARAMETER_BYTES = 4
 
 @dataclass(frozen=True)
 class Cost:
-    """Bytes to and from the memory, and floating point operations."""
+    """Bytes read from and written to memory, and floating point operations."""
 
     bytes: int
     flops: int
@@ -43,7 +43,7 @@ class MapSize:
 
 
 def map_cost(size: MapSize, in_channels: int, channels: int, weights: int, mode: Mode, *, need_input: bool) -> int:
-    """Bytes of x -> y with `weights` parameters; back also y's gradient and x in, and the gradients out."""
+    """Bytes of x -> y with `weights` parameters; in training also those of the backward pass."""
     x, y = (size.positions * c * size.element_bytes for c in (in_channels, channels))
     parameters = weights * _PARAMETER_BYTES
     forward = x + y + parameters
@@ -66,7 +66,7 @@ def depthwise_cost(size: MapSize, channels: int, mode: Mode, *, need_input: bool
 def operation_cost(
     operation: Operation, size: MapSize, in_channels: int, channels: int, mode: Mode, *, need_input: bool = True
 ) -> Cost:
-    """One of the 81 operations, as one pass: what lies between its convolutions need not reach the memory."""
+    """One of the 81 operations in a single pass: maps between its convolutions need not be written to memory."""
     pointwise = in_channels * channels
     match operation:
         case Conv1x1():
@@ -96,7 +96,7 @@ def pointwise_cost(size: MapSize, in_channels: int, channels: int, mode: Mode) -
 
 
 def cell_cost(cell: Cell, size: MapSize, in_channels: int, channels: int, mode: Mode) -> Cost:
-    """All branches and the projection; the backbone's features have no gradient."""
+    """All branches and the projection; the backbone's features need no gradient."""
     total = pointwise_cost(size, len(cell.branches) * channels, channels, mode)
     for branch in cell.branches:
         from_backbone = branch.input_index == BACKBONE_FEATURE
@@ -108,8 +108,8 @@ def cell_cost(cell: Cell, size: MapSize, in_channels: int, channels: int, mode: 
 def loss_cost(size: MapSize, num_classes: int, label_size: tuple[int, int], mode: Mode) -> Cost:
     """Training: the loss and the gradient of the small logits; inference: the confusion matrix.
 
-    Per pixel and class a linear interpolation (2) and a maximum (1); for the loss also a difference, an exponential and a
-    sum, and on the way back a product and the interpolation's transpose (2): nine.
+    Per pixel and class: a linear interpolation (2) and a maximum (1). For the loss also a difference, an exponential and a
+    sum, and in the backward pass a product and the interpolation's transpose (2): nine.
     """
     pixels = size.batch * label_size[0] * label_size[1]
     logits = size.positions * num_classes * size.element_bytes

@@ -1,6 +1,6 @@
 """The Triton kernels' calls in a training iteration of the paper's proxy task, one by one: to compile them and to tune them.
 
-They are those of the published cell: five separable branches of 256 channels, the projection of all five, the classifier.
+The cell is the published one: five separable branches of 256 channels, the projection of all five, the classifier.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +17,7 @@ from reference.batch_norm import EPS, BatchNorm
 from reference.concat_project import DROPOUT_RATE
 from reference.upsampled_cross_entropy import IGNORE_INDEX
 
-MAP_SIZES: dict[Size, tuple[int, int, int]] = {"small": (8, 49, 49), "large": (16, 97, 97)}  # N, H, W: either side of LARGE
+MAP_SIZES: dict[Size, tuple[int, int, int]] = {"small": (8, 49, 49), "large": (16, 97, 97)}  # N, H, W: below and above LARGE
 LABEL_SIZE = (769, 769)
 CHANNELS, CLASSES, RATE = 256, 19, (6, 21)
 DTYPES = {2: torch.bfloat16, 4: torch.float32}  # by bytes per value
@@ -28,15 +28,15 @@ Call = Callable[[], Any]
 
 
 class KernelCall(NamedTuple):
-    """A function of the backend with its arguments."""
+    """A call of a backend's function: how often it is made in an iteration, and its arguments."""
 
-    kernel: str  # the launch table's, for which it stands; "" for what is compiled only
-    times: int  # in an iteration; once for kernels that a training iteration has not
+    kernel: str  # the launch table's key that it stands for; "" if it is compiled only
+    times: int  # times in an iteration; 1 for kernels that a training iteration does not have
     prepare: Callable[[], Call]  # allocates the arguments
 
 
 class Inputs(NamedTuple):
-    """Arguments on a device: normal numbers, or for calls that never run whatever is in the memory."""
+    """Makes arguments on a device: normal numbers, or uninitialised memory for calls that never run."""
 
     device: torch.device
     drawn: bool
@@ -69,9 +69,9 @@ class Inputs(NamedTuple):
 
 
 def calls_of(key: Key, inputs: Inputs) -> list[KernelCall]:
-    """Those whose time decides how a kernel of the launch table is launched."""
+    """The calls whose time decides how a kernel of the launch table is launched."""
     kernel, value_bytes, size = key
-    if kernel == "sum_partials":  # its size is that of what it adds up: small sums come from depthwise weights
+    if kernel == "sum_partials":  # its size is that of the sums; small sums come from depthwise weights
         kernel, size = "depthwise_backward" if size == "small" else "pointwise_weight_gradient", "small"
     calls = [*map_calls(DTYPES[value_bytes], MAP_SIZES[size], inputs, PRODUCTS), *other_calls(MAP_SIZES[size], inputs)]
     return [call for call in calls if call.kernel == kernel]
@@ -80,7 +80,7 @@ def calls_of(key: Key, inputs: Inputs) -> list[KernelCall]:
 def map_calls(
     dtype: torch.dtype, sizes: tuple[int, int, int], inputs: Inputs, products: Sequence[tuple[int, int, int]]
 ) -> Iterator[KernelCall]:
-    """Every function of the backend that takes maps of (N, H, W) values."""
+    """Calls of all functions of the backend that take maps of (N, H, W) values."""
     yield KernelCall("depthwise_forward", 5, partial(_depthwise_forward, dtype, sizes, inputs))
     yield KernelCall("depthwise_backward", 5, partial(_depthwise_backward, dtype, sizes, inputs))
     for maps, out_channels, times in products:
@@ -95,7 +95,7 @@ def map_calls(
 
 
 def other_calls(sizes: tuple[int, int, int], inputs: Inputs) -> Iterator[KernelCall]:
-    """Those that are float32 whatever the maps are; for logits of (N, h, w)."""
+    """Calls that are float32 for maps of any dtype, for logits of (N, h, w)."""
     yield KernelCall("fold", 11, partial(_fold, sizes, inputs))
     yield KernelCall("unfold", 11, partial(_unfold, sizes, inputs))
     for kernel in ("cell_gradients", "mean_loss", "gather_corners"):
@@ -136,14 +136,14 @@ def _pointwise_backward(
 def _product(
     dtype: torch.dtype, sizes: tuple[int, int, int], inputs: Inputs, number: int, out_channels: int
 ) -> tuple[list[NormedMap], Tensor, Dropout | None]:
-    """Maps, weight and dropout of a 1×1 convolution; several maps are those of the projection, which drops."""
+    """Maps, weight and dropout of a 1×1 convolution; several maps are the projection's, which has dropout."""
     maps = [inputs.map(CHANNELS, sizes, dtype) for _ in range(number)]
     dropout = Dropout(DROPOUT_RATE, torch.zeros(1, dtype=torch.int64, device=inputs.device)) if number > 1 else None
     return maps, inputs.tensor(out_channels, number * CHANNELS, 1, 1), dropout
 
 
 def _with_folded(out: Tensor, moments: Any, norm: BatchNorm[Tensor]) -> tuple[Tensor, Folded]:
-    """Moments depend on the tiles that they are of; what is made of them does not."""
+    """The output with its folded norm, which can be compared: moments depend on the launch's tiles, it does not."""
     count = out.shape[0] * out.shape[2] * out.shape[3]
     return out, kernels.fold(moments, norm, count=count, momentum=0.0, eps=EPS)
 

@@ -1,4 +1,4 @@
-"""What `bench/tune.py` has done by processes of their own: a launch compiled without the GPU, two launches compared on it."""
+"""What `bench/tune.py` runs in separate processes: compiling a launch without the GPU, and comparing two launches on it."""
 
 import contextlib
 import functools
@@ -20,37 +20,37 @@ from fast.kernels import triton as kernels
 from fast.kernels.triton.launches import DEFAULT, Key, Launch
 
 ROUNDS = 20
-# For one program (CUDA programming guide, compute capabilities); 86, 89 and 120 are those without a data centre.
+# For one program (CUDA programming guide, compute capabilities); 86, 89 and 120 are consumer GPUs.
 SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 _REDUCTIONS = ("fold_kernel", "sum_partials_kernel")
-_QUEUED_CYCLES = 4_000_000  # about 2 ms: longer than the host needs to launch two calls
+_QUEUED_CYCLES = 4_000_000  # about 2 ms, longer than the host needs to launch two calls
 
 
 def triton_cache() -> Path:
-    """Where Triton keeps what it has compiled: a folder for each kernel, and some for their launchers."""
+    """The folder of Triton's compiled kernels: one folder for each kernel, and some for their launchers."""
     return Path(os.environ.get("TRITON_CACHE_DIR", "~/.triton/cache")).expanduser()
 
 
 class Comparison(NamedTuple):
-    """Of a candidate with the best launch so far: microseconds of all its calls in an iteration."""
+    """A candidate compared with the best launch so far: microseconds of all calls in an iteration."""
 
-    error: float  # the largest, relative to the largest value that the counted launch gives
+    error: float  # the largest, relative to the largest value of the counted launch
     limit: float
     best: Summary
     candidate: Summary
 
     @property
     def is_better(self) -> bool:
-        """By more than the spread."""
+        """Whether the candidate is faster by more than the spread."""
         return self.candidate.median < self.best.median and self.best.differs_from(self.candidate)
 
 
 def compiled(key: Key, launch: Launch, architecture: int) -> dict[str, int]:
-    """Compile the kernel of `key` for each of its calls; the most that one takes of each resource.
+    """Compile the kernel of `key` for each of its calls; return the largest use of each resource.
 
-    With the counted launch the calls' other kernels too, as they are part of every comparison.
+    With the counted launch, the other kernels of these calls are compiled too, because every comparison needs them.
     """
-    from fast.kernels.triton import compilation  # Triton is not there on every system
+    from fast.kernels.triton import compilation  # Triton is not available on every system
 
     compilation.choose_absent_gpu(architecture)
     rows: list[dict[str, int]] = []
@@ -69,10 +69,10 @@ def compiled(key: Key, launch: Launch, architecture: int) -> dict[str, int]:
 
 
 def compared(key: Key, best: Launch, candidate: Launch, device_name: str) -> Comparison:
-    """Run the calls of `key` with both launches in turns; the candidate's results are held to the counted launch's.
+    """Time the calls of `key` with both launches in turns, and compare the candidate's results with the counted launch's.
 
-    Both sum the same products of the same rounded numbers, in another order: float32 may differ by what TF32's accumulators
-    cut off, bfloat16 by the last bit of the result.
+    Both add up the same products of the same rounded numbers, in another order. So float32 may differ by what TF32's
+    accumulators cut off, and bfloat16 by the last bit of the result.
     """
     device = torch.device(device_name)
     torch.cuda.set_device(device)
@@ -91,7 +91,7 @@ def compared(key: Key, best: Launch, candidate: Launch, device_name: str) -> Com
 
 @functools.lru_cache(maxsize=1)
 def _prepared(key: Key, device_name: str) -> list[tuple[int, Call, Parts]]:
-    """How often, the call on drawn numbers, and its results with the counted launches."""
+    """Each call on random numbers: how often it is made, the call, and its results with the counted launches."""
     torch.manual_seed(0)
     calls = [(call.times, call.prepare()) for call in calls_of(key, Inputs(torch.device(device_name), drawn=True))]
     with own_table():
@@ -113,7 +113,7 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
 def _microseconds(
     key: Key, call: Call, table: dict[Key, Launch], launches: list[Launch], device: torch.device
 ) -> dict[Launch, list[float]]:
-    """Of the kernel of `key`, and of the small one right behind it that adds up what its tiles leave: cold, in turns."""
+    """Time the kernel of `key` together with the small kernel that adds up its tiles' sums: cold caches, in turns."""
     flush, rng, launch_for_real = CacheFlush(device), np.random.default_rng(0), kernels._launch
     before = ""
 
@@ -126,7 +126,7 @@ def _microseconds(
 
     events: dict[Launch, list[Any]] = {launch: [] for launch in launches}
     with launched_by(launch_own):
-        for launch in launches:  # loads what was compiled
+        for launch in launches:  # loads the compiled kernels
             table[key] = launch
             call()
         for _ in range(ROUNDS):
@@ -145,14 +145,14 @@ def _microseconds(
 
 @contextlib.contextmanager
 def launched_by(function: Any) -> Iterator[None]:
-    """In here the backend's functions give each launch to `function`: kernel, programs, launch, arguments, constants."""
+    """Inside, the backend passes each launch to `function`: kernel, programs, launch, arguments, constants."""
     with mock.patch.object(kernels, "_launch", function):
         yield
 
 
 @contextlib.contextmanager
 def own_table() -> Iterator[dict[Key, Launch]]:
-    """In here the backend launches by this table: the counted one, which the caller may change."""
+    """Inside, the backend uses the table that this yields: a copy of the counted one, which the caller may change."""
     table = dict(DEFAULT)
 
     def table_for(device: torch.device) -> dict[Key, Launch]:
@@ -164,7 +164,7 @@ def own_table() -> Iterator[dict[Key, Launch]]:
 
 @contextlib.contextmanager
 def precision_of_a_gpu() -> Iterator[None]:
-    """In here float32 maps on the CPU are multiplied as PyTorch multiplies on a GPU unless told otherwise."""
+    """Inside, float32 maps on the CPU are multiplied as on a GPU by PyTorch's default, in TF32."""
 
     def input_precision(x: Tensor) -> str:
         return "tf32" if x.dtype == torch.float32 else "ieee"

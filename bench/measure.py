@@ -1,7 +1,7 @@
-"""One job: check everybody, then time them. A provider that fails or is wrong gets a row that says so.
+"""Measure one job: check all providers, then time them. A provider that fails or is wrong gets a row that says so.
 
-A kernel that reads where it must not breaks the GPU's context for its whole process: so a job is measured in a `Worker`, and
-whoever breaks it is left out of a second attempt, in a new one.
+A kernel with an illegal memory access breaks the GPU's context for its whole process. So a job is measured in a `Worker`; a
+provider that breaks it is left out when the job is measured again in a new one.
 """
 
 import functools
@@ -40,12 +40,12 @@ from bench.timing import (
 from bench.worker import OutOfTime, Say, Worker, WorkerLost, Workers, WorkFailed, has_lost_its_device
 
 FirstCallMeter = Callable[[Case, Provider, str, torch.device], FirstCall]
-BACK_TO_BACK_MS = 300.0  # how long a provider's calls without a wait between them last, together
+BACK_TO_BACK_MS = 300.0  # length of a provider's series of calls without a wait between them
 
 
 @dataclass
 class Trial:
-    """What is known of a provider so far."""
+    """The results of a provider so far."""
 
     provider: Provider
     error: Error | None = None
@@ -61,12 +61,12 @@ class Trial:
         return self.status != FAILED
 
     def fail(self, error: Exception) -> None:
-        """An exception is a result too: of this provider alone."""
+        """Record an exception as the result of this provider alone."""
         lines = str(error).strip().splitlines() or [""]
         self.status, self.note, self.workload = FAILED, f"{type(error).__name__}: {lines[0][:160]}", None
 
     def judge(self, error: Error, allowed: float, against: str) -> None:
-        """Wrong if further than allowed from `against`. How long it takes is worth knowing even so."""
+        """Mark it as wrong if it differs from `against` by more than allowed; it is timed all the same."""
         if not error.rms <= allowed:  # nor NaN
             self.status = WRONG
             self.note = f"RMS error {error.rms:.2g} against {against}, allowed {allowed:.2g}"
@@ -81,7 +81,7 @@ def measure_apart(
     seed: int,
     limit_s: float | None = None,
 ) -> list[Row]:
-    """`measure` in a process of its own, again without the provider that was at work whenever that process breaks.
+    """Run `measure` in a separate process; if a provider breaks it, run it again without that provider.
 
     Raises OutOfTime after `limit_s` seconds.
     """
@@ -121,9 +121,9 @@ def measure(
     flush: Callable[[], None] | None = None,
     say: Say = lambda provider: None,
 ) -> list[Row]:
-    """The rows of a job, one per provider, with our ratio to the best other in it; `say` hears the name of who is at work."""
+    """The rows of a job, one per provider, with ours' ratio to the best other; `say` is told who is at work."""
     trials, rng = [Trial(provider) for provider in job.providers], np.random.default_rng(seed)
-    torch.compiler.reset()  # each case meets the compiler afresh: past a few shapes it would give up and stay eager
+    torch.compiler.reset()  # fresh compiler for each case: after a few shapes it gives up and stays eager
     check_against_reference(job, trials, device, say)
     own_processes = in_own_processes(job.case, device)
     if not own_processes:
@@ -134,11 +134,11 @@ def measure(
     else:
         time_here(job, trials, device, rounds, rng, flush or CacheFlush(device), say)
     for trial in trials:
-        trial.workload = None  # the fresh process needs the memory
+        trial.workload = None  # the new process needs the memory
     for trial in (trial for trial in trials if trial.runs and trial.provider in job.in_fresh_process):
         try:
             trial.first = measure_first_call(job.case, trial.provider, job.dtype, device)
-        except (WorkFailed, WorkerLost) as error:  # its times stand; memory and first call stay empty
+        except (WorkFailed, WorkerLost) as error:  # its times stay valid; memory and first call stay empty
             trial.note = f"fresh process: {error}"[:160]
     return _with_ratio([row_of(job, trial, device, roofs, rounds) for trial in trials])
 
@@ -152,7 +152,7 @@ def time_here(
     flush: Callable[[], None],
     say: Say,
 ) -> None:
-    """Cold and warm; whole iterations on a GPU, of which a training makes thousands, back to back as well."""
+    """Time with cold and warm caches; whole iterations on a GPU also back to back, as in a training."""
     running = {trial.provider.name: trial for trial in trials if trial.workload}
     calls = {name: trial.workload for name, trial in running.items() if trial.workload}
     clock = Clock(device, launches_count=job.case.launches_count)
@@ -171,7 +171,7 @@ def time_here(
 def time_in_own_processes(
     job: Job, trials: list[Trial], device: torch.device, rounds: int, rng: np.random.Generator, say: Say
 ) -> None:
-    """Each provider's calls in a process of its own, still in turns."""
+    """Time each provider in a process of its own, still in turns."""
     running = {trial.provider.name: trial for trial in trials if trial.runs}
     for trial in trials:
         trial.workload = None  # the memory is theirs
@@ -186,9 +186,9 @@ def time_in_own_processes(
 
 
 def check_against_reference(job: Job, trials: list[Trial], device: torch.device, say: Say) -> None:
-    """The small case by everybody, against `reference/`; eager PyTorch's error is the yardstick for ours.
+    """Compare all providers' small case with `reference/`; the limit for ours depends on eager PyTorch's error.
 
-    But for compilers that the full size can check: compiling twice takes hours where a case is compiled for each of many.
+    Compilers that can be checked at full size are left out: compiling everything twice would take hours.
     """
     small = job.case.small()
     truth = small.truth(job.dtype)
@@ -207,16 +207,16 @@ def check_against_reference(job: Job, trials: list[Trial], device: torch.device,
 
 
 def prepare(job: Job, trials: list[Trial], device: torch.device, say: Say) -> None:
-    """Build and warm up what is timed."""
+    """Build and warm up the workloads to be timed."""
     for trial in trials:
         if trial.runs:
             trial.workload = _warm(job.case, trial, job.dtype, device, say)
 
 
 def check_at_full_size(job: Job, trials: list[Trial], device: torch.device, say: Say) -> None:
-    """Everybody against eager PyTorch at the size that is timed.
+    """Compare all providers with eager PyTorch at the size that is timed.
 
-    Where chance has a part, that is the case without it, for ours alone: a compiler would have to compile once more.
+    A case with randomness is compared without it, and only for ours: a compiler would have to compile once more.
     """
     case = job.case.without_chance()
     expected = None
@@ -234,22 +234,22 @@ def check_at_full_size(job: Job, trials: list[Trial], device: torch.device, say:
 
 
 def _eager_first(trials: list[Trial]) -> list[Trial]:
-    """The others are held to what eager PyTorch makes."""
+    """Put eager PyTorch first, because the others are compared with it."""
     return sorted(trials, key=lambda trial: trial.provider != EAGER)
 
 
 def _warm(case: Case, trial: Trial, dtype: str, device: torch.device, say: Say, calls: int | None = None) -> Workload | None:
-    """The provider's workload past its first calls; None if it fails, whatever its compiler or kernel throws."""
+    """The provider's workload after its first calls; None if its compiler or kernel fails in any way."""
     say(trial.provider.name)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of other people's compilers; what they compute is checked
+            warnings.simplefilter("ignore")  # warnings of compilers; their results are checked
             workload = case.workload(trial.provider, dtype, device)
             for _ in range(calls or warm_up_calls(device)):
                 workload()
             synchronise(device)
     except Exception as error:
-        if has_lost_its_device():  # for all who come behind, too
+        if has_lost_its_device():  # also for all later providers
             raise
         trial.fail(error)
         return None
@@ -257,7 +257,7 @@ def _warm(case: Case, trial: Trial, dtype: str, device: torch.device, say: Say, 
 
 
 def in_own_processes(case: Case, device: torch.device) -> bool:
-    """Whole training iterations on a CPU: our step tells its process to keep freed memory, which must not help the others."""
+    """Whether providers need separate processes: on a CPU our training step makes its process keep freed memory."""
     return device.type == "cpu" and case.suite == "proxy"
 
 
@@ -286,7 +286,7 @@ def _time_held() -> float:
 
 
 def in_fresh_process(case: Case, provider: Provider, dtype: str, device: torch.device) -> FirstCall:
-    """`first_call` in an interpreter that has done nothing else, and that finds no compiler's cache."""
+    """Run `first_call` in a new interpreter with empty compiler caches."""
     with ExitStack() as stack:
         caches = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
         folders = {name: stack.enter_context(tempfile.TemporaryDirectory()) for name in caches}
@@ -297,7 +297,7 @@ def in_fresh_process(case: Case, provider: Provider, dtype: str, device: torch.d
 
 
 def row_of(job: Job, trial: Trial, device: torch.device, roofs: Roofs, rounds: int) -> Row:
-    """What is known of a provider, as a line of the results."""
+    """The results of a provider as one row."""
     case = job.case
     cost = case.cost(DTYPES[job.dtype].itemsize)
     times = Summary.of(trial.samples.cold) if trial.samples.cold else None

@@ -1,6 +1,6 @@
-"""The baseline: operations, cell, head and training step as a good PyTorch user writes them, with `torch.nn` modules alone.
+"""The baseline: operations, cell, head and training step as a good PyTorch user writes them, with `torch.nn` modules.
 
-`weights()` hands out the live parameters in the reference's containers, so that ours computes with the very same ones.
+`weights()` returns the live parameters in the reference's containers, so that ours computes with the same ones.
 """
 
 from itertools import chain
@@ -132,14 +132,14 @@ class UpsampledConfusion(nn.Module):
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         num_classes = logits.shape[1]
         best = F.interpolate(logits, labels.shape[1:], mode="bilinear", align_corners=True).argmax(dim=1)
-        # Ignored pixels are counted behind the matrix, instead of selected away: no wait for their number on a GPU.
+        # Ignored pixels are counted in an extra bin instead of filtered out, which would wait for their number on a GPU.
         pairs = torch.where(labels == IGNORE_INDEX, num_classes**2, labels.long() * num_classes + best)
         counts = torch.bincount(pairs.flatten(), minlength=num_classes**2 + 1)
         return counts[:-1].view(num_classes, num_classes)
 
 
 class HeadWithLoss(nn.Module):
-    """What a user compiles: features and labels in, the loss out."""
+    """The module that a user compiles: features and labels -> the loss."""
 
     def __init__(self, head: PlainHead) -> None:
         super().__init__()
@@ -203,7 +203,7 @@ class PlainTrainStep:
             crops.append(self._features[image, :, top : top + self._crop[0], left : left + self._crop[1]])
             window = self._labels[image, self._stride * top :, self._stride * left :]
             labels.append(window[:height, :width])
-        with torch.autocast(self._features.device.type, enabled=False):  # in bfloat16 it refuses to stack float16
+        with torch.autocast(self._features.device.type, enabled=False):  # under bfloat16 autocast it cannot stack float16
             batch = torch.stack(crops).to(torch.float32, memory_format=self._memory_format)
         return batch, torch.stack(labels)
 
@@ -214,7 +214,7 @@ def decayed(head: PlainHead) -> list[Tensor]:
 
 
 def randomise(module: nn.Module, seed: int) -> None:
-    """Fill all weights from the seed: convolutions keep the variance of their input, norms differ by channel."""
+    """Fill all weights with random numbers: convolutions keep their input's variance, norms differ by channel."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for child in module.modules():

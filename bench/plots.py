@@ -1,4 +1,4 @@
-"""The picture of a run, one strip per suite."""
+"""Draws the picture of a run, one row per suite."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -24,9 +24,9 @@ _COLOURS = {
     OURS_WITHOUT_KERNELS.name: "#d9822b",
 }
 _MODE_COLOURS = {"training": "#cf3f4f", "inference": "#4a7fd0"}
-_DTYPES = ("bfloat16", "float16", "float32")  # the first of these that a run has is drawn
+_DTYPES = ("bfloat16", "float16", "float32")  # the first of these dtypes that a run has is drawn
 _WIDTH = 11.0  # inches
-_MANY_RATES = 16  # from this many on, rates make a picture
+_MANY_RATES = 16  # with at least this many rates, they are drawn as a map
 
 
 def draw(path: Path, results: Results) -> None:
@@ -49,7 +49,7 @@ def draw(path: Path, results: Results) -> None:
 
 
 class _Panel:
-    """One pair of axes: who draws it, of what, and how high it is in inches."""
+    """One pair of axes: the function that draws it, its data, and its height in inches."""
 
     def __init__(self, draw: Callable[[Axes, list[list[Row]]], None], groups: list[list[Row]], title: str, height: float):
         self.draw, self.groups, self.title, self.height = draw, groups, title, height
@@ -64,14 +64,14 @@ def _draw_strip(part: SubFigure, strip: Sequence[_Panel]) -> None:
 
 
 def _drawn(results: Results, suite: Suite) -> list[list[Row]]:
-    """The suite's cases in one dtype, those that have a time."""
+    """The suite's cases that have a time, in one dtype."""
     timed = [group for group in results.groups(suite) if right(group)]
     dtype = next((dtype for dtype in _DTYPES if any(group[0].dtype == dtype for group in timed)), "")
     return [group for group in timed if group[0].dtype == dtype]
 
 
 def _ops(groups: list[list[Row]]) -> list[list[_Panel]]:
-    """A map of ratios for each size and mode that has many rates; below, dots for the other cases, a column for each size."""
+    """A map of ratios for each size and mode with many rates; below it dots for the other cases, a column per size."""
     mapped = {key for key, ratios in rate_ratios(groups).items() if len(ratios) >= _MANY_RATES}
     maps = []
     for shape, mode, dtype in sorted(mapped):
@@ -195,7 +195,7 @@ def _bars(groups: list[list[Row]]) -> float:
 
 
 def _cells(ax: Axes, groups: list[list[Row]]) -> None:
-    """A point per cell; those that have a name are ringed."""
+    """A dot per cell; named cells have a ring."""
     points = [(mine.median_ms or 0.0, value, mine) for group in groups if (mine := ours(group)) and (value := ratio(group))]
     for mode, colour in _MODE_COLOURS.items():
         times, ratios = (

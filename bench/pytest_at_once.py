@@ -1,7 +1,7 @@
-"""A plugin of pytest (`-p bench.pytest_at_once`): whatever ends a run, the reasons of its failures are told before.
+"""A pytest plugin (`-p bench.pytest_at_once`) that prints the reason of each failure at once, in case the run is ended.
 
-A kernel that breaks the GPU's context makes every later test of its process fail as well. Where pytest-xdist can start a new
-process, the broken one ends itself.
+A kernel that breaks the GPU's context makes all later tests of its process fail too. If pytest-xdist can start a new process,
+the broken one exits.
 """
 
 import os
@@ -15,7 +15,7 @@ from bench.worker import has_lost_its_device
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Around pytest's own, which makes the report of each phase of a test."""
+    """Wraps pytest's hook that makes the report of each phase of a test."""
     report = yield
     if report.failed:
         print(f"\n{report.nodeid}\n{report.longreprtext}", file=sys.__stderr__, flush=True)

@@ -1,4 +1,4 @@
-"""Results for people: the table at the end of a run, and the summary beside the CSV."""
+"""Readable results: the table at the end of a run, and the summary beside the CSV."""
 
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,7 +20,7 @@ NOT_MEASURED = "not measured"
 
 
 def table(results: Results, *, colour: bool) -> str:
-    """One line per case, the rates and grids and random cells of one kind together; at most 120 columns."""
+    """Format a line per case, with rates, grids and random cells of one kind together; at most 120 columns."""
     head = f"{'case':36} {'mode':9} {'dtype':8} {'ours ms':>8} {'other ms':>10} {'best other':20} {'ratio':>13} {'roof %':>6}"
     lines = [head, "-" * len(head)]
     for kind, groups in _kinds(results):
@@ -71,7 +71,7 @@ def _table_line(kind: str, groups: list[list[Row]], colour: bool) -> str:
 
 
 def extrapolation(results: Results) -> list[str]:
-    """What the paper's search would take here, from the proxy iteration alone, and cells per hour of a small search."""
+    """How long the paper's search would take here, by the proxy iteration alone, and cells per hour of a small search."""
     lines = []
     for group in results.groups("proxy"):
         if group[0].case != "iteration":
@@ -94,13 +94,13 @@ def extrapolation(results: Results) -> list[str]:
 
 
 def cells_per_hour(row: Row) -> float:
-    """Of a row of the search suite, whose shape begins with the number of cells."""
+    """Cells per hour of a row of the search suite, whose shape begins with the number of cells."""
     return 3_600_000 * int(row.shape.split()[0]) / (row.median_ms or float("nan"))
 
 
 @dataclass(frozen=True)
 class Target:
-    """Something this project wants to reach; `reached` gives the figure and whether it is enough, None if not measured."""
+    """A goal of this project; `reached` gives the figure and whether it is enough, or None if not measured."""
 
     device: str  # cpu or cuda
     text: str
@@ -165,7 +165,7 @@ def _loss_memory(results: Results) -> tuple[str, bool] | None:
 
 
 def _cell_seconds(results: Results) -> tuple[str, bool] | None:
-    """A cell all in: 30,000 iterations, and the start of a new cell."""
+    """Seconds of a whole cell: 30,000 iterations and the start of a new cell."""
     totals = []
     for group in results.groups("proxy"):
         start = next(
@@ -220,7 +220,7 @@ TARGETS = (
 
 
 def judged_targets(results: Results) -> list[tuple[str, str, str]]:
-    """(device, target, verdict) for every target; those of the other kind of device read "not measured"."""
+    """(device, target, verdict) for every target; targets of the other kind of device are "not measured"."""
     kind = "cpu" if results.environment.cuda == "none" else "cuda"
     judged = []
     for target in TARGETS:
@@ -231,7 +231,7 @@ def judged_targets(results: Results) -> list[tuple[str, str, str]]:
 
 
 def write_markdown(path: Path, results: Results) -> None:
-    """The human summary."""
+    """Write the summary in Markdown."""
     write_text(path, "\n".join(_markdown(results, path.with_suffix(".png").name)) + "\n")
 
 
@@ -270,7 +270,7 @@ def _markdown(results: Results, picture: str) -> Iterator[str]:
 
 
 def in_short(line: Mapping[str, object], leave_out: Sequence[str] = ()) -> str:
-    """A number of a stage, or a row, in a line of text."""
+    """Format a number of a stage, or a row, as a line of text."""
     shown = {key: value for key, value in line.items() if key not in (*leave_out, *_LONG) and value not in (None, "")}
     return ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in shown.items())
 
@@ -324,7 +324,7 @@ def _suite_table(groups: Sequence[list[Row]]) -> Iterator[str]:
 
 
 def _is_rate_of_matrix(row: Row, groups: Sequence[list[Row]]) -> bool:
-    """Whether the case is told by a matrix of rates; its providers' rows are in the CSV."""
+    """Whether the case is shown in a matrix of rates; its providers' rows are in the CSV."""
     alike = [
         g for g in groups if _is_separable(g[0]) and (g[0].shape, g[0].mode, g[0].dtype) == (row.shape, row.mode, row.dtype)
     ]

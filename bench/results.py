@@ -1,7 +1,7 @@
-"""What a run found: one row per case, provider and dtype, and where it came from. Written as CSV, whole or not at all.
+"""Results of a run: one row per case, provider and dtype, and the environment. Written as CSV, whole or not at all.
 
-While a run goes on, all it has found is in `<name>.unfinished.json`, written anew behind each case: whatever ends the run, the
-same command at the same commit goes on with the next case.
+During a run, all results so far are in `<name>.unfinished.json`, written anew after each case. After an interruption, the
+same command at the same commit continues with the next case.
 """
 
 import csv
@@ -28,20 +28,20 @@ from bench.roofline import Roofs
 from search.files import write_json, write_text
 
 OK, WRONG, FAILED, NOT_SUPPORTED = "ok", "WRONG", "failed", "not supported here"
-NOT_CHECKED = "not checked"  # a time whose result another stage compares, if it comes to that
-_WORSE = (NOT_CHECKED, OK, FAILED, WRONG)  # of two rows of a case and provider, the later of these stands
-DONE, OUT_OF_TIME = "done", "out of time"  # how a stage ended, if it did so by itself or by the clock
+NOT_CHECKED = "not checked"  # timed; another stage compares the result, if the time allows
+_WORSE = (NOT_CHECKED, OK, FAILED, WRONG)  # of two rows of a case and provider, the status later in this list is kept
+DONE, OUT_OF_TIME = "done", "out of time"  # how a stage ended, by itself or by its time limit
 ROOT = Path(__file__).parents[1]
-SOURCES = ("reference", "fast", "search", "bench")  # what a benchmark's times depend on
+SOURCES = ("reference", "fast", "search", "bench")  # files that a benchmark's times depend on
 _UNFINISHED = ".unfinished.json"
 
 
 @dataclass(frozen=True)
 class Environment:
-    """Where and on what a run was made."""
+    """The machine, versions and commit of a run."""
 
     device: str
-    folder: str  # the device's, in bench/results
+    folder: str  # the device's folder in bench/results
     threads: int
     commit: str
     timestamp: str  # UTC, ISO 8601
@@ -81,32 +81,32 @@ class Row:
 
     @property
     def step_ms(self) -> float | None:
-        """What a step costs in a long training: back to back where that was measured."""
+        """Time of a step in a long training: back to back, if that was measured."""
         return self.back_to_back_ms or self.median_ms
 
     @property
     def key(self) -> tuple[str, ...]:
-        """What the rows of all providers of one case share."""
+        """The key that the rows of all providers of one case share."""
         return (self.suite, self.case, self.mode, self.dtype, self.shape)
 
 
 @dataclass
 class Results:
-    """Grows while a run goes on."""
+    """The results of a run, which grow while it lasts."""
 
     environment: Environment
     roofs: Roofs
     omissions: tuple[str, ...] = ()
     rows: list[Row] = field(default_factory=list)
     is_complete: bool = False
-    command: Mapping[str, object] = field(default_factory=dict)  # what may go on with this run: its flags
-    name: str = ""  # of its files, without what is behind the dot
+    command: Mapping[str, object] = field(default_factory=dict)  # the flags of the command that may continue this run
+    name: str = ""  # of its files, without suffix
     jobs_done: int = 0
-    parts: int = 1  # how often it was started
-    numbers: list[dict[str, Any]] = field(default_factory=list)  # of the stages of a run of limited minutes
+    parts: int = 1  # number of times it was started
+    numbers: list[dict[str, Any]] = field(default_factory=list)  # results of the stages of a run of limited minutes
 
     def add(self, row: Row) -> None:
-        """A row takes the place of an earlier one of its case and provider: newer numbers, but the worse status of both."""
+        """Add a row. It replaces an earlier one of its case and provider, but keeps the worse status of both."""
         for i, old in enumerate(self.rows):
             if (old.key, old.provider) == (row.key, row.provider):
                 known = {f.name: getattr(old, f.name) for f in fields(Row) if getattr(row, f.name) is None}
@@ -121,7 +121,7 @@ class Results:
                 self.rows[i] = replace(other, ratio_to_best_other=ratio(group))
 
     def groups(self, suite: Suite | None = None) -> Iterator[list[Row]]:
-        """The rows of one case at a time, all providers."""
+        """Yield the rows of one case after the other, of all providers."""
         groups: dict[tuple[str, ...], list[Row]] = {}
         for row in self.rows:
             if suite in (None, row.suite):
@@ -129,7 +129,7 @@ class Results:
         yield from groups.values()
 
     def failures(self) -> list[str]:
-        """What of ours was wrong or failed, a stage's end by the clock aside."""
+        """Our results that were wrong or failed; a stage that reached its time limit is not counted."""
         rows = [f"{row.case}, {row.dtype}: {row.status}" for row in self.rows if row.provider == OURS.name]
         found = [text for text in rows if text.endswith((WRONG, FAILED))]
         for number in self.numbers:
@@ -140,7 +140,7 @@ class Results:
 
 
 def new_name(folder: Path, environment: Environment) -> str:
-    """<date>-<commit>; a second run of the same day and commit gets "-2" behind it: none replaces another."""
+    """<date>-<commit>, with "-2" for a second run of the same day and commit, so that none replaces another."""
     for number in itertools.count(1):
         name = f"{environment.timestamp[:10]}-{environment.commit}" + (f"-{number}" if number > 1 else "")
         if not any((folder / (name + suffix)).exists() for suffix in (".csv", ".jsonl", _UNFINISHED)):
@@ -149,7 +149,7 @@ def new_name(folder: Path, environment: Environment) -> str:
 
 
 def append_line(path: Path, value: Mapping[str, object]) -> None:
-    """One more line of JSON, on the disk when this returns."""
+    """Append a line of JSON, which is on the disk when this returns."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(value) + "\n")
         file.flush()
@@ -157,17 +157,17 @@ def append_line(path: Path, value: Mapping[str, object]) -> None:
 
 
 def save_unfinished(folder: Path, results: Results) -> None:
-    """All that is known so far; written aside, then renamed."""
+    """Write all results so far, to a temporary file that is then renamed."""
     write_json(folder / (results.name + _UNFINISHED), asdict(results))
 
 
 def forget_unfinished(folder: Path, results: Results) -> None:
-    """Of a run whose results are written."""
+    """Delete the unfinished results of a run whose results are written."""
     (folder / (results.name + _UNFINISHED)).unlink(missing_ok=True)
 
 
 def load_unfinished(folder: Path, command: Mapping[str, object], environment: Environment) -> Results | None:
-    """A stopped run of the same flags, machine, versions and commit; none if the code has changes that no commit names."""
+    """A stopped run with the same flags, machine, versions and commit; None if there are uncommitted changes."""
     if environment.commit.endswith("-dirty"):
         return None
     for path in sorted(folder.glob("*" + _UNFINISHED)):
@@ -177,19 +177,19 @@ def load_unfinished(folder: Path, command: Mapping[str, object], environment: En
             stored["rows"] = [Row(**row) for row in stored["rows"]]
             results = Results(**stored)
         except (ValueError, TypeError, KeyError):
-            continue  # of another version of this file
+            continue  # written by another version of this file
         if results.command == command and replace(results.environment, timestamp=environment.timestamp) == environment:
             return replace(results, parts=results.parts + 1)
     return None
 
 
 def right(rows: Iterable[Row]) -> list[Row]:
-    """Those that may be compared: a wrong result's time is a row too, and no more."""
+    """The rows that may be compared: those of right results."""
     return [row for row in rows if row.status == OK and row.median_ms]
 
 
 def ours(rows: Iterable[Row]) -> Row | None:
-    """Our row of a case, if it is right and has a time."""
+    """Our row of a case, if it is right and was timed."""
     return next((row for row in right(rows) if row.provider == OURS.name), None)
 
 
@@ -200,19 +200,19 @@ def best_other(rows: Iterable[Row]) -> Row | None:
 
 
 def eager(rows: Iterable[Row]) -> Row | None:
-    """Eager PyTorch in its default layout, or in a search our own code on the library's operations."""
+    """The row of eager PyTorch in its default layout; for a search that of our code on the library's operations."""
     return next((row for row in right(rows) if row.provider in (EAGER.name, OURS_WITHOUT_KERNELS.name)), None)
 
 
 def ratio(rows: Iterable[Row]) -> float | None:
-    """How many times as long the best other provider takes as ours."""
+    """Time of the best other provider divided by ours."""
     group = list(rows)
     mine, other = ours(group), best_other(group)
     return other.median_ms / mine.median_ms if mine and other and mine.median_ms and other.median_ms else None
 
 
 def write_csv(path: Path, results: Results) -> None:
-    """All rows, each with the environment."""
+    """Write all rows, each with the environment."""
     text = io.StringIO()
     provenance = {f.name: getattr(results.environment, f.name) for f in fields(Environment) if f.name != "folder"}
     writer = csv.DictWriter(text, [*(f.name for f in fields(Row)), *provenance], lineterminator="\n")

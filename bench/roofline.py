@@ -1,4 +1,4 @@
-"""The roof of this machine, measured in the same run: how quickly it copies, and how quickly it multiplies matrices."""
+"""The limits of this machine (its roof), measured in the same run: how fast it copies and multiplies matrices."""
 
 import math
 import time
@@ -16,22 +16,22 @@ from fast.pointwise_conv import pointwise_conv
 
 @dataclass(frozen=True)
 class Roofs:
-    """The best that was seen: bytes read plus bytes written by a copy, operations of a matrix product."""
+    """The highest rates seen: of a copy (bytes read plus bytes written) and of a matrix product (operations)."""
 
     copy_gb_per_s: float
     matrix_gflops: Mapping[str, float]  # by dtype
 
     def floor_ms(self, cost: Cost, dtype: str) -> float:
-        """No version of the case runs much faster than this."""
+        """The shortest time that the roofs allow; no version of the case can be much faster."""
         return max(cost.bytes / self.copy_gb_per_s, cost.flops / self.matrix_gflops[dtype]) * 1e-6
 
     def percent(self, cost: Cost | None, dtype: str, milliseconds: float) -> float | None:
-        """The share of the roof that was reached; None where no cost is stated."""
+        """The percentage of the roof that was reached; None if no cost is stated."""
         unknown = cost is None or dtype not in self.matrix_gflops or math.isnan(self.copy_gb_per_s)
         return None if unknown or cost is None else 100 * self.floor_ms(cost, dtype) / milliseconds
 
     def with_number(self, number: Mapping[str, Any]) -> "Roofs":
-        """With one that `measure_roofs` said; other numbers change nothing."""
+        """These roofs with a number that `measure_roofs` reported; other numbers are ignored."""
         if number.get("roof") == "copy":
             return replace(self, copy_gb_per_s=number["gb_per_s"])
         if number.get("roof") == "matrix product":
@@ -45,9 +45,9 @@ NO_ROOFS = Roofs(math.nan, {})  # none known yet
 def measure_roofs(
     device: torch.device, dtypes: Iterable[str], *, quick: bool, say: Callable[[dict[str, Any]], None] = lambda roof: None
 ) -> Roofs:
-    """Large copies; the best of a few square products by the library, on a CPU also of a 1×1 convolution by ours.
+    """Time large copies and a few square products by the library, on a CPU also our 1×1 convolution; return the best.
 
-    `say` hears each roof when it is known.
+    `say` is told each roof when it is known.
     """
     copy_bytes = max(4 * last_level_cache_bytes(device), 1 << (30 if device.type == "cuda" else 27))
     source = torch.ones(copy_bytes, dtype=torch.uint8, device=device)
@@ -58,7 +58,7 @@ def measure_roofs(
     matrix = {}
     for dtype in dtypes:
         rates = [_matrix_gflops(size, dtype, device) for size in sizes]
-        if device.type == "cpu":  # ours may be quicker there; on a GPU no roof shall hang on kernels of our own
+        if device.type == "cpu":  # ours may be faster there; on a GPU no roof shall depend on our own kernels
             rates.append(_pointwise_gflops(dtype, device))
         matrix[dtype] = max(rates)
         say({"roof": "matrix product", "dtype": dtype, "gflops": matrix[dtype]})
@@ -69,7 +69,7 @@ def _matrix_gflops(size: int, dtype: str, device: torch.device) -> float:
     a, b = (torch.randn(size, size, device=device).to(DTYPES[dtype]) for _ in range(2))
     out = torch.empty_like(a)
     precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")  # on a GPU TF32, in which PyTorch multiplies in convolutions unless told not to
+    torch.set_float32_matmul_precision("high")  # on a GPU TF32, PyTorch's default for convolutions
     try:
         return 2 * size**3 / _best_seconds(lambda: torch.mm(a, b, out=out), device) / 1e9
     finally:
@@ -84,7 +84,7 @@ def _pointwise_gflops(dtype: str, device: torch.device) -> float:
 
 
 def _best_seconds(call: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
-    """The shortest of a few calls behind one that warms up: a roof is what is possible."""
+    """The shortest of a few calls after a warm-up: a roof is the best that is possible."""
     times = []
     for _ in range(repeats + 1):
         synchronise(device)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # this checkout, also where another one is installed or none
+sys.path.insert(0, str(Path(__file__).parents[1]))  # this checkout, whether one is installed or not
 
 from bench.cases import DTYPES, SUITES, DType, Suite
 from bench.launch_trial import SHARED_BYTES, triton_cache
@@ -42,7 +42,7 @@ from search.devices import resolve_device
 from search.errors import InputError, as_flag, with_fields
 from search.folder import Folder
 
-CLOSING_S = 12.0  # of a run of limited minutes: what was imported before, the last summary and the picture
+CLOSING_S = 12.0  # reserved in a run of limited minutes for imports, the last summary and the picture
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ class BenchSettings:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The flags. Of the standard library, so that the benchmark needs nothing that a machine with PyTorch may lack."""
+    """The parser of flags, from the standard library: a machine with PyTorch may lack other libraries."""
     flags = argparse.ArgumentParser(
         prog="python bench/run.py",
         description="Check and time the fast path beside PyTorch's own ways, in one run on one device.",
@@ -118,7 +118,7 @@ def main(settings: BenchSettings) -> None:
 
 
 def check(settings: BenchSettings) -> None:
-    """Raises InputError for flags that cannot work."""
+    """Raise InputError for flags that cannot work."""
     if settings.rounds is not None and settings.rounds < 1:
         raise InputError(f"--rounds must be at least 1, got {settings.rounds}")
     if settings.quick and settings.full:
@@ -131,7 +131,7 @@ def check(settings: BenchSettings) -> None:
 
 
 def run_and_write(settings: BenchSettings, device: torch.device, folder: Path) -> Results:
-    """Begin the plan or go on with it, to its end or to Ctrl-C; print and write what is known then."""
+    """Run the plan, or continue it, to its end or to Ctrl-C; then print and write the results."""
     plan = make_plan(settings.suite, device, quick=settings.quick, full=settings.full, dtypes=settings.dtype)
     results = begin(settings, plan, device, folder)
     try:
@@ -143,7 +143,7 @@ def run_and_write(settings: BenchSettings, device: torch.device, folder: Path) -
 
 
 def run_for_minutes(settings: BenchSettings, device: torch.device, folder: Path) -> Results:
-    """The stages that fit into --minutes. Each number is in <name>.jsonl at once, the summary anew behind each stage."""
+    """Run the stages that fit into --minutes. Numbers go into <name>.jsonl at once, the summary is written after each."""
     assert settings.minutes is not None
     end = time.monotonic() + 60 * settings.minutes - min(CLOSING_S, 6 * settings.minutes)
     here = environment(device)
@@ -175,8 +175,8 @@ def run_for_minutes(settings: BenchSettings, device: torch.device, folder: Path)
 
 
 def print_and_write(results: Results, folder: Path) -> None:
-    """The table and the names of the files."""
-    from bench.plots import draw  # its library takes a while, and no process that measures needs it
+    """Print the table and the names of the files."""
+    from bench.plots import draw  # its library loads slowly, and processes that measure do not need it
 
     print(table(results, colour=sys.stdout.isatty()))
     write(results, folder, {**SUMMARY, ".png": draw})
@@ -188,7 +188,7 @@ def print_and_write(results: Results, folder: Path) -> None:
 
 
 def begin(settings: BenchSettings, plan: Plan, device: torch.device, folder: Path) -> Results:
-    """The stopped run of the same command, or a new one."""
+    """Load the stopped run of the same command, or begin a new one."""
     command = {"suite": list(settings.suite), "device": str(device), "quick": settings.quick, "full": settings.full}
     command |= {"rounds": settings.rounds, "dtype": settings.dtype and list(settings.dtype)}
     here = environment(device)
@@ -205,9 +205,9 @@ def begin(settings: BenchSettings, plan: Plan, device: torch.device, folder: Pat
 
 
 def run_plan(plan: Plan, results: Results, device: torch.device, rounds: int, *, save: Callable[[], None]) -> None:
-    """Do the plan's jobs one after the other; `results` grows by each job's rows, and is saved behind it."""
+    """Run the plan's jobs one after the other; `results` gets each job's rows and is saved after it."""
     with ExitStack() as stack:
-        # A compiler's cache of earlier runs would make its first call look quick.
+        # A compiler cache of earlier runs would make the first call look fast.
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = stack.enter_context(tempfile.TemporaryDirectory())
         workers = stack.enter_context(Workers(preload="bench.training_cases"))
         with tqdm(plan.jobs[results.jobs_done :], initial=results.jobs_done, total=len(plan.jobs), unit="case") as bar:
@@ -224,13 +224,13 @@ SUMMARY: Mapping[str, Writer] = {".csv": write_csv, ".md": write_markdown}
 
 
 def write(results: Results, folder: Path, writers: Mapping[str, Writer]) -> list[Path]:
-    """By suffix the CSV, the summary, the picture of a run, each written aside, then renamed -> those that could be."""
+    """Write a run's CSV, summary and picture, as the suffixes say, each atomically; return those that could be written."""
     written = []
     for suffix, writer in writers.items():
         path = folder / (results.name + suffix)
         try:
             writer(path, results)
-        except Exception:  # the numbers are on the disk, and the run goes on
+        except Exception:  # the numbers are on the disk, so the run continues
             print(f"{path} could not be written:", file=sys.stderr)
             traceback.print_exc()
         else:
@@ -239,7 +239,7 @@ def write(results: Results, folder: Path, writers: Mapping[str, Writer]) -> list
 
 
 def unsupported_rows(suites: Sequence[Suite], dtypes: Sequence[str]) -> Iterator[Row]:
-    """One per suite and dtype that the plan leaves out for want of a processor's instructions."""
+    """A row per suite and dtype that the plan leaves out because the processor lacks instructions."""
     for suite, dtype in itertools.product(dict.fromkeys(suites), dtypes):
         yield Row(
             suite=suite,

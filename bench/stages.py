@@ -1,7 +1,7 @@
-"""A run of limited minutes: what matters most comes first, each stage in a process of its own, each number said at once.
+"""A run of limited minutes: what matters most comes first, each stage in its own process, each number saved at once.
 
-For a machine that is lent for minutes and that nobody can reach: a kernel that reads where it must not, a hang or the end of
-the time costs the stage it happens in and nothing that was measured before. `python bench/run.py --minutes 8 --out DIR`.
+For a machine that one has for minutes and cannot reach meanwhile. An illegal memory access, a hang or the end of the time
+costs only the stage in which it happens, and nothing that was measured before. `python bench/run.py --minutes 8 --out DIR`.
 """
 
 import csv
@@ -67,7 +67,7 @@ from search.files import write_text
 ROOT = Path(__file__).parents[1]
 PREDICTIONS = Path(__file__).parent / "predictions"
 EAGERS = (EAGER, EAGER_CHANNELS_LAST)
-RATES = ((6, 21), (1, 1))  # far and dense reads, of the convolutions alone
+RATES = ((6, 21), (1, 1))  # far and dense reads, for convolutions only
 REPLAYS = 3
 GPU_TESTS = ("tests/fast/kernels/test_triton_on_gpu.py", "tests/fast/test_train_step.py")
 EVERY_KIND = Cell(  # of branch, each input normed or not, one map read twice
@@ -95,17 +95,17 @@ NCU_METRICS = (
 
 @dataclass(frozen=True)
 class Run:
-    """What every stage is told."""
+    """The settings that every stage gets."""
 
     device_name: str
     threads: int
     scale: Scale
     rounds: int
     roofs: Roofs
-    stem: Path  # of the run's files: <folder>/<date>-<commit>
+    stem: Path  # beginning of the names of the run's files: <folder>/<date>-<commit>
 
     def prepare(self) -> torch.device:
-        """Of a stage's process."""
+        """Prepare the process of a stage."""
         return prepared(self.device_name, self.threads)
 
     def file(self, ending: str) -> Path:
@@ -115,7 +115,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Stage:
-    """A function of (run, *arguments, say), or jobs of the benchmark; it is stopped after `limit_s` seconds."""
+    """A function of (run, *arguments, say), or jobs of the benchmark, stopped after `limit_s` seconds."""
 
     name: str
     limit_s: float
@@ -125,7 +125,7 @@ class Stage:
 
 
 def plan_stages(device: torch.device, scale: Scale) -> Iterator[Stage]:
-    """In the order of worth; on a GPU all that needs no compiler but our own should be done in four minutes."""
+    """The stages, most important first. On a GPU those that need no other compiler should be done in four minutes."""
     first, *others = supported_dtypes(device)[0][:2]
     planner = Planner(scale, device, quick=False, full=False)
     case, new_cell = planner.cases(["proxy"])
@@ -168,10 +168,10 @@ def run_stages(
     hear: Callable[[str, dict[str, Any] | Row], None],
     log: Path,
 ) -> None:
-    """All that fit in before `end` on the monotonic clock.
+    """Run the stages that fit in before `end` on the monotonic clock.
 
-    `run_now` gives what a stage is told: what is known by then. `hear` gets each number and row with its stage's name, and
-    behind each stage how it ended.
+    `run_now` gives the settings of a stage, with what is known by then. `hear` gets each number and row with its stage's
+    name, and after each stage how it ended.
     """
     on_gpu = run_now().device_name != "cpu"
     with Workers(preload="bench.stages", log=log, ahead=on_gpu) as workers:
@@ -196,14 +196,14 @@ def run_stages(
 
 
 def kernels_in_cache() -> int:
-    """How many Triton has compiled."""
+    """Number of kernels in Triton's cache."""
     return sum(1 for _ in triton_cache().glob("*/*.cubin"))
 
 
 def measure_jobs(
     jobs: Sequence[Job], run: Run, workers: Workers, end: float, say: Callable[[dict[str, Any] | Row], None]
 ) -> None:
-    """Each job's rows, until `end` on the monotonic clock; no job takes more than one and a half of its share in it."""
+    """Yield each job's rows until `end` on the monotonic clock; no job may take more than 1.5 times its share of the time."""
     workers.fresh()
     device, late = torch.device(run.device_name), list[str]()
     for number, job in enumerate(jobs):
@@ -222,7 +222,7 @@ def measure_jobs(
 
 
 def roofs(run: Run, dtypes: Sequence[DType], say: Say) -> None:
-    """Copy bandwidth and the rate of matrix products; of a GPU what `nvidia-smi` says, and what a small kernel costs."""
+    """Measure copy bandwidth and matrix product rates; for a GPU also read `nvidia-smi` and time a small kernel."""
     device = run.prepare()
     if device.type == "cuda":
         say(gpu_state())
@@ -234,7 +234,7 @@ def roofs(run: Run, dtypes: Sequence[DType], say: Say) -> None:
 
 
 def gpu_state() -> dict[str, Any]:
-    """Driver, clocks, power and what holds them down; only asked for, nothing is set."""
+    """Read driver, clocks, power and what limits them; nothing is set."""
     names = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu,"
     names += "clocks_event_reasons.active,compute_mode,mig.mode.current"
     command = ["nvidia-smi", f"--query-gpu={names}", "--format=csv,noheader"]
@@ -247,14 +247,14 @@ def gpu_state() -> dict[str, Any]:
 
 
 def cached_copy_gb_per_s(device: torch.device) -> float:
-    """Of a buffer of a quarter of the L2 cache, bytes read and bytes written."""
+    """Copy rate of a buffer of a quarter of the L2 cache, bytes read plus bytes written."""
     source = torch.ones(last_level_cache_bytes(device) // 4, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / node_us(lambda: target.copy_(source), device) / 1e3
 
 
 def node_us(call: Callable[[], object], device: torch.device, nodes: int = 100) -> float:
-    """Microseconds of one of many such nodes behind each other in a CUDA graph."""
+    """Microseconds per node, of many such nodes in sequence in a CUDA graph."""
     graph = torch.cuda.CUDAGraph()
     call()
     with torch.cuda.graph(graph):
@@ -264,7 +264,7 @@ def node_us(call: Callable[[], object], device: torch.device, nodes: int = 100) 
 
 
 def tiny_cell(run: Run, case: ProxyCase, dtype: DType, say: Say) -> None:
-    """One training step of a small cell with every kind of branch, ours and eager PyTorch against `reference/`."""
+    """Compare one training step of a small cell with every kind of branch, ours and eager PyTorch's, with `reference/`."""
     device = run.prepare()
     job = Job(replace(case, cell=EVERY_KIND), dtype, (EAGER, OURS), in_fresh_process=())
     trials = [Trial(provider) for provider in job.providers]
@@ -279,12 +279,12 @@ def tiny_cell(run: Run, case: ProxyCase, dtype: DType, say: Say) -> None:
 
 
 def iteration(run: Run, case: ProxyCase, dtype: DType, say: Say) -> None:
-    """Our training step alone: the first call, calls back to back, the memory, and cold ones, each said when it is known."""
+    """Measure our training step: first call, calls back to back, memory, cold calls; each is reported when it is known."""
     device = run.prepare()
     workload, before = case.workload(OURS, dtype, device), _allocated(device)
     first_call_s = back_to_back_ms(workload, device, 1) / 1e3
     say({"first_call_s": first_call_s})
-    for call in range(2, 2 + warm_up_calls(device)):  # on a GPU the graph is captured by one of them
+    for call in range(2, 2 + warm_up_calls(device)):  # on a GPU one of them captures the graph
         say({"call": call, "ms": back_to_back_ms(workload, device, 1)})
     step_ms = 0.0
     for calls in (50, 500) if device.type == "cuda" else (3,):
@@ -294,7 +294,7 @@ def iteration(run: Run, case: ProxyCase, dtype: DType, say: Say) -> None:
     if peak is not None:
         say({"peak_memory_mb": peak / 1e6, "reserved_mb": torch.cuda.max_memory_reserved(device) / 1e6})
     trial = Trial(OURS, back_to_back=step_ms, first=FirstCall(first_call_s, peak))
-    trial.status = NOT_CHECKED  # until the stage beside eager
+    trial.status = NOT_CHECKED  # until the stage beside eager checks it
     job = Job(case, dtype, (OURS,), ())
     say(row_of(job, trial, device, run.roofs, run.rounds))
     rng, flush = np.random.default_rng(0), CacheFlush(device)
@@ -306,13 +306,13 @@ def iteration(run: Run, case: ProxyCase, dtype: DType, say: Say) -> None:
             trial.samples = samples
             say(row_of(job, trial, device, run.roofs, run.rounds))
     if device.type == "cuda":
-        for _ in range(500):  # launched, not waited for
+        for _ in range(500):  # launched, without waiting for it
             workload()
         say({"while_it_runs": True, **gpu_state()})
 
 
 def graph_beside_calls(run: Run, case: ProxyCase, dtype: DType, say: Say) -> None:
-    """The same steps from the same seed, once by the captured graph and once call by call: the losses must be the same."""
+    """Compare the losses of the same steps from the same seed, by the captured graph and call by call: they must agree."""
     device, losses = run.prepare(), []
     for eager_iterations in (fast.train_step.EAGER_ITERATIONS, sys.maxsize):
         torch.manual_seed(0)
@@ -333,17 +333,17 @@ def _allocated(device: torch.device) -> int | None:
 
 
 class Prediction(NamedTuple):
-    """What was counted for one launch of a kernel."""
+    """The counted cost of one launch of a kernel."""
 
     of: str
     us: float
 
 
 class Kernel(NamedTuple):
-    """One launch of an iteration, in the order in which they run; on a CPU all calls of one of PyTorch's operations."""
+    """One launch of an iteration, in the order of running; on a CPU all calls of one PyTorch operation."""
 
     kernel: str
-    of: str  # the map or the sum, where it was counted
+    of: str  # the map or the sum, if it was counted
     launches: float
     us: float
     idle_us: float  # of the GPU before it
@@ -351,7 +351,7 @@ class Kernel(NamedTuple):
 
 
 def profile(run: Run, case: ProxyCase, dtype: DType, say: Say) -> None:
-    """Every kernel of an iteration with its microseconds, in order, beside what the model predicts for an H200."""
+    """Profile an iteration: every kernel in order with its microseconds, beside the prediction for an H200."""
     device = run.prepare()
     workload = case.workload(OURS, dtype, device)
     for _ in range(1 + warm_up_calls(device)):
@@ -386,7 +386,7 @@ def profile(run: Run, case: ProxyCase, dtype: DType, say: Say) -> None:
 def in_order(spans: Sequence[tuple[str, float, float]], predicted: Mapping[str, Sequence[Prediction]]) -> list[Kernel]:
     """(name, start, end in microseconds) of REPLAYS equal replays -> the median of each kernel, in order.
 
-    The k-th launch of a kernel has the k-th prediction. Raises ValueError where the replays are not alike.
+    The k-th launch of a kernel gets the k-th prediction. Raises ValueError if the replays differ.
     """
     spans = sorted(spans, key=lambda span: span[1])
     count = len(spans) // REPLAYS
@@ -406,13 +406,13 @@ def in_order(spans: Sequence[tuple[str, float, float]], predicted: Mapping[str, 
 
 
 def by_operation(averages: Iterable[Any]) -> list[Kernel]:
-    """On a CPU: each of PyTorch's operations with the time that it took itself, per iteration, the longest first."""
+    """On a CPU: each PyTorch operation with its own time per iteration, longest first."""
     found = [Kernel(e.key, "", e.count / REPLAYS, e.self_cpu_time_total / REPLAYS, 0.0, None) for e in averages]
     return sorted(found, key=lambda kernel: -kernel.us)
 
 
 def predictions(dtype: str) -> dict[str, list[Prediction]]:
-    """For each launch of a kernel, in order; what they were counted from stands in bench/predictions/README.md."""
+    """The predictions for each kernel's launches, in order; bench/predictions/README.md says how they were counted."""
     path, predicted = PREDICTIONS / f"iteration-{dtype}.csv", dict[str, list[Prediction]]()
     if path.exists():
         with path.open(newline="", encoding="utf-8") as file:
@@ -431,7 +431,7 @@ def _write_kernels(path: Path, kernels: Sequence[Kernel]) -> None:
 
 
 def gpu_tests(run: Run, say: Say) -> None:
-    """The tests of `fast/`, those that only a GPU can run first; each failure is said at once, the counts as they grow."""
+    """Run the tests of `fast/`, first those that need a GPU; report each failure at once, and the counts as they grow."""
     if importlib.util.find_spec("pytest") is None or importlib.util.find_spec("hypothesis") is None:
         say({"skipped": "pytest and hypothesis are not both installed"})
         return
@@ -451,7 +451,7 @@ def _count_tests(command: Sequence[str], counts: Counter[str], say: Say) -> int:
             print(line, end="", flush=True)
             result = re.search(r"\b(PASSED|FAILED|ERROR|SKIPPED)\b", line)
             test = re.search(r"\S+::.*?(?=\s+(?:PASSED|FAILED|ERROR|SKIPPED)\b|\s*$)", line)
-            if result is None or test is None or line.startswith(("FAILED", "ERROR")):  # those are repeated at the end
+            if result is None or test is None or line.startswith(("FAILED", "ERROR")):  # failures are repeated at the end
                 continue
             counts[result[1].lower()] += 1
             if result[1] in ("FAILED", "ERROR"):
@@ -463,7 +463,7 @@ def _count_tests(command: Sequence[str], counts: Counter[str], say: Say) -> int:
 
 
 def counters(run: Run, dtype: DType, say: Say) -> None:
-    """Nsight Compute's counters of each kernel of one iteration without a graph, where it is installed and may read them."""
+    """Read Nsight Compute's counters of each kernel of an iteration without a graph, if it is installed and permitted."""
     ncu = shutil.which("ncu") or shutil.which("ncu", path="/usr/local/cuda/bin")
     if ncu is None:
         say({"skipped": "ncu is not installed"})
@@ -477,12 +477,12 @@ def counters(run: Run, dtype: DType, say: Say) -> None:
 
 
 def compile_kernels(architecture: int, stages: Iterable[Stage]) -> int:
-    """Fill Triton's cache with what the stages launch on a GPU of sm_<architecture>, without one -> how many kernels.
+    """Compile into Triton's cache all that the stages launch on a GPU of sm_<architecture>, without one -> number of kernels.
 
-    Our workloads run on tensors of the CPU, with a launch that compiles instead. Random cells are left out.
+    Our workloads run on CPU tensors with a launch function that compiles instead. Random cells are left out.
     """
     from fast.kernels import triton
-    from fast.kernels.triton import compilation  # Triton is not there on every system
+    from fast.kernels.triton import compilation  # Triton is not available on every system
 
     compilation.choose_absent_gpu(architecture)
     compiled = set()
@@ -499,7 +499,7 @@ def compile_kernels(architecture: int, stages: Iterable[Stage]) -> int:
 
 
 def _cases_of(stage: Stage) -> Iterator[tuple[Case, DType]]:
-    """What ours computes in a stage, the small cases of the checks included."""
+    """The cases that ours computes in a stage, with the small cases of the checks."""
     pairs = [(job.case, job.dtype) for job in stage.jobs]
     if stage.function is tiny_cell:
         pairs = [(replace(stage.arguments[0], cell=EVERY_KIND).small(), stage.arguments[1])]
@@ -512,7 +512,7 @@ def _cases_of(stage: Stage) -> Iterator[tuple[Case, DType]]:
 
 
 def one_iteration(device_name: str, dtype: DType) -> None:
-    """For a profiler that begins at `cudaProfilerStart`: the second iteration of the paper's size, not captured."""
+    """Run two iterations of the paper's size without a graph; a profiler may record the second, from `cudaProfilerStart`."""
     device = Run(device_name, torch.get_num_threads(), PAPER, 1, NO_ROOFS, Path()).prepare()
     case = next(Planner(PAPER, device, quick=True, full=False).cases(["proxy"]))
     workload = case.workload(OURS, dtype, device)

@@ -1,4 +1,4 @@
-"""Which cases a run measures, by which providers, and what it leaves out: a list to read, and to print beside the results."""
+"""The plan of a run: its cases and their providers, and in words what is left out."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -30,17 +30,17 @@ from search.cells.space import load_cell
 from search.settings import HeadSettings, ProxySettings
 
 PUBLISHED_RATES = tuple((h, w) for h in RATES for w in RATES)
-FEW_RATES = ((1, 1), (6, 6), (6, 21), (21, 21))  # the densest reads, two of the published cell's kind, the farthest reads
-FRESH_RATE = (6, 21)  # every process takes seconds to start
+FEW_RATES = ((1, 1), (6, 6), (6, 21), (21, 21))  # the densest reads, two rates like the published cell's, the farthest reads
+FRESH_RATE = (6, 21)  # because every process takes seconds to start
 MODES: tuple[Mode, ...] = ("inference", "training")
 NEW_CELL = "first iteration of a new cell"
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How large, and how much."""
+    """The sizes and numbers of the cases of a run."""
 
-    maps: tuple[tuple[int, int, int, int], ...]  # (batch, channels, height, width); the last one exceeds every cache
+    maps: tuple[tuple[int, int, int, int], ...]  # (batch, channels, height, width); the last one is larger than every cache
     proxy: tuple[int, int, int, tuple[int, int]]  # batch, features' channels, cell's channels, crop in features
     num_classes: int
     rates: tuple[tuple[int, int], ...]
@@ -83,17 +83,17 @@ QUICK = Scale(
 
 @dataclass(frozen=True)
 class Job:
-    """A case in one dtype, with those who compute it."""
+    """A case in one dtype, with its providers."""
 
     case: Case
     dtype: DType
     providers: tuple[Provider, ...]
-    in_fresh_process: tuple[Provider, ...]  # whose first call and memory are measured too
+    in_fresh_process: tuple[Provider, ...]  # providers whose first call and memory are measured too
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured, and in words what is not."""
+    """The jobs of a run, and in words what is left out."""
 
     jobs: tuple[Job, ...]
     omissions: tuple[str, ...]
@@ -105,7 +105,7 @@ class Plan:
 def make_plan(
     suites: Sequence[Suite], device: torch.device, *, quick: bool, full: bool, dtypes: Sequence[DType] | None = None
 ) -> Plan:
-    """The cases of a run, in the order of the suites; in the given dtypes, or in those that most people use on the device."""
+    """Plan a run: its cases in the order of the suites, in the given dtypes or else the device's usual ones."""
     scale = QUICK if quick else PAPER
     supported, unsupported = supported_dtypes(device)
     if dtypes:
@@ -119,7 +119,7 @@ def make_plan(
 
 
 def supported_dtypes(device: torch.device) -> tuple[tuple[DType, ...], tuple[DType, ...]]:
-    """What this machine computes in earnest, the most used first, and what it would only emulate."""
+    """The dtypes that this machine computes natively, most used first, and those that it would emulate."""
     if device.type == "cuda":
         return ("bfloat16", "float32", "float16"), ()
     return (("float32", "bfloat16"), ()) if has_fast_bf16(device) else (("float32",), ("bfloat16",))
@@ -136,7 +136,7 @@ def rate_of(case: Case) -> tuple[int, int] | None:
 
 @dataclass(frozen=True)
 class Planner:
-    """Turns a scale into cases, and cases into jobs."""
+    """Makes cases from a scale, and jobs from cases."""
 
     scale: Scale
     device: torch.device
@@ -149,13 +149,13 @@ class Planner:
             yield from makers[suite]()
 
     def dtypes_of(self, case: Case, dtypes: Sequence[DType]) -> tuple[DType, ...]:
-        """Those in which a case is measured: training steps know no loss scaling, and a search chooses for itself."""
+        """The dtypes of a case: training steps have no loss scaling for float16, and a search chooses its own precision."""
         if isinstance(case, SearchCase):
             return ("bfloat16" if has_fast_bf16(self.device) else "float32",)
         return tuple(dtype for dtype in dtypes if dtype != "float16" or not isinstance(case, ProxyCase))
 
     def job(self, case: Case, dtype: DType) -> Job:
-        """Who takes part."""
+        """A job, with the providers that take part."""
         if isinstance(case, SearchCase):
             return Job(case, dtype, (OURS, OURS_WITHOUT_KERNELS), in_fresh_process=())
         if isinstance(case, NewCellCase):
@@ -173,7 +173,7 @@ class Planner:
         return Job(case, dtype, tuple(providers), tuple(fresh))
 
     def omissions(self, suites: Sequence[Suite], supported: Sequence[DType], unsupported: Sequence[DType]) -> Iterator[str]:
-        """What a reader might expect and does not find."""
+        """Name the results that a reader might expect but does not find."""
         for dtype in unsupported:
             yield f"{dtype}: not supported here (the processor has neither AMX nor AVX-512 bf16)"
         if self.quick:
@@ -203,7 +203,7 @@ class Planner:
         return self.full or self._is_typical(case)
 
     def _is_typical(self, case: Case) -> bool:
-        """Stands for its likes, where something is too slow to be done for all of them."""
+        """Whether the case represents others like it, for measurements that are too slow to do for all."""
         if isinstance(case, OperationCase):
             return self._is_typical_operation(case.operation)
         if isinstance(case, CellCase):

@@ -1,9 +1,9 @@
-"""How time and memory are taken.
+"""Measure time and memory.
 
 Providers take turns, in a new order each round, so that whatever slows the machine for a while slows all of them. Each turn
-is two calls: one with the caches flushed (cold) and one right behind it (warm). A call that lasts longer than `LONG_MS` goes
-through the caches many times by itself and is made once. What a long training pays is neither: calls back to back, with no
-wait between them. The first call and the memory are measured in a fresh process.
+is two calls: one with flushed caches (cold) and one right after it (warm). A call longer than `LONG_MS` replaces the content
+of the caches many times by itself and is made once. A long training is different: its calls are back to back, without waits.
+The first call and the memory are measured in a fresh process.
 """
 
 import ctypes
@@ -21,11 +21,11 @@ import torch
 from bench.cases import Case, Provider
 
 LONG_MS = 300.0
-_QUEUED_CYCLES = 20_000_000  # about 10 ms: longer than the host needs to launch any case
+_QUEUED_CYCLES = 20_000_000  # about 10 ms, longer than the host needs to launch any case
 
 
 class Summary(NamedTuple):
-    """Of the milliseconds of all rounds."""
+    """Median and percentiles of the milliseconds of all rounds."""
 
     median: float
     p20: float
@@ -41,13 +41,13 @@ class Summary(NamedTuple):
         return cls(round(median, 6), round(p20, 6), round(p80, 6))
 
     def differs_from(self, other: "Summary") -> bool:
-        """Whether the medians are further apart than either one's middle 60 % is wide."""
+        """Whether the medians differ by more than the width of either one's middle 60 %."""
         return abs(self.median - other.median) > max(self.p80 - self.p20, other.p80 - other.p20)
 
 
 @dataclass
 class Samples:
-    """Milliseconds of each round."""
+    """Milliseconds of each round, cold and warm."""
 
     cold: list[float] = field(default_factory=list)
     warm: list[float] = field(default_factory=list)
@@ -61,7 +61,7 @@ def interleaved(
     rng: np.random.Generator,
     turn_of: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Samples]:
-    """Time every call once per round, cold and then warm, in a new order each round; `turn_of` hears whose turn it is."""
+    """Time every call once per round, cold, then warm, in a new order each round; `turn_of` is told whose turn it is."""
     samples = {name: Samples() for name in calls}
     names = list(calls)
     for _ in range(rounds):
@@ -76,7 +76,7 @@ def interleaved(
 
 
 class Clock:
-    """Milliseconds of a call: of the device alone, or of the user who waits for it."""
+    """Measures the milliseconds of a call: the device's busy time alone, or the time that a user waits."""
 
     def __init__(self, device: torch.device, *, launches_count: bool) -> None:
         self._device = device
@@ -92,7 +92,7 @@ class Clock:
         return 1e3 * (time.perf_counter() - start)
 
     def _busy(self, call: Callable[[], None]) -> float:
-        """The device waits while the host launches, so that no gap between two launches is counted."""
+        """Time with the device waiting until all is launched, so that no gap between two launches is counted."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         torch.cuda._sleep(_QUEUED_CYCLES)  # type: ignore[no-untyped-call]  # PyTorch's own tests hold a stream by it
         start.record()
@@ -103,7 +103,7 @@ class Clock:
 
 
 def back_to_back_ms(call: Callable[[], object], device: torch.device, calls: int) -> float:
-    """Milliseconds a call, of `calls` with nothing between them: on a GPU the host launches the next while one runs."""
+    """Milliseconds per call, of `calls` without waits between: on a GPU the host launches the next while one runs."""
     synchronise(device)
     start = time.perf_counter()
     for _ in range(calls):
@@ -123,7 +123,7 @@ class CacheFlush:
 
 
 def last_level_cache_bytes(device: torch.device) -> int:
-    """As the driver or the system states it; 64 MiB where neither does."""
+    """Size of the last-level cache as the driver or the system states it; 64 MiB if neither does."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).L2_cache_size)
     sizes = [_kibibytes(path.read_text()) for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
@@ -136,11 +136,11 @@ def _kibibytes(text: str) -> int:
 
 
 def prepared(device_name: str, threads: int) -> torch.device:
-    """The device, in a process that is new to it."""
+    """The device, prepared in a process that has not used it yet."""
     torch.set_num_threads(threads)
     device = torch.device(device_name)
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # whose stream events are recorded in
+        torch.cuda.set_device(device)  # events are recorded in its stream
     return device
 
 
@@ -151,17 +151,17 @@ def synchronise(device: torch.device) -> None:
 
 
 class FirstCall(NamedTuple):
-    """Of a fresh process that has imported everything and holds inputs and weights."""
+    """The first call in a fresh process that has imported everything and has inputs and weights ready."""
 
     seconds: float
-    peak_memory_bytes: int | None  # of an iteration, above what there was before; None where nobody can tell
+    peak_memory_bytes: int | None  # of an iteration, above what was used before; None if unknown
 
 
 def first_call(case: Case, provider: Provider, dtype: str, device_name: str, threads: int) -> FirstCall:
-    """To be run in a fresh process.
+    """Measure the first call; to be run in a fresh process.
 
-    Memory counts from before the first call: what a step keeps from then on (momentum, buffers, a captured graph's pool) is
-    its own. Only where that call compiles, it counts from behind it, because a compiler's memory is not an iteration's.
+    Memory counts from before the first call, so what a step keeps from then on (momentum, buffers, a captured graph's pool)
+    is part of it. If that call compiles, it counts from after the call, because a compiler's memory is not an iteration's.
     """
     device = prepared(device_name, threads)
     workload = case.workload(provider, dtype, device)
@@ -199,12 +199,12 @@ class _MemoryMeter:
             return torch.cuda.max_memory_allocated(self._device) - self._before
         if not self._resets or not self._before:  # not Linux
             return None
-        code = _status("RssFile") - self._code_before  # pages of libraries touched meanwhile are not data
+        code = _status("RssFile") - self._code_before  # pages of libraries that were touched meanwhile are no data
         return max(0, _status("VmHWM") - self._before - code)
 
 
 def _return_free_memory() -> None:
-    """Give back what the allocator keeps for later, or the iteration could use it unseen."""
+    """Return what the allocator keeps for later; otherwise the iteration could use it without being counted."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
@@ -219,7 +219,7 @@ def _write(path: str, text: str) -> bool:
 
 
 def _status(field_name: str) -> int:
-    """Bytes, from /proc/self/status; 0 where there is none."""
+    """Bytes from /proc/self/status; 0 if there is no such file."""
     try:
         match = re.search(rf"{field_name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     except OSError:
@@ -228,5 +228,5 @@ def _status(field_name: str) -> int:
 
 
 def warm_up_calls(device: torch.device) -> int:
-    """How many calls lead past compilation, and past those in which graphs are recorded (our step's is the fourth)."""
+    """Number of calls after which compilation and the recording of graphs are done (our step records in its fourth)."""
     return 5 if device.type == "cuda" else 1

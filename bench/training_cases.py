@@ -43,13 +43,13 @@ from search.tasks.feature_cache import FeatureCache
 from search.tasks.proxy import ProxyTask
 
 _STRIDE = 16
-_MOMENTUM, _WEIGHT_DECAY = 0.9, 4e-5  # as `search.settings.ProxySettings` has them
-_PATCH_CHANNELS = 320  # as many as MobileNet-v2's last feature map has, the paper's proxy backbone
+_MOMENTUM, _WEIGHT_DECAY = 0.9, 4e-5  # as in `search.settings.ProxySettings`
+_PATCH_CHANNELS = 320  # channels of the last feature map of MobileNet-v2, the paper's proxy backbone
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProxyCase(Case):
-    """One iteration of the proxy task: draw crops, go forward, take the loss, go back, take a step of SGD."""
+    """One iteration of the proxy task: draw crops, forward, loss, backward, a step of SGD."""
 
     cell: Cell
     batch: int
@@ -58,7 +58,7 @@ class ProxyCase(Case):
     num_classes: int
     crop: tuple[int, int]  # in features
     images: int = 16
-    margin: int = 8  # features by which an image exceeds the crop along each axis
+    margin: int = 8  # an image is larger than the crop by this many features, along each axis
     learning_rate: float = 0.01
     dropout_rate: float = DROPOUT_RATE
     repeats: bool = True
@@ -79,7 +79,7 @@ class ProxyCase(Case):
         )
 
     def without_chance(self) -> Self:
-        """One image no larger than the crop, so that every crop is the same, and a rate at which an update can be read."""
+        """The case with one image of the crop's size, so that all crops are the same, and a rate that shows in the update."""
         return replace(self, images=1, margin=0, learning_rate=1.0, dropout_rate=0.0)
 
     def small(self) -> Self:
@@ -89,7 +89,7 @@ class ProxyCase(Case):
         return _ProxyWorkload(self, provider, dtype, device)
 
     def truth(self, dtype: str) -> Truth:
-        """The loss, and what the first step changes: the learning rate times the gradient with its weight decay."""
+        """The loss, and the first update: the learning rate times the gradient with weight decay."""
         assert (self.images, self.margin, self.dropout_rate) == (1, 0, 0.0), "chance has no truth"
         plain = self._plain()
         weights, classifier = arrays(cast(PlainCell, plain[0]).weights()), cast(nn.Conv2d, plain[1])
@@ -120,7 +120,7 @@ class ProxyCase(Case):
         return features, draw_labels((self.images, *self._pixels(self.margin)), self.num_classes, device)
 
     def resident_data(self, provider: Provider, device: torch.device) -> tuple[Tensor, Tensor]:
-        """`data` in the provider's layout, as a search holds it on the device for all of its cells."""
+        """`data` in the provider's layout, on the device as a search holds it for all cells."""
         features, labels = self.data(device)
         return features.contiguous(memory_format=provider.memory_format(device)), labels
 
@@ -135,7 +135,7 @@ class ProxyCase(Case):
         return head
 
     def head(self, provider: Provider) -> PlainHead | SegmentationHead:
-        """The same weights for every provider."""
+        """A provider's head; all have the same weights."""
         plain = self._plain()
         if not provider.is_ours:
             return plain
@@ -174,7 +174,7 @@ class ProxyCase(Case):
 
 
 class _ProxyWorkload(Workload):
-    """The step is made at the first call: what it prepares belongs to the first iteration."""
+    """Builds the step in its first call, so that the preparation belongs to the first iteration."""
 
     def __init__(
         self, case: ProxyCase, provider: Provider, dtype: str, device: torch.device, data: tuple[Tensor, Tensor] | None = None
@@ -204,7 +204,7 @@ class _ProxyWorkload(Workload):
 
 
 def _head_parameters(head: nn.Module) -> list[nn.Parameter]:
-    """In the order of the reference's containers, then the classifier's."""
+    """The parameters, in the order of the reference's containers, then the classifier's."""
     context, classifier = head.children()
     weights = cast(PlainCell | DensePredictionCell, context).weights()
     return cast(list[nn.Parameter], [*trainable(weights), classifier.weight, classifier.bias])
@@ -212,7 +212,7 @@ def _head_parameters(head: nn.Module) -> list[nn.Parameter]:
 
 @dataclass(frozen=True, kw_only=True)
 class NewCellCase(ProxyCase):
-    """From a cell that was never seen to the end of its first iteration, in a process that has trained others before."""
+    """The start of a cell that was never seen, to the end of its first iteration, in a process that has trained others."""
 
     repeats: bool = False
 
@@ -227,7 +227,7 @@ class _NewCellWorkload(Workload):
     def __init__(self, case: NewCellCase, provider: Provider, dtype: str, device: torch.device) -> None:
         self._case, self._provider, self._dtype, self._device = case, provider, dtype, device
         self._cells = _random_cells(SEED)
-        self._next = case.cell  # the first one has a truth; the others are random
+        self._next = case.cell  # only the first one has a truth; the others are random
         self._data = case.resident_data(provider, device)
         self._last: _ProxyWorkload | None = None
 
@@ -257,9 +257,9 @@ def random_cells(count: int) -> list[Cell]:
 
 @dataclass(frozen=True, kw_only=True)
 class SearchCase(Case):
-    """Train and score `cells` random cells on the embedded scenes, as a search does: `ProxyTask.evaluate`.
+    """Train and score `cells` random cells on the generated scenes, as a search does, by `ProxyTask.evaluate`.
 
-    A fixed random projection of patches stands for the backbone: what a feature is worth does not matter to the clock.
+    A fixed random projection of patches replaces the backbone: the quality of features has no effect on the time.
     """
 
     cells: int
@@ -278,10 +278,10 @@ class SearchCase(Case):
         return None
 
     def without_chance(self) -> None:
-        return None  # at full size the losses of long trainings part ways by rounding alone
+        return None  # at full size the losses of long trainings diverge by rounding alone
 
     def small(self) -> Self:
-        # Large enough a rate that four losses tell a wrong gradient, and no chance.
+        # A learning rate so large that four losses show a wrong gradient, and no randomness.
         settings = replace(self.settings, iterations=4, batch_size=2, statistics_batches=1)
         head = replace(self.head, branch_channels=16, dropout=0.0)
         return replace(self, cells=1, settings=settings, head=head, train_images=4, val_images=2)
@@ -290,7 +290,7 @@ class SearchCase(Case):
         return _SearchWorkload(self, provider, device)
 
     def truth(self, dtype: str) -> Truth:
-        """The reference trains no cells: the losses of the same search by the library's operations, in float32."""
+        """The losses of the same search by the library's operations in float32, as the reference trains no cells."""
         case = replace(self, settings=replace(self.settings, precision="float32"))
         workload = _SearchWorkload(case, Provider("library", is_ours=True, uses_kernels=False), torch.device("cpu"))
         workload()
@@ -310,7 +310,7 @@ class _SearchWorkload(Workload):
     def __call__(self) -> None:
         self._losses = []
         with ExitStack() as stack:
-            # No autocast around it all: the search chooses for itself, and an outer one would keep its casts of old weights.
+            # No outer autocast: the search chooses its own precision, and an outer one would keep casts of old weights.
             for context in contexts(self._provider, "float32", self._device):
                 stack.enter_context(context)
             for i, cell in enumerate(self._cells):

@@ -1,8 +1,8 @@
-"""Finds how each Triton kernel is best launched on this GPU, and writes it where the kernels look: `python bench/tune.py`.
+"""Find the fastest launch of each Triton kernel on this GPU, and write it for the kernels to use: `python bench/tune.py`.
 
-For every line of the launch table it tries launches around the best so far, on the calls of a training iteration: compiled by
-processes without the GPU, dropped if they spill, run in a process of their own, compared with the counted launch's results,
-and timed in turns with the best. What matters most to an iteration comes first; every trial is on disk before the next one.
+For every line of the launch table it tries launches near the best so far, on the calls of a training iteration. They are
+compiled by processes without the GPU, dropped if they spill, run in a separate process, compared with the counted launch's
+results, and timed in turns with the best. What matters most to an iteration comes first; every trial is saved before the next.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple, Self
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the checkout that this file lies in
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the checkout of this file
 
 import torch
 
@@ -41,7 +41,7 @@ from search.errors import InputError, as_flag, with_fields
 ROOT = Path(__file__).parents[1]
 LAUNCHES = ROOT / "fast" / "kernels" / "triton" / "launches"
 _TILE, _WARPS, _STAGES = (16, 32, 64, 128), (2, 4, 8), (2, 3, 4)
-# What is tried, per kernel; the kernels in the order of their shares of an iteration, as counted.
+# The values to try, per kernel; kernels are in the order of their counted shares of an iteration.
 CHOICES: dict[str, dict[str, tuple[int, ...]]] = {
     "depthwise_backward": {"block_p": _TILE, "block_n": _TILE, "warps": _WARPS},
     "pointwise_input_gradient": {
@@ -84,37 +84,37 @@ CHOICES: dict[str, dict[str, tuple[int, ...]]] = {
     },
     "confusion_matrix": {"block_p": (16, 32, 64), "warps": (1, 2, 4)},
 }
-AHEAD = 16  # candidates of a key that are compiled before it is their turn
+AHEAD = 16  # candidates of a key that are compiled in advance
 BETTER, NOT_BETTER, WRONG, FAILED, NO_FIT = "better", "not better", "WRONG", "failed", "does not fit"
 
 
 class Trial(NamedTuple):
-    """What became of one candidate: a line of the journal."""
+    """The result of one candidate: a line of the journal."""
 
     key: Key
     launch: Launch
     verdict: str
-    best_us: float | None = None  # of the best launch until then, in the same turns
+    best_us: float | None = None  # time of the best launch until then, in the same turns
     us: float | None = None
     note: str = ""
 
 
 class Entry(NamedTuple):
-    """Of a written table, with the line that it stands in."""
+    """An entry of a written table, with its source line."""
 
     launch: Launch
     line: str
 
 
 class Journal:
-    """All trials on one GPU with the same versions and kernels, in a file of JSON lines that grows with each."""
+    """All trials on one GPU with the same versions and kernels, in a file with one JSON line for each."""
 
     def __init__(self, path: Path, identity: str) -> None:
         self.trials: list[Trial] = []
         self._path, self._identity = path, identity
         path.parent.mkdir(parents=True, exist_ok=True)
         text = path.read_text(encoding="utf-8") if path.exists() else ""
-        if text and not text.endswith("\n"):  # something ended the tuner while it wrote
+        if text and not text.endswith("\n"):  # the tuner was ended while it wrote this line
             path.write_text(text + "\n", encoding="utf-8")
         for line in text.splitlines():
             try:
@@ -139,7 +139,7 @@ class Journal:
 
 
 def candidates(kernel: str, best: Launch, changes: int) -> list[Launch]:
-    """Launches that differ from `best` in at most so many fields; fewer fields first, then smaller steps."""
+    """Launches that differ from `best` in at most the given number of fields; fewest fields first, then smallest steps."""
     found: list[tuple[int, float, Launch]] = []
     for values in itertools.product(*CHOICES[kernel].values()):
         launch = best._replace(**dict(zip(CHOICES[kernel], values, strict=True)))
@@ -150,7 +150,7 @@ def candidates(kernel: str, best: Launch, changes: int) -> list[Launch]:
 
 
 def untried(key: Key, journal: Journal, changes: int, known: Table) -> list[Launch]:
-    """The next candidates; first of all the launch that an earlier file has."""
+    """The next candidates, beginning with the launch of an earlier table."""
     tried = {DEFAULT[key], *(trial.launch for trial in journal.of(key))}
     near = [known[key]] if key in known else []
     return [launch for launch in [*near, *candidates(key[0], journal.best(key), changes)] if launch not in tried]
@@ -165,7 +165,7 @@ def search(
     is_over: Callable[[], bool],
     known: Table,
 ) -> bool:
-    """Try what is near the best so far, until nothing untried is -> True; False if the time was over first."""
+    """Try launches near the best so far until none is untried (True) or the time is over (False)."""
     while left := untried(key, journal, changes, known):
         if is_over():
             return False
@@ -180,7 +180,7 @@ def search(
 
 
 class Compilers:
-    """Processes without the GPU that fill Triton's cache on disk, in the order in which launches are asked for."""
+    """Processes without the GPU that compile launches into Triton's cache on disk, in the order of the requests."""
 
     def __init__(self, architecture: int, processes: int) -> None:
         self._architecture, self._closed = architecture, False
@@ -197,7 +197,7 @@ class Compilers:
                 self._futures[key, launch] = self._pool.submit(self._compile, key, launch)
 
     def usage(self, key: Key, launch: Launch, limit_s: float | None = None) -> dict[str, int]:
-        """What the compiled kernel takes of the GPU's resources. Raises WorkFailed, WorkerLost, TimeoutError."""
+        """The GPU resources that the compiled kernel uses. Raises WorkFailed, WorkerLost, TimeoutError."""
         self.begin(key, [launch])
         return self._futures[key, launch].result(limit_s)
 
@@ -226,14 +226,14 @@ class Compilers:
 
 
 class Examiner:
-    """Compiles a candidate, then compares it on the device, in a process that it may break."""
+    """Compiles a candidate, then compares it on the device, in a separate process because it may crash."""
 
     def __init__(self, compilers: Compilers, device: str, shared_bytes: int, end: float) -> None:
         self._compilers, self._device, self._shared_bytes, self._end = compilers, device, shared_bytes, end
         self._worker = Worker()
 
     def __call__(self, key: Key, best: Launch, left: list[Launch]) -> Trial:
-        """The first of those that are left, while the next ones are compiled. Raises TimeoutError at the end of the time."""
+        """Examine the first remaining candidate while the next ones are compiled. Raises TimeoutError at the time limit."""
         candidate = left[0]
         self._compilers.begin(key, left[:AHEAD])
         try:
@@ -247,7 +247,7 @@ class Examiner:
             return judged(key, candidate, self._worker(launch_trial.compared, *arguments, limit_s=min(60.0, self._left_s())))
         except OutOfTime as error:
             if self._left_s() <= 0:
-                raise TimeoutError from error  # the candidate is not to blame
+                raise TimeoutError from error  # the candidate is not the cause
             return Trial(key, candidate, FAILED, note=str(error))
         except (WorkFailed, WorkerLost) as error:
             return Trial(key, candidate, FAILED, note=str(error))
@@ -263,7 +263,7 @@ class Examiner:
 
 
 def why_not(usage: dict[str, int], shared_bytes: int) -> str:
-    """Why a compiled launch is not worth a measurement; nothing where it is."""
+    """The reason not to measure a compiled launch, or an empty text."""
     spilled = usage.get("stack", 0) + usage.get("local", 0)
     if spilled:
         return f"spills {spilled} bytes per thread"
@@ -271,7 +271,7 @@ def why_not(usage: dict[str, int], shared_bytes: int) -> str:
 
 
 def judged(key: Key, candidate: Launch, comparison: Comparison) -> Trial:
-    """A wrong candidate has no time; a right one is better if it is so by more than the spread."""
+    """The trial of a comparison: a wrong candidate has no time; a right one is better only by more than the spread."""
     if not comparison.error <= comparison.limit:
         return Trial(key, candidate, WRONG, note=f"error {comparison.error:.1e}, limit {comparison.limit:.0e}")
     verdict = BETTER if comparison.is_better else NOT_BETTER
@@ -279,7 +279,7 @@ def judged(key: Key, candidate: Launch, comparison: Comparison) -> Trial:
 
 
 def keys_of(chosen: Sequence[str]) -> list[Key]:
-    """All lines of the launch table for these kernels: the proxy's sizes first, bfloat16 before float32 maps."""
+    """The keys of the launch table for these kernels: the proxy's sizes first, bfloat16 before float32 maps."""
     keys = [key for key in DEFAULT if key[0] in chosen]
     has_two = {kernel for kernel, value_bytes, _ in DEFAULT if value_bytes == 2}
     order = list(CHOICES)
@@ -287,10 +287,10 @@ def keys_of(chosen: Sequence[str]) -> list[Key]:
 
 
 def tune(keys: list[Key], journal: Journal, compilers: Compilers, examine: Examiner, end: float, known: Table) -> list[str]:
-    """One change at a time for every key, then two at once; what was not reached, in words."""
+    """Tune every key with one change at a time, then with two at once; return in words what was not reached."""
     for changes in (1, 2):
         for i, key in enumerate(keys):
-            for ahead in keys[i : i + 3]:  # the GPU shall not wait for compilers
+            for ahead in keys[i : i + 3]:  # so that the GPU does not wait for compilers
                 compilers.begin(ahead, [DEFAULT[ahead], *untried(ahead, journal, changes, known)[:AHEAD]])
             if not search(key, journal, examine, changes=changes, is_over=lambda: time.monotonic() > end, known=known):
                 return [f"not reached with {changes} changed at once: {' '.join(map(str, key))}" for key in keys[i:]]
@@ -298,7 +298,7 @@ def tune(keys: list[Key], journal: Journal, compilers: Compilers, examine: Exami
 
 
 def compile_ahead(keys: list[Key], compilers: Compilers, end: float, shared_bytes: int) -> None:
-    """All candidates around the counted launches into Triton's cache, until the time is over."""
+    """Compile all candidates near the counted launches into Triton's cache, until the time is over."""
     wanted = [(key, [DEFAULT[key], *candidates(key[0], DEFAULT[key], n)]) for n in (1, 2) for key in keys]
     pairs = list(dict.fromkeys((key, launch) for key, launches in wanted for launch in launches))
     for key, launch in pairs:
@@ -321,7 +321,7 @@ def compile_ahead(keys: list[Key], compilers: Compilers, end: float, shared_byte
 
 
 def table_text(gpu: str, versions: str, command: str, date: str, journal: Journal, earlier: dict[Key, Entry]) -> str:
-    """The Python module of a GPU's launches: what the journal found better, and earlier entries that it has not tried."""
+    """The Python module of a GPU's launches: those that the journal found better, and earlier entries that were not tried."""
     tried = {(trial.key, trial.launch) for trial in journal.trials}
     lines = {key: entry.line for key, entry in earlier.items() if key in DEFAULT and (key, entry.launch) not in tried}
     for key in DEFAULT:
@@ -351,14 +351,14 @@ def table_text(gpu: str, versions: str, command: str, date: str, journal: Journa
 
 
 def entries_of(path: Path) -> dict[Key, Entry]:
-    """Those of an earlier file."""
+    """Read the entries of an earlier table."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     found = re.finditer(r'^    (\("\w+", \d, "\w+"\)): Launch(\([\d, ]+\)),.*$', text, re.MULTILINE)
     return {ast.literal_eval(match[1]): Entry(Launch(*ast.literal_eval(match[2])), match[0]) for match in found}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Tune, or compile ahead. Exits with 2 where neither can be done, with 130 after Ctrl-C."""
+    """Tune, or compile in advance. Exits with 2 if neither is possible, with 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=4.0, help="when to stop, with what is known then (default: 4)")
     parser.add_argument("--device", default="cuda:0")
@@ -390,7 +390,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run(options: argparse.Namespace, keys: list[Key], end: float, processes: int, command: str) -> int:
-    """Tune on the device, write the table whatever ends it, and say what was not reached -> the exit code."""
+    """Tune on the device, write the table however it ends, print what was not reached, and return the exit code."""
     gpu, properties = torch.cuda.get_device_name(options.device), torch.cuda.get_device_properties(options.device)
     out = options.out or LAUNCHES / f"{file_stem(gpu)}.py"
     versions = f"torch {torch.__version__}, Triton {version('triton')}"
@@ -398,7 +398,7 @@ def run(options: argparse.Namespace, keys: list[Key], end: float, processes: int
     earlier, code, unreached = entries_of(out), 0, []
     known = measured(gpu) | {key: entry.launch for key, entry in earlier.items()}
     architecture = 10 * properties.major + properties.minor
-    shared_bytes = SHARED_BYTES.get(architecture, sys.maxsize)  # of a GPU we do not know, Triton refuses what does not fit
+    shared_bytes = SHARED_BYTES.get(architecture, sys.maxsize)  # for an unknown GPU, Triton itself refuses what does not fit
     try:
         with (
             Compilers(architecture, max(1, processes - 1)) as compilers,
@@ -415,7 +415,7 @@ def run(options: argparse.Namespace, keys: list[Key], end: float, processes: int
 
 
 def sources_hash() -> str:
-    """Of what a time depends on: the kernels, how they are called, the counted table."""
+    """Hash of the sources that a time depends on: the kernels, their calls, the counted table."""
     folder = ROOT / "fast" / "kernels" / "triton"
     calls = [ROOT / "bench" / name for name in ("kernel_calls.py", "launch_trial.py")]
     paths = [*sorted(folder.glob("*.py")), folder / "launches" / "__init__.py", *calls]

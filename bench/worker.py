@@ -1,4 +1,4 @@
-"""Work in a process of its own: what breaks the GPU's context, hangs or dies costs this work and nothing else."""
+"""Run work in a separate process: if it breaks the GPU's context, hangs or dies, only this work is lost."""
 
 import contextlib
 import importlib
@@ -19,21 +19,21 @@ Say = Callable[[Any], None]
 
 
 class WorkFailed(Exception):
-    """The function raised; the message has the exception's type and first line. The process goes on."""
+    """The function raised an exception; the message has its type and first line. The process can be used again."""
 
 
 class WorkerLost(Exception):
-    """The process is no more: it died, reached its limit, or broke the device's context; the message says which."""
+    """The process is gone: it died, reached its limit, or broke the device's context; the message says which."""
 
 
 class OutOfTime(WorkerLost):
-    """It reached its limit."""
+    """The process reached its time limit."""
 
 
 class Worker:
     """A fresh interpreter, started at once, that calls functions of importable modules one after the other.
 
-    It leads a session of its own: Ctrl-C reaches the parent alone, and whatever the function starts ends with it.
+    It has its own session: Ctrl-C only reaches the parent, and everything that the function starts ends with the process.
 
     >>> with Worker() as worker:
     ...     worker(divmod, 7, 2)
@@ -45,7 +45,7 @@ class Worker:
         self._connection, theirs = context.Pipe()
         arguments = (theirs, preload, None if log is None else str(log))
         self._process = context.Process(target=_serve, args=arguments)
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited: not even while it imports
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited, so that it holds during imports too
         try:
             self._process.start()
         finally:
@@ -56,7 +56,7 @@ class Worker:
     def __call__(
         self, function: Callable[..., Any], *arguments: Any, limit_s: float | None = None, say: Say | None = None
     ) -> Any:
-        """function(*arguments), with `say=` if one is given: what it says arrives at once.
+        """Call function(*arguments), with `say=` if one is given; what it says arrives at once.
 
         Raises WorkFailed, WorkerLost, OutOfTime.
         """
@@ -85,14 +85,14 @@ class Worker:
         raise OutOfTime(f"stopped after {limit_s:.0f} s")
 
     def kill(self) -> None:
-        """End the process and all that it has started; a call that waits for it, in another thread, raises WorkerLost."""
+        """End the process and all that it has started; a call that another thread waits for raises WorkerLost."""
         if self._process.pid is not None:
-            with contextlib.suppress(ProcessLookupError, PermissionError):  # it has not begun its session, or is gone
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # it has not begun its session yet, or is gone
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.kill()
 
     def close(self) -> None:
-        """`kill`, and give back what the process took; from the thread that calls, or after it."""
+        """`kill` the process and release its resources; to be called by the thread that uses it, or after that thread."""
         self.is_lost = True
         self.kill()
         if self._process.pid is not None:
@@ -107,9 +107,9 @@ class Worker:
 
 
 class Workers:
-    """One worker at a time, and a new one behind each that was lost. `ahead` starts the next while one works.
+    """One worker at a time, and a new one after each that was lost. `ahead` starts the next one in advance.
 
-    A fresh interpreter imports PyTorch for seconds; on a GPU nobody is disturbed by that, on a few cores everybody.
+    A new interpreter takes seconds to import PyTorch. That disturbs measurements on a few CPU cores, but not on a GPU.
     """
 
     def __init__(self, *, preload: str = "bench", log: Path | None = None, ahead: bool = False) -> None:
@@ -119,11 +119,11 @@ class Workers:
         self._next: Worker | None = None
 
     def living(self) -> Worker:
-        """The worker of the call before, if there is still one."""
+        """The worker of the previous call, if it still lives."""
         return self.fresh() if self._worker is None or self._worker.is_lost else self._worker
 
     def fresh(self) -> Worker:
-        """A worker that has done nothing; the one before it ends."""
+        """A worker that has done nothing yet; the previous one is ended."""
         if self._worker is not None:
             self._worker.close()
         self._worker = self._next or self._start()
@@ -149,7 +149,7 @@ def _serve(connection: Connection, preload: str, log: str | None) -> None:
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(file, 1)
         os.dup2(file, 2)
-    with contextlib.suppress(Exception):  # the function's own imports say what is wrong
+    with contextlib.suppress(Exception):  # the function's own imports will say what is wrong
         importlib.import_module(preload)
     while True:
         try:
@@ -168,7 +168,7 @@ def _serve(connection: Connection, preload: str, log: str | None) -> None:
 
 
 def _end_with_the_parent() -> None:
-    """Whatever ends the parent, its worker and all that this has started must not hold the GPU from the next one."""
+    """End the worker and all that it has started with the parent, so that they do not keep the GPU busy."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         wait([parent.sentinel])
@@ -176,7 +176,7 @@ def _end_with_the_parent() -> None:
 
 
 def has_lost_its_device() -> bool:
-    """An illegal address or a failed launch stays with a CUDA context: every later call of the process repeats it."""
+    """Whether the process has lost its CUDA context: after an illegal address or a failed launch, every later call fails."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return False

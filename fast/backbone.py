@@ -1,4 +1,4 @@
-"""Backbones by timm: from images to the last feature map at a chosen output stride."""
+"""Backbones from timm: from images to the last feature map, at a chosen output stride."""
 
 import hashlib
 from pathlib import Path
@@ -18,9 +18,9 @@ _TENSORFLOW_MOMENTUM = {"mobilenetv2": 0.003, "xception": 0.0003}
 
 
 class LowLevel(NamedTuple):
-    """The map on every 4th pixel that a decoder reads: the output of `module` within the body, with so many channels.
+    """The feature map at stride 4 that a decoder reads: the output of `module` in the body, and its number of channels.
 
-    Without a module it is the first map of the body's list.
+    Without a module it is the first map of those that the body returns.
     """
 
     channels: int
@@ -82,7 +82,7 @@ class Backbone(nn.Module):
     def with_low_level(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The map for a decoder (N, low_level.channels, ceil(H / 4), ceil(W / 4)), and the last one.
 
-        Raises ValueError for a backbone that was built without.
+        Raises ValueError for a backbone that was built without the low-level map.
         """
         if self.low_level is None:
             raise ValueError(f"backbone {self.name} was built without the map at stride 4 that a decoder reads")
@@ -100,7 +100,7 @@ class Backbone(nn.Module):
         self._tapped.append(output)
 
     def weights_hash(self) -> str:
-        """A hash of all weights and statistics: features cached with one backbone are not mistaken for another's."""
+        """A hash of all weights and statistics, by which cached features are told from those of another backbone."""
         digest = hashlib.sha256()
         for key, value in sorted(self.state_dict().items()):
             digest.update(key.encode() + value.detach().cpu().contiguous().numpy().tobytes())
@@ -110,7 +110,7 @@ class Backbone(nn.Module):
 
 
 class PlainBody(nn.Module):
-    """Plain 3×3 convolutions with batch norm and ReLU; each of the first ones halves the map, up to `output_stride`."""
+    """Plain 3×3 convolutions with batch norm and ReLU; the first ones halve the map until `output_stride` is reached."""
 
     def __init__(self, channels: tuple[int, ...], output_stride: int) -> None:
         super().__init__()
@@ -159,7 +159,7 @@ def timm_backbone(
     mean and deviation in their configuration. `low_level=True` also gives the map at stride 4 that a decoder reads. Raises
     ValueError naming the model, or the file and the keys that do not fit.
     """
-    import timm  # here: it takes seconds and brings torchvision, which nobody needs who has features already
+    import timm  # imported here: it takes seconds and loads torchvision, which is not needed where features are cached
 
     if not timm.is_model(name):
         similar = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:8]) or "see timm.list_models()"
@@ -196,8 +196,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"weights file {path} does not exist")
     try:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling a stranger's file can fail in any way
-        # torch's own words would advise to read it with weights_only=False, which runs a stranger's code
+    except Exception as error:  # an unknown file can fail to load in any way
+        # torch's own message would advise weights_only=False, which runs code from the file
         raise ValueError(f"weights file {path} cannot be read as safetensors or as a PyTorch state dict") from error
     state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
@@ -206,7 +206,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _create_body(name: str, output_stride: int, pretrained: bool, *, stride_4: bool, options: dict[str, Any]) -> Any:
-    """timm's `features_only` model that gives the last map, and before it the last one at stride 4 if wanted."""
+    """timm's `features_only` model: it returns the last map and, if wanted, before it the last one at stride 4."""
     import timm
 
     indices: tuple[int, ...] = (-1,)
@@ -234,7 +234,7 @@ def _create_body(name: str, output_stride: int, pretrained: bool, *, stride_4: b
 
 
 def _halve_output_stride(body: nn.Module) -> None:
-    """The last stride of 2 becomes 1, and the convolutions of all later blocks are dilated twice as much."""
+    """Set the last stride of 2 to 1, and dilate the convolutions of all later blocks twice as much."""
     blocks = [module for name, module in body.named_children() if name.startswith("blocks_")]
     last = max(i for i, block in enumerate(blocks) if any(conv.stride == (2, 2) for conv in _convolutions(block)))
     for conv in _convolutions(blocks[last]):
@@ -248,7 +248,7 @@ def _convolutions(module: nn.Module) -> list[nn.Conv2d]:
 
 
 def _load_body(body: nn.Module, name: str, options: dict[str, Any], path: Path) -> None:
-    """Strict: the file must fit the whole timm model, or exactly the part of it that computes features."""
+    """Load the file; it must fit the whole timm model, or exactly the part of it that computes features."""
     import timm
 
     state = read_weights(path)
@@ -276,7 +276,7 @@ def _follow_tensorflow(body: nn.Module, name: str) -> None:
 
 
 def _keep_unchanged(body: nn.Module, tapped: str) -> None:
-    """Let no activation that follows overwrite the tapped map (timm's Xception applies ReLU to it in place)."""
+    """Make the ReLU behind the tapped map not overwrite it (timm's Xception applies it in place)."""
     for module in body.get_submodule(tapped.rpartition(".")[0]).children():
         if isinstance(module, nn.ReLU):
             module.inplace = False

@@ -16,7 +16,7 @@ MOMENTUM = 0.0003  # the authors' decay of 0.9997
 
 
 class LiveNorm(NamedTuple):
-    """A batch norm as it stands in a network: its tensors, and how it is to run, which every norm decides for itself."""
+    """A batch norm of a network: its tensors, and its mode (training or not, momentum), which each norm has for itself."""
 
     tensors: BatchNorm[Tensor]
     training: bool
@@ -26,7 +26,7 @@ class LiveNorm(NamedTuple):
 
 
 def live(norm: nn.Module) -> LiveNorm:
-    """What a module of `nn.BatchNorm2d` holds and says now.
+    """The tensors and the present mode of an `nn.BatchNorm2d`.
 
     Raises TypeError for another kind of norm, ValueError for one without scale and offset, or without running statistics.
     """
@@ -73,10 +73,10 @@ def batch_norm_relu(x: Tensor, norm: BatchNorm[Tensor], *, training: bool, momen
 
 
 def start(norm: LiveNorm, x: Tensor) -> tuple[bool, float]:
-    """Whether x (N, any C, H, W) is normalised by its own statistics, and their weight in the running ones.
+    """Return whether x (N, any C, H, W) is normalised by its own statistics, and their weight in the running statistics.
 
-    Counts the batch where it is, so call it once a forward pass. As in PyTorch, the device is only asked for the count where
-    momentum is None.
+    It counts the batch if it is, so call it once in each forward pass. As in PyTorch, the count is only read from the device
+    if momentum is None.
     """
     if not uses_batch_statistics(x, norm.training):
         return False, 0.0
@@ -97,7 +97,7 @@ _uncounted: ContextVar[list[Tensor] | None] = ContextVar("uncounted_batches", de
 
 @contextlib.contextmanager
 def counted_at_once() -> Iterator[None]:
-    """One operation at the end counts the batch for all norms that run inside, each at most once: on a GPU one launch."""
+    """Count the batch for all norms that run inside, each at most once, by one operation at the end: one launch on a GPU."""
     counters: list[Tensor] = []
     token = _uncounted.set(counters)
     try:
@@ -120,8 +120,8 @@ def _count(batches: Tensor) -> None:
 def recompute_statistics(module: nn.Module, batches: Iterable[Tensor]) -> None:
     """Replace all running statistics below `module` by their plain average over `batches` of its input.
 
-    After a short training the slow averages still remember the initial weights; this makes its scores fair. Everything but the
-    batch norms is in evaluation mode meanwhile (no dropout), and the whole module is left in evaluation mode.
+    After a short training, the slow moving averages still depend on the initial weights; plain averages do not. Meanwhile,
+    everything but the batch norms is in evaluation mode (no dropout). Afterwards the whole module is.
     """
     norms = [child for child in module.modules() if isinstance(child, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]

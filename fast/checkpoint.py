@@ -34,7 +34,7 @@ def save_head(path: Path, head: SegmentationHead, *, class_names: tuple[str, ...
 
 
 def load_head(path: Path) -> tuple[SegmentationHead, dict[str, Any]]:
-    """The head in evaluation mode, and its description. Raises ValueError naming the file."""
+    """Load a head: the module in evaluation mode, and its description. Raises ValueError naming the file."""
     description, state = _read(path, "head", FORMAT)
     with _building(path, "head"):
         head = _build_head(description)
@@ -43,7 +43,7 @@ def load_head(path: Path) -> tuple[SegmentationHead, dict[str, Any]]:
 
 
 def load_context(path: Path) -> DensePredictionCell:
-    """The cell alone of a head or network file, with its weights, in evaluation mode. Raises ValueError naming the file."""
+    """Load the cell alone from a head or network file, with weights, in evaluation mode. Raises ValueError naming the file."""
     description, state = _read(path, "head or network", FORMAT, NETWORK_FORMAT)
     with _building(path, "head or network"):
         context = _build_head(description).context
@@ -71,7 +71,7 @@ def save_network(
 
 
 def load_network(path: Path) -> tuple[SegmentationNetwork, dict[str, Any]]:
-    """The network in evaluation mode, and its description. Raises ValueError naming the file."""
+    """Load a network: the module in evaluation mode, and its description. Raises ValueError naming the file."""
     description, state = _read(path, "network", NETWORK_FORMAT)
     with _building(path, "network"):
         backbone = _build_backbone(description["backbone"], low_level=description["decoder"] is not None)
@@ -151,11 +151,11 @@ def _build_backbone(description: dict[str, Any], *, low_level: bool) -> Backbone
 def _write(path: Path, module: nn.Module, file_format: str, description: dict[str, Any]) -> None:
     state = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
     content = save(state, metadata={"format": file_format, "description": json.dumps(description)})
-    write_whole(path, content)  # not save_file: its files are for the owner's eyes alone, whatever the umask
+    write_whole(path, content)  # not save_file: only their owner could read its files, whatever the umask
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write aside, wait for the disk, then rename: whatever ends the machine, the file is the old one or the new one."""
+    """Write to a temporary file, flush it to disk, then rename it: after a crash the old or the new file is there, whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:
@@ -186,7 +186,7 @@ def _read(path: Path, kind: str, *formats: str) -> tuple[dict[str, Any], dict[st
 
 @contextmanager
 def _building(path: Path, kind: str) -> Iterator[None]:
-    """A description that is damaged, or of another version, is said by the file's name; building draws no random numbers."""
+    """Turn errors inside into a ValueError that names the file, and let nothing that is built draw random numbers."""
     try:
         with torch.random.fork_rng(devices=[]):
             yield

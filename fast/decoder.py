@@ -2,7 +2,8 @@
 
 Chen et al., "Encoder-Decoder with Atrous Separable Convolution", ECCV 2018, section 3.1; `refine_by_decoder` in
 research/deeplab/model.py. The low-level map is projected to 48 channels, so that it does not outweigh the context; the context
-is resized to its size; two atrous separable convolutions of rate 1 read both. Batch norm and ReLU follow every convolution.
+is resized to that map's size; two atrous separable convolutions of rate 1 read both. Batch norm and ReLU follow every
+convolution.
 
     y = separable(separable(concat[resize(context), conv1x1(low_level)]))
 """

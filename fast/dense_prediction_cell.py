@@ -1,4 +1,4 @@
-"""The Dense Prediction Cell as a PyTorch module; `reference/dense_prediction_cell.py` is its meaning."""
+"""The Dense Prediction Cell as a PyTorch module; `reference/dense_prediction_cell.py` defines what it computes."""
 
 from itertools import chain
 from typing import Any, TypeAlias, assert_never, cast, get_args
@@ -66,7 +66,7 @@ class DensePredictionCell(nn.Module):
         return value(self.lazy(features))
 
     def lazy(self, features: Tensor) -> NormedMap:
-        """The output with its norm not yet applied, for whatever can apply it on load."""
+        """The output with its norm not yet applied, for callers that apply it on load."""
         if features.ndim != 4 or features.shape[1] != self.in_channels:
             raise ValueError(f"cell needs features: (N, {self.in_channels}, H, W), got {tuple(features.shape)}")
         operations = operations_for(features)
@@ -87,7 +87,7 @@ class DensePredictionCell(nn.Module):
 
 
 def decays(module: nn.Module) -> dict[str, bool]:
-    """Which parameters carry weight decay, by name: all but depthwise weights, batch norms and biases (deeplab's rule)."""
+    """Names of all parameters, each with whether it decays: all but depthwise weights, batch norms and biases (deeplab)."""
     exempt = {name for name, child in module.named_modules() if isinstance(child, nn.BatchNorm2d)}
     exempt |= {f"{name}.depthwise" for name, child in module.named_modules() if isinstance(child, SeparableBranch)}
     convolutions = {name: child for name, child in module.named_modules() if isinstance(child, nn.Conv2d)}
@@ -128,7 +128,7 @@ class ConvNormLayer(nn.Module):
         return ConvNorm(self.weight, BatchNorm(self.norm.weight, self.norm.bias, mean, var))
 
     def live(self) -> LiveConv:
-        """With the mode of the norm, which decides itself whether it trains: it can be frozen, or train alone."""
+        """The weights with the norm's own mode: it can be frozen while the rest trains, or the other way round."""
         return LiveConv(self.weight, live(self.norm))
 
 

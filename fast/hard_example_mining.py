@@ -1,8 +1,8 @@
 """Training on the hardest pixels only, as research/deeplab/utils/train_utils.py does.
 
 The loss is the mean over the share of all pixels that have the largest loss; the share falls linearly from 1 over the first
-iterations. What is not among them becomes an ignored pixel, so `upsampled_cross_entropy` computes loss and gradient, and the
-logits of a whole batch are never upsampled here either: one number per pixel is.
+iterations. All other pixels become ignored ones, so `upsampled_cross_entropy` computes loss and gradient. Logits of a whole
+batch are never upsampled here either; only one number per pixel is.
 """
 
 import torch
@@ -15,7 +15,7 @@ from reference.upsampled_cross_entropy import IGNORE_INDEX
 
 
 def mined_share(share: float, iteration: int, iterations: int) -> float:
-    """The share at `iteration`, which falls from 1 to `share` over `iterations`; from the start if that is 0.
+    """The share of pixels at `iteration`: it falls linearly from 1 to `share` over `iterations`, or is `share` if that is 0.
 
     >>> mined_share(0.5, 2, 4)
     0.75
@@ -26,9 +26,9 @@ def mined_share(share: float, iteration: int, iterations: int) -> float:
 
 @torch.no_grad()
 def hardest_pixels(logits: Tensor, labels: Tensor, share: float, *, ignore_index: int = IGNORE_INDEX) -> Tensor:
-    """`labels` (N, H, W), with `ignore_index` wherever the loss of `logits` (N, K, h, w) is not among the largest.
+    """`labels` (N, H, W), with `ignore_index` at every pixel whose loss of `logits` (N, K, h, w) is not among the largest.
 
-    int(share · N·H·W) pixels are kept, the ignored ones counted among the N·H·W; of those kept none has loss 0.
+    int(share · N·H·W) pixels are kept (ignored ones count in N·H·W), but none whose loss is 0.
     """
     losses = _pixel_losses(logits.float(), labels, ignore_index).flatten()  # (N·H·W,)
     hardest = losses.topk(int(share * losses.numel())).indices
@@ -38,7 +38,7 @@ def hardest_pixels(logits: Tensor, labels: Tensor, share: float, *, ignore_index
 
 
 def _pixel_losses(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
-    """(N, H, W), 0 where ignored; by bands of rows."""
+    """The loss of every pixel (N, H, W), 0 where it is ignored, computed in bands of rows."""
     height, width = labels.shape[1:]
     rows, columns = (resize_matrix(logits.shape[2 + i], (height, width)[i], logits.dtype, logits.device) for i in range(2))
     band = band_rows(logits, width)

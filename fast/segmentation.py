@@ -1,4 +1,4 @@
-"""From features, or images, to class scores: the cell with its classifier, and with a backbone below."""
+"""Class scores from features (the cell with its classifier) or from images (with a backbone)."""
 
 from collections.abc import Sequence
 
@@ -42,13 +42,13 @@ class SegmentationHead(nn.Module):
         self.classifier = Classifier(context.cell_channels, num_classes)
 
     def forward(self, features: Tensor) -> Tensor:
-        hooked = any(getattr(self.context, hooks) for hooks in _HOOKS)  # these run, and see values
+        hooked = any(getattr(self.context, hooks) for hooks in _HOOKS)  # only these compute, and need values
         logits: Tensor = self.classifier(self.context(features) if hooked else self.context.lazy(features))
         return logits
 
 
 class SegmentationNetwork(nn.Module):
-    """Backbone and head, with a decoder between context and classifier or without.
+    """Backbone and head, with or without a decoder between context and classifier.
 
     Images (N, 3, H, W) with values 0 to 255 -> logits (N, K, ceil(H / s), ceil(W / s)), where s is `logits_stride`: 4 with a
     decoder, else the backbone's output stride. Raises ValueError where the parts disagree on channels or output stride.
@@ -97,9 +97,9 @@ def predict_scales(
 ) -> Tensor:
     """Class probabilities averaged over scales and mirror images: (N, 3, H, W) -> (N, K, H, W) float32.
 
-    As `predict_labels_multi_scale` of research/deeplab/model.py: the image is resized to int((H − 1)·scale + 1) rows, its
-    logits to the size they have at scale 1 (larger for larger scales), then to the image's, and softmax is averaged. The best
-    class is the argmax over dimension 1. Raises ValueError for scales that are not above 0.
+    This follows `predict_labels_multi_scale` of research/deeplab/model.py: the image is resized to int((H − 1)·scale + 1)
+    rows, its logits to the size they have at scale 1 (larger for larger scales), then to the image's, and softmax is
+    averaged. The best class is the argmax over dimension 1. Raises ValueError for scales that are not above 0.
     """
     if not scales or not all(scale > 0 for scale in scales):
         raise ValueError(f"scales must be numbers above 0, at least one, got {scales}")
@@ -109,7 +109,7 @@ def predict_scales(
         scaled = bilinear_resize(images.float(), _scaled(size, scale)) if scale != 1.0 else images.float()
         for mirrored in (False, True) if flip else (False,):
             logits = network(scaled.flip(3) if mirrored else scaled).float()
-            # For scales below 1 this differs from one resize to the image's size.
+            # For scales below 1, one resize to the image's size would give another result.
             logits = bilinear_resize(logits, _scaled(size, max(1.0, scale) / network.logits_stride))
             probabilities = bilinear_resize(logits.flip(3) if mirrored else logits, size).softmax(dim=1)
             total = probabilities if total is None else total + probabilities

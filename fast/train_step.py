@@ -1,7 +1,7 @@
 """One iteration of the proxy task's training (paper, section 3.3): crops, forward, loss, backward, SGD.
 
-On CUDA the whole iteration, the drawing of crops and the learning rate included, is one graph: captured once per cell,
-replayed without Python or the host. On a CPU the same calls run one by one.
+On CUDA the whole iteration, with the drawing of crops and the learning rate, is one graph: captured once per cell, then
+replayed without Python. On a CPU the same calls run one by one.
 """
 
 import ctypes
@@ -20,7 +20,7 @@ from fast.upsampled_cross_entropy import upsampled_cross_entropy
 
 Precision = Literal["auto", "float32", "bfloat16"]
 POWER = 0.9  # of the polynomial decay of the learning rate
-EAGER_ITERATIONS = 3  # before a graph is captured, so that libraries have made what they make at a first call
+EAGER_ITERATIONS = 3  # before a graph is captured, so that libraries have done their work of a first call
 
 
 class TrainStep:
@@ -64,7 +64,7 @@ class TrainStep:
         self._calls = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         self._stream: torch.cuda.Stream | None = None
-        self._batch: tuple[Tensor, Tensor] | None = None  # where crops from the host arrive, in the features' own dtype
+        self._batch: tuple[Tensor, Tensor] | None = None  # crops from the host are copied here, in the features' own dtype
         self._loss = torch.zeros((), device=self.device)
         head.train()
         if self.device.type == "cpu":
@@ -124,7 +124,7 @@ class TrainStep:
         if self._graph is None:
             graph = torch.cuda.CUDAGraph()
             self._optimizer.zero_grad(set_to_none=True)
-            # The library's own stream for captures belongs to whichever device was first.
+            # PyTorch's default stream for captures belongs to the device that used it first.
             with torch.cuda.device(self.device), torch.cuda.graph(graph, stream=self._side_stream()):
                 self._iterate()
             self._graph = graph
@@ -136,17 +136,17 @@ class TrainStep:
         return self._stream
 
     def _receive(self) -> None:
-        """Draw a batch from features that do not fit the GPU into the place where the graph reads it."""
+        """Draw a batch, from features that do not fit on the GPU, into the buffer that the graph reads."""
         limits = [self._features.shape[0], *(self._features.shape[2 + i] - self._crop[i] + 1 for i in range(2))]
         corners = (torch.randint(limit, (self._batch_size,)).tolist() for limit in limits)
         crops = self._cut(*corners, to_send=True)
         if self._batch is None:
             self._batch = torch.empty_like(crops[0], device=self.device), torch.empty_like(crops[1], device=self.device)
         for place, crop in zip(self._batch, crops, strict=True):
-            place.copy_(crop, non_blocking=True)  # the host goes on; its memory is kept until the copy is done
+            place.copy_(crop, non_blocking=True)  # the host continues meanwhile; its memory is kept until the copy is done
 
     def _cut(self, indices: list[int], tops: list[int], lefts: list[int], *, to_send: bool = False) -> tuple[Tensor, Tensor]:
-        """In the head's dtype; to be sent in the features' own, which is mostly half of it, from where a GPU can fetch it."""
+        """Cut crops, in the head's dtype; with `to_send` in the features' own, mostly half the bytes, in pinned memory."""
         (height, width), stride = self._crop, self._stride
         shape = (self._batch_size, self._features.shape[1], height, width)
         batch = torch.empty(shape, dtype=self._features.dtype if to_send else self._dtype, pin_memory=to_send)
@@ -159,12 +159,12 @@ class TrainStep:
 
 @functools.cache
 def _keep_freed_memory() -> None:
-    """Maps are freed and allocated again at each iteration: without this glibc returns their pages and takes a tenth of the
-    time to have them zeroed anew. For the whole process; other C libraries are left as they are.
+    """Tell glibc to keep freed memory. Maps are freed and allocated again in each iteration; otherwise glibc returns their
+    pages to the system, and a tenth of the time goes into zeroing new ones. It applies to the whole process.
     """
     m_trim_threshold, m_mmap_threshold, one_gigabyte = -1, -3, 1 << 30  # malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    # Older versions refuse more than 32 MB; without this one the other would make things worse.
+    # Older versions refuse more than 32 MB; with the other setting alone things would be worse.
     if mallopt is not None and (mallopt(m_mmap_threshold, one_gigabyte) or mallopt(m_mmap_threshold, 32 << 20)):
         mallopt(m_trim_threshold, one_gigabyte)
 
@@ -181,7 +181,7 @@ def has_fast_bf16(device: torch.device) -> bool:
 
 
 def _gather(maps: Tensor, index: Tensor, top: Tensor, left: Tensor, size: tuple[int, int]) -> Tensor:
-    """Windows of maps (images, C, H, W) at (top, left), each (N,) -> (N, *size, C), without asking the host."""
+    """Windows of maps (images, C, H, W) at (top, left), each (N,) -> (N, *size, C); no index is read back by the host."""
     rows = top[:, None] + torch.arange(size[0], device=maps.device)  # (N, h)
     columns = left[:, None] + torch.arange(size[1], device=maps.device)  # (N, w)
     windows: Tensor = maps[index[:, None, None], :, rows[:, :, None], columns[:, None, :]]

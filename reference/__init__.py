@@ -1,1 +1,1 @@
-"""What every operation means: NumPy alone, float64, forward and gradient side by side. Start with `reference/README.md`."""
+"""Defines every operation in NumPy, in float64, forward pass and gradient side by side. Start with `reference/README.md`."""

@@ -6,7 +6,7 @@
 follow r ← (1 − momentum) · r + momentum · batch, with the *unbiased* variance, as in PyTorch; TensorFlow's decay is
 1 − momentum (the authors use 0.9997). Source: research/deeplab/core/utils.py and slim's batch_norm.
 
-A batch with one value per channel (a 1×1 map, batch 1) has no statistics: the running ones are used and left as they are.
+A batch with one value per channel (a 1×1 map, batch 1) has no statistics: the running ones are used and do not change.
 """
 
 from typing import Generic, NamedTuple, TypeVar

@@ -117,7 +117,7 @@ class Cell:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Read the authors' format. Raises ValueError naming the branch and the key."""
+        """Read a cell in the authors' format. Raises ValueError naming the branch and the key."""
         try:
             items = json.loads(text)
         except (ValueError, RecursionError) as error:  # also a number of thousands of digits, or absurd nesting

@@ -2,7 +2,7 @@
 
     maps[-1] = features;   maps[i] = operation_i(maps[input_i]);   y = concat_project(maps[0], ..., maps[B-1])
 
-At output stride 8 the atrous rates double (`rate_multiplier=2`), 1×1 convolutions and pooling grids stay.
+At output stride 8 the atrous rates double (`rate_multiplier=2`); 1×1 convolutions and pooling grids stay the same.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ class CellWeights(NamedTuple, Generic[ArrayT]):
 
 
 class BranchOptions(NamedTuple):
-    """What a cell's operations depend on besides the cell and the weights."""
+    """Options of a cell's operations, besides the cell and the weights."""
 
     training: bool
     rate_multiplier: int = 1  # 16 // output_stride

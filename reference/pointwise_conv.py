@@ -3,7 +3,7 @@
     y[n, o, h, w] = Σ_c  weight[o, c] · x[n, c, h, w]
 
 `conv1x1` is the first of the paper's 81 operations (section 3.1): pointwise convolution, batch norm, ReLU. In the authors'
-code (research/deeplab/core/dense_prediction_cell.py) this is `conv` with kernel 1; rates do not touch it.
+code (research/deeplab/core/dense_prediction_cell.py) this is `conv` with kernel 1; rates do not apply to it.
 """
 
 from typing import Generic, NamedTuple

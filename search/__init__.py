@@ -1,1 +1,1 @@
-"""How a cell is found and proven; each stage is a module that runs: `python -m search.random --help`."""
+"""Finds cells and tests them; every stage is a command: `python -m search.random --help`."""

@@ -1,4 +1,4 @@
-"""How every command of `search` meets its user: flags from groups of settings, a sentence for bad input, clean Ctrl-C."""
+"""Command lines of `search`: flags from groups of settings, one sentence for bad input, a clean end by Ctrl-C."""
 
 import shlex
 import sys
@@ -28,8 +28,8 @@ def run_command(
 ) -> None:
     """Parse the flags of `settings_type`, run `command`, and exit: 0 done, 2 bad input, 130 stopped by Ctrl-C.
 
-    `goes_on` says that the same command goes on where it was stopped; `renamed` has the flags of earlier versions, and what
-    is to be written instead. A full memory is bad input too: of sizes too large.
+    `goes_on` says that the same command continues where it was stopped. `renamed` maps flags of earlier versions to what is
+    to be written instead. A full memory counts as bad input too, because the sizes that were given are too large.
     """
     for flag in (argument.partition("=")[0] for argument in sys.argv[1:]):
         if instead := (renamed or {}).get(flag.replace("_", "-")):
@@ -71,12 +71,12 @@ def flags_of(settings_type: type) -> dict[str, str]:
 
 
 def this_command(prog: str) -> str:
-    """As it was typed, for who wants to type it again."""
+    """The command line as it was typed, so that a user can repeat it."""
     return shlex.join([*prog.split(), *sys.argv[1:]])
 
 
 def _is_full_memory(error: Exception) -> bool:
-    """PyTorch has a type of its own for a full GPU, for a full CPU it has words alone."""
+    """Whether the error means a full memory. PyTorch has an exception type for a full GPU, but only words for a CPU."""
     words = ("can't allocate memory", "not enough memory", "out of memory")
     return isinstance(error, MemoryError) or any(each in str(error).lower() for each in words)
 

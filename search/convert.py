@@ -1,4 +1,4 @@
-"""From a TensorFlow V2 checkpoint of the authors' DeepLab to a network of this project: `python -m search.convert`.
+"""Convert a TensorFlow V2 checkpoint of the authors' DeepLab into a network of this project: `python -m search.convert`.
 
 What is read off the checkpoint, and what must be given, says `search/tensorflow/deeplab.py`.
 """
@@ -16,7 +16,7 @@ from search.settings import require
 from search.tensorflow.deeplab import convert
 from search.tensorflow.tensor_bundle import TensorBundle
 
-CLASS_NAMES = {len(names): names for names in (cityscapes.CLASS_NAMES, pascal_voc.CLASS_NAMES)}  # the authors' data sets
+CLASS_NAMES = {len(names): names for names in (cityscapes.CLASS_NAMES, pascal_voc.CLASS_NAMES)}  # the authors' two data sets
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
-"""One device, or several processes with one each: the few things a training asks of them.
+"""One device, or several processes with one device each, behind one interface for trainings.
 
-Started plainly, a training runs on one device and needs nothing. Started by `torchrun` or `accelerate launch`, each process
-has one device and Hugging Face Accelerate (the extra `devices`) joins them.
+Started as a plain command, a training runs on one device. Started by `torchrun` or `accelerate launch`, each process has
+one device, and Hugging Face Accelerate (the extra `devices`) joins them.
 """
 
 import os
@@ -15,12 +15,12 @@ from search.errors import InputError
 
 
 def resolve_device(device: str) -> str:
-    """The device by its name, a GPU with its number; auto is a GPU if there is one. Raises InputError if it is not there."""
+    """The device's full name, a GPU's with its number; auto is a GPU if there is one. Raises InputError for an absent one."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         place = torch.device(device)
-        if place.type == "cuda" and torch.cuda.is_available():  # asked without a tensor, whose context takes half a gigabyte
+        if place.type == "cuda" and torch.cuda.is_available():  # no tensor: its context takes half a gigabyte
             index = torch.cuda.current_device() if place.index is None else place.index
             torch.cuda.get_device_properties(index)
             return f"cuda:{index}"
@@ -31,7 +31,7 @@ def resolve_device(device: str) -> str:
 
 
 class Devices:
-    """Process `rank` of `count`, and its device."""
+    """This is process `rank` of `count`; `device` is its device."""
 
     rank, count = 0, 1
 
@@ -39,11 +39,11 @@ class Devices:
         self.device = torch.device(resolve_device(device))
 
     def prepare(self, network: nn.Module) -> nn.Module:
-        """What is called in training; gradients of all processes are averaged in its backward pass."""
+        """Wrap a network for training, so that its backward pass averages the gradients of all processes."""
         return network
 
     def alone(self, network: nn.Module) -> AbstractContextManager[Any]:
-        """Where a backward pass only adds to this process's gradients, because another follows."""
+        """Inside, a backward pass only adds to this process's gradients, because another one follows."""
         return nullcontext()
 
     def total(self, values: Tensor) -> Tensor:
@@ -51,14 +51,14 @@ class Devices:
         return values
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Wait until all processes have reached this point."""
 
     def close(self) -> None:
-        """Leave the others in order."""
+        """Leave the group of processes."""
 
 
 class AcceleratedDevices(Devices):
-    """By Accelerate, which reads from the environment what the launcher says."""
+    """Several processes joined by Accelerate, which reads the launcher's environment variables."""
 
     def __init__(self, device: str) -> None:
         try:
@@ -93,5 +93,5 @@ class AcceleratedDevices(Devices):
 
 
 def join_devices(device: str) -> Devices:
-    """What this process was started for. Raises InputError for a device that is not there, or if Accelerate is needed."""
+    """The devices that this process was started with. Raises InputError for an absent one, or if Accelerate is missing."""
     return AcceleratedDevices(device) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else Devices(device)

@@ -1,7 +1,7 @@
-"""What goes wrong because of what a user gave: parts say it of fields, commands print the flags of these fields.
+"""Errors about what a user gave. All parts of `search` name settings by their fields, commands print the flags.
 
-A field stands in backticks in a message. Who calls a part from Python reads `crop_size`, the argument's name; who starts a
-command reads --crop-size, because `search.cli` knows the fields of the command's settings.
+A message has a field in backticks. Callers from Python read `crop_size`, the argument's name; users of a command read
+--crop-size, because `search.cli` knows the fields of the command's settings.
 """
 
 import re
@@ -16,7 +16,7 @@ class InputError(ValueError):
 
 
 def with_fields(text: str, spelling: Callable[[str], str]) -> str:
-    """The text with every field in it spelled anew.
+    """Replace every `field` in the text by its spelling.
 
     >>> with_fields("`crop_size` is larger than `large.image_size`", str.upper)
     'CROP_SIZE is larger than LARGE.IMAGE_SIZE'
@@ -35,7 +35,9 @@ def as_flag(field: str) -> str:
 
 @contextmanager
 def fields_in(group: str, fields: frozenset[str]) -> Iterator[None]:
-    """Of errors raised inside, these fields are said to be of a group of settings, for whoever has a second one like it.
+    """Add the group's name to these fields in the message of an InputError that is raised inside.
+
+    For commands that have two groups of settings of the same kind.
 
     >>> with fields_in("large", frozenset({"backbone"})):
     ...     raise InputError("`backbone` is unknown in `cache_dir`")

@@ -44,7 +44,7 @@ class EvaluateSettings:
     pad_to: tuple[int, int] | None = None
     """Height and width that every picture is padded to, such as 513 513. Default: its own, rounded up to stride·k + 1."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the products in the network."""
+    """Number format of the products in the network: float32 or bfloat16."""
     predictions: Path | None = None
     """Folder for predictions as PNG, in the names, folders and label ids of the data set's test server."""
     overlays: Path | None = None

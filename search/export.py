@@ -1,12 +1,12 @@
-"""A trained head or network for other programs: `python -m search.export --network n.safetensors --format onnx --out n.onnx`.
+"""Export a trained head or network: `python -m search.export --network n.safetensors --format onnx --out n.onnx`.
 
-Two formats: a program of `torch.export` (PyTorch alone runs it), and ONNX. Before the file appears it is read back
-and run, by PyTorch or onnxruntime, and its outputs are compared with the original's. Beside the graph it carries what the
-checkpoint says of itself (cell, class names, output stride, normalisation); the normalisation of images is part of the graph.
+Two formats: a program of `torch.export` (PyTorch alone runs it), and ONNX. Before the file is written, the program is read
+back and run, by PyTorch or onnxruntime, and its outputs are compared with the original's. Besides the graph, the file has
+the checkpoint's description (cell, class names, output stride, normalisation); the graph includes the normalisation of images.
 
-Batch and image sizes stay free where the network allows it. Pyramid pooling as in the authors' code takes windows that depend
-on the map's size, which a traced program cannot; with it the size is fixed, unless its windows are pinned or cover the whole
-map. So it is with a backbone that pads as TensorFlow does, as MobileNet-v2 with weights from there.
+Batch and image sizes stay free where the network allows it. The windows of the authors' pyramid pooling depend on the map's
+size, which a traced program cannot express; with it the size is fixed, unless the windows are pinned or cover the whole map.
+The same holds for a backbone that pads as TensorFlow does, such as MobileNet-v2 with weights from TensorFlow.
 """
 
 import contextlib
@@ -36,8 +36,8 @@ from search.errors import InputError
 ExportFormat = Literal["torch-export", "onnx"]
 Run = Callable[[Tensor], Tensor]
 
-# Of the largest output. Between two runtimes the sums of some fifty float32 convolutions are taken in another order; what was
-# measured is below 1e-5. Weights of a wrong layer, or another padding, are off by 1e-1.
+# Accepted deviation, as a share of the largest output. Two runtimes add up some fifty float32 convolutions in another order,
+# which was measured to be below 1e-5. Weights of a wrong layer, or another padding, are off by 1e-1.
 TOLERANCE = 1e-4
 
 _ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
@@ -68,16 +68,16 @@ class ExportSettings:
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written, and how well it agrees."""
+    """The exported file, and how well its outputs agree."""
 
     path: Path
     is_dynamic: bool
     checked: tuple[tuple[int, ...], ...]  # shapes of the inputs that were compared
-    deviation: float  # the largest, of the largest output
+    deviation: float  # the largest one, as a share of the largest output
 
 
 def main(settings: ExportSettings) -> None:
-    """Read, export, check, write, say what came of it."""
+    """Read, export, check and write, then print the result."""
     module, description, channels = _load(settings)
     size = settings.size or ((513, 513) if settings.network else (33, 33))
     if min(size) < 1:
@@ -102,9 +102,9 @@ def export(
     is_dynamic: bool,
     description: dict[str, Any],
 ) -> Exported:
-    """Write `module`, (N, *input_shape) -> a tensor, to `path`, whole and checked or not at all.
+    """Write `module`, (N, *input_shape) -> a tensor, to `path`; the file appears only if it is checked.
 
-    Raises InputError for an input that the module refuses, packages that lack, and outputs that deviate.
+    Raises InputError for an input that the module refuses, missing packages, and outputs that deviate.
     """
     if path.suffix != (suffix := _SUFFIXES[export_format]):
         raise InputError(f"--out {path}: a file of the format {export_format} must end in {suffix}")
@@ -136,7 +136,7 @@ def export(
 
 
 class _FullSize(nn.Module):
-    """Logits at the size of the image, for who wants no resize of their own."""
+    """Resizes the logits to the size of the image."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -147,7 +147,7 @@ class _FullSize(nn.Module):
 
 
 def _load(settings: ExportSettings) -> tuple[nn.Module, dict[str, Any], int]:
-    """The module, what the exported file says of itself, and the input's channels."""
+    """Load the module; return it with the description for the exported file and the number of input channels."""
     if (settings.network is None) == (settings.head is None):
         raise InputError("give either --network FILE or --head FILE")
     if settings.head is not None and settings.full_size:
@@ -175,12 +175,12 @@ def _load(settings: ExportSettings) -> tuple[nn.Module, dict[str, Any], int]:
 
 
 def _what_fixes_the_size(module: nn.Module) -> str | None:
-    """What follows from the map's size in a way that a traced program cannot, if anything does."""
+    """Names what in the network depends on the map's size in a way that a traced program cannot express; None if nothing."""
     (context,) = (child for child in module.modules() if isinstance(child, DensePredictionCell))
     pinned = context.pooling == "sliding_window" and context.pooling_size is not None
     if not pinned and any(_windows_follow_the_size(branch.operation) for branch in context.cell.branches):
         return "the windows of its pyramid pooling depend on the size"
-    if any(isinstance(child, _SAME) for child in module.modules()):  # it could, but the tracer's algebra takes hours
+    if any(isinstance(child, _SAME) for child in module.modules()):  # it could be traced, but the tracer's algebra takes hours
         return "TensorFlow's padding in its backbone depends on the size"
     return None
 
@@ -202,7 +202,7 @@ def _require_packages() -> None:
 
 
 def _onnx(program: ExportedProgram, input_name: str, output_name: str, description: str) -> tuple[bytes, Run]:
-    """The file, weights included, and how onnxruntime runs it."""
+    """Export to ONNX: the file with its weights, and a function that runs it by onnxruntime."""
     import onnxruntime
 
     names: dict[str, Any] = {"input_names": [input_name], "output_names": [output_name]}
@@ -215,7 +215,7 @@ def _onnx(program: ExportedProgram, input_name: str, output_name: str, descripti
 
 
 def _torch_program(program: ExportedProgram, description: str) -> tuple[bytes, Run]:
-    """The file, and the program read back from it."""
+    """Export by torch.export: the file, and the program read back from it."""
     program.example_inputs = None  # they would be saved too, larger than the weights
     buffer = BytesIO()
     torch.export.save(program, buffer, extra_files={"description.json": description})
@@ -233,7 +233,7 @@ def _write(path: Path, content: bytes) -> None:
 def _compare(
     run: Run, module: nn.Module, shape: tuple[int, int, int], is_dynamic: bool
 ) -> tuple[tuple[tuple[int, ...], ...], float]:
-    """On two inputs, of different batch and image sizes where these are free: their shapes, and the largest deviation."""
+    """Compare on two inputs, of different batch and image sizes where these are free: their shapes, the largest deviation."""
     channels, height, width = shape
     other = (3, channels, height + height // 2 + 1, width + width // 4 + 2) if is_dynamic else (1, *shape)
     shapes = ((1, *shape), other)
@@ -249,14 +249,14 @@ def _compare(
 
 
 def _inputs(shape: tuple[int, ...], seed: int = 0) -> Tensor:
-    """As pixels for a network, as features of like size for a head."""
+    """Random inputs: pixels for a network, features of a similar scale for a head."""
     scale = 255.0 if shape[1] == 3 else 4.0
     return scale * torch.rand(shape, generator=torch.Generator().manual_seed(seed))
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """PyTorch's exporters warn of their own inner workings."""
+    """Silence the warnings of PyTorch's exporters about their own internals."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -1,6 +1,6 @@
-"""How far can the proxy task be trusted (paper, section 4.1)? A small space, scored exhaustively: `python -m search.fidelity`.
+"""Measure how far the proxy task can be trusted (paper, section 4.1): `python -m search.fidelity`.
 
-Every cell of the space is scored under several protocols, and Spearman's ρ says how alike two protocols order the cells:
+Every cell of a small space is scored under several protocols; Spearman's ρ says how alike two protocols order the cells:
 
     proxy         small backbone, cached features, short training: what a search uses
     long          the same, trained longer
@@ -8,11 +8,11 @@ Every cell of the space is scored under several protocols, and Spearman's ρ say
     end_to_end    the small backbone, trained together with the cell
 
 The paper has a space of 31 cells; as far as we know it is nowhere listed. Ours are the 31 = 2⁵ − 1 non-empty choices of ASPP's
-five branches, all reading the backbone: 1×1, rates 6, 12 and 18, image pooling. That is a whole family, not a selection, from
-a plain 1×1 to ASPP itself, and it asks what one wants to know of a branch: what is it worth beside those?
+five branches, all reading the backbone: 1×1, rates 6, 12 and 18, image pooling. That is a complete family, not a selection,
+from a plain 1×1 to ASPP itself, and it shows what a branch adds to the others.
 
-`runs/fidelity/<name>/` keeps each score in a file of its own, written when its training ends. Whatever ends the process, the
-same command goes on; more protocols or seeds add to what is there. Each training has its own random numbers, so
+The folder of the run (--out) keeps each score in a file of its own, written when its training ends. After any interruption
+the same command continues; more protocols or seeds add to what is there. Each training has its own random numbers, so
 agreement never comes from equal initial weights or crops.
 """
 
@@ -117,7 +117,7 @@ class FidelitySettings:
     protocols: tuple[ProtocolName, ...] = PROTOCOLS
     """What to compare: proxy, long, large, end_to_end."""
     seeds: int = 2
-    """Trainings of each cell under each protocol; from 2 on they tell how well a protocol agrees with itself."""
+    """Trainings of each cell under each protocol; 2 or more show how well a protocol agrees with itself."""
     seed: int = 0
     """Seed of everything: initial weights, crops, dropout."""
     workers: int = 1
@@ -125,7 +125,7 @@ class FidelitySettings:
     out: Path | None = None
     """Folder of the run. None: runs/fidelity/ and the data set's name."""
     long_iterations: int = 120
-    """Training steps per cell of long; --iterations are those of proxy and large."""
+    """Training steps per cell under the protocol long; --iterations is for proxy and large."""
     proxy: Flat[ProxySettings] = ProxySettings(iterations=40, learning_rate=0.2)
     head: Flat[HeadSettings] = HeadSettings(branch_channels=64)
     data: Flat[DataSettings] = DataSettings()
@@ -138,7 +138,7 @@ class FidelitySettings:
 
 @dataclass(frozen=True)
 class Protocol:
-    """A way to score cells, ready to be used. `identity` is what its scores depend on, by the settings that say so."""
+    """A way to score cells, ready to be used. `identity` maps the settings that its scores depend on to their values."""
 
     name: ProtocolName
     create_task: Callable[[], Task[Any]]
@@ -147,7 +147,7 @@ class Protocol:
 
 
 class TrainingKey(NamedTuple):
-    """One cell's training; in print as its name."""
+    """Which training: protocol, cell and seed. As text it is the name that is printed."""
 
     protocol: ProtocolName
     cell_name: str
@@ -172,7 +172,7 @@ def fidelity_cells() -> dict[str, Cell]:
 
 
 def main(settings: FidelitySettings) -> None:
-    """Score what is not scored yet; say how the protocols agree."""
+    """Score what is not scored yet, then report how the protocols agree."""
     settings = replace(settings, head=settings.head.completed(settings.data.dataset))
     _check(settings)
     directory = settings.out or Path("runs") / "fidelity" / Path(settings.data.dataset).stem
@@ -192,7 +192,7 @@ def main(settings: FidelitySettings) -> None:
 
 
 def prepare_protocols(settings: FidelitySettings, directory: Path) -> list[Protocol]:
-    """What `protocols` names, with caches computed, so that whatever cannot work is refused before the first training."""
+    """Prepare the protocols to be run and their caches, so that what cannot work is refused before the first training."""
     device = resolve_device(settings.machine.device)
     large = settings.large
     if large.backbone is None:
@@ -225,7 +225,7 @@ def prepare_protocols(settings: FidelitySettings, directory: Path) -> list[Proto
 
 
 def _fields_of(protocol: ProtocolName) -> AbstractContextManager[None]:
-    """Where errors speak of settings that belong to one protocol alone."""
+    """A context in which error messages name the settings of one protocol, such as `large.backbone`."""
     match protocol:
         case "large":
             return fields_in("large", field_names(BackboneSettings))
@@ -303,7 +303,7 @@ def _run(settings: FidelitySettings, protocols: list[Protocol], directory: Path)
                     for outcome in outcomes(workers, jobs):
                         _record(directory, outcome)
                         bar.update()
-            for job in _jobs(settings, protocol.name, cells):  # what a process left that ended between the two
+            for job in _jobs(settings, protocol.name, cells):  # left by a process that ended after writing the score
                 if _is_scored(folder, job):
                     _delete_training(directory, job)
 
@@ -321,7 +321,7 @@ def _trainings(directory: Path) -> Path:
 
 
 def _delete_training(directory: Path, job: Job) -> None:
-    """The score is kept, 62 networks and their optimisers are not."""
+    """Delete a training's network and optimiser; only its score is kept."""
     if job.key.protocol == "end_to_end":
         shutil.rmtree(training_folder(_trainings(directory), job.cell, job.seed), ignore_errors=True)
         with suppress(OSError):  # unless others are in training
@@ -329,9 +329,9 @@ def _delete_training(directory: Path, job: Job) -> None:
 
 
 def _jobs(settings: FidelitySettings, protocol: ProtocolName, cells: dict[str, Cell]) -> Iterator[Job]:
-    """Every cell once before any a second time, so that what an early stop leaves can be compared.
+    """The jobs: every cell once before any a second time, so that an early stop leaves comparable scores.
 
-    The random numbers of a training follow from names alone: another protocol or cell changes none.
+    The random numbers of a training follow from its protocol's and cell's names: adding others changes none.
     """
     for seed in range(settings.seeds):
         for name, cell in cells.items():

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all: written aside, then renamed."""
+"""Write files so that they exist whole or not at all: into a temporary file first, then renamed."""
 
 import json
 from pathlib import Path
@@ -8,10 +8,10 @@ from fast.checkpoint import write_whole as write_whole
 
 
 def write_text(path: Path, text: str) -> None:
-    """`write_whole` of the text in UTF-8."""
+    """Write the text in UTF-8, whole or not at all."""
     write_whole(path, text.encode("utf-8"))
 
 
 def write_json(path: Path, content: Any) -> None:
-    """`write_text` of the content as JSON."""
+    """Write the content as JSON, whole or not at all."""
     write_text(path, json.dumps(content, indent=1) + "\n")

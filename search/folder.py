@@ -17,12 +17,12 @@ from filelock import FileLock, Timeout
 from search.errors import InputError
 from search.files import write_json
 
-_FORMAT = 2  # of settings.json; the first one had no number
+_FORMAT = 2  # version of settings.json; the first one had no number
 
 
 @dataclass(frozen=True)
 class Folder:
-    """The folder at `path`; `kind` is what it holds, in the words of an error, and `remedy` how to take another one."""
+    """The folder at `path`; `kind` names its content in error messages, and `remedy` says there how to use another folder."""
 
     path: Path
     kind: str = "run"
@@ -30,7 +30,7 @@ class Folder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Make the folder, and keep other processes out while inside. Raises InputError where one is in it already."""
+        """Make the folder and keep other processes out of it. Raises InputError if another process is using it."""
         self.path.mkdir(parents=True, exist_ok=True)
         try:
             lock = FileLock(self.path / "lock", timeout=0)
@@ -43,17 +43,17 @@ class Folder:
             lock.release()
 
     def begin(self, identity: Mapping[str, Any], command: str, **description: Any) -> None:
-        """Begin, or go on: `identity` is what all results in the folder depend on, by the names of the settings.
+        """Begin, or continue: `identity` maps the settings that all results in the folder depend on to their values.
 
-        It is kept in `settings.json` beside the command and the `description`, which may change. Raises InputError, naming
-        each difference, where the folder was begun with another identity.
+        It is kept in `settings.json`, with the command and the `description`, which may change. Raises InputError, naming
+        each difference, if the folder was begun with another identity.
         """
         self.check(identity)
         content = {"format": _FORMAT, "kind": self.kind, "identity": identity, "command": command, **description}
         write_json(self.path / "settings.json", content)
 
     def check(self, identity: Mapping[str, Any]) -> None:
-        """Raise InputError, naming each difference, where the folder was begun with another identity."""
+        """Raise InputError, naming each difference, if the folder was begun with another identity."""
         plain = json.loads(json.dumps(identity))
         before = self.description()
         typed = f" ({before['command']})" if before and before["command"] else ""
@@ -64,7 +64,7 @@ class Folder:
             )
 
     def description(self) -> dict[str, Any] | None:
-        """What `begin` wrote, None if it never did. Raises InputError for a file that is damaged or of another version."""
+        """Read what `begin` wrote, or None. Raises InputError for a file that is damaged or of another version."""
         path = self.path / "settings.json"
         try:
             description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -83,7 +83,7 @@ class Folder:
         raise InputError(f"{self.kind} {self.path} is of another version of this project: {self.remedy}")
 
     def result(self, job: str) -> dict[str, Any] | None:
-        """What `write_result` wrote, None if there is nothing yet. Raises InputError naming a damaged file."""
+        """Read what `write_result` wrote, or None. Raises InputError naming a damaged file."""
         path = self.result_path(job)
         try:
             return dict(json.loads(path.read_text(encoding="utf-8")))
@@ -93,14 +93,14 @@ class Folder:
             raise self.damaged(job, error) from error
 
     def write_result(self, job: str, result: Mapping[str, Any]) -> None:
-        """Keep what a job came to."""
+        """Write the result of a job."""
         write_json(self.result_path(job), result)
 
     def result_path(self, job: str) -> Path:
         return self.path / f"{job}.json"
 
     def damaged(self, job: str, error: Exception) -> InputError:
-        """What to say of a result that cannot be read."""
+        """The error for a result file that cannot be read."""
         return InputError(f"{self.result_path(job)} is damaged ({error}): delete it and run the same command again")
 
 

@@ -1,4 +1,4 @@
-"""Ctrl-C where it must wait a moment."""
+"""Delay Ctrl-C while something must not be interrupted."""
 
 import signal
 import threading
@@ -9,12 +9,12 @@ from types import FrameType
 
 @contextmanager
 def ctrl_c_waits() -> Iterator[None]:
-    """What is inside comes to its end before Ctrl-C ends the program, which a second one does at once.
+    """Let the code inside finish before Ctrl-C ends the program; a second Ctrl-C ends it at once.
 
-    For the database: interrupted between its lines it prints tracebacks of its own.
+    Used around calls of the database, which prints its own tracebacks if it is interrupted.
     """
     before = signal.getsignal(signal.SIGINT)
-    if not callable(before) or threading.current_thread() is not threading.main_thread():  # only that one may set handlers
+    if not callable(before) or threading.current_thread() is not threading.main_thread():  # only that thread may set handlers
         yield
         return
     pressed = []

@@ -1,9 +1,9 @@
-"""The main job: search cells on the proxy task (paper, section 3): `python -m search.random`.
+"""Search cells on the proxy task (paper, section 3), the main command of this project: `python -m search.random`.
 
-Without flags it makes its own data, trains a small backbone on them and searches a dozen cells in a few minutes. The same
-command goes on with an interrupted run, and adds cells to a finished one if --trials is raised.
+Without flags it generates its own data, trains a small backbone on them and searches a dozen cells in a few minutes. The same
+command continues an interrupted run, and adds cells to a finished one if --trials is raised.
 
-This file is to be run as a module from the repository's root: inside this folder its name would hide Python's own `random`.
+Run this file as a module from the repository's root: inside this folder, its name would hide Python's own `random`.
 """
 
 from dataclasses import dataclass
@@ -59,7 +59,7 @@ class RandomSettings:
     sampler: str = "paper"
     """How cells are proposed: paper (uniform, and near the best so far), random, tpe or evolution."""
     lag: int = LAG
-    """The paper's sampler ignores this many latest results, so that its cells do not depend on up to lag + 1 workers."""
+    """The paper's sampler ignores this many latest results, so its cells are the same with up to lag + 1 workers."""
     seed: int = 0
     """Seed of everything: the cells, their initial weights, crops and dropout."""
     compare: tuple[str, ...] = changes_no_score(KNOWN_CELLS)
@@ -84,7 +84,7 @@ def main(settings: RandomSettings) -> None:
     sampler = create_sampler(settings.sampler, space, settings.seed, lag=settings.lag)
     plan = SearchPlan(settings.trials, load_cells(settings.compare), settings.comparison_seeds, settings.seed)
     caches = prepare_caches(settings.data, settings.backbone, settings.features, settings.machine)
-    crop_in_features(settings.proxy, caches["train"])  # refuses a wrong one before the run begins
+    crop_in_features(settings.proxy, caches["train"])  # refuses a wrong crop size before the run begins
     manifest = caches["train"].manifest
     directory = settings.out or Path("runs") / manifest["dataset"]
 
@@ -94,7 +94,7 @@ def main(settings: RandomSettings) -> None:
 
     def keep_head(name: str, trained: SegmentationHead) -> None:
         keys = ("backbone", "weights_hash", "weights_origin", "mean", "std", "output_stride", "dataset")
-        backbone = {key: manifest[key] for key in keys if key in manifest}  # a cache of an earlier version lacks some
+        backbone = {key: manifest[key] for key in keys if key in manifest}  # a cache of an earlier version may lack some
         path = directory / "heads" / f"{name}.safetensors"
         save_head(path, trained, class_names=caches["train"].class_names, backbone=backbone)
 
@@ -116,7 +116,7 @@ def main(settings: RandomSettings) -> None:
         try:
             Search(study, workers, space, plan, keep_head).run()
             timed_on = device
-        finally:  # also after Ctrl-C: what there is, is shown; but no latency, that would take seconds
+        finally:  # also after Ctrl-C: report what there is, without latencies, which would take seconds
             finish_run(directory, caches["val"], settings.data, plan.compare, timed_on)
 
 
@@ -135,7 +135,7 @@ def _check(settings: RandomSettings) -> None:
 
 
 def _identity(settings: RandomSettings, head: HeadSettings, caches: dict[str, FeatureCache]) -> dict[str, Any]:
-    """What the scores of a run depend on; the same command goes on, another one is refused."""
+    """The settings that all scores of a run depend on: other values are refused in the same folder."""
     train, val = caches["train"].manifest, caches["val"].manifest
     identity = scored(settings, settings.data, settings.backbone, settings.features, head, settings.proxy) | {
         "dataset": train["dataset"],

@@ -1,6 +1,6 @@
-"""What was found, to look at: `python -m search.report --run runs/shapes` writes the page of a run again.
+"""Write an HTML page of a run again: `python -m search.report --run runs/shapes`.
 
-With `--cells dpc mine.json head.safetensors` it is the page of any cells: pictures, cost and latency.
+With `--cells dpc mine.json head.safetensors` the page is of these cells: pictures, cost and latency.
 """
 
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ class ReportSettings:
 
 
 def main(settings: ReportSettings) -> None:
-    """Write the report and say where."""
+    """Write the report and print its path."""
     if (settings.run is None) == (not settings.cells):
         raise InputError("give either `run` with a folder, or `cells`")
     device = resolve_device(settings.device.device)

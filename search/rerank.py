@@ -1,7 +1,8 @@
 """Re-ranking (paper, section 4.2): the best cells of a search by proxy score, trained end to end: `python -m search.rerank`.
 
-`--out` holds a folder for each cell and seed. While a cell is trained, that is a training as `search.train` makes it, and goes
-on as one does; when it is finished, `result.json` says what came of it, the network stays, its state is deleted.
+`--out` holds a folder for each cell and seed. While a cell is in training, it is like the folder of `search.train` and can be
+continued in the same way. When the training is finished, `result.json` has its result; the network stays, the state is
+deleted.
 """
 
 import sys
@@ -40,7 +41,7 @@ _PROG = "python -m search.rerank"
 
 @dataclass(frozen=True, kw_only=True)
 class RunOverrides:
-    """What is the search's where it is not given. Another data set or backbone brings its own folder, split and weights."""
+    """Settings that default to those of the search. Another data set or backbone brings its own folder, splits, weights."""
 
     dataset: str | None = None
     """Data set, as in search.train. None: the run's, with its --data-dir and --train-split."""
@@ -77,7 +78,7 @@ class RunOverrides:
         )
 
     def network(self, run: BackboneSettings) -> BackboneSettings:
-        """The backbone; of the run's only the name is kept where other weights are given."""
+        """The backbone's settings; if other weights are given, only the name of the run's backbone is kept."""
         is_another = self.backbone is not None or self.weights is not None or self.pretrained
         before = BackboneSettings(backbone=run.backbone, output_stride=run.output_stride) if is_another else run
         return replace(
@@ -144,7 +145,7 @@ def main(settings: RerankSettings) -> None:
         with workers as opened:
             try:
                 _train(task, opened, candidates, settings)
-            finally:  # also after Ctrl-C: what there is, is shown
+            finally:  # also after Ctrl-C: report what there is
                 finish_reranking(directory, ranks(task, candidates, settings), settings.seeds)
 
 
@@ -187,16 +188,16 @@ def training_settings(settings: RerankSettings, run: Run) -> TrainingSettings:
 def _train(
     task: EndToEndTask, workers: Workers[EndToEndResult], candidates: list[Candidate], settings: RerankSettings
 ) -> None:
-    """All that has no `result.json` yet; every cell once before any a second time, so that an early table is a whole one."""
+    """Train all that has no `result.json` yet, every cell once before any a second time: early tables have all cells."""
     queue = {}
     for seed in _seeds(settings):
         for candidate in candidates:
-            folder = task.folder(candidate.cell, seed)  # one for equal cells of two names
+            folder = task.folder(candidate.cell, seed)  # equal cells with two names share one folder
             queue[folder] = Job(f"{candidate.name}, seed {seed[-1]}", candidate.cell, seed)
     total = len(queue)
     for folder in [folder for folder in queue if read_outcome(folder) is not None]:
         del queue[folder]
-        _delete_state(folder)  # if the process ended just before it was
+        _delete_state(folder)  # if an earlier process ended just before doing so
     with tqdm(total=total, initial=total - len(queue), desc="re-ranking", unit="cell") as bar:
         for outcome in outcomes(workers, queue.values()):
             _record(task, outcome)
@@ -223,13 +224,13 @@ def _record(task: EndToEndTask, outcome: Outcome[EndToEndResult]) -> None:
 
 
 def _delete_state(folder: Path) -> None:
-    """Optimiser and weights in training, and the best validation's weights: several times the network that is kept."""
+    """Delete optimiser, weights in training and best weights: together several times the size of the network that is kept."""
     for name in ("state.pt", "best.safetensors"):
         (folder / name).unlink(missing_ok=True)
 
 
 def ranks(task: EndToEndTask, candidates: list[Candidate], settings: RerankSettings) -> list[Reranked]:
-    """`rank` of what is trained so far."""
+    """Rank the cells by what is trained so far."""
     rows = []
     for candidate in candidates:
         folders = [task.folder(candidate.cell, seed) for seed in _seeds(settings)]
@@ -238,7 +239,7 @@ def ranks(task: EndToEndTask, candidates: list[Candidate], settings: RerankSetti
 
 
 def read_outcome(folder: Path) -> EndToEndResult | Failed | None:
-    """What came of a training, None before its end. Raises InputError for a damaged file."""
+    """Read the result of a training, None before its end. Raises InputError for a damaged file."""
     training = Folder(folder)
     content = training.result("result")
     if content is None:

@@ -1,7 +1,7 @@
-"""Settings in groups, each declared once; a command composes those that it needs (`search.cli` makes flags of them).
+"""All settings, in groups, each declared once. A command composes the groups it needs; `search.cli` turns them into flags.
 
-A group checks itself: `check` raises InputError about its own fields. A field that is declared by `changes_no_score` says
-where something lies or who does the work; all others decide what comes out, and so belong to the identity of a run (`scored`).
+A group checks itself: `check` raises InputError about its own fields. A field declared by `changes_no_score` says where
+files are or who does the work. All other fields affect the scores, and so belong to the identity of a run (`scored`).
 """
 
 import json
@@ -20,11 +20,11 @@ FeatureDtype = Literal["float16", "bfloat16"]
 Value = TypeVar("Value")
 Group = TypeVar("Group")
 
-SHAPES = "shapes"  # the generated scenes, small enough for a CPU while one watches
+SHAPES = "shapes"  # the generated scenes
 
 
 def changes_no_score(default: Value) -> Value:
-    """A field of a group with this default, which may change when a run goes on."""
+    """Declare a field with this default whose value may change when a run continues."""
     free: Value = field(default=default, metadata={"changes_no_score": True})
     return free
 
@@ -45,12 +45,12 @@ def scored(*groups: Any) -> dict[str, Any]:
 
 
 def plain(content: Any) -> Any:
-    """A group, or what holds some, as JSON has it: lists for tuples, text for paths."""
+    """Convert a group, or anything that contains groups, to what JSON has: lists for tuples, text for paths."""
     return json.loads(json.dumps(content, default=lambda value: str(value) if isinstance(value, Path) else asdict(value)))
 
 
 def restored(group: type[Group], content: Mapping[str, Any]) -> Group:
-    """The group that `plain` wrote down; fields that it does not know are left out, those that lack have their defaults.
+    """Rebuild a group from what `plain` made of it; unknown fields are left out, missing ones get their defaults.
 
     >>> restored(FeatureSettings, plain(FeatureSettings(image_size=(33, 49))))
     FeatureSettings(image_size=(33, 49), mirrored=False, feature_dtype='float16')
@@ -67,18 +67,18 @@ def restored(group: type[Group], content: Mapping[str, Any]) -> Group:
 
 
 def field_names(group: type) -> frozenset[str]:
-    """The fields of a group, for `search.errors.fields_in`."""
+    """Names of the fields of a group, for `search.errors.fields_in`."""
     return frozenset(get_type_hints(group))
 
 
 def require(field_name: str, value: Any, holds: bool, words: str) -> None:
-    """Raise InputError about the field where its value does not hold; NaN never does if `holds` compares."""
+    """Raise InputError about the field unless `holds`. Comparisons with NaN are False, so they refuse it too."""
     if not holds:
         raise InputError(f"`{field_name}` must be {words}, got {value}")
 
 
 def known(value: Value | None) -> Value:
-    """A setting that `completed` has filled in."""
+    """The value of a setting that `completed` has filled in."""
     assert value is not None
     return value
 
@@ -90,19 +90,19 @@ def given(value: Value | None, default: Value) -> Value:
 
 @dataclass(frozen=True, kw_only=True)
 class PictureSettings:
-    """Which pictures."""
+    """The data set."""
 
     dataset: str = SHAPES
     """Data set: shapes (generated), camvid, cityscapes, pascal_voc, pascal_person_part, or a TOML file (docs/datasets.md)."""
-    data_dir: Path | None = changes_no_score(None)  # what lies in it counts: the fingerprint of a split
-    """Folder of the data set. A TOML file describes the folder it lies in unless told otherwise."""
+    data_dir: Path | None = changes_no_score(None)  # its content is checked by the splits' fingerprints
+    """Folder of the data set. Default for a TOML file: the folder that the file is in."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataSettings(PictureSettings):
-    """Which pictures, to learn from and to score on."""
+    """The data set, and its splits to train and to score on."""
 
-    train_split: str = changes_no_score("train")  # a fingerprint has its split's name
+    train_split: str = changes_no_score("train")  # part of the fingerprint
     """Split to train on, such as cityscapes' trainval or pascal_voc's train_aug."""
     val_split: str = changes_no_score("val")
     """Split to score on; where whole networks are trained, its mIOU chooses the best."""
@@ -110,14 +110,14 @@ class DataSettings(PictureSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneSettings:
-    """What turns pictures into features."""
+    """The backbone, which turns pictures into features."""
 
     backbone: str | None = None
-    """Any timm model with feature maps. None: a small one trained on the spot for shapes, mobilenetv2_100 for the rest."""
-    weights: Path | None = changes_no_score(None)  # what the file holds counts: the hash of the weights
+    """Any timm model with feature maps. None: a small one trained on the spot for shapes, mobilenetv2_100 for other data."""
+    weights: Path | None = changes_no_score(None)  # its content is checked by the hash of the weights
     """Local file of the backbone's weights (safetensors or PyTorch state dict, in timm's key names)."""
     weights_origin: WeightsOrigin = "timm"
-    """Where the weights were trained: tensorflow ones expect its padding, batch norm epsilon 1e-3 and inputs in -1..1."""
+    """Where the weights were trained; weights from tensorflow expect its padding, epsilon 1e-3 and inputs in -1..1."""
     pretrained: bool = changes_no_score(False)
     """Let timm download its pretrained weights."""
     output_stride: int | None = None
@@ -129,16 +129,16 @@ class BackboneSettings:
         return given(self.output_stride, 16)
 
     def check(self) -> None:
-        """Raises InputError for an output stride that no backbone has."""
+        """Raise InputError for an output stride other than 8 and 16."""
         require("output_stride", self.output_stride, self.stride in (8, 16), "8 or 16")
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureSettings:
-    """How features are cached."""
+    """The cache of features."""
 
     image_size: tuple[int, int] | None = None
-    """Height and width in pixels that images are padded to. None: the first image's size, rounded up to stride·k + 1."""
+    """Height and width in pixels that images are padded to. None: size of the first image, rounded up to stride·k + 1."""
     mirrored: bool = False
     """Cache each training image's mirror image too."""
     feature_dtype: FeatureDtype = "float16"
@@ -152,11 +152,11 @@ class CellSettings:
     branch_channels: int | None = None
     """Filters of each branch and of the cell's output. None: the paper's 256, or 64 for shapes."""
     pooling: PoolingVariant = "sliding_window"
-    """Pyramid pooling as in the authors' code (sliding_window) or in the paper's words (grid_cells)."""
+    """Pyramid pooling as in the authors' code (sliding_window) or as the paper describes it (grid_cells)."""
 
     @property
     def channels(self) -> int:
-        """Filters of each branch, completed."""
+        """Filters of each branch, after `completed`."""
         return known(self.branch_channels)
 
     def completed(self, dataset: str) -> Self:
@@ -170,7 +170,7 @@ class CellSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class HeadSettings(CellSettings):
-    """How a cell is built and trained with its classifier."""
+    """The head: a cell and its classifier."""
 
     dropout: float = 0.1
     """Share of the concatenated branch outputs that is dropped."""
@@ -183,7 +183,7 @@ class HeadSettings(CellSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class ProxySettings:
-    """How a cell is trained on cached features before it is scored. The paper: 30,000 iterations at rate 0.01, batch 8."""
+    """The short training on cached features. The paper: 30,000 iterations, learning rate 0.01, batch 8."""
 
     iterations: int = 30_000
     """Training steps per cell."""
@@ -194,11 +194,11 @@ class ProxySettings:
     momentum: float = 0.9
     """Momentum of stochastic gradient descent."""
     weight_decay: float = 4e-5
-    """L2 penalty; none on depthwise weights, batch norms and biases."""
+    """L2 penalty, for all weights but depthwise ones, batch norms and biases."""
     crop_size: tuple[int, int] | None = None
     """Height and width in pixels of the training crops, of the form stride·k + 1. None: whole images."""
     precision: Precision = "auto"
-    """Of the products in training: float32, bfloat16, or the latter where the device is quicker at it (auto)."""
+    """Number format of the products in training: float32, bfloat16, or auto (bfloat16 where the device is faster at it)."""
     statistics_batches: int = 16
     """Training batches from which the batch norm statistics are recomputed before scoring."""
 
@@ -214,10 +214,10 @@ class ProxySettings:
 
 @dataclass(frozen=True, kw_only=True)
 class RecipeSettings:
-    """How a whole network is trained, whatever its backbone, its cell and the data."""
+    """The training of a whole network, apart from its backbone, cell and data."""
 
     decoder: bool = False
-    """Refine with DeepLabv3+'s decoder, which reads a map on every 4th pixel."""
+    """Add DeepLabv3+'s decoder, which also reads a feature map at stride 4."""
     crop_size: tuple[int, int] | None = None
     """Height and width in pixels of the training crops, stride·k + 1 each. None: 769 769; 257 257 for shapes."""
     min_scale: float | None = None
@@ -225,11 +225,11 @@ class RecipeSettings:
     max_scale: float | None = None
     """Largest random scale. None: 2."""
     scale_step: float = 0.25
-    """Distance of the scales that are drawn; 0 draws any between the two."""
+    """Step between the scales that may be drawn; 0 allows any scale in the range."""
     batch_size: int | None = None
-    """Crops per iteration, those of all devices together. None: 16; 8 for shapes."""
+    """Crops per iteration, of all devices together. None: 16; 8 for shapes."""
     accumulate: int = 1
-    """Passes that an iteration's crops are divided into, each with its share of the memory."""
+    """Passes per iteration, among which its crops are divided; more passes take less memory."""
     iterations: int | None = None
     """Steps of the optimiser. None: 90,000; 150 for shapes."""
     learning_rate: float | None = None
@@ -237,34 +237,34 @@ class RecipeSettings:
     slow_start_iterations: int = 0
     """First iterations at a fixed rate, before the fall begins."""
     slow_start_learning_rate: float = 1e-4
-    """The rate of those."""
+    """The learning rate of these iterations."""
     momentum: float = 0.9
     """Momentum of stochastic gradient descent."""
     weight_decay: float = 4e-5
-    """L2 penalty; none on depthwise weights, batch norms and biases."""
+    """L2 penalty, for all weights but depthwise ones, batch norms and biases."""
     last_layer_multiplier: float = 1.0
-    """Learning rate of all but the backbone, as a multiple of the backbone's."""
+    """Learning rate of all parts but the backbone, as a multiple of the backbone's."""
     frozen_batch_norm: bool = False
-    """Normalise by the statistics that the weights came with, for batches too small for their own."""
+    """Keep the statistics of the given weights in all batch norms; for batches too small to have their own."""
     hard_example_mining: float = 1.0
-    """Share of the pixels that counts, those with the largest loss."""
+    """Share of the pixels that count in the loss: those with the largest loss."""
     hard_example_iterations: int = 0
-    """Iterations in which that share falls from 1 to its value."""
+    """Iterations over which that share falls from 1 to its value."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the products in the network; the loss is always float32."""
+    """Number format of the products in the network; the loss is always float32."""
     ema: float = 0.0
-    """Share of the old in a moving average of the weights, such as 0.999, which is then what is validated and kept."""
+    """Decay of a moving average of the weights, such as 0.999; if above 0, the average is validated and kept."""
     statistics_batches: int = 16
-    """Batches from which a network's batch norm statistics are computed before validation; 0 takes the moving averages."""
+    """Batches from which batch norm statistics are computed before validation; 0 takes the moving averages."""
     validate_every: int | None = None
-    """Iterations between validations. None: a tenth of all; where many cells are trained, only after the last."""
+    """Iterations between validations. None: a tenth of all; in search.rerank and search.fidelity, only after the last."""
     checkpoint_every: int = changes_no_score(200)
     """Iterations between checkpoints, besides those at validations."""
     loading_processes: int = changes_no_score(2)
-    """Processes that load pictures, for each network in training; 0 loads between the iterations."""
+    """Processes that load pictures, for each network in training; with 0, pictures are loaded between iterations."""
 
     def completed(self, dataset: str) -> Self:
-        """With the defaults for a data set where nothing was given: the paper's, or what a CPU does while one watches."""
+        """With the defaults for a data set where nothing was given: the paper's, or small ones for the generated scenes."""
         small = dataset == SHAPES
         return replace(
             self,
@@ -277,7 +277,7 @@ class RecipeSettings:
         )
 
     def check(self, output_stride: int) -> None:
-        """Of a completed recipe, for networks of this output stride. Raises InputError for what cannot work."""
+        """Check a completed recipe for networks of this output stride. Raises InputError for what cannot work."""
         iterations, learning_rate = known(self.iterations), known(self.learning_rate)
         require("iterations", iterations, iterations >= 1, "at least 1")
         require("batch_size", self.batch_size, known(self.batch_size) >= 1, "at least 1")
@@ -314,7 +314,7 @@ class RecipeSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceSettings:
-    """Where it is computed."""
+    """The device."""
 
     device: str = changes_no_score("auto")
     """cpu, cuda, cuda:1, ...; auto takes the GPU if there is one."""
@@ -325,12 +325,12 @@ class MachineSettings(DeviceSettings):
     """Where it is computed, and where what is computed once is kept."""
 
     cache_dir: Path = changes_no_score(Path("cache"))
-    """Folder of feature caches, and of the small backbones that are trained on the spot."""
+    """Folder for feature caches, and for the small backbones that are trained on the spot."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings:
-    """All that a whole network's training takes, but the cell."""
+    """All settings of a whole network's training, but the cell."""
 
     data: DataSettings = DataSettings()
     backbone: BackboneSettings = BackboneSettings()
@@ -345,7 +345,7 @@ class TrainingSettings:
         return replace(self, head=self.head.completed(dataset), recipe=self.recipe.completed(dataset))
 
     def check(self) -> None:
-        """Of completed settings. Raises InputError for what cannot work, before anything is written."""
+        """Check completed settings. Raises InputError for what cannot work, before anything is written."""
         self.backbone.check()
         self.head.check()
         self.recipe.check(self.backbone.stride)

@@ -1,8 +1,8 @@
-"""A whole network, from images to classes, trained end to end as the authors do: `python -m search.train`.
+"""Train a whole network end to end, from images to classes, as the authors do: `python -m search.train`.
 
-Without flags it trains a small network on generated scenes in about two minutes. The same command goes on with a training that
-was interrupted, and gives the same losses as if it had not been. docs/training.md explains what is followed and where the
-defaults differ.
+Without flags it trains a small network on generated scenes in about two minutes. The same command continues an interrupted
+training and gives the same losses as if it had not been interrupted. docs/training.md explains what follows the authors and
+where the defaults differ.
 """
 
 from contextlib import nullcontext
@@ -46,7 +46,7 @@ class TrainSettings:
     run: Path | None = None
     """Folder of a search (runs/x), to train its best cell."""
     init: Path | None = None
-    """Whole network to begin with, architecture included; with other classes its classifier begins anew."""
+    """Whole network to start from, with its architecture; with other classes the classifier begins anew."""
     seed: int = 0
     """Seed of everything: initial weights, order of the pictures, crops, dropout."""
     out: Path | None = None
@@ -58,7 +58,7 @@ class TrainSettings:
     machine: Flat[MachineSettings] = MachineSettings()
 
     def training(self) -> TrainingSettings:
-        """The part of it that any training has, completed."""
+        """The settings that every training has, completed."""
         return TrainingSettings(
             data=self.data,
             backbone=self.backbone,
@@ -70,7 +70,7 @@ class TrainSettings:
 
 
 def main(settings: TrainSettings) -> None:
-    """Train, or go on; print where the network is."""
+    """Train, or continue to, then print where the network is."""
     training = settings.training()
     _check(settings, training)
     devices = join_devices(settings.machine.device)
@@ -104,14 +104,14 @@ def _train(
         network = create_network(training, _cell(settings), train.class_names)
     identity = training_identity(training, network, train, val, devices, settings.init)
     folder = Folder(directory, "training")
-    with folder.locked() if devices.rank == 0 else nullcontext():  # the first process alone writes
+    with folder.locked() if devices.rank == 0 else nullcontext():  # only the first process writes
         if devices.rank == 0:
             folder.begin(identity, this_command(_PROG))
         return Training(training, network, train, val, directory, devices, source=plain(settings) | plain(training)).run()
 
 
 def _cell(settings: TrainSettings) -> Cell:
-    """The cell that is named, or the best of a search. Raises InputError for a folder that has none with a score yet."""
+    """The named cell, or the best of a search. Raises InputError for a folder in which no cell has a score yet."""
     if settings.run is None:
         return load_cell(settings.cell or "dpc")
     path = settings.run / "best_cells" / "rank_01.json"

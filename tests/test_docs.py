@@ -116,6 +116,11 @@ def test_two_runs_draw_the_same_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "first" / f"{name}.png").read_bytes() == (tmp_path / "second" / f"{name}.png").read_bytes()
 
 
+def test_lines_of_the_readme_are_short() -> None:
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if len(line) > 100] == []
+
+
 def test_cell_serves_as_a_decoder_of_segmentation_models_pytorch() -> None:
     pytest.importorskip("segmentation_models_pytorch")
     text = (ROOT / "docs" / "export.md").read_text(encoding="utf-8")

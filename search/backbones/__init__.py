@@ -1,4 +1,4 @@
-"""What turns pictures into features: any timm model by its name, and the small ones of the generated scenes."""
+"""Backbones: timm's models by name, and small ones for the generated scenes."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from search.settings import SHAPES, BackboneSettings
 
 
 def create_backbone(settings: BackboneSettings, dataset: str, cache_dir: Path, *, low_level: bool = False) -> Backbone:
-    """The backbone that the settings name, with its weights; `cache_dir` keeps those of the generated scenes.
+    """The backbone that the settings name, with its weights; those for generated scenes are kept in `cache_dir`.
 
     `low_level=True` also gives the map at stride 4 that a decoder reads. Raises InputError naming the field.
     """

@@ -1,7 +1,7 @@
-"""The small backbone of the embedded default: five plain convolutions, trained on the generated scenes in about half a minute.
+"""The small backbone for generated scenes: five plain convolutions, trained on these scenes in about half a minute.
 
-timm's smallest models take several times as long per image on a CPU, and would have to be downloaded to mean anything. A wide
-one, of four times the multiply-adds, is there to tell whether cells rank alike on both (`search.fidelity`).
+timm's smallest models take several times as long per image on a CPU, and their weights would have to be downloaded. A wider
+one, of four times the multiply-adds, shows whether both rank cells in the same order (`search.fidelity`).
 """
 
 import hashlib
@@ -34,13 +34,13 @@ def shapes_backbone(cache_dir: Path, output_stride: int, *, name: str = SMALL_BA
     """
     backbone = plain_backbone(name, SHAPES_BACKBONES[name], output_stride=output_stride, low_level=low_level)
     dataset = open_dataset("shapes", "train", None)
-    # Of this file and the scenes: what else a training depends on rarely changes.
+    # Hash of this file and of the scenes; the rest of what a training depends on rarely changes.
     recipe = hashlib.sha256(Path(__file__).read_bytes() + dataset.fingerprint().encode()).hexdigest()
     path = cache_dir / f"{name}-os{output_stride}-{recipe[:8]}.safetensors"
     if not path.exists():
         try:
             cache_dir.mkdir(parents=True, exist_ok=True)
-            with FileLock(path.with_name(path.name + ".lock")):  # a second command waits for what the first one trains
+            with FileLock(path.with_name(path.name + ".lock")):  # a second command waits until the first one has trained it
                 if not path.exists():
                     _train(backbone, dataset)
                     write_whole(path, save(backbone.state_dict()))
@@ -54,7 +54,7 @@ def shapes_backbone(cache_dir: Path, output_stride: int, *, name: str = SMALL_BA
 
 
 def _train(backbone: Backbone, dataset: Dataset) -> None:
-    """Pixel classification with a linear classifier on the features: what they cannot tell is left to the context."""
+    """Train by classifying pixels with a linear classifier on the features, so cells have only context left to add."""
     samples = [dataset[i] for i in range(len(dataset))]
     images = torch.from_numpy(np.stack([sample.image for sample in samples])).permute(0, 3, 1, 2)  # (N, 3, H, W) uint8
     labels = torch.from_numpy(np.stack([sample.label for sample in samples]))

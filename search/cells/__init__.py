@@ -1,1 +1,1 @@
-"""What can be found: the search space, how it is sampled, what a cell costs and what it sees."""
+"""The search space, its samplers, the cost of a cell and its receptive field."""

@@ -1,8 +1,8 @@
 """Parameters and multiply-adds of a cell, counted as the paper's Table 1 counts them.
 
-Convolution weights only: no batch norms, and without the 1×1 projection behind the concatenation (given apart, as
-`projection`). One multiply-add is two floating point operations. This gives the published cell's 0.36M and 0.81M parameters
-exactly, and all four rows of multiply-adds within one percent (the paper's own rows follow no single rule).
+Only convolution weights count, not batch norms. The 1×1 projection behind the concatenation is given separately, as
+`projection`. One multiply-add is two floating point operations. This gives the published cell's 0.36M and 0.81M parameters
+exactly, and all four rows of multiply-adds within one percent (the paper's rows themselves follow no single rule).
 """
 
 from dataclasses import dataclass
@@ -95,7 +95,7 @@ def _operation_cost(
 def _pooled_size(
     size: tuple[int, int], grid_size: tuple[int, int], pooling: PoolingVariant, pooling_size: tuple[int, int] | None
 ) -> tuple[int, int]:
-    """How many means are taken along either axis."""
+    """The number of means along each of the two axes."""
     if pooling == "grid_cells":
         return grid_size
     pins = pooling_size or (None, None)

@@ -1,4 +1,4 @@
-"""Which positions of the backbone's feature one output of a cell sees, and how much: two answers.
+"""Which positions of the backbone's feature map one output of a cell depends on, and how much, in two ways.
 
 - Paths, a property of the graph: how many paths lead from a position to the centre output (`structural_receptive_field`).
 - Gradient, a property of trained weights: the effective receptive field of Luo et al., "Understanding the Effective Receptive
@@ -7,11 +7,12 @@
 
       field(p) = √ E ‖∂y / ∂x(p)‖²,   the Frobenius norm
 
-  so it says how far y moves if the feature at p alone is disturbed a little. The expectation is over which ReLUs are open.
-  A trained batch norm knows how often: it hands on γz + β with z of mean 0 and variance 1 over the training data, so, as for a
-  normal z, the ReLU is open with probability Φ(β / |γ|). Each is drawn by itself; no data are needed.
+  It says how far y moves if only the feature at p is changed a little. The expectation is over which ReLUs are open. How
+  often that is follows from the trained batch norm: its output is γz + β, where z has mean 0 and variance 1 over the
+  training data, so if z is normal, the ReLU is open with probability Φ(β / |γ|). Each ReLU is drawn independently; no
+  data are needed.
 
-Both end at the border of a finite map, as the cell does.
+Both end at the border of a finite map, like the cell itself.
 """
 
 from typing import assert_never, cast
@@ -40,9 +41,9 @@ _FROZEN = BranchOptions(training=False)
 def structural_receptive_field(cell: Cell, size: int, options: BranchOptions = _FROZEN) -> NDArray[np.float64]:
     """How much each input position adds to the centre output, summed over branches, on a map of size × size: (size, size).
 
-    Every weight is one: a value counts the paths from the input position to the centre output, a path through a pooling
-    counting as its share of the mean. Zeros beyond the map's border cut paths as they do in the cell. It is the gradient of
-    the cell with unit weights and no batch norm or ReLU. Raises ValueError for a size without a centre.
+    All weights are one, so a value counts the paths from the input position to the centre output; a path through a pooling
+    counts as its share of the mean. Zeros beyond the map's border cut paths, as in the cell. This is the gradient of the
+    cell with unit weights and no batch norm or ReLU. Raises ValueError for a size without a centre.
 
     >>> cell = Cell.from_json('[{"op": "conv", "kernel": 3, "rate": [1, 2], "input": -1}]')
     >>> structural_receptive_field(cell, 5)
@@ -65,8 +66,8 @@ def structural_receptive_field(cell: Cell, size: int, options: BranchOptions = _
 def effective_receptive_field(context: DensePredictionCell, size: int, *, seed: int = 0) -> NDArray[np.float64]:
     """The gradient's field of the centre output on a map of size × size: (size, size), at least 0.
 
-    The expectation is estimated from a few draws of all ReLUs; ‖·‖² from the gradient of the output's product with a vector of
-    random signs, whose square is it on average. Raises ValueError for a size without a centre.
+    The expectation is estimated from a few draws of all ReLUs. ‖·‖² is estimated by the squared gradient of the output's
+    product with a vector of random signs, which equals it on average. Raises ValueError for a size without a centre.
     """
     _check_size(size)
     generator = torch.Generator().manual_seed(seed)
@@ -74,7 +75,7 @@ def effective_receptive_field(context: DensePredictionCell, size: int, *, seed: 
     with torch.inference_mode(False), torch.enable_grad():
         linear = _Gated(context, generator)
         for _ in range(_SAMPLES):
-            x = torch.zeros(1, context.in_channels, size, size, requires_grad=True)  # the gradient is the same everywhere
+            x = torch.zeros(1, context.in_channels, size, size, requires_grad=True)  # the same gradient at all positions
             signs = torch.randint(0, 2, (context.cell_channels,), generator=generator) * 2.0 - 1.0
             centre = linear(x)[0, :, size // 2, size // 2]
             (gradient,) = torch.autograd.grad(centre @ signs, x)
@@ -83,7 +84,7 @@ def effective_receptive_field(context: DensePredictionCell, size: int, *, seed: 
 
 
 def options_of(context: DensePredictionCell) -> BranchOptions:
-    """What `structural_receptive_field` needs to know of a module besides its cell."""
+    """The module's settings that `structural_receptive_field` needs besides the cell."""
     return BranchOptions(False, rate_multiplier_for(context.output_stride), context.pooling, context.pooling_size)
 
 
@@ -166,7 +167,7 @@ class _Gated:
 
     def _gate(self, x: Tensor, norm: BatchNorm[Tensor]) -> Tensor:
         gamma, beta, _, var = map(_plain, norm)
-        probability = torch.special.ndtr(beta / gamma.abs().clamp_min(1e-20))  # a channel without γ hands on nothing anyway
+        probability = torch.special.ndtr(beta / gamma.abs().clamp_min(1e-20))  # a channel whose γ is 0 passes nothing on
         is_open = torch.rand(x.shape, generator=self.generator) < probability[:, None, None]
         gated: Tensor = x * (gamma / (var + EPS).sqrt())[:, None, None] * is_open
         return gated

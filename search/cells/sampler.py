@@ -22,7 +22,7 @@ from reference.cell import BACKBONE_FEATURE, OPERATIONS, Branch, Cell
 from search.cells.space import SearchSpace, canonical_form
 from search.errors import InputError
 
-LAG = 4  # enough for five workers, and small enough for a study of a dozen trials to look near its best
+LAG = 4  # enough for five workers, and few enough for a study of a dozen trials to use its best cells
 MAX_DRAWS = 1000
 EVOLUTION_POPULATION = 20
 SAMPLER_NAMES = ("paper", "random", "tpe", "evolution")
@@ -31,13 +31,13 @@ _OPERATION_BY_NAME = {str(operation): operation for operation in OPERATIONS}
 
 
 def suggest_cell(trial: optuna.trial.BaseTrial, space: SearchSpace) -> Cell:
-    """Ask a trial for its cell, parameter by parameter, whatever the study's sampler is."""
+    """Ask a trial for its cell, parameter by parameter; works with any sampler of the study."""
     params = {name: trial.suggest_categorical(name, choices) for name, choices in _choices(space).items()}
     return cell_from_params(params, space)
 
 
 def params_of_cell(cell: Cell) -> dict[str, str | int]:
-    """The parameters of a cell, for `study.enqueue_trial` or `optuna.trial.FixedTrial`."""
+    """The Optuna parameters of a cell, for `study.enqueue_trial` or `optuna.trial.FixedTrial`."""
     params: dict[str, str | int] = {}
     for i, branch in enumerate(cell.branches):
         if i > 0:
@@ -47,7 +47,7 @@ def params_of_cell(cell: Cell) -> dict[str, str | int]:
 
 
 def cell_from_params(params: Mapping[str, Any], space: SearchSpace) -> Cell:
-    """The cell of a trial's parameters; others in `params` are ignored. Raises ValueError for one missing or unknown."""
+    """The cell that a trial's parameters describe; others in `params` are ignored. Raises ValueError for one that is bad."""
     inputs = (params[f"branch{i}_input"] if i > 0 else BACKBONE_FEATURE for i in range(space.num_branches))
     operations = (_OPERATION_BY_NAME[params[f"branch{i}_operation"]] for i in range(space.num_branches))
     try:
@@ -85,7 +85,7 @@ class PaperSampler(optuna.samplers.BaseSampler):
         self.lag = lag
 
     def visible_before(self, number: int) -> int:
-        """Trials numbered below this must be finished before trial `number` is asked; 0 if results are never looked at."""
+        """Trials below this number must be finished before trial `number` is asked for; 0 if results are never used."""
         return max(0, number - self.lag) if self.near_best_probability > 0 else 0
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
@@ -108,7 +108,7 @@ class PaperSampler(optuna.samplers.BaseSampler):
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
-        """Any other parameter of the objective (a learning rate, say) is uniform; it too depends on (seed, trial) alone."""
+        """Draw any other parameter of the objective, such as a learning rate: uniform, a function of (seed, trial) alone."""
         seed = _trial_seed(self.seed, trial.number, crc32(param_name.encode()))
         return optuna.samplers.RandomSampler(seed).sample_independent(study, trial, param_name, param_distribution)
 
@@ -129,13 +129,13 @@ class PaperSampler(optuna.samplers.BaseSampler):
 class SeededByTrial(optuna.samplers.BaseSampler):
     """One of Optuna's samplers, built afresh for each trial with a seed that is a function of (seed, trial number).
 
-    Optuna's seed starts a single stream of random numbers, so a resumed study would propose its first cells again.
+    Optuna's own seed starts one stream of random numbers, so a resumed study would propose its first cells again.
     """
 
     def __init__(self, build: Callable[[int], optuna.samplers.BaseSampler], *, seed: int) -> None:
         self.seed = seed
         self._build = build
-        self._samplers: dict[int, optuna.samplers.BaseSampler] = {}  # of the trials in flight, by number
+        self._samplers: dict[int, optuna.samplers.BaseSampler] = {}  # samplers of the trials in flight, by trial number
 
     def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
         self._samplers[trial.number] = self._build(_trial_seed(self.seed, trial.number))
@@ -159,15 +159,15 @@ class SeededByTrial(optuna.samplers.BaseSampler):
         self._samplers.pop(trial.number, None)
 
     def _of(self, trial: FrozenTrial) -> optuna.samplers.BaseSampler:
-        """The trial's own sampler; a fresh one for a trial that another process began."""
+        """The trial's own sampler; a new one for a trial that another process began."""
         return self._samplers.get(trial.number) or self._build(_trial_seed(self.seed, trial.number))
 
 
 def create_sampler(name: str, space: SearchSpace, seed: int, *, lag: int = LAG) -> optuna.samplers.BaseSampler:
-    """A sampler by its name: one of `SAMPLER_NAMES`; `lag` is the paper sampler's. Raises InputError.
+    """Create the sampler of this name, one of `SAMPLER_NAMES`; `lag` is for the paper's. Raises InputError for another name.
 
-    "random" is the paper's without the cells near the best; "tpe" and "evolution" (a genetic algorithm) are Optuna's, which
-    look at whatever is finished when they are asked, so that their cells depend on the number of workers.
+    "random" is the paper's sampler without cells near the best. "tpe" and "evolution" (a genetic algorithm) are Optuna's.
+    They use all results there are when they are asked, so their cells depend on the number of workers.
     """
     if seed < 0:
         raise InputError(f"`seed` must be 0 or more, got {seed}")
@@ -212,7 +212,7 @@ class _KnownCell(NamedTuple):
 
 
 def _known_cells(study: optuna.Study, before: int, space: SearchSpace) -> Iterator[_KnownCell]:
-    """The trials numbered below `before` with their cells; a trial whose parameters are not (yet) all there has none."""
+    """The trials below number `before` with their cells; a trial whose parameters are not all there (yet) is left out."""
     names = tuple(_choices(space))
     for trial in study.get_trials(deepcopy=False):
         values = tuple(map(trial.params.get, names))
@@ -220,7 +220,7 @@ def _known_cells(study: optuna.Study, before: int, space: SearchSpace) -> Iterat
             yield _KnownCell(trial, *_cell_and_form(values, space))
 
 
-@cache  # a long study is scanned at every trial, and its cells do not change
+@cache  # cached, because a long study is scanned at every trial and its cells do not change
 def _cell_and_form(values: tuple[Any, ...], space: SearchSpace) -> tuple[Cell, str]:
     cell = cell_from_params(dict(zip(_choices(space), values, strict=True)), space)
     return cell, canonical_form(cell).to_json()

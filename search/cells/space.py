@@ -1,7 +1,8 @@
 """The search space of dense prediction cells (paper, section 3.1): every cell of B branches over the paper's 81 operations.
 
-A cell is written as a sequence of branches, but neither the concatenation nor the 1×1 projection that learns to read it cares
-about their order. `canonical_form` picks one sequence for all orders of the same graph, so that no graph is evaluated twice.
+A cell is written as a sequence of branches, but their order does not matter, because the 1×1 projection behind the
+concatenation is learned. `canonical_form` picks one sequence for all orders of the same graph, so that no graph is
+evaluated twice.
 """
 
 import hashlib
@@ -54,8 +55,8 @@ class SearchSpace:
     def canonical_size(self) -> int:
         """The number of different canonical forms, exactly.
 
-        A cell is a forest with an operation at each node: a tree is an operation over a forest, and the Euler transform
-        counts the forests, n·forests[n] = Σ_k (Σ_{d | k} d·trees[d])·forests[n − k].
+        A cell is a forest with an operation at each node, and a tree is an operation with a forest below. The Euler transform
+        counts the forests: n·forests[n] = Σ_k (Σ_{d | k} d·trees[d])·forests[n − k].
         """
         forests, trees = [1], [0]
         for n in range(1, self.num_branches + 1):
@@ -65,7 +66,7 @@ class SearchSpace:
         return forests[-1]
 
     def sample(self, rng: np.random.Generator) -> Cell:
-        """A cell, uniform over all `size()` of them."""
+        """Draw a cell, uniformly among all `size()` of them."""
         inputs = [int(rng.integers(BACKBONE_FEATURE, i)) for i in range(self.num_branches)]
         operations = [OPERATIONS[k] for k in rng.integers(len(OPERATIONS), size=self.num_branches)]
         return Cell(tuple(map(Branch, inputs, operations)))
@@ -89,7 +90,7 @@ class SearchSpace:
         return (_with_branch(cell, i, branch) for i, branch in self._changes(cell))
 
     def mutate(self, cell: Cell, rng: np.random.Generator) -> Cell:
-        """One of the neighbours, uniformly. Raises ValueError for a cell outside the space."""
+        """Draw one of the neighbours, uniformly. Raises ValueError for a cell outside the space."""
         changes = self._changes(cell)
         return _with_branch(cell, *changes[rng.integers(len(changes))])
 
@@ -103,10 +104,10 @@ class SearchSpace:
 
 
 def canonical_form(cell: Cell) -> Cell:
-    """The same cell for every order of its branches: two cells have one canonical form exactly if they are the same graph.
+    """A cell that is the same for every order of the branches: equal for two cells exactly if they are the same graph.
 
     Each branch reads a single map, so a cell is a forest. A subtree is encoded as its operation and the sorted encodings of
-    the subtrees that read it, equal for isomorphic ones only; the canonical cell lists the forest depth first in sorted order.
+    the subtrees that read it, so only isomorphic ones are equal. The canonical cell lists the forest depth first, sorted.
 
     >>> first, second = (
     ...     '{"op": "conv", "kernel": 1, "input": -1}',
@@ -120,7 +121,7 @@ def canonical_form(cell: Cell) -> Cell:
         readers[branch.input_index].append(i)
 
     encodings: dict[int, str] = {}
-    for i in reversed(range(len(cell.branches))):  # a reader always comes later than what it reads
+    for i in reversed(range(len(cell.branches))):  # a branch always comes after the one that it reads
         encodings[i] = f"{cell.branches[i].operation}[{','.join(sorted(encodings[j] for j in readers[i]))}]"
 
     branches: list[Branch] = []
@@ -140,7 +141,7 @@ def cell_hash(cell: Cell) -> str:
 
 
 def load_cell(name_or_path: str) -> Cell:
-    """A cell of `search/cells/` by its name ("dpc", "aspp", "psp"), else the JSON file at that path.
+    """Load a cell of `search/cells/` by name ("dpc", "aspp", "psp"), or else the JSON file at that path.
 
     Raises InputError if there is no such cell or its file cannot be read.
     """
@@ -159,9 +160,9 @@ def load_cell(name_or_path: str) -> Cell:
 
 
 def load_cells(names_or_paths: Sequence[str]) -> dict[str, Cell]:
-    """The same for all cells to compare with, by short names: of a file its own, without folder and suffix.
+    """Load all cells to compare with, by short name: a known cell's own, or a file's name without folder and suffix.
 
-    Raises InputError for two files of one short name, and for a name that the search gives to cells of its own.
+    Raises InputError for two files with the same short name, and for a name that the search gives to its own cells.
     """
     cells: dict[str, Cell] = {}
     for name_or_path in names_or_paths:

@@ -1,9 +1,9 @@
-"""Data sets for the search: pictures with one class per pixel, behind one small protocol.
+"""Data sets for semantic segmentation behind one small protocol: pictures with one class per pixel.
 
 A data set called `x` is the module `search/datasets/x.py`, listed in `DATASETS`, with `LENGTHS` (its splits and how many
-pictures each officially has) and a function `open_split(split, data_dir)`; modules are imported on first use, so that a
-reader's dependencies matter only to those who ask for it. Any other folder is described by a TOML file (`described.py`).
-`python -m search.datasets check` verifies a folder; docs/datasets.md says where each set is had.
+pictures each officially has) and a function `open_split(split, data_dir)`. Modules are imported on first use, so a reader's
+dependencies are needed only for that data set. Any other folder is described by a TOML file (`described.py`).
+`python -m search.datasets check` verifies a folder; docs/datasets.md says where to get each data set.
 """
 
 import importlib
@@ -23,7 +23,7 @@ SPLITS = ("train", "val")  # what a search needs; a data set may have more
 class Sample(NamedTuple):
     """One picture: `image` (H, W, 3) uint8 RGB, `label` (H, W) uint8 classes or `IGNORE_INDEX`, `name` within its split.
 
-    The label of a picture whose truth is not public (a test split) is `IGNORE_INDEX` throughout.
+    Where labels are not public (a test split), every pixel of the label is `IGNORE_INDEX`.
     """
 
     image: NDArray[np.uint8]
@@ -32,10 +32,10 @@ class Sample(NamedTuple):
 
 
 class Dataset(Protocol):
-    """One split of a data set: `len(dataset)` samples, the same ones at every reading.
+    """One split of a data set: `len(dataset)` samples, the same ones whenever they are read.
 
-    `class_names` names the K classes 0 to K − 1, `palette` (K, 3) uint8 RGB colours them, and `label_ids` says which value
-    each of them has in the data set's own label files, for predictions that others are to read.
+    `class_names` names the K classes 0 to K − 1, and `palette` (K, 3) uint8 RGB has their colours. `label_ids` has the value
+    of each class in the data set's own label files, for predictions that other programs read.
     """
 
     @property
@@ -55,14 +55,14 @@ class Dataset(Protocol):
         """Sample `index`; IndexError beyond the end, InputError for a file that cannot be used."""
 
     def fingerprint(self) -> str:
-        """Hexadecimal digest of what the samples come from: the generator, or the names and sizes of the files."""
+        """Hexadecimal digest of the samples' origin: the generator, or the names and sizes of the files."""
 
     def problems(self) -> list[str]:
-        """What is wrong as far as lists and file names tell, a sentence each; pixels are checked when they are read."""
+        """Problems found in lists and file names, one sentence each; pixels are checked when they are read."""
 
 
 def split_names(name: str) -> tuple[str, ...]:
-    """The splits of data set `name`. Raises InputError for an unknown name and for a bad description."""
+    """Names of the splits of data set `name`. Raises InputError for an unknown name and for a bad description."""
     if name.endswith(".toml"):
         return tuple(importlib.import_module("search.datasets.described").load_description(Path(name)).splits)
     if name not in DATASETS:
@@ -73,9 +73,9 @@ def split_names(name: str) -> tuple[str, ...]:
 
 
 def open_unchecked(name: str, split: str, data_dir: Path | None) -> Dataset:
-    """`open_dataset` for one who wants to see all `problems()`, not only the first.
+    """Like `open_dataset`, but without raising the first of the data set's `problems()`.
 
-    Raises InputError for an unknown name or split, and for a folder in which there is nothing to list.
+    Raises InputError for an unknown name or split, and for a folder without anything to list.
     """
     splits = split_names(name)
     if split not in splits:
@@ -91,7 +91,7 @@ def open_unchecked(name: str, split: str, data_dir: Path | None) -> Dataset:
 def open_dataset(name: str, split: str, data_dir: Path | None) -> Dataset:
     """Open `split` of data set `name`, one of `DATASETS` or a TOML file; `data_dir` is its folder, None for generated data.
 
-    Raises InputError for an unknown name or split, and for a folder that does not hold the data set, whole.
+    Raises InputError for an unknown name or split, and for a folder that does not hold the whole data set.
 
     >>> dataset = open_dataset("shapes", "val", None)
     >>> image, label, name = dataset[0]

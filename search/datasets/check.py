@@ -1,8 +1,8 @@
 """Verify a data set's folder before a long run: `python -m search.datasets check <name> --data-dir <folder>`.
 
-Reads every picture of every split and lists all that is wrong: files that are missing or unreadable, sizes of image and label
-that differ, label values that mean nothing, a number of pictures that is not the official one, pictures in more than one
-split. Then each class's share of the labelled pixels.
+Reads every picture of every split and lists all that is wrong: files that are missing or unreadable, images and labels of
+different sizes, label values without a meaning, a number of pictures that is not the official one, pictures in more than
+one split. Then it lists each class's share of the labelled pixels.
 """
 
 import signal
@@ -23,19 +23,19 @@ from search.datasets import IGNORE_INDEX, SPLITS, Dataset, open_unchecked, split
 from search.datasets.files import FileDataset
 from search.errors import InputError
 
-Place = tuple[int, int]  # which of the opened splits, which of its pictures
-_CHUNK = 8  # pictures that a process takes at a time
+Place = tuple[int, int]  # (number of the split, index of the picture)
+_CHUNK = 8  # pictures per request to a process
 
 
 class Verdict(NamedTuple):
-    """What a check found: the tables and notes to print, and the problems, a sentence each."""
+    """The result of a check: the tables and notes to print, and the problems, one sentence each."""
 
     text: str
     problems: list[str]
 
 
 class Finding(NamedTuple):
-    """What reading one picture gave: its (H, W), its number of pixels of each label 0 to 255, and what is wrong, if it is."""
+    """The result of reading one picture: its (H, W), its number of pixels of each label 0 to 255, and the problem, if any."""
 
     size: tuple[int, int] | None
     pixels: NDArray[np.int64]
@@ -43,9 +43,9 @@ class Finding(NamedTuple):
 
 
 def check_folder(name: str, data_dir: Path | None, splits: Sequence[str], processes: int) -> Verdict:
-    """Read everything of data set `name`: the splits that are asked for, else train and val and the others that are there.
+    """Read the given splits of data set `name`, or else train, val and all others that exist.
 
-    Raises InputError for an unknown data set or split, and where there is nothing to verify.
+    Raises InputError for an unknown data set or split, and if there is nothing to verify.
     """
     datasets, problems, notes = _open_splits(name, data_dir, splits)
     for dataset in datasets:
@@ -54,11 +54,11 @@ def check_folder(name: str, data_dir: Path | None, splits: Sequence[str], proces
     findings = _read_all(datasets, processes)
     problems += dict.fromkeys(finding.problem for row in findings for finding in row if finding.problem)
     tables = [_split_table(datasets, findings), _class_table(datasets, findings)] if datasets else []
-    return Verdict("\n\n".join([*tables, *notes]), list(dict.fromkeys(problems)))  # the splits share pictures: each once
+    return Verdict("\n\n".join([*tables, *notes]), list(dict.fromkeys(problems)))  # each shared picture once
 
 
 def _open_splits(name: str, data_dir: Path | None, asked: Sequence[str]) -> tuple[list[Dataset], list[str], list[str]]:
-    """The splits that are there, problems of those that had to be, and notes about the others."""
+    """The splits that exist, problems of those that must exist, and notes about the others."""
     names = split_names(name)
     if unknown := [split for split in asked if split not in names]:
         raise InputError(f"`splits` {' '.join(unknown)} of {name} is unknown; choose from: {' '.join(names)}")
@@ -72,12 +72,12 @@ def _open_splits(name: str, data_dir: Path | None, asked: Sequence[str]) -> tupl
             else:
                 notes.append(f"{split} is not there ({error})")
     if not datasets and (data_dir is None or not data_dir.is_dir()):
-        raise InputError(problems[0])  # there is nothing to verify: a flag is wrong, not the data
+        raise InputError(problems[0])  # nothing to verify: a flag is wrong, not the data
     return datasets, problems, notes
 
 
 def _list_problems(dataset: Dataset) -> list[str]:
-    """What is wrong with the list of the pictures; absent files are found when they are to be read."""
+    """Problems of the list of pictures; missing files are found when they are read."""
     if not isinstance(dataset, FileDataset):
         return dataset.problems()
     official = dataset.official_lengths
@@ -102,7 +102,7 @@ def _overlaps(datasets: list[Dataset]) -> list[str]:
 
 
 def _read_all(datasets: list[Dataset], processes: int) -> list[list[Finding]]:
-    """A finding for each picture of each split; a picture that several splits share is read once."""
+    """The finding for each picture of each split; a picture that several splits share is read once."""
     keys = [[_key(dataset, index) for index in range(len(dataset))] for dataset in datasets]
     first: dict[object, Place] = {}
     for row, of_split in enumerate(keys):
@@ -122,7 +122,7 @@ def _key(dataset: Dataset, index: int) -> object:
 
 @contextmanager
 def _mapper(datasets: list[Dataset], processes: int) -> Iterator[Callable[[list[Place]], Iterator[Finding]]]:
-    """What turns (number of the split, index) into findings, here or in other processes."""
+    """A function that maps pairs (number of the split, index) to findings, in this process or in others."""
     if processes == 1:
         yield lambda places: (_examine(datasets[row], index) for row, index in places)
         return
@@ -138,11 +138,11 @@ def _mapper(datasets: list[Dataset], processes: int) -> Iterator[Callable[[list[
         pool.shutdown(cancel_futures=True)
 
 
-_opened: list[Dataset] = []  # of a process: the splits it reads from, sent once and not with each picture
+_opened: list[Dataset] = []  # in each process: the splits it reads from, sent once instead of with each picture
 
 
 def _start_process(datasets: list[Dataset]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends its processes
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends its processes
     _opened.extend(datasets)
 
 
@@ -170,7 +170,7 @@ def _split_table(datasets: list[Dataset], findings: list[list[Finding]]) -> str:
 
 
 def _class_table(datasets: list[Dataset], findings: list[list[Finding]]) -> str:
-    """The share of each class in the labelled pixels of each split; a split without any has no column."""
+    """Table of each class's share in the labelled pixels of each split; a split without labels has no column."""
     names = datasets[0].class_names
     columns = []
     for dataset, of_split in zip(datasets, findings, strict=True):
@@ -182,7 +182,7 @@ def _class_table(datasets: list[Dataset], findings: list[list[Finding]]) -> str:
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> str:
-    """A table whose first column with letters is flush left, the numbers flush right."""
+    """Format a table: the first column with letters is left-aligned, the numbers right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     names = next(i for i, heading in enumerate(rows[0]) if heading)
     lines = [

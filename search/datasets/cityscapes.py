@@ -3,8 +3,8 @@
     leftImg8bit/{train,val,test}/<city>/<city>_000000_000019_leftImg8bit.png
     gtFine/{train,val,test}/<city>/<city>_000000_000019_gtFine_labelIds.png
 
-as `leftImg8bit_trainvaltest.zip` and `gtFine_trainvaltest.zip` unpack. Of the 34 label ids 19 are classes; the table is
-torchvision's copy of the official one. Labels of the test split say nothing, so all of their pixels are 255.
+as `leftImg8bit_trainvaltest.zip` and `gtFine_trainvaltest.zip` unpack. 19 of the 34 label ids are classes; the table is
+torchvision's copy of the official one. The test split has no real labels, so all of its pixels are 255.
 """
 
 from pathlib import Path
@@ -28,7 +28,7 @@ LENGTHS = {"train": (2975,), "val": (500,), "trainval": (3475,), "test": (1525,)
 _ORIGIN = "leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip of cityscapes-dataset.com"
 _IMAGE, _LABEL = "_leftImg8bit.png", "_gtFine_labelIds.png"
 _LABELS = LabelReader(
-    # The licence plate has id −1: no file holds it.
+    # The licence plate has id −1, which occurs in no file.
     {label.id: label.train_id for label in Cityscapes.classes if label.id >= 0},
     remedy=f"it must be a *{_LABEL} of {_ORIGIN}",
 )
@@ -56,10 +56,10 @@ def open_split(split: str, data_dir: Path | None) -> FileDataset:
 
 
 def _list_pairs(split: str, data_dir: Path) -> tuple[list[Pair], list[str]]:
-    """The pictures that the folder of images holds, and a sentence for each label without one."""
+    """The pictures in the folder of images, and an error sentence for each label without a picture."""
     image_dir, label_dir = data_dir / "leftImg8bit" / split, data_dir / "gtFine" / split
     layout = f"expected leftImg8bit/{split}/ and gtFine/{split}/ from {_ORIGIN}; correct `data_dir` or unpack them there"
-    require_layout(data_dir, (image_dir, label_dir), layout)  # torchvision would unpack archives that lie there
+    require_layout(data_dir, (image_dir, label_dir), layout)  # torchvision would unpack archives in this folder
     try:
         found = Cityscapes(str(data_dir), split, mode="fine", target_type="semantic")
     except NotADirectoryError as error:

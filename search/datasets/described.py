@@ -1,8 +1,8 @@
 """Any folder of images and label pictures, described by a TOML file; docs/datasets.md shows one with every field.
 
-`images` and `labels` are patterns of paths in the folder: `{name}` is the picture, `{split}` the split (or the folder that the
-split's table names), `*` any text without a slash. The pictures of a split are those its list names, or else all images that
-fit the pattern. Label values are classes 0, 1, ... in the order of `classes`, unless `label_ids` says which value means which.
+`images` and `labels` are path patterns in the folder: `{name}` is the picture's name, `{split}` the split's (or the folder
+that the split's table names), `*` any text without a slash. A split's pictures are those in its list, or else all images
+that match the pattern. Label values are classes 0, 1, ... in the order of `classes`, unless `label_ids` gives other values.
 """
 
 import re
@@ -26,7 +26,7 @@ _MOST_CLASSES = IGNORE_INDEX  # 0 to 254; 255 is ignored
 
 @dataclass(frozen=True)
 class Split:
-    """A split's list of names (None: all images that fit), what `{split}` stands for, and its number of pictures, if told."""
+    """A split's list of names (None: all images that match), the value of `{split}`, and its number of pictures, if given."""
 
     list: str | None
     folder: str
@@ -49,9 +49,9 @@ class Description:
 
 
 def open_split(path: Path, split: str, data_dir: Path | None) -> FileDataset:
-    """List the pictures of a split of the folder that `path` describes: `data_dir`, or else the one it lies in.
+    """List the pictures of a split of the folder that `path` describes: `data_dir`, or else the folder of `path`.
 
-    Raises InputError for a bad description, and for a folder in which nothing fits it.
+    Raises InputError for a bad description, and for a folder in which nothing matches it.
     """
     description = load_description(path)
     wanted = description.splits[split]
@@ -134,7 +134,7 @@ def load_description(path: Path) -> Description:
 
 
 class _Fields:
-    """A table of the TOML file, whose fields are taken by name and type."""
+    """A table of the TOML file, from which fields are read by name and type."""
 
     def __init__(self, path: Path, content: Mapping[str, Any], place: str = "") -> None:
         self.path, self.content, self.place = path, content, place
@@ -232,7 +232,7 @@ def _train_id(fields: _Fields, value: str, meaning: object, class_names: tuple[s
 
 
 def _label_ids(description: Description) -> tuple[int, ...]:
-    """The value of each class in label files: the first, where several mean the same."""
+    """The value of each class in label files; the first one, if several mean the same class."""
     first = {train_id: value for value, train_id in reversed(list(description.train_ids.items()))}
     return tuple(first[train_id] for train_id in range(len(description.class_names)))
 
@@ -273,7 +273,7 @@ def _require_inside(fields: _Fields, field: str, path: str) -> None:
 
 
 def _index(root: Path, pattern: str, folder: str) -> tuple[dict[str, Path], list[str]]:
-    """The files that fit the pattern, by name, and a sentence for each name that several files have."""
+    """The files that match the pattern, by name, and an error sentence for each name that several files share."""
     filled = pattern.replace("{split}", folder)
     fits = re.compile(re.escape(filled).replace(r"\{name\}", "(?P<name>.+)").replace(r"\*", "[^/]*"))
     found: dict[str, Path] = {}

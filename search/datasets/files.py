@@ -1,4 +1,4 @@
-"""What all data sets of files share: pairs of an image and a label, read and checked in one way, with one set of sentences.
+"""Data sets made of files: pairs of an image and a label, read and checked in one way, with the same error messages.
 
 A label file holds a number per pixel that means what its data set says; `LabelReader` turns it into a class or 255.
 """
@@ -34,8 +34,8 @@ class Pair(NamedTuple):
 class LabelReader:
     """Reads label files whose value v means the class `train_ids[v]`, or 255; any other value is refused.
 
-    `remedy` ends the sentence about a label that cannot be used. `read_mat` reads the values of a `.mat` file, where there are
-    such files.
+    `remedy` ends the error message about an unusable label. `read_mat` reads the values of a `.mat` file, for data sets that
+    have such files.
     """
 
     train_ids: Mapping[int, int]
@@ -74,9 +74,9 @@ class LabelReader:
 class FileDataset:
     """One split of pictures on disk, a `Dataset`.
 
-    `listing` is the list or folder that the pairs' names come from, `faults` what is wrong with it; `official_lengths` are the
-    numbers of pictures that a whole split may have (none where nobody says), `alternative` a remark behind an absent file's
-    name, and `recipe` what the labels depend on beside their files.
+    `listing` is the list or folder from which the pairs' names come, and `faults` are its problems. `official_lengths` are the
+    numbers of pictures that a complete split may have (none if unknown), `alternative` is added to the message about a missing
+    file, and `recipe` is what the labels depend on besides their files.
     """
 
     name: str
@@ -121,14 +121,14 @@ class FileDataset:
     def problems(self) -> list[str]:
         absent = [path for pair in self.pairs for path in pair[1:] if path is not None and not path.is_file()]
         labels = {pair.label for pair in self.pairs if pair.label is not None}
-        if len(labels) > 1 and labels.issubset(absent):  # of which each by itself would say too little
+        if len(labels) > 1 and labels.issubset(absent):  # each alone would say too little
             fault = f"none of the {len(labels)} labels of {self.split} is there, such as {min(labels)}{self.alternative}"
             fault += ": restore them, or correct where labels are looked for"
             return [*self.faults, fault, *(self._absence(path) for path in absent if path not in labels)]
         return [*self.faults, *map(self._absence, absent)]
 
     def _attempt(self, read: Callable[[Path], NDArray[np.uint8]], path: Path) -> tuple[NDArray[np.uint8] | None, str]:
-        """What was read, or why not, so that an image's error does not hide its label's."""
+        """Return what was read or the error, so that an image's error does not hide that of its label."""
         if not path.is_file():
             return None, self._absence(path)
         try:
@@ -144,12 +144,12 @@ class FileDataset:
 
 
 def read_image(path: Path) -> NDArray[np.uint8]:
-    """(H, W, 3) uint8 RGB. Raises InputError naming the file."""
+    """Read a picture: (H, W, 3) uint8 RGB. Raises InputError naming the file."""
     return np.array(open_picture(path).convert("RGB"), np.uint8)
 
 
 def open_picture(path: Path) -> Image.Image:
-    """A picture, decoded. Raises InputError naming the file."""
+    """Open and decode a picture. Raises InputError naming the file."""
     try:
         with Image.open(path) as picture:
             picture.load()
@@ -161,7 +161,7 @@ def open_picture(path: Path) -> Image.Image:
 
 
 def require_layout(data_dir: Path, paths: Iterable[Path], layout: str) -> None:
-    """Refuse a folder that lacks one of the files (those with a suffix) or folders `paths`; `layout` says what is expected."""
+    """Refuse a folder without one of `paths` (files if they have a suffix, else folders); `layout` says what is expected."""
     if not data_dir.is_dir():
         raise InputError(f"`data_dir` {data_dir} is not a folder; {layout}")
     if not any(data_dir.iterdir()):
@@ -174,7 +174,7 @@ def require_layout(data_dir: Path, paths: Iterable[Path], layout: str) -> None:
 
 
 def read_lines(path: Path, remedy: str) -> list[tuple[int, str]]:
-    """The lines of a list that are not blank, with their numbers. Raises InputError for a list that is empty or no text."""
+    """Read the non-blank lines of a list, with their numbers. Raises InputError for a list that is empty or not text."""
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -188,14 +188,14 @@ def read_lines(path: Path, remedy: str) -> list[tuple[int, str]]:
 
 
 def repeated(names: Iterable[str], listing: Path) -> list[str]:
-    """A sentence for each name that occurs more than once."""
+    """An error sentence for each name that occurs more than once."""
     return [
         f"{listing} lists {name} {count} times; keep one of its lines" for name, count in Counter(names).items() if count > 1
     ]
 
 
 def spans(values: Iterable[int]) -> str:
-    """Numbers as text, three and more in a row shortened.
+    """Numbers as text; three or more in a row are shortened.
 
     >>> spans([7, 0, 1, 2, 4, 5])
     '0 to 2, 4, 5, 7'
@@ -207,7 +207,7 @@ def spans(values: Iterable[int]) -> str:
 
 
 def voc_palette(classes: int) -> NDArray[np.uint8]:
-    """(classes, 3): the colours of PASCAL VOC's devkit, which spreads the bits of a class over the high bits of its RGB.
+    """The colours of PASCAL VOC's devkit, (classes, 3): the bits of a class spread over the high bits of its RGB.
 
     >>> voc_palette(3).tolist()
     [[0, 0, 0], [128, 0, 0], [0, 128, 0]]

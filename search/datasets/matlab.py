@@ -11,7 +11,7 @@ from scipy.io.matlab import MatReadError
 
 from search.errors import InputError
 
-# PASCAL-Part's names of a person's parts, from whichever side, in the seven classes of PASCAL-Person-Part.
+# The class in PASCAL-Person-Part of each of PASCAL-Part's names for parts of a person, of either side.
 _PARTS = (
     ("head", "ear", "eye", "ebrow", "mouth", "nose", "hair"),
     ("torso", "neck"),
@@ -26,7 +26,7 @@ PERSON_PARTS = {
 
 
 def read_class_map(path: Path) -> NDArray[np.uint8]:
-    """(H, W) uint8 values of an SBD file, `GTcls.Segmentation` in its folder `cls`. Raises InputError naming the file."""
+    """Read `GTcls.Segmentation` of a file in SBD's folder `cls`: (H, W) uint8. Raises InputError naming the file."""
     content = _load(path)
     try:
         return np.asarray(content["GTcls"].Segmentation, np.uint8)
@@ -35,9 +35,9 @@ def read_class_map(path: Path) -> NDArray[np.uint8]:
 
 
 def read_person_parts(path: Path) -> NDArray[np.uint8]:
-    """(H, W) uint8 values 0 to 6 of a file of PASCAL-Part's folder `Annotations_Part`.
+    """Read the (H, W) uint8 values 0 to 6 of a file in PASCAL-Part's folder `Annotations_Part`.
 
-    People and their parts are drawn in the order of the file, each over the ones before: this gives the published maps, pixel
+    People and their parts are drawn in the order of the file, each over those before. This gives the published maps, pixel
     by pixel. Raises InputError naming the file.
     """
     content = _load(path)
@@ -56,10 +56,10 @@ def read_person_parts(path: Path) -> NDArray[np.uint8]:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    """The file's variables, structs as objects with attributes."""
+    """Load the file's variables, with structs as objects that have attributes."""
     try:
         content: dict[str, Any] = loadmat(path, squeeze_me=True, struct_as_record=False)
-    # What SciPy raises for damaged files: of its own kind, of its struct and zlib readers, and for MATLAB's newer format.
+    # What SciPy raises for damaged files: its own errors, those of struct and zlib, and one for MATLAB's newer format.
     except (MatReadError, zlib.error, OSError, ValueError, TypeError, LookupError, NotImplementedError, MemoryError) as error:
         raise InputError(
             f"label {path} is truncated or no MATLAB file ({error}); restore it from the original data set"

@@ -4,8 +4,8 @@
     SegmentationPart/*.png      or PASCAL-Part's original Annotations_Part/*.mat
     list/train_id.txt, list/val_id.txt
 
-Where both kinds of labels are there, the pictures count. Some copies of the set number upper and lower limbs the other way
-round, which exchanges their names and leaves the mIOU as it is.
+If both kinds of labels exist, the PNGs are used. Some copies of the data set exchange the numbers of upper and lower limbs,
+which exchanges their names but does not change the mIOU.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ from search.errors import InputError
 
 CLASS_NAMES = ("background", "head", "torso", "upper arms", "lower arms", "upper legs", "lower legs")
 PALETTE = voc_palette(len(CLASS_NAMES))
-# The papers' validation set has 1,817 pictures; the list that goes round with the converted labels has 14 more.
+# The papers' validation set has 1,817 pictures; the list that is distributed with the converted labels has 14 more.
 LENGTHS = {"train": (1716,), "val": (1817, 1831), "trainval": (3533, 3547)}
 
 _ORIGIN = "PASCAL-Person-Part (pictures of VOC 2010; docs/datasets.md says where from)"

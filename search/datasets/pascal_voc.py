@@ -4,14 +4,14 @@
     VOCdevkit/VOC2012/SegmentationClass/*.png
     VOCdevkit/VOC2012/ImageSets/Segmentation/{train,val,trainval,test}.txt
 
-Split `train_aug` are the 10,582 pictures of VOC's train and of SBD without VOC's val. It takes the labels that many
-repositories hand out converted, or else SBD's own archive, unpacked beside `VOCdevkit`:
+Split `train_aug` is the 10,582 pictures of VOC's train and of SBD without VOC's val. Its labels are the converted ones that
+many repositories distribute, or else those of SBD's own archive, unpacked beside `VOCdevkit`:
 
     VOCdevkit/VOC2012/SegmentationClassAug/*.png
     benchmark_RELEASE/dataset/{img,cls}/, train.txt, val.txt
 
-From SBD's archive a picture takes VOC's own label where VOC has one. The list `train_aug.txt` may lie beside the others;
-without it the split is everything labelled but VOC's val. Labels of the test split are not public.
+With SBD's archive, VOC's own label is used where VOC has one. The list `train_aug.txt` may lie beside the other lists; without
+it, the split is all labelled pictures but VOC's val. Labels of the test split are not public.
 """
 
 from pathlib import Path
@@ -101,7 +101,7 @@ def _voc_pairs(data_dir: Path, split: str) -> list[Pair]:
 
 
 def _augmented_pairs(data_dir: Path, voc: Path) -> tuple[Path, list[Pair]]:
-    """The list or folder that says which pictures there are, and their pairs."""
+    """The list or folder that names the pictures, and their pairs."""
     converted, sbd = voc / "SegmentationClassAug", data_dir / "benchmark_RELEASE" / "dataset"
     if converted.is_dir():
         where = converted
@@ -112,7 +112,7 @@ def _augmented_pairs(data_dir: Path, voc: Path) -> tuple[Path, list[Pair]]:
     elif sbd.is_dir():
         where = sbd / "cls"
         own = [pair for split in ("train", "val") for pair in _voc_pairs(data_dir, split)]
-        labelled = {pair.name: pair for pair in (*_sbd_pairs(sbd), *own)}  # VOC's own labels, where there are any, win
+        labelled = {pair.name: pair for pair in (*_sbd_pairs(sbd), *own)}  # VOC's own labels replace SBD's
     else:
         raise InputError(f"split train_aug of pascal_voc needs SBD's labels: unpack them as {converted} or as {sbd}")
     lists = [voc / "ImageSets" / "Segmentation" / name for name in ("train_aug.txt", "trainaug.txt")]
@@ -128,7 +128,7 @@ def _augmented_pairs(data_dir: Path, voc: Path) -> tuple[Path, list[Pair]]:
 
 
 def _sbd_pairs(sbd: Path) -> list[Pair]:
-    """All of SBD: its split into train and val is not VOC's."""
+    """All pairs of SBD, because its train and val are not VOC's."""
     layout = f"expected img/, cls/, train.txt and val.txt in {sbd} from SBD's benchmark.tgz; unpack it there"
     require_layout(sbd, [sbd / "img", sbd / "cls", sbd / "train.txt", sbd / "val.txt"], layout)
     parts = [SBDataset(str(sbd), image_set=part, mode="segmentation") for part in ("train", "val")]

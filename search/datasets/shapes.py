@@ -1,13 +1,13 @@
-"""Generated scenes in which context tells the classes apart: the data set that is always there.
+"""Generated scenes in which context tells the classes apart: a data set that needs no files.
 
-All shapes draw their colours and texture from one distribution, so a patch from the inside of one says nothing about its
-class. What decides is extent and aspect ratio, at scales from 1/12 to 3/4 of the picture, and what lies around:
+Colours and texture of all shapes come from one distribution, so a patch from the inside of a shape says nothing about its
+class. The class is decided by extent and aspect ratio, at scales from 1/12 to 3/4 of the picture, and by the surroundings:
 
 - a block is about as wide as it is high, a wide bar two to four times as wide, a tall bar two to four times as high;
 - a disc is filled, a ring has a hole through which the background shows;
-- one and the same small disc is a *dot* on the background and an *inlay* within a shape.
+- the same small disc is a *dot* on the background and an *inlay* within a shape.
 
-Shapes overlap; illumination and noise lie over everything; a thin contour between classes is ignored.
+Shapes overlap, illumination and noise cover everything, and a thin contour between classes is ignored.
 """
 
 import hashlib
@@ -73,7 +73,7 @@ class Shapes:
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256(repr(astuple(self)).encode())
-        digest.update(self[0].image.tobytes())  # so that a change of the generator itself shows
+        digest.update(self[0].image.tobytes())  # changes with the generator's code
         return digest.hexdigest()
 
     def problems(self) -> list[str]:
@@ -89,7 +89,7 @@ def open_split(split: str, data_dir: Path | None) -> Shapes:
 
 def draw_scene(rng: np.random.Generator, size: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """Draw one scene: image (size, size, 3) and label (size, size), both uint8."""
-    image = np.empty((3, size, size), np.float32)  # colour planes: twice as fast as interleaved ones
+    image = np.empty((3, size, size), np.float32)  # colours in separate planes: twice as fast as interleaved ones
     label = np.full((size, size), BACKGROUND, np.uint8)
     _paint(image, np.s_[:, :], np.ones((size, size), bool), rng, brightness=(20, 60))
     _place_shapes(image, label, rng)
@@ -100,10 +100,10 @@ def draw_scene(rng: np.random.Generator, size: int) -> tuple[NDArray[np.uint8], 
 
 
 def _place_shapes(image: NDArray[np.float32], label: NDArray[np.uint8], rng: np.random.Generator) -> None:
-    """Every kind once and two more, with little overlap; what finds no room is left out."""
+    """Place each kind once and two more, with little overlap; shapes that find no room are left out."""
     kinds = [*range(BLOCK, DOT), *rng.integers(BLOCK, DOT, size=2).tolist()]
     extents = [(kind, _draw_extent(kind, len(label), rng)) for kind in kinds]
-    for kind, extent in sorted(extents, key=lambda pair: -pair[1][0] * pair[1][1]):  # large first, so that none is hidden
+    for kind, extent in sorted(extents, key=lambda pair: -pair[1][0] * pair[1][1]):  # large ones first, so that none is hidden
         for window in _draw_windows(extent, len(label), rng):
             if np.count_nonzero(label[window]) < 0.2 * label[window].size:
                 mask = _silhouette(kind, extent, rng)
@@ -113,7 +113,7 @@ def _place_shapes(image: NDArray[np.float32], label: NDArray[np.uint8], rng: np.
 
 
 def _place_small_discs(image: NDArray[np.float32], label: NDArray[np.uint8], rng: np.random.Generator) -> None:
-    """Small discs of one appearance, each well within one host: a dot on the background, an inlay within a shape."""
+    """Place small discs of one appearance, each well within one host: as dots on the background, as inlays within shapes."""
     margin = 4  # pixels of the host around the disc
     for kind in [DOT] * 6 + [INLAY] * 5:
         extent = _draw_extent(DOT, len(label), rng)
@@ -129,7 +129,7 @@ def _place_small_discs(image: NDArray[np.float32], label: NDArray[np.uint8], rng
 
 
 def _draw_extent(kind: int, size: int, rng: np.random.Generator) -> tuple[int, int]:
-    """Height and width in pixels."""
+    """Draw a height and a width in pixels."""
     smallest, largest = EXTENTS[kind]
     long_side = size * smallest * (largest / smallest) ** rng.random()
     short_side = long_side / rng.uniform(*ASPECT_RATIOS.get(kind, (1, 1)))
@@ -139,7 +139,7 @@ def _draw_extent(kind: int, size: int, rng: np.random.Generator) -> tuple[int, i
 
 
 def _draw_windows(extent: tuple[int, int], size: int, rng: np.random.Generator) -> Iterator[Window]:
-    """Random places for something of this height and width; as many as are worth trying."""
+    """Draw random places for a shape of this height and width, as many as are worth trying."""
     height, width = extent
     for down, right in rng.random((30, 2)).tolist():
         top, left = int(down * (size - height + 1)), int(right * (size - width + 1))
@@ -147,7 +147,7 @@ def _draw_windows(extent: tuple[int, int], size: int, rng: np.random.Generator) 
 
 
 def _silhouette(kind: int, extent: tuple[int, int], rng: np.random.Generator) -> NDArray[np.bool_]:
-    """Which pixels of its (height, width) window belong to the shape."""
+    """Mask of the pixels of its (height, width) window that belong to the shape."""
     if kind in (BLOCK, WIDE_BAR, TALL_BAR):
         return np.ones(extent, bool)
     y, x = (np.linspace(-1, 1, side, dtype=np.float32) ** 2 for side in extent)
@@ -165,7 +165,7 @@ def _paint(
     *,
     brightness: tuple[float, float],
 ) -> None:
-    """Cover `mask` with stripes or checks of a random pair of colours, whatever the class."""
+    """Cover `mask` with stripes or checks in two random colours, independent of the class."""
     angle = rng.uniform(0, np.pi)
     pattern = _wave(mask.shape, angle, rng)
     if rng.random() < 0.5:
@@ -187,7 +187,7 @@ def _wave(shape: tuple[int, ...], angle: float, rng: np.random.Generator) -> NDA
 
 
 def _draw_colour(hue: float, brightness: tuple[float, float], rng: np.random.Generator) -> NDArray[np.float64]:
-    """RGB from 0 to 255, brightness and saturation at random."""
+    """Draw an RGB colour, 0 to 255, with random brightness and saturation."""
     return rng.uniform(*brightness) * (1 + rng.uniform(0.1, 0.5) * np.cos(2 * np.pi * (hue + np.array([0, 1 / 3, 2 / 3]))))
 
 

@@ -1,1 +1,1 @@
-"""What people read: pages, diagrams, scatters, rank correlations and latencies."""
+"""Reports: pages, diagrams, scatter plots, rank correlations and latencies."""

@@ -1,7 +1,7 @@
-"""Cells as one page: `python -m search.report --cells dpc mine.json head.safetensors`.
+"""Write a page of cells: `python -m search.report --cells dpc mine.json head.safetensors`.
 
-Pictures, parameters and multiply-adds as in the paper's Table 1, latency on this machine. Of trained weights, from a head or
-network file, also what they made of the branches and of the map (figure 5b of the paper, and the effective receptive field).
+It shows pictures, parameters and multiply-adds as in the paper's Table 1, and latency on this machine. With trained weights,
+from a head or network file, also the weights of the branches (figure 5b of the paper) and the effective receptive field.
 """
 
 from collections import Counter
@@ -29,7 +29,7 @@ from search.reports.page import write_page
 
 @dataclass(frozen=True)
 class Pictures:
-    """SVG elements of one cell; the last two are of trained weights."""
+    """SVG elements of one cell; the last two need trained weights."""
 
     diagram: Markup
     paths: Markup
@@ -46,8 +46,8 @@ class ShownCell:
     is_trained: bool
     cost: CellCost
     pictures: Pictures
-    positions: int  # of the feature that are read at all,
-    field_size: int  # of a map of so many rows and columns
+    positions: int  # number of features that are read at all,
+    field_size: int  # of a map with this many rows and columns
     latency: Latency
 
     @property
@@ -56,7 +56,7 @@ class ShownCell:
 
 
 def draw_pictures(cell: Cell, options: BranchOptions, trained: DensePredictionCell | None = None) -> Pictures:
-    """Of a cell, and of its weights if there are trained ones."""
+    """Draw the pictures of a cell, and of its weights if there are trained ones."""
     diagram, paths = Markup(cell_svg(cell)), Markup(paths_svg(cell, options))
     if trained is None:
         return Pictures(diagram, paths)
@@ -74,7 +74,7 @@ def write_cell_report(
     feature_size: tuple[int, int],
     device: str,
 ) -> None:
-    """Write the page of the named cells: known ones, JSON files, head and network files.
+    """Write the page of the named cells: names of known ones, JSON files, head and network files.
 
     Channels, output stride and pooling are for cells without weights; a file with weights states its own. Raises InputError
     for a cell that cannot be read or does not fit the map.
@@ -125,7 +125,7 @@ def _cost(name: str, context: DensePredictionCell, feature_size: tuple[int, int]
 
 
 def _labels(names: Sequence[str]) -> dict[str, str]:
-    """The files' names without folder and suffix, where that tells them apart."""
+    """The files' names without folder and suffix, if these are all different."""
     stems = Counter(Path(name).stem for name in dict.fromkeys(names))
     return {name: Path(name).stem if stems[Path(name).stem] == 1 else name for name in names}
 

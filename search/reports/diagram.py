@@ -1,8 +1,8 @@
-"""Pictures of a cell: its graph and the weights of its branches, as in the paper's figure 5, and what it sees of the feature.
+"""Pictures of a cell: its graph and the weights of its branches, as in the paper's figure 5, and its receptive field.
 
 A branch reads exactly one map, so the branches form a tree below the backbone feature F. That makes the layout simple: a
-branch stands one layer below its input, children share the width below their parent, and every branch with children owns a
-lane to their left for its own way to the concatenation. Nothing crosses, whatever the cell.
+branch is one layer below its input, children share the width below their parent, and every branch with children has a
+lane to their left for its own arrow to the concatenation. So no arrows cross, for any cell.
 """
 
 import re
@@ -29,7 +29,7 @@ from search.cells.receptive_field import effective_receptive_field, field_size_f
 
 INK = "#20242c"  # text and axes; the page's own text colour where a picture stands in a page
 _SEARCHED = BranchOptions(training=False)  # output stride 16, the authors' pooling
-_FAINTEST = 1e-3  # of the largest gradient: what is fainter has one colour
+_FAINTEST = 1e-3  # of the largest gradient: smaller values have one colour
 
 # All in inches at natural size.
 BOX_WIDTH, BOX_HEIGHT, BAR_HEIGHT = 1.16, 0.46, 0.34
@@ -59,7 +59,7 @@ class Box(NamedTuple):
 
 @dataclass(frozen=True)
 class CellLayout:
-    """Where everything stands, in inches at natural size; F is the bar at the top, concat + 1×1 the one at the bottom."""
+    """Positions of everything, in inches at natural size; F is the bar at the top, concat + 1×1 the one at the bottom."""
 
     width: float
     height: float
@@ -70,7 +70,7 @@ class CellLayout:
 
 
 def operation_label(operation: Operation) -> str:
-    """The operation as a reader says it.
+    """The operation in words.
 
     >>> operation_label(AtrousSeparableConv(rate=(6, 21)))
     '3×3 sep, rate 6×21'
@@ -158,7 +158,7 @@ def _arrow(source: Box, start: float, x: float, y: float) -> Curve:
 
 
 def draw_cell(cell: Cell, axes: Axes) -> None:
-    """Draw the cell's graph, top to bottom, as large as `axes` allows; call it when the figure has its final size."""
+    """Draw the cell's graph, top to bottom, as large as `axes` allows. The figure must have its final size."""
     layout = layout_cell(cell)
     axes.set(xlim=(0, layout.width), ylim=(0, layout.height), aspect="equal")
     axes.set_axis_off()
@@ -190,7 +190,7 @@ def _draw_box(axes: Axes, box: Box, label: str, colours: tuple[str, str], scale:
     axes.add_patch(shape)
     axes.text(
         box.x, box.y, label, ha="center", va="center", fontsize=FONT_SIZE * scale, color="#1b1f27", linespacing=1.25
-    )  # dark in any page: the boxes are light
+    )  # always dark, because the boxes are light
 
 
 def draw_paths(cell: Cell, axes: Axes, options: BranchOptions = _SEARCHED) -> None:
@@ -198,7 +198,7 @@ def draw_paths(cell: Cell, axes: Axes, options: BranchOptions = _SEARCHED) -> No
     field = structural_receptive_field(cell, field_size_for(options), options)
     floor = field[field > 0].min()
     bar = _draw_field(field, axes, floor, "paths to the centre output")
-    if field.max() < 50 * floor:  # few powers of ten to mark
+    if field.max() < 50 * floor:  # only a few powers of ten are marked
         ticks = [tick for tick in (1, 2, 5, 10, 20, 50) if floor <= tick <= field.max()]
         bar.set_ticks(ticks, labels=[str(tick) for tick in ticks])
 
@@ -294,7 +294,7 @@ def _field_figure() -> tuple[Figure, Axes]:
 
 
 def style_axes(axes: Axes) -> None:
-    """Quiet axes for a plot: two lines in ink, small numbers, the grid to be drawn behind."""
+    """Style a plot's axes: lines at two sides, small numbers, the grid behind everything."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(INK)
     axes.tick_params(colors=INK, labelsize=8, length=3)

@@ -1,4 +1,4 @@
-"""What `search.fidelity` found: how alike the protocols order the cells, as a table, a CSV, scatters (figure 3) and a page."""
+"""Results of `search.fidelity`: how alike the protocols order the cells, as table, CSV, scatter plots (figure 3) and page."""
 
 import csv
 import io
@@ -22,7 +22,7 @@ _MARKED = {"1x1": "1×1", "r6": "rate 6", "r12": "rate 12", "r18": "rate 18", "p
 
 @dataclass(frozen=True)
 class Score:
-    """One training: of a cell, under a protocol, with a seed. Without a score it has failed, and says why."""
+    """The score of a cell under a protocol with a seed, or the reason why its training failed."""
 
     protocol: str
     cell_name: str
@@ -36,8 +36,8 @@ class Score:
 class Agreement:
     """How alike two protocols order the cells that both have scored, by each cell's mean over seeds.
 
-    `ceiling` is about the ρ that would be seen if both had one true order and differed in noise alone; nan if the noise is not
-    known, because there is one seed. `correlation` is None below three cells.
+    `ceiling` is about the ρ that would be seen if both had the same true order and differed in noise alone; nan with a single
+    seed, because the noise is not known. `correlation` is None below three cells.
     """
 
     first: str
@@ -47,12 +47,12 @@ class Agreement:
 
 
 def score_name(cell_name: str, seed: int) -> str:
-    """What a score is called in the folder of its protocol."""
+    """The name of a score in the folder of its protocol."""
     return f"{cell_name}-seed{seed}"
 
 
 def load_scores(directory: Path, protocols: Sequence[str], cell_names: Sequence[str]) -> list[Score]:
-    """The scores that are there: by protocol, seed and cell, in that order. Raises InputError for a damaged file."""
+    """Read all scores, in the order of protocol, seed and cell. Raises InputError for a damaged file."""
     scores = []
     for protocol in protocols:
         folder = Folder(directory / protocol)
@@ -71,7 +71,7 @@ def load_scores(directory: Path, protocols: Sequence[str], cell_names: Sequence[
 
 
 def cell_scores(scores: Sequence[Score], protocol: str) -> dict[str, list[float]]:
-    """By cell, one score per seed. A cell that failed with any seed is left out: its mean would leave out its worst."""
+    """Each cell's scores, one per seed. A cell that failed with any seed is left out: its mean would lack the worst score."""
     failed = {score.cell_name for score in scores if score.protocol == protocol and score.failure is not None}
     by_cell: dict[str, list[float]] = {}
     for score in scores:
@@ -83,7 +83,7 @@ def cell_scores(scores: Sequence[Score], protocol: str) -> dict[str, list[float]
 def self_agreement(by_cell: dict[str, list[float]]) -> float:
     """ρ of a protocol with itself under another seed, the mean over all pairs of seeds; nan if there are no two.
 
-    Only cells with all seeds count. This is the noise of one training; what has no noise would agree with it by about √ρ.
+    Only cells with all seeds count. It measures the noise of one training: a noise-free score would have about √ρ with it.
     """
     seeds = max(map(len, by_cell.values()), default=0)
     columns = list(zip(*(values for values in by_cell.values() if len(values) == seeds), strict=True))
@@ -93,10 +93,11 @@ def self_agreement(by_cell: dict[str, list[float]]) -> float:
 
 
 def noise_ceiling(first: dict[str, list[float]], second: dict[str, list[float]]) -> float:
-    """About the ρ to be seen between two protocols of one true order, each with the noise that `self_agreement` shows.
+    """About the ρ to be seen between two protocols with the same true order, each with the noise of `self_agreement`.
 
-    By Spearman's attenuation formula √(R₁·R₂), with R = s·r / (1 + (s − 1)·r) the reliability of a mean over s seeds from that
-    r of one (Spearman and Brown). Both are exact for linear correlations and equal noise in all cells: a yardstick here.
+    Spearman's attenuation formula √(R₁·R₂), where R = s·r / (1 + (s − 1)·r) is the reliability of a mean over s seeds if that
+    of one is r (Spearman and Brown). Both are exact for linear correlations and equal noise in all cells; here they are
+    approximate.
 
     >>> without_noise = {"a": [0.1, 0.1], "b": [0.3, 0.3], "c": [0.2, 0.2]}
     >>> round(noise_ceiling(without_noise, without_noise), 6)
@@ -122,7 +123,7 @@ def agreements(scores: Sequence[Score], protocols: Sequence[str]) -> list[Agreem
 
 
 def write_report(directory: Path, scores: Sequence[Score], protocols: Sequence[str], command: str) -> str:
-    """Write scores.csv, the scatters and report.md into the run's folder; returns what to print."""
+    """Write scores.csv, the scatter plots and report.md into the run's folder; return the text to print."""
     found = agreements(scores, protocols)
     _write_csv(directory / "scores.csv", scores)
     scatters = {

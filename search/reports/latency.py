@@ -1,7 +1,7 @@
-"""How long cells take on this machine, for one image: measured in turns, so that whatever slows the machine slows all.
+"""How long cells take on this machine for one image, measured in turns, so that a slow machine slows all of them.
 
 `torch.utils.benchmark` warms up, sets the threads and waits for the device. A round times every cell once, in a new order;
-given are the median over rounds and the 20th and 80th percentiles.
+reported are the median over rounds and the 20th and 80th percentiles.
 """
 
 import logging
@@ -36,10 +36,10 @@ class Latency:
 
 @dataclass(frozen=True)
 class Latencies:
-    """Of several cells, by name, and what they hold for."""
+    """Latencies of several cells by name, and the device and map for which they hold."""
 
     by_name: dict[str, Latency]
-    device: str  # its name, and the threads of a CPU
+    device: str  # its name, and the number of threads of a CPU
     feature_size: tuple[int, int]
 
 
@@ -53,12 +53,12 @@ def measure_latencies(
 ) -> Latencies:
     """Time every cell, in evaluation mode and float32, on one map of (h, w) = `feature_size`.
 
-    No round begins after `seconds`, but there are three at least. The modules move to `device` and back to the CPU, and stay
-    in evaluation mode.
+    No round begins after `seconds`, but there are at least three. The modules are moved to `device` and back to the CPU, and
+    stay in evaluation mode.
     """
     on_gpu = torch.device(device).type == "cuda"
     try:
-        # The timer waits for the current device alone.
+        # The timer waits only for the current device.
         with torch.inference_mode(), torch.cuda.device(device) if on_gpu else nullcontext():
             timers = {name: _timer(cell.to(device).eval(), feature_size) for name, cell in cells.items()}
             samples = _in_turns(timers, seconds, np.random.default_rng(seed))
@@ -88,7 +88,7 @@ def _timer(cell: DensePredictionCell, feature_size: tuple[int, int]) -> "Timer":
 
 
 def _in_turns(timers: Mapping[str, "Timer"], seconds: float, rng: np.random.Generator) -> dict[str, list[float]]:
-    """Milliseconds of each cell in each round."""
+    """Time each cell in each round, in milliseconds."""
     counts = {name: _calls_per_turn(timer) for name, timer in timers.items()}
     samples: dict[str, list[float]] = {name: [] for name in timers}
     start = time.perf_counter()
@@ -102,7 +102,7 @@ def _in_turns(timers: Mapping[str, "Timer"], seconds: float, rng: np.random.Gene
 
 
 def _calls_per_turn(timer: "Timer") -> int:
-    timer.timeit(1)  # compiles kernels, if any
+    timer.timeit(1)  # compiles kernels, if there are any
     return max(1, round(_SHORTEST_SECONDS / max(timer.timeit(1).mean, 1e-6)))
 
 

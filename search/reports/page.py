@@ -1,4 +1,4 @@
-"""A report as one HTML file that needs nothing beside itself: templates, numbers in print, writing whole or not at all."""
+"""Reports as single HTML files that need no other file: templates, formatted numbers, atomic writing."""
 
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ def write_page(path: Path, template: str, content: dict[str, Any]) -> None:
 
 
 def percent(fraction: float, digits: int = 2) -> str:
-    """A fraction in print.
+    """Format a fraction as percent.
 
     >>> percent(0.46123)
     '46.12 %'
@@ -44,7 +44,7 @@ def percent(fraction: float, digits: int = 2) -> str:
 
 
 def quantity(count: float) -> str:
-    """A large count with three digits and a unit.
+    """Format a large count with three digits and a unit.
 
     >>> quantity(804_000), quantity(15_230_000_000), quantity(999_900), quantity(9_999)
     ('804 K', '15.2 B', '1.00 M', '10.0 K')
@@ -58,7 +58,7 @@ def quantity(count: float) -> str:
 
 
 def milliseconds(value: float) -> str:
-    """A duration with three digits.
+    """Format a duration with three digits.
 
     >>> milliseconds(0.01234), milliseconds(2.9), milliseconds(99.96)
     ('0.0123', '2.90', '100')

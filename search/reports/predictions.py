@@ -1,4 +1,4 @@
-"""What a network makes of pictures: a table of scores, predictions for the test servers, pictures with a legend to look at."""
+"""Results of a network on pictures: table of scores, predictions for test servers, pictures with a legend."""
 
 import math
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from reference.mean_iou import class_iou, mean_iou
 from search.datasets import IGNORE_INDEX, Dataset, Sample
 
-_UNLABELLED = np.array((56, 56, 56), np.uint8)  # lighter greys are classes in some palettes
+_UNLABELLED = np.array((56, 56, 56), np.uint8)  # a lighter grey may be a class's colour
 
 
 def score_table(class_names: Sequence[str], confusion: NDArray[np.int64]) -> str:
@@ -32,7 +32,7 @@ def score_table(class_names: Sequence[str], confusion: NDArray[np.int64]) -> str
 
 
 def prediction_path(folder: Path, dataset: Dataset, name: str) -> Path:
-    """Where the data set's test server looks for the prediction of picture `name`.
+    """The path at which the data set's test server expects the prediction of picture `name`.
 
     Cityscapes takes any folder of `<city>_<sequence>_<frame>*.png`, VOC `results/VOC2012/Segmentation/comp6_<split>_cls/`.
     """
@@ -42,7 +42,7 @@ def prediction_path(folder: Path, dataset: Dataset, name: str) -> Path:
 
 
 def write_prediction(path: Path, predicted: NDArray[np.uint8], dataset: Dataset) -> None:
-    """One label id per pixel, 8 bits: as a palette picture where ids are classes (VOC's own form), else in grey."""
+    """Write one 8-bit label id per pixel: as a palette picture if ids are classes (VOC's own form), or else in grey."""
     ids = np.array(dataset.label_ids, np.uint8)
     picture = Image.fromarray(ids[predicted])
     if dataset.label_ids == tuple(range(len(dataset.label_ids))):
@@ -52,7 +52,7 @@ def write_prediction(path: Path, predicted: NDArray[np.uint8], dataset: Dataset)
 
 
 def overlay(sample: Sample, predicted: NDArray[np.uint8], dataset: Dataset) -> Image.Image:
-    """The prediction's colours over the picture, the label's beside it, and below the names of the classes that occur."""
+    """Draw the prediction's colours over the picture, the label's beside it, and the names of the classes below."""
     panels = [
         _blend(sample.image, np.vstack([dataset.palette, _UNLABELLED])[classes])
         for classes in (predicted, np.minimum(sample.label, len(dataset.palette)))

@@ -1,6 +1,6 @@
-"""How well one score orders cells as another does: Spearman's rank correlation, with an interval (paper, figures 3 and 4).
+"""How well two scores agree on the order of cells: Spearman's rank correlation with an interval (paper, figures 3 and 4).
 
-ρ is Pearson's correlation of the ranks. Ties share the mean of the ranks that they take up, which is SciPy's rule too.
+ρ is Pearson's correlation of the ranks. Tied values share the mean of their ranks, as in SciPy.
 """
 
 import warnings
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-MIN_POINTS = 3  # with two, ρ is 1 or −1 whatever the scores
+MIN_POINTS = 3  # with two, ρ is 1 or −1 for any scores
 
 
 @dataclass(frozen=True)
@@ -53,15 +53,15 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """The percentile bootstrap interval of ρ: cells are drawn with replacement, each with both its scores.
 
-    It says how far ρ may be off because these few cells and no others were scored; it knows nothing of the noise in each
-    score. Draws in which one side is constant have no ρ and are left out; (nan, nan) if none is left. The same `seed` gives
-    the same interval. Raises ValueError as `spearman` does, and for a level that is not between 0 and 1.
+    It says how far ρ may be off because only these cells were scored; the noise in each score is not part of it. Draws in
+    which one side is constant have no ρ and are left out; (nan, nan) if none is left. The same `seed` gives the same
+    interval. Raises ValueError as `spearman` does, and for a level that is not between 0 and 1.
     """
     if not 0 < level < 1:
         raise ValueError(f"level must be between 0 and 1, got {level}")
     pairs, rng = _pairs(x, y), np.random.default_rng(seed)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # SciPy's own interval, which minds draws without ρ
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # SciPy's own interval does not allow for draws without ρ
         drawn = stats.bootstrap(
             pairs, _rho, n_resamples=resamples, paired=True, vectorized=True, method="percentile", rng=rng
         ).bootstrap_distribution
@@ -86,13 +86,13 @@ def _pairs(x: Sequence[float], y: Sequence[float]) -> tuple[NDArray[np.float64],
 def _rho(x: NDArray[np.float64], y: NDArray[np.float64], axis: int = -1) -> NDArray[np.float64]:
     """ρ along `axis`, for many draws at once."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", stats.ConstantInputWarning)  # nan says it, and is documented
+        warnings.simplefilter("ignore", stats.ConstantInputWarning)  # nan is the documented result
         ranks = (stats.rankdata(side, axis=axis) for side in (x, y))
         return np.asarray(stats.pearsonr(*ranks, axis=axis).statistic)
 
 
 def ties(scores: Sequence[float]) -> str | None:
-    """A sentence for scores of which most are equal, as those of networks that all predict one class; else None.
+    """A sentence if most scores are equal, as for networks that all predict one class; else None.
 
     >>> ties([0.05, 0.05, 0.05, 0.2])
     'most scores are the same, 5.00 %, so their order says nothing: train longer, or with a higher learning rate'

@@ -1,4 +1,4 @@
-"""What a re-ranking found: cells by their score end to end beside their proxy rank, as a table, a CSV and a picture."""
+"""Results of a re-ranking: the cells by end-to-end score beside their proxy rank, as table, CSV and picture."""
 
 import csv
 import io
@@ -21,7 +21,7 @@ from search.tasks.end_to_end import EndToEndResult
 
 @dataclass(frozen=True)
 class Failed:
-    """A training without a result, and why."""
+    """A training that failed, and why."""
 
     reason: str
 
@@ -38,18 +38,18 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Reranked:
-    """A candidate and what came of its trainings so far: `results` are those that count, `finished` is the number of all."""
+    """A candidate with the results so far: `results` are those that count, `finished` is the number of all."""
 
     candidate: Candidate
     results: tuple[EndToEndResult, ...]
     failures: tuple[str, ...]
     finished: int
-    folder: Path  # of the first seed's training
+    folder: Path  # that of the first seed's training
     final_rank: int | None = None
 
     @property
     def is_scored(self) -> bool:
-        """A cell that failed with any seed is not: its mean would leave out its worst."""
+        """Whether it has a score. A cell that failed with any seed has none: its mean would lack the worst result."""
         return bool(self.results) and not self.failures
 
     @property
@@ -67,7 +67,7 @@ class Reranked:
 
 @dataclass(frozen=True)
 class Trainings:
-    """A candidate's trainings, one for each seed; None is one that is not finished. `folder` is that of the first."""
+    """A candidate's trainings, one per seed; None for one that is not finished. `folder` is that of the first."""
 
     candidate: Candidate
     outcomes: Sequence[EndToEndResult | Failed | None]
@@ -79,14 +79,14 @@ class Trainings:
 
     @property
     def has_begun(self) -> bool:
-        """Some of them are finished, and none has failed: its scores are to be compared with others'."""
+        """Whether some are finished and none has failed, so that its scores can be compared with others'."""
         return any(self.outcomes) and not self.failures
 
 
 def rank(trainings: Sequence[Trainings]) -> list[Reranked]:
-    """Best first, those without a score last; the cells of the search have ranks among themselves.
+    """Rank the cells, best first, those without a score last; the search's cells are ranked among themselves.
 
-    While trainings are missing, of the cells that have a score only the seeds count that all of them have.
+    While trainings are missing, cells with a score are compared by the seeds that all of them have.
     """
     seeds = _seeds_of_all([each for each in trainings if each.has_begun])
     rows = sorted((_row(each, seeds) for each in trainings), key=lambda row: -row.mean if row.is_scored else math.inf)
@@ -96,13 +96,13 @@ def rank(trainings: Sequence[Trainings]) -> list[Reranked]:
 
 
 def _seeds_of_all(begun: Sequence[Trainings]) -> set[int] | None:
-    """The seeds with which all of these are finished; None, for all seeds, if there is no such seed."""
+    """The seeds with which all of these are finished; None, meaning all seeds, if there is no such seed."""
     finished = ({k for k, outcome in enumerate(each.outcomes) if outcome} for each in begun)
     return (set.intersection(*finished) if begun else None) or None
 
 
 def _row(trainings: Trainings, seeds: set[int] | None) -> Reranked:
-    """With the results that count: by these seeds, or of a cell that failed all, for what they are worth."""
+    """A row with the results that count: those of the given seeds, or all for a cell that failed."""
     of_all = seeds is None or bool(trainings.failures)
     counted = [outcome for k, outcome in enumerate(trainings.outcomes) if of_all or k in (seeds or ())]
     return Reranked(
@@ -115,7 +115,7 @@ def _row(trainings: Trainings, seeds: set[int] | None) -> Reranked:
 
 
 def correlation(rows: list[Reranked]) -> RankCorrelation | None:
-    """Spearman's ρ of proxy and final score over the search's cells, None below three. The known ones were not its choice."""
+    """Spearman's ρ of proxy and final score over the search's cells, without the known ones; None below three cells."""
     found = [row for row in rows if row.final_rank is not None]
     if len(found) < MIN_POINTS:
         return None
@@ -123,7 +123,7 @@ def correlation(rows: list[Reranked]) -> RankCorrelation | None:
 
 
 def finish_reranking(directory: Path, rows: list[Reranked], seeds: int) -> None:
-    """Write the ranks, the picture and the best cell; print the table. `seeds` is how often each cell is to be trained."""
+    """Write the ranks, the picture and the best cell, and print the table. `seeds` is the number of trainings per cell."""
     found = [row for row in rows if row.final_rank is not None]
     if not found:
         failed = sum(len(row.failures) for row in rows)
@@ -196,7 +196,7 @@ def _write_csv(path: Path, rows: list[Reranked]) -> None:
 
 
 def _draw(path: Path, rows: list[Reranked], rho: RankCorrelation | None) -> None:
-    """Figure 4b: a dot for each cell, the known ones marked, ρ of the others above."""
+    """Draw figure 4b: a dot for each cell, the known ones marked, and the ρ of the others above."""
     points = [
         Point(row.candidate.proxy_scores, row.scores, None if row.candidate.proxy_rank else row.candidate.name)
         for row in rows

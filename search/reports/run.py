@@ -1,4 +1,4 @@
-"""A run as one page, which needs nothing beside itself: `report.html` in its folder."""
+"""The page of a run, `report.html` in its folder, which needs no other file."""
 
 import base64
 import zlib
@@ -34,13 +34,13 @@ from search.tasks.proxy import ProxyResult
 _TOP, _DRAWN_BEST, _DRAWN_WORST = 10, 3, 2
 _TRIAL_COLOUR, _BEST_COLOUR = "#4a7fd0", "#cf3f4f"
 _GROUP_COLOURS, _OWN_COLOUR = {"aspp": "#d9822b", "dpc": "#8e62c8"}, "#3d8f5f"
-_UNLABELLED = 255  # white: greys and black are classes in some palettes
+_UNLABELLED = 255  # white, because greys and black may be classes' colours
 _EXAMPLE_SIDE = 640  # pixels, at most
 
 
 @dataclass(frozen=True)
 class Group:
-    """One cell scored by the proxy once per seed."""
+    """One cell with its proxy scores, one per seed."""
 
     name: str
     cell: Cell
@@ -52,7 +52,7 @@ class Group:
 
     @property
     def is_found(self) -> bool:
-        """The search's best, scored again."""
+        """Whether it is the search's best cell, scored again."""
         return self.name.startswith(FOUND)
 
     @property
@@ -69,7 +69,7 @@ class Group:
 
     @property
     def std(self) -> float | None:
-        """Over seeds, of the sample; None for a single one."""
+        """Sample standard deviation over seeds; None for a single seed."""
         return float(np.std(self.scores, ddof=1)) if len(self.scores) > 1 else None
 
 
@@ -87,8 +87,8 @@ class Row:
 def write_report(run: Run, device: str | None = None) -> Path:
     """Write `report.html` into the run's folder, whole or not at all; returns its path.
 
-    With a device, and a trained head in the run that says which features it reads, the latencies of the cells are measured
-    there. Raises InputError if the page cannot be written, or a file of the run is damaged.
+    Given a device, and if the run has a trained head (which says what features it reads), latencies are measured on that
+    device. Raises InputError if the page cannot be written, or a file of the run is damaged.
     """
     path = run.directory / "report.html"
     write_page(path, "report.html.jinja", _content(run, device))
@@ -107,7 +107,7 @@ def _content(run: Run, device: str | None) -> dict[str, Any]:
         "failures": [record for record in run.trials if record.failure is not None],
         "duplicates": sum(record.duplicate_of is not None for record in run.trials),
         "known": [group for group in groups if not group.is_found],
-        "fair": fair,  # the best of many is partly luck; scored again, it is not
+        "fair": fair,  # the best of many is partly luck; its second score is not
         "compared_score": fair.mean if fair else best[0].result.mean_iou if best and best[0].result else None,
         "spread": _spread,
         "charts": list(_charts(run, best, groups)),
@@ -142,7 +142,7 @@ def _rows(best: Sequence[TrialRecord], groups: Sequence[Group]) -> Iterator[Row]
 
 
 def _trained_cells(run: Run, best: Sequence[TrialRecord], groups: Sequence[Group]) -> dict[str, DensePredictionCell]:
-    """The cells whose trained heads the run has kept: of its best, as "best", and of the compared ones, by their names."""
+    """Cells of which the run has kept trained heads: its best, as "best", and the compared ones, by name."""
     cells = {group.name: (head_name(group.name), group.cell) for group in groups}
     if best:
         cells["best"] = (BEST_HEAD, best[0].cell)
@@ -154,7 +154,7 @@ def _trained_cells(run: Run, best: Sequence[TrialRecord], groups: Sequence[Group
                 context = load_context(path)
             except ValueError as error:
                 raise InputError(f"{error}: delete it; the report does without") from error
-            if context.cell == cell:  # the head is written before its score: after a crash it may be of another cell
+            if context.cell == cell:  # the head is written before the score, so after a crash it may belong to another cell
                 contexts[name] = context
     return contexts
 
@@ -185,8 +185,8 @@ def _drawings(
 
 
 def _latencies(run: Run, rows: Sequence[Row], trained: Mapping[str, DensePredictionCell], device: str) -> Latencies:
-    """Of the cells in the table, on features as those of a validation image."""
-    one = next(iter(trained.values()))  # all of a run have the same channels and options
+    """Measure the latencies of the cells in the table, on features like those of a validation image."""
+    one = next(iter(trained.values()))  # all heads of a run have the same channels and options
     cells = {
         row.label: DensePredictionCell(
             row.cell,
@@ -204,7 +204,7 @@ def _latencies(run: Run, rows: Sequence[Row], trained: Mapping[str, DensePredict
 
 
 def _class_columns(best: Sequence[TrialRecord], groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """Per-class IoU of the best cell and of each group, the mean over seeds."""
+    """Per-class IoU of the best cell and of each group, as means over seeds."""
     columns = []
     if best and best[0].result:
         columns.append({"label": f"trial {best[0].number}", "class_iou": best[0].result.class_iou})
@@ -294,7 +294,7 @@ def _draw_cost(axes: Axes, run: Run, best: Sequence[TrialRecord], groups: Sequen
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The (cost, score) points for which no other one is as cheap and better, or cheaper and as good; by cost.
+    """Points (cost, score), by cost, for which no other point is as cheap and better, or cheaper and as good.
 
     >>> pareto_front([(2.0, 0.5), (1.0, 0.4), (3.0, 0.5), (1.0, 0.3)])
     [(1.0, 0.4), (2.0, 0.5)]
@@ -319,7 +319,7 @@ def _draw_loss(axes: Axes, run: Run, best: Sequence[TrialRecord], groups: Sequen
 
 
 def _smooth(curve: Sequence[tuple[int, float]]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Running mean over a twenty-fifth of the curve: iterations and losses."""
+    """Running mean over 1/25 of the curve: iterations and losses."""
     points = np.array(curve, dtype=np.float64).reshape(-1, 2)
     window = max(1, len(points) // 25)
     if not len(points):
@@ -329,7 +329,7 @@ def _smooth(curve: Sequence[tuple[int, float]]) -> tuple[NDArray[np.float64], ND
 
 
 def _examples(run: Run) -> list[list[dict[str, str]]]:
-    """Per image the pictures to show: the image, its label, and the predictions, drawn over it."""
+    """The pictures to show for each image: the image, its label, and the predictions drawn over it."""
     path = run.directory / "examples.npz"
     if not path.exists():
         return []

@@ -1,4 +1,4 @@
-"""What a search leaves beside its study: its best cells, a table of all, heads' predictions to look at, and the page."""
+"""Files that a search writes beside its study: best cells, a table of all, predictions to look at, and the page."""
 
 import csv
 import io
@@ -28,7 +28,7 @@ _TOP = 10  # cells in the table and in best_cells/
 def finish_run(
     directory: Path, val: FeatureCache, data: DataSettings, compared: Collection[str], timed_on: str | None
 ) -> None:
-    """Write what the run is for: best cells, table, examples and report, with latencies on a device; print the table."""
+    """Write best cells, table, examples and report, with latencies if a device is given; print the table."""
     run = load_run(directory)
     best = ranked(run.trials)[:_TOP]
     if not best:

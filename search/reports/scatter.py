@@ -1,4 +1,4 @@
-"""Pictures of one score against another, a dot for each cell (paper, figures 3 and 4b)."""
+"""Scatter plots of one score against another, with a dot for each cell (paper, figures 3 and 4b)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,9 +28,9 @@ class Point:
 
 @dataclass(frozen=True)
 class Scatter:
-    """One pair of axes: the points, and what their scores are, in words; the axes show percent.
+    """One scatter plot: its points and axis labels; the axes show percent.
 
-    Without a title it is ρ of the means with its 95 % bootstrap interval, where there are at least three points.
+    The default title is ρ of the means with its 95 % bootstrap interval, if there are at least three points.
     """
 
     points: Sequence[Point]
@@ -40,9 +40,9 @@ class Scatter:
 
 
 def write_scatters(path: Path, scatters: Sequence[Scatter], columns: int = 3) -> None:
-    """Write all of them as one picture, at most `columns` in a row, whole or not at all.
+    """Write all scatter plots as one picture, at most `columns` in a row, whole or not at all.
 
-    The suffix says how: .png, .svg or .pdf. A dot is the mean over seeds with one standard deviation either way. Raises
+    The suffix says how: .png, .svg or .pdf. A dot is the mean over seeds, its bars are one standard deviation. Raises
     ValueError for a score that is not finite.
     """
     columns = min(columns, len(scatters))
@@ -60,7 +60,7 @@ def write_scatters(path: Path, scatters: Sequence[Scatter], columns: int = 3) ->
 
 
 def draw_scatter(axes: Axes, scatter: Scatter) -> None:
-    """One scatter on axes of a figure that is the caller's."""
+    """Draw one scatter plot on axes of the caller's figure."""
     style_axes(axes)
     show_grid(axes)
     axes.set(xlabel=f"{scatter.x_label}, mIOU (%)", ylabel=f"{scatter.y_label}, mIOU (%)")
@@ -92,4 +92,4 @@ def _draw_point(axes: Axes, point: Point) -> None:
     )
     if point.label is not None:
         text = axes.annotate(point.label, (x, y), (5, -9), textcoords="offset points", fontsize=8, color=colour, zorder=5)
-        text.set_path_effects([withStroke(linewidth=1.5, foreground="white")])  # legible among dots, and hides few
+        text.set_path_effects([withStroke(linewidth=1.5, foreground="white")])  # legible among dots, and covers few

@@ -1,1 +1,1 @@
-"""What lasts while a search runs, and who evaluates its cells."""
+"""A run on disk, the loop of a search, and the workers that evaluate its cells."""

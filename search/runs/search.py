@@ -1,4 +1,4 @@
-"""The loop of a search: ask for a cell, have it scored, tell the study; before and after it, the cells to compare with."""
+"""The loop of a search: ask for a cell, have it scored, tell the study; known cells are scored before, the best after it."""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -16,15 +16,15 @@ from search.runs.study import FOUND, Study, ranked
 from search.runs.workers import Job, Outcome, Workers
 from search.tasks.proxy import ProxyResult
 
-BEST_HEAD = "best"  # the head of the search's best cell, among those that a run keeps
+BEST_HEAD = "best"  # name under which a run keeps the head of its best cell
 
-# What a random stream is for: (seed of the run, purpose, number). Known cells and the best share those of a comparison.
+# Random streams are named (seed of the run, purpose, number); known cells and the search's best share one per comparison.
 _TRIAL, _COMPARISON = 0, 1
 
 
 @dataclass(frozen=True)
 class SearchPlan:
-    """How much is to be done: cells to try in all, and known ones to score beside them, by name, with so many seeds."""
+    """What a search is to do: the number of trials, the known cells to compare with, and the seeds of each comparison."""
 
     trials: int
     compare: Mapping[str, Cell]
@@ -33,12 +33,12 @@ class SearchPlan:
 
 
 def head_name(compared: str) -> str:
-    """Under which name a run keeps the head of a compared cell."""
+    """The name under which a run keeps the head of a compared cell."""
     return f"{compared.replace(' ', '_')}_seed0"
 
 
 class Search:
-    """The loop that asks, submits, waits and tells; all state that must last is in the study."""
+    """Asks for cells, submits them, waits and records; all state that must last is in the study."""
 
     def __init__(
         self,
@@ -53,16 +53,16 @@ class Search:
         self.space = space
         self.plan = plan
         self._keep_head = keep_head
-        self.scored: dict[Cell, tuple[int, ProxyResult]] = {}  # by canonical form: the trial that was evaluated
+        self.scored: dict[Cell, tuple[int, ProxyResult]] = {}  # canonical form -> number and result of its trial
 
     def run(self) -> None:
-        """Score the known cells, then the search's, then its best again: one of many is partly there by luck."""
+        """Score the known cells, then the search's, then its best cell again, because the best of many is partly luck."""
         self.study.discard_unfinished_comparisons()
         for name, cell in self.plan.compare.items():
             self._compare(name, cell)
         self._search()
         best = ranked(self.study.records())[:1]
-        for record in best:  # with the seeds of the known cells
+        for record in best:  # with the same seeds as the known cells
             self._compare(f"{FOUND}{record.number}", record.cell)
 
     def _compare(self, name: str, cell: Cell) -> None:
@@ -117,7 +117,7 @@ class Search:
                 bar.update()
 
     def _next_trial(self, queue: list[optuna.Trial], finished: set[int], running: set[int]) -> optuna.Trial | None:
-        """An interrupted trial, or a new one if there is room and what its sampler may look at is finished."""
+        """An interrupted trial, or a new one if any is left to do and all trials that its sampler may use are finished."""
         if queue:
             return queue.pop(0)
         number = len(finished) + len(running)
@@ -128,7 +128,7 @@ class Search:
         return self.study.search.ask() if all(i in finished for i in range(visible)) else None
 
     def _start(self, trial: optuna.Trial, finished: set[int]) -> set[int]:
-        """Submit the trial's cell, or take the score of an equal cell; returns the trials that now run."""
+        """Submit the trial's cell, or copy the score of an equal cell; returns the numbers of trials that it started."""
         cell = suggest_cell(trial, self.space)
         if twin := self.scored.get(canonical_form(cell)):
             number, result = twin
@@ -152,5 +152,5 @@ class Search:
         return score
 
     def _save(self, outcome: Outcome[ProxyResult], name: str) -> None:
-        assert outcome.head is not None  # a result comes with its head
+        assert outcome.head is not None  # if there is a result, there is a head
         self._keep_head(name, outcome.head)

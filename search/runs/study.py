@@ -1,9 +1,10 @@
-"""A run on disk: what is asked, what came of it, and how it goes on after any interruption.
+"""A run on disk: its settings, trials and results, and how it continues after an interruption.
 
-`runs/<name>/` holds `settings.json`, and an Optuna storage (`study.db`, SQLite, or any database by URL) with two studies: the
-search, one trial per cell, and the comparison, one trial per known or winning cell and seed. Each trial carries its cell and
-its result as attributes, so the run is complete without any other file. One process writes; a file lock, which dies with its
-process, keeps a second one out. A trial that was interrupted is still RUNNING in the study and is evaluated again, as itself.
+Its folder holds `settings.json`, and an Optuna storage (`study.db`, SQLite, or any database by URL) with two studies: the
+search, one trial per cell, and the comparison, one trial per known or winning cell and seed. Each trial has its cell and its
+result as attributes, so the run is complete without any other file. One process writes; a file lock, which ends with its
+process, keeps a second one out. A trial that was interrupted is still RUNNING in the study and is evaluated again, as the
+same trial.
 """
 
 import json
@@ -53,7 +54,7 @@ class BaselineRecord:
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What a run's data, features and cells were made with, as it was given: whoever trains its cells begins with these."""
+    """The settings of a run's data, features and cells, as they were given; its cells are trained again with these."""
 
     data: DataSettings
     backbone: BackboneSettings
@@ -63,7 +64,7 @@ class RunSettings:
 
     @classmethod
     def restored(cls, content: dict[str, Any]) -> "RunSettings":
-        """From what `plain` made of it."""
+        """Read what `plain` made of it."""
         return cls(
             restored(DataSettings, content["data"]),
             restored(BackboneSettings, content["backbone"]),
@@ -78,7 +79,7 @@ class Run:
     """All that a finished or interrupted run holds."""
 
     directory: Path
-    identity: dict[str, Any]  # what its scores depend on, by the names of the settings
+    identity: dict[str, Any]  # the settings that its scores depend on
     command: str
     class_names: tuple[str, ...]
     palette: NDArray[np.uint8]  # (K, 3) RGB
@@ -87,16 +88,16 @@ class Run:
     baselines: list[BaselineRecord]
 
 
-FOUND = "trial "  # with its number: the search's best among the compared cells
+FOUND = "trial "  # before the number of a trial: the name of the search's best cell among the compared ones
 
 
 def comparison_label(name: str, known: Mapping[str, str] | None = None) -> str:
-    """How a compared cell is called in print: a found one was scored before, by the search."""
+    """The printed name of a compared cell; for a found one it says that the search had scored it before."""
     return f"{name} again" if name.startswith(FOUND) else (known or {}).get(name, name)
 
 
 class Study:
-    """The two Optuna studies of a run, for the one process that writes. Without a sampler they must be there."""
+    """The two Optuna studies of a run, for the process that writes. They must exist if no sampler is given."""
 
     @ctrl_c_waits()
     def __init__(self, directory: Path, url: str, run_id: str, sampler: optuna.samplers.BaseSampler | None = None) -> None:
@@ -116,7 +117,7 @@ class Study:
 
     @ctrl_c_waits()
     def tell(self, study: optuna.Study, number: int, cell: Cell, result: ProxyResult, **attributes: Any) -> None:
-        """Record a result: first all attributes, last the state, so that a trial is either whole or will be done again."""
+        """Record a result: all attributes first, the state last, so that a trial is either complete or will be done again."""
         attributes |= {"cell": json.loads(cell.to_json()), "result": asdict(result)}
         self._set_attributes(study, number, attributes)
         study.tell(number, result.mean_iou)
@@ -135,14 +136,14 @@ class Study:
 
     @ctrl_c_waits()
     def compared(self, name: str) -> set[int]:
-        """The seeds with which `name` has been scored, or has failed; what was only interrupted has no failure."""
+        """The seeds with which `name` was scored or has failed; an interrupted comparison does not count."""
         told = [frozen.user_attrs for frozen in _with_state(self.comparison, TrialState.COMPLETE)]
         told += [f.user_attrs for f in _with_state(self.comparison, TrialState.FAIL) if "failure" in f.user_attrs]
         return {attributes["seed"] for attributes in told if attributes["name"] == name}
 
     @ctrl_c_waits()
     def discard_unfinished_comparisons(self) -> None:
-        """Comparison trials hold nothing before they are told: what an earlier process left of them is closed."""
+        """Close comparison trials that an earlier process left unfinished; they hold nothing before they are told."""
         for frozen in _with_state(self.comparison, TrialState.RUNNING):
             self.comparison.tell(frozen.number, state=TrialState.FAIL)
 
@@ -161,7 +162,7 @@ class Study:
         return records
 
     def _revive(self, study: optuna.Study, frozen: FrozenTrial) -> optuna.Trial:
-        return optuna.Trial(study, frozen._trial_id)  # what its sampler had not proposed before the end, it proposes now
+        return optuna.Trial(study, frozen._trial_id)  # parameters that its sampler had not proposed yet are proposed now
 
     def _set_attributes(self, study: optuna.Study, number: int, attributes: dict[str, Any]) -> None:
         trial_id = self._storage.get_trial_id_from_study_id_trial_number(study._study_id, number)
@@ -181,7 +182,7 @@ def open_run(
     palette: NDArray[np.uint8],
     settings: RunSettings,
 ) -> Iterator[Study]:
-    """Begin a run, or go on with it. Raises InputError for other settings, a second process, or an unwritable folder."""
+    """Begin a run or continue it. Raises InputError for other settings, a second process, or an unwritable folder."""
     url = _storage_url(directory, storage)
     folder = Folder(directory)
     try:
@@ -226,7 +227,7 @@ def _run_id(folder: Folder, description: dict[str, Any]) -> str:
 
 
 def _study_of(directory: Path, url: str, run_id: str) -> Study:
-    """What is there, and nothing new in its place: opening a SQLite file that is absent would make one."""
+    """Open the existing study. Opening an absent SQLite file would create it, so that is refused."""
     file = url.removeprefix("sqlite:///")
     if file != url and not Path(file).is_file():
         raise InputError(f"the study of {directory} is not at {file}: copy that file too, or begin where it is named from")
@@ -234,7 +235,7 @@ def _study_of(directory: Path, url: str, run_id: str) -> Study:
 
 
 def ranked(records: list[TrialRecord]) -> list[TrialRecord]:
-    """The distinct cells that have a score, best first; of equal ones, which several workers may have scored, the first."""
+    """The distinct cells that have a score, best first; of equal cells, scored by several workers, the first."""
     first: dict[Cell, TrialRecord] = {}
     for record in records:
         if record.result is not None and record.duplicate_of is None:
@@ -243,7 +244,7 @@ def ranked(records: list[TrialRecord]) -> list[TrialRecord]:
 
 
 def _storage_url(directory: Path, storage: str | None) -> str:
-    """The file beside the settings by default, wherever the folder may have been moved."""
+    """The URL of the storage; by default of the file beside the settings, also if the folder was moved."""
     return storage or f"sqlite:///{directory.absolute() / 'study.db'}"
 
 

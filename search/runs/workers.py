@@ -1,4 +1,4 @@
-"""Who evaluates cells: this process, or several workers under Ray, on one machine or a cluster.
+"""Evaluate cells in this process, or in several workers under Ray, on one machine or a cluster.
 
 What evaluating means is the task's: a brief training on cached features (`search.tasks.proxy`), or a whole one
 (`search.tasks.end_to_end`). Workers only evaluate; the process that asks also writes the study. A worker that dies gives
@@ -24,14 +24,14 @@ from search.errors import InputError
 from search.tasks.proxy import NotFiniteError
 
 MAX_DEATHS = 3
-_PATIENCE = 60  # seconds between two words about workers that are not there yet
+_PATIENCE = 60  # seconds between two messages about workers that are not ready yet
 
 Result = TypeVar("Result")
 Result_co = TypeVar("Result_co", covariant=True)
 
 
 class Job(NamedTuple):
-    """A cell to evaluate; `key` is the caller's own, `seed` all of its randomness."""
+    """A cell to evaluate; `key` is chosen by the caller; all randomness follows from `seed`."""
 
     key: Any
     cell: Cell
@@ -44,15 +44,15 @@ class Task(Protocol[Result_co]):
     def evaluate(
         self, cell: Cell, seed: Sequence[int], on_step: Callable[[int], None] = ...
     ) -> tuple[Result_co, SegmentationHead | None]:
-        """The result, and the trained head where that is not kept elsewhere. Raises NotFiniteError."""
+        """Evaluate a cell: its result, and the trained head unless it is kept elsewhere. Raises NotFiniteError."""
         ...
 
 
 @dataclass(frozen=True)
 class Outcome(Generic[Result_co]):
-    """What came of a job: a result, with the trained head if the task gives it, or the reason why there is none.
+    """What came of a job: a result, with the trained head if the task returns one, or the reason why it failed.
 
-    A failure is passing where the cell may not be to blame, so that another try may succeed: a GPU was full, workers died.
+    A failure is passing if the cell may not be the cause, so that another try may succeed: a GPU was full, workers died.
     """
 
     job: Job
@@ -63,7 +63,7 @@ class Outcome(Generic[Result_co]):
 
 
 class Workers(Protocol[Result_co]):
-    """Submit up to `capacity` jobs, then wait for whichever is finished first."""
+    """Submit up to `capacity` jobs, then wait for the one that is finished first."""
 
     capacity: int
 
@@ -73,7 +73,7 @@ class Workers(Protocol[Result_co]):
 
 
 def evaluate(task: Task[Result], job: Job, on_step: Callable[[int], None] = lambda iteration: None) -> Outcome[Result]:
-    """Run one job; what belongs to the cell (a loss that is not finite, too little memory) is a failure, not an error."""
+    """Run one job; a loss that is not finite or too little memory is a failure of the cell, not an error."""
     try:
         result, head = task.evaluate(job.cell, job.seed, on_step)
     except NotFiniteError as error:
@@ -85,7 +85,7 @@ def evaluate(task: Task[Result], job: Job, on_step: Callable[[int], None] = lamb
 
 
 def outcomes(workers: Workers[Result], jobs: Iterable[Job]) -> Iterator[Outcome[Result]]:
-    """Submit the jobs in order, as many at a time as the workers take; what comes of them, as it comes."""
+    """Submit the jobs in order, as many at a time as the workers take; yield each outcome when it is there."""
     queue, running = list(jobs), 0
     while queue or running:
         while queue and running < workers.capacity:
@@ -115,7 +115,7 @@ def open_workers(
                 running[:] = [job]
                 bar.reset()
                 bar.set_description(f"trial {job.key}" if isinstance(job.key, int) else str(job.key))
-            bar.update(iteration - bar.n)  # a training that goes on does not begin at 1
+            bar.update(iteration - bar.n)  # a continued training does not begin at 1
 
         yield InProcess(create_task(), on_step)
 
@@ -138,14 +138,14 @@ class InProcess(Generic[Result]):
         return evaluate(self._task, job, lambda iteration: self._on_step(job, iteration))
 
     def close(self) -> None:
-        """Nothing runs on behind our back."""
+        """Nothing to stop: no job runs outside `wait`."""
 
 
 class RayWorkers(Generic[Result]):
-    """`count` actors, each with a task of its own made by `create_task`; one GPU each if the device is CUDA.
+    """`count` Ray actors, each with a task of its own made by `create_task`; one GPU each if the device is CUDA.
 
-    Joins the cluster that RAY_ADDRESS names, else starts Ray on this machine. Relative paths are those of this process, so on
-    several machines the folder must be there too. Raises InputError if Ray is not installed, or for too few GPUs.
+    Joins the cluster that RAY_ADDRESS names, or else starts Ray on this machine. Relative paths are those of this process, so
+    on several machines the folder must exist on all. Raises InputError if Ray is not installed, or for too few GPUs.
     """
 
     def __init__(self, create_task: Callable[[], Task[Result]], count: int, device: str) -> None:
@@ -155,7 +155,7 @@ class RayWorkers(Generic[Result]):
             raise InputError("`workers` above 1 needs Ray: pip install -e '.[workers]'") from error
         self._ray: Any = ray
         self.capacity = count
-        errors = ("RayActorError", "ObjectLostError", "OutOfMemoryError")  # the last by Ray's guard of the machine's memory
+        errors = ("RayActorError", "ObjectLostError", "OutOfMemoryError")  # the last is raised by Ray's memory monitor
         self._deaths = tuple(getattr(ray.exceptions, name) for name in errors)
         if device.startswith("cuda:"):
             raise InputError(f"`device` {device} is one GPU, `workers` {count} have one each: give cuda")
@@ -172,7 +172,7 @@ class RayWorkers(Generic[Result]):
         self._create: Callable[[], Any] = lambda: actor_class.remote(create_task, threads, Path.cwd())
         self._idle = [self._create() for _ in range(count)]
         self._wait_until_ready()
-        self._running: dict[Any, tuple[Job, Any, int]] = {}  # by reference: the job, its actor, deaths so far
+        self._running: dict[Any, tuple[Job, Any, int]] = {}  # Ray reference -> the job, its actor, deaths so far
 
     def _wait_until_ready(self) -> None:
         missing = [actor.ready.remote() for actor in self._idle]
@@ -183,7 +183,7 @@ class RayWorkers(Generic[Result]):
                 if missing:
                     what = "they load their data, or wait for a free GPU"
                     print(f"{len(missing)} of {self.capacity} workers are not ready yet: {what}", file=sys.stderr)
-        except self._deaths as error:  # not a cell's fault, so better said before the first cell
+        except self._deaths as error:  # no failure of a cell, so raised before the first cell
             raise InputError(f"the workers cannot start: {str(error).strip().splitlines()[-1]}") from error
 
     def submit(self, job: Job, deaths: int = 0) -> None:
@@ -191,26 +191,26 @@ class RayWorkers(Generic[Result]):
         self._running[actor.evaluate.remote(job)] = (job, actor, deaths)
 
     def wait(self) -> Outcome[Result]:
-        """The next outcome. Raises what a worker raised for bad input or a full disk: that is no cell's fault."""
+        """Wait for the next outcome. Raises what a worker raised for bad input or a full disk; no cell causes that."""
         while True:
             (reference,), _ = self._ray.wait(list(self._running), num_returns=1)
             job, actor, deaths = self._running.pop(reference)
             try:
                 outcome: Outcome[Result] = self._ray.get(reference)
             except self._deaths:
-                self._ray.kill(actor, no_restart=True)  # if it is only out of reach, two would train in one folder
+                self._ray.kill(actor, no_restart=True)  # if it only cannot be reached, two would train in one folder
                 self._idle.append(self._create())
                 if deaths + 1 == MAX_DEATHS:
                     return Outcome(job, failure=f"its worker died {MAX_DEATHS} times", is_passing=True)
                 self.submit(job, deaths + 1)
             except (InputError, OSError) as error:
-                raise getattr(error, "cause", error) from None  # without the worker's traceback, which Ray makes part of it
+                raise getattr(error, "cause", error) from None  # without the worker's traceback
             else:
                 self._idle.append(actor)
                 return outcome
 
     def close(self) -> None:
-        """Stop the workers; what they were evaluating will be evaluated again by the next run."""
+        """Stop the workers; the cells that they were evaluating will be evaluated again by the next run."""
         self._ray.shutdown()
 
 
@@ -221,7 +221,7 @@ class _Evaluator(Generic[Result]):
         self._task = create_task()
 
     def ready(self) -> None:
-        """Answers once the task is made."""
+        """Returns when the task is made."""
 
     def evaluate(self, job: Job) -> Outcome[Result]:
         return evaluate(self._task, job)

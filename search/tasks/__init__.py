@@ -1,1 +1,1 @@
-"""What a cell is worth: briefly trained on cached features (the proxy), or in a whole network, end to end."""
+"""How one cell is scored: by a short training on cached features (the proxy), or end to end in a whole network."""

@@ -1,7 +1,7 @@
 """The true task (paper, section 4.2): train a whole network around a cell, from images to classes, and score it.
 
-Each training has a folder of its own, and one that was interrupted goes on in it. Under Ray on several machines they must see
-the same folder.
+Each training has its own folder, in which it continues after an interruption. With Ray on several machines, all of them must
+see the same folder.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,21 +28,21 @@ from search.training.network import create_network, training_identity
 
 @dataclass(frozen=True)
 class EndToEndResult:
-    """What a cell is worth in a network trained around it, and what it costs.
+    """The score of a cell in a network trained around it, and its cost.
 
-    The score is that of the weights after the last iteration, not of the best validation: a maximum over noisy validations
-    would favour the cells whose scores vary most.
+    The score is that of the weights after the last iteration, not of the best validation: taking the best of several noisy
+    validations would favour the cells whose scores vary most.
     """
 
     mean_iou: float  # on the whole validation split, 0..1
     class_iou: tuple[float | None, ...]  # None: the class is neither in the labels nor predicted
     parameters: int  # of the cell, as in the paper's Table 1
     multiply_adds: int  # of the cell, as in the paper's Table 1, for the first validation picture
-    seconds: float  # of training and validation, in all processes that worked on it
+    seconds: float  # training and validation, in all processes that worked on it
 
 
 def training_folder(directory: Path, cell: Cell, seed: Sequence[int]) -> Path:
-    """Where in the task's directory a cell is trained with a seed."""
+    """The folder in the task's directory in which a cell is trained with a seed."""
     return directory / "-".join([cell_hash(cell), *map(str, seed)])
 
 
@@ -63,25 +63,25 @@ class EndToEndTask:
         )
 
     def identity(self) -> dict[str, Any]:
-        """What all scores depend on; it takes building a network, whose problems show here."""
+        """The settings that all scores depend on. A network is built for it, so settings that cannot work are refused here."""
         with torch.random.fork_rng(devices=[]):
             network = create_network(self.settings, load_cell("dpc"), self.train.class_names)
             parts = training_identity(self.settings, network, self.train, self.val, self.devices)
         return {name: value for name, value in parts.items() if name not in ("cell", "number of devices")}
 
     def folder(self, cell: Cell, seed: Sequence[int]) -> Path:
-        """Where the cell is trained with this seed: state, curve, and at the end the network as `last.safetensors`."""
+        """The folder of the training with this seed: state, curve, and at the end the network as `last.safetensors`."""
         return training_folder(self.directory, cell, seed)
 
     def evaluate(
         self, cell: Cell, seed: Sequence[int], on_step: Callable[[int], None] = lambda iteration: None
     ) -> tuple[EndToEndResult, None]:
-        """Train, or go on with, and score a network with this cell.
+        """Train a network with this cell, or continue to, and score it.
 
-        Returns the result alone, because the network lies in the folder. Raises NotFiniteError, InputError and OSError.
+        Returns no head, because the network is in the folder. Raises NotFiniteError, InputError and OSError.
         """
         folder = self.folder(cell, seed)
-        if not (folder / "cell.json").exists():  # what began with its branches in another order goes on in that order
+        if not (folder / "cell.json").exists():  # a training keeps the order of branches that it began with
             write_text(folder / "cell.json", cell.to_json())
         cell = load_cell(str(folder / "cell.json"))
         number = int(np.random.SeedSequence(list(seed)).generate_state(1)[0])

@@ -1,8 +1,8 @@
-"""Backbone features of a data set, computed once (paper, section 3.3), and mapped into memory by whoever trains on them.
+"""Backbone features of a data set, computed once (paper, section 3.3) and memory-mapped by trainings.
 
 A cache is a folder with the features (N, C, h, w) and labels (N, H, W) as raw arrays, and a manifest that says what they were
-made from. The manifest counts the finished images, so that a cache that was interrupted is finished by the same command, and
-one that is half-written, damaged, or made from something else is refused by name.
+made from. The manifest counts the finished images, so the same command finishes a cache that was interrupted. A cache that is
+half-written, damaged, or made from something else is refused, with the reason.
 
 With H = s·(h − 1) + 1 for output stride s, feature (i, j) sits on pixel (s·i, s·j); smaller images are padded at the bottom
 and right with the mean pixel and label 255.
@@ -37,14 +37,14 @@ _BATCH = 8  # images per pass of the backbone
 
 
 class HalfWrittenError(InputError):
-    """A cache that is absent or unfinished, and that computing the features will finish."""
+    """A cache is absent or unfinished; computing the features finishes it."""
 
 
 @dataclass(frozen=True)
 class FeatureCache:
     """Features and labels of one split, memory-mapped.
 
-    `features`: (N, C, h, w) float16 or bfloat16, `labels`: (N, H, W) uint8 with 255 ignored; `manifest`: what they are.
+    `features`: (N, C, h, w) float16 or bfloat16, `labels`: (N, H, W) uint8 with 255 ignored; `manifest`: their origin.
     """
 
     directory: Path
@@ -62,7 +62,7 @@ class FeatureCache:
 
 
 def open_cache(directory: Path, expected: dict[str, Any] | None = None) -> FeatureCache:
-    """Map a finished cache. Raises InputError for one that is absent, half-written, damaged, or not made from `expected`."""
+    """Open a finished cache. Raises InputError for one that is absent, half-written, damaged, or not made from `expected`."""
     path = directory / "manifest.json"
     if not path.is_file():
         raise HalfWrittenError(f"{directory} holds no feature cache: make it with `python -m search.features`")
@@ -88,9 +88,9 @@ def open_cache(directory: Path, expected: dict[str, Any] | None = None) -> Featu
 
 
 def build_cache(directory: Path, dataset: Dataset, backbone: Backbone, identity: dict[str, Any], device: str) -> FeatureCache:
-    """Compute, or finish, the cache of a split; `identity` is kept in the manifest and checked by whoever opens it.
+    """Compute the cache of a split, or finish it; `identity` is kept in the manifest and checked when it is opened.
 
-    Raises InputError for unusable images and for a folder that cannot be written; what is finished stays finished.
+    Raises InputError for unusable images and for a folder that cannot be written; finished images are kept.
     """
     try:
         with Folder(directory, "cache", "give another `cache_dir`").locked():
@@ -105,7 +105,7 @@ def build_cache(directory: Path, dataset: Dataset, backbone: Backbone, identity:
 def prepare_caches(
     data: DataSettings, backbone: BackboneSettings, features: FeatureSettings, machine: MachineSettings
 ) -> dict[str, FeatureCache]:
-    """The caches to train and to validate on, by "train" and "val", opened if they exist and computed if not."""
+    """The caches of the splits "train" and "val", opened if they exist and computed if not."""
     device = resolve_device(machine.device)
     splits = {"train": data.train_split, "val": data.val_split}
     datasets = {role: open_dataset(data.dataset, split, data.data_dir) for role, split in splits.items()}
@@ -128,7 +128,7 @@ def _fill(directory: Path, dataset: Dataset, backbone: Backbone, identity: dict[
     normalisation = {"mean": backbone.mean.flatten().tolist(), "std": backbone.std.flatten().tolist()}  # of pixels 0 to 255
     manifest = _resumable_manifest(directory, {**identity, **shape, **normalisation, "done": 0})
     if not manifest["done"]:
-        (directory / "manifest.json").unlink(missing_ok=True)  # what it counted is about to be overwritten
+        (directory / "manifest.json").unlink(missing_ok=True)  # the images that it counted are about to be overwritten
     _require_space(directory, shape)
     arrays = [
         np.memmap(directory / file, dtype, "r+" if manifest["done"] else "w+", shape=tuple(shape[key]))
@@ -149,7 +149,7 @@ def _fill(directory: Path, dataset: Dataset, backbone: Backbone, identity: dict[
             arrays[0][start:stop] = features.cpu().contiguous().view(torch.int16).numpy()
             arrays[1][start:stop] = labels
             for array in arrays:
-                array.flush()  # the data are on disk before the manifest says so
+                array.flush()  # the data must be on disk before the manifest counts them
             manifest["done"] = stop
             write_json(directory / "manifest.json", manifest)
             bar.update(stop - start)
@@ -170,7 +170,7 @@ def _shapes(dataset: Dataset, backbone: Backbone, identity: dict[str, Any], devi
 
 
 def _resumable_manifest(directory: Path, fresh: dict[str, Any]) -> dict[str, Any]:
-    """The manifest of a cache that was interrupted, if it is of the same identity and its arrays are whole."""
+    """The manifest of an interrupted cache if it has the same identity and complete arrays, or else `fresh`."""
     try:
         manifest: dict[str, Any] = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
@@ -216,7 +216,7 @@ def _identity(settings: FeatureSettings, dataset: Dataset, backbone: Backbone, m
 
 
 def padded_size(settings: FeatureSettings, dataset: Dataset, output_stride: int) -> tuple[int, int]:
-    """Height and width in pixels that images are padded to: as the settings say, else so that the first image fits."""
+    """Height and width in pixels that images are padded to: as given, or else so that the first image fits."""
     height, width = (-(-(extent - 1) // output_stride) * output_stride + 1 for extent in dataset[0].label.shape)
     return settings.image_size or (height, width)
 
@@ -228,12 +228,12 @@ def _map(path: Path, shape: list[int], dtype: np.dtype[Any]) -> Tensor:
         raise InputError(
             f"{path} is damaged ({actual} bytes instead of {size}): delete the folder {path.parent} and run again"
         )
-    array = np.memmap(path, dtype, "c", shape=tuple(shape))  # copy on write: nothing reaches the file
+    array = np.memmap(path, dtype, "c", shape=tuple(shape))  # copy on write: nothing is written to the file
     return torch.from_numpy(array)
 
 
 def _require_space(directory: Path, shape: dict[str, list[int]]) -> None:
-    """A memory map on a full disk dies by a signal, without a message; so look before."""
+    """Refuse a disk without enough space: a memory map on a full disk kills the process without a message."""
     needed = 2 * int(np.prod(shape["features_shape"])) + int(np.prod(shape["labels_shape"]))
     present = sum(path.stat().st_blocks * 512 for path in directory.glob("*.bin"))
     if needed - present > shutil.disk_usage(directory).free:

@@ -1,6 +1,6 @@
 """The proxy task (paper, sections 3.3 and 4.1): train a cell and its classifier briefly on cached features, and score it.
 
-No image and no backbone is touched. Training itself, crops included, is `fast/train_step.py`.
+It needs no images and no backbone. The training, with its crops, is in `fast/train_step.py`.
 """
 
 import math
@@ -32,7 +32,7 @@ _CURVE_POINTS = 100
 
 @dataclass(frozen=True)
 class ProxyResult:
-    """What a cell was worth, and what it cost."""
+    """Score, cost and training of a cell."""
 
     mean_iou: float  # on the whole validation cache, 0..1
     class_iou: tuple[float | None, ...]  # None: the class is neither in the labels nor predicted
@@ -40,11 +40,11 @@ class ProxyResult:
     parameters: int  # as in the paper's Table 1
     multiply_adds: int  # as in the paper's Table 1, for one validation image
     seconds: float
-    peak_memory_bytes: int  # of the device; on a CPU of the whole process
+    peak_memory_bytes: int  # the device's; on a CPU that of the whole process
 
 
 class NotFiniteError(ArithmeticError):
-    """The training of a cell left the finite numbers; the message says where."""
+    """A loss or weight in the training of a cell became infinite or NaN; the message says where."""
 
 
 class ProxyTask:
@@ -146,7 +146,7 @@ class ProxyTask:
         return total.numpy()
 
     def _resident(self, cache: FeatureCache) -> tuple[Tensor, Tensor]:
-        """Features and labels, on the GPU if they take less than half of what is free there, else left in the file."""
+        """Features and labels: on the GPU if they take less than half of its free memory, or else left in the file."""
         if self.device.type == "cuda":
             size = cache.features.nbytes + cache.labels.nbytes
             if size < torch.cuda.mem_get_info(self.device)[0] // 2:
@@ -175,7 +175,7 @@ def _reset_peak_memory(device: torch.device) -> None:
     else:
         try:
             Path("/proc/self/clear_refs").write_text("5")
-        except OSError:  # not Linux, or not allowed: the peak is then that of the whole process so far
+        except OSError:  # not Linux, or not allowed: then it is the peak of the whole process so far
             return
 
 

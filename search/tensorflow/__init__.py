@@ -1,1 +1,1 @@
-"""The authors' checkpoints, read without TensorFlow."""
+"""Reads the authors' checkpoints without TensorFlow."""

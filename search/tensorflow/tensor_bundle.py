@@ -4,7 +4,7 @@
 an index block, found through a footer of 48 bytes. Its entry "" is a BundleHeaderProto, all others map a variable's name to a
 BundleEntryProto: type, shape, and the place and CRC-32C of its raw bytes in `<prefix>.data-00000-of-0000N`. Sources:
 tensorflow/core/protobuf/tensor_bundle.proto, tensorflow/core/util/tensor_bundle/tensor_bundle.cc and
-tensorflow/core/lib/io/format.cc. Every block and tensor is held against its checksum, by google-crc32c (extra `convert`).
+tensorflow/core/lib/io/format.cc. The checksum of every block and tensor is verified by google-crc32c (extra `convert`).
 """
 
 import struct
@@ -57,7 +57,7 @@ class TensorBundle:
             raise InputError(f"{index} was written on a big-endian machine, which is not supported")
 
     def read(self, name: str) -> NDArray[Any]:
-        """The values of a variable. Raises InputError if they are damaged or of a type or form that is not read."""
+        """Read the values of a variable. Raises InputError if they are damaged or of a type that is not supported."""
         entry = self.entries[name]
         data = self.prefix.with_name(f"{self.prefix.name}.data-{entry.shard:05d}-of-{self.shards:05d}")
         if entry.dtype not in _DTYPES or entry.sliced:
@@ -106,7 +106,7 @@ def _handle(data: bytes, position: int) -> tuple[tuple[int, int], int]:
 
 
 def _block(data: bytes, handle: tuple[int, int]) -> bytes:
-    """A block without its trailer and its list of restart points, which only searches need."""
+    """Read a block without its trailer and its restart points, which are only needed to search in it."""
     offset, size = handle
     compression, crc = struct.unpack_from("<BI", data, offset + size)
     if compression:
@@ -138,7 +138,7 @@ def _entry(value: bytes) -> Entry:
 
 
 def _fields(message: bytes) -> dict[int, list[Any]]:
-    """A protocol buffer: field number -> integers, or bytes for strings and inner messages."""
+    """Parse a protocol buffer: field number -> integers, or bytes for strings and inner messages."""
     fields: dict[int, list[Any]] = {}
     position = 0
     while position < len(message):

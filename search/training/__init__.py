@@ -1,1 +1,1 @@
-"""How a whole network is trained: crops, optimiser, loop, what is kept on disk, scores."""
+"""Training of whole networks: crops, optimiser, loop, files, scores."""

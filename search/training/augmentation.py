@@ -4,10 +4,10 @@
    int(H · scale) rows and int(W · scale) columns;
 2. padding at the bottom and right with the mean pixel and label 255, where that is smaller than the crop;
 3. a crop anywhere within;
-4. its mirror image, one time in two.
+4. mirrored with probability 1/2.
 
-Only what the crop shows is ever scaled. A crop depends on (seed, position) alone, where position p of a training run is slot
-p mod B of iteration p div B: neither the processes that load the crops nor an interruption changes any.
+Only the part of the picture that the crop shows is scaled. A crop depends on (seed, position) alone; position p of a training
+is slot p mod B of iteration p div B. So neither the number of loading processes nor an interruption changes any crop.
 """
 
 from dataclasses import dataclass
@@ -21,11 +21,11 @@ from torch import Tensor
 from search.datasets import IGNORE_INDEX, Dataset
 from search.errors import InputError
 
-_ORDER, _CROP = 0, 1  # what a random stream is for
+_ORDER, _CROP = 0, 1  # number of the random stream
 
 
 class Crop(NamedTuple):
-    """`image` (3, h, w) float32, 0 to 255, and `label` (h, w) uint8; or, instead, why the picture cannot be used."""
+    """`image` (3, h, w) float32, 0 to 255, and `label` (h, w) uint8; or the reason why the picture cannot be used."""
 
     image: Tensor
     label: Tensor
@@ -34,7 +34,7 @@ class Crop(NamedTuple):
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How a crop of `crop_size` is drawn; `mean` is the pixel to pad with. A scale step of 0 draws any scale between."""
+    """Draws crops of `crop_size`; `mean` is the pixel to pad with. With scale step 0, any scale in the range may be drawn."""
 
     crop_size: tuple[int, int]
     mean: tuple[float, float, float]
@@ -84,7 +84,7 @@ class Augmentation:
 
 
 class TrainingCrops:
-    """Crop number p of an endless training, for a `DataLoader`: every picture once per round, each round in its own order."""
+    """The crops of an endless training, for a `DataLoader`: every picture once per round, each round in a new order."""
 
     def __init__(self, dataset: Dataset, augmentation: Augmentation, seed: int) -> None:
         self.dataset = dataset
@@ -96,7 +96,7 @@ class TrainingCrops:
         order = np.random.default_rng([self.seed, _ORDER, number]).permutation(len(self.dataset))
         try:
             sample = self.dataset[int(order[place])]
-        except InputError as error:  # as a value: a loading process would bury the sentence in its own traceback
+        except InputError as error:  # as a value, because a loading process would put its own traceback around the message
             return Crop(torch.empty(0), torch.empty(0), str(error))
         rng = np.random.default_rng([self.seed, _CROP, position])
         image, label = self.augmentation(sample.image, sample.label, rng)
@@ -105,7 +105,7 @@ class TrainingCrops:
 
 
 def stack(crops: list[Crop]) -> Crop:
-    """A batch: images (N, 3, h, w), labels (N, h, w), or the first problem among them."""
+    """Make a batch: images (N, 3, h, w) and labels (N, h, w), or the first problem of its crops."""
     for crop in crops:
         if crop.problem:
             return crop
@@ -113,16 +113,16 @@ def stack(crops: list[Crop]) -> Crop:
 
 
 class _SourcePixels(NamedTuple):
-    """Where output pixels lie along one axis of the picture; in integers, so that no rounding decides what is nearest."""
+    """Positions of output pixels along one axis of the picture; in integers, so that rounding cannot change the nearest."""
 
     below: NDArray[np.int64]
     above: NDArray[np.int64]
-    fraction: NDArray[np.float32]  # of the way from below to above
+    fraction: NDArray[np.float32]  # fraction of the way from `below` to `above`
     nearest: NDArray[np.int64]
 
     @classmethod
     def of(cls, size: int, scaled: int, start: int, length: int) -> "_SourcePixels":
-        """Pixels start, start + 1, ... of `scaled`, as many as there are up to `length`, in a picture of `size`."""
+        """Pixels start, start + 1, ... of a picture scaled from `size` to `scaled` pixels, at most `length` of them."""
         output = np.arange(start, min(start + length, scaled))
         steps = max(scaled - 1, 1)
         below, remainder = np.divmod(output * (size - 1), steps)

@@ -1,4 +1,4 @@
-"""The crops of a training in batches, loaded by other processes: which ones depends on the seed and the iteration alone."""
+"""The crops of a training in batches, loaded by other processes. They depend on the seed and the iteration alone."""
 
 import signal
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from search.training.augmentation import Augmentation, Crop, TrainingCrops, stac
 
 
 class Batches:
-    """A process's part of every iteration's crops: `accumulate` batches, one for each pass."""
+    """One process's share of every iteration's crops: `accumulate` batches, one for each pass."""
 
     def __init__(
         self, train: Dataset, augmentation: Augmentation, recipe: RecipeSettings, devices: Devices, seed: int
@@ -24,13 +24,13 @@ class Batches:
         self._crops = TrainingCrops(train, augmentation, seed)
         self._recipe, self._devices = recipe, devices
         self._batch_size, self._iterations = known(recipe.batch_size), known(recipe.iterations)
-        self._passes = recipe.accumulate * devices.count  # of all devices together
+        self._passes = recipe.accumulate * devices.count  # all devices together
         self.size = self._batch_size // self._passes  # crops in a pass
 
     def of_iterations(self, first: int) -> Iterator[list[Crop]]:
-        """The batches of iteration `first` and of all that follow.
+        """Yield the batches of iteration `first` and of all later ones.
 
-        Raises InputError for a picture that cannot be used, and where a loading process has ended.
+        Raises InputError for a picture that cannot be used, and if a loading process has died.
         """
         if first >= self._iterations:
             return
@@ -45,7 +45,7 @@ class Batches:
             collate_fn=stack,
             num_workers=self._recipe.loading_processes,
             worker_init_fn=_ignore_ctrl_c,
-            generator=torch.Generator(),  # else it would draw from the stream of the dropout
+            generator=torch.Generator(),  # otherwise it would draw from the random stream of the dropout
             pin_memory=self._devices.device.type == "cuda",
         )
         batches = iter(loader)
@@ -53,7 +53,7 @@ class Batches:
             yield [_usable(_next(batches)) for _ in range(self._recipe.accumulate)]
 
     def for_statistics(self) -> Iterator[Tensor]:
-        """The images of the first batches, (n, 3, h, w) each, from which batch norm statistics are computed."""
+        """The images (n, 3, h, w) of the first batches, from which batch norm statistics are computed."""
         for start in range(0, self._recipe.statistics_batches * self.size, self.size):
             batch = _usable(stack([self._crops[position] for position in range(start, start + self.size)]))
             yield batch.image.to(self._devices.device)
@@ -79,5 +79,5 @@ def _usable(batch: Crop) -> Crop:
 
 
 def _ignore_ctrl_c(worker: int) -> None:
-    """The terminal sends it to loading processes too, whose end the training would take for an error."""
+    """Ignore Ctrl-C, which the terminal also sends to loading processes: the training would see their end as an error."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

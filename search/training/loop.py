@@ -1,7 +1,7 @@
-"""The training of a whole network, end to end, as the authors do it; it goes on where it was interrupted.
+"""Train a whole network end to end, as the authors do, and continue after an interruption.
 
-Crops and dropout of an iteration depend on the seed and its number alone, so that the losses after an interruption are those
-of a training without one. docs/training.md explains what is followed and where the defaults differ.
+Crops and dropout of an iteration depend on the seed and its number alone, so the losses after an interruption are those of an
+uninterrupted training. docs/training.md explains what follows the authors and where the defaults differ.
 """
 
 import copy
@@ -38,31 +38,31 @@ from search.training.optimizer import parameter_groups, poly_learning_rate, set_
 from search.training.scoring import Scores, count_pixels
 from search.training.state import Curve, load_state, save_state
 
-_LOG_EVERY = 10  # iterations between two looks at the losses, for which a GPU must be waited for
-_DROPOUT = 2  # what a random stream is for, beside those of augmentation.py
+_LOG_EVERY = 10  # iterations between two readings of the losses, which wait for the GPU
+_DROPOUT = 2  # numbers of random streams, beside those of augmentation.py
 
 
 class NotFiniteTrainingError(InputError):
-    """The loss or the weights left the finite numbers."""
+    """The loss or a weight became infinite or NaN."""
 
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a training came to. `last` are the scores of the weights after the last iteration."""
+    """The result of a training. `last` are the scores of the weights after the last iteration."""
 
     last: Scores
-    best_mean_iou: float  # of all validations, 0..1
-    seconds: float  # of training and validation, in all processes that worked on it one after the other
+    best_mean_iou: float  # the best of all validations, 0..1
+    seconds: float  # training and validation, in all processes that worked on it
 
 
 @dataclass
 class _Progress:
-    """How far a training is: what `state.pt` holds beside weights."""
+    """The progress of a training, which `state.pt` holds beside the weights."""
 
     iteration: int = 0
     validated: int = 0  # the iteration of the last validation
     best: float = -1.0  # mIOU of the best one
-    last: dict[str, Any] | None = None  # scores of the last one
+    last: dict[str, Any] | None = None  # scores of the last validation
     seconds: float = 0.0
 
 
@@ -96,11 +96,11 @@ class Training:
         self.optimizer = torch.optim.SGD(groups, lr=0.0, momentum=self.recipe.momentum)
         self.average = averaged(self.network, self.recipe.ema) if self.recipe.ema else None
         self.progress = _Progress()
-        self._losses: list[tuple[Tensor, float]] = []  # since the last look, with their learning rates
+        self._losses: list[tuple[Tensor, float]] = []  # since the last reading, with their learning rates
         self._stop = False
 
     def run(self, on_step: Callable[[int], None] | None = None) -> TrainingResult:
-        """To the end. Who gives `on_step` is told each iteration there, and nothing is printed.
+        """Train to the end. If `on_step` is given, it is called with each iteration's number, and nothing is printed.
 
         Raises NotFiniteTrainingError, and InputError for unusable pictures.
         """
@@ -120,7 +120,7 @@ class Training:
                         on_step(self.progress.iteration)
                     self._look(bar, stop, is_first=self.progress.iteration == first + 1)
                     self._validate_if_due()
-                if self._stop:  # in the last validation: whoever trains several networks is to end too
+                if self._stop:  # Ctrl-C in the last validation: the caller, who may train more networks, is to end too
                     raise KeyboardInterrupt
         finally:
             if self.curve is not None:
@@ -129,7 +129,7 @@ class Training:
         return TrainingResult(last, self.progress.best, self.progress.seconds)
 
     def _look(self, bar: Any, stop: bool, is_first: bool) -> None:
-        """Behind an iteration: say how it goes, keep the state where it is time, end where that was asked for."""
+        """After an iteration: log, validate and save the state when it is time, and end if Ctrl-C asked for it."""
         iteration = self.progress.iteration
         if is_first:
             self._print_memory()
@@ -156,8 +156,8 @@ class Training:
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=devices.device)
         for i, (batch, count) in enumerate(zip(batches, counts, strict=True)):
-            # The loss is the mean over the labelled pixels of all passes and devices, however many there are. The hardest
-            # pixels are sought in each pass by itself, so with mining it is the mean over the passes.
+            # The loss is the mean over the labelled pixels of all passes and devices, however many there are. With hard
+            # example mining, the hardest pixels are chosen within each pass, so it is the mean over the passes.
             weight = count / max(labelled, 1) if share == 1 else 1 / (len(batches) * devices.count)
             with devices.alone(self._learns) if i + 1 < len(batches) else nullcontext():
                 loss = self._loss(batch, share) * weight
@@ -189,7 +189,7 @@ class Training:
         )
 
     def _log(self) -> float:
-        """Look at the losses since the last look, write them down, return the latest."""
+        """Read the losses since the last reading, write them to the curve, and return the latest."""
         if not self._losses:
             return math.nan
         losses = self.devices.total(torch.stack([loss for loss, _ in self._losses])).tolist()
@@ -212,7 +212,7 @@ class Training:
             self._validate()
 
     def _validate(self) -> None:
-        """Score a copy of the network with statistics of its own; keep it as the last, and as the best if it is."""
+        """Score a copy of the network with newly computed statistics; save it as the last, and as the best if it is."""
         if self._losses:
             self._log()
         network = copy.deepcopy(cast(SegmentationNetwork, self.average.module) if self.average is not None else self.network)
@@ -220,7 +220,7 @@ class Training:
         with self._autocast():
             if self.recipe.statistics_batches and not self.recipe.frozen_batch_norm:
                 recompute_statistics(network, self.batches.for_statistics())
-                self._require_finite(network)  # statistics overflow where no weight does
+                self._require_finite(network)  # statistics may overflow where no weight does
             indices = range(self.devices.rank, len(self.val), self.devices.count)
             network.eval()
             confusion = count_pixels(network, self.val, indices=indices, on_picture=self._stop_validation)
@@ -267,7 +267,7 @@ class Training:
             self._log()
         self._require_finite(self.network)
         if self.curve is not None:
-            self.curve.flush()  # before the state says that this is behind it
+            self.curve.flush()  # before the state says that this is done
         self.devices.wait()
         self.progress.seconds = time.perf_counter() - self._begun
         if self.devices.rank > 0:
@@ -281,7 +281,7 @@ class Training:
         save_state(self.directory, state)
 
     def _require_finite(self, network: nn.Module) -> None:
-        """A finite loss says nothing of the step after it."""
+        """Refuse weights that are not finite: a finite loss does not show what the step after it did."""
         for name, tensor in network.state_dict().items():
             if not tensor.isfinite().all():
                 raise NotFiniteTrainingError(f"after iteration {self.progress.iteration} the weights {name} are not finite")
@@ -291,7 +291,7 @@ class Training:
 
     @contextmanager
     def _stopped_by_ctrl_c(self) -> Iterator[None]:
-        """Ctrl-C ends the iteration first; a second one ends at once."""
+        """Let Ctrl-C end the training after the iteration; a second one ends it at once."""
 
         def stop(number: int, frame: FrameType | None) -> None:
             self._stop = True
@@ -304,7 +304,7 @@ class Training:
             signal.signal(signal.SIGINT, previous)
 
     def _stop_validation(self) -> None:
-        if self._stop and self.devices.count == 1:  # else the others would wait for this process's part of the sum
+        if self._stop and self.devices.count == 1:  # otherwise the others would wait for this process's part of the sum
             self._save()
             raise KeyboardInterrupt
 
@@ -325,14 +325,14 @@ class Training:
 
 
 def averaged(network: nn.Module, decay: float) -> AveragedModel:
-    """Moving average of the weights: decay · average + (1 − decay) · weights after each step, from the initial ones."""
+    """Moving average of the weights: decay · average + (1 − decay) · weights after each step, from the initial weights on."""
     average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(decay))  # type: ignore[no-untyped-call]
     average.update_parameters(network)  # its first call copies
     return average
 
 
 def set_training(network: nn.Module, *, frozen_batch_norm: bool) -> None:
-    """Training mode; frozen norms keep their statistics and use them, but their scale and offset learn, as the authors' do."""
+    """Set training mode. Frozen norms use and keep their statistics, but their scale and offset learn, as the authors' do."""
     network.train()
     for child in network.modules():
         if frozen_batch_norm and isinstance(child, nn.BatchNorm2d):
@@ -340,7 +340,7 @@ def set_training(network: nn.Module, *, frozen_batch_norm: bool) -> None:
 
 
 def create_augmentation(recipe: RecipeSettings, network: SegmentationNetwork) -> Augmentation:
-    """How crops are drawn by the recipe, padded with the mean pixel of the network's backbone."""
+    """The augmentation of the recipe, which pads with the mean pixel of the network's backbone."""
     red, green, blue = network.backbone.mean.flatten().tolist()
     return Augmentation(
         known(recipe.crop_size),

@@ -1,4 +1,4 @@
-"""A whole network put together from settings: backbone, cell, decoder if wanted, classifier, with their first weights."""
+"""Build a whole network from settings, with initial weights: backbone, cell, decoder if wanted, classifier."""
 
 import json
 import sys
@@ -22,7 +22,7 @@ from search.settings import TrainingSettings, known, scored
 
 
 def create_network(settings: TrainingSettings, cell: Cell, class_names: Sequence[str]) -> SegmentationNetwork:
-    """A network around the cell, weights by the settings' backbone and seed. Raises InputError naming the field."""
+    """Build a network around the cell, with weights from the backbone's settings and the seed. Raises InputError."""
     torch.manual_seed(settings.seed)
     backbone = create_backbone(
         settings.backbone, settings.data.dataset, settings.machine.cache_dir, low_level=settings.recipe.decoder
@@ -42,7 +42,7 @@ def create_network(settings: TrainingSettings, cell: Cell, class_names: Sequence
 
 
 def initial_network(settings: TrainingSettings, path: Path, class_names: Sequence[str]) -> SegmentationNetwork:
-    """The network of a file, architecture included; with other classes its classifier begins anew. Raises InputError."""
+    """Load the network of a file, with its architecture; with other classes the classifier begins anew. Raises InputError."""
     torch.manual_seed(settings.seed)
     try:
         network, description = load_network(path)
@@ -63,7 +63,7 @@ def training_identity(
     devices: Devices,
     init: Path | None = None,
 ) -> dict[str, Any]:
-    """What the losses of a training depend on; the same command goes on, another one is refused.
+    """The settings that the losses of a training depend on: other values are refused in the same folder.
 
     Raises InputError for a batch that cannot be divided among passes and devices.
     """

@@ -1,4 +1,4 @@
-"""How the authors' optimiser moves a whole network (research/deeplab/train.py): rates, weight decay, gradient multipliers."""
+"""Learning rates, weight decay and gradient multipliers as the authors have them (research/deeplab/train.py)."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ POWER = 0.9
 def poly_learning_rate(
     iteration: int, *, initial: float, iterations: int, slow_start_iterations: int = 0, slow_start_rate: float = 1e-4
 ) -> float:
-    """The rate of `iteration` (from 0): initial · (1 − t)^0.9, where t goes from 0 to 1 after the slow start at a fixed rate.
+    """Learning rate of `iteration` (from 0): initial · (1 − t)^0.9, t from 0 to 1 after the slow start at a fixed rate.
 
     >>> [poly_learning_rate(i, initial=0.01, iterations=4) for i in (0, 2, 4)]
     [0.01, 0.005358867312681466, 0.0]
@@ -28,11 +28,11 @@ def poly_learning_rate(
 def parameter_groups(
     network: SegmentationNetwork, *, weight_decay: float, last_layer_multiplier: float = 1.0
 ) -> list[dict[str, Any]]:
-    """Groups for an optimiser, with the `weight_decay` of each and the `multiplier` of its learning rate.
+    """Parameter groups for an optimiser, with the `weight_decay` of each and the `multiplier` of its learning rate.
 
-    Weights decay unless they are depthwise; batch norms and biases do not. The classifier's bias learns twice as fast as its
-    weights; all but the backbone is "last layer". Multiplying a rate is multiplying the gradient, L2's part included, as long
-    as the update is linear in it, which momentum SGD's is.
+    Weights decay unless they are depthwise; batch norms and biases do not decay. The classifier's bias learns twice as fast
+    as its weights. All parts but the backbone are "last layer". A multiple of the learning rate equals the same multiple of
+    the gradient with its L2 part, because the update of momentum SGD is linear in the gradient.
     """
     decay = decays(network)
     norms = {name for name, child in network.named_modules() if isinstance(child, nn.BatchNorm2d)}
@@ -46,6 +46,6 @@ def parameter_groups(
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give every group the rate times its multiplier."""
+    """Set the learning rate of every group: the rate times its multiplier."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["multiplier"]

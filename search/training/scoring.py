@@ -1,7 +1,7 @@
-"""What a network makes of pictures, and how good that is: mIOU on a whole split (`reference/mean_iou.py`).
+"""Predictions of a network for whole pictures, and their mIOU on a whole split (`reference/mean_iou.py`).
 
-Every picture is seen whole, at its own size, padded at the bottom and right to stride·k + 1 pixels with the mean pixel, as the
-authors pad 1024 × 2048 to 1025 × 2049; what was padded is not scored.
+Every picture is predicted whole, at its own size, padded at the bottom and right with the mean pixel to stride·k + 1 pixels,
+as the authors pad 1024 × 2048 to 1025 × 2049. Padded pixels are not scored.
 """
 
 import math
@@ -22,14 +22,14 @@ from search.datasets import Dataset
 
 @dataclass(frozen=True)
 class Scores:
-    """Of a split: `mean_iou` in 0..1, NaN if no pixel has a label; per class None where it neither occurs nor is predicted."""
+    """Scores of a split: `mean_iou` in 0..1, NaN without labelled pixels; a class that never occurs is None."""
 
     mean_iou: float
     class_iou: tuple[float | None, ...]
 
     @classmethod
     def of(cls, confusion: NDArray[np.int64]) -> "Scores":
-        """From the pixels by (label, prediction): (K, K)."""
+        """Scores of a confusion matrix (K, K), which counts pixels by (label, prediction)."""
         by_class = (float(iou) for iou in class_iou(confusion))
         return cls(mean_iou(confusion), tuple(None if math.isnan(iou) else iou for iou in by_class))
 

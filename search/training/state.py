@@ -1,14 +1,14 @@
-"""A training on disk: one folder that says what is trained, how far it is, and how it went.
+"""A training on disk: the files of its folder.
 
     settings.json       what the training depends on; another command in the same folder is refused
-    state.pt            weights, optimiser and averages after some iteration: from here it goes on
+    state.pt            weights, optimiser and averages after some iteration; from here the training continues
     last.safetensors    the network at the latest validation, and
-    best.safetensors    at the best one, each whole in itself (`fast.checkpoint.load_network`)
+    best.safetensors    at the best one, both complete networks (`fast.checkpoint.load_network`)
     curve.csv           loss and learning rate of every iteration, mIOU of every validation
     tensorboard/        the same as event files, where `tensorboard` is installed
 
-Every file is written aside and renamed, so whatever ends the process leaves the old or the new one. The curve alone is
-appended to; what it holds beyond the state, an interrupted line included, is cut off when the training goes on.
+Every file is written to a temporary file and renamed, so after any interruption the old or the new one is there. Only the
+curve is appended to; lines beyond the state, or cut in the middle, are removed when the training continues.
 """
 
 import csv
@@ -31,25 +31,25 @@ def save_state(directory: Path, state: dict[str, Any]) -> None:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-    except RuntimeError as error:  # torch's own words for a full disk
+    except RuntimeError as error:  # torch's message for a full disk
         raise OSError(f"cannot write {partial}: {error}") from error
     partial.replace(directory / "state.pt")
 
 
 def load_state(directory: Path, device: torch.device) -> dict[str, Any] | None:
-    """What `save_state` wrote, None if there is nothing yet. Raises InputError naming a damaged file."""
+    """Read what `save_state` wrote, or None. Raises InputError naming a damaged file."""
     path = directory / "state.pt"
     if not path.exists():
         return None
     try:
         state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # a damaged file can fail in any way
+    except Exception as error:  # a damaged file can fail to load in any way
         raise InputError(f"{path} is damaged: delete the folder {directory} and train again") from error
     return state
 
 
 class Curve:
-    """`curve.csv`, and TensorBoard's event files where that is installed, from `iteration` on, `validated` the last to be."""
+    """Writes `curve.csv`, and event files for TensorBoard if it is installed, from `iteration` (validated: `validated`) on."""
 
     def __init__(self, directory: Path, iteration: int, validated: int) -> None:
         self._path = directory / "curve.csv"
@@ -66,7 +66,7 @@ class Curve:
     def add(
         self, iteration: int, *, loss: float | None = None, rate: float | None = None, mean_iou: float | None = None
     ) -> None:
-        """One line: what is known of the training after `iteration` steps."""
+        """Write one line: the numbers of the training after `iteration` steps."""
         fields = [iteration, *("" if value is None else repr(value) for value in (loss, rate, mean_iou))]
         self._file.write(",".join(map(str, fields)) + "\n")
         if self._events is not None:
@@ -86,7 +86,7 @@ class Curve:
 
 
 def read_curve(directory: Path) -> list[tuple[int, float | None, float | None, float | None]]:
-    """Rows (iteration, loss, learning rate, mIOU) of `curve.csv`; none without it. An interrupted last line is left out."""
+    """Read the rows (iteration, loss, learning rate, mIOU) of `curve.csv`, if it exists, without a half-written last line."""
     try:
         text = (directory / "curve.csv").read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -103,6 +103,6 @@ def read_curve(directory: Path) -> list[tuple[int, float | None, float | None, f
 def _event_writer(directory: Path, iteration: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError:  # the optional dependency
+    except ImportError:  # TensorBoard is optional
         return None
     return SummaryWriter(str(directory), purge_step=iteration + 1)

@@ -1,6 +1,6 @@
 """The C++ kernels beside this file as a `Backend`: checks, allocations and calls through ctypes, without Python's lock.
 
-Under torch.autocast pointwise products are the library's, in bf16: worth it where the processor has AMX or AVX-512 bf16.
+Under torch.autocast, pointwise products are PyTorch's, in bf16, for processors with AMX or AVX-512 bf16.
 """
 
 import ctypes
@@ -205,7 +205,7 @@ def _bf16_pointwise_backward(
 
 
 def _bf16_values(maps: Sequence[NormedMap], dropout: Dropout | None) -> Iterator[Tensor]:
-    """Each map's value, dropped out: (N, C, H·W)."""
+    """The value of each map after dropout: (N, C, H·W)."""
     first, channels = 0, sum(x.raw.shape[1] for x in maps)
     for x in maps:
         yield normalise(x, dropout, first=first, channels=channels).flatten(2).bfloat16()
@@ -233,7 +233,7 @@ def unfold(grad_scale: Tensor, grad_offset: Tensor, folded: Folded, gamma: Tenso
 
 
 def normalise(x: NormedMap, dropout: Dropout | None = None, *, first: int = 0, channels: int = 0) -> Tensor:
-    """The value; with `dropout` as it is for channels `first` and on of a concatenation of `channels`."""
+    """The map's value; `dropout` is that of channels `first` and on in a concatenation of `channels`."""
     out = torch.empty_like(x.raw)
     size = x.raw.shape[2] * x.raw.shape[3]
     _call("normalise", out, _map(x, x.raw), x.raw.shape[0], size, *_dropout(dropout), first, channels, out)
@@ -287,7 +287,7 @@ class _Moments:
         self.mean, self.var = like.new_empty(channels), like.new_empty(channels)
 
 
-# The structs of cpp/maps.h. A struct of pointers owns nothing: the caller holds the tensors until the call returns.
+# The structs of cpp/maps.h. A struct of pointers owns nothing, so the caller keeps the tensors until the call returns.
 class _Map(ctypes.Structure):
     _fields_ = (
         ("raw", ctypes.c_void_p),
@@ -359,7 +359,7 @@ def _axis(in_size: int, out_size: int) -> _Axis:
     low, fraction = interpolation_taps(in_size, out_size)
     low, fraction = np.ascontiguousarray(low, dtype=np.int32), np.ascontiguousarray(fraction)
     axis = _Axis(low.ctypes.data, fraction.ctypes.data, in_size, out_size)
-    axis.arrays = (low, fraction)  # alive as long as the pointers
+    axis.arrays = (low, fraction)  # kept alive as long as the pointers
     return axis
 
 
@@ -384,7 +384,7 @@ def _call(name: str, like: Tensor, *arguments: Any) -> None:
 
 
 def _check(tensor: Tensor, like: Tensor) -> None:
-    """A kernel sees addresses alone, so what it assumes of them is checked here."""
+    """Check what a kernel assumes of its tensors, because it only sees their addresses."""
     if tensor.dtype != like.dtype or tensor.device != like.device:
         raise ValueError(f"tensors must share dtype and device: {tensor.dtype} {tensor.device}, {like.dtype} {like.device}")
     if not tensor.is_contiguous():

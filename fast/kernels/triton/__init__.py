@@ -1,11 +1,11 @@
-"""The Triton kernels beside this file as a `Backend`: checks, allocations, grids and block sizes; no arithmetic.
+"""The Triton kernels in this folder as a `Backend`: checks, allocations, grids and block sizes, but no arithmetic.
 
 Maps are float32, float16 or bfloat16, channels last in memory: (N·H·W, C) to a kernel. Under autocast a convolution of a
 float32 map writes the lower precision, and its products are taken in it. Sums, moments and norms are float32. Products of
 float32 maps are taken as PyTorch takes those of a convolution: in TF32 where the GPU has it, unless
 `torch.backends.cudnn.allow_tf32 = False` or `torch.backends.cudnn.conv.fp32_precision = "ieee"` says otherwise. Nothing here
-waits for the device or copies from the host, so all of it can be captured in a CUDA graph. Sums over tiles go through buffers
-that a second, small kernel adds up in the order of the tiles: every call gives the same bits.
+waits for the device or copies from the host, so everything can be captured in a CUDA graph. Sums over tiles are written to
+buffers that a second, small kernel adds up in the order of the tiles, so every call gives the same bits.
 """
 
 import contextlib
@@ -44,7 +44,7 @@ memory_format = torch.channels_last
 
 
 class Moments(NamedTuple):
-    """Mean and squared deviations of each tile of positions of a convolution's output."""
+    """Mean and sum of squared deviations of each tile of positions in a convolution's output."""
 
     partials: Tensor  # (tiles, 2, C), float32
     tile_size: int  # positions; the last tile may have fewer
@@ -217,7 +217,7 @@ def normalise_backward(grad: Tensor, x: NormedMap) -> NormedMap:
 
 
 def plane_product(x: NormedMap, rows: Tensor, columns: Tensor) -> Tensor:
-    # Two products of the library, in float32 as its own switch for them has it. PyTorch's own resize and adaptive mean add up
+    # Two products by PyTorch, in float32 as its own switch for them says. PyTorch's own resize and adaptive mean add up
     # their gradients by atomics, so no two trainings of a cell with pyramid pooling would be the same.
     value = _dense(x.raw if x.scale is None else normalise(x))
     n, channels, height, width = value.shape
@@ -263,7 +263,7 @@ def separable_inference(
 
 
 def upsampled_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """A label that is neither a class nor ignore_index cannot raise without waiting for the device: the loss becomes NaN."""
+    """The loss is NaN if a label is neither a class nor ignore_index: raising would have to wait for the device."""
     labels, sizes = _labels_and_sizes(logits, labels)
     n, classes, height, width = logits.shape
     cells_h, cells_w = sizes[4:]
@@ -312,7 +312,7 @@ def upsampled_confusion_matrix(logits: Tensor, labels: Tensor, ignore_index: int
 
 
 class _Maps(NamedTuple):
-    """Several maps as the arguments of a pointwise kernel."""
+    """Several maps, as the arguments of a pointwise kernel."""
 
     raws: tuple[Tensor, ...]
     scales: tuple[Tensor, ...]
@@ -328,10 +328,10 @@ class _Maps(NamedTuple):
         if sum(channels) != weight.shape[1] or len({(x.raw.shape[0], *x.raw.shape[2:]) for x in maps}) != 1:
             shapes = [tuple(x.raw.shape) for x in maps]
             raise ValueError(f"maps of one size are needed, with the channels of the weight {tuple(weight.shape)}: {shapes}")
-        # Under autocast a float32 map may come beside others; a kernel chooses between pointers of one type.
+        # Under autocast, float32 maps may be mixed with others, but a kernel chooses between pointers of one type.
         dtypes = {x.raw.dtype for x in maps}
         dtype = dtypes.pop() if len(dtypes) == 1 else min(dtypes, key=lambda dtype: dtype.itemsize)
-        unread = _empty(maps[0].raw, 1)  # for a map without a norm: an address of the right type
+        unread = _empty(maps[0].raw, 1)  # an address of the right type, for a map without a norm
         return cls(
             tuple(_dense(x.raw.to(dtype)) for x in maps),
             tuple(unread if x.scale is None else x.scale for x in maps),
@@ -360,7 +360,7 @@ class _Maps(NamedTuple):
         return None if self.dropout is None else self.dropout.seed
 
     def numbers(self) -> tuple[int, int, float]:
-        """Which maps are normalised, as bits; below which of 2¹⁶ draws an element is dropped; by what the others grow."""
+        """Bits that say which maps are normalised; the draw of 2¹⁶ below which elements are dropped; the others' factor."""
         bits = sum(normed << b for b, normed in enumerate(self.normed))
         rate = 0.0 if self.dropout is None else self.dropout.rate
         return bits, round(rate * 2**16), 1.0 / (1.0 - rate)
@@ -372,7 +372,7 @@ def _pointwise_product(
     x, out_channels = product.raws[0], weight.shape[0]
     out = _empty_map(x, out_channels, _out_dtype(x))
     launch = _map_launch("pointwise_forward", out)
-    if x.dtype.itemsize > out.dtype.itemsize:  # tiles of wide maps in the bytes, and so the registers, of narrow ones
+    if x.dtype.itemsize > out.dtype.itemsize:  # tiles of wider dtypes take the bytes, and so the registers, of narrow ones
         launch = launch._replace(block_k=max(launch.block_k // 2, 16))
     tiles = _tiles(out, launch)
     block_n, block_k = _block(launch.block_n, out_channels), _block(launch.block_k, *product.channels)
@@ -405,7 +405,7 @@ def _pointwise_input_gradient(gradient: tuple[Any, ...], product: _Maps, weight:
     x = product.raws[0]
     out_channels, in_channels = weight.shape[:2]
     launch = _map_launch("pointwise_input_gradient", gradient[0])
-    if x.dtype.itemsize > gradient[0].dtype.itemsize:  # larger tiles of wide maps would leave the registers of sm_80
+    if x.dtype.itemsize > gradient[0].dtype.itemsize:  # larger tiles of wider dtypes would not fit the registers of sm_80
         launch = launch._replace(block_p=64)
     block_n, block_k = _block(launch.block_n, *product.channels), _block(launch.block_k, out_channels)
     grad_maps, tiles = tuple(_empty_map(raw) for raw in product.raws), _tiles(x, launch)
@@ -450,7 +450,7 @@ def _pointwise_weight_gradient(gradient: tuple[Any, ...], product: _Maps, weight
     tiles = _ceil_div(out_channels, block_o) * sum(_ceil_div(channels, block_n) for channels in product.channels)
     splits = min(_ceil_div(launch.programs, tiles), _ceil_div(_positions(x), launch.block_k))
     split_size = _ceil_div(_ceil_div(_positions(x), max(splits, 1)), launch.block_k) * launch.block_k
-    splits = _ceil_div(_positions(x), max(split_size, 1))  # without the last, if it has become empty
+    splits = _ceil_div(_positions(x), max(split_size, 1))  # without the last part, if it has become empty
     partials = _empty(x, splits, out_channels, in_channels)
     _launch(
         pointwise_weight_gradient_kernel,
@@ -531,7 +531,7 @@ def _empty_map(like: Tensor, channels: int | None = None, dtype: torch.dtype | N
 
 
 def _out_dtype(x: Tensor) -> torch.dtype:
-    """Of a convolution of x."""
+    """The dtype of a convolution's output."""
     autocast = x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type)
     return torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
 
@@ -557,12 +557,12 @@ def _launch_of(kernel: str, value_bytes: int, size: int, x: Tensor) -> Launch:
 
 
 def _with_warps_for(classes: int, launch: Launch) -> Launch:
-    """For a tile with all classes in it: the table has the warps for 32."""
+    """The launch of a kernel whose tile has all classes; the table has the warps for 32 classes."""
     return launch._replace(warps=min(max(launch.warps * classes // 32, 1), 16))
 
 
 def _block(most: int, *sizes: int) -> int:
-    """A tile no larger than the sizes need; a matrix unit takes 16 at least."""
+    """A tile size no larger than needed, and at least the 16 that a matrix unit takes."""
     return min(most, max(16, _power_of_two(max(sizes))))
 
 
@@ -575,15 +575,15 @@ def _ceil_div(a: int, b: int) -> int:
 
 
 def _input_precision(x: Tensor) -> str:
-    """How float32 products are taken; other dtypes have one way only, and one compilation."""
-    # Unlike `allow_tf32` this can be read whichever of PyTorch's two interfaces the user has set.
+    """Precision of float32 products; other dtypes have one precision only, and one compilation."""
+    # Unlike `allow_tf32`, this can be read after either of PyTorch's two interfaces was used to set it.
     convolutions: str = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
     allowed = x.is_cuda and x.dtype == torch.float32 and convolutions == "tf32"
     return "tf32" if allowed and torch.cuda.get_device_capability(x.device) >= (8, 0) else "ieee"  # no Turing GPU has it
 
 
 def _launch(kernel: Any, programs: int, launch: Launch, arguments: tuple[Any, ...], **constants: Any) -> None:
-    """Run `programs` programs where the arguments are; a·b + c may be rounded once, whatever Triton's default."""
+    """Run `programs` programs on the arguments' device; a·b + c may be rounded once, whatever Triton's default is."""
     if programs == 0:
         return
     device = next(argument.device for argument in arguments if isinstance(argument, Tensor))

@@ -1,16 +1,16 @@
-"""Batch norms between kernels: the numbers that make one lazy, the passes that write one out, and sums in a fixed order.
+"""Batch norms between kernels: the numbers with which a norm is applied on load, passes that apply one, ordered sums.
 
     n = Σ n_t     mean = Σ n_t · mean_t / n     var = Σ (M2_t + n_t · (mean_t - mean)²) / n                 (Chan et al.)
     scale = γ / √(var + ε)     offset = β - mean · scale     r ← (1 - momentum) · r + momentum · batch
 
-A convolution leaves, of each tile t of its output, the mean and the squared deviations from that mean, M2: a large mean
-cannot swallow a small variance, as it does in E[x²] - E[x]². Sums over tiles are taken by one program per channel, in the
-order of the tiles: ten runs give ten identical results, which atomics would not.
+A convolution writes, for each tile t of its output, the mean and the sum of squared deviations from it, M2. So a large mean
+cannot hide a small variance, as it would in E[x²] - E[x]². One program per channel adds up the tiles in their order, so ten
+runs give ten identical results, which atomics would not.
 
 Bytes: `fold` reads 8 B per tile and channel twice (the second time from the L2 cache), `unfold` 24 B per channel, `normalise`
 the map once and writes it once. Operations: 4 per value of a map, never the limit.
 
-Ladder (not measured: no GPU was at hand)
+Versions (not measured: no GPU was at hand)
   1. sums of x and x² by atomics: a zeroed buffer, results that differ from run to run, no variance left at a large mean
   2. this: two numbers per tile and channel, one small launch; expected to cost as little: a map has 16 to 64 times more values
   3. several tiles per program, fewer partial sums: expected to gain only beyond 10⁵ positions
@@ -22,7 +22,7 @@ import triton.language as tl
 
 @triton.jit
 def relu_of(raw, scale, offset):
-    """relu(scale · raw + offset) of float32 blocks. NaN stays NaN, as in PyTorch's relu: maximum would hide it."""
+    """relu(scale · raw + offset) of float32 blocks. NaN stays NaN, as in PyTorch's relu; maximum would hide it."""
     normed = raw * scale + offset
     return tl.where(normed < 0.0, 0.0, normed)
 
@@ -107,7 +107,7 @@ def unfold_kernel(
     C,
     BLOCK_C: tl.constexpr,
 ):
-    """The way back through `fold_kernel`: the equations of `fast/kernels/__init__.py`."""
+    """The backward pass of `fold_kernel`, by the equations of `fast/kernels/__init__.py`."""
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = c < C
     batch_size = tl.maximum(count, 1).to(tl.float32)
@@ -153,7 +153,7 @@ def normalise_backward_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Back through `normalise_kernel`; grad, x, grad_x: (positions, C)."""
+    """The backward pass of `normalise_kernel`; grad, x, grad_x: (positions, C)."""
     tiles_c = tl.cdiv(C, BLOCK_C)
     tile = tl.program_id(0) // tiles_c
     p = tile * BLOCK_P + tl.arange(0, BLOCK_P)

@@ -1,4 +1,4 @@
-"""Kernels compiled for a GPU that need not be here, and what they take of its registers and shared memory."""
+"""Compile kernels for a GPU that need not be present, and read their use of registers and shared memory."""
 
 import re
 import subprocess
@@ -15,7 +15,7 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 
 
 class AbsentGpu:
-    """What Triton asks of a driver before it compiles."""
+    """Answers the questions that Triton asks a driver before it compiles."""
 
     def __init__(self, architecture: int) -> None:
         self.architecture = architecture
@@ -31,12 +31,12 @@ class AbsentGpu:
 
 
 def choose_absent_gpu(architecture: int) -> None:
-    """From now on this process compiles for sm_<architecture>, and can launch nothing."""
+    """Make this process compile for sm_<architecture> from now on; it can launch nothing."""
     triton.runtime.driver.set_active(AbsentGpu(architecture))
 
 
 def compiled(kernel: Any, programs: int, launch: Launch, arguments: tuple[Any, ...], **constants: Any) -> Any:
-    """Triton's binary for this launch, which goes into its cache on disk: where `_launch` would find it."""
+    """Compile this launch; Triton keeps the binary in its cache on disk, where `_launch` finds it."""
     options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
     return kernel.run(*arguments, **constants, **options, grid=(programs,), warmup=True)
 

@@ -1,4 +1,4 @@
-"""The dilated 3×3 filter per channel, on a lazily normalised map, with the sums for its own batch norm.
+"""Dilated 3×3 convolution per channel, on a map whose norm is applied on load, with the sums for its own batch norm.
 
     y[p] = Σ_t weight[t] · v[p + shift_t]      v = relu(scale · x + offset) inside the map, 0 outside      t: nine taps
     ∂v[p] = Σ_t weight[t] · g[p - shift_t]     ∂weight[t] = Σ_p g[p - shift_t] · v[p]     g = grad + slope · y + intercept
@@ -9,10 +9,10 @@ Bytes per value of a map, of b bytes: forward 2·b (read x, write y), backward 4
 reads hit the caches, since a row of positions lies 1 to 24 rows away. Operations: 18 forward, 36 backward, plus 3 per shifted
 read to normalise it. That is 5 to 13 operations per byte: memory-bound on any GPU.
 
-The rates are run-time arguments: one compilation serves all 64 pairs. Positions run over (N, H, W) as one axis, so small maps
-waste no lanes at their right border; a tap outside the map is masked.
+The rates are run-time arguments, so one compilation serves all 64 pairs. Positions run over (N, H, W) as one axis, so small
+maps waste no lanes at their right border; a tap outside the map is masked.
 
-Ladder (not measured: no GPU was at hand)
+Versions (not measured: no GPU was at hand)
   1. one launch per step: convolution, sums, normalisation, ReLU: reads and writes the map three times forward
   2. normalise on load, sums in the same launch: expected 1/3 of the bytes, 1/4 of the launches
   3. backward of input and weight in one pass: expected 4 instead of 7 maps of traffic
@@ -42,7 +42,7 @@ def depthwise_forward_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One tile of positions and channels; its moments beside it."""
+    """Compute one tile of positions and channels, and its moments."""
     tiles_c = tl.cdiv(C, BLOCK_C)
     tile = tl.program_id(0) // tiles_c
     p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -64,7 +64,7 @@ def depthwise_forward_kernel(
 
     stored = out.to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + p[:, None].to(tl.int64) * C + c[None, :], stored, mask=mask_p[:, None] & mask_c[None, :])
-    if partials_ptr is not None:  # of the rounded values: what the norm will be applied to
+    if partials_ptr is not None:  # from the rounded values, to which the norm will be applied
         store_moments(partials_ptr, stored.to(tl.float32), tile, mask_p, c, C)
 
 
@@ -79,7 +79,7 @@ def depthwise_backward_kernel(
     offset_ptr,
     weight_ptr,  # (C, 9)
     grad_x_ptr,  # (positions, C), or None
-    partials_ptr,  # (tiles, ROWS, C): nine of the weight, then of scale and offset
+    partials_ptr,  # (tiles, ROWS, C): nine for the weight, then scale and offset
     positions,
     height,
     width,
@@ -90,7 +90,7 @@ def depthwise_backward_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One tile of x: its gradient, and what it adds to the gradients of weight, scale and offset."""
+    """Compute one tile of x's gradient, and its share in the gradients of weight, scale and offset."""
     tiles_c = tl.cdiv(C, BLOCK_C)
     tile = tl.program_id(0) // tiles_c
     p = tile * BLOCK_P + tl.arange(0, BLOCK_P)

@@ -1,4 +1,4 @@
-"""1×1 convolution of the concatenation of B lazily normalised maps, never made: one matrix product over all their channels.
+"""1×1 convolution of B concatenated maps whose norms are applied on load: one matrix product, without a concatenated map.
 
     y[p, o] = Σ_b Σ_c v_b[p, c] · weight[o, column_b + c]          v_b = dropout(relu(scale_b · x_b + offset_b))
     ∂v_b[p, c] = Σ_o g[p, o] · weight[o, column_b + c]             ∂weight[o, column_b + c] = Σ_p g[p, o] · v_b[p, c]
@@ -8,16 +8,16 @@ Bytes, for P positions, C channels of all maps and K outputs, of b bytes each: f
 2·K)·b + 8·C·K. Operations: 2·P·C·K forward, twice that backward. At 256 → 256 channels in 16 bits that is 128 operations per
 byte, below the 200 of an H200: memory-bound, closely.
 
-How a list of maps gets in. One launch per map would read and write a float32 sum of P·K values for each. A table of pointers
-in device memory must be copied there from the host, which a captured graph cannot do. So pointers are arguments, as a tuple:
-one compilation for each number of maps (at most ten, two in practice: one map, and the cell's). Which map a step of the loop
-reads is chosen at run time among the B, so code does not grow with B and the pipeline of loads runs on across maps. Whether a
-map is normalised is one bit of an integer, as 2^B patterns would be 2^B compilations.
+How a list of maps is passed: one launch per map would read and write a float32 sum of P·K values for each. A table of
+pointers in device memory must be copied there from the host, which a captured graph cannot do. So the pointers are a tuple
+of arguments, with one compilation per number of maps (at most ten; two in practice: one map, and the cell's). The map that a
+step of the loop reads is chosen at run time among the B, so the code does not grow with B and loads are pipelined across
+maps. Whether a map is normalised is one bit of an integer, because 2^B patterns would take 2^B compilations.
 
 Dropout draws 16 bits for an element from Philox at (position, channel // 8, column_b): eight elements share one draw of 128
-bits, as one draw each would cost more than the product. The backward draws the same bits again: no mask is stored.
+bits, as one draw each would cost more than the product. The backward pass draws the same bits again, so no mask is stored.
 
-Ladder (not measured: no GPU was at hand)
+Versions (not measured: no GPU was at hand)
   1. concatenate, dropout, product, norm, ReLU: four passes over B·C channels before the product
   2. this: expected 1/4 of the bytes, one launch instead of six
   3. gradient of all maps from one program that holds g: expected to save B - 1 reads of g from the L2 cache, not done
@@ -31,7 +31,7 @@ from fast.kernels.triton.batch_norm import relu_of, store_moments
 
 @triton.jit
 def choose_map(step, raws, scales, offsets, channels, columns, BLOCK_K: tl.constexpr):
-    """The map in which block `step` of BLOCK_K channels lies: pointers, channels, column, index, the block's first channel."""
+    """Find the map of block `step` of BLOCK_K channels: pointers, channels, column, index, the block's first channel."""
     raw_ptr, scale_ptr, offset_ptr = raws[0], scales[0], offsets[0]
     width, column, chosen, first_step, end = channels[0], columns[0], 0, 0, 0
     for b in tl.static_range(1, len(raws)):
@@ -49,8 +49,8 @@ def choose_map(step, raws, scales, offsets, channels, columns, BLOCK_K: tl.const
 
 @triton.jit
 def load_norm(scale_ptr, offset_ptr, normed, k, mask_k):
-    """Scale, offset and the floor of the ReLU for channels k; 1, 0 and -inf where the map is not normalised."""
-    is_normed = (k * 0 + normed) != 0  # a vector, and the pointers are not read where it is false
+    """Load scale, offset and lower bound of the ReLU for channels k; 1, 0 and -inf if the map is not normalised."""
+    is_normed = (k * 0 + normed) != 0  # a vector, so the pointers are not read where it is false
     scale = tl.load(scale_ptr + k, mask=mask_k & is_normed, other=1.0)
     offset = tl.load(offset_ptr + k, mask=mask_k & is_normed, other=0.0)
     return scale, offset, tl.where(is_normed, 0.0, float("-inf"))
@@ -58,7 +58,7 @@ def load_norm(scale_ptr, offset_ptr, normed, k, mask_k):
 
 @triton.jit
 def keep_mask(seed, p, first_k, column, drop_below, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Which elements (BLOCK_P, BLOCK_K) of a map dropout keeps: 16 random bits each, not below `drop_below`."""
+    """Mask of the elements (BLOCK_P, BLOCK_K) of a map that dropout keeps: 16 random bits each, at least `drop_below`."""
     group = first_k // 8 + tl.arange(0, BLOCK_K // 8)
     zero = tl.zeros((BLOCK_P, BLOCK_K // 8), tl.int32)
     r0, r1, r2, r3 = tl.philox(
@@ -91,7 +91,7 @@ def load_value(
     BLOCK_P: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """v_b at (BLOCK_P, BLOCK_K), float32; 0 outside."""
+    """Load v_b at (BLOCK_P, BLOCK_K), float32; 0 outside."""
     mask_k = k < width
     mask = mask_p[:, None] & mask_k[None, :]
     raw = tl.load(raw_ptr + p[:, None].to(tl.int64) * width + k[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -106,7 +106,7 @@ def load_value(
 
 @triton.jit
 def load_gradient(grad_ptr, raw_ptr, slope_ptr, intercept_ptr, p, mask_p, o, C_OUT):
-    """g at (positions p, outputs o), float32; 0 outside."""
+    """Load g at (positions p, outputs o), float32; 0 outside."""
     mask_o = o < C_OUT
     mask = mask_p[:, None] & mask_o[None, :]
     place = p[:, None].to(tl.int64) * C_OUT + o[None, :]
@@ -121,7 +121,7 @@ def load_gradient(grad_ptr, raw_ptr, slope_ptr, intercept_ptr, p, mask_p, o, C_O
 
 @triton.jit
 def multiply_add(a, b, total, dtype: tl.constexpr, INPUT_PRECISION: tl.constexpr):
-    """total + a · b, the operands rounded to `dtype`, or to TF32: its unit cuts off the bits that it does not read."""
+    """total + a · b, with operands rounded to `dtype` or to TF32, whose unit would only cut off bits."""
     a, b = a.to(dtype), b.to(dtype)
     if INPUT_PRECISION == "tf32":
         a, b = rounded_to_tf32(a), rounded_to_tf32(b)
@@ -130,7 +130,7 @@ def multiply_add(a, b, total, dtype: tl.constexpr, INPUT_PRECISION: tl.constexpr
 
 @triton.jit
 def rounded_to_tf32(x):
-    """To 11 bits, the nearest, as libraries round; infinities and NaN stay."""
+    """Round to 11 bits, to nearest as libraries do; infinities and NaN stay."""
     bits = tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,f", [x], dtype=tl.int32, is_pure=True, pack=1)
     return bits.to(tl.float32, bitcast=True)
 
@@ -159,7 +159,7 @@ def pointwise_forward_kernel(
     BLOCK_K: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
-    """One tile of positions and outputs; its moments beside it."""
+    """Compute one tile of positions and outputs, and its moments."""
     tiles_n = tl.cdiv(C_OUT, BLOCK_N)
     tile = tl.program_id(0) // tiles_n
     p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -203,7 +203,7 @@ def pointwise_forward_kernel(
         out = relu_of(out, scale[None, :], offset[None, :])
     stored = out.to(dtype)
     tl.store(out_ptr + p[:, None].to(tl.int64) * C_OUT + o[None, :], stored, mask=mask_p[:, None] & mask_o[None, :])
-    if partials_ptr is not None:  # of the rounded values: what the norm will be applied to
+    if partials_ptr is not None:  # from the rounded values, to which the norm will be applied
         store_moments(partials_ptr, stored.to(tl.float32), tile, mask_p, o, C_OUT)
 
 
@@ -233,7 +233,7 @@ def pointwise_input_gradient_kernel(
     BLOCK_K: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
-    """One tile of positions and of BLOCK_N channels of one map; BLOCK_K outputs at a time."""
+    """Compute one tile of positions and BLOCK_N channels of one map's gradient, BLOCK_K outputs at a time."""
     tiles_n = 0
     for b in tl.static_range(len(raws)):
         tiles_n += tl.cdiv(channels[b], BLOCK_N)
@@ -298,7 +298,7 @@ def pointwise_weight_gradient_kernel(
     BLOCK_K: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
-    """One tile of BLOCK_P outputs and BLOCK_N channels of one map, over one split of the positions, BLOCK_K at a time."""
+    """Sum BLOCK_P outputs × BLOCK_N channels of one map over one split of the positions, BLOCK_K at a time."""
     tiles_n, tiles_o = 0, tl.cdiv(C_OUT, BLOCK_P)
     for b in tl.static_range(len(raws)):
         tiles_n += tl.cdiv(channels[b], BLOCK_N)

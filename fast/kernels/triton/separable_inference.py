@@ -3,15 +3,15 @@
     m[p, c] = relu(scale_d[c] · Σ_t depthwise[c, t] · v[p + shift_t, c] + offset_d[c])      v = relu(scale · x + offset)
     y[p, o] = relu(scale_p[o] · Σ_c pointwise[o, c] · m[p, c] + offset_p[o])
 
-A block of m, nine shifted loads for BLOCK_K channels, is the left operand of the matrix product as soon as it is made. A
-program computes all outputs of its positions if BLOCK_N covers them; otherwise m is made once more per block of outputs.
+A block of m takes nine shifted loads for BLOCK_K channels, and is at once the left operand of the matrix product. A program
+computes all outputs of its positions if BLOCK_N covers them; otherwise m is computed again for each block of outputs.
 
 Bytes per position of b-byte values: (C + K)·b, instead of (2·C + 2·C + 2·K)·b by three launches. Operations: 18·C + 2·C·K; at
 256 → 256 channels in 16 bits 133 per byte: memory-bound on an H200, closely.
 
-Ladder (not measured: no GPU was at hand)
+Versions (not measured: no GPU was at hand)
   1. depthwise, norm + ReLU, pointwise, norm + ReLU: four launches, ten maps of traffic
-  2. lazy norms: two launches, four maps of traffic
+  2. norms applied on load: two launches, four maps of traffic
   3. this: one launch, two maps of traffic; expected 2× over 2. while the nine reads come from the L1 and L2 caches
 """
 
@@ -46,7 +46,7 @@ def separable_inference_kernel(
     BLOCK_K: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
-    """One tile of positions and outputs; BLOCK_K channels between the convolutions at a time."""
+    """Compute one tile of positions and outputs, with BLOCK_K channels of the map between the convolutions at a time."""
     tiles_n = tl.cdiv(C_OUT, BLOCK_N)
     p = tl.program_id(0) // tiles_n * BLOCK_P + tl.arange(0, BLOCK_P)
     o = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -1,14 +1,14 @@
-"""Upsample the logits, take the best class of every pixel, count (label, class) pairs; full-size logits never exist.
+"""Upsample the logits, take the best class of every pixel and count (label, class) pairs, without full-size logits.
 
     M[a, b] = #{p : label_p = a ≠ ignore, first argmax_k z_p[k] = b}         z: see upsampled_cross_entropy.py
 
-A program walks down the pixel rows between two rows of logits, over BLOCK_X columns that it interpolated once. Neighbouring
-pixels mostly fall on the same entry of M, so those of one row that do are counted by the first of them: one atomic instead of
-up to BLOCK_X. Integer atomics are exact in any order.
+A program goes down the pixel rows between two rows of logits, over BLOCK_X columns that it interpolated once. Neighbouring
+pixels mostly belong to the same entry of M; in a row the first of them adds the count of all, so there is one atomic instead
+of up to BLOCK_X. Integer atomics are exact in any order.
 
 Bytes for N·H·W labels: N·H·W (uint8) + 4·N·h·w·K. Operations: about 4 per pixel and class, and BLOCK_X comparisons per pixel.
 
-Ladder (not measured: no GPU was at hand)
+Versions (not measured: no GPU was at hand)
   1. interpolate, argmax, bincount by the library: 360 MB written and read, and a sort
   2. an atomic per pixel: millions on the few large entries of the diagonal, one after the other
   3. this: expected 10 times fewer atomics on maps whose segments are wider than BLOCK_X
@@ -40,7 +40,7 @@ def confusion_matrix_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_X: tl.constexpr,
 ):
-    """The pixels between logit rows i and i + 1 of one image, BLOCK_X columns. Labels out of range count nowhere."""
+    """Count the pixels between logit rows i and i + 1 of one image, BLOCK_X columns. Labels out of range do not count."""
     tiles_x = tl.cdiv(label_width, BLOCK_X)
     row = tl.program_id(0) // tiles_x
     n, i = row // cells_h, row % cells_h
@@ -63,11 +63,11 @@ def confusion_matrix_kernel(
     for y in range(first_y, end_y):
         fy = within_cell(y, i, height, label_height)
         z = top * (1.0 - fy) + bottom * fy
-        z = tl.where(z != z, float("inf"), z)  # as in PyTorch, NaN is the largest: its row of M shows it
+        z = tl.where(z != z, float("inf"), z)  # as in PyTorch, NaN is the largest, so M shows it
         z = tl.where((k < K)[:, None], z, float("-inf"))
         best = tl.min(
             tl.where(z == tl.max(z, axis=0)[None, :], k[:, None], BLOCK_K), axis=0
-        )  # (BLOCK_X,), the first of equals
+        )  # (BLOCK_X,), the first of equal ones
         label = tl.load(labels_ptr + (n.to(tl.int64) * label_height + y) * label_width + x, mask=mask_x, other=0).to(tl.int64)
         counted = mask_x & (label != ignore_index) & (label >= 0) & (label < K)
         entry = tl.where(counted, label.to(tl.int32) * K + best, -1)

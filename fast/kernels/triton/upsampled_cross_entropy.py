@@ -1,21 +1,21 @@
-"""Mean softmax cross-entropy of bilinearly upsampled logits, and its gradient; full-size logits never exist.
+"""Mean softmax cross-entropy of bilinearly upsampled logits, and its gradient, without full-size logits.
 
     z[k] = (1-f_y)·((1-f_x)·l₀₀[k] + f_x·l₀₁[k]) + f_y·((1-f_x)·l₁₀[k] + f_x·l₁₁[k])     (f_y, f_x): within a cell of logits
     loss = (1 / |L|) Σ_{p ∈ L} log Σ_k exp z_p[k] - z_p[label]
     ∂l_c[k] = (1 / |L|) Σ_{p ∈ L} weight_c(p) · (softmax(z_p)[k] - [k = label])
 
-A program owns the pixels of one cell, between four neighbouring logits: at output stride 16 about 16×16. It holds the cell's
-logits, interpolates them along x once, walks down the rows, and ends with the gradients of its four corners and its share of
-the loss, which it writes beside those of the others. A second kernel adds up the loss and counts the labelled pixels, in a
-fixed order; a third sums the up to four contributions of each logit. The position within a cell is a quotient of integers:
-exact, at any size.
+A program computes the pixels of one cell, between four neighbouring logits: about 16×16 at output stride 16. It holds the
+cell's logits, interpolates them along x once and goes down the rows. At the end it has the gradients of the four corners and
+its share of the loss, and writes them to buffers. A second kernel adds up the loss and counts the labelled pixels, in a fixed
+order; a third adds the up to four contributions of each logit. The position within a cell is a quotient of integers, so it
+is exact at any size.
 
 Bytes for N·H·W labels and N·h·w·K logits: N·H·W (uint8) + 8·N·h·w·K, and 32·N·h·w·K for the corners' gradients, which stay in
 the L2 cache. Operations: about 12 per pixel and class, one of them an exponential. At 8×19×49×49 → 769×769: 8 MB, 12 MB of
 corners, 1.1·10⁹ operations with 0.09·10⁹ exponentials (0.15·10⁹ as classes are padded to a power of two): bound by
 arithmetic.
 
-Ladder (not measured: no GPU was at hand)
+Versions (not measured: no GPU was at hand)
   1. interpolate, cross-entropy, and back by the library: six passes over 360 MB
   2. this: expected 1/50 of the bytes
   3. classes in the slow dimension of a tile, so that sums over classes stay within a thread: in this version already
@@ -28,13 +28,13 @@ import triton.language as tl
 
 @triton.jit
 def first_pixel(cell, in_size, out_size):
-    """The first output pixel that reads at or behind logit `cell` along one axis."""
+    """The first output pixel whose position is at or after logit `cell` along one axis."""
     return tl.cdiv(cell * tl.maximum(out_size - 1, 1), tl.maximum(in_size - 1, 1))
 
 
 @triton.jit
 def within_cell(pixel, cell, in_size, out_size):
-    """How far behind logit `cell` output pixel `pixel` reads, 0 to 1."""
+    """Position of output pixel `pixel` after logit `cell`, 0 to 1."""
     span = tl.maximum(out_size - 1, 1)
     return (pixel * (in_size - 1) - cell * span).to(tl.float32) / span.to(tl.float32)
 
@@ -65,7 +65,7 @@ def cell_gradients_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_X: tl.constexpr,
 ):
-    """Summed loss, gradients of the four corners and labelled pixels of one cell. A label out of range makes the loss NaN."""
+    """Compute loss, gradients of the four corners and number of labelled pixels of one cell. Bad labels make the loss NaN."""
     cell = tl.program_id(0)
     n, i, j = cell // cells_w // cells_h, cell // cells_w % cells_h, cell % cells_w
     k = tl.arange(0, BLOCK_K)
@@ -104,7 +104,7 @@ def cell_gradients_kernel(
             loss += tl.where(labelled, surprise, 0.0)
             count += labelled.to(tl.int32)
             grad = exp_z * (1.0 / total)[None, :] - is_label.to(tl.float32)
-            grad *= labelled.to(tl.float32)[None, :]  # not where: NaN stays NaN at ignored pixels, as in PyTorch
+            grad *= labelled.to(tl.float32)[None, :]  # not tl.where: NaN stays NaN at ignored pixels, as in PyTorch
             grad = tl.where(mask_x[None, :], grad, 0.0)
             grad_top += grad * (1.0 - fy)
             grad_bottom += grad * fy
@@ -124,7 +124,7 @@ def cell_gradients_kernel(
 
 @triton.jit(do_not_specialize=["cells"])
 def mean_loss_kernel(losses_ptr, counts_ptr, loss_ptr, share_ptr, cells, BLOCK: tl.constexpr):
-    """One program: the mean loss, and the share 1 / |L| of one pixel in it."""
+    """Compute, in one program, the mean loss and the share 1 / |L| of a pixel."""
     losses, counts = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.int64)
     for first in range(0, cells, BLOCK):
         cell = first + tl.arange(0, BLOCK)
@@ -153,7 +153,7 @@ def gather_corners_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """The gradient of each logit: its contributions from the cells behind and before it, along both axes."""
+    """Add up the gradient of each logit from the cells before and after it, along both axes."""
     q = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     k = tl.arange(0, BLOCK_K)
     n, i, j = q // width // height, q // width % height, q % width

@@ -1,7 +1,7 @@
-"""How each kernel is launched: a table counted for an H200, and over it what was measured on the GPU at hand.
+"""How each kernel is launched: a table that was counted for an H200, replaced in part by measurements on a GPU.
 
-A file `<gpu>.py` beside this one, written by `python bench/tune.py` on that GPU, holds `LAUNCHES` for some of the keys; the
-rest is the counted table's. Its name is the GPU's as PyTorch has it, in small letters, with "_" for all between words.
+A file `<gpu>.py` in this folder, written by `python bench/tune.py` on that GPU, has `LAUNCHES` for some of the keys; the other
+keys use the counted table. The file's name is PyTorch's name of the GPU in small letters, with "_" between words.
 """
 
 import functools
@@ -26,7 +26,7 @@ class Launch(NamedTuple):
     block_k: int
     warps: int
     stages: int
-    programs: int = 0  # of the weight gradient alone: among how many, at least, its positions are split
+    programs: int = 0  # weight gradient only: least number of parts that its positions are split into
 
 
 Size = Literal["small", "large"]
@@ -34,14 +34,14 @@ Key = tuple[str, int, Size]  # kernel, bytes per value of its map (4 where there
 Table = dict[Key, Launch]
 SIZES: tuple[Size, Size] = ("small", "large")
 
-# From how many positions N·H·W a launch is large: a map of 256 channels is then beyond any cache. The positions are the
-# logits' for the loss; `sum_partials` counts its columns instead: few and tall, or a weight's, many and short.
+# The number of positions N·H·W from which a launch is large: a map of 256 channels is then larger than any cache. For the
+# loss, the positions are those of the logits. `sum_partials` counts its columns: few and long, or a weight's, many and short.
 LARGE = 1 << 16
 
-# (kernel, bytes per value) -> sizes up to LARGE, and beyond. For an H200; chosen by counting, not yet by measuring: 32 or
+# (kernel, bytes per value) -> launch for sizes up to LARGE, and beyond. For an H200, chosen by counting, not measured: 32 or
 # fewer values of a map per thread, two programs or more per multiprocessor at 8·49·49 positions, at most 160 KB of shared
-# memory. Float32 products at full precision have no matrix unit, so their tiles are what registers can feed. Folds, sums and
-# the mean loss wait for memory once per block_p, which therefore is a good part of what they add up in one iteration.
+# memory. Float32 products at full precision have no matrix unit, so their tiles are limited by registers. Folds, sums and
+# the mean loss wait for memory once per block_p, so that is a large part of what they add up in one iteration.
 _COUNTED = {
     ("depthwise_forward", 2): (Launch(32, 64, 0, 4, 1), Launch(64, 64, 0, 8, 1)),
     ("depthwise_forward", 4): (Launch(32, 64, 0, 4, 1), Launch(64, 32, 0, 4, 1)),
@@ -77,12 +77,12 @@ DEFAULT: Table = {
 
 @functools.cache
 def table_for(device: torch.device) -> Table:
-    """The launch of every kernel on this device; without a GPU (interpreter, compilation alone) the counted one."""
+    """The launch of every kernel on this device; without a GPU (interpreter, compilation only) the counted one."""
     return DEFAULT if device.type != "cuda" else DEFAULT | measured(torch.cuda.get_device_name(device))
 
 
 def measured(gpu: str) -> Table:
-    """What the file of the GPU of this name holds; nothing if there is no such file."""
+    """The launches in the file of the GPU of this name; empty if there is no such file."""
     module = f"{__name__}.{file_stem(gpu)}"
     table: Table = importlib.import_module(module).LAUNCHES if importlib.util.find_spec(module) else {}
     return table
