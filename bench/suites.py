@@ -126,7 +126,7 @@ def supported_dtypes(device: torch.device) -> tuple[tuple[DType, ...], tuple[DTy
 
 
 def rate_of(case: Case) -> tuple[int, int] | None:
-    """Of an atrous convolution alone."""
+    """The rate of a case that has an atrous convolution, None of others."""
     match case:
         case DepthwiseCase(rate=rate) | OperationCase(operation=AtrousSeparableConv(rate)):
             return rate

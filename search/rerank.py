@@ -167,7 +167,10 @@ def candidates_of(run: Run, settings: RerankSettings) -> list[Candidate]:
 
 
 def training_settings(settings: RerankSettings, run: Run) -> TrainingSettings:
-    """Of each training: what is given, else what the run was made with. Only the last validation counts, unless told so."""
+    """The settings of each training: what is given, else what the run was made with.
+
+    Unless told otherwise there is one validation, after the last iteration.
+    """
     overrides, of_run = settings.overrides, run.settings
     training = TrainingSettings(
         data=overrides.data(of_run.data),

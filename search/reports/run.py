@@ -231,7 +231,7 @@ def _charts(run: Run, best: Sequence[TrialRecord], groups: Sequence[Group]) -> I
             _draw_cost,
             "Multiply-adds of the cell for one validation image; the line joins the Pareto front.",
         ),
-        ("Training loss", _draw_loss, "Of the best cell and of every seed of those beside it; running means."),
+        ("Training loss", _draw_loss, "The best cell, and every seed of the cells beside it; running means."),
     )
     for heading, draw, caption in charts:
         figure = Figure(figsize=(5.2, 3.3), layout="constrained")
