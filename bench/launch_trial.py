@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.accuracy import FLOOR, error_of
+from bench.accuracy import ONE_DRAW, error_of
 from bench.cases import Parts
 from bench.kernel_calls import DTYPES, Call, Inputs, calls_of
-from bench.timing import CacheFlush, Summary
+from bench.timing import CacheFlush
 from fast.kernels import triton as kernels
 from fast.kernels.triton.launches import DEFAULT, Key, Launch
+from search.reports.turns import Summary
 
 ROUNDS = 20
 # For one program (CUDA programming guide, compute capabilities); 86, 89 and 120 are those without a data centre.
@@ -77,7 +78,7 @@ def compared(key: Key, best: Launch, candidate: Launch, device_name: str) -> Com
     device = torch.device(device_name)
     torch.cuda.set_device(device)
     prepared = _prepared(key, device_name)
-    limit = FLOOR["float32" if DTYPES[key[1]] == torch.float32 else "bfloat16"]
+    limit = ONE_DRAW.floor["float32" if DTYPES[key[1]] == torch.float32 else "bfloat16"]
     with own_table() as table:
         table[key] = candidate
         error = max(error_of(_results(call), expected).maximum for _, call, expected in prepared)

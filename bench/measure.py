@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -29,15 +29,13 @@ from bench.timing import (
     Clock,
     FirstCall,
     Samples,
-    Summary,
-    back_to_back_ms,
     first_call,
     interleaved,
     prepared,
-    synchronise,
     warm_up_calls,
 )
 from bench.worker import OutOfTime, Say, Worker, WorkerLost, Workers, WorkFailed, has_lost_its_device
+from search.reports.turns import Summary, back_to_back_ms, synchronise
 
 FirstCallMeter = Callable[[Case, Provider, str, torch.device], FirstCall]
 BACK_TO_BACK_MS = 300.0  # how long a provider's calls without a wait between them last, together
@@ -52,7 +50,7 @@ class Trial:
     status: str = OK
     note: str = ""
     workload: Workload | None = None
-    samples: Samples = field(default_factory=Samples)
+    samples: Samples = Samples([], [])
     back_to_back: float | None = None  # milliseconds a call
     first: FirstCall | None = None
 

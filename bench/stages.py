@@ -50,12 +50,9 @@ from bench.timing import (
     CacheFlush,
     Clock,
     FirstCall,
-    Summary,
-    back_to_back_ms,
     interleaved,
     last_level_cache_bytes,
     prepared,
-    synchronise,
     warm_up_calls,
 )
 from bench.training_cases import NewCellCase, ProxyCase, SearchCase
@@ -64,6 +61,7 @@ from fast import kernels
 from fast.kernels import Backend
 from reference.cell import BACKBONE_FEATURE, AtrousSeparableConv, Branch, Cell, Conv1x1, PyramidPooling
 from search.files import write_text
+from search.reports.turns import Summary, back_to_back_ms, synchronise
 
 ROOT = Path(__file__).parents[1]
 PREDICTIONS = Path(__file__).parent / "predictions"
