@@ -27,7 +27,6 @@ import torch
 from torch.profiler import ProfilerActivity
 
 import fast.train_step
-from bench.accuracy import budget
 from bench.cases import (
     COMPILE,
     COMPILE_MAX,
@@ -42,7 +41,7 @@ from bench.cases import (
     Workload,
 )
 from bench.launch_trial import launched_by, precision_of_a_gpu, triton_cache
-from bench.measure import Trial, check_against_reference, measure_apart, row_of
+from bench.measure import Attempt, Trial, measure_apart, row_of
 from bench.results import DONE, NOT_CHECKED, OUT_OF_TIME, Row
 from bench.roofline import NO_ROOFS, Roofs, measure_roofs
 from bench.suites import PAPER, Job, Planner, Scale, rate_of, supported_dtypes
@@ -266,14 +265,12 @@ def tiny_cell(run: Run, case: ProxyCase, dtype: DType, say: Say) -> None:
     """One training step of a small cell with every kind of branch, ours and eager PyTorch against `reference/`."""
     device = run.prepare()
     job = Job(replace(case, cell=EVERY_KIND), dtype, (EAGER, OURS), in_fresh_process=())
-    trials = [Trial(provider) for provider in job.providers]
-    check_against_reference(job, trials, device, lambda provider: say({"at_work": provider}))
-    yardstick = next((trial.error for trial in trials if trial.provider == EAGER), None)
-    for trial in trials:
+    attempt = Attempt(job, device, lambda provider: say({"at_work": provider}))
+    attempt.check_against_reference()
+    for trial in attempt.trials:
         numbers: dict[str, Any] = {"provider": trial.provider.name, "result": trial.status, "note": trial.note}
         if trial.error is not None:
-            allowed = budget(dtype, yardstick if trial.provider == OURS else None)
-            numbers |= {"rms_error": trial.error.rms, "allowed": allowed, "largest_error": trial.error.maximum}
+            numbers |= {"rms_error": trial.error.rms, "allowed": trial.allowed, "largest_error": trial.error.maximum}
         say(numbers)
 
 

@@ -249,6 +249,7 @@ def test_the_tests_are_counted_as_they_run(
     (folder.parent / "test_others.py").write_text("def test_other(): ...\n")
     said: list[dict[str, Any]] = []
     gpu_tests(RUN, said.append)
+    said = [line for line in said if {"failed_test", "of"} & line.keys()]  # on a slow machine counts come in between
     assert said[0] == {"failed_test": "tests/fast/kernels/test_triton_on_gpu.py::test_bad[(8, 256)]"}
     first = {"passed": 1, "failed": 1, "skipped": 1}
     assert said[1] == first | {"of": "tests/fast/kernels/test_triton_on_gpu.py", "pytest_exit_code": 1}
