@@ -146,7 +146,7 @@ def new_name(folder: Path, environment: Environment) -> str:
     return name
 
 
-def append_line(path: Path, value: Mapping[str, object]) -> None:
+def append_line(path: Path, value: object) -> None:
     """One more line of JSON, on the disk when this returns."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(value) + "\n")
