@@ -58,13 +58,7 @@ class Trial:
 
 
 def measure_apart(
-    workers: Workers,
-    job: Job,
-    device: torch.device,
-    rounds: int,
-    roofs: Roofs,
-    seed: int,
-    limit_s: float | None = None,
+    workers: Workers, job: Job, device: torch.device, rounds: int, roofs: Roofs, seed: int, limit_s: float | None = None
 ) -> list[Row]:
     """`measure` in a process of its own, again without the provider that was at work whenever that process breaks.
 

@@ -157,10 +157,7 @@ def test_the_end_of_the_time_is_nobodys_failure() -> None:
 def test_a_case_that_hangs_costs_itself_and_not_those_behind_it() -> None:
     said: list[Any] = []
     jobs = [Job(as_case(HangingCase), "float32", (OURS,), ()), Job(SEPARABLE, "float32", (OURS, EAGER), ())]
-    with (
-        Workers() as workers,
-        pytest.raises(OutOfTime, match=r"^sep3x3 6x21, training: stopped after 2[45] s, while ours"),
-    ):
+    with Workers() as workers, pytest.raises(OutOfTime, match=r"^sep3x3 6x21, training: stopped after 2[45] s, while ours"):
         measure_jobs(jobs, RUN, workers, time.monotonic() + 34, said.append)
     assert [row.status for row in said] == ["ok", "ok"]
 
