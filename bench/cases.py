@@ -220,8 +220,12 @@ class MapCase(Case):
         """Ours, with the baseline's weights."""
 
     @abstractmethod
-    def reference(self) -> tuple[Callable[[Array], Array], Callable[[Array, Array], list[Array]]]:
-        """Forward of x, and backward of (cotangent, x) to the gradients, by `reference/`."""
+    def forward(self, x: Array) -> Array:
+        """The output by `reference/`."""
+
+    @abstractmethod
+    def backward(self, cotangent: Array, x: Array) -> list[Array]:
+        """The gradients by `reference/`."""
 
     @property
     def shape(self) -> str:
@@ -244,13 +248,17 @@ class MapCase(Case):
         module, inputs = self.ours(plain) if provider.is_ours else plain, [self.features(dtype, device)]
         return ModuleWorkload(module, inputs, self, provider, dtype, input_has_gradient=self.input_has_gradient)
 
+    def weights(self) -> tuple[Any, reference_cell.BranchOptions]:
+        """What the reference's operations and cells take besides the map."""
+        return arrays(cast(Any, self.plain()).weights()), reference_cell.BranchOptions(self.is_training)
+
     def truth(self, dtype: str) -> Truth:
-        x, (forward, backward) = array(self.features(dtype)), self.reference()
-        output = forward(x)
+        x = array(self.features(dtype))
+        output = self.forward(x)
         if not self.is_training:
             return {"output": [output]}
         cotangent = array(normal(output.shape, SEED + 1).to(DTYPES[dtype]))  # as the workload draws it
-        return {"output": [output], "gradients": backward(cotangent, x)}
+        return {"output": [output], "gradients": self.backward(cotangent, x)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,13 +286,11 @@ class OperationCase(MapCase):
             case _:
                 assert_never(self.operation)
 
-    def reference(self) -> tuple[Callable[[Array], Array], Callable[[Array, Array], list[Array]]]:
-        weights, options = arrays(self.plain().weights()), reference_cell.BranchOptions(self.is_training)
+    def forward(self, x: Array) -> Array:
+        return reference_cell.apply_operation(x, self.operation, *self.weights())
 
-        def backward(cotangent: Array, x: Array) -> list[Array]:
-            return trainable(reference_cell.apply_operation_backward(cotangent, x, self.operation, weights, options))
-
-        return lambda x: reference_cell.apply_operation(x, self.operation, weights, options), backward
+    def backward(self, cotangent: Array, x: Array) -> list[Array]:
+        return trainable(reference_cell.apply_operation_backward(cotangent, x, self.operation, *self.weights()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -308,13 +314,12 @@ class DepthwiseCase(MapCase):
     def ours(self, plain: nn.Module) -> nn.Module:
         return Computed(lambda x: depthwise_conv(x, cast(nn.Conv2d, plain).weight, rate=self.rate), plain)
 
-    def reference(self) -> tuple[Callable[[Array], Array], Callable[[Array, Array], list[Array]]]:
+    def forward(self, x: Array) -> Array:
+        return reference_convolution.depthwise_conv(x, array(self.plain().weight), rate=self.rate)
+
+    def backward(self, cotangent: Array, x: Array) -> list[Array]:
         weight = array(self.plain().weight)
-
-        def backward(cotangent: Array, x: Array) -> list[Array]:
-            return [*reference_convolution.depthwise_conv_backward(cotangent, x, weight, rate=self.rate)]
-
-        return lambda x: reference_convolution.depthwise_conv(x, weight, rate=self.rate), backward
+        return [*reference_convolution.depthwise_conv_backward(cotangent, x, weight, rate=self.rate)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -340,14 +345,12 @@ class CellCase(MapCase):
     def ours(self, plain: nn.Module) -> nn.Module:
         return our_cell(self.cell, self.in_channels, self.channels, self.dropout_rate, plain)
 
-    def reference(self) -> tuple[Callable[[Array], Array], Callable[[Array, Array], list[Array]]]:
+    def forward(self, x: Array) -> Array:
         assert not self.dropout_rate or not self.is_training, "chance has no truth"
-        weights, options = arrays(self.plain().weights()), reference_cell.BranchOptions(self.is_training)
+        return reference_cell.dense_prediction_cell(x, self.cell, *self.weights())
 
-        def backward(cotangent: Array, x: Array) -> list[Array]:
-            return trainable(reference_cell.dense_prediction_cell_backward(cotangent, x, self.cell, weights, options)[1])
-
-        return lambda x: reference_cell.dense_prediction_cell(x, self.cell, weights, options), backward
+    def backward(self, cotangent: Array, x: Array) -> list[Array]:
+        return trainable(reference_cell.dense_prediction_cell_backward(cotangent, x, self.cell, *self.weights())[1])
 
 
 def our_cell(cell: Cell, in_channels: int, channels: int, dropout_rate: float, plain: nn.Module) -> DensePredictionCell:
