@@ -33,7 +33,7 @@ def triton_cache() -> Path:
 
 
 class Comparison(NamedTuple):
-    """Of a candidate with the best launch so far: microseconds of all its calls in an iteration."""
+    """A candidate beside the best launch so far: microseconds of all their calls in an iteration."""
 
     error: float  # the largest, relative to the largest value that the counted launch gives
     limit: float
@@ -114,7 +114,7 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
 def _microseconds(
     key: Key, call: Call, table: dict[Key, Launch], launches: list[Launch], device: torch.device
 ) -> dict[Launch, list[float]]:
-    """Of the kernel of `key`, and of the small one right behind it that adds up what its tiles leave: cold, in turns."""
+    """The kernel of `key`, with the small one right behind it that adds up what its tiles leave: cold, in turns."""
     flush, rng, launch_for_real = CacheFlush(device), np.random.default_rng(0), kernels._launch
     before = ""
 

@@ -11,7 +11,7 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
 from bench.cases import COMPILE, COMPILE_MAX, EAGER, EAGER_CHANNELS_LAST, OURS, OURS_WITHOUT_KERNELS, SUITES, Suite
-from bench.report import Group, rate_ratios
+from bench.report import Group, in_ms, rate_ratios
 from bench.results import Results, Row, ours, ratio, right
 from bench.targets import cells_per_hour, is_separable
 from reference.cell import RATES
@@ -172,7 +172,7 @@ def _times(ax: Axes, groups: list[Group]) -> None:
 
 
 def _in_words(row: Row, group: Group) -> str:
-    text = f"{row.median_ms:.4g} ms"
+    text = f"{in_ms(row.median_ms)} ms"
     if row.suite == "search":
         text += f", {cells_per_hour(row):,.0f} cells per hour"
     value = ratio(group)

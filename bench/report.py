@@ -71,7 +71,7 @@ def _table_line(name: str, groups: list[Group], colour: bool) -> str:
 
 def _median_ms(rows: Sequence[Row]) -> str:
     times = [row.median_ms for row in rows if row.median_ms]
-    return _ms(median(times)) if times else ""
+    return in_ms(median(times)) if times else ""
 
 
 def _ratio_column(ratios: Sequence[float], colour: bool) -> str:
@@ -186,7 +186,7 @@ def _suite_table(groups: Sequence[Group]) -> Iterator[str]:
 
 def _cells_of(row: Row) -> dict[str, str]:
     """A row's line, by the names of the columns."""
-    time = f"{_ms(row.median_ms)} ({_ms(row.p20_ms)} to {_ms(row.p80_ms)})" if row.median_ms else ""
+    time = f"{in_ms(row.median_ms)} ({in_ms(row.p20_ms)} to {in_ms(row.p80_ms)})" if row.median_ms else ""
     return {
         "case": row.case,
         "shape": row.shape,
@@ -194,8 +194,8 @@ def _cells_of(row: Row) -> dict[str, str]:
         "dtype": row.dtype,
         "provider": f"{row.provider} ({row.memory_format})",
         "ms (20 to 80 %)": time if row.status == OK else f"**{row.status}** {time} {row.note}",
-        "warm ms": _ms(row.warm_median_ms),
-        "back to back ms": _ms(row.back_to_back_ms),
+        "warm ms": in_ms(row.warm_median_ms),
+        "back to back ms": in_ms(row.back_to_back_ms),
         "**ratio**": "" if row.ratio_to_best_other is None else f"**{row.ratio_to_best_other:.2f}×**",
         "roof %": "" if row.percent_of_roof is None else f"{row.percent_of_roof:.1f}",
         "first call s": _number(row.first_call_s),
@@ -211,7 +211,8 @@ def _rows_of(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[s
     yield from (f"| {' | '.join(row)} |" for row in rows)
 
 
-def _ms(value: float | None) -> str:
+def in_ms(value: float | None) -> str:
+    """Milliseconds in four digits, without an exponent."""
     return "" if value is None else f"{value:.4g}" if value < 1000 else f"{value:.0f}"
 
 

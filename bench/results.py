@@ -160,7 +160,7 @@ def save_unfinished(folder: Path, results: Results) -> None:
 
 
 def forget_unfinished(folder: Path, results: Results) -> None:
-    """Of a run whose results are written."""
+    """Once a run's results are written."""
     (folder / (results.name + _UNFINISHED)).unlink(missing_ok=True)
 
 

@@ -124,7 +124,7 @@ def supported_dtypes(device: torch.device) -> tuple[tuple[DType, ...], tuple[DTy
 
 
 def rate_of(case: Case) -> tuple[int, int] | None:
-    """Of an atrous convolution alone."""
+    """An atrous convolution's; None for all else."""
     match case:
         case DepthwiseCase(rate=rate) | OperationCase(operation=AtrousSeparableConv(rate)):
             return rate

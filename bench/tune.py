@@ -411,7 +411,7 @@ def run(options: argparse.Namespace, keys: list[Key], end: float, processes: int
 
 
 def sources_hash() -> str:
-    """Of what a time depends on: the kernels, how they are called, the counted table."""
+    """A hash of what a time depends on: the kernels, how they are called, the counted table."""
     folder = ROOT / "fast" / "kernels" / "triton"
     calls = [ROOT / "bench" / name for name in ("kernel_calls.py", "launch_trial.py")]
     paths = [*sorted(folder.glob("*.py")), folder / "launches" / "__init__.py", *calls]
