@@ -1,7 +1,7 @@
 """The cases to measure. A case has its inputs, its cost, its truth from `reference/`, and each provider's workload."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self, assert_never, cast
@@ -11,50 +11,31 @@ import torch
 from torch import Tensor, nn
 
 from bench.costs import Cost, MapSize, Mode, cell_cost, depthwise_cost, loss_cost, operation_cost
-from bench.plain_torch import (
-    PlainCell,
-    UpsampledConfusion,
-    UpsampledLoss,
-    operation_module,
-    randomise,
-)
+from bench.plain_torch import PlainBranch, PlainCell, randomise, upsampled_confusion, upsampled_loss
 from fast import kernels
 from fast.atrous_separable_conv import atrous_separable_conv, depthwise_conv
-from fast.dense_prediction_cell import DensePredictionCell, load_reference_weights
+from fast.dense_prediction_cell import DensePredictionCell
 from fast.mean_iou import upsampled_confusion_matrix
 from fast.pointwise_conv import conv1x1
 from fast.pyramid_pooling import pyramid_pooling
 from fast.upsampled_cross_entropy import upsampled_cross_entropy
+from reference import atrous_separable_conv as reference_convolution
+from reference import dense_prediction_cell as reference_cell
+from reference import upsampled_cross_entropy as reference_loss
 from reference.atrous_separable_conv import SeparableConv
-from reference.atrous_separable_conv import depthwise_conv as reference_depthwise_conv
-from reference.atrous_separable_conv import depthwise_conv_backward as reference_depthwise_conv_backward
 from reference.batch_norm import Array, BatchNorm
 from reference.bilinear_resize import bilinear_resize
 from reference.cell import AtrousSeparableConv, Cell, Conv1x1, Operation, PyramidPooling
 from reference.concat_project import DROPOUT_RATE
-from reference.dense_prediction_cell import (
-    BranchOptions,
-    apply_operation,
-    apply_operation_backward,
-    dense_prediction_cell,
-    dense_prediction_cell_backward,
-)
 from reference.mean_iou import confusion_matrix
 from reference.pointwise_conv import ConvNorm
-from reference.upsampled_cross_entropy import (
-    IGNORE_INDEX,
-    upsampled_cross_entropy_backward,
-)
-from reference.upsampled_cross_entropy import (
-    upsampled_cross_entropy as reference_upsampled_cross_entropy,
-)
 
 Suite = Literal["proxy", "loss", "search", "cell", "ops"]
 SUITES: tuple[Suite, ...] = ("proxy", "loss", "search", "cell", "ops")  # most important first, longest last
 
 DType = Literal["float32", "bfloat16", "float16"]
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-Parts = dict[str, list[Tensor]]  # the results of a call by kind: "output", "gradients", ...
+Parts = dict[str, list[Tensor]]  # what a call computed, by kind: "output", "gradients"
 Truth = dict[str, list[Array]]
 
 SEED = 1809_04184  # the paper's number at arXiv
@@ -71,7 +52,7 @@ class Provider:
     uses_kernels: bool = True  # ours only
 
     def memory_format(self, device: torch.device) -> torch.memory_format:
-        """Memory format of the maps: for torch.compile the one that suits the device, for ours that of its kernels."""
+        """How maps lie in memory: torch.compile gets what suits the device, ours what its kernels want."""
         if self.is_ours:
             backend = kernels.backend_for(torch.empty(1, device=device)) if self.uses_kernels else None
             return torch.contiguous_format if backend is None else backend.memory_format
@@ -85,7 +66,6 @@ EAGER = Provider("eager")
 EAGER_CHANNELS_LAST = Provider("eager channels-last", channels_last=True)
 COMPILE = Provider("torch.compile", compile_mode="default")
 COMPILE_MAX = Provider("torch.compile max-autotune", compile_mode="max-autotune")
-PROVIDERS = (OURS, EAGER, EAGER_CHANNELS_LAST, COMPILE, COMPILE_MAX)
 
 
 class Workload(ABC):
@@ -116,6 +96,10 @@ class Case(ABC):
     """Whether a long run consists of many such calls, one after the other."""
 
     @property
+    def is_training(self) -> bool:
+        return self.mode == "training"
+
+    @property
     @abstractmethod
     def shape(self) -> str: ...
 
@@ -140,56 +124,61 @@ class Case(ABC):
         """The expected `workload(...).parts()`, in float64, for inputs that `dtype` represents exactly."""
 
 
+class Computed(nn.Module):
+    """A function as a module; `owner` has the parameters that it uses."""
+
+    def __init__(self, function: Callable[..., Tensor], owner: nn.Module | None = None) -> None:
+        super().__init__()
+        self.function, self.owner = function, owner
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.function(*inputs)
+
+
 class ModuleWorkload(Workload):
-    """Forward pass of a module, and in training the backward pass."""
+    """Forward, and in training backward, of a module; the gradients are those of the first input and of all parameters."""
 
     def __init__(
         self,
         module: nn.Module,
-        inputs: Sequence[Tensor],
-        weights: Callable[[], Any],
+        inputs: list[Tensor],
         case: Case,
         provider: Provider,
         dtype: str,
         *,
-        needs_input_gradient: bool = True,
+        input_has_gradient: bool = True,
     ) -> None:
-        self._is_training = case.mode == "training"
-        self._provider, self._dtype, self._device = provider, dtype, inputs[0].device
+        self._is_training, self._provider, self._dtype, self._device = case.is_training, provider, dtype, inputs[0].device
         memory_format = provider.memory_format(self._device)
-        self._module = module.to(self._device).train(self._is_training)
+        self._module = module.to(self._device).train(case.is_training)
         if not provider.is_ours and memory_format == torch.channels_last:
             self._module = self._module.to(memory_format=memory_format)
-        first = inputs[0].to(memory_format=memory_format).requires_grad_(self._is_training and needs_input_gradient)
-        self._inputs = (first, *inputs[1:])
-        self._weights = weights
+        first = inputs[0].to(memory_format=memory_format).requires_grad_(case.is_training and input_has_gradient)
+        self._inputs = [first, *inputs[1:]]
         mode = provider.compile_mode
         self._function = torch.compile(self._module, mode=mode, dynamic=False) if mode else self._module
         self._output: Tensor | None = None
         self._cotangent: Tensor | None = None
 
     def __call__(self) -> None:
-        if self._provider.compile_mode:
-            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         self.drop()
-        with ExitStack() as stack:
-            for context in contexts(self._provider, self._dtype, self._device):
-                stack.enter_context(context)
-            if not self._is_training:
-                stack.enter_context(torch.inference_mode())
+        with environment_of(self._provider, self._dtype, self._device), torch.inference_mode(not self._is_training):
             output = self._function(*self._inputs)
         if self._is_training:
-            if self._cotangent is None:  # in the memory layout of the tensor that it is the gradient of
-                drawn = normal(tuple(output.shape), SEED + 1, self._device).to(output.dtype)
-                self._cotangent = torch.empty_like(output.detach()).copy_(drawn)
-            output.backward(self._cotangent)
+            output.backward(self._cotangent_of(output.detach()))
         self._output = output.detach()
+
+    def _cotangent_of(self, output: Tensor) -> Tensor:
+        """Normal numbers, the same at every call, in the layout of what they are the gradient of."""
+        if self._cotangent is None:
+            self._cotangent = torch.empty_like(output).copy_(normal(tuple(output.shape), SEED + 1, self._device))
+        return self._cotangent
 
     def parts(self) -> Parts:
         assert self._output is not None, "called first"
         if not self._is_training:
             return {"output": [self._output]}
-        leaves = [*(tensor for tensor in self._inputs if tensor.requires_grad), *trainable(self._weights())]
+        leaves = [*(tensor for tensor in self._inputs if tensor.requires_grad), *self._module.parameters()]
         return {"output": [self._output], "gradients": [_gradient(leaf) for leaf in leaves]}
 
     def drop(self) -> None:
@@ -199,37 +188,44 @@ class ModuleWorkload(Workload):
             tensor.grad = None
 
 
-def contexts(provider: Provider, dtype: str, device: torch.device) -> list[AbstractContextManager[Any]]:
-    """Contexts for a provider: autocast below float32, and no kernels of ours for the others."""
-    entered: list[AbstractContextManager[Any]] = []
+def environment_of(provider: Provider, dtype: str, device: torch.device) -> AbstractContextManager[object]:
+    """In here the provider computes: autocast for what is below float32, kernels off for who must not use them."""
+    if provider.compile_mode:
+        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+    stack = ExitStack()
     if dtype != "float32":
-        entered.append(torch.autocast(device.type, DTYPES[dtype]))
+        stack.enter_context(torch.autocast(device.type, DTYPES[dtype]))
     if provider.is_ours and not provider.uses_kernels:
-        entered.append(kernels.using(None))
-    return entered
-
-
-class OursFromWeights(nn.Module):
-    """A function of `fast/` that computes with the parameters of the baseline's module."""
-
-    def __init__(self, owner: nn.Module, function: Callable[[Tensor, nn.Module], Tensor]) -> None:
-        super().__init__()
-        self.owner = owner
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x, self.owner)
+        stack.enter_context(kernels.using(None))
+    return stack
 
 
 @dataclass(frozen=True, kw_only=True)
 class MapCase(Case):
-    """A case whose input is a map (batch, in_channels, height, width)."""
+    """A case whose input is a map (batch, in_channels, height, width), and whose parts are told by its kind."""
 
     batch: int
     in_channels: int
     channels: int
     height: int
     width: int
+    input_has_gradient: bool = True
+
+    @abstractmethod
+    def plain(self) -> nn.Module:
+        """The baseline, with the weights that all share."""
+
+    @abstractmethod
+    def ours(self, plain: nn.Module) -> nn.Module:
+        """Ours, with the baseline's weights."""
+
+    @abstractmethod
+    def forward(self, x: Array) -> Array:
+        """The output by `reference/`."""
+
+    @abstractmethod
+    def backward(self, cotangent: Array, x: Array) -> list[Array]:
+        """The gradients by `reference/`."""
 
     @property
     def shape(self) -> str:
@@ -245,12 +241,24 @@ class MapCase(Case):
 
     def features(self, dtype: str, device: torch.device | None = None) -> Tensor:
         """The input, (batch, in_channels, height, width)."""
-        drawn = normal((self.batch, self.in_channels, self.height, self.width), SEED, device)
-        return drawn.to(DTYPES[dtype])
+        return normal((self.batch, self.in_channels, self.height, self.width), SEED, device).to(DTYPES[dtype])
 
-    def cotangent(self, dtype: str) -> Array:
-        """The gradient of the output, as the workload draws it."""
-        return array(normal((self.batch, self.channels, self.height, self.width), SEED + 1).to(DTYPES[dtype]))
+    def workload(self, provider: Provider, dtype: str, device: torch.device) -> Workload:
+        plain = self.plain()
+        module, inputs = self.ours(plain) if provider.is_ours else plain, [self.features(dtype, device)]
+        return ModuleWorkload(module, inputs, self, provider, dtype, input_has_gradient=self.input_has_gradient)
+
+    def weights(self) -> tuple[Any, reference_cell.BranchOptions]:
+        """What the reference's operations and cells take besides the map."""
+        return arrays(cast(Any, self.plain()).weights()), reference_cell.BranchOptions(self.is_training)
+
+    def truth(self, dtype: str) -> Truth:
+        x = array(self.features(dtype))
+        output = self.forward(x)
+        if not self.is_training:
+            return {"output": [output]}
+        cotangent = array(normal(output.shape, SEED + 1).to(DTYPES[dtype]))  # as the workload draws it
+        return {"output": [output], "gradients": self.backward(cotangent, x)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,37 +271,26 @@ class OperationCase(MapCase):
     def cost(self, element_bytes: int) -> Cost:
         return operation_cost(self.operation, self.size(element_bytes), self.in_channels, self.channels, self.mode)
 
-    def plain(self) -> nn.Module:
-        module = operation_module(self.operation, self.in_channels, self.channels)
-        randomise(module, SEED)
-        return module
+    def plain(self) -> PlainBranch:
+        return randomise(PlainBranch(self.operation, self.in_channels, self.channels), SEED)
 
-    def workload(self, provider: Provider, dtype: str, device: torch.device) -> Workload:
-        plain = cast(Any, self.plain())
-        module = OursFromWeights(plain, self._ours) if provider.is_ours else plain
-        return ModuleWorkload(module, [self.features(dtype, device)], plain.weights, self, provider, dtype)
-
-    def _ours(self, x: Tensor, owner: nn.Module) -> Tensor:
-        weights, training = cast(Any, owner).weights(), self.mode == "training"
+    def ours(self, plain: nn.Module) -> nn.Module:
+        weights, training = cast(Any, plain).weights, self.is_training
         match self.operation:
             case Conv1x1():
-                return conv1x1(x, weights, training=training)
+                return Computed(lambda x: conv1x1(x, weights(), training=training), plain)
             case AtrousSeparableConv(rate):
-                return atrous_separable_conv(x, weights, rate=rate, training=training)
+                return Computed(lambda x: atrous_separable_conv(x, weights(), rate=rate, training=training), plain)
             case PyramidPooling(grid_size):
-                return pyramid_pooling(x, weights, grid_size=grid_size, training=training)
+                return Computed(lambda x: pyramid_pooling(x, weights(), grid_size=grid_size, training=training), plain)
             case _:
                 assert_never(self.operation)
 
-    def truth(self, dtype: str) -> Truth:
-        x, weights = array(self.features(dtype)), arrays(cast(Any, self.plain()).weights())
-        options = BranchOptions(training=self.mode == "training")
-        output = apply_operation(x, self.operation, weights, options)
-        if not options.training:
-            return {"output": [output]}
-        cotangent = self.cotangent(dtype)
-        grad_x, grad_weights = apply_operation_backward(cotangent, x, self.operation, weights, options)
-        return {"output": [output], "gradients": [grad_x, *trainable(grad_weights)]}
+    def forward(self, x: Array) -> Array:
+        return reference_cell.apply_operation(x, self.operation, *self.weights())
+
+    def backward(self, cotangent: Array, x: Array) -> list[Array]:
+        return trainable(reference_cell.apply_operation_backward(cotangent, x, self.operation, *self.weights()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -311,28 +308,18 @@ class DepthwiseCase(MapCase):
         return depthwise_cost(self.size(element_bytes), self.channels, self.mode)
 
     def plain(self) -> nn.Conv2d:
-        conv = nn.Conv2d(
-            self.channels, self.channels, 3, padding=self.rate, dilation=self.rate, groups=self.channels, bias=False
-        )
-        randomise(conv, SEED)
-        return conv
+        channels, rate = self.channels, self.rate
+        return randomise(nn.Conv2d(channels, channels, 3, padding=rate, dilation=rate, groups=channels, bias=False), SEED)
 
-    def workload(self, provider: Provider, dtype: str, device: torch.device) -> Workload:
-        plain = self.plain()
-        module = OursFromWeights(plain, self._ours) if provider.is_ours else plain
-        return ModuleWorkload(module, [self.features(dtype, device)], lambda: (plain.weight,), self, provider, dtype)
+    def ours(self, plain: nn.Module) -> nn.Module:
+        return Computed(lambda x: depthwise_conv(x, cast(nn.Conv2d, plain).weight, rate=self.rate), plain)
 
-    def _ours(self, x: Tensor, owner: nn.Module) -> Tensor:
-        return depthwise_conv(x, cast(nn.Conv2d, owner).weight, rate=self.rate)
+    def forward(self, x: Array) -> Array:
+        return reference_convolution.depthwise_conv(x, array(self.plain().weight), rate=self.rate)
 
-    def truth(self, dtype: str) -> Truth:
-        x, weight = array(self.features(dtype)), array(self.plain().weight)
-        output = reference_depthwise_conv(x, weight, rate=self.rate)
-        if self.mode == "inference":
-            return {"output": [output]}
-        cotangent = self.cotangent(dtype)
-        grad_x, grad_weight = reference_depthwise_conv_backward(cotangent, x, weight, rate=self.rate)
-        return {"output": [output], "gradients": [grad_x, grad_weight]}
+    def backward(self, cotangent: Array, x: Array) -> list[Array]:
+        weight = array(self.plain().weight)
+        return [*reference_convolution.depthwise_conv_backward(cotangent, x, weight, rate=self.rate)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -341,9 +328,10 @@ class CellCase(MapCase):
 
     cell: Cell
     dropout_rate: float = DROPOUT_RATE
+    input_has_gradient: bool = False  # a backbone's features
 
     def without_chance(self) -> Self:
-        return replace(self, dropout_rate=0.0) if self.mode == "training" else self
+        return replace(self, dropout_rate=0.0) if self.is_training else self
 
     def small(self) -> Self:
         return replace(super().small(), dropout_rate=0.0)
@@ -352,34 +340,25 @@ class CellCase(MapCase):
         return cell_cost(self.cell, self.size(element_bytes), self.in_channels, self.channels, self.mode)
 
     def plain(self) -> PlainCell:
-        module = PlainCell(self.cell, self.in_channels, self.channels, self.dropout_rate)
-        randomise(module, SEED)
-        return module
+        return randomise(PlainCell(self.cell, self.in_channels, self.channels, self.channels, self.dropout_rate), SEED)
 
-    def workload(self, provider: Provider, dtype: str, device: torch.device) -> Workload:
-        module: PlainCell | DensePredictionCell = self.plain()
-        if provider.is_ours:
-            module = ours_from_plain(cast(PlainCell, module), self.cell, self.in_channels, self.channels, self.dropout_rate)
-        inputs = [self.features(dtype, device)]
-        return ModuleWorkload(module, inputs, module.weights, self, provider, dtype, needs_input_gradient=False)
+    def ours(self, plain: nn.Module) -> nn.Module:
+        return our_cell(self.cell, self.in_channels, self.channels, self.dropout_rate, plain)
 
-    def truth(self, dtype: str) -> Truth:
-        assert not self.dropout_rate or self.mode == "inference", "chance has no truth"
-        x, weights = array(self.features(dtype)), arrays(self.plain().weights())
-        options = BranchOptions(training=self.mode == "training")
-        output = dense_prediction_cell(x, self.cell, weights, options)
-        if not options.training:
-            return {"output": [output]}
-        _, grad_weights = dense_prediction_cell_backward(self.cotangent(dtype), x, self.cell, weights, options)
-        return {"output": [output], "gradients": trainable(grad_weights)}
+    def forward(self, x: Array) -> Array:
+        assert not self.dropout_rate or not self.is_training, "chance has no truth"
+        return reference_cell.dense_prediction_cell(x, self.cell, *self.weights())
+
+    def backward(self, cotangent: Array, x: Array) -> list[Array]:
+        return trainable(reference_cell.dense_prediction_cell_backward(cotangent, x, self.cell, *self.weights())[1])
 
 
-def ours_from_plain(plain: PlainCell, cell: Cell, in_channels: int, channels: int, dropout_rate: float) -> DensePredictionCell:
-    """Our cell with the baseline's weights."""
+def our_cell(cell: Cell, in_channels: int, channels: int, dropout_rate: float, plain: nn.Module) -> DensePredictionCell:
+    """With the baseline's weights."""
     module = DensePredictionCell(
         cell, in_channels, branch_channels=channels, cell_channels=channels, dropout_rate=dropout_rate
     )
-    load_reference_weights(module, arrays(plain.weights()))
+    module.load_state_dict(plain.state_dict())
     return module
 
 
@@ -399,46 +378,35 @@ class LossCase(Case):
         return f"{self.batch}×{self.num_classes}×{small} -> {large}"
 
     def cost(self, element_bytes: int) -> Cost:
-        size = MapSize(self.batch, *self.size, element_bytes)
-        return loss_cost(size, self.num_classes, self.label_size, self.mode)
+        return loss_cost(MapSize(self.batch, *self.size, element_bytes), self.num_classes, self.label_size, self.mode)
 
     def small(self) -> Self:
         return replace(self, batch=2, size=(7, 9), label_size=(97, 129))
 
-    def logits(self, dtype: str, device: torch.device | None = None) -> Tensor:
-        """(batch, num_classes, height, width)."""
-        return 3 * normal((self.batch, self.num_classes, *self.size), SEED, device).to(DTYPES[dtype])
-
-    def labels(self, device: torch.device | None = None) -> Tensor:
-        """(batch, height, width), uint8; about a tenth is ignored."""
-        return draw_labels((self.batch, *self.label_size), self.num_classes, device)
+    def data(self, dtype: str, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+        """Logits (batch, num_classes, height, width), and labels (batch, H, W), uint8."""
+        logits = 3 * normal((self.batch, self.num_classes, *self.size), SEED, device).to(DTYPES[dtype])
+        return logits, draw_labels((self.batch, *self.label_size), self.num_classes, device)
 
     def workload(self, provider: Provider, dtype: str, device: torch.device) -> Workload:
-        is_loss = self.mode == "training"
-        module: nn.Module = UpsampledLoss() if is_loss else UpsampledConfusion()
-        if provider.is_ours:
-            module = _OfLogits(upsampled_cross_entropy if is_loss else upsampled_confusion_matrix)
-        inputs = [self.logits(dtype, device), self.labels(device)]
-        return ModuleWorkload(module, inputs, lambda: (), self, provider, dtype)
+        ours, plain = (
+            (upsampled_cross_entropy, upsampled_loss)
+            if self.is_training
+            else (upsampled_confusion_matrix, upsampled_confusion)
+        )
+        module = Computed(ours if provider.is_ours else plain)
+        return ModuleWorkload(module, [*self.data(dtype, device)], self, provider, dtype)
 
     def truth(self, dtype: str) -> Truth:
-        logits, labels = array(self.logits(dtype)), self.labels().numpy()
-        if self.mode == "inference":
+        small, classes = self.data(dtype)
+        logits, labels = array(small), classes.numpy()
+        if not self.is_training:
             predictions = bilinear_resize(logits, self.label_size).argmax(axis=1)
             counts = confusion_matrix(predictions, labels, num_classes=self.num_classes)
             return {"output": [counts.astype(np.float64)]}
-        loss = np.array(reference_upsampled_cross_entropy(logits, labels))
-        cotangent = float(normal((), SEED + 1))  # the loss's, as the workload draws it
-        return {"output": [loss], "gradients": [cotangent * upsampled_cross_entropy_backward(logits, labels)]}
-
-
-class _OfLogits(nn.Module):
-    def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return self.function(logits, labels)
+        loss = np.array(reference_loss.upsampled_cross_entropy(logits, labels))
+        cotangent = float(normal((), SEED + 1))  # of the loss, as the workload draws it
+        return {"output": [loss], "gradients": [cotangent * reference_loss.upsampled_cross_entropy_backward(logits, labels)]}
 
 
 def _gradient(leaf: Tensor) -> Tensor:
@@ -451,11 +419,11 @@ def normal(shape: tuple[int, ...], seed: int, device: torch.device | None = None
 
 
 def draw_labels(shape: tuple[int, ...], num_classes: int, device: torch.device | None = None) -> Tensor:
-    """Draw labels of `shape` (N, H, W), uint8: classes in blocks of 16 pixels, some of them ignored."""
+    """Classes in blocks of 16 pixels, as real labels come; about a tenth of them is ignored: `shape` (N, H, W), uint8."""
     generator = torch.Generator().manual_seed(SEED + 2)
     blocks = [-(-extent // 16) for extent in shape[1:]]
     classes = torch.randint(num_classes, (shape[0], *blocks), generator=generator)
-    classes[torch.rand(classes.shape, generator=generator) < 0.1] = IGNORE_INDEX
+    classes[torch.rand(classes.shape, generator=generator) < 0.1] = reference_loss.IGNORE_INDEX
     pixels = classes.repeat_interleave(16, dim=1).repeat_interleave(16, dim=2)[:, : shape[1], : shape[2]]
     return pixels.to(torch.uint8).contiguous().to(device or "cpu")
 

@@ -10,8 +10,8 @@ A cell costs the sum of its operations, because each ends in a batch norm, whose
 from dataclasses import dataclass
 from typing import Literal, assert_never
 
-from reference.cell import BACKBONE_FEATURE, AtrousSeparableConv, Cell, Conv1x1, Operation, PyramidPooling
-from reference.pyramid_pooling import window_size
+from reference.cell import BACKBONE_FEATURE, AtrousSeparableConv, Branch, Cell, Conv1x1, Operation, PyramidPooling
+from search.cells.cost import cell_cost as count_cell
 
 Mode = Literal["inference", "training"]
 _PARAMETER_BYTES = 4
@@ -66,26 +66,20 @@ def depthwise_cost(size: MapSize, channels: int, mode: Mode, *, need_input: bool
 def operation_cost(
     operation: Operation, size: MapSize, in_channels: int, channels: int, mode: Mode, *, need_input: bool = True
 ) -> Cost:
-    """One of the 81 operations in a single pass: maps between its convolutions need not be written to memory."""
-    pointwise = in_channels * channels
+    """One of the 81 operations, as one pass: what lies between its convolutions need not reach the memory."""
+    alone, map_size = Cell((Branch(BACKBONE_FEATURE, operation),)), (size.height, size.width)
+    (counted,) = count_cell(alone, in_channels, map_size, branch_channels=channels).branches  # for one image
+    flops = 2 * size.batch * counted.multiply_adds * (3 if mode == "training" else 1)
     match operation:
-        case Conv1x1():
-            weights, flops = pointwise, conv_flops(size, pointwise, mode, need_input=need_input)
+        case Conv1x1() | PyramidPooling():
+            first = 2 * size.batch * counted.multiply_adds
         case AtrousSeparableConv():
-            depthwise = 9 * in_channels
-            weights, flops = depthwise + pointwise, conv_flops(size, depthwise, mode, need_input=need_input)
-            # the way back leads through the pointwise one to the depthwise one's weights, whoever needs the input's gradient
-            flops += conv_flops(size, pointwise, mode, need_input=True)
-        case PyramidPooling(grid_size):  # the convolution runs on the pooled map
-            height, width = (
-                extent - window_size(extent, grid) + 1
-                for extent, grid in zip((size.height, size.width), grid_size, strict=True)
-            )
-            pooled = MapSize(size.batch, height, width, size.element_bytes)
-            weights, flops = pointwise, conv_flops(pooled, pointwise, mode, need_input=need_input)
+            first = conv_flops(size, 9 * in_channels, "inference", need_input=False)
         case _:
             assert_never(operation)
-    return Cost(map_cost(size, in_channels, channels, weights, mode, need_input=need_input), flops)
+    # Only the first convolution's input may be without a gradient: the way back to its weight leads through the others.
+    spared = first if mode == "training" and not need_input else 0
+    return Cost(map_cost(size, in_channels, channels, counted.parameters, mode, need_input=need_input), flops - spared)
 
 
 def pointwise_cost(size: MapSize, in_channels: int, channels: int, mode: Mode) -> Cost:

@@ -41,13 +41,9 @@ class Inputs(NamedTuple):
     device: torch.device
     drawn: bool
 
-    def tensor(
-        self,
-        *shape: int,
-        dtype: torch.dtype = torch.float32,
-        memory_format: torch.memory_format = torch.contiguous_format,
-    ) -> Tensor:
-        empty = torch.empty(shape, dtype=dtype, device=self.device, memory_format=memory_format)
+    def tensor(self, *shape: int, **layout: Any) -> Tensor:
+        """float32 and contiguous, unless told otherwise as `torch.empty` is."""
+        empty = torch.empty(shape, **({"dtype": torch.float32} | layout), device=self.device)
         return empty.normal_() if self.drawn else empty
 
     def raw(self, channels: int, sizes: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
@@ -80,18 +76,19 @@ def calls_of(key: Key, inputs: Inputs) -> list[KernelCall]:
 def map_calls(
     dtype: torch.dtype, sizes: tuple[int, int, int], inputs: Inputs, products: Sequence[tuple[int, int, int]]
 ) -> Iterator[KernelCall]:
-    """Calls of all functions of the backend that take maps of (N, H, W) values."""
-    yield KernelCall("depthwise_forward", 5, partial(_depthwise_forward, dtype, sizes, inputs))
-    yield KernelCall("depthwise_backward", 5, partial(_depthwise_backward, dtype, sizes, inputs))
+    """Every function of the backend that takes maps of (N, H, W) values."""
+    calls = _MapCalls(dtype, sizes, inputs)
+    yield KernelCall("depthwise_forward", 5, calls.depthwise_forward)
+    yield KernelCall("depthwise_backward", 5, calls.depthwise_backward)
     for maps, out_channels, times in products:
-        shape = (dtype, sizes, inputs, maps, out_channels)
-        yield KernelCall("pointwise_forward", times, partial(_pointwise_forward, *shape))
-        yield KernelCall("pointwise_weight_gradient", times, partial(_pointwise_backward, *shape, need_input=False))
-        yield KernelCall("pointwise_input_gradient", times, partial(_pointwise_backward, *shape, need_input=True))
-    yield KernelCall("normalise", 1, partial(_normalise, dtype, sizes, inputs))
-    yield KernelCall("normalise_backward", 1, partial(_normalise_backward, dtype, sizes, inputs))
-    yield KernelCall("separable_inference", 1, partial(_separable_inference, dtype, sizes, inputs))
-    yield KernelCall("", 1, partial(_pointwise_inference, dtype, sizes, inputs))
+        backward = partial(calls.pointwise_backward, maps, out_channels)
+        yield KernelCall("pointwise_forward", times, partial(calls.pointwise_forward, maps, out_channels))
+        yield KernelCall("pointwise_weight_gradient", times, partial(backward, need_input=False))
+        yield KernelCall("pointwise_input_gradient", times, partial(backward, need_input=True))
+    yield KernelCall("normalise", 1, calls.normalise)
+    yield KernelCall("normalise_backward", 1, calls.normalise_backward)
+    yield KernelCall("separable_inference", 1, calls.separable_inference)
+    yield KernelCall("", 1, calls.pointwise_inference)
 
 
 def other_calls(sizes: tuple[int, int, int], inputs: Inputs) -> Iterator[KernelCall]:
@@ -103,71 +100,71 @@ def other_calls(sizes: tuple[int, int, int], inputs: Inputs) -> Iterator[KernelC
     yield KernelCall("confusion_matrix", 1, partial(_confusion_matrix, sizes, inputs))
 
 
-def _depthwise_forward(dtype: torch.dtype, sizes: tuple[int, int, int], inputs: Inputs) -> Call:
-    x, weight, norm = inputs.map(CHANNELS, sizes, dtype), inputs.tensor(CHANNELS, 1, 3, 3), inputs.norm()
-    return lambda: _with_folded(*kernels.depthwise_forward(x, weight, RATE, statistics=True), norm)
+class _MapCalls(NamedTuple):
+    """Each method allocates its function's arguments."""
 
+    dtype: torch.dtype
+    sizes: tuple[int, int, int]  # N, H, W
+    inputs: Inputs
 
-def _depthwise_backward(dtype: torch.dtype, sizes: tuple[int, int, int], inputs: Inputs) -> Call:
-    x, weight, unfolded = inputs.map(CHANNELS, sizes, dtype), inputs.tensor(CHANNELS, 1, 3, 3), inputs.unfolded()
-    grad, raw = (inputs.raw(CHANNELS, sizes, dtype) for _ in range(2))
-    return lambda: kernels.depthwise_backward(grad, raw, unfolded, x, weight, RATE, need_input=True)
+    def raw(self, channels: int) -> Tensor:
+        return self.inputs.raw(channels, self.sizes, self.dtype)
 
+    def map(self) -> NormedMap:
+        return self.inputs.map(CHANNELS, self.sizes, self.dtype)
 
-def _pointwise_forward(
-    dtype: torch.dtype, sizes: tuple[int, int, int], inputs: Inputs, number: int, out_channels: int
-) -> Call:
-    maps, weight, dropout = _product(dtype, sizes, inputs, number, out_channels)
-    if out_channels != CHANNELS:  # the classifier has no norm
-        return lambda: kernels.pointwise_forward(maps, weight, dropout, statistics=False)
-    norm = inputs.norm()
-    return lambda: _with_folded(*kernels.pointwise_forward(maps, weight, dropout, statistics=True), norm)
+    def depthwise_forward(self) -> Call:
+        x, weight, norm = self.map(), self.inputs.tensor(CHANNELS, 1, 3, 3), self.inputs.norm()
+        return lambda: _with_folded(*kernels.depthwise_forward(x, weight, RATE, statistics=True), norm)
 
+    def depthwise_backward(self) -> Call:
+        x, weight, unfolded = self.map(), self.inputs.tensor(CHANNELS, 1, 3, 3), self.inputs.unfolded()
+        grad, raw = self.raw(CHANNELS), self.raw(CHANNELS)
+        return lambda: kernels.depthwise_backward(grad, raw, unfolded, x, weight, RATE, need_input=True)
 
-def _pointwise_backward(
-    dtype: torch.dtype, sizes: tuple[int, int, int], inputs: Inputs, number: int, out_channels: int, *, need_input: bool
-) -> Call:
-    maps, weight, dropout = _product(dtype, sizes, inputs, number, out_channels)
-    unfolded = inputs.unfolded() if out_channels == CHANNELS else None
-    grad, raw = (inputs.raw(out_channels, sizes, dtype) for _ in range(2))
-    return lambda: kernels.pointwise_backward(grad, raw, unfolded, maps, weight, dropout, need_input=[need_input] * len(maps))
+    def pointwise_forward(self, number: int, out_channels: int) -> Call:
+        maps, weight, dropout = self.product(number, out_channels)
+        if out_channels != CHANNELS:  # the classifier has no norm
+            return lambda: kernels.pointwise_forward(maps, weight, dropout, statistics=False)
+        norm = self.inputs.norm()
+        return lambda: _with_folded(*kernels.pointwise_forward(maps, weight, dropout, statistics=True), norm)
 
+    def pointwise_backward(self, number: int, out_channels: int, *, need_input: bool) -> Call:
+        maps, weight, dropout = self.product(number, out_channels)
+        unfolded = self.inputs.unfolded() if out_channels == CHANNELS else None
+        grad, raw, needs = self.raw(out_channels), self.raw(out_channels), [need_input] * number
+        return lambda: kernels.pointwise_backward(grad, raw, unfolded, maps, weight, dropout, need_input=needs)
 
-def _product(
-    dtype: torch.dtype, sizes: tuple[int, int, int], inputs: Inputs, number: int, out_channels: int
-) -> tuple[list[NormedMap], Tensor, Dropout | None]:
-    """Maps, weight and dropout of a 1×1 convolution; several maps are the projection's, which has dropout."""
-    maps = [inputs.map(CHANNELS, sizes, dtype) for _ in range(number)]
-    dropout = Dropout(DROPOUT_RATE, torch.zeros(1, dtype=torch.int64, device=inputs.device)) if number > 1 else None
-    return maps, inputs.tensor(out_channels, number * CHANNELS, 1, 1), dropout
+    def product(self, number: int, out_channels: int) -> tuple[list[NormedMap], Tensor, Dropout | None]:
+        """Maps, weight and dropout of a 1×1 convolution; several maps are those of the projection, which drops."""
+        seed = torch.zeros(1, dtype=torch.int64, device=self.inputs.device)
+        weight = self.inputs.tensor(out_channels, number * CHANNELS, 1, 1)
+        return [self.map() for _ in range(number)], weight, Dropout(DROPOUT_RATE, seed) if number > 1 else None
+
+    def normalise(self) -> Call:
+        x = self.map()
+        return lambda: kernels.normalise(x)
+
+    def normalise_backward(self) -> Call:
+        x, grad = self.map(), self.raw(CHANNELS)
+        return lambda: kernels.normalise_backward(grad, x)
+
+    def separable_inference(self) -> Call:
+        tensor = self.inputs.tensor
+        x, depthwise, pointwise = self.map(), tensor(CHANNELS, 1, 3, 3), tensor(CHANNELS, CHANNELS, 1, 1)
+        norm = (tensor(CHANNELS), tensor(CHANNELS))
+        return lambda: kernels.separable_inference(x, depthwise, norm, RATE, pointwise, norm)
+
+    def pointwise_inference(self) -> Call:
+        maps, weight, _ = self.product(1, CHANNELS)
+        norm = (self.inputs.tensor(CHANNELS), self.inputs.tensor(CHANNELS))
+        return lambda: kernels.pointwise_inference(maps, weight, norm)
 
 
 def _with_folded(out: Tensor, moments: Any, norm: BatchNorm[Tensor]) -> tuple[Tensor, Folded]:
     """The output with its folded norm, which can be compared: moments depend on the launch's tiles, it does not."""
     count = out.shape[0] * out.shape[2] * out.shape[3]
     return out, kernels.fold(moments, norm, count=count, momentum=0.0, eps=EPS)
-
-
-def _normalise(dtype: torch.dtype, sizes: tuple[int, int, int], inputs: Inputs) -> Call:
-    x = inputs.map(CHANNELS, sizes, dtype)
-    return lambda: kernels.normalise(x)
-
-
-def _normalise_backward(dtype: torch.dtype, sizes: tuple[int, int, int], inputs: Inputs) -> Call:
-    x, grad = inputs.map(CHANNELS, sizes, dtype), inputs.raw(CHANNELS, sizes, dtype)
-    return lambda: kernels.normalise_backward(grad, x)
-
-
-def _separable_inference(dtype: torch.dtype, sizes: tuple[int, int, int], inputs: Inputs) -> Call:
-    x, depthwise = inputs.map(CHANNELS, sizes, dtype), inputs.tensor(CHANNELS, 1, 3, 3)
-    pointwise, norm = inputs.tensor(CHANNELS, CHANNELS, 1, 1), (inputs.tensor(CHANNELS), inputs.tensor(CHANNELS))
-    return lambda: kernels.separable_inference(x, depthwise, norm, RATE, pointwise, norm)
-
-
-def _pointwise_inference(dtype: torch.dtype, sizes: tuple[int, int, int], inputs: Inputs) -> Call:
-    maps, weight, _ = _product(dtype, sizes, inputs, 1, CHANNELS)
-    norm = (inputs.tensor(CHANNELS), inputs.tensor(CHANNELS))
-    return lambda: kernels.pointwise_inference(maps, weight, norm)
 
 
 def _fold(sizes: tuple[int, int, int], inputs: Inputs) -> Call:

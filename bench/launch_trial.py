@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.accuracy import FLOOR, error_of
+from bench.accuracy import ONE_DRAW, error_of
 from bench.cases import Parts
 from bench.kernel_calls import DTYPES, Call, Inputs, calls_of
-from bench.timing import CacheFlush, Summary
+from bench.timing import CacheFlush
 from fast.kernels import triton as kernels
 from fast.kernels.triton.launches import DEFAULT, Key, Launch
+from search.reports.turns import Summary
 
 ROUNDS = 20
 # For one program (CUDA programming guide, compute capabilities); 86, 89 and 120 are consumer GPUs.
@@ -32,7 +33,7 @@ def triton_cache() -> Path:
 
 
 class Comparison(NamedTuple):
-    """A candidate compared with the best launch so far: microseconds of all calls in an iteration."""
+    """A candidate beside the best launch so far: microseconds of all their calls in an iteration."""
 
     error: float  # the largest, relative to the largest value of the counted launch
     limit: float
@@ -77,7 +78,7 @@ def compared(key: Key, best: Launch, candidate: Launch, device_name: str) -> Com
     device = torch.device(device_name)
     torch.cuda.set_device(device)
     prepared = _prepared(key, device_name)
-    limit = FLOOR["float32" if DTYPES[key[1]] == torch.float32 else "bfloat16"]
+    limit = ONE_DRAW.floor["float32" if DTYPES[key[1]] == torch.float32 else "bfloat16"]
     with own_table() as table:
         table[key] = candidate
         error = max(error_of(_results(call), expected).maximum for _, call, expected in prepared)
@@ -113,7 +114,7 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
 def _microseconds(
     key: Key, call: Call, table: dict[Key, Launch], launches: list[Launch], device: torch.device
 ) -> dict[Launch, list[float]]:
-    """Time the kernel of `key` together with the small kernel that adds up its tiles' sums: cold caches, in turns."""
+    """The kernel of `key`, with the small one right behind it that adds up what its tiles leave: cold, in turns."""
     flush, rng, launch_for_real = CacheFlush(device), np.random.default_rng(0), kernels._launch
     before = ""
 

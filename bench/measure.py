@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -21,26 +21,14 @@ import torch
 
 from bench.accuracy import Error, budget, error_of
 from bench.cases import DTYPES, EAGER, OURS, Case, Provider, Workload
-from bench.results import FAILED, OK, WRONG, Row, ratio
+from bench.results import FAILED, OK, WRONG, Row, with_ratio
 from bench.roofline import Roofs
 from bench.suites import Job
-from bench.timing import (
-    CacheFlush,
-    Clock,
-    FirstCall,
-    Samples,
-    Summary,
-    back_to_back_ms,
-    first_call,
-    interleaved,
-    prepared,
-    synchronise,
-    warm_up_calls,
-)
+from bench.timing import CacheFlush, Clock, FirstCall, Samples, first_call, interleaved, prepared, warm_up_calls
 from bench.worker import OutOfTime, Say, Worker, WorkerLost, Workers, WorkFailed, has_lost_its_device
+from search.reports.turns import Summary, back_to_back_ms, in_turns, synchronise
 
-FirstCallMeter = Callable[[Case, Provider, str, torch.device], FirstCall]
-BACK_TO_BACK_MS = 300.0  # length of a provider's series of calls without a wait between them
+BACK_TO_BACK_MS = 300.0  # how long a provider's calls without a wait between them last, together
 
 
 @dataclass
@@ -48,17 +36,14 @@ class Trial:
     """The results of a provider so far."""
 
     provider: Provider
-    error: Error | None = None
+    error: Error | None = None  # against the reference, with what was allowed
+    allowed: float | None = None
     status: str = OK
     note: str = ""
     workload: Workload | None = None
-    samples: Samples = field(default_factory=Samples)
+    samples: Samples = Samples([], [])
     back_to_back: float | None = None  # milliseconds a call
     first: FirstCall | None = None
-
-    @property
-    def runs(self) -> bool:
-        return self.status != FAILED
 
     def fail(self, error: Exception) -> None:
         """Record an exception as the result of this provider alone."""
@@ -73,13 +58,7 @@ class Trial:
 
 
 def measure_apart(
-    workers: Workers,
-    job: Job,
-    device: torch.device,
-    rounds: int,
-    roofs: Roofs,
-    seed: int,
-    limit_s: float | None = None,
+    workers: Workers, job: Job, device: torch.device, rounds: int, roofs: Roofs, seed: int, limit_s: float | None = None
 ) -> list[Row]:
     """Run `measure` in a separate process; if a provider breaks it, run it again without that provider.
 
@@ -106,164 +85,162 @@ def measure_apart(
 
 
 def _measure(job: Job, device_name: str, rounds: int, roofs: Roofs, seed: int, threads: int, say: Say) -> list[Row]:
-    device = prepared(device_name, threads)
-    return measure(job, device, rounds, roofs, seed=seed, measure_first_call=in_fresh_process, say=say)
+    return measure(job, prepared(device_name, threads), rounds, roofs, seed, say)
 
 
 def measure(
-    job: Job,
-    device: torch.device,
-    rounds: int,
-    roofs: Roofs,
-    *,
-    seed: int,
-    measure_first_call: FirstCallMeter,
-    flush: Callable[[], None] | None = None,
-    say: Say = lambda provider: None,
+    job: Job, device: torch.device, rounds: int, roofs: Roofs, seed: int, say: Say = lambda provider: None
 ) -> list[Row]:
-    """The rows of a job, one per provider, with ours' ratio to the best other; `say` is told who is at work."""
-    trials, rng = [Trial(provider) for provider in job.providers], np.random.default_rng(seed)
-    torch.compiler.reset()  # fresh compiler for each case: after a few shapes it gives up and stays eager
-    check_against_reference(job, trials, device, say)
-    own_processes = in_own_processes(job.case, device)
-    if not own_processes:
-        prepare(job, trials, device, say)
-    check_at_full_size(job, trials, device, say)
-    if own_processes:
-        time_in_own_processes(job, trials, device, rounds, rng, say)
+    """The rows of a job, one per provider, with our ratio to the best other in it; `say` hears the name of who is at work."""
+    torch.compiler.reset()  # each case meets the compiler afresh: past a few shapes it would give up and stay eager
+    attempt = Attempt(job, device, say)
+    attempt.check_against_reference()
+    rng = np.random.default_rng(seed)
+    # Whole iterations on a CPU: our training step tells its process to keep freed memory, which must not help the others.
+    if device.type == "cpu" and job.case.suite == "proxy":
+        attempt.check_at_full_size()
+        attempt.drop_workloads()
+        attempt.time_in_own_processes(rounds, rng)
     else:
-        time_here(job, trials, device, rounds, rng, flush or CacheFlush(device), say)
-    for trial in trials:
-        trial.workload = None  # the new process needs the memory
-    for trial in (trial for trial in trials if trial.runs and trial.provider in job.in_fresh_process):
-        try:
-            trial.first = measure_first_call(job.case, trial.provider, job.dtype, device)
-        except (WorkFailed, WorkerLost) as error:  # its times stay valid; memory and first call stay empty
-            trial.note = f"fresh process: {error}"[:160]
-    return _with_ratio([row_of(job, trial, device, roofs, rounds) for trial in trials])
+        attempt.prepare()
+        attempt.check_at_full_size()
+        attempt.time_here(rounds, rng)
+        attempt.drop_workloads()
+    attempt.measure_first_calls()
+    return with_ratio([row_of(job, trial, device, roofs, rounds) for trial in attempt.trials])
 
 
-def time_here(
-    job: Job,
-    trials: list[Trial],
-    device: torch.device,
-    rounds: int,
-    rng: np.random.Generator,
-    flush: Callable[[], None],
-    say: Say,
-) -> None:
-    """Time with cold and warm caches; whole iterations on a GPU also back to back, as in a training."""
-    running = {trial.provider.name: trial for trial in trials if trial.workload}
-    calls = {name: trial.workload for name, trial in running.items() if trial.workload}
-    clock = Clock(device, launches_count=job.case.launches_count)
-    for name, samples in interleaved(calls, rounds, clock, flush, rng, say).items():
-        running[name].samples = samples
-    if device.type == "cuda" and job.case.repeats:
-        samples_ms: dict[str, list[float]] = {name: [] for name in calls}
-        for name in (name for _ in range(3) for name in rng.permutation(list(calls))):
-            say(name)
-            count = max(3, round(BACK_TO_BACK_MS / statistics.median(running[name].samples.cold)))
-            samples_ms[name].append(back_to_back_ms(calls[name], device, count))
-        for name, values in samples_ms.items():
-            running[name].back_to_back = statistics.median(values)
+class Attempt:
+    """A job in this process: what is known of each of its providers so far."""
 
+    def __init__(self, job: Job, device: torch.device, say: Say) -> None:
+        self.trials = [Trial(provider) for provider in job.providers]
+        self._job, self._case, self._dtype, self._device, self._say = job, job.case, job.dtype, device, say
 
-def time_in_own_processes(
-    job: Job, trials: list[Trial], device: torch.device, rounds: int, rng: np.random.Generator, say: Say
-) -> None:
-    """Time each provider in a process of its own, still in turns."""
-    running = {trial.provider.name: trial for trial in trials if trial.runs}
-    for trial in trials:
-        trial.workload = None  # the memory is theirs
-    with ExitStack() as stack:
-        workers = {name: stack.enter_context(Worker()) for name in running}
-        for name, worker in workers.items():
-            say(name)
-            worker(_hold, job.case, running[name].provider, job.dtype, str(device), torch.get_num_threads())
-        remote = {name: functools.partial(worker, _time_held) for name, worker in workers.items()}
-        for name, samples in interleaved(remote, rounds, _own_milliseconds, lambda: None, rng, say).items():
+    def check_against_reference(self) -> None:
+        """The small case by everybody, against `reference/`; eager PyTorch's error is the yardstick for ours.
+
+        But for compilers that the full size can check: compiling twice takes hours where a case is compiled for each of many.
+        """
+        small = self._case.small()
+        truth = small.truth(self._dtype)
+        yardstick: Error | None = None
+        for trial in self._eager_first():
+            if trial.provider.compile_mode and self._has_no_chance():
+                continue
+            workload = self._warm(small, trial, calls=1)
+            if workload is None:
+                continue
+            trial.error = error_of(workload.parts(), truth)
+            if trial.provider == EAGER:
+                yardstick = trial.error
+            trial.allowed = budget(self._dtype, yardstick if trial.provider.is_ours else None)
+            trial.judge(trial.error, trial.allowed, "the reference")
+        torch.compiler.reset()
+
+    def prepare(self) -> None:
+        """Build and warm up what is timed."""
+        for trial in self._running():
+            trial.workload = self._warm(self._case, trial, warm_up_calls(self._device))
+
+    def check_at_full_size(self) -> None:
+        """Everybody against eager PyTorch at the size that is timed.
+
+        Where chance has a part, that is the case without it, for ours alone: a compiler would have to compile once more.
+        """
+        case, expected = self._case.without_chance(), None
+        for trial in self._eager_first():
+            takes_part = self._has_no_chance() or trial.provider in (EAGER, OURS)
+            if case is None or trial.status != OK or not takes_part:
+                continue
+            workload = trial.workload if self._has_no_chance() else self._warm(case, trial, calls=1)
+            if workload is None:
+                continue
+            if trial.provider == EAGER:
+                expected = workload.parts()
+            elif expected is not None:
+                trial.judge(error_of(workload.parts(), expected), budget(self._dtype), "eager at full size")
+
+    def time_here(self, rounds: int, rng: np.random.Generator) -> None:
+        """Cold and warm; whole iterations on a GPU, of which a training makes thousands, back to back as well."""
+        running = {trial.provider.name: trial for trial in self._running()}
+        calls = {name: trial.workload for name, trial in running.items() if trial.workload}
+        clock = Clock(self._device, launches_count=self._case.launches_count)
+        for name, samples in interleaved(calls, rounds, clock, CacheFlush(self._device), rng, self._say).items():
             running[name].samples = samples
+        if self._device.type == "cuda" and self._case.repeats:
+            for name, milliseconds in in_turns({name: self._many(running[name]) for name in calls}, 3, rng).items():
+                running[name].back_to_back = statistics.median(milliseconds)
+
+    def _many(self, trial: Trial) -> Callable[[], float]:
+        """Calls with no wait between them, as many as last for a while -> milliseconds a call."""
+        count = max(3, round(BACK_TO_BACK_MS / statistics.median(trial.samples.cold)))
+
+        def turn() -> float:
+            assert trial.workload is not None
+            self._say(trial.provider.name)
+            return back_to_back_ms(trial.workload, self._device, count)
+
+        return turn
+
+    def time_in_own_processes(self, rounds: int, rng: np.random.Generator) -> None:
+        """Each provider's calls in a process of its own, still in turns."""
+        running = {trial.provider.name: trial for trial in self._running()}
+        with ExitStack() as stack:
+            workers = {name: stack.enter_context(Worker()) for name in running}
+            for name, worker in workers.items():
+                self._say(name)
+                worker(_hold, self._case, running[name].provider, self._dtype, str(self._device), torch.get_num_threads())
+            remote = {name: functools.partial(worker, _time_held) for name, worker in workers.items()}
+            for name, samples in interleaved(remote, rounds, _own_milliseconds, lambda: None, rng, self._say).items():
+                running[name].samples = samples
+
+    def measure_first_calls(self) -> None:
+        """Theirs who are to be measured in a fresh process. Where that fails, first call and memory stay empty."""
+        for trial in self._running():
+            if trial.provider in self._job.in_fresh_process:
+                try:
+                    trial.first = in_fresh_process(self._case, trial.provider, self._dtype, self._device)
+                except (WorkFailed, WorkerLost) as error:
+                    trial.note = f"fresh process: {error}"[:160]
+
+    def drop_workloads(self) -> None:
+        """Other processes need the memory."""
+        for trial in self.trials:
+            trial.workload = None
+
+    def _running(self) -> list[Trial]:
+        return [trial for trial in self.trials if trial.status != FAILED]
+
+    def _eager_first(self) -> list[Trial]:
+        """The others are held to what eager PyTorch makes."""
+        return sorted(self.trials, key=lambda trial: trial.provider != EAGER)
+
+    def _has_no_chance(self) -> bool:
+        return self._case.without_chance() == self._case
+
+    def _warm(self, case: Case, trial: Trial, calls: int) -> Workload | None:
+        """The provider's workload past its first calls; None if it fails, whatever its compiler or kernel throws."""
+        self._say(trial.provider.name)
+        try:
+            workload = warmed(case, trial.provider, self._dtype, self._device, calls)
+        except Exception as error:
+            if has_lost_its_device():  # for all who come behind, too
+                raise
+            trial.fail(error)
+            return None
+        return workload
 
 
-def check_against_reference(job: Job, trials: list[Trial], device: torch.device, say: Say) -> None:
-    """Compare all providers' small case with `reference/`; the limit for ours depends on eager PyTorch's error.
-
-    Compilers that can be checked at full size are left out: compiling everything twice would take hours.
-    """
-    small = job.case.small()
-    truth = small.truth(job.dtype)
-    yardstick: Error | None = None
-    for trial in _eager_first(trials):
-        if trial.provider.compile_mode and job.case.without_chance() == job.case:
-            continue
-        workload = _warm(small, trial, job.dtype, device, say, calls=1)
-        if workload is None:
-            continue
-        trial.error = error_of(workload.parts(), truth)
-        if trial.provider == EAGER:
-            yardstick = trial.error
-        trial.judge(trial.error, budget(job.dtype, yardstick if trial.provider.is_ours else None), "the reference")
-    torch.compiler.reset()
-
-
-def prepare(job: Job, trials: list[Trial], device: torch.device, say: Say) -> None:
-    """Build and warm up the workloads to be timed."""
-    for trial in trials:
-        if trial.runs:
-            trial.workload = _warm(job.case, trial, job.dtype, device, say)
-
-
-def check_at_full_size(job: Job, trials: list[Trial], device: torch.device, say: Say) -> None:
-    """Compare all providers with eager PyTorch at the size that is timed.
-
-    A case with randomness is compared without it, and only for ours: a compiler would have to compile once more.
-    """
-    case = job.case.without_chance()
-    expected = None
-    for trial in _eager_first(trials):
-        if case is None or trial.status != OK or (case != job.case and trial.provider not in (EAGER, OURS)):
-            continue
-        workload = trial.workload if case == job.case else _warm(case, trial, job.dtype, device, say, calls=1)
-        if workload is None:
-            continue
-        parts = workload.parts()
-        if trial.provider == EAGER:
-            expected = parts
-        elif expected is not None:
-            trial.judge(error_of(parts, expected), budget(job.dtype), "eager at full size")
-
-
-def _eager_first(trials: list[Trial]) -> list[Trial]:
-    """Put eager PyTorch first, because the others are compared with it."""
-    return sorted(trials, key=lambda trial: trial.provider != EAGER)
-
-
-def _warm(case: Case, trial: Trial, dtype: str, device: torch.device, say: Say, calls: int | None = None) -> Workload | None:
-    """The provider's workload after its first calls; None if its compiler or kernel fails in any way."""
-    say(trial.provider.name)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # warnings of compilers; their results are checked
-            workload = case.workload(trial.provider, dtype, device)
-            for _ in range(calls or warm_up_calls(device)):
-                workload()
-            synchronise(device)
-    except Exception as error:
-        if has_lost_its_device():  # also for all later providers
-            raise
-        trial.fail(error)
-        return None
+def warmed(case: Case, provider: Provider, dtype: str, device: torch.device, calls: int) -> Workload:
+    """The workload behind so many calls."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of other people's compilers; what they compute is checked
+        workload = case.workload(provider, dtype, device)
+        for _ in range(calls):
+            workload()
+        synchronise(device)
     return workload
-
-
-def in_own_processes(case: Case, device: torch.device) -> bool:
-    """Whether providers need separate processes: on a CPU our training step makes its process keep freed memory."""
-    return device.type == "cpu" and case.suite == "proxy"
-
-
-def _own_milliseconds(call: Callable[[], Any]) -> float:
-    milliseconds: float = call()
-    return milliseconds
 
 
 _held: list[tuple[Workload, CacheFlush, Clock]] = []
@@ -271,12 +248,14 @@ _held: list[tuple[Workload, CacheFlush, Clock]] = []
 
 def _hold(case: Case, provider: Provider, dtype: str, device_name: str, threads: int) -> None:
     device = prepared(device_name, threads)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        workload = case.workload(provider, dtype, device)
-        for _ in range(warm_up_calls(device)):
-            workload()
+    workload = warmed(case, provider, dtype, device, warm_up_calls(device))
     _held.append((workload, CacheFlush(device), Clock(device, launches_count=case.launches_count)))
+
+
+def _own_milliseconds(call: Callable[[], Any]) -> float:
+    """A clock for calls that return their time."""
+    milliseconds: float = call()
+    return milliseconds
 
 
 def _time_held() -> float:
@@ -328,8 +307,3 @@ def row_of(job: Job, trial: Trial, device: torch.device, roofs: Roofs, rounds: i
         rounds=rounds if times else 0,
         note=trial.note,
     )
-
-
-def _with_ratio(rows: list[Row]) -> list[Row]:
-    value = ratio(rows)
-    return [replace(row, ratio_to_best_other=value) if row.provider == OURS.name else row for row in rows]

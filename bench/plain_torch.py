@@ -1,103 +1,107 @@
-"""The baseline: operations, cell, head and training step as a good PyTorch user writes them, with `torch.nn` modules.
+"""The baseline: network and training step as a good PyTorch user writes them, of `torch.nn` alone.
 
-`weights()` returns the live parameters in the reference's containers, so that ours computes with the same ones.
+All state has the keys of ours, so that either side can load the other's. The tests of `fast/` take it as their yardstick too.
 """
 
-from itertools import chain
-from typing import TypeAlias, assert_never, cast
+from typing import Any, TypeVar, assert_never, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fast.batch_norm import MOMENTUM
+from fast.dense_prediction_cell import decays
 from reference.atrous_separable_conv import SeparableConv
 from reference.batch_norm import EPS, BatchNorm
 from reference.cell import BACKBONE_FEATURE, AtrousSeparableConv, Cell, Conv1x1, Operation, PyramidPooling
-from reference.concat_project import DROPOUT_RATE
-from reference.dense_prediction_cell import CellWeights
+from reference.dense_prediction_cell import BranchWeights, CellWeights
 from reference.pointwise_conv import ConvNorm
-from reference.pyramid_pooling import window_size
+from reference.pyramid_pooling import PoolingVariant, window_size
 from reference.upsampled_cross_entropy import IGNORE_INDEX
 
 
-class ConvNormReLU(nn.Sequential):
-    """Convolution, batch norm, ReLU: (N, C_in, H, W) -> (N, C_out, H, W); `rate` makes it 3×3 and depthwise."""
+class ConvNormReLU(nn.Conv2d):
+    """Convolution, batch norm, ReLU: (N, C_in, H, W) -> (N, C, H, W); `rate` makes it 3×3 and depthwise."""
 
     def __init__(self, in_channels: int, channels: int, rate: tuple[int, int] | None = None) -> None:
-        if rate is None:
-            conv = nn.Conv2d(in_channels, channels, kernel_size=1, bias=False)
-        else:
-            conv = nn.Conv2d(in_channels, channels, 3, padding=rate, dilation=rate, groups=in_channels, bias=False)
-        super().__init__(conv, nn.BatchNorm2d(channels, eps=EPS, momentum=MOMENTUM), nn.ReLU(inplace=True))
+        depthwise: Any = {} if rate is None else {"padding": rate, "dilation": rate, "groups": in_channels}
+        super().__init__(in_channels, channels, 1 if rate is None else 3, bias=False, **depthwise)
+        self.norm = nn.BatchNorm2d(channels, eps=EPS, momentum=MOMENTUM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.norm(super().forward(x)), inplace=True)
 
     def weights(self) -> ConvNorm[Tensor]:
-        conv, norm = cast(nn.Conv2d, self[0]), cast(nn.BatchNorm2d, self[1])
-        mean, var = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)  # always tracked
-        return ConvNorm(conv.weight, BatchNorm(norm.weight, norm.bias, mean, var))
+        """The live parameters and statistics, in the reference's container."""
+        mean, var = cast(Tensor, self.norm.running_mean), cast(Tensor, self.norm.running_var)  # always tracked
+        return ConvNorm(self.weight, BatchNorm(self.norm.weight, self.norm.bias, mean, var))
 
 
-class Separable(nn.Module):
-    """Depthwise, BN, ReLU, pointwise, BN, ReLU: (N, C_in, H, W) -> (N, C_out, H, W)."""
+class PlainBranch(nn.Module):
+    """Any of the 81 operations: (N, C_in, H, W) -> (N, C, H, W)."""
 
-    def __init__(self, in_channels: int, channels: int, rate: tuple[int, int]) -> None:
+    def __init__(
+        self, operation: Operation, in_channels: int, channels: int, pooling: PoolingVariant = "sliding_window"
+    ) -> None:
         super().__init__()
-        self.depthwise = ConvNormReLU(in_channels, in_channels, rate)
+        self.operation, self.pooling = operation, pooling
+        self.depthwise: ConvNormReLU | None = None
+        match operation:
+            case AtrousSeparableConv(rate):
+                self.depthwise = ConvNormReLU(in_channels, in_channels, rate)
+            case Conv1x1() | PyramidPooling():
+                pass
+            case _:
+                assert_never(operation)
         self.pointwise = ConvNormReLU(in_channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.pointwise(self.depthwise(x))
+        output: Tensor
+        match self.operation:
+            case Conv1x1():
+                output = self.pointwise(x)
+            case AtrousSeparableConv():
+                output = self.pointwise(cast(ConvNormReLU, self.depthwise)(x))
+            case PyramidPooling(grid_size):
+                output = F.interpolate(
+                    self.pointwise(self._means(x, grid_size)), x.shape[2:], mode="bilinear", align_corners=True
+                )
+            case _:
+                assert_never(self.operation)
         return output
 
-    def weights(self) -> SeparableConv[Tensor]:
-        return SeparableConv(self.depthwise.weights(), self.pointwise.weights())
+    def _means(self, x: Tensor, grid_size: tuple[int, int]) -> Tensor:
+        if self.pooling == "grid_cells":
+            return F.adaptive_avg_pool2d(x, grid_size)
+        window = (window_size(x.shape[2], grid_size[0]), window_size(x.shape[3], grid_size[1]))
+        return F.avg_pool2d(x, window, stride=1)
 
-
-class Pooling(nn.Module):
-    """Sliding means, 1×1 convolution, BN, ReLU, resize back: (N, C_in, H, W) -> (N, C_out, H, W)."""
-
-    def __init__(self, in_channels: int, channels: int, grid_size: tuple[int, int]) -> None:
-        super().__init__()
-        self.grid_size = grid_size
-        self.conv = ConvNormReLU(in_channels, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        window = (window_size(x.shape[2], self.grid_size[0]), window_size(x.shape[3], self.grid_size[1]))
-        means = F.avg_pool2d(x, window, stride=1)
-        return F.interpolate(self.conv(means), x.shape[2:], mode="bilinear", align_corners=True)
-
-    def weights(self) -> ConvNorm[Tensor]:
-        return self.conv.weights()
-
-
-OperationModule: TypeAlias = ConvNormReLU | Separable | Pooling
-
-
-def operation_module(operation: Operation, in_channels: int, channels: int) -> OperationModule:
-    """One of the 81 operations."""
-    match operation:
-        case Conv1x1():
-            return ConvNormReLU(in_channels, channels)
-        case AtrousSeparableConv(rate):
-            return Separable(in_channels, channels, rate)
-        case PyramidPooling(grid_size):
-            return Pooling(in_channels, channels, grid_size)
-        case _:
-            assert_never(operation)
+    def weights(self) -> BranchWeights[Tensor]:
+        pointwise = self.pointwise.weights()
+        return pointwise if self.depthwise is None else SeparableConv(self.depthwise.weights(), pointwise)
 
 
 class PlainCell(nn.Module):
-    """A dense prediction cell at output stride 16: (N, C_in, H, W) -> (N, channels, H, W)."""
+    """A dense prediction cell at output stride 16: (N, C_in, H, W) -> (N, cell_channels, H, W)."""
 
-    def __init__(self, cell: Cell, in_channels: int, channels: int, dropout_rate: float = DROPOUT_RATE) -> None:
+    def __init__(
+        self,
+        cell: Cell,
+        in_channels: int,
+        branch_channels: int,
+        cell_channels: int,
+        dropout_rate: float = 0.0,
+        pooling: PoolingVariant = "sliding_window",
+    ) -> None:
         super().__init__()
         self.inputs = [branch.input_index for branch in cell.branches]
+        widths = [in_channels if i == BACKBONE_FEATURE else branch_channels for i in self.inputs]
         self.branches = nn.ModuleList(
-            operation_module(b.operation, in_channels if b.input_index == BACKBONE_FEATURE else channels, channels)
-            for b in cell.branches
+            PlainBranch(branch.operation, width, branch_channels, pooling)
+            for branch, width in zip(cell.branches, widths, strict=True)
         )
         self.dropout = nn.Dropout(dropout_rate)
-        self.projection = ConvNormReLU(len(cell.branches) * channels, channels)
+        self.projection = ConvNormReLU(len(cell.branches) * branch_channels, cell_channels)
 
     def forward(self, features: Tensor) -> Tensor:
         maps: list[Tensor] = []
@@ -107,35 +111,36 @@ class PlainCell(nn.Module):
         return output
 
     def weights(self) -> CellWeights[Tensor]:
-        branches = (cast(OperationModule, branch) for branch in self.branches)
-        return CellWeights(tuple(branch.weights() for branch in branches), self.projection.weights())
+        branches = tuple(cast(PlainBranch, branch).weights() for branch in self.branches)
+        return CellWeights(branches, self.projection.weights())
 
 
-class PlainHead(nn.Sequential):
+class PlainHead(nn.Module):
     """A cell and a 1×1 classifier: features (N, C, h, w) -> logits (N, num_classes, h, w)."""
 
-    def __init__(self, cell: PlainCell, channels: int, num_classes: int) -> None:
-        super().__init__(cell, nn.Conv2d(channels, num_classes, kernel_size=1))
+    def __init__(self, context: PlainCell, channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.context, self.classifier = context, nn.Conv2d(channels, num_classes, kernel_size=1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        logits: Tensor = self.classifier(self.context(features))
+        return logits
 
 
-class UpsampledLoss(nn.Module):
+def upsampled_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """logits (N, K, h, w), labels (N, H, W) uint8 -> the mean loss ()."""
-
-    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        upsampled = F.interpolate(logits, labels.shape[1:], mode="bilinear", align_corners=True)
-        return F.cross_entropy(upsampled, labels.long(), ignore_index=IGNORE_INDEX)
+    upsampled = F.interpolate(logits, labels.shape[1:], mode="bilinear", align_corners=True)
+    return F.cross_entropy(upsampled, labels.long(), ignore_index=IGNORE_INDEX)
 
 
-class UpsampledConfusion(nn.Module):
+def upsampled_confusion(logits: Tensor, labels: Tensor) -> Tensor:
     """logits (N, K, h, w), labels (N, H, W) uint8 -> pixels by (label, best class): (K, K)."""
-
-    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        num_classes = logits.shape[1]
-        best = F.interpolate(logits, labels.shape[1:], mode="bilinear", align_corners=True).argmax(dim=1)
-        # Ignored pixels are counted in an extra bin instead of filtered out, which would wait for their number on a GPU.
-        pairs = torch.where(labels == IGNORE_INDEX, num_classes**2, labels.long() * num_classes + best)
-        counts = torch.bincount(pairs.flatten(), minlength=num_classes**2 + 1)
-        return counts[:-1].view(num_classes, num_classes)
+    num_classes = logits.shape[1]
+    best = F.interpolate(logits, labels.shape[1:], mode="bilinear", align_corners=True).argmax(dim=1)
+    # Ignored pixels are counted behind the matrix, instead of selected away: no wait for their number on a GPU.
+    pairs = torch.where(labels == IGNORE_INDEX, num_classes**2, labels.long() * num_classes + best)
+    counts = torch.bincount(pairs.flatten(), minlength=num_classes**2 + 1)
+    return counts[:-1].view(num_classes, num_classes)
 
 
 class HeadWithLoss(nn.Module):
@@ -144,11 +149,9 @@ class HeadWithLoss(nn.Module):
     def __init__(self, head: PlainHead) -> None:
         super().__init__()
         self.head = head
-        self.loss = UpsampledLoss()
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
-        loss: Tensor = self.loss(self.head(features), labels)
-        return loss
+        return upsampled_loss(self.head(features), labels)
 
 
 class PlainTrainStep:
@@ -176,14 +179,15 @@ class PlainTrainStep:
     ) -> None:
         self._features, self._labels, self._memory_format = features, labels, memory_format
         self._stride, self._crop, self._batch_size = output_stride, crop, batch_size
-        self._model: nn.Module = HeadWithLoss(head).train()
+        decayed, parameters = decays(head), dict(head.named_parameters())
         groups = [
-            {"params": decayed(head), "weight_decay": weight_decay},
-            {"params": [p for p in head.parameters() if all(p is not d for d in decayed(head))], "weight_decay": 0.0},
+            {"params": [parameters[name] for name in decayed if decayed[name] == decay], "weight_decay": weight_decay * decay}
+            for decay in (True, False)
         ]
         self._optimizer = torch.optim.SGD(groups, lr=learning_rate, momentum=momentum, fused=True)
         self._schedule = torch.optim.lr_scheduler.PolynomialLR(self._optimizer, iterations, power=0.9)
-        self._loss = torch.compile(self._model, mode=compile_mode, dynamic=False) if compile_mode else self._model
+        model: nn.Module = HeadWithLoss(head).train()
+        self._loss = torch.compile(model, mode=compile_mode, dynamic=False) if compile_mode else model
 
     def __call__(self) -> Tensor:
         loss: Tensor = self._loss(*self._draw())
@@ -208,23 +212,20 @@ class PlainTrainStep:
         return batch, torch.stack(labels)
 
 
-def decayed(head: PlainHead) -> list[Tensor]:
-    """The parameters that carry weight decay: weights of pointwise convolutions (deeplab's rule)."""
-    return [module.weight for module in head.modules() if isinstance(module, nn.Conv2d) and module.groups == 1]
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
-def randomise(module: nn.Module, seed: int) -> None:
-    """Fill all weights with random numbers: convolutions keep their input's variance, norms differ by channel."""
+def randomise(module: ModuleT, seed: int) -> ModuleT:
+    """The module, all weights drawn from the seed: convolutions keep their input's variance, norms differ by channel."""
     generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for child in module.modules():
-            if isinstance(child, nn.Conv2d):
-                fan_in = child.weight[0].numel()
-                nn.init.normal_(child.weight, std=fan_in**-0.5, generator=generator)
-                if child.bias is not None:
-                    nn.init.normal_(child.bias, std=0.1, generator=generator)
-            elif isinstance(child, nn.BatchNorm2d):
-                for tensor in chain((child.weight,), (cast(Tensor, child.running_var),)):
-                    nn.init.uniform_(tensor, 0.5, 1.5, generator=generator)
-                for tensor in chain((child.bias,), (cast(Tensor, child.running_mean),)):
-                    nn.init.normal_(tensor, std=0.5, generator=generator)
+    for child in module.modules():
+        if isinstance(child, nn.Conv2d):
+            nn.init.normal_(child.weight, std=child.weight[0].numel() ** -0.5, generator=generator)
+            if child.bias is not None:
+                nn.init.normal_(child.bias, std=0.1, generator=generator)
+        elif isinstance(child, nn.BatchNorm2d):
+            for tensor in (child.weight, cast(Tensor, child.running_var)):
+                nn.init.uniform_(tensor, 0.5, 1.5, generator=generator)
+            for tensor in (child.bias, cast(Tensor, child.running_mean)):
+                nn.init.normal_(tensor, std=0.5, generator=generator)
+    return module

@@ -26,6 +26,7 @@ from bench.cases import EAGER, OURS, OURS_WITHOUT_KERNELS, Suite
 from bench.costs import Mode
 from bench.roofline import Roofs
 from search.files import write_json, write_text
+from search.reports.latency import device_label
 
 OK, WRONG, FAILED, NOT_SUPPORTED = "ok", "WRONG", "failed", "not supported here"
 NOT_CHECKED = "not checked"  # timed; another stage compares the result, if the time allows
@@ -59,9 +60,9 @@ class Row:
     case: str
     mode: Mode
     provider: str
-    memory_format: str
+    memory_format: str = ""
     dtype: str
-    shape: str
+    shape: str = ""
     status: str
     median_ms: float | None = None
     p20_ms: float | None = None
@@ -106,19 +107,16 @@ class Results:
     numbers: list[dict[str, Any]] = field(default_factory=list)  # results of the stages of a run of limited minutes
 
     def add(self, row: Row) -> None:
-        """Add a row. It replaces an earlier one of its case and provider, but keeps the worse status of both."""
-        for i, old in enumerate(self.rows):
-            if (old.key, old.provider) == (row.key, row.provider):
-                known = {f.name: getattr(old, f.name) for f in fields(Row) if getattr(row, f.name) is None}
-                verdict = max(row, old, key=lambda row: _WORSE.index(row.status))
-                self.rows[i] = replace(row, **known, status=verdict.status, note=verdict.note)
-                break
-        else:
+        """A row takes the place of an earlier one of its case and provider: newer numbers, but the worse status of both."""
+        old = next((old for old in self.rows if (old.key, old.provider) == (row.key, row.provider)), None)
+        if old is None:
             self.rows.append(row)
-        group = [other for other in self.rows if other.key == row.key]
-        for i, other in enumerate(self.rows):
-            if other.key == row.key and other.provider == OURS.name:
-                self.rows[i] = replace(other, ratio_to_best_other=ratio(group))
+        else:
+            known = {f.name: getattr(old, f.name) for f in fields(Row) if getattr(row, f.name) is None}
+            verdict = max(row, old, key=lambda row: _WORSE.index(row.status))
+            self.rows[self.rows.index(old)] = replace(row, **known, status=verdict.status, note=verdict.note)
+        group = iter(with_ratio([other for other in self.rows if other.key == row.key]))
+        self.rows = [next(group) if other.key == row.key else other for other in self.rows]
 
     def groups(self, suite: Suite | None = None) -> Iterator[list[Row]]:
         """Yield the rows of one case after the other, of all providers."""
@@ -148,8 +146,8 @@ def new_name(folder: Path, environment: Environment) -> str:
     return name
 
 
-def append_line(path: Path, value: Mapping[str, object]) -> None:
-    """Append a line of JSON, which is on the disk when this returns."""
+def append_line(path: Path, value: object) -> None:
+    """One more line of JSON, on the disk when this returns."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(value) + "\n")
         file.flush()
@@ -162,7 +160,7 @@ def save_unfinished(folder: Path, results: Results) -> None:
 
 
 def forget_unfinished(folder: Path, results: Results) -> None:
-    """Delete the unfinished results of a run whose results are written."""
+    """Once a run's results are written."""
     (folder / (results.name + _UNFINISHED)).unlink(missing_ok=True)
 
 
@@ -211,19 +209,26 @@ def ratio(rows: Iterable[Row]) -> float | None:
     return other.median_ms / mine.median_ms if mine and other and mine.median_ms and other.median_ms else None
 
 
+def with_ratio(group: list[Row]) -> list[Row]:
+    """The rows of one case; ours with its ratio to the best other."""
+    value = ratio(group)
+    return [replace(row, ratio_to_best_other=value) if row.provider == OURS.name else row for row in group]
+
+
 def write_csv(path: Path, results: Results) -> None:
-    """Write all rows, each with the environment."""
-    text = io.StringIO()
+    """All rows, each with the environment."""
     provenance = {f.name: getattr(results.environment, f.name) for f in fields(Environment) if f.name != "folder"}
-    writer = csv.DictWriter(text, [*(f.name for f in fields(Row)), *provenance], lineterminator="\n")
-    writer.writeheader()
-    for row in results.rows:
-        writer.writerow({name: _cell(value) for name, value in (asdict(row) | provenance).items()})
+    rows = [(asdict(row) | provenance).values() for row in results.rows]
+    write_table(path, [*(f.name for f in fields(Row)), *provenance], rows)
+
+
+def write_table(path: Path, header: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
+    """A CSV file with floats of six digits, whole or not at all."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows([f"{value:.6g}" if isinstance(value, float) else value for value in row] for row in rows)
     write_text(path, text.getvalue())
-
-
-def _cell(value: object) -> object:
-    return f"{value:.6g}" if isinstance(value, float) else value
 
 
 def environment(device: torch.device) -> Environment:
@@ -244,15 +249,11 @@ def environment(device: torch.device) -> Environment:
 
 def device_name(device: torch.device) -> str:
     """The graphics card as its driver calls it, or the processor and how many cores of it this process may use."""
+    label = device_label(device)
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
-    except OSError:
-        match = None
-    model = match[1].strip() if match else platform.processor() or platform.machine()
+        return label
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{model}, {cores} cores"
+    return f"{label.rpartition(', ')[0]}, {cores} cores"  # in the place of the threads in use
 
 
 def folder_name(name: str) -> str:

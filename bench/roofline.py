@@ -10,8 +10,9 @@ import torch
 
 from bench.cases import DTYPES
 from bench.costs import Cost
-from bench.timing import last_level_cache_bytes, synchronise
+from bench.timing import last_level_cache_bytes
 from fast.pointwise_conv import pointwise_conv
+from search.reports.turns import synchronise
 
 
 @dataclass(frozen=True)

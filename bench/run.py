@@ -241,17 +241,8 @@ def write(results: Results, folder: Path, writers: Mapping[str, Writer]) -> list
 def unsupported_rows(suites: Sequence[Suite], dtypes: Sequence[str]) -> Iterator[Row]:
     """A row per suite and dtype that the plan leaves out because the processor lacks instructions."""
     for suite, dtype in itertools.product(dict.fromkeys(suites), dtypes):
-        yield Row(
-            suite=suite,
-            case="all",
-            mode="training",
-            provider="all",
-            memory_format="",
-            dtype=dtype,
-            shape="",
-            status=NOT_SUPPORTED,
-            note="the processor has neither AMX nor AVX-512 bf16",
-        )
+        note = "the processor has neither AMX nor AVX-512 bf16"
+        yield Row(suite=suite, case="all", mode="training", provider="all", dtype=dtype, status=NOT_SUPPORTED, note=note)
 
 
 if __name__ == "__main__":

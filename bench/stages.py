@@ -6,7 +6,6 @@ costs only the stage in which it happens, and nothing that was measured before. 
 
 import csv
 import importlib.util
-import io
 import os
 import re
 import shutil
@@ -27,7 +26,6 @@ import torch
 from torch.profiler import ProfilerActivity
 
 import fast.train_step
-from bench.accuracy import budget
 from bench.cases import (
     COMPILE,
     COMPILE_MAX,
@@ -42,27 +40,16 @@ from bench.cases import (
     Workload,
 )
 from bench.launch_trial import launched_by, precision_of_a_gpu, triton_cache
-from bench.measure import Trial, check_against_reference, measure_apart, row_of
-from bench.results import DONE, NOT_CHECKED, OUT_OF_TIME, Row
+from bench.measure import Attempt, Trial, measure_apart, row_of, warmed
+from bench.results import DONE, NOT_CHECKED, OUT_OF_TIME, Row, write_table
 from bench.roofline import NO_ROOFS, Roofs, measure_roofs
 from bench.suites import PAPER, Job, Planner, Scale, rate_of, supported_dtypes
-from bench.timing import (
-    CacheFlush,
-    Clock,
-    FirstCall,
-    Summary,
-    back_to_back_ms,
-    interleaved,
-    last_level_cache_bytes,
-    prepared,
-    synchronise,
-    warm_up_calls,
-)
+from bench.timing import CacheFlush, Clock, FirstCall, Samples, interleaved, last_level_cache_bytes, prepared, warm_up_calls
 from bench.training_cases import NewCellCase, ProxyCase, SearchCase
 from bench.worker import OutOfTime, Say, WorkerLost, Workers, WorkFailed
 from fast import kernels
 from reference.cell import BACKBONE_FEATURE, AtrousSeparableConv, Branch, Cell, Conv1x1, PyramidPooling
-from search.files import write_text
+from search.reports.turns import Summary, back_to_back_ms, synchronise
 
 ROOT = Path(__file__).parents[1]
 PREDICTIONS = Path(__file__).parent / "predictions"
@@ -105,7 +92,7 @@ class Run:
     stem: Path  # beginning of the names of the run's files: <folder>/<date>-<commit>
 
     def prepare(self) -> torch.device:
-        """Prepare the process of a stage."""
+        """The device, in a stage's process."""
         return prepared(self.device_name, self.threads)
 
     def file(self, ending: str) -> Path:
@@ -161,6 +148,9 @@ def _jobs(cases: Iterable[Case], dtype: DType, others: tuple[Provider, ...] = EA
     return tuple(Job(case, dtype, (OURS, *others), in_fresh_process=()) for case in cases)
 
 
+Hear = Callable[[dict[str, Any] | Row], None]
+
+
 def run_stages(
     stages: Sequence[Stage],
     run_now: Callable[[], Run],
@@ -181,18 +171,23 @@ def run_stages(
             if limit_s < 5:
                 said({"status": OUT_OF_TIME, "seconds": 0.0})
                 continue
-            try:
-                if stage.function is not None:
-                    workers.fresh()(stage.function, run_now(), *stage.arguments, limit_s=limit_s, say=said)
-                else:
-                    measure_jobs(stage.jobs, run_now(), workers, start + limit_s, said)
-                status = {"status": DONE}
-            except OutOfTime as error:
-                status = {"status": OUT_OF_TIME, "note": str(error)}
-            except (WorkFailed, WorkerLost) as error:
-                status = {"status": str(error)}
+            status = run_stage(stage, run_now(), workers, limit_s, said)
             compiled = {"kernels_compiled": kernels_in_cache() - cached} if on_gpu else {}
             said({**status, "seconds": round(time.monotonic() - start, 1), **compiled})
+
+
+def run_stage(stage: Stage, run: Run, workers: Workers, limit_s: float, said: Hear) -> dict[str, str]:
+    """In a fresh process, for `limit_s` seconds at most -> how it ended."""
+    try:
+        if stage.function is not None:
+            workers.fresh()(stage.function, run, *stage.arguments, limit_s=limit_s, say=said)
+        else:
+            measure_jobs(stage.jobs, run, workers, time.monotonic() + limit_s, said)
+    except OutOfTime as error:
+        return {"status": OUT_OF_TIME, "note": str(error)}
+    except (WorkFailed, WorkerLost) as error:
+        return {"status": str(error)}
+    return {"status": DONE}
 
 
 def kernels_in_cache() -> int:
@@ -200,10 +195,8 @@ def kernels_in_cache() -> int:
     return sum(1 for _ in triton_cache().glob("*/*.cubin"))
 
 
-def measure_jobs(
-    jobs: Sequence[Job], run: Run, workers: Workers, end: float, say: Callable[[dict[str, Any] | Row], None]
-) -> None:
-    """Yield each job's rows until `end` on the monotonic clock; no job may take more than 1.5 times its share of the time."""
+def measure_jobs(jobs: Sequence[Job], run: Run, workers: Workers, end: float, say: Hear) -> None:
+    """Each job's rows, until `end` on the monotonic clock; no job takes more than one and a half of its share in it."""
     workers.fresh()
     device, late = torch.device(run.device_name), list[str]()
     for number, job in enumerate(jobs):
@@ -247,7 +240,7 @@ def gpu_state() -> dict[str, Any]:
 
 
 def cached_copy_gb_per_s(device: torch.device) -> float:
-    """Copy rate of a buffer of a quarter of the L2 cache, bytes read plus bytes written."""
+    """Bytes read and bytes written, copying a buffer of a quarter of the L2 cache."""
     source = torch.ones(last_level_cache_bytes(device) // 4, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / node_us(lambda: target.copy_(source), device) / 1e3
@@ -267,21 +260,41 @@ def tiny_cell(run: Run, case: ProxyCase, dtype: DType, say: Say) -> None:
     """Compare one training step of a small cell with every kind of branch, ours and eager PyTorch's, with `reference/`."""
     device = run.prepare()
     job = Job(replace(case, cell=EVERY_KIND), dtype, (EAGER, OURS), in_fresh_process=())
-    trials = [Trial(provider) for provider in job.providers]
-    check_against_reference(job, trials, device, lambda provider: say({"at_work": provider}))
-    yardstick = next((trial.error for trial in trials if trial.provider == EAGER), None)
-    for trial in trials:
+    attempt = Attempt(job, device, lambda provider: say({"at_work": provider}))
+    attempt.check_against_reference()
+    for trial in attempt.trials:
         numbers: dict[str, Any] = {"provider": trial.provider.name, "result": trial.status, "note": trial.note}
         if trial.error is not None:
-            allowed = budget(dtype, yardstick if trial.provider == OURS else None)
-            numbers |= {"rms_error": trial.error.rms, "allowed": allowed, "largest_error": trial.error.maximum}
+            numbers |= {"rms_error": trial.error.rms, "allowed": trial.allowed, "largest_error": trial.error.maximum}
         say(numbers)
 
 
 def iteration(run: Run, case: ProxyCase, dtype: DType, say: Say) -> None:
     """Measure our training step: first call, calls back to back, memory, cold calls; each is reported when it is known."""
     device = run.prepare()
-    workload, before = case.workload(OURS, dtype, device), _allocated(device)
+    on_gpu = device.type == "cuda"
+    workload, before = case.workload(OURS, dtype, device), torch.cuda.memory_allocated(device) if on_gpu else 0
+    trial = Trial(OURS, status=NOT_CHECKED)  # until the stage beside eager
+    first_call_s, trial.back_to_back = say_calls(workload, device, say)
+    trial.first = FirstCall(first_call_s, torch.cuda.max_memory_allocated(device) - before if on_gpu else None)
+    if trial.first.peak_memory_bytes is not None:
+        reserved_mb = torch.cuda.max_memory_reserved(device) / 1e6
+        say({"peak_memory_mb": trial.first.peak_memory_bytes / 1e6, "reserved_mb": reserved_mb})
+    job = Job(case, dtype, (OURS,), ())
+    say(row_of(job, trial, device, run.roofs, run.rounds))
+    trial.samples = cold_samples(workload, device, run.rounds, launches_count=True)
+    say({"cold_ms_with_launches": Summary.of(trial.samples.cold).median})
+    say(row_of(job, trial, device, run.roofs, run.rounds))
+    if on_gpu:
+        of_the_device = cold_samples(workload, device, run.rounds, launches_count=False)
+        say({"cold_ms_of_the_device": Summary.of(of_the_device.cold).median})
+        for _ in range(500):  # launched, not waited for
+            workload()
+        say({"while_it_runs": True, **gpu_state()})
+
+
+def say_calls(workload: Workload, device: torch.device, say: Say) -> tuple[float, float]:
+    """Seconds of the first call, and milliseconds of the many with no wait between them."""
     first_call_s = back_to_back_ms(workload, device, 1) / 1e3
     say({"first_call_s": first_call_s})
     for call in range(2, 2 + warm_up_calls(device)):  # on a GPU one of them captures the graph
@@ -290,25 +303,13 @@ def iteration(run: Run, case: ProxyCase, dtype: DType, say: Say) -> None:
     for calls in (50, 500) if device.type == "cuda" else (3,):
         step_ms = back_to_back_ms(workload, device, calls)
         say({"calls_back_to_back": calls, "ms": step_ms, "loss": float(workload.parts()["output"][0])})
-    peak = None if before is None else torch.cuda.max_memory_allocated(device) - before
-    if peak is not None:
-        say({"peak_memory_mb": peak / 1e6, "reserved_mb": torch.cuda.max_memory_reserved(device) / 1e6})
-    trial = Trial(OURS, back_to_back=step_ms, first=FirstCall(first_call_s, peak))
-    trial.status = NOT_CHECKED  # until the stage beside eager checks it
-    job = Job(case, dtype, (OURS,), ())
-    say(row_of(job, trial, device, run.roofs, run.rounds))
-    rng, flush = np.random.default_rng(0), CacheFlush(device)
-    for launches_count in (True, False) if device.type == "cuda" else (True,):
-        clock = Clock(device, launches_count=launches_count)
-        samples = interleaved({OURS.name: workload}, run.rounds, clock, flush, rng)[OURS.name]
-        say({f"cold_ms_{'with_launches' if launches_count else 'of_the_device'}": Summary.of(samples.cold).median})
-        if launches_count:
-            trial.samples = samples
-            say(row_of(job, trial, device, run.roofs, run.rounds))
-    if device.type == "cuda":
-        for _ in range(500):  # launched, without waiting for it
-            workload()
-        say({"while_it_runs": True, **gpu_state()})
+    return first_call_s, step_ms
+
+
+def cold_samples(workload: Workload, device: torch.device, rounds: int, *, launches_count: bool) -> Samples:
+    """Our calls with flushed caches."""
+    clock, rng = Clock(device, launches_count=launches_count), np.random.default_rng(0)
+    return interleaved({OURS.name: workload}, rounds, clock, CacheFlush(device), rng)[OURS.name]
 
 
 def graph_beside_calls(run: Run, case: ProxyCase, dtype: DType, say: Say) -> None:
@@ -326,10 +327,6 @@ def graph_beside_calls(run: Run, case: ProxyCase, dtype: DType, say: Say) -> Non
 def _loss_of(workload: Workload) -> float:
     workload()
     return float(workload.parts()["output"][0])
-
-
-def _allocated(device: torch.device) -> int | None:
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else None
 
 
 class Prediction(NamedTuple):
@@ -353,25 +350,11 @@ class Kernel(NamedTuple):
 def profile(run: Run, case: ProxyCase, dtype: DType, say: Say) -> None:
     """Profile an iteration: every kernel in order with its microseconds, beside the prediction for an H200."""
     device = run.prepare()
-    workload = case.workload(OURS, dtype, device)
-    for _ in range(1 + warm_up_calls(device)):
-        workload()
-    synchronise(device)
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
-    with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
-        for _ in range(REPLAYS):
-            workload()
-        synchronise(device)
+    workload = warmed(case, OURS, dtype, device, 1 + warm_up_calls(device))
+    profiler = recorded(workload, device)
     profiler.export_chrome_trace(str(run.file(f"profile-{dtype}.trace.json.gz")))  # with grids, registers, shared memory
-    events = [event for event in profiler.events() or () if event.device_type.name == "CUDA"]
-    spans = [(event.name, event.time_range.start, event.time_range.end) for event in events]
-    if device.type == "cuda":
-        if not spans:
-            raise RuntimeError("the profiler saw no kernel of the GPU")
-        found = in_order(spans, predictions(dtype))
-    else:
-        found = by_operation(profiler.key_averages())
-    _write_kernels(run.file(f"profile-{dtype}.csv"), found)
+    found = kernels_of_gpu(profiler, dtype) if device.type == "cuda" else by_operation(profiler.key_averages())
+    write_table(run.file(f"profile-{dtype}.csv"), Kernel._fields, found)
     launches = sum(kernel.launches for kernel in found)
     say({"launches": launches, "busy_us": sum(k.us for k in found), "idle_us": sum(k.idle_us for k in found)})
     totals: dict[str, list[Kernel]] = {}
@@ -381,6 +364,24 @@ def profile(run: Run, case: ProxyCase, dtype: DType, say: Say) -> None:
         known = [kernel.predicted_us for kernel in group if kernel.predicted_us is not None]
         numbers = {"launches": sum(k.launches for k in group), "us": sum(k.us for k in group)}
         say({"kernel": name, **numbers, "predicted_us": sum(known) or None})
+
+
+def recorded(workload: Workload, device: torch.device) -> Any:
+    """PyTorch's profiler behind REPLAYS calls."""
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
+        for _ in range(REPLAYS):
+            workload()
+        synchronise(device)
+    return profiler
+
+
+def kernels_of_gpu(profiler: Any, dtype: str) -> list[Kernel]:
+    """What ran on the GPU in an iteration, in order. Raises RuntimeError if the profiler saw nothing of it."""
+    events = [event for event in profiler.events() or () if event.device_type.name == "CUDA"]
+    if not events:
+        raise RuntimeError("the profiler saw no kernel of the GPU")
+    return in_order([(e.name, e.time_range.start, e.time_range.end) for e in events], predictions(dtype))
 
 
 def in_order(spans: Sequence[tuple[str, float, float]], predicted: Mapping[str, Sequence[Prediction]]) -> list[Kernel]:
@@ -419,15 +420,6 @@ def predictions(dtype: str) -> dict[str, list[Prediction]]:
             for line in csv.DictReader(file):
                 predicted.setdefault(line["kernel"], []).append(Prediction(line["of"], float(line["predicted_us"])))
     return predicted
-
-
-def _write_kernels(path: Path, kernels: Sequence[Kernel]) -> None:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(Kernel._fields)
-    for kernel in kernels:
-        writer.writerow([f"{value:.6g}" if isinstance(value, float) else value for value in kernel])
-    write_text(path, text.getvalue())
 
 
 def gpu_tests(run: Run, say: Say) -> None:

@@ -1,7 +1,7 @@
 """The plan of a run: its cases and their providers, and in words what is left out."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, assert_never
 
 import torch
@@ -66,15 +66,13 @@ PAPER = Scale(
     search_images=(240, 60),
     rounds=10,
 )
-QUICK = Scale(
+QUICK = replace(
+    PAPER,
     maps=PAPER.maps[:1],
-    proxy=PAPER.proxy,
-    num_classes=PAPER.num_classes,
     rates=((6, 21),),
     grids=((2, 4),),
     random_cells=0,
     search=ProxySettings(iterations=5, learning_rate=0.05, statistics_batches=2),
-    search_channels=256,
     search_cells=1,
     search_images=(8, 4),
     rounds=3,
@@ -126,7 +124,7 @@ def supported_dtypes(device: torch.device) -> tuple[tuple[DType, ...], tuple[DTy
 
 
 def rate_of(case: Case) -> tuple[int, int] | None:
-    """The rate of a case that has an atrous convolution, None of others."""
+    """An atrous convolution's; None for all else."""
     match case:
         case DepthwiseCase(rate=rate) | OperationCase(operation=AtrousSeparableConv(rate)):
             return rate
@@ -177,19 +175,24 @@ class Planner:
         for dtype in unsupported:
             yield f"{dtype}: not supported here (the processor has neither AMX nor AVX-512 bf16)"
         if self.quick:
-            if self.device.type == "cpu":
-                yield "torch.compile and eager channels-last: left out by --quick on a CPU"
-            else:
-                yield "torch.compile: left out by --quick but for the separable convolution"
-            yield "--quick: one map size, rate and grid, the published cell, few rounds; first call and memory of ours alone"
-            yield "the first iteration of a new cell: left out by --quick"
+            yield from self._omitted_by_quick()
             return
         if "float16" in supported:
             yield "float16: not for training steps and searches, which would need loss scaling"
         elif self.device.type == "cuda":
             yield "float16: --dtype float16 or --full measures it"
-        if self.full:
-            return
+        if not self.full:
+            yield from self._omitted_but_by_full(suites)
+
+    def _omitted_by_quick(self) -> Iterator[str]:
+        if self.device.type == "cpu":
+            yield "torch.compile and eager channels-last: left out by --quick on a CPU"
+        else:
+            yield "torch.compile: left out by --quick but for the separable convolution"
+        yield "--quick: one map size, rate and grid, the published cell, few rounds; first call and memory of ours alone"
+        yield "the first iteration of a new cell: left out by --quick"
+
+    def _omitted_but_by_full(self, suites: Sequence[Suite]) -> Iterator[str]:
         rates = ", ".join("{}×{}".format(*rate) for rate in FEW_RATES)
         if {"ops", "cell"}.intersection(suites):
             yield f"torch.compile: at rates {rates}, one grid, the published cell and ASPP only; --full compiles everything"
@@ -206,9 +209,7 @@ class Planner:
         """Whether the case represents others like it, for measurements that are too slow to do for all."""
         if isinstance(case, OperationCase):
             return self._is_typical_operation(case.operation)
-        if isinstance(case, CellCase):
-            return case.name in ("dpc", "aspp")
-        return True
+        return not isinstance(case, CellCase) or case.name in ("dpc", "aspp")
 
     def _is_typical_operation(self, operation: Operation) -> bool:
         match operation:
@@ -231,8 +232,7 @@ class Planner:
             grids = self.scale.grids if all_of_them else self.scale.grids[:1]
             operations: list[Operation] = [AtrousSeparableConv(rate=rate) for rate in rates]
             operations += [Conv1x1(), *(PyramidPooling(grid_size=grid) for grid in grids)]
-            size: dict[str, Any] = {"batch": batch, "height": height, "width": width}
-            size |= {"in_channels": channels, "channels": channels}
+            size = map_size(batch, channels, channels, (height, width))
             for mode in MODES:
                 for operation in operations:
                     yield OperationCase(suite="ops", name=str(operation), mode=mode, operation=operation, **size)
@@ -240,62 +240,36 @@ class Planner:
                     yield DepthwiseCase(suite="ops", name="depthwise {}x{}".format(*rate), mode=mode, rate=rate, **size)
 
     def _loss(self) -> Iterator[Case]:
-        batch, _, _, (height, width) = self.scale.proxy
-        label_size = (16 * (height - 1) + 1, 16 * (width - 1) + 1)
-        for mode, name in (("training", "loss and gradient"), ("inference", "confusion matrix")):
-            yield LossCase(
-                suite="loss",
-                name=name,
-                mode="training" if mode == "training" else "inference",
-                batch=batch,
-                num_classes=self.scale.num_classes,
-                size=(height, width),
-                label_size=label_size,
-            )
+        batch, _, _, size = self.scale.proxy
+        label_size = (16 * (size[0] - 1) + 1, 16 * (size[1] - 1) + 1)
+        sizes: dict[str, Any] = {"batch": batch, "size": size, "label_size": label_size}
+        sizes["num_classes"] = self.scale.num_classes
+        yield LossCase(suite="loss", name="loss and gradient", mode="training", **sizes)
+        yield LossCase(suite="loss", name="confusion matrix", mode="inference", **sizes)
 
     def _cells(self) -> Iterator[Case]:
-        batch, in_channels, channels, (height, width) = self.scale.proxy
-        cells = [("dpc", load_cell("dpc"))]
-        if not self.quick:
-            cells.append(("aspp", load_cell("aspp")))
-        cells += [(f"random {i}", cell) for i, cell in enumerate(random_cells(self.scale.random_cells))]
+        names = ["dpc"] if self.quick else ["dpc", "aspp"]
+        cells = {name: load_cell(name) for name in names}
+        cells |= {f"random {i}": cell for i, cell in enumerate(random_cells(self.scale.random_cells))}
         for mode in MODES:
-            for name, cell in cells:
-                yield CellCase(
-                    suite="cell",
-                    name=name,
-                    mode=mode,
-                    cell=cell,
-                    batch=batch,
-                    in_channels=in_channels,
-                    channels=channels,
-                    height=height,
-                    width=width,
-                )
+            for name, cell in cells.items():
+                yield CellCase(suite="cell", name=name, mode=mode, cell=cell, **map_size(*self.scale.proxy))
 
     def _proxy(self) -> Iterator[Case]:
         batch, in_channels, channels, crop = self.scale.proxy
-        for case_type, name in ((ProxyCase, "iteration"), (NewCellCase, NEW_CELL))[: 1 if self.quick else 2]:
-            yield case_type(
-                suite="proxy",
-                name=name,
-                mode="training",
-                cell=load_cell("dpc"),
-                batch=batch,
-                in_channels=in_channels,
-                channels=channels,
-                num_classes=self.scale.num_classes,
-                crop=crop,
-            )
+        sizes: dict[str, Any] = {"batch": batch, "in_channels": in_channels, "channels": channels, "crop": crop}
+        sizes |= {"num_classes": self.scale.num_classes, "cell": load_cell("dpc")}
+        yield ProxyCase(suite="proxy", name="iteration", mode="training", **sizes)
+        if not self.quick:
+            yield NewCellCase(suite="proxy", name=NEW_CELL, mode="training", **sizes)
 
     def _search(self) -> Iterator[Case]:
-        yield SearchCase(
-            suite="search",
-            name="cells",
-            mode="training",
-            cells=self.scale.search_cells,
-            settings=self.scale.search,
-            head=HeadSettings(branch_channels=self.scale.search_channels),
-            train_images=self.scale.search_images[0],
-            val_images=self.scale.search_images[1],
-        )
+        train, val = self.scale.search_images
+        sizes: dict[str, Any] = {"cells": self.scale.search_cells, "train_images": train, "val_images": val}
+        head = HeadSettings(branch_channels=self.scale.search_channels)
+        yield SearchCase(suite="search", name="cells", mode="training", settings=self.scale.search, head=head, **sizes)
+
+
+def map_size(batch: int, in_channels: int, channels: int, size: tuple[int, int]) -> dict[str, Any]:
+    """The fields of a `MapCase`."""
+    return {"batch": batch, "in_channels": in_channels, "channels": channels, "height": size[0], "width": size[1]}

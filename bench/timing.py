@@ -1,17 +1,15 @@
 """Measure time and memory.
 
-Providers take turns, in a new order each round, so that whatever slows the machine for a while slows all of them. Each turn
-is two calls: one with flushed caches (cold) and one right after it (warm). A call longer than `LONG_MS` replaces the content
-of the caches many times by itself and is made once. A long training is different: its calls are back to back, without waits.
-The first call and the memory are measured in a fresh process.
+Providers take turns (`search/reports/turns.py`). A turn is two calls: one with the caches flushed (cold) and one right behind
+it (warm). A call that lasts longer than `LONG_MS` goes through the caches many times by itself and is made once. What a long
+training pays is neither: calls back to back, with no wait between them. First call and memory are those of a fresh process.
 """
 
 import ctypes
 import gc
 import re
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,38 +17,17 @@ import numpy as np
 import torch
 
 from bench.cases import Case, Provider
+from search.reports.turns import back_to_back_ms, in_turns, synchronise
 
 LONG_MS = 300.0
 _QUEUED_CYCLES = 20_000_000  # about 10 ms, longer than the host needs to launch any case
 
 
-class Summary(NamedTuple):
-    """Median and percentiles of the milliseconds of all rounds."""
+class Samples(NamedTuple):
+    """Milliseconds of each round; warm ones of short calls alone."""
 
-    median: float
-    p20: float
-    p80: float
-
-    @classmethod
-    def of(cls, samples: Sequence[float]) -> "Summary":
-        """
-        >>> Summary.of([1.0, 2.0, 3.0, 4.0, 100.0])
-        Summary(median=3.0, p20=1.8, p80=23.2)
-        """
-        p20, median, p80 = (float(value) for value in np.percentile(samples, (20, 50, 80)))
-        return cls(round(median, 6), round(p20, 6), round(p80, 6))
-
-    def differs_from(self, other: "Summary") -> bool:
-        """Whether the medians differ by more than the width of either one's middle 60 %."""
-        return abs(self.median - other.median) > max(self.p80 - self.p20, other.p80 - other.p20)
-
-
-@dataclass
-class Samples:
-    """Milliseconds of each round, cold and warm."""
-
-    cold: list[float] = field(default_factory=list)
-    warm: list[float] = field(default_factory=list)
+    cold: list[float]
+    warm: list[float]
 
 
 def interleaved(
@@ -61,18 +38,19 @@ def interleaved(
     rng: np.random.Generator,
     turn_of: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Samples]:
-    """Time every call once per round, cold, then warm, in a new order each round; `turn_of` is told whose turn it is."""
-    samples = {name: Samples() for name in calls}
-    names = list(calls)
-    for _ in range(rounds):
-        for i in rng.permutation(len(names)):
-            name = names[i]
-            turn_of(name)
-            flush()
-            samples[name].cold.append(clock(calls[name]))
-            if samples[name].cold[-1] < LONG_MS:
-                samples[name].warm.append(clock(calls[name]))
-    return samples
+    """Time every call once per round, cold and then warm; `turn_of` hears whose turn it is."""
+
+    def turn(name: str) -> tuple[float, ...]:
+        turn_of(name)
+        flush()
+        cold = clock(calls[name])
+        return (cold, clock(calls[name])) if cold < LONG_MS else (cold,)
+
+    taken = in_turns({name: partial(turn, name) for name in calls}, rounds, rng)
+    return {
+        name: Samples([turn[0] for turn in turns], [turn[1] for turn in turns if len(turn) > 1])
+        for name, turns in taken.items()
+    }
 
 
 class Clock:
@@ -85,11 +63,7 @@ class Clock:
     def __call__(self, call: Callable[[], None]) -> float:
         if self._of_device:
             return self._busy(call)
-        synchronise(self._device)
-        start = time.perf_counter()
-        call()
-        synchronise(self._device)
-        return 1e3 * (time.perf_counter() - start)
+        return back_to_back_ms(call, self._device, 1)
 
     def _busy(self, call: Callable[[], None]) -> float:
         """Time with the device waiting until all is launched, so that no gap between two launches is counted."""
@@ -100,16 +74,6 @@ class Clock:
         end.record()
         end.synchronize()
         return float(start.elapsed_time(end))
-
-
-def back_to_back_ms(call: Callable[[], object], device: torch.device, calls: int) -> float:
-    """Milliseconds per call, of `calls` without waits between: on a GPU the host launches the next while one runs."""
-    synchronise(device)
-    start = time.perf_counter()
-    for _ in range(calls):
-        call()
-    synchronise(device)
-    return 1e3 * (time.perf_counter() - start) / calls
 
 
 class CacheFlush:
@@ -144,14 +108,8 @@ def prepared(device_name: str, threads: int) -> torch.device:
     return device
 
 
-def synchronise(device: torch.device) -> None:
-    """Wait until the device is idle."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 class FirstCall(NamedTuple):
-    """The first call in a fresh process that has imported everything and has inputs and weights ready."""
+    """A fresh process's, which has imported everything and holds inputs and weights."""
 
     seconds: float
     peak_memory_bytes: int | None  # of an iteration, above what was used before; None if unknown
@@ -167,10 +125,7 @@ def first_call(case: Case, provider: Provider, dtype: str, device_name: str, thr
     workload = case.workload(provider, dtype, device)
     gc.collect()
     meter = _MemoryMeter(device)
-    start = time.perf_counter()
-    workload()
-    synchronise(device)
-    seconds = time.perf_counter() - start
+    seconds = back_to_back_ms(workload, device, 1) / 1e3
     if provider.compile_mode:
         workload.drop()
         gc.collect()
@@ -190,7 +145,8 @@ class _MemoryMeter:
             torch.cuda.reset_peak_memory_stats(device)
             self._before = torch.cuda.memory_allocated(device)
             return
-        _return_free_memory()
+        if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # the iteration could use what is kept for it unseen
+            trim(0)
         self._resets = _write("/proc/self/clear_refs", "5")
         self._before, self._code_before = _status("VmRSS"), _status("RssFile")
 
@@ -201,13 +157,6 @@ class _MemoryMeter:
             return None
         code = _status("RssFile") - self._code_before  # pages of libraries that were touched meanwhile are no data
         return max(0, _status("VmHWM") - self._before - code)
-
-
-def _return_free_memory() -> None:
-    """Return what the allocator keeps for later; otherwise the iteration could use it without being counted."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def _write(path: str, text: str) -> bool:

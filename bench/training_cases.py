@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self, cast
@@ -20,15 +19,15 @@ from bench.cases import (
     Workload,
     array,
     arrays,
-    contexts,
     draw_labels,
+    environment_of,
     normal,
-    ours_from_plain,
+    our_cell,
     trainable,
 )
 from bench.costs import Cost, MapSize, cell_cost, loss_cost, pointwise_cost, sgd_cost
-from bench.plain_torch import PlainCell, PlainHead, PlainTrainStep, decayed, randomise
-from fast.dense_prediction_cell import DensePredictionCell
+from bench.plain_torch import PlainCell, PlainHead, PlainTrainStep, randomise
+from fast.dense_prediction_cell import decays
 from fast.segmentation import SegmentationHead
 from fast.train_step import Precision, TrainStep
 from reference.cell import Cell
@@ -92,24 +91,21 @@ class ProxyCase(Case):
         """The loss, and the first update: the learning rate times the gradient with weight decay."""
         assert (self.images, self.margin, self.dropout_rate) == (1, 0, 0.0), "chance has no truth"
         plain = self._plain()
-        weights, classifier = arrays(cast(PlainCell, plain[0]).weights()), cast(nn.Conv2d, plain[1])
-        matrix, bias = array(classifier.weight), array(cast(Tensor, classifier.bias))
+        weights, matrix, bias = arrays(plain.context.weights()), array(plain.classifier.weight), plain.classifier.bias
         features, labels = (tensor.expand(self.batch, *tensor.shape[1:]) for tensor in self.data())
-        x, targets = array(features), labels.numpy()
+        x, targets, options = array(features), labels.numpy(), BranchOptions(training=True)
 
-        context = dense_prediction_cell(x, self.cell, weights, BranchOptions(training=True))
-        logits = pointwise_conv(context, matrix) + bias[:, None, None]
+        context = dense_prediction_cell(x, self.cell, weights, options)
+        logits = pointwise_conv(context, matrix) + array(cast(Tensor, bias))[:, None, None]
         grad_logits = upsampled_cross_entropy_backward(logits, targets)
         grad_context, grad_matrix = pointwise_conv_backward(grad_logits, context, matrix)
-        options = BranchOptions(training=True)
         _, grad_weights = dense_prediction_cell_backward(grad_context, x, self.cell, weights, options)
         gradients = [*trainable(grad_weights), grad_matrix, grad_logits.sum(axis=(0, 2, 3))]
 
-        parameters = _head_parameters(plain)
-        decay = [any(parameter is p for p in decayed(plain)) for parameter in parameters]
+        decayed, parameters = decays(plain), plain.named_parameters()
         updates = [
-            -self.learning_rate * (gradient + (_WEIGHT_DECAY * array(parameter) if decays else 0.0))
-            for gradient, parameter, decays in zip(gradients, parameters, decay, strict=True)
+            -self.learning_rate * (gradient + _WEIGHT_DECAY * decayed[name] * array(parameter))
+            for gradient, (name, parameter) in zip(gradients, parameters, strict=True)
         ]
         return {"output": [np.array(upsampled_cross_entropy(logits, targets))], "gradients": updates}
 
@@ -129,20 +125,17 @@ class ProxyCase(Case):
         return height, width
 
     def _plain(self) -> PlainHead:
-        cell = PlainCell(self.cell, self.in_channels, self.channels, self.dropout_rate)
-        head = PlainHead(cell, self.channels, self.num_classes)
-        randomise(head, SEED)
-        return head
+        cell = PlainCell(self.cell, self.in_channels, self.channels, self.channels, self.dropout_rate)
+        return randomise(PlainHead(cell, self.channels, self.num_classes), SEED)
 
     def head(self, provider: Provider) -> PlainHead | SegmentationHead:
         """A provider's head; all have the same weights."""
         plain = self._plain()
         if not provider.is_ours:
             return plain
-        cell = cast(PlainCell, plain[0])
-        context = ours_from_plain(cell, self.cell, self.in_channels, self.channels, self.dropout_rate)
+        context = our_cell(self.cell, self.in_channels, self.channels, self.dropout_rate, plain.context)
         head = SegmentationHead(context, self.num_classes)
-        head.classifier.load_state_dict(plain[1].state_dict())
+        head.load_state_dict(plain.state_dict())
         return head
 
     def step(
@@ -161,16 +154,9 @@ class ProxyCase(Case):
         if provider.is_ours:
             precision: Precision = "bfloat16" if dtype == "bfloat16" else "float32"
             return TrainStep(cast(SegmentationHead, head), *data, **arguments, precision=precision)
-        memory_format = provider.memory_format(data[0].device)
-        if memory_format == torch.channels_last:
-            head = head.to(memory_format=memory_format)
-        return PlainTrainStep(
-            cast(PlainHead, head),
-            *data,
-            **arguments,
-            compile_mode=provider.compile_mode,
-            memory_format=memory_format,
-        )
+        layout = provider.memory_format(data[0].device)
+        plain = cast(PlainHead, head.to(memory_format=layout) if layout == torch.channels_last else head)
+        return PlainTrainStep(plain, *data, **arguments, compile_mode=provider.compile_mode, memory_format=layout)
 
 
 class _ProxyWorkload(Workload):
@@ -182,32 +168,20 @@ class _ProxyWorkload(Workload):
         self._case, self._provider, self._dtype, self._device = case, provider, dtype, device
         self._head = case.head(provider).to(device).train()
         self._data = data or case.resident_data(provider, device)
-        self._before = [parameter.detach().clone() for parameter in _head_parameters(self._head)]
+        self._before = [parameter.detach().clone() for parameter in self._head.parameters()]
         self._step: TrainStep | PlainTrainStep | None = None
         self._loss: Tensor | None = None
 
     def __call__(self) -> None:
-        if self._provider.compile_mode:
-            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-        with ExitStack() as stack:
-            for context in contexts(self._provider, self._dtype, self._device):
-                stack.enter_context(context)
+        with environment_of(self._provider, self._dtype, self._device):
             if self._step is None:
                 self._step = self._case.step(self._provider, self._dtype, self._head, self._data)
             self._loss = self._step()
 
     def parts(self) -> Parts:
         assert self._loss is not None, "called first"
-        parameters = _head_parameters(self._head)
-        updates = [p.detach() - before for p, before in zip(parameters, self._before, strict=True)]
+        updates = [p.detach() - before for p, before in zip(self._head.parameters(), self._before, strict=True)]
         return {"output": [self._loss.detach()], "gradients": updates}
-
-
-def _head_parameters(head: nn.Module) -> list[nn.Parameter]:
-    """The parameters, in the order of the reference's containers, then the classifier's."""
-    context, classifier = head.children()
-    weights = cast(PlainCell | DensePredictionCell, context).weights()
-    return cast(list[nn.Parameter], [*trainable(weights), classifier.weight, classifier.bias])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,20 +273,16 @@ class SearchCase(Case):
 
 class _SearchWorkload(Workload):
     def __init__(self, case: SearchCase, provider: Provider, device: torch.device) -> None:
-        caches = [
-            _patch_cache(split, count) for split, count in zip(SPLITS, (case.train_images, case.val_images), strict=True)
-        ]
-        self._task = ProxyTask(caches[0], caches[1], case.settings, case.head, str(device))
+        train, val = (_patch_cache(*wanted) for wanted in zip(SPLITS, (case.train_images, case.val_images), strict=True))
+        self._task = ProxyTask(train, val, case.settings, case.head, str(device))
         self._cells = random_cells(case.cells)
         self._provider, self._device = provider, device
         self._losses: list[float] = []
 
     def __call__(self) -> None:
         self._losses = []
-        with ExitStack() as stack:
-            # No outer autocast: the search chooses its own precision, and an outer one would keep casts of old weights.
-            for context in contexts(self._provider, "float32", self._device):
-                stack.enter_context(context)
+        # No autocast around it all: the search chooses for itself, and an outer one would keep its casts of old weights.
+        with environment_of(self._provider, "float32", self._device):
             for i, cell in enumerate(self._cells):
                 result, _ = self._task.evaluate(cell, (0, 0, i))
                 self._losses += [loss for _, loss in result.loss_curve]
@@ -329,7 +299,7 @@ def _patch_cache(split: str, count: int) -> FeatureCache:
     images = torch.from_numpy(np.stack([sample.image for sample in samples])).permute(0, 3, 1, 2)  # (N, 3, H, W), uint8
     labels = torch.from_numpy(np.stack([sample.label for sample in samples]))
     patches = nn.Conv2d(3, _PATCH_CHANNELS, kernel_size=_STRIDE, stride=_STRIDE, padding=_STRIDE // 2, bias=False)
-    randomise(patches, SEED)
+    patches = randomise(patches, SEED)
     with torch.no_grad():
         features = patches(images / 127.5 - 1.0).relu()
     manifest = {"dataset": dataset.name, "class_names": list(dataset.class_names), "output_stride": _STRIDE}

@@ -18,6 +18,7 @@ import shlex
 import sys
 import textwrap
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -31,57 +32,34 @@ import torch
 
 from bench import launch_trial
 from bench.launch_trial import SHARED_BYTES, Comparison
+from bench.results import append_line
 from bench.worker import OutOfTime, Worker, WorkerLost, WorkFailed
 from fast.checkpoint import write_whole
 from fast.kernels import triton as kernels
 from fast.kernels.triton.launches import DEFAULT, SIZES, Key, Launch, Table, file_stem, measured
 from search.devices import resolve_device
-from search.errors import InputError, as_flag, with_fields
+from search.errors import InputError, with_fields
 
 ROOT = Path(__file__).parents[1]
 LAUNCHES = ROOT / "fast" / "kernels" / "triton" / "launches"
-_TILE, _WARPS, _STAGES = (16, 32, 64, 128), (2, 4, 8), (2, 3, 4)
-# The values to try, per kernel; kernels are in the order of their counted shares of an iteration.
+_TILE, _WIDE, _WARPS = (16, 32, 64, 128), (32, 64, 128, 256), (2, 4, 8)
+_PRODUCT = {"block_p": _WIDE, "block_n": _WIDE, "block_k": (16, 32, 64), "warps": (4, 8), "stages": (2, 3, 4)}
+# What is tried, per kernel; the kernels in the order of their shares of an iteration, as counted.
 CHOICES: dict[str, dict[str, tuple[int, ...]]] = {
     "depthwise_backward": {"block_p": _TILE, "block_n": _TILE, "warps": _WARPS},
-    "pointwise_input_gradient": {
-        "block_p": (32, 64, 128, 256),
-        "block_n": (32, 64, 128, 256),
-        "block_k": (16, 32, 64),
-        "warps": (4, 8),
-        "stages": _STAGES,
-    },
-    "pointwise_forward": {
-        "block_p": (32, 64, 128, 256),
-        "block_n": (32, 64, 128, 256),
-        "block_k": (16, 32, 64, 128),
-        "warps": (4, 8),
-        "stages": _STAGES,
-    },
-    "pointwise_weight_gradient": {
-        "block_p": (32, 64, 128, 256),
-        "block_n": (32, 64, 128, 256),
-        "block_k": (16, 32, 64),
-        "warps": (4, 8),
-        "stages": _STAGES,
-        "programs": (132, 264, 528),
-    },
+    "pointwise_input_gradient": _PRODUCT,
+    "pointwise_forward": _PRODUCT | {"block_k": (16, 32, 64, 128)},
+    "pointwise_weight_gradient": _PRODUCT | {"programs": (132, 264, 528)},
     "cell_gradients": {"block_p": (8, 16, 32), "warps": (1, 2, 4)},
     "depthwise_forward": {"block_p": _TILE, "block_n": _TILE, "warps": _WARPS},
     "fold": {"block_p": (128, 256, 512, 1024), "block_n": (1, 2, 4, 8, 16), "warps": _WARPS},
     "sum_partials": {"block_p": (16, 32, 64, 128, 256, 512), "block_n": (4, 8, 16, 32, 64), "warps": _WARPS},
-    "unfold": {"block_n": (32, 64, 128, 256), "warps": (1, 2, 4)},
+    "unfold": {"block_n": _WIDE, "warps": (1, 2, 4)},
     "mean_loss": {"block_p": (1024, 2048, 4096, 8192), "warps": (4, 8, 16, 32)},
-    "gather_corners": {"block_p": (16, 32, 64, 128), "warps": _WARPS},
+    "gather_corners": {"block_p": _TILE, "warps": _WARPS},
     "normalise": {"block_p": _TILE, "block_n": (*_TILE, 256), "warps": _WARPS},
     "normalise_backward": {"block_p": _TILE, "block_n": (*_TILE, 256), "warps": _WARPS},
-    "separable_inference": {
-        "block_p": _TILE,
-        "block_n": (64, 128, 256),
-        "block_k": (16, 32, 64),
-        "warps": (4, 8),
-        "stages": (1, 2, 3),
-    },
+    "separable_inference": _PRODUCT | {"block_p": _TILE, "block_n": (64, 128, 256), "stages": (1, 2, 3)},
     "confusion_matrix": {"block_p": (16, 32, 64), "warps": (1, 2, 4)},
 }
 AHEAD = 16  # candidates of a key that are compiled in advance
@@ -97,13 +75,6 @@ class Trial(NamedTuple):
     best_us: float | None = None  # time of the best launch until then, in the same turns
     us: float | None = None
     note: str = ""
-
-
-class Entry(NamedTuple):
-    """An entry of a written table, with its source line."""
-
-    launch: Launch
-    line: str
 
 
 class Journal:
@@ -126,10 +97,7 @@ class Journal:
 
     def add(self, trial: Trial) -> None:
         self.trials.append(trial)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps([self._identity, *trial]) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_line(self._path, [self._identity, *trial])
 
     def of(self, key: Key) -> list[Trial]:
         return [trial for trial in self.trials if trial.key == key]
@@ -303,51 +271,74 @@ def compile_ahead(keys: list[Key], compilers: Compilers, end: float, shared_byte
     pairs = list(dict.fromkeys((key, launch) for key, launches in wanted for launch in launches))
     for key, launch in pairs:
         compilers.begin(key, [launch])
-    done = unfit = failed = 0
+    ends = Counter[str]()
     try:
         for key, launch in pairs:
-            try:
-                unfit += bool(why_not(compilers.usage(key, launch, max(0.0, end - time.monotonic())), shared_bytes))
-            except (WorkFailed, WorkerLost) as error:
-                failed += 1
-                print(f"{' '.join(map(str, key))}: {tuple(launch)} {FAILED} {error}", flush=True)
-            done += 1
-            print(f"\r{done} of {len(pairs)} launches", end="", file=sys.stderr, flush=True)
+            ends[_end_of_compilation(key, launch, compilers, end, shared_bytes)] += 1
+            print(f"\r{ends.total()} of {len(pairs)} launches", end="", file=sys.stderr, flush=True)
     except TimeoutError:
         print("\nthe time is over: the same command goes on", file=sys.stderr)
     finally:  # Ctrl-C too
-        result = f"{unfit} would spill or not fit; {failed} failed"
-        print(f"\n{done - failed} of {len(pairs)} launches compiled into {launch_trial.triton_cache()}: {result}")
+        result = f"{ends[NO_FIT]} would spill or not fit; {ends[FAILED]} failed"
+        compiled = ends.total() - ends[FAILED]
+        print(f"\n{compiled} of {len(pairs)} launches compiled into {launch_trial.triton_cache()}: {result}")
+
+
+def _end_of_compilation(key: Key, launch: Launch, compilers: Compilers, end: float, shared_bytes: int) -> str:
+    """NO_FIT, FAILED or nothing to say. Raises TimeoutError at the end of the time."""
+    try:
+        return NO_FIT if why_not(compilers.usage(key, launch, max(0.0, end - time.monotonic())), shared_bytes) else ""
+    except (WorkFailed, WorkerLost) as error:
+        print(f"{' '.join(map(str, key))}: {tuple(launch)} {FAILED} {error}", flush=True)
+        return FAILED
+
+
+class Entry(NamedTuple):
+    """A launch of a written table, with the line that it stands in."""
+
+    launch: Launch
+    line: str
+
+
+TABLE = '''"""Launches that are quicker than the counted ones on {gpu}; written by `bench/tune.py`.
+
+{date}, {versions}:
+
+{command}
+
+Behind each launch: all its calls in an iteration with the counted launch -> with this one, cold caches.
+"""
+
+from fast.kernels.triton.launches import {names}
+
+LAUNCHES: Table = {{{entries}}}
+'''
 
 
 def table_text(gpu: str, versions: str, command: str, date: str, journal: Journal, earlier: dict[Key, Entry]) -> str:
     """The Python module of a GPU's launches: those that the journal found better, and earlier entries that were not tried."""
     tried = {(trial.key, trial.launch) for trial in journal.trials}
-    lines = {key: entry.line for key, entry in earlier.items() if key in DEFAULT and (key, entry.launch) not in tried}
-    for key in DEFAULT:
-        if better := [trial for trial in journal.of(key) if trial.verdict == BETTER]:
-            launch = ", ".join(map(str, better[-1].launch if better[-1].launch.programs else better[-1].launch[:5]))
-            key_text = f'("{key[0]}", {key[1]}, "{key[2]}")'
-            lines[key] = f"    {key_text}: Launch({launch}),  # {better[0].best_us:.2f} -> {better[-1].us:.2f} us"
-    entries = [lines[key] for key in DEFAULT if key in lines]
-    body = ["LAUNCHES: Table = {", *entries, "}"] if entries else ["LAUNCHES: Table = {}"]
-    return "\n".join(
-        [
-            f'"""Launches that are quicker than the counted ones on {gpu}; written by `bench/tune.py`.',
-            "",
-            f"{date}, {versions}:",
-            "",
-            textwrap.fill(command, 120, initial_indent="    ", subsequent_indent=8 * " ", break_on_hyphens=False),
-            "",
-            "Behind each launch: all its calls in an iteration with the counted launch -> with this one, cold caches.",
-            '"""',
-            "",
-            f"from fast.kernels.triton.launches import {'Launch, Table' if entries else 'Table'}",
-            "",
-            *body,
-            "",
-        ]
+    lines = {key: entry.line for key, entry in earlier.items() if (key, entry.launch) not in tried}
+    lines |= {key: line for key in DEFAULT if (line := _line(key, journal))}
+    entries = "".join(f"\n{lines[key]}" for key in DEFAULT if key in lines)
+    return TABLE.format(
+        gpu=gpu,
+        versions=versions,
+        date=date,
+        command=textwrap.fill(command, 120, initial_indent="    ", subsequent_indent=8 * " ", break_on_hyphens=False),
+        names="Launch, Table" if entries else "Table",
+        entries=f"{entries}\n" if entries else "",
     )
+
+
+def _line(key: Key, journal: Journal) -> str:
+    """The entry of the best launch that was found; nothing where none was."""
+    better = [trial for trial in journal.of(key) if trial.verdict == BETTER]
+    if not better:
+        return ""
+    best = better[-1].launch
+    launch = ", ".join(map(str, best if best.programs else best[:5]))
+    return f'    ("{key[0]}", {key[1]}, "{key[2]}"): Launch({launch}),  # {better[0].best_us:.2f} -> {better[-1].us:.2f} us'
 
 
 def entries_of(path: Path) -> dict[Key, Entry]:
@@ -358,18 +349,11 @@ def entries_of(path: Path) -> dict[Key, Entry]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Tune, or compile in advance. Exits with 2 if neither is possible, with 130 after Ctrl-C."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=4.0, help="when to stop, with what is known then (default: 4)")
-    parser.add_argument("--device", default="cuda:0")
-    parser.add_argument("--kernels", nargs="+", choices=list(CHOICES), default=list(CHOICES), help="default: all")
-    parser.add_argument("--out", type=Path, help=f"default: {LAUNCHES.relative_to(ROOT)}/<gpu>.py")
-    parser.add_argument(
-        "--compile-for", type=int, choices=sorted(SHARED_BYTES), help="only fill Triton's cache, for such a GPU; needs none"
-    )
-    options = parser.parse_args(arguments)
+    """Tune, or compile ahead. Exits with 2 where neither can be done, with 130 after Ctrl-C."""
+    flags = parser()
+    options = flags.parse_args(arguments)
     if not options.minutes > 0:
-        parser.exit(2, f"--minutes must be more than 0, got {options.minutes:g}\n")
+        flags.exit(2, f"--minutes must be more than 0, got {options.minutes:g}\n")
     end, keys = time.monotonic() + 60 * options.minutes, keys_of(options.kernels)
     processes = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if options.compile_for:
@@ -380,13 +364,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sys.exit(130)
         return
     if not kernels.is_available():
-        parser.exit(2, "no GPU that Triton can use: tune on a machine with one, or compile ahead by --compile-for 90\n")
+        flags.exit(2, "no GPU that Triton can use: tune on a machine with one, or compile ahead by --compile-for 90\n")
     try:
         options.device = resolve_device(options.device)  # with its number
     except InputError as error:
-        parser.exit(2, with_fields(f"{error}\n", as_flag))
+        flags.exit(2, with_fields(f"{error}\n", lambda field: f"--{field}"))
     command = shlex.join(["python", "bench/tune.py", *(sys.argv[1:] if arguments is None else arguments)])
     sys.exit(run(options, keys, end, processes, command))
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags."""
+    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("--minutes", type=float, default=4.0, help="when to stop, with what is known then (default: 4)")
+    flags.add_argument("--device", default="cuda:0")
+    flags.add_argument("--kernels", nargs="+", choices=list(CHOICES), default=list(CHOICES), help="default: all")
+    flags.add_argument("--out", type=Path, help=f"default: {LAUNCHES.relative_to(ROOT)}/<gpu>.py")
+    without_gpu = "only fill Triton's cache, for such a GPU; needs none"
+    flags.add_argument("--compile-for", type=int, choices=sorted(SHARED_BYTES), help=without_gpu)
+    return flags
 
 
 def run(options: argparse.Namespace, keys: list[Key], end: float, processes: int, command: str) -> int:
@@ -415,7 +411,7 @@ def run(options: argparse.Namespace, keys: list[Key], end: float, processes: int
 
 
 def sources_hash() -> str:
-    """Hash of the sources that a time depends on: the kernels, their calls, the counted table."""
+    """A hash of what a time depends on: the kernels, how they are called, the counted table."""
     folder = ROOT / "fast" / "kernels" / "triton"
     calls = [ROOT / "bench" / name for name in ("kernel_calls.py", "launch_trial.py")]
     paths = [*sorted(folder.glob("*.py")), folder / "launches" / "__init__.py", *calls]

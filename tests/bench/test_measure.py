@@ -2,10 +2,12 @@
 
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
+import bench.measure
 from bench.cases import EAGER, EAGER_CHANNELS_LAST, OURS, SUITES, Case, Provider, Suite
 from bench.measure import measure
 from bench.results import Row, ratio
@@ -20,15 +22,11 @@ ONE_ULP = 1 + 2**-23
 
 def measure_tiny(case: Case = SEPARABLE, **changes: Any) -> list[Row]:
     job = replace(Job(case, "float32", (OURS, EAGER, EAGER_CHANNELS_LAST), in_fresh_process=()), **changes)
-    return measure(
-        job,
-        CPU,
-        2,
-        ROOFS,
-        seed=0,
-        measure_first_call=lambda *arguments: FirstCall(1.5, 3_000_000),
-        flush=lambda: None,
-    )
+    with (
+        mock.patch.object(bench.measure, "in_fresh_process", return_value=FirstCall(1.5, 3_000_000)),
+        mock.patch.object(bench.measure, "CacheFlush"),
+    ):
+        return measure(job, CPU, 2, ROOFS, seed=0)
 
 
 def ours_with(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:

@@ -14,13 +14,14 @@ from PIL import Image
 import bench.run
 from bench.cases import COMPILE, EAGER, OURS
 from bench.costs import Cost
-from bench.measure import in_fresh_process, measure
+from bench.measure import measure
 from bench.plots import draw
-from bench.report import extrapolation, judged_targets, table
+from bench.report import table
 from bench.results import Environment, Results, Row, environment, ratio, write_csv
 from bench.roofline import Roofs, measure_roofs
 from bench.run import SUMMARY, BenchSettings, main, write
 from bench.suites import NEW_CELL, Job, Plan
+from bench.targets import extrapolation, judged_targets
 from fast.atrous_separable_conv import atrous_separable_conv
 from search.errors import InputError
 from tests.bench.tiny_runs import CPU, ENVIRONMENT, ROOFS, SEPARABLE, row, tiny_results
@@ -189,7 +190,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that what a test replaces is replaced where it is measured."""
 
     def measure_here(workers: object, job: Job, device: torch.device, rounds: int, roofs: Roofs, seed: int) -> list[Row]:
-        return measure(job, device, rounds, roofs, seed=seed, measure_first_call=in_fresh_process)
+        return measure(job, device, rounds, roofs, seed)
 
     monkeypatch.setattr(bench.run, "measure_apart", measure_here)
 

@@ -157,10 +157,7 @@ def test_the_end_of_the_time_is_nobodys_failure() -> None:
 def test_a_case_that_hangs_costs_itself_and_not_those_behind_it() -> None:
     said: list[Any] = []
     jobs = [Job(as_case(HangingCase), "float32", (OURS,), ()), Job(SEPARABLE, "float32", (OURS, EAGER), ())]
-    with (
-        Workers() as workers,
-        pytest.raises(OutOfTime, match=r"^sep3x3 6x21, training: stopped after 2[45] s, while ours"),
-    ):
+    with Workers() as workers, pytest.raises(OutOfTime, match=r"^sep3x3 6x21, training: stopped after 2[45] s, while ours"):
         measure_jobs(jobs, RUN, workers, time.monotonic() + 34, said.append)
     assert [row.status for row in said] == ["ok", "ok"]
 
@@ -249,7 +246,7 @@ def test_the_tests_are_counted_as_they_run(
     (folder.parent / "test_others.py").write_text("def test_other(): ...\n")
     said: list[dict[str, Any]] = []
     gpu_tests(RUN, said.append)
-    said = [row for row in said if {"failed_test", "of"} & row.keys()]  # on a busy machine counts are said in between
+    said = [line for line in said if {"failed_test", "of"} & line.keys()]  # on a slow machine counts come in between
     assert said[0] == {"failed_test": "tests/fast/kernels/test_triton_on_gpu.py::test_bad[(8, 256)]"}
     first = {"passed": 1, "failed": 1, "skipped": 1}
     assert said[1] == first | {"of": "tests/fast/kernels/test_triton_on_gpu.py", "pytest_exit_code": 1}

@@ -10,7 +10,8 @@ import torch
 import bench.timing
 from bench.cases import EAGER
 from bench.measure import in_fresh_process
-from bench.timing import LONG_MS, CacheFlush, Clock, Summary, first_call, interleaved, last_level_cache_bytes
+from bench.timing import LONG_MS, CacheFlush, Clock, first_call, interleaved, last_level_cache_bytes
+from search.reports.turns import Summary
 from tests.bench.tiny_runs import CPU, SEPARABLE
 
 

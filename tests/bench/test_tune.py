@@ -21,12 +21,12 @@ pytest.importorskip("triton", reason="Triton has no build for this system")
 from bench import kernel_calls, launch_trial, tune
 from bench.kernel_calls import Inputs, calls_of
 from bench.launch_trial import SHARED_BYTES, Comparison
-from bench.timing import Summary
 from bench.tune import BETTER, CHOICES, FAILED, NO_FIT, NOT_BETTER, WRONG, Compilers, Entry, Examiner, Journal, Trial
 from bench.worker import OutOfTime, Worker, WorkerLost
 from fast.kernels import triton as triton_backend
 from fast.kernels.triton import batch_norm
 from fast.kernels.triton.launches import DEFAULT, Key, Launch, Table
+from search.reports.turns import Summary
 
 ROOT = Path(__file__).parents[2]
 KEY: Key = ("depthwise_forward", 2, "small")

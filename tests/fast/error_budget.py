@@ -1,11 +1,8 @@
-"""Tolerances that follow from the arithmetic instead of a guess.
+"""Tolerances that follow from the arithmetic instead of a guess: the budget of `bench/accuracy.py` for several draws.
 
 The truth is the reference's float64 result, the yardstick what plain PyTorch makes of the same inputs in the same dtype. The
-fast path may be twice as far from the truth as the yardstick, plus a floor for what rounding alone does: a yardstick that is
-exact by luck should not condemn it.
-
-Two correct orders of summation differ by luck too, by a factor of five on one small training step. So several draws are
-compared, by the median of their errors. What is wrong on rare inputs only is found in float64, by `assert_equal_steps`.
+fast path may be twice as far from the truth as the yardstick, plus a floor: a yardstick that is exact by luck should not
+condemn it. What is wrong on rare inputs only, a median over draws does not see: `assert_equal_steps` finds it in float64.
 """
 
 from collections.abc import Sequence
@@ -13,9 +10,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from bench.accuracy import SEVERAL_DRAWS, relative_error
+from bench.cases import DTYPES
 from reference.batch_norm import Array
 
-FLOOR = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # relative to the largest |expected|
+FLOOR = {DTYPES[name]: floor for name, floor in SEVERAL_DRAWS.floor.items()}  # relative to the largest |expected|
 
 
 def assert_within_budget(
@@ -25,16 +24,13 @@ def assert_within_budget(
 
     All errors are relative to the draw's largest |expected|. A NaN or an infinity anywhere fails.
     """
-    fast_errors = np.array([_relative_errors(a, e) for a, e in zip(actual, expected, strict=True)])
-    baseline_errors = np.array([_relative_errors(y, e) for y, e in zip(yardstick, expected, strict=True)])
-    fast_error, baseline_error = np.median(fast_errors, axis=0), np.median(baseline_errors, axis=0)
-    budget = 2.0 * baseline_error + FLOOR[dtype]
+    fast_error, baseline_error = (_median_errors(computed, expected) for computed in (actual, yardstick))
+    budget = SEVERAL_DRAWS.allowed(str(dtype).removeprefix("torch."), baseline_error)
     assert (fast_error <= budget).all(), f"(max, RMS) error {fast_error} exceeds {budget}; plain PyTorch's is {baseline_error}"
 
 
-def _relative_errors(actual: Array, expected: Array) -> tuple[float, float]:
-    assert actual.shape == expected.shape
-    assert np.isfinite(actual).all(), "not finite everywhere"
-    assert np.isfinite(expected).all(), "the truth is not finite everywhere"
-    error, scale = actual - expected, np.abs(expected).max() or 1.0
-    return float(np.abs(error).max() / scale), float(np.sqrt(np.mean(error**2)) / scale)
+def _median_errors(computed: Sequence[Array], expected: Sequence[Array]) -> Array:
+    assert np.isfinite(np.concatenate([array.ravel() for array in expected])).all(), "the truth is not finite everywhere"
+    errors = [relative_error(torch.as_tensor(c), torch.as_tensor(e)) for c, e in zip(computed, expected, strict=True)]
+    assert np.isfinite(errors).all(), "not finite everywhere, or of another shape"
+    return np.median(errors, axis=0)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
+from bench.plain_torch import PlainCell
 from fast import Decoder, DensePredictionCell, SegmentationHead, SegmentationNetwork
 from fast.backbone import Backbone, LowLevel
 from fast.batch_norm import recompute_statistics
@@ -20,7 +21,7 @@ from reference.batch_norm import Array
 from reference.cell import Cell
 from tests.fast.against_reference import EXACT, every_device
 from tests.fast.error_budget import assert_within_budget
-from tests.fast.plain_torch import PlainCell, PlainDecoder
+from tests.fast.plain_torch import PlainDecoder
 
 CELL = Cell.from_json(
     '[{"op": "conv", "kernel": 3, "rate": [1, 2], "input": -1}, {"op": "conv", "kernel": 1, "input": 0},'
