@@ -20,7 +20,8 @@ class Summary(NamedTuple):
 
     @classmethod
     def of(cls, samples: Sequence[float]) -> "Summary":
-        """
+        """Summarise samples.
+
         >>> Summary.of([1.0, 2.0, 3.0, 4.0, 100.0])
         Summary(median=3.0, p20=1.8, p80=23.2)
         """
