@@ -29,6 +29,7 @@ def main(settings: DiagramSettings) -> None:
         save_figure(figure, settings.out, settings.out.suffix[1:])
     except OSError as error:
         raise InputError(f"`out` {settings.out}: cannot be written ({error.strerror}); choose another place") from error
+    print(f"picture: {settings.out}")
 
 
 if __name__ == "__main__":

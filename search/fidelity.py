@@ -285,7 +285,6 @@ def _end_to_end(settings: FidelitySettings, directory: Path, device: str) -> Pro
     own = scored(training.recipe)
     parts = create_task().identity()
     identity = {f"end_to_end.{name}" if name in own else name: value for name, value in parts.items()}
-    del identity["end_to_end.validate_every"]  # decides when to look, not what is seen at the end
     return Protocol("end_to_end", create_task, training.recipe.iterations or 0, plain(identity))
 
 

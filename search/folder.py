@@ -111,7 +111,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     '`weights` (content) ab, now it is cd, and `top_k` 3, now it is 5'
     """
     return ", and ".join(
-        f"{_as_field(name)} {before.get(name)}, now it is {now.get(name)}"
+        f"{_as_field(name)} {before.get(name, 'unknown')}, now it is {now.get(name, 'unknown')}"
         for name in sorted(before.keys() | now.keys())
         if before.get(name) != now.get(name)
     )

@@ -144,6 +144,14 @@ class FeatureSettings:
     feature_dtype: FeatureDtype = "float16"
     """Number format of the cached features: float16 or bfloat16."""
 
+    def check(self, output_stride: int) -> None:
+        """Raises InputError for a size on which features of this stride do not reach from corner to corner."""
+        if self.image_size is not None and any(extent < 1 or (extent - 1) % output_stride for extent in self.image_size):
+            height, width = self.image_size
+            raise InputError(
+                f"`image_size` {height} {width} must be {output_stride}·k + 1 each, such as {16 * output_stride + 1}"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class CellSettings:

@@ -19,6 +19,7 @@ from search.devices import Devices, join_devices
 from search.errors import InputError
 from search.folder import Folder
 from search.settings import (
+    SHAPES,
     BackboneSettings,
     DataSettings,
     HeadSettings,
@@ -118,6 +119,13 @@ def _cell(settings: TrainSettings) -> Cell:
     if not path.is_file():
         raise InputError(
             f"`run` {settings.run} has no {path.relative_to(settings.run)}: give the folder of a search that has scored a cell"
+        )
+    description = Folder(settings.run, remedy="give the folder of a search").description() or {"identity": {}}
+    searched, dataset = description["identity"].get("dataset", SHAPES), settings.data.dataset
+    if dataset == SHAPES != searched:  # hardly meant: whoever wants it names the cell
+        raise InputError(
+            f"`run` {settings.run} searched on {searched}, and `dataset` is {dataset}: give the data set to train on, or "
+            f"{path} as `cell`"
         )
     return load_cell(str(path))
 

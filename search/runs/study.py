@@ -201,7 +201,7 @@ def open_run(
 
 def load_run(directory: Path) -> Run:
     """Read a run, also while another process writes it. Raises InputError for a folder that is none."""
-    description = Folder(directory, remedy="its report.html and cells.csv can be read still").description()
+    description = Folder(directory, remedy="give the folder of a search that this version began").description()
     if description is None:
         raise InputError(f"{directory} is not a run (no settings.json): give the folder of a run of `python -m search.random`")
     try:

@@ -67,7 +67,7 @@ class EndToEndTask:
         with torch.random.fork_rng(devices=[]):
             network = create_network(self.settings, load_cell("dpc"), self.train.class_names)
             parts = training_identity(self.settings, network, self.train, self.val, self.devices)
-        return {name: value for name, value in parts.items() if name not in ("cell", "number of devices")}
+        return {name: value for name, value in parts.items() if name not in ("cell", "number of devices", "validate_every")}
 
     def folder(self, cell: Cell, seed: Sequence[int]) -> Path:
         """The folder of the training with this seed: state, curve, and at the end the network as `last.safetensors`."""

@@ -106,6 +106,8 @@ def prepare_caches(
     data: DataSettings, backbone: BackboneSettings, features: FeatureSettings, machine: MachineSettings
 ) -> dict[str, FeatureCache]:
     """The caches of the splits "train" and "val", opened if they exist and computed if not."""
+    backbone.check()
+    features.check(backbone.stride)
     device = resolve_device(machine.device)
     splits = {"train": data.train_split, "val": data.val_split}
     datasets = {role: open_dataset(data.dataset, split, data.data_dir) for role, split in splits.items()}

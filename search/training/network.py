@@ -1,6 +1,5 @@
 """Build a whole network from settings, with initial weights: backbone, cell, decoder if wanted, classifier."""
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -76,7 +75,7 @@ def training_identity(
     context = network.head.context
     identity = scored(settings, settings.data, settings.backbone, settings.head, settings.recipe) | {
         "dataset": train.name,
-        "cell": json.loads(context.cell.to_json()),
+        "cell": str(context.cell),
         "backbone": network.backbone.name,
         "output_stride": network.backbone.output_stride,
         "`data_dir` or `train_split` (pictures)": train.fingerprint(),

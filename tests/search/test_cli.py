@@ -106,6 +106,25 @@ def settings_types() -> list[type]:
     return [get_type_hints(module.main)["settings"] for module in modules]
 
 
+def documented_commands() -> list[tuple[str, str, str]]:
+    """(file, command, flag) of every `python -m search.X --flag` in the documentation, over several lines too."""
+    found = []
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "bench").glob("*.md"))):
+        text = path.read_text(encoding="utf-8").replace("\\\n", " ")
+        for command, arguments in re.findall(r"python -m search\.(\w+)([^`\n#]*)", text):
+            found += [(path.name, command, flag) for flag in re.findall(r"(?<=\s)--[a-z][a-z.-]*", arguments)]
+    return found
+
+
+def test_flags_of_documented_commands_are_there() -> None:
+    commands = documented_commands()
+    assert len(commands) > 50
+    assert {command for _, command, _ in commands} >= {"random", "train", "rerank", "fidelity", "evaluate", "export"}
+    flags = {settings.__module__.removeprefix("search.").split(".")[0]: flags_of(settings) for settings in settings_types()}
+    wrong = [each for each in commands if each[2] not in {*flags[each[1]].values(), "--help"}]
+    assert wrong == []
+
+
 def test_every_field_in_an_error_is_a_flag_of_some_command() -> None:
     """So that a field which is renamed is renamed in what is said of it."""
     known = {name for settings in settings_types() for name in flags_of(settings)}

@@ -44,7 +44,7 @@ def test_another_identity_is_refused_by_the_names_of_what_differs(tmp_path: Path
 
 
 def test_a_setting_that_is_new_or_gone_differs() -> None:
-    assert differences({"a": 1}, {"b": 1}) == "`a` 1, now it is None, and `b` None, now it is 1"
+    assert differences({"a": 1}, {"b": 1}) == "`a` 1, now it is unknown, and `b` unknown, now it is 1"
     assert (
         differences({"a": 1, "number of devices": 1}, {"a": 1, "number of devices": 2}) == "number of devices 1, now it is 2"
     )

@@ -26,6 +26,7 @@ from reference.mean_iou import mean_iou
 from search.cells.space import load_cell
 from search.datasets import open_dataset
 from search.errors import InputError
+from search.folder import Folder
 from search.settings import known
 from search.train import TrainSettings
 from search.training.loop import Training
@@ -429,3 +430,16 @@ def test_what_cannot_work_is_refused(tiny: TrainSettings, tmp_path: Path, change
 def test_all_defaults_pass_the_check() -> None:
     for name in ("shapes", "cityscapes"):
         composed(TrainSettings, dataset=name).training().check()
+
+
+def test_the_best_cell_of_a_search_on_other_data_is_trained_only_where_the_data_are_named(
+    tiny: TrainSettings, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    (run / "best_cells").mkdir(parents=True)
+    (run / "best_cells" / "rank_01.json").write_text(load_cell("psp").to_json())
+    Folder(run).begin({"dataset": "camvid"}, "python -m search.random --dataset camvid")
+    with pytest.raises(InputError, match="searched on camvid, and `dataset` is shapes: give the data set to train on"):
+        search.train.main(composed(TrainSettings, run=run, out=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+    assert search.train._cell(changed(tiny, run=run)) == load_cell("psp")  # whose data set is camvid too
