@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from bench.report import Group, in_ms, rate_ratios
 from bench.results import Results, Row, ours, ratio, right
 from bench.targets import cells_per_hour, is_separable
 from reference.cell import RATES
+from search.files import write_whole
 from search.reports.diagram import INK, show_grid, style_axes
 
 _COLOURS = {
@@ -53,10 +55,9 @@ def draw(path: Path, results: Results) -> None:
             ax.set_title(f"{panel.title} · {panel.groups[0][0].dtype}", loc="left", fontsize=10, color=INK)
             style_axes(ax)
             panel.draw(ax, panel.groups)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, format="png", dpi=130)
-    partial.replace(path)
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    write_whole(path, buffer.getvalue())
 
 
 def _drawn(results: Results, suite: Suite) -> list[Group]:

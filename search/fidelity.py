@@ -37,7 +37,7 @@ from search.cells.space import canonical_form, load_cell
 from search.cli import Flat, run_command, this_command
 from search.datasets import open_dataset
 from search.devices import resolve_device
-from search.errors import InputError, fields_in
+from search.errors import InputError, fields_in, with_fields
 from search.folder import Folder
 from search.reports.fidelity import Score, load_scores, score_name, write_report
 from search.runs.workers import Job, Outcome, Task, open_workers, outcomes
@@ -58,7 +58,7 @@ from search.settings import (
     scored,
 )
 from search.tasks.end_to_end import EndToEndTask, training_folder
-from search.tasks.feature_cache import FeatureCache, open_cache, padded_size, prepare_caches
+from search.tasks.feature_cache import FeatureCache, facts_of, open_cache, padded_size, prepare_caches
 from search.tasks.proxy import ProxyTask, crop_in_features
 
 ProtocolName = Literal["proxy", "long", "large", "end_to_end"]
@@ -245,22 +245,21 @@ def _cached(
         return ProxyTask(open_cache(directories["train"]), open_cache(directories["val"]), proxy, settings.head, device)
 
     crop_in_features(proxy, caches["train"])  # refuses a wrong one
-    train, val = caches["train"].manifest, caches["val"].manifest
-    group = "large." if name == "large" else ""
-    identity = scored(settings.data, settings.features, settings.head, proxy) | {
-        "dataset": train["dataset"],
-        f"{group}backbone": train["backbone"],
-        f"{group}weights_origin": train["weights_origin"],
-        f"{group}output_stride": train["output_stride"],
-        f"`{group}weights` (content)": train["weights_hash"],
-        "`data_dir` or `train_split` (pictures)": train["data_fingerprint"],
-        "`data_dir` or `val_split` (pictures)": val["data_fingerprint"],
-        "image_size": train["image_size"],
-        "seed": settings.seed,
-    }
+    facts = facts_of(caches)
+    if name == "large":
+        facts = {_of_large(name): fact for name, fact in facts.items()}
+    identity = scored(settings.data, settings.features, settings.head, proxy) | facts | {"seed": settings.seed}
     if name == "long":
         identity["long_iterations"] = identity.pop("iterations")
     return Protocol(name, create_task, proxy.iterations, plain(identity))
+
+
+def _of_large(name: str) -> str:
+    """The name of a fact in an identity, a field or words about one, where it is of the large backbone."""
+    fields = field_names(BackboneSettings)
+    if name in fields:
+        return f"large.{name}"
+    return with_fields(name, lambda field: f"`large.{field}`" if field in fields else f"`{field}`")
 
 
 def _end_to_end(settings: FidelitySettings, directory: Path, device: str) -> Protocol:
@@ -274,10 +273,11 @@ def _end_to_end(settings: FidelitySettings, directory: Path, device: str) -> Pro
         data=data,
         backbone=settings.backbone,
         head=settings.head,
-        recipe=replace(recipe, validate_every=given(recipe.validate_every, recipe.iterations)),
+        recipe=recipe,
         machine=replace(settings.machine, device=device),
         seed=settings.seed,
-    ).completed()
+    )
+    training = training.completed().validated_last()
 
     def create_task() -> EndToEndTask:
         return EndToEndTask(training, directory)

@@ -32,11 +32,10 @@ from search.settings import (
     MachineSettings,
     ProxySettings,
     changes_no_score,
-    plain,
     require,
     scored,
 )
-from search.tasks.feature_cache import FeatureCache, open_cache, prepare_caches
+from search.tasks.feature_cache import FeatureCache, facts_of, open_cache, prepare_caches
 from search.tasks.proxy import ProxyTask, crop_in_features
 
 KNOWN_CELLS = ("aspp", "dpc")
@@ -136,18 +135,8 @@ def _check(settings: RandomSettings) -> None:
 
 def _identity(settings: RandomSettings, head: HeadSettings, caches: dict[str, FeatureCache]) -> dict[str, Any]:
     """The settings that all scores of a run depend on: other values are refused in the same folder."""
-    train, val = caches["train"].manifest, caches["val"].manifest
-    identity = scored(settings, settings.data, settings.backbone, settings.features, head, settings.proxy) | {
-        "dataset": train["dataset"],
-        "backbone": train["backbone"],
-        "weights_origin": train["weights_origin"],
-        "output_stride": train["output_stride"],
-        "image_size": train["image_size"],
-        "`weights` (content)": train["weights_hash"],
-        "`data_dir` or `train_split` (pictures)": train["data_fingerprint"],
-        "`data_dir` or `val_split` (pictures)": val["data_fingerprint"],
-    }
-    return dict(plain(identity))
+    groups = (settings, settings.data, settings.backbone, settings.features, head, settings.proxy)
+    return scored(*groups) | facts_of(caches)
 
 
 if __name__ == "__main__":

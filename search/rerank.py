@@ -182,10 +182,8 @@ def training_settings(settings: RerankSettings, run: Run) -> TrainingSettings:
             cache_dir=given(overrides.cache_dir, of_run.machine.cache_dir),
         ),
         seed=settings.seed,
-    ).completed()
-    if settings.recipe.validate_every is not None:
-        return training
-    return replace(training, recipe=replace(training.recipe, validate_every=training.recipe.iterations))
+    )
+    return training.completed().validated_last()
 
 
 def _train(

@@ -44,6 +44,11 @@ def scored(*groups: Any) -> dict[str, Any]:
     return dict(plain(found))
 
 
+def fingerprints(train: str, val: str) -> dict[str, str]:
+    """What stands in an identity for the fields that say where pictures are: the fingerprints of both splits."""
+    return {"`data_dir` or `train_split` (pictures)": train, "`data_dir` or `val_split` (pictures)": val}
+
+
 def plain(content: Any) -> Any:
     """Convert a group, or anything that contains groups, to what JSON has: lists for tuples, text for paths."""
     return json.loads(json.dumps(content, default=lambda value: str(value) if isinstance(value, Path) else asdict(value)))
@@ -351,6 +356,11 @@ class TrainingSettings:
         """With the defaults for the data set where nothing was given."""
         dataset = self.data.dataset
         return replace(self, head=self.head.completed(dataset), recipe=self.recipe.completed(dataset))
+
+    def validated_last(self) -> Self:
+        """The completed settings with one validation, after the last iteration, unless told otherwise."""
+        every = given(self.recipe.validate_every, known(self.recipe.iterations))
+        return replace(self, recipe=replace(self.recipe, validate_every=every))
 
     def check(self) -> None:
         """Check completed settings. Raises InputError for what cannot work, before anything is written."""

@@ -71,7 +71,7 @@ class TrainSettings:
 
 
 def main(settings: TrainSettings) -> None:
-    """Train, or continue to, then print where the network is."""
+    """Train, or continue a training, then print where the network is."""
     training = settings.training()
     _check(settings, training)
     devices = join_devices(settings.machine.device)

@@ -13,7 +13,7 @@ import torch
 from fast.bilinear_resize import bilinear_resize
 from fast.checkpoint import load_head
 from search.datasets import open_dataset
-from search.files import write_text
+from search.files import write_text, write_whole
 from search.reports.rank_correlation import ties
 from search.reports.run import write_report
 from search.runs.search import BEST_HEAD, head_name
@@ -95,6 +95,6 @@ def _write_examples(directory: Path, val: FeatureCache, data: DataSettings, comp
             logits = head(val.features[index : index + 1].float())
             upsampled = bilinear_resize(logits, (val.labels.shape[1], val.labels.shape[2]))
             arrays[f"prediction_{row}/{name}"] = upsampled.argmax(dim=1)[0, :height, :width].to(torch.uint8).numpy()
-    partial = directory / "examples.partial.npz"
-    np.savez_compressed(partial, allow_pickle=False, **arrays)
-    partial.replace(directory / "examples.npz")
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, allow_pickle=False, **arrays)
+    write_whole(directory / "examples.npz", buffer.getvalue())

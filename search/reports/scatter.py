@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
+from search.files import write_whole
 from search.reports.diagram import INK, show_grid, style_axes
 from search.reports.rank_correlation import MIN_POINTS, rank_correlation
 
@@ -53,10 +55,9 @@ def write_scatters(path: Path, scatters: Sequence[Scatter], columns: int = 3) ->
         draw_scatter(axes, scatter)
     for axes in all_axes[len(scatters) :]:
         axes.set_axis_off()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, format=path.suffix[1:], dpi=_DPI)
-    partial.replace(path)
+    buffer = BytesIO()
+    figure.savefig(buffer, format=path.suffix[1:], dpi=_DPI)
+    write_whole(path, buffer.getvalue())
 
 
 def draw_scatter(axes: Axes, scatter: Scatter) -> None:

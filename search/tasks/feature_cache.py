@@ -11,6 +11,7 @@ and right with the mean pixel and label 255.
 import json
 import math
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from search.devices import resolve_device
 from search.errors import InputError
 from search.files import write_json
 from search.folder import Folder
-from search.settings import BackboneSettings, DataSettings, FeatureDtype, FeatureSettings, MachineSettings
+from search.settings import BackboneSettings, DataSettings, FeatureDtype, FeatureSettings, MachineSettings, fingerprints
 
 _DTYPES: dict[FeatureDtype, torch.dtype] = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 _BEHIND = {"data_fingerprint": "`data_dir` (pictures)", "weights_hash": "`weights` (content)"}  # facts, not settings
@@ -123,6 +124,14 @@ def prepare_caches(
         except HalfWrittenError:
             caches[role] = build_cache(directory, dataset, network, identity, device)
     return caches
+
+
+def facts_of(caches: Mapping[str, FeatureCache]) -> dict[str, Any]:
+    """What the features are, for the identity of who trains on them: facts in place of what the settings leave open."""
+    train, val = caches["train"].manifest, caches["val"].manifest
+    facts = {name: train[name] for name in ("dataset", "backbone", "weights_origin", "output_stride", "image_size")}
+    pictures = fingerprints(train["data_fingerprint"], val["data_fingerprint"])
+    return facts | pictures | {"`weights` (content)": train["weights_hash"]}
 
 
 def _fill(directory: Path, dataset: Dataset, backbone: Backbone, identity: dict[str, Any], device: str) -> None:

@@ -17,7 +17,7 @@ from search.backbones import create_backbone
 from search.datasets import Dataset
 from search.devices import Devices
 from search.errors import InputError
-from search.settings import TrainingSettings, known, scored
+from search.settings import TrainingSettings, fingerprints, known, scored
 
 
 def create_network(settings: TrainingSettings, cell: Cell, class_names: Sequence[str]) -> SegmentationNetwork:
@@ -78,8 +78,7 @@ def training_identity(
         "cell": str(context.cell),
         "backbone": network.backbone.name,
         "output_stride": network.backbone.output_stride,
-        "`data_dir` or `train_split` (pictures)": train.fingerprint(),
-        "`data_dir` or `val_split` (pictures)": val.fingerprint(),
+        **fingerprints(train.fingerprint(), val.fingerprint()),
         "number of devices": devices.count,
     }
     if init is None:
