@@ -24,10 +24,12 @@ from reference.bilinear_resize import bilinear_resize, interpolation_matrix
 from reference.cell import GRID_SIZES, RATES, Cell
 from reference.concat_project import DROPOUT_RATE, concat_project, dropout
 from reference.dense_prediction_cell import BranchOptions, CellWeights, branch_outputs
+from reference.depth_metrics import DELTA, POWERS, abs_rel, delta, depth_totals, rmse
 from reference.mean_iou import class_iou, confusion_matrix, mean_iou
 from reference.pointwise_conv import ConvNorm, pointwise_conv
 from reference.pyramid_pooling import PoolingVariant, pooling_matrix, window_size
 from reference.upsampled_cross_entropy import IGNORE_INDEX, upsampled_cross_entropy, upsampled_cross_entropy_backward
+from reference.upsampled_l1 import upsampled_l1, upsampled_l1_backward
 from search.reports.diagram import draw_cell
 
 IMAGES = Path(__file__).parent / "images"
@@ -99,6 +101,17 @@ def street(height: int, width: int) -> tuple[Array, NDArray[np.int64]]:
     paint(box(0.925, 0.975, 0.12, 0.26), "#20242c", 5)
     paint(disc(0.95, 0.16, 0.018), "#d55e00")
     return np.clip(image, 0.0, 1.0), labels
+
+
+def street_depths(height: int, width: int) -> Array:
+    """Metres from a camera at the lower edge to each pixel of the street, NaN in the sky: (height, width)."""
+    _, labels = street(height, width)
+    below_horizon = np.broadcast_to(np.linspace(0, 1, height)[:, None] - 0.5, labels.shape)
+    feet = {"building": 0.16, "vehicle": 0.26, "tree": 0.26, "pole": 0.34}  # how far below the horizon each stands
+    for name, foot in feet.items():
+        below_horizon = np.where(labels == CLASSES.index(name), foot, below_horizon)
+    depths: Array = 2.6 / np.where(labels == CLASSES.index("sky"), np.nan, below_horizon)
+    return depths
 
 
 def street_map(height: int = 33, width: int = 49) -> Array:
@@ -594,6 +607,48 @@ def draw_mean_iou() -> Figure:
     return figure
 
 
+def draw_depth() -> Figure:
+    """Small outputs against measured depths: loss map, gradient back at the small outputs, and the scores."""
+    depths = street_depths(129, 193)
+    rng = np.random.default_rng(3)
+    outputs = np.log(np.nan_to_num(street_depths(9, 13), nan=30.0)) + rng.normal(0, 0.12, (9, 13))
+    outputs = outputs[None, None]  # (1, 1, 9, 13)
+    upsampled = bilinear_resize(outputs, (129, 193))[0, 0]
+    targets = np.log(depths)[None]
+    gradient = upsampled_l1_backward(outputs, targets)[0, 0] * 1000
+    totals = depth_totals(np.exp(upsampled), depths)
+    ratio = np.exp(np.abs(upsampled - targets[0]))
+
+    figure = Figure(figsize=(WIDTH, 4.2), layout="constrained")
+    panels = figure.subplots(2, 3)
+    metres = LogNorm(4, 32)
+    names = ("measured depths d (white: none)", "outputs, 9 × 13, as depths", "predicted depths p, 129 × 193")
+    for axes, values, name in zip(panels[0], (depths, np.exp(outputs[0, 0]), np.exp(upsampled)), names, strict=True):
+        picture = axes.imshow(values, cmap=f"{MAP}_r", norm=metres, interpolation="nearest")
+        axes.set_title(name)
+    bar = figure.colorbar(picture, ax=panels[0], shrink=0.8, pad=0.01, ticks=(4, 8, 16, 32), label="metres")
+    bar.ax.set_yticklabels(("4", "8", "16", "32"))
+    bar.ax.minorticks_off()
+    picture = panels[1, 0].imshow(np.log(ratio), cmap=MAP, vmin=0, vmax=1)
+    panels[1, 0].set_title(f"loss per pixel, mean {upsampled_l1(outputs, targets):.3f}")
+    figure.colorbar(picture, ax=panels[1, 0], shrink=0.8, pad=0.02)
+    picture = panels[1, 1].imshow(gradient, cmap=SIGNED, vmin=-16, vmax=16)
+    panels[1, 1].set_title("gradient, 9 × 13 (× 10⁻³)")
+    figure.colorbar(picture, ax=panels[1, 1], shrink=0.8, pad=0.02)
+    for axes in panels.ravel()[:5]:
+        frame(axes, SOFT)
+
+    scores, shares = panels[1, 2], np.arange(1, np.isfinite(ratio).sum() + 1) / np.isfinite(ratio).sum()
+    scores.plot(np.sort(ratio[np.isfinite(ratio)]), shares, color=BLUE)
+    for power in POWERS:
+        share = delta(totals, power)
+        scores.plot([DELTA**power] * 2, [0, share], color=SOFT, linewidth=0.8, linestyle="--")
+        scores.text(DELTA**power + 0.03, 0.15 + 0.2 * power, f"$δ_{power}$\n{share:.3f}", fontsize=8.5)
+    scores.text(2.0, 0.05, f"RMSE {rmse(totals):.2f} m\nAbsRel {abs_rel(totals):.3f}", color=VERMILION, va="bottom")
+    scores.set(xlim=(1, 2.6), ylim=(0, 1.03), xlabel="max(p / d, d / p)", title="share of pixels below a ratio")
+    return figure
+
+
 def show(axes: Axes, values: NDArray[np.generic], cmap: str | ListedColormap = MAP, **options: object) -> None:
     """A map with square pixels and no ticks."""
     axes.imshow(values, cmap=cmap, interpolation="nearest", **options)  # type: ignore[arg-type]
@@ -623,6 +678,7 @@ PICTURES: dict[str, Callable[[], Figure]] = {
     "dense_prediction_cell": draw_dense_prediction_cell,
     "upsampled_cross_entropy": draw_upsampled_cross_entropy,
     "mean_iou": draw_mean_iou,
+    "depth": draw_depth,
 }
 
 

@@ -28,8 +28,10 @@ from fast.kernels import triton as triton_backend
 from fast.kernels.triton import Moments, depthwise_conv, launches
 from fast.kernels.triton.launches import Launch
 from fast.pyramid_pooling import pyramid_pooling
+from fast.upsampled_l1 import upsampled_l1
 from reference import atrous_separable_conv as separable
 from reference import pyramid_pooling as pooling
+from reference import upsampled_l1 as l1
 from reference.batch_norm import EPS, Array, BatchNorm, batch_norm_relu, batch_norm_relu_backward, updated_running_statistics
 from reference.bilinear_resize import bilinear_resize
 from reference.mean_iou import confusion_matrix
@@ -590,6 +592,28 @@ def test_pyramid_pooling_of_the_fast_path_runs_on_these_kernels(variant: Pooling
     assert_equal_steps(actual, expected, CLOSE)
     assert half.dtype == torch.float16
     assert relative_error(half, expected.output) <= 3 * 2.0**-11
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("autocast", [None, torch.float16], ids=str)
+def test_upsampled_l1_of_the_fast_path_runs_on_these_kernels(layout: Layout, autocast: torch.dtype | None) -> None:
+    """Resize and its gradient, in float32 also under autocast; half of the targets are not measured."""
+    rng = np.random.default_rng(0)
+    outputs, targets = rounded((rng.standard_normal((2, 1, 6, 7)), rng.standard_normal((2, 21, 25))), torch.float32)
+    targets[rng.random(targets.shape) < 0.5] = np.nan
+    expected = reference_step(
+        lambda x: np.asarray(l1.upsampled_l1(x, targets)),
+        lambda _, x: (l1.upsampled_l1_backward(x, targets),),
+        (outputs,),
+        np.ones(()),
+    )
+    calls = mock.Mock(wraps=triton_backend.plane_product)
+    on_device = torch.from_numpy(targets).to(DEVICE)
+    tensors = to_tensors((outputs,), DEVICE, layout, torch.float32)
+    with kernels.using(triton_backend), mock.patch.object(triton_backend, "plane_product", calls):
+        actual = torch_step(lambda x: upsampled_l1(x, on_device), tensors, np.ones(()), autocast)
+    assert calls.call_count == 2
+    assert_equal_steps(actual, expected, CLOSE)
 
 
 def test_autocast_computes_in_lower_precision() -> None:

@@ -12,9 +12,11 @@ from torch import Tensor
 from fast import kernels
 from fast.decoder import Decoder
 from fast.dense_prediction_cell import DensePredictionCell
+from fast.depth_metrics import depth_totals
 from fast.kernels import Dropout, Folded, NormedMap
 from fast.segmentation import SegmentationHead
 from fast.upsampled_cross_entropy import upsampled_cross_entropy
+from fast.upsampled_l1 import upsampled_l1
 from reference.batch_norm import EPS, Array, BatchNorm
 from reference.cell import BACKBONE_FEATURE, AtrousSeparableConv, Branch, Cell, Conv1x1, PyramidPooling
 from reference.pyramid_pooling import PoolingVariant
@@ -235,6 +237,26 @@ def test_captured_step_equals_the_step(dtype: torch.dtype) -> None:
     seed.fill_(8)
     graph.replay()
     assert not torch.equal(expected[0], captured[0])
+
+
+def test_captured_depth_loss_and_totals_equal_the_step() -> None:
+    """Forward and backward in one CUDA graph, with pixels that were not measured; each replay has the same bits."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    outputs = torch.randn(4, 1, 33, 41, generator=generator, device="cuda", requires_grad=True)
+    targets, predictions = torch.randn(2, 4, 129, 161, generator=generator, device="cuda")
+    targets[:, ::3] = torch.nan
+
+    def step() -> list[Tensor]:
+        loss = upsampled_l1(outputs, targets)
+        return [loss.detach(), *torch.autograd.grad(loss, outputs), depth_totals(predictions.exp(), targets.exp())]
+
+    expected = step()  # makes the matrices, too
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for _ in range(10):
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(expected, captured, strict=True))
 
 
 def test_backend_is_chosen_for_the_device() -> None:
