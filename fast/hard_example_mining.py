@@ -2,7 +2,7 @@
 
 The loss is the mean over the share of all pixels that have the largest loss; the share falls linearly from 1 over the first
 iterations. All other pixels become ignored ones, so `upsampled_cross_entropy` computes loss and gradient. Logits of a whole
-batch are never upsampled here either; only one number per pixel is.
+batch are never upsampled here either; only one number per pixel is. For another loss, `keep_largest` takes its pixels' losses.
 """
 
 import torch
@@ -30,11 +30,21 @@ def hardest_pixels(logits: Tensor, labels: Tensor, share: float, *, ignore_index
 
     int(share · N·H·W) pixels are kept (ignored ones count in N·H·W), but none whose loss is 0.
     """
-    losses = _pixel_losses(logits.float(), labels, ignore_index).flatten()  # (N·H·W,)
-    hardest = losses.topk(int(share * losses.numel())).indices
-    kept = torch.zeros_like(losses, dtype=torch.bool)
-    kept[hardest] = losses[hardest] > 0
-    return labels.where(kept.view(labels.shape), ignore_index)
+    return keep_largest(_pixel_losses(logits.float(), labels, ignore_index), labels, share, ignore_index)
+
+
+@torch.no_grad()
+def keep_largest(losses: Tensor, labels: Tensor, share: float, ignore: int | float) -> Tensor:
+    """`labels` (N, H, W), with `ignore` at every pixel whose loss is not among the largest; losses: (N, H, W), 0 if ignored.
+
+    int(share · N·H·W) pixels are kept (ignored ones count in N·H·W), but none whose loss is 0. `ignore` is a number that the
+    labels' dtype can hold, NaN for targets in floating point.
+    """
+    flat = losses.flatten()  # (N·H·W,)
+    largest = flat.topk(int(share * flat.numel())).indices
+    kept = torch.zeros_like(flat, dtype=torch.bool)
+    kept[largest] = flat[largest] > 0
+    return labels.where(kept.view(labels.shape), ignore)
 
 
 def _pixel_losses(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:

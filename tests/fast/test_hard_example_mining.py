@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fast.bilinear_resize import bilinear_resize
-from fast.hard_example_mining import hardest_pixels, mined_share
+from fast.hard_example_mining import hardest_pixels, keep_largest, mined_share
 from fast.kernels.library import BAND_BYTES
 from fast.upsampled_cross_entropy import upsampled_cross_entropy
+from fast.upsampled_l1 import pixel_losses, upsampled_l1
 from reference.upsampled_cross_entropy import IGNORE_INDEX
 
 LOSSES = Path(__file__).parents[3] / "shared" / "golden" / "train_facts" / "loss.npz"
@@ -65,6 +66,38 @@ def test_bands_do_not_change_the_choice(monkeypatch: pytest.MonkeyPatch) -> None
     expected = hardest_pixels(logits, labels, 0.25)
     monkeypatch.setitem(BAND_BYTES, "cpu", 1)
     assert torch.equal(hardest_pixels(logits, labels, 0.25), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_targets_in_floating_point_become_nan(dtype: torch.dtype) -> None:
+    """Of six pixels three are to be kept, but only two have a loss; the others, measured or not, become NaN."""
+    targets = torch.tensor([[[1.0, 2.0, torch.nan], [4.0, torch.nan, 6.0]]], dtype=dtype)
+    losses = torch.tensor([[[0.0, 0.5, 0.0], [0.25, 0.0, 0.0]]])
+    mined = keep_largest(losses, targets, 0.5, torch.nan)
+    assert mined.dtype == dtype
+    assert torch.equal(mined.isnan(), torch.tensor([[[True, False, True], [False, True, True]]]))
+    assert mined[~mined.isnan()].tolist() == [2.0, 4.0]
+    assert keep_largest(losses, targets, 0.2, torch.nan).nan_to_num(0.0).flatten().tolist() == [0.0, 2.0, 0.0, 0.0, 0.0, 0.0]
+    assert keep_largest(losses, targets, 0.0, torch.nan).isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64], ids=str)
+def test_integer_labels_keep_their_dtype(dtype: torch.dtype) -> None:
+    labels = torch.tensor([[[3, 4, 5]]], dtype=dtype)
+    mined = keep_largest(torch.tensor([[[1.0, 3.0, 2.0]]]), labels, 2 / 3, 255)
+    assert mined.dtype == dtype
+    assert mined.flatten().tolist() == [255, 4, 5]
+
+
+def test_the_largest_differences_of_depths_are_kept() -> None:
+    """A mean over a share of the pixels: the largest losses of the whole batch, whose sum is divided by their number."""
+    generator = torch.Generator().manual_seed(0)
+    outputs, targets = torch.randn(2, 1, 3, 4, generator=generator), torch.randn(2, 33, 49, generator=generator)
+    targets[torch.rand(targets.shape, generator=generator) < 0.2] = torch.nan
+    losses = pixel_losses(outputs, targets)
+    count = int(0.25 * targets.numel())
+    loss = upsampled_l1(outputs, keep_largest(losses, targets, 0.25, torch.nan))
+    assert loss.item() == pytest.approx(losses.flatten().sort().values[-count:].mean().item(), rel=1e-6)  # float32 sums
 
 
 def test_the_share_falls_linearly() -> None:
