@@ -5,7 +5,7 @@ The format is safetensors; its metadata hold a JSON description. Nothing in it i
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,13 @@ FORMAT = "dense-prediction-cell head 1"
 NETWORK_FORMAT = "dense-prediction-cell network 1"
 
 
-def save_head(path: Path, head: SegmentationHead, *, class_names: tuple[str, ...], backbone: dict[str, Any]) -> None:
-    """Write atomically; `backbone` says which features the head was trained on (name, weights hash, and so on).
+def save_head(path: Path, head: SegmentationHead, *, task: Mapping[str, Any], backbone: dict[str, Any]) -> None:
+    """Write atomically; `task` says what the outputs mean, such as {"class_names": ("road", "car")}, and `backbone` which
+    features the head was trained on (name, weights hash, and so on).
 
-    Raises ValueError for class names that are not as many as the classifier's classes.
+    Raises ValueError for class names that are not as many as the outputs.
     """
-    _write(path, head, FORMAT, {**_describe_head(head, class_names), "backbone": backbone})
+    _write(path, head, FORMAT, {**_describe_head(head, task), "backbone": backbone})
 
 
 def load_head(path: Path) -> tuple[SegmentationHead, dict[str, Any]]:
@@ -54,15 +55,16 @@ def load_context(path: Path) -> DensePredictionCell:
 
 
 def save_network(
-    path: Path, network: SegmentationNetwork, *, class_names: tuple[str, ...], source: dict[str, Any] | None = None
+    path: Path, network: SegmentationNetwork, *, task: Mapping[str, Any], source: dict[str, Any] | None = None
 ) -> None:
-    """Write atomically; `source` says where the weights come from (training settings, a converted file, and so on).
+    """Write atomically; `task` says what the outputs mean, as in `save_head`, and `source` where the weights come from
+    (training settings, a converted file, and so on).
 
     Raises ValueError for a backbone that is neither from timm nor plain, and so could not be built again from the file, and
-    for class names that are not as many as the classifier's classes.
+    for class names that are not as many as the outputs.
     """
     description = {
-        **_describe_head(network.head, class_names),
+        **_describe_head(network.head, task),
         "backbone": _describe_backbone(network.backbone),
         "decoder": None if network.decoder is None else {"projected_channels": network.decoder.projected_channels},
         "source": source or {},
@@ -83,12 +85,13 @@ def load_network(path: Path) -> tuple[SegmentationNetwork, dict[str, Any]]:
     return network, description
 
 
-def _describe_head(head: SegmentationHead, class_names: tuple[str, ...]) -> dict[str, Any]:
-    context, classes = head.context, head.classifier.out_channels
-    if len(class_names) != classes:
-        raise ValueError(f"the classifier has {classes} classes, got {len(class_names)} class names")
+def _describe_head(head: SegmentationHead, task: Mapping[str, Any]) -> dict[str, Any]:
+    context, outputs = head.context, head.classifier.out_channels
+    if "class_names" in task and len(task["class_names"]) != outputs:
+        raise ValueError(f"the classifier has {outputs} classes, got {len(task['class_names'])} class names")
     return {
-        "class_names": class_names,
+        **task,
+        "outputs": outputs,
         "cell": json.loads(context.cell.to_json()),
         "in_channels": context.in_channels,
         "branch_channels": context.branch_channels,
@@ -112,7 +115,8 @@ def _build_head(description: dict[str, Any]) -> SegmentationHead:
         pooling=description["pooling"],
         pooling_size=tuple(pooling_size) if pooling_size else None,
     )
-    return SegmentationHead(context, len(description["class_names"]))
+    outputs = description["outputs"] if "outputs" in description else len(description["class_names"])  # as in earlier files
+    return SegmentationHead(context, outputs)
 
 
 def _describe_backbone(backbone: Backbone) -> dict[str, Any]:

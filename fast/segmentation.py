@@ -1,6 +1,6 @@
 """Class scores from features (the cell with its classifier) or from images (with a backbone)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -91,12 +91,23 @@ class SegmentationNetwork(nn.Module):
         return bilinear_resize(self(images).float(), (images.shape[2], images.shape[3])).argmax(dim=1)
 
 
+def class_probabilities(logits: Tensor, scale: float) -> Tensor:
+    """logits: (N, K, H, W) -> their softmax, whatever the scale of the picture."""
+    return logits.softmax(dim=1)
+
+
 @torch.no_grad()
 def predict_scales(
-    network: SegmentationNetwork, images: Tensor, *, scales: Sequence[float] = (1.0,), flip: bool = False
+    network: SegmentationNetwork,
+    images: Tensor,
+    *,
+    scales: Sequence[float] = (1.0,),
+    flip: bool = False,
+    to_average: Callable[[Tensor, float], Tensor] = class_probabilities,
 ) -> Tensor:
     """Class probabilities averaged over scales and mirror images: (N, 3, H, W) -> (N, K, H, W) float32.
 
+    For another task than segmentation, `to_average(outputs, scale)` says what to average instead.
     This follows `predict_labels_multi_scale` of research/deeplab/model.py: the image is resized to int((H − 1)·scale + 1)
     rows, its logits to the size they have at scale 1 (larger for larger scales), then to the image's, and softmax is
     averaged. The best class is the argmax over dimension 1. Raises ValueError for scales that are not above 0.
@@ -111,8 +122,8 @@ def predict_scales(
             logits = network(scaled.flip(3) if mirrored else scaled).float()
             # For scales below 1, one resize to the image's size would give another result.
             logits = bilinear_resize(logits, _scaled(size, max(1.0, scale) / network.logits_stride))
-            probabilities = bilinear_resize(logits.flip(3) if mirrored else logits, size).softmax(dim=1)
-            total = probabilities if total is None else total + probabilities
+            summand = to_average(bilinear_resize(logits.flip(3) if mirrored else logits, size), scale)
+            total = summand if total is None else total + summand
     assert total is not None  # at least one scale
     return total / (len(scales) * (2 if flip else 1))
 

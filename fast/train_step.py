@@ -7,6 +7,7 @@ replayed without Python. On a CPU the same calls run one by one.
 import ctypes
 import functools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -24,7 +25,8 @@ EAGER_ITERATIONS = 3  # before a graph is captured, so that libraries have done 
 
 
 class TrainStep:
-    """Trains `head` on random crops of features (images, C, H, W), any float dtype, and labels (images, H', W'), uint8.
+    """Trains `head` on random crops of features (images, C, H, W), any float dtype, and labels (images, H', W'), as the loss
+    takes them.
 
     A crop of h × w features at (i, j) belongs to the window of s·(h − 1) + 1 by s·(w − 1) + 1 labels at pixel (s·i, s·j), for
     output stride s. Each call is one iteration and returns its loss, (), on the head's device. All randomness is drawn from
@@ -45,10 +47,11 @@ class TrainStep:
         momentum: float = 0.9,
         weight_decay: float = 4e-5,
         precision: Precision = "auto",
+        loss: Callable[[Tensor, Tensor], Tensor] = upsampled_cross_entropy,
     ) -> None:
         self.head = head
         self.device, self._dtype = head.classifier.weight.device, head.classifier.weight.dtype
-        self._features, self._labels = features, labels
+        self._features, self._labels, self._loss_of = features, labels, loss
         self._stride, self._crop, self._batch_size = output_stride, crop, batch_size
         self._window = (output_stride * (crop[0] - 1) + 1, output_stride * (crop[1] - 1) + 1)
         self._bf16 = precision == "bfloat16" or (precision == "auto" and has_fast_bf16(self.device))
@@ -83,7 +86,7 @@ class TrainStep:
         return self._loss.clone()
 
     def draw(self) -> tuple[Tensor, Tensor]:
-        """Random crops: features (N, C, h, w) in the head's dtype, their labels (N, H, W), uint8, on its device."""
+        """Random crops: features (N, C, h, w) in the head's dtype, their labels (N, H, W), on its device."""
         if self._features.device != self.device:
             self._receive()
             assert self._batch is not None
@@ -106,8 +109,8 @@ class TrainStep:
         features, labels = self._batch or self.draw()
         features = features.to(self._dtype)
         with counted_at_once(), torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16):
-            logits = self.head(features)
-        loss = upsampled_cross_entropy(logits, labels)
+            outputs = self.head(features)
+        loss = self._loss_of(outputs, labels)
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         self._optimizer.step()
@@ -150,7 +153,7 @@ class TrainStep:
         (height, width), stride = self._crop, self._stride
         shape = (self._batch_size, self._features.shape[1], height, width)
         batch = torch.empty(shape, dtype=self._features.dtype if to_send else self._dtype, pin_memory=to_send)
-        targets = torch.empty(self._batch_size, *self._window, dtype=torch.uint8, pin_memory=to_send)
+        targets = torch.empty(self._batch_size, *self._window, dtype=self._labels.dtype, pin_memory=to_send)
         for i, (index, top, left) in enumerate(zip(indices, tops, lefts, strict=True)):
             batch[i] = self._features[index, :, top : top + height, left : left + width]
             targets[i] = self._labels[index, stride * top :, stride * left :][: self._window[0], : self._window[1]]

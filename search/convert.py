@@ -11,6 +11,7 @@ from fast.checkpoint import save_network
 from search.cells.space import load_cell
 from search.cli import in_flags, run_command
 from search.datasets import cityscapes, pascal_voc
+from search.dense_tasks.segmentation import Segmentation
 from search.errors import InputError
 from search.settings import require
 from search.tensorflow.deeplab import convert
@@ -57,7 +58,7 @@ def main(settings: ConvertSettings) -> None:
     )
     class_names = _class_names(network.head.classifier.out_channels, settings.class_names)
     source = {"checkpoint": bundle.prefix.name, "variables": len(used), "moving_averages": settings.moving_averages}
-    save_network(settings.out, network, class_names=class_names, source=source)
+    save_network(settings.out, network, task=Segmentation(class_names).describe(), source=source)
     decoder = "a decoder" if network.decoder is not None else "no decoder"
     print(f"{network.backbone.name} at output stride {settings.output_stride}, {decoder}, {len(class_names)} classes")
     print(f"cell: {network.head.context.cell}")

@@ -29,6 +29,7 @@ import fast.kernels
 from fast.bilinear_resize import bilinear_resize
 from fast.checkpoint import load_head, load_network, write_whole
 from fast.dense_prediction_cell import DensePredictionCell
+from fast.segmentation import Classifier
 from reference.cell import AtrousSeparableConv, Conv1x1, Operation, PyramidPooling
 from search.cli import run_command
 from search.errors import InputError
@@ -169,9 +170,14 @@ def _load(settings: ExportSettings) -> tuple[nn.Module, dict[str, Any], int]:
         raise InputError(f"{error}; give a head as --head, a whole network as --network") from error
     parts = {
         "input": {"name": input_text.split()[0], "is": input_text},
-        "output": {"name": "logits", "is": f"logits (N, {len(description['class_names'])}, ...) float32, {scale}"},
+        "output": {"name": "logits", "is": f"logits (N, {_outputs(module)}, ...) float32, {scale}"},
     }
     return module.eval(), {**description, **parts}, channels
+
+
+def _outputs(module: nn.Module) -> int:
+    (classifier,) = (child for child in module.modules() if isinstance(child, Classifier))
+    return classifier.out_channels
 
 
 def _what_fixes_the_size(module: nn.Module) -> str | None:

@@ -35,7 +35,8 @@ from reference.cell import Cell
 from search.backbones.shapes import WIDE_BACKBONE
 from search.cells.space import canonical_form, load_cell
 from search.cli import Flat, run_command, this_command
-from search.datasets import open_dataset
+from search.datasets import open_splits
+from search.dense_tasks import Measure
 from search.devices import resolve_device
 from search.errors import InputError, fields_in, with_fields
 from search.folder import Folder
@@ -142,6 +143,7 @@ class Protocol:
 
     name: ProtocolName
     create_task: Callable[[], Task[Any]]
+    measure: Measure  # what its scores are
     iterations: int
     identity: dict[str, Any]
 
@@ -177,6 +179,7 @@ def main(settings: FidelitySettings) -> None:
     _check(settings)
     directory = settings.out or Path("runs") / "fidelity" / Path(settings.data.dataset).stem
     protocols = prepare_protocols(settings, directory)
+    measure = protocols[0].measure
     with Folder(directory).locked():
         for protocol in protocols:
             _folder(directory, protocol.name).check(protocol.identity)
@@ -188,7 +191,7 @@ def main(settings: FidelitySettings) -> None:
             scores = load_scores(directory, PROTOCOLS, list(fidelity_cells()))  # of earlier commands too
             found = {score.protocol for score in scores}
             shown = [protocol for protocol in PROTOCOLS if protocol in found or protocol in settings.protocols]
-            print(write_report(directory, scores, shown, this_command(_PROG)))
+            print(write_report(directory, scores, shown, this_command(_PROG), measure))
 
 
 def prepare_protocols(settings: FidelitySettings, directory: Path) -> list[Protocol]:
@@ -251,7 +254,7 @@ def _cached(
     identity = scored(settings.data, settings.features, settings.head, proxy) | facts | {"seed": settings.seed}
     if name == "long":
         identity["long_iterations"] = identity.pop("iterations")
-    return Protocol(name, create_task, proxy.iterations, plain(identity))
+    return Protocol(name, create_task, caches["train"].task.score, proxy.iterations, plain(identity))
 
 
 def _of_large(name: str) -> str:
@@ -265,7 +268,7 @@ def _of_large(name: str) -> str:
 def _end_to_end(settings: FidelitySettings, directory: Path, device: str) -> Protocol:
     data, recipe = settings.data, settings.end_to_end
     if recipe.crop_size is None:  # whole pictures, as on cached features
-        train = open_dataset(data.dataset, data.train_split, data.data_dir)
+        train, _ = open_splits(data)
         recipe = replace(recipe, crop_size=padded_size(settings.features, train, settings.backbone.stride))
     if data.dataset == SHAPES:  # a short training learns one scale at best
         recipe = replace(recipe, min_scale=given(recipe.min_scale, 1.0), max_scale=given(recipe.max_scale, 1.0))
@@ -283,9 +286,10 @@ def _end_to_end(settings: FidelitySettings, directory: Path, device: str) -> Pro
         return EndToEndTask(training, directory)
 
     own = scored(training.recipe)
-    parts = create_task().identity()
+    task = create_task()
+    parts = task.identity()
     identity = {f"end_to_end.{name}" if name in own else name: value for name, value in parts.items()}
-    return Protocol("end_to_end", create_task, training.recipe.iterations or 0, plain(identity))
+    return Protocol("end_to_end", create_task, task.dense_task.score, training.recipe.iterations or 0, plain(identity))
 
 
 def _run(settings: FidelitySettings, protocols: list[Protocol], directory: Path) -> None:
@@ -348,13 +352,13 @@ def _record(directory: Path, outcome: Outcome[Any]) -> None:
 
 def _write_score(directory: Path, outcome: Outcome[Any]) -> None:
     training, result, failure = outcome.job.key, outcome.result, outcome.failure
-    if result is not None and not math.isfinite(result.mean_iou):
-        failure = f"its mIOU is {result.mean_iou}"
+    if result is not None and not math.isfinite(result.score):
+        failure = f"its score is {result.score}"
     if failure is not None:
         tqdm.write(f"{training} failed: {failure}", file=sys.stderr)
     counted = result if failure is None else None
-    mean_iou, seconds = (counted.mean_iou, counted.seconds) if counted is not None else (None, None)
-    score = Score(training.protocol, training.cell_name, training.seed, mean_iou, seconds, failure)
+    value, seconds = (counted.score, counted.seconds) if counted is not None else (None, None)
+    score = Score(training.protocol, training.cell_name, training.seed, value, seconds, failure)
     content = asdict(score) | {"cell": json.loads(outcome.job.cell.to_json())}
     _folder(directory, training.protocol).write_result(score_name(training.cell_name, training.seed), content)
 

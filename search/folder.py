@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from search.errors import InputError
 from search.files import write_json
 
-_FORMAT = 2  # version of settings.json; the first one had no number
+_FORMAT = 3  # version of settings.json and of the results; the first one had no number
 
 
 @dataclass(frozen=True)

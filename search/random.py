@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fast.checkpoint import save_head
 from fast.segmentation import SegmentationHead
 from reference.cell import NUM_BRANCHES
@@ -84,7 +82,7 @@ def main(settings: RandomSettings) -> None:
     plan = SearchPlan(settings.trials, load_cells(settings.compare), settings.comparison_seeds, settings.seed)
     caches = prepare_caches(settings.data, settings.backbone, settings.features, settings.machine)
     crop_in_features(settings.proxy, caches["train"])  # refuses a wrong crop size before the run begins
-    manifest = caches["train"].manifest
+    manifest, task = caches["train"].manifest, caches["train"].task
     directory = settings.out or Path("runs") / manifest["dataset"]
 
     def create_task() -> ProxyTask:
@@ -95,7 +93,7 @@ def main(settings: RandomSettings) -> None:
         keys = ("backbone", "weights_hash", "weights_origin", "mean", "std", "output_stride", "dataset")
         backbone = {key: manifest[key] for key in keys if key in manifest}  # a cache of an earlier version may lack some
         path = directory / "heads" / f"{name}.safetensors"
-        save_head(path, trained, class_names=caches["train"].class_names, backbone=backbone)
+        save_head(path, trained, task=task.describe(), backbone=backbone)
 
     run = open_run(
         directory,
@@ -103,8 +101,7 @@ def main(settings: RandomSettings) -> None:
         sampler,
         storage=settings.storage,
         command=this_command(_PROG),
-        class_names=caches["train"].class_names,
-        palette=np.array(manifest["palette"], dtype=np.uint8),
+        task=task,
         settings=RunSettings(settings.data, settings.backbone, settings.features, head, settings.machine),
     )
     with (
@@ -113,7 +110,7 @@ def main(settings: RandomSettings) -> None:
     ):
         timed_on = None
         try:
-            Search(study, workers, space, plan, keep_head).run()
+            Search(study, workers, space, plan, task.score, keep_head).run()
             timed_on = device
         finally:  # also after Ctrl-C: report what there is, without latencies, which would take seconds
             finish_run(directory, caches["val"], settings.data, plan.compare, timed_on)

@@ -16,6 +16,7 @@ from fast.backbone import WeightsOrigin
 from reference.pyramid_pooling import PoolingVariant
 from search.cells.space import canonical_form, load_cells
 from search.cli import Flat, run_command, this_command
+from search.dense_tasks import Scores
 from search.devices import resolve_device
 from search.errors import InputError
 from search.folder import Folder
@@ -29,6 +30,7 @@ from search.settings import (
     HeadSettings,
     MachineSettings,
     RecipeSettings,
+    TaskName,
     TrainingSettings,
     given,
     known,
@@ -47,6 +49,8 @@ class RunOverrides:
     """Data set, as in search.train. None: the run's, with its --data-dir and --train-split."""
     data_dir: Path | None = None
     """Folder of the data set. None: the run's."""
+    task: TaskName | None = None
+    """What to predict: segmentation or depth. None: the run's."""
     train_split: str | None = None
     """Split to train on. None: the run's."""
     val_split: str | None = None
@@ -73,6 +77,7 @@ class RunOverrides:
         return replace(
             before,
             data_dir=given(self.data_dir, before.data_dir),
+            task=given(self.task, before.task),
             train_split=given(self.train_split, before.train_split),
             val_split=given(self.val_split, before.val_split),
         )
@@ -146,7 +151,7 @@ def main(settings: RerankSettings) -> None:
             try:
                 _train(task, opened, candidates, settings)
             finally:  # also after Ctrl-C: report what there is
-                finish_reranking(directory, ranks(task, candidates, settings), settings.seeds)
+                finish_reranking(directory, ranks(task, candidates, settings), settings.seeds, task.dense_task)
 
 
 def candidates_of(run: Run, settings: RerankSettings) -> list[Candidate]:
@@ -159,9 +164,9 @@ def candidates_of(run: Run, settings: RerankSettings) -> list[Candidate]:
     candidates = []
     for name, cell in load_cells(settings.compare).items():
         same = [r for r in run.baselines if r.name == name and canonical_form(r.cell) == canonical_form(cell)]
-        candidates.append(Candidate(name, cell, tuple(record.result.mean_iou for record in same), None))
+        candidates.append(Candidate(name, cell, tuple(record.result.score for record in same), None))
     for proxy_rank, record in enumerate(best, start=1):
-        scores = (record.result.mean_iou,) if record.result else ()
+        scores = (record.result.score,) if record.result else ()
         candidates.append(Candidate(f"trial {record.number}", record.cell, scores, proxy_rank))
     return candidates
 
@@ -218,7 +223,8 @@ def _record(task: EndToEndTask, outcome: Outcome[EndToEndResult]) -> None:
     if outcome.result is None:
         tqdm.write(f"{outcome.job.key} failed: {outcome.failure}; delete {folder} to try it again", file=sys.stderr)
     else:
-        tqdm.write(f"{outcome.job.key}: mIOU {100 * outcome.result.mean_iou:.2f} %", file=sys.stderr)
+        score = task.dense_task.score
+        tqdm.write(f"{outcome.job.key}: {score.name} {score.text(outcome.result.score)}", file=sys.stderr)
     result = asdict(outcome.result) if outcome.result else None
     Folder(folder).write_result("result", {"result": result, "failure": outcome.failure})
     _delete_state(folder)
@@ -248,7 +254,7 @@ def read_outcome(folder: Path) -> EndToEndResult | Failed | None:
     try:
         if content["result"] is None:
             return Failed(str(content["failure"]))
-        return EndToEndResult(**{**content["result"], "class_iou": tuple(content["result"]["class_iou"])})
+        return EndToEndResult(**{**content["result"], "scores": Scores.restored(content["result"]["scores"])})
     except (KeyError, TypeError) as error:
         raise training.damaged("result", error) from error
 

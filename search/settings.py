@@ -17,6 +17,7 @@ from reference.pyramid_pooling import PoolingVariant
 from search.errors import InputError
 
 FeatureDtype = Literal["float16", "bfloat16"]
+TaskName = Literal["segmentation", "depth"]
 Value = TypeVar("Value")
 Group = TypeVar("Group")
 
@@ -107,10 +108,12 @@ class PictureSettings:
 class DataSettings(PictureSettings):
     """The data set, and its splits to train and to score on."""
 
+    task: TaskName | None = changes_no_score(None)  # part of the data set's name and fingerprint
+    """What to predict: segmentation or depth. None: what the data set has labels for; segmentation for shapes."""
     train_split: str = changes_no_score("train")  # part of the fingerprint
     """Split to train on, such as cityscapes' trainval or pascal_voc's train_aug."""
     val_split: str = changes_no_score("val")
-    """Split to score on; where whole networks are trained, its mIOU chooses the best."""
+    """Split to score on; where whole networks are trained, its score chooses the best."""
 
 
 @dataclass(frozen=True, kw_only=True)

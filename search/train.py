@@ -1,4 +1,4 @@
-"""Train a whole network end to end, from images to classes, as the authors do: `python -m search.train`.
+"""Train a whole network end to end, from pictures to predictions, as the authors do: `python -m search.train`.
 
 Without flags it trains a small network on generated scenes in about two minutes. The same command continues an interrupted
 training and gives the same losses as if it had not been interrupted. docs/training.md explains what follows the authors and
@@ -14,7 +14,7 @@ import torch
 from reference.cell import Cell
 from search.cells.space import load_cell
 from search.cli import Flat, run_command, this_command
-from search.datasets import Dataset, open_dataset
+from search.datasets import Dataset, open_splits
 from search.devices import Devices, join_devices
 from search.errors import InputError
 from search.folder import Folder
@@ -47,7 +47,7 @@ class TrainSettings:
     run: Path | None = None
     """Folder of a search (runs/x), to train its best cell."""
     init: Path | None = None
-    """Whole network to start from, with its architecture; with other classes the classifier begins anew."""
+    """Whole network to start from, with its architecture; with other classes its last layer begins anew."""
     seed: int = 0
     """Seed of everything: initial weights, order of the pictures, crops, dropout."""
     out: Path | None = None
@@ -76,12 +76,12 @@ def main(settings: TrainSettings) -> None:
     _check(settings, training)
     devices = join_devices(settings.machine.device)
     try:
-        data = settings.data
-        train, val = (open_dataset(data.dataset, split, data.data_dir) for split in (data.train_split, data.val_split))
+        train, val = open_splits(settings.data)
         directory = settings.out or Path("runs") / "train" / train.name
         result = _train(settings, training, train, val, directory, devices)
         if devices.rank == 0:
-            print(f"best mIOU on {val.name} {val.split}: {100 * result.best_mean_iou:.2f} %")
+            score = val.task.score
+            print(f"best {score.name} on {val.name} {val.split}: {score.text(result.best)}")
             print(f"network: {directory / 'best.safetensors'}")
     except NotFiniteTrainingError as error:
         raise InputError(
@@ -100,9 +100,9 @@ def _train(
     settings: TrainSettings, training: TrainingSettings, train: Dataset, val: Dataset, directory: Path, devices: Devices
 ) -> TrainingResult:
     if settings.init is not None:
-        network = initial_network(training, settings.init, train.class_names)
+        network = initial_network(training, settings.init, train.task)
     else:
-        network = create_network(training, _cell(settings), train.class_names)
+        network = create_network(training, _cell(settings), train.task)
     identity = training_identity(training, network, train, val, devices, settings.init)
     folder = Folder(directory, "training")
     with folder.locked() if devices.rank == 0 else nullcontext():  # only the first process writes

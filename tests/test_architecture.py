@@ -29,6 +29,7 @@ FLOORS: list[set[str]] = [
     {"training", "tensorflow"},
     {"backbones"},
     {"datasets", "cells"},
+    {"dense_tasks"},
     {"settings", "devices", "folder"},
     {"errors", "files", "interrupts"},
 ]

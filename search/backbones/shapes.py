@@ -16,7 +16,6 @@ from torch import nn
 from tqdm import trange
 
 from fast.backbone import Backbone, plain_backbone
-from fast.upsampled_cross_entropy import upsampled_cross_entropy
 from search.datasets import Dataset, open_dataset
 from search.errors import InputError
 from search.files import write_whole
@@ -60,7 +59,7 @@ def _train(backbone: Backbone, dataset: Dataset) -> None:
     labels = torch.from_numpy(np.stack([sample.label for sample in samples]))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        classifier = nn.Conv2d(backbone.channels, len(dataset.class_names), kernel_size=1)
+        classifier = nn.Conv2d(backbone.channels, len(dataset.task.outputs), kernel_size=1)
         for module in backbone.modules():
             if isinstance(module, nn.Conv2d | nn.BatchNorm2d):
                 module.reset_parameters()  # from the seed
@@ -69,7 +68,7 @@ def _train(backbone: Backbone, dataset: Dataset) -> None:
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.01, total_steps=ITERATIONS)
         for _ in trange(ITERATIONS, desc=f"backbone {backbone.name} for the shapes", unit="step"):
             batch = torch.randint(len(samples), (_BATCH,))
-            loss = upsampled_cross_entropy(network(images[batch].float()), labels[batch])
+            loss = dataset.task.loss(network(images[batch].float()), labels[batch])
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()

@@ -1,7 +1,8 @@
-"""Data sets for semantic segmentation behind one small protocol: pictures with one class per pixel.
+"""Data sets behind one small protocol: pictures with a label per pixel, and the dense task that says what labels are.
 
 A data set called `x` is the module `search/datasets/x.py`, listed in `DATASETS`, with `LENGTHS` (its splits and how many
-pictures each officially has) and a function `open_split(split, data_dir)`. Modules are imported on first use, so a reader's
+pictures each officially has) and a function `open_split(split, data_dir)`. One with labels for more tasks than one has the
+others' functions in `OTHER_TASKS`, by the task's name. Modules are imported on first use, so a reader's
 dependencies are needed only for that data set. Any other folder is described by a TOML file (`described.py`).
 `python -m search.datasets check` verifies a folder; docs/datasets.md says where to get each data set.
 """
@@ -14,28 +15,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reference.upsampled_cross_entropy import IGNORE_INDEX as IGNORE_INDEX
+from search.dense_tasks import DenseTask, Label
 from search.errors import InputError
+from search.settings import DataSettings, TaskName
 
 DATASETS = ("shapes", "camvid", "cityscapes", "pascal_voc", "pascal_person_part")
 SPLITS = ("train", "val")  # what a search needs; a data set may have more
 
 
 class Sample(NamedTuple):
-    """One picture: `image` (H, W, 3) uint8 RGB, `label` (H, W) uint8 classes or `IGNORE_INDEX`, `name` within its split.
+    """One picture: `image` (H, W, 3) uint8 RGB, `label` (H, W) as the task has it, `name` within its split.
 
-    Where labels are not public (a test split), every pixel of the label is `IGNORE_INDEX`.
+    Where labels are not public (a test split), no pixel of the label is labelled.
     """
 
     image: NDArray[np.uint8]
-    label: NDArray[np.uint8]
+    label: Label
     name: str
 
 
 class Dataset(Protocol):
-    """One split of a data set: `len(dataset)` samples, the same ones whenever they are read.
-
-    `class_names` names the K classes 0 to K − 1, and `palette` (K, 3) uint8 RGB has their colours. `label_ids` has the value
-    of each class in the data set's own label files, for predictions that other programs read.
+    """One split of a data set: `len(dataset)` samples, the same ones whenever they are read. Data sets that differ only in
+    their task have different names.
     """
 
     @property
@@ -43,11 +44,7 @@ class Dataset(Protocol):
     @property
     def split(self) -> str: ...
     @property
-    def class_names(self) -> tuple[str, ...]: ...
-    @property
-    def palette(self) -> NDArray[np.uint8]: ...
-    @property
-    def label_ids(self) -> tuple[int, ...]: ...
+    def task(self) -> DenseTask: ...
 
     def __len__(self) -> int: ...
 
@@ -72,10 +69,10 @@ def split_names(name: str) -> tuple[str, ...]:
     return tuple(importlib.import_module(f"search.datasets.{name}").LENGTHS)
 
 
-def open_unchecked(name: str, split: str, data_dir: Path | None) -> Dataset:
+def open_unchecked(name: str, split: str, data_dir: Path | None, task: TaskName | None = None) -> Dataset:
     """Like `open_dataset`, but without raising the first of the data set's `problems()`.
 
-    Raises InputError for an unknown name or split, and for a folder without anything to list.
+    Raises InputError for an unknown name, split or task, and for a folder without anything to list.
     """
     splits = split_names(name)
     if split not in splits:
@@ -84,21 +81,28 @@ def open_unchecked(name: str, split: str, data_dir: Path | None) -> Dataset:
     if name.endswith(".toml"):
         dataset = importlib.import_module("search.datasets.described").open_split(Path(name), split, data_dir)
     else:
-        dataset = importlib.import_module(f"search.datasets.{name}").open_split(split, data_dir)
+        module = importlib.import_module(f"search.datasets.{name}")
+        dataset = getattr(module, "OTHER_TASKS", {}).get(task, module.open_split)(split, data_dir)
+    if task not in (None, dataset.task.name):
+        raise InputError(
+            f"`task` {task} needs other labels: those of `dataset` {name} are for {dataset.task.name}; give another data set, "
+            "such as a TOML file that describes yours"
+        )
     return dataset
 
 
-def open_dataset(name: str, split: str, data_dir: Path | None) -> Dataset:
+def open_dataset(name: str, split: str, data_dir: Path | None, task: TaskName | None = None) -> Dataset:
     """Open `split` of data set `name`, one of `DATASETS` or a TOML file; `data_dir` is its folder, None for generated data.
 
-    Raises InputError for an unknown name or split, and for a folder that does not hold the whole data set.
+    `task` chooses among the labels that the data set has. Raises InputError for an unknown name or split, labels for another
+    task, and for a folder that does not hold the whole data set.
 
     >>> dataset = open_dataset("shapes", "val", None)
     >>> image, label, name = dataset[0]
     >>> name, image.shape, label.shape
     ('val_000', (257, 257, 3), (257, 257))
     """
-    dataset = open_unchecked(name, split, data_dir)
+    dataset = open_unchecked(name, split, data_dir, task)
     first, *others = dataset.problems() or [""]
     if others:
         check = f"python -m search.datasets check {name}"
@@ -108,3 +112,9 @@ def open_dataset(name: str, split: str, data_dir: Path | None) -> Dataset:
     if first:
         raise InputError(first)
     return dataset
+
+
+def open_splits(data: DataSettings) -> tuple[Dataset, Dataset]:
+    """The split to train on and the one to score on. Raises InputError as `open_dataset` does."""
+    train, val = (open_dataset(data.dataset, split, data.data_dir, data.task) for split in (data.train_split, data.val_split))
+    return train, val

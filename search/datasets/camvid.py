@@ -12,6 +12,7 @@ import numpy as np
 
 from search.datasets import IGNORE_INDEX
 from search.datasets.files import FileDataset, LabelReader, Pair, read_lines, repeated, require_layout
+from search.dense_tasks.segmentation import Segmentation
 from search.errors import InputError
 
 CLASS_NAMES = (
@@ -68,9 +69,7 @@ def open_split(split: str, data_dir: Path | None) -> FileDataset:
     return FileDataset(
         name="camvid",
         split=split,
-        class_names=CLASS_NAMES,
-        palette=PALETTE,
-        label_ids=tuple(range(VOID)),
+        task=Segmentation(CLASS_NAMES, PALETTE),
         pairs=tuple(pairs),
         read_label=_LABELS,
         listing=listing,

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from search.datasets import IGNORE_INDEX, SPLITS, Dataset, open_unchecked, split_names
+from search.datasets import SPLITS, Dataset, open_unchecked, split_names
 from search.datasets.files import FileDataset
 from search.errors import InputError
 
@@ -35,7 +35,7 @@ class Verdict(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """The result of reading one picture: its (H, W), its number of pixels of each label 0 to 255, and the problem, if any."""
+    """The result of reading one picture: its (H, W), its pixels by the task's bins, and the problem, if any."""
 
     size: tuple[int, int] | None
     pixels: NDArray[np.int64]
@@ -154,8 +154,8 @@ def _examine(dataset: Dataset, index: int) -> Finding:
     try:
         label = dataset[index].label
     except InputError as error:
-        return Finding(None, np.zeros(256, np.int64), str(error))
-    return Finding((label.shape[0], label.shape[1]), np.bincount(label.ravel(), minlength=256), "")
+        return Finding(None, np.zeros(len(dataset.task.bins) + 1, np.int64), str(error))
+    return Finding((label.shape[0], label.shape[1]), dataset.task.histogram(label), "")
 
 
 def _split_table(datasets: list[Dataset], findings: list[list[Finding]]) -> str:
@@ -164,20 +164,20 @@ def _split_table(datasets: list[Dataset], findings: list[list[Finding]]) -> str:
         pixels = np.sum([finding.pixels for finding in of_split], axis=0)
         sizes = [finding.size for finding in of_split if finding.size]
         extent = " × ".join("–".join(map(str, dict.fromkeys((min(axis), max(axis))))) for axis in zip(*sizes, strict=True))
-        ignored = f"{100 * pixels[IGNORE_INDEX] / pixels.sum():.2f}" if pixels.sum() else "-"
+        ignored = f"{100 * pixels[-1] / pixels.sum():.2f}" if pixels.sum() else "-"
         rows.append((dataset.split, f"{len(dataset):,}", _official(dataset), extent or "-", ignored))
     return _aligned(rows)
 
 
 def _class_table(datasets: list[Dataset], findings: list[list[Finding]]) -> str:
     """Table of each class's share in the labelled pixels of each split; a split without labels has no column."""
-    names = datasets[0].class_names
+    task = datasets[0].task
     columns = []
     for dataset, of_split in zip(datasets, findings, strict=True):
-        pixels = np.sum([finding.pixels for finding in of_split], axis=0)[: len(names)]
+        pixels = np.sum([finding.pixels for finding in of_split], axis=0)[:-1]
         if pixels.sum():
             columns.append((f"{dataset.split} %", *(f"{100 * share:.2f}" for share in pixels / pixels.sum())))
-    rows = zip(("", *map(str, range(len(names)))), ("class", *names), *columns, strict=True)
+    rows = zip(("", *map(str, range(len(task.bins)))), (task.bins_heading, *task.bins), *columns, strict=True)
     return _aligned(list(rows))
 
 

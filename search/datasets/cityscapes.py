@@ -14,6 +14,7 @@ from torchvision.datasets import Cityscapes
 
 from search.datasets import IGNORE_INDEX
 from search.datasets.files import FileDataset, LabelReader, Pair, repeated, require_layout
+from search.dense_tasks.segmentation import Segmentation
 from search.errors import InputError
 
 _CLASSES = sorted(
@@ -44,9 +45,7 @@ def open_split(split: str, data_dir: Path | None) -> FileDataset:
     return FileDataset(
         name="cityscapes",
         split=split,
-        class_names=CLASS_NAMES,
-        palette=PALETTE,
-        label_ids=LABEL_IDS,
+        task=Segmentation(CLASS_NAMES, PALETTE, LABEL_IDS),
         pairs=tuple(pairs),
         read_label=_LABELS,
         listing=listing,

@@ -3,8 +3,10 @@
 `images` and `labels` are path patterns in the folder: `{name}` is the picture's name, `{split}` the split's (or the folder
 that the split's table names), `*` any text without a slash. A split's pictures are those in its list, or else all images
 that match the pattern. Label values are classes 0, 1, ... in the order of `classes`, unless `label_ids` gives other values.
+With `depth_scale` instead of `classes`, labels are depths.
 """
 
+import math
 import re
 import tomllib
 from collections.abc import Mapping
@@ -16,10 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from search.datasets import IGNORE_INDEX
-from search.datasets.files import FileDataset, LabelReader, Pair, read_lines, repeated, spans, voc_palette
+from search.datasets.files import DepthReader, FileDataset, LabelReader, Pair, read_lines, repeated, spans
+from search.dense_tasks import DenseTask
+from search.dense_tasks.depth import Depth
+from search.dense_tasks.segmentation import Segmentation, voc_palette
 from search.errors import InputError
 
-_FIELDS = ("classes", "images", "labels", "splits", "name", "colours", "ignore", "label_ids")
+_FIELDS = ("classes", "depth_scale", "images", "labels", "splits", "name", "colours", "ignore", "label_ids")
+_OF_CLASSES = ("classes", "colours", "ignore", "label_ids")
 _SPLIT_FIELDS = ("list", "folder", "labelled", "count")
 _MOST_CLASSES = IGNORE_INDEX  # 0 to 254; 255 is ignored
 
@@ -36,13 +42,13 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class Description:
-    """A TOML file's content, checked. `train_ids` gives each label value its class, or 255."""
+    """A TOML file's content, checked. `recipe` is what the labels depend on besides their files."""
 
     path: Path
     name: str
-    class_names: tuple[str, ...]
-    palette: NDArray[np.uint8]
-    train_ids: Mapping[int, int]
+    task: DenseTask
+    read_label: LabelReader | DepthReader
+    recipe: str
     images: str
     labels: str | None
     splits: Mapping[str, Split]
@@ -81,9 +87,7 @@ def open_split(path: Path, split: str, data_dir: Path | None) -> FileDataset:
     return FileDataset(
         name=description.name,
         split=split,
-        class_names=description.class_names,
-        palette=description.palette,
-        label_ids=_label_ids(description),
+        task=description.task,
         pairs=tuple(
             Pair(
                 name,
@@ -92,11 +96,11 @@ def open_split(path: Path, split: str, data_dir: Path | None) -> FileDataset:
             )
             for name in names
         ),
-        read_label=LabelReader(description.train_ids, remedy=f"correct the file, or ignore and label_ids in {path}"),
+        read_label=description.read_label,
         listing=listing,
         faults=tuple(faults),
         official_lengths=() if wanted.count is None else (wanted.count,),
-        recipe=repr(sorted(description.train_ids.items())),
+        recipe=description.recipe,
     )
 
 
@@ -110,7 +114,7 @@ def load_description(path: Path) -> Description:
         raise InputError(f"{path} is no TOML file ({error}); docs/datasets.md shows one") from error
     fields = _Fields(path, content)
     fields.refuse_others(_FIELDS)
-    class_names = _class_names(fields)
+    task, read_label, recipe = _depths(fields) if "depth_scale" in content else _classes(fields)
     splits = _splits(fields)
     images = _pattern(fields, "images")
     labels = _pattern(fields, "labels") if any(split.labelled for split in splits.values()) else None
@@ -124,9 +128,9 @@ def load_description(path: Path) -> Description:
     return Description(
         path=path,
         name=_name(fields),
-        class_names=class_names,
-        palette=_palette(fields, len(class_names)),
-        train_ids=_train_ids(fields, class_names),
+        task=task,
+        read_label=read_label,
+        recipe=recipe,
         images=images,
         labels=labels,
         splits=splits,
@@ -175,6 +179,26 @@ def _name(fields: _Fields) -> str:
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise fields.error("name", f"{name!r} cannot be part of a file name", "use letters, digits, '_', '-' and '.'")
     return name
+
+
+def _classes(fields: _Fields) -> tuple[Segmentation, LabelReader, str]:
+    """The task of a file with `classes`, who reads its labels, and what they depend on."""
+    class_names = _class_names(fields)
+    palette, train_ids = _palette(fields, len(class_names)), _train_ids(fields, class_names)
+    reader = LabelReader(train_ids, remedy=f"correct the file, or ignore and label_ids in {fields.path}")
+    return Segmentation(class_names, palette, _label_ids(train_ids, len(class_names))), reader, repr(sorted(train_ids.items()))
+
+
+def _depths(fields: _Fields) -> tuple[Depth, DepthReader, str]:
+    """The same of a file with `depth_scale`."""
+    scale = fields.content["depth_scale"]
+    if type(scale) not in (int, float) or not 0 < scale < math.inf:
+        raise fields.error("depth_scale", f"must be a number above 0, got {scale!r}", "give what a label has for one metre")
+    for field in _OF_CLASSES:
+        if field in fields.content:
+            raise fields.error(field, "is for classes, and depth_scale for depths", "leave one of them out")
+    reader = DepthReader(float(scale), remedy=f"correct the file, or give classes instead of depth_scale in {fields.path}")
+    return Depth(float(scale)), reader, f"depth_scale {float(scale)}"
 
 
 def _class_names(fields: _Fields) -> tuple[str, ...]:
@@ -231,10 +255,10 @@ def _train_id(fields: _Fields, value: str, meaning: object, class_names: tuple[s
     raise fields.error(f"label_ids.{value}", f"{meaning!r} is no class", "give one of `classes`, or its number, from 0")
 
 
-def _label_ids(description: Description) -> tuple[int, ...]:
+def _label_ids(train_ids: Mapping[int, int], classes: int) -> tuple[int, ...]:
     """The value of each class in label files; the first one, if several mean the same class."""
-    first = {train_id: value for value, train_id in reversed(list(description.train_ids.items()))}
-    return tuple(first[train_id] for train_id in range(len(description.class_names)))
+    first = {train_id: value for value, train_id in reversed(list(train_ids.items()))}
+    return tuple(first[train_id] for train_id in range(classes))
 
 
 def _splits(fields: _Fields) -> dict[str, Split]:

@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from search.datasets import IGNORE_INDEX, Sample
+from search.dense_tasks import DenseTask
 from search.errors import InputError
 
 # What Pillow raises for damaged files and for absurd sizes.
@@ -70,6 +71,25 @@ class LabelReader:
         return f"{spans(classes)} for the classes" + (f" and {spans(void)} for void" if void else "")
 
 
+@dataclass(frozen=True, eq=False)
+class DepthReader:
+    """Reads depth maps with 16 bits per pixel: `scale` times the metres, or 0 where nothing was measured."""
+
+    scale: float
+    remedy: str
+
+    def __call__(self, path: Path) -> NDArray[np.float32]:
+        """(H, W) float32 metres, NaN where nothing was measured. Raises InputError naming the file."""
+        picture = open_picture(path)
+        if not picture.mode.startswith("I"):  # which Pillow has for 16 bits
+            raise InputError(
+                f"label {path} must be a 16-bit picture with one channel that holds depths, it has mode {picture.mode}; "
+                f"{self.remedy}"
+            )
+        values = np.array(picture).astype(np.float32)
+        return np.where(values > 0, values / np.float32(self.scale), np.float32(np.nan))
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FileDataset:
     """One split of pictures on disk, a `Dataset`.
@@ -81,11 +101,9 @@ class FileDataset:
 
     name: str
     split: str
-    class_names: tuple[str, ...]
-    palette: NDArray[np.uint8] = field(repr=False)
-    label_ids: tuple[int, ...] = field(repr=False)
+    task: DenseTask = field(repr=False)
     pairs: tuple[Pair, ...] = field(repr=False)
-    read_label: LabelReader = field(repr=False)
+    read_label: LabelReader | DepthReader = field(repr=False)
     listing: Path
     faults: tuple[str, ...] = ()
     official_lengths: tuple[int, ...] = ()
@@ -101,7 +119,7 @@ class FileDataset:
         name, image_path, label_path = self.pairs[index]
         image, image_error = self._attempt(read_image, image_path)
         if label_path is None and image is not None:
-            return Sample(image, np.full(image.shape[:2], IGNORE_INDEX, np.uint8), name)
+            return Sample(image, self.task.unlabelled((image.shape[0], image.shape[1])), name)
         label, label_error = self._attempt(self.read_label, label_path) if label_path else (None, "")
         if image is None or label is None:
             raise InputError("; ".join(filter(None, (image_error, label_error))))
@@ -127,7 +145,7 @@ class FileDataset:
             return [*self.faults, fault, *(self._absence(path) for path in absent if path not in labels)]
         return [*self.faults, *map(self._absence, absent)]
 
-    def _attempt(self, read: Callable[[Path], NDArray[np.uint8]], path: Path) -> tuple[NDArray[np.uint8] | None, str]:
+    def _attempt(self, read: Callable[[Path], NDArray[Any]], path: Path) -> tuple[NDArray[Any] | None, str]:
         """Return what was read or the error, so that an image's error does not hide that of its label."""
         if not path.is_file():
             return None, self._absence(path)
@@ -206,19 +224,5 @@ def spans(values: Iterable[int]) -> str:
     return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
 
 
-def voc_palette(classes: int) -> NDArray[np.uint8]:
-    """The colours of PASCAL VOC's devkit, (classes, 3): the bits of a class spread over the high bits of its RGB.
-
-    >>> voc_palette(3).tolist()
-    [[0, 0, 0], [128, 0, 0], [0, 128, 0]]
-    """
-    numbers = np.arange(classes)[:, None]
-    palette = np.zeros((classes, 3), np.uint8)
-    for k in range(3):  # bits 3k, 3k + 1 and 3k + 2 of the class are bit 7 − k of red, green and blue
-        palette |= (((numbers >> (3 * k + np.arange(3))) & 1) << (7 - k)).astype(np.uint8)
-    palette.flags.writeable = False
-    return palette
-
-
-def _size(pixels: NDArray[np.uint8]) -> str:
+def _size(pixels: NDArray[Any]) -> str:
     return f"{pixels.shape[0]}×{pixels.shape[1]}"

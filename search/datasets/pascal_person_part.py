@@ -11,8 +11,9 @@ which exchanges their names but does not change the mIOU.
 from pathlib import Path
 
 from search.datasets import IGNORE_INDEX
-from search.datasets.files import FileDataset, LabelReader, Pair, read_lines, repeated, require_layout, voc_palette
+from search.datasets.files import FileDataset, LabelReader, Pair, read_lines, repeated, require_layout
 from search.datasets.matlab import read_person_parts
+from search.dense_tasks.segmentation import Segmentation, voc_palette
 from search.errors import InputError
 
 CLASS_NAMES = ("background", "head", "torso", "upper arms", "lower arms", "upper legs", "lower legs")
@@ -46,9 +47,7 @@ def open_split(split: str, data_dir: Path | None) -> FileDataset:
     return FileDataset(
         name="pascal_person_part",
         split=split,
-        class_names=CLASS_NAMES,
-        palette=PALETTE,
-        label_ids=tuple(range(len(CLASS_NAMES))),
+        task=Segmentation(CLASS_NAMES, PALETTE),
         pairs=tuple(Pair(name, data_dir / "JPEGImages" / f"{name}.jpg", labels / f"{name}{suffix}") for name in names),
         read_label=_LABELS,
         listing=listing,

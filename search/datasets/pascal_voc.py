@@ -19,8 +19,9 @@ from pathlib import Path
 from torchvision.datasets import SBDataset, VOCSegmentation
 
 from search.datasets import IGNORE_INDEX
-from search.datasets.files import FileDataset, LabelReader, Pair, read_lines, repeated, require_layout, voc_palette
+from search.datasets.files import FileDataset, LabelReader, Pair, read_lines, repeated, require_layout
 from search.datasets.matlab import read_class_map
+from search.dense_tasks.segmentation import Segmentation, voc_palette
 from search.errors import InputError
 
 CLASS_NAMES = (
@@ -80,9 +81,7 @@ def open_split(split: str, data_dir: Path | None) -> FileDataset:
     return FileDataset(
         name="pascal_voc",
         split=split,
-        class_names=CLASS_NAMES,
-        palette=PALETTE,
-        label_ids=tuple(range(len(CLASS_NAMES))),
+        task=Segmentation(CLASS_NAMES, PALETTE),
         pairs=tuple(pairs),
         read_label=_LABELS,
         listing=listing,

@@ -8,17 +8,27 @@ class. The class is decided by extent and aspect ratio, at scales from 1/12 to 3
 - the same small disc is a *dot* on the background and an *inlay* within a shape.
 
 Shapes overlap, illumination and noise cover everything, and a thin contour between classes is ignored.
+
+The same scenes have a depth map, from which `ShapesDepth` makes labels. Each kind of shape has one size in metres, so its
+distance follows from how large it appears: the cell must tell the kind and see the whole shape. Small discs are painted on
+what they lie on, and so are as far away as that; the background is a wall. Where shapes overlap the smaller one shows,
+whatever its distance.
 """
 
 import hashlib
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass
+from functools import partial
 from pathlib import Path
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from search.datasets import IGNORE_INDEX, Sample
+from search.dense_tasks import DenseTask
+from search.dense_tasks.depth import Depth
+from search.dense_tasks.segmentation import Segmentation
 from search.errors import InputError
 
 CLASS_NAMES = ("background", "block", "wide bar", "tall bar", "disc", "ring", "dot", "inlay")
@@ -39,6 +49,9 @@ EXTENTS = {
     DOT: (1 / 12, 0.16),
 }
 ASPECT_RATIOS = {BLOCK: (1, 1.25), WIDE_BAR: (2, 4), TALL_BAR: (2, 4)}  # longer side : shorter side; 1 for the others
+# Longer side of each class in metres; one that fills the picture's side is as far away as it is long.
+METRES = {BLOCK: 0.9, WIDE_BAR: 1.2, TALL_BAR: 1.8, DISC: 0.6, RING: 1.0}
+WALL = 5.0  # metres to the background
 LENGTHS = {"train": 240, "val": 60}
 _STREAMS = {"train": 0, "val": 1}  # of random numbers, for good: another split would not change these scenes
 
@@ -58,18 +71,19 @@ class Shapes:
     seed: int = 0
 
     name = "shapes"
-    class_names = CLASS_NAMES
-    palette = PALETTE
-    label_ids = tuple(range(len(CLASS_NAMES)))
+    task: ClassVar[DenseTask] = Segmentation(CLASS_NAMES, PALETTE)
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, index: int) -> Sample:
+        scene = self._scene(index)
+        return Sample(scene.image, scene.label, f"{self.split}_{index:03d}")
+
+    def _scene(self, index: int) -> "Scene":
         if not 0 <= index < self.length:
             raise IndexError(f"scene {index} of {self.length}")
-        rng = np.random.default_rng([self.seed, _STREAMS[self.split], index])
-        return Sample(*draw_scene(rng, self.size), name=f"{self.split}_{index:03d}")
+        return draw_scene(np.random.default_rng([self.seed, _STREAMS[self.split], index]), self.size)
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256(repr(astuple(self)).encode())
@@ -80,26 +94,60 @@ class Shapes:
         return []  # nothing is read
 
 
+@dataclass(frozen=True)
+class ShapesDepth(Shapes):
+    """The same scenes; labels are distances in metres, unknown at contours."""
+
+    name = "shapes_depth"
+    task: ClassVar[DenseTask] = Depth()
+
+    def __getitem__(self, index: int) -> Sample:
+        scene = self._scene(index)
+        return Sample(scene.image, scene.depth, f"{self.split}_{index:03d}")
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(super().fingerprint().encode() + self[0].label.tobytes()).hexdigest()
+
+
+class Scene(NamedTuple):
+    """A drawn scene: `image` (size, size, 3) and `label` (size, size) uint8, `depth` (size, size) float32 metres or NaN."""
+
+    image: NDArray[np.uint8]
+    label: NDArray[np.uint8]
+    depth: NDArray[np.float32]
+
+
 def open_split(split: str, data_dir: Path | None) -> Shapes:
     """Open the scenes of `split`; InputError if a folder is given, since nothing is read from it."""
+    return _open(Shapes, split, data_dir)
+
+
+def _open(scenes: type[Shapes], split: str, data_dir: Path | None) -> Shapes:
     if data_dir is not None:
         raise InputError(f"`dataset` shapes is generated and reads no files; remove `data_dir` {data_dir}")
-    return Shapes(split, LENGTHS[split])
+    return scenes(split, LENGTHS[split])
 
 
-def draw_scene(rng: np.random.Generator, size: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Draw one scene: image (size, size, 3) and label (size, size), both uint8."""
+OTHER_TASKS = {"depth": partial(_open, ShapesDepth)}
+
+
+def draw_scene(rng: np.random.Generator, size: int) -> Scene:
+    """Draw one scene of size × size pixels."""
     image = np.empty((3, size, size), np.float32)  # colours in separate planes: twice as fast as interleaved ones
     label = np.full((size, size), BACKGROUND, np.uint8)
+    depth = np.full((size, size), WALL, np.float32)
     _paint(image, np.s_[:, :], np.ones((size, size), bool), rng, brightness=(20, 60))
-    _place_shapes(image, label, rng)
+    _place_shapes(image, label, depth, rng)
     _place_small_discs(image, label, rng)
     _illuminate(image, rng)
     _ignore_contours(label)
-    return np.ascontiguousarray(image.clip(0, 255).astype(np.uint8).transpose(1, 2, 0)), label
+    depth[label == IGNORE_INDEX] = np.nan
+    return Scene(np.ascontiguousarray(image.clip(0, 255).astype(np.uint8).transpose(1, 2, 0)), label, depth)
 
 
-def _place_shapes(image: NDArray[np.float32], label: NDArray[np.uint8], rng: np.random.Generator) -> None:
+def _place_shapes(
+    image: NDArray[np.float32], label: NDArray[np.uint8], depth: NDArray[np.float32], rng: np.random.Generator
+) -> None:
     """Place each kind once and two more, with little overlap; shapes that find no room are left out."""
     kinds = [*range(BLOCK, DOT), *rng.integers(BLOCK, DOT, size=2).tolist()]
     extents = [(kind, _draw_extent(kind, len(label), rng)) for kind in kinds]
@@ -109,6 +157,7 @@ def _place_shapes(image: NDArray[np.float32], label: NDArray[np.uint8], rng: np.
                 mask = _silhouette(kind, extent, rng)
                 _paint(image, window, mask, rng, brightness=(90, 160))
                 label[window][mask] = kind
+                depth[window][mask] = METRES[kind] * len(label) / max(extent)
                 break
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from search.dense_tasks import Measure
 from search.files import write_text
 from search.folder import Folder
 from search.reports.rank_correlation import MIN_POINTS, RankCorrelation, rank_correlation, spearman, ties
@@ -27,7 +28,7 @@ class Score:
     protocol: str
     cell_name: str
     seed: int
-    mean_iou: float | None  # on the validation set, 0..1
+    score: float | None  # on the validation set, 0..1
     seconds: float | None
     failure: str | None
 
@@ -75,8 +76,8 @@ def cell_scores(scores: Sequence[Score], protocol: str) -> dict[str, list[float]
     failed = {score.cell_name for score in scores if score.protocol == protocol and score.failure is not None}
     by_cell: dict[str, list[float]] = {}
     for score in scores:
-        if score.protocol == protocol and score.cell_name not in failed and score.mean_iou is not None:
-            by_cell.setdefault(score.cell_name, []).append(score.mean_iou)
+        if score.protocol == protocol and score.cell_name not in failed and score.score is not None:
+            by_cell.setdefault(score.cell_name, []).append(score.score)
     return by_cell
 
 
@@ -122,26 +123,28 @@ def agreements(scores: Sequence[Score], protocols: Sequence[str]) -> list[Agreem
     return found
 
 
-def write_report(directory: Path, scores: Sequence[Score], protocols: Sequence[str], command: str) -> str:
+def write_report(directory: Path, scores: Sequence[Score], protocols: Sequence[str], command: str, measure: Measure) -> str:
     """Write scores.csv, the scatter plots and report.md into the run's folder; return the text to print."""
     found = agreements(scores, protocols)
-    _write_csv(directory / "scores.csv", scores)
+    _write_csv(directory / "scores.csv", scores, measure)
     scatters = {
-        (pair.first, pair.second): _scatter(scores, pair.first, pair.second) for pair in found if pair.correlation is not None
+        (pair.first, pair.second): _scatter(scores, pair.first, pair.second, measure)
+        for pair in found
+        if pair.correlation is not None
     }
     for (first, second), scatter in scatters.items():
         write_scatters(directory / f"{first}_{second}.png", [scatter])
     if scatters:
         write_scatters(directory / "fidelity.png", list(scatters.values()))
-    summary = "\n".join([*_pair_lines(found), *_self_lines(scores, protocols), *_failure_lines(scores)])
-    write_text(directory / "report.md", _page(summary, scores, protocols, command, bool(scatters)))
+    summary = "\n".join([*_pair_lines(found), *_self_lines(scores, protocols, measure), *_failure_lines(scores)])
+    write_text(directory / "report.md", _page(summary, scores, protocols, command, measure, bool(scatters)))
     return f"{summary}\n\nreport: {directory / 'report.md'}"
 
 
-def _scatter(scores: Sequence[Score], first: str, second: str) -> Scatter:
+def _scatter(scores: Sequence[Score], first: str, second: str, measure: Measure) -> Scatter:
     x, y = cell_scores(scores, first), cell_scores(scores, second)
     points = [Point(x[name], y[name], _MARKED.get(name)) for name in x if name in y]
-    return Scatter(points, _LABELS[first], _LABELS[second])
+    return Scatter(points, measure.name, _LABELS[first], _LABELS[second])
 
 
 def _pair_lines(found: Sequence[Agreement]) -> list[str]:
@@ -156,10 +159,9 @@ def _pair_lines(found: Sequence[Agreement]) -> list[str]:
     return [*lines, ""] if found else []
 
 
-def _self_lines(scores: Sequence[Score], protocols: Sequence[str]) -> list[str]:
-    lines = [
-        f"{'itself under another seed':<33} {'cells':>5} {'rho':>6} {'mIOU, best to worst cell, %':>28} {'std of seeds':>12}"
-    ]
+def _self_lines(scores: Sequence[Score], protocols: Sequence[str], measure: Measure) -> list[str]:
+    spread = f"{measure.name}, best to worst cell, %"
+    lines = [f"{'itself under another seed':<33} {'cells':>5} {'rho':>6} {spread:>28} {'std of seeds':>12}"]
     for protocol in protocols:
         by_cell = cell_scores(scores, protocol)
         means = [100 * float(np.mean(values)) for values in by_cell.values()] or [math.nan]
@@ -181,7 +183,9 @@ def _failure_lines(scores: Sequence[Score]) -> list[str]:
     return ["", *lines] if lines else []
 
 
-def _page(summary: str, scores: Sequence[Score], protocols: Sequence[str], command: str, has_figure: bool) -> str:
+def _page(
+    summary: str, scores: Sequence[Score], protocols: Sequence[str], command: str, measure: Measure, has_figure: bool
+) -> str:
     """The report in Markdown: the tables that are printed, the figure, and all cells."""
     by_protocol = {protocol: cell_scores(scores, protocol) for protocol in protocols}
     means = {p: {name: float(np.mean(values)) for name, values in by_cell.items()} for p, by_cell in by_protocol.items()}
@@ -192,7 +196,7 @@ def _page(summary: str, scores: Sequence[Score], protocols: Sequence[str], comma
         columns = [_cell_column(name, by_protocol[protocol], means[protocol]) for protocol in protocols]
         rows.append(f"| {name} | {' | '.join(columns)} |")
     head = ["| cell | " + " | ".join(_LABELS[protocol] for protocol in protocols) + " |", "|---" * (len(protocols) + 1) + "|"]
-    figure = ["![mIOU of each cell under each pair of protocols](fidelity.png)", ""] if has_figure else []
+    figure = [f"![{measure.name} of each cell under each pair of protocols](fidelity.png)", ""] if has_figure else []
     return "\n".join(
         [
             "# Fidelity",
@@ -204,7 +208,7 @@ def _page(summary: str, scores: Sequence[Score], protocols: Sequence[str], comma
             "```",
             "",
             *figure,
-            "mIOU in percent, ± one standard deviation over seeds, and the rank under that protocol:",
+            f"{measure.name} in percent, ± one standard deviation over seeds, and the rank under that protocol:",
             "",
             *head,
             *rows,
@@ -222,11 +226,11 @@ def _cell_column(name: str, by_cell: dict[str, list[float]], means: dict[str, fl
     return f"{np.mean(values):.2f}{spread} ({rank})"
 
 
-def _write_csv(path: Path, scores: Sequence[Score]) -> None:
+def _write_csv(path: Path, scores: Sequence[Score], measure: Measure) -> None:
     text = io.StringIO()
     writer = csv.writer(text)
-    writer.writerow(["protocol", "cell", "seed", "mean_iou", "seconds", "failure"])
-    writer.writerows([s.protocol, s.cell_name, s.seed, s.mean_iou, s.seconds, s.failure] for s in scores)
+    writer.writerow(["protocol", "cell", "seed", measure.key, "seconds", "failure"])
+    writer.writerows([s.protocol, s.cell_name, s.seed, s.score, s.seconds, s.failure] for s in scores)
     write_text(path, text.getvalue())
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from reference.cell import Cell
+from search.dense_tasks import DenseTask, Measure, details_beside
 from search.files import write_text
 from search.reports.rank_correlation import MIN_POINTS, RankCorrelation, rank_correlation, ties
 from search.reports.scatter import Point, Scatter, write_scatters
@@ -54,7 +55,7 @@ class Reranked:
 
     @property
     def scores(self) -> list[float]:
-        return [result.mean_iou for result in self.results]
+        return [result.score for result in self.results]
 
     @property
     def mean(self) -> float:
@@ -122,7 +123,7 @@ def correlation(rows: list[Reranked]) -> RankCorrelation | None:
     return rank_correlation([row.candidate.proxy_scores[0] for row in found], [row.mean for row in found])
 
 
-def finish_reranking(directory: Path, rows: list[Reranked], seeds: int) -> None:
+def finish_reranking(directory: Path, rows: list[Reranked], seeds: int, task: DenseTask) -> None:
     """Write the ranks, the picture and the best cell, and print the table. `seeds` is the number of trainings per cell."""
     found = [row for row in rows if row.final_rank is not None]
     if not found:
@@ -131,9 +132,9 @@ def finish_reranking(directory: Path, rows: list[Reranked], seeds: int) -> None:
         return
     rho = correlation(rows)
     write_text(directory / "best_cell.json", found[0].candidate.cell.to_json())
-    _write_csv(directory / "ranks.csv", rows)
-    _draw(directory / "scatter.png", rows, rho)
-    print(_table(rows))
+    _write_csv(directory / "ranks.csv", rows, task)
+    _draw(directory / "scatter.png", rows, rho, task.score)
+    print(_table(rows, task.score))
     done, wanted = sum(row.finished for row in rows), len(rows) * seeds
     if done < wanted:
         print(f"\n{done} of {wanted} trainings are done; the same command goes on")
@@ -148,11 +149,12 @@ def finish_reranking(directory: Path, rows: list[Reranked], seeds: int) -> None:
     print(f"its network: {found[0].folder / 'last.safetensors'}")
 
 
-def _table(rows: list[Reranked]) -> str:
-    width = max(len(row.candidate.name) for row in rows)
+def _table(rows: list[Reranked], score: Measure) -> str:
+    width, narrow = max(len(row.candidate.name) for row in rows), len(score.heading)
     lines = [
-        f"{'':{width}} {'proxy':>12} {'final':>20}",
-        f"{'':{width}} {'rank':>5} {'mIOU %':>6} {'rank':>5} {'mIOU %':>14} {'params':>9} {'multiply-adds':>13} "
+        f"{'':{width}} {'proxy':>{narrow + 6}} {'final':>20}",
+        f"{'':{width}} {'rank':>5} {score.heading:>{narrow}} {'rank':>5} {score.heading:>14} {'params':>9} "
+        f"{'multiply-adds':>13} "
         f"{'seconds':>8}  cell",
     ]
     for row in rows:
@@ -163,19 +165,18 @@ def _table(rows: list[Reranked]) -> str:
             spread = f" ± {100 * row.std:.2f}" if len(row.results) > 1 else ""
             final, first = f"{100 * row.mean:.2f}{spread}", row.results[0]
             cost = f"{first.parameters:>9,} {first.multiply_adds / 1e9:>12.3f}B {first.seconds:>8.1f}"
-        lines.append(
-            f"{candidate.name:{width}} {candidate.proxy_rank or '–':>5} {proxy:>6} {row.final_rank or '–':>5} {final:>14} "
-            f"{cost}  {candidate.cell}"
-        )
+        ranks = f"{candidate.proxy_rank or '–':>5} {proxy:>{narrow}} {row.final_rank or '–':>5}"
+        lines.append(f"{candidate.name:{width}} {ranks} {final:>14} {cost}  {candidate.cell}")
     return "\n".join(lines)
 
 
-def _write_csv(path: Path, rows: list[Reranked]) -> None:
+def _write_csv(path: Path, rows: list[Reranked], task: DenseTask) -> None:
     text = io.StringIO()
     writer = csv.writer(text)
+    key, beside = task.score.key, [measure for measure in task.details if measure.in_tables]
     final_columns = (
         "final_rank",
-        "final_mean_iou",
+        f"final_{key}",
         "final_std",
         "seeds",
         "failures",
@@ -183,7 +184,8 @@ def _write_csv(path: Path, rows: list[Reranked]) -> None:
         "multiply_adds",
         "seconds",
     )
-    writer.writerow(["name", "proxy_rank", "proxy_mean_iou", *final_columns, "folder", "cell"])
+    more_columns = (f"final_{measure.key}" for measure in beside)
+    writer.writerow(["name", "proxy_rank", f"proxy_{key}", *final_columns, *more_columns, "folder", "cell"])
     for row in rows:
         candidate, first = row.candidate, row.results[0] if row.results else None
         proxy = float(np.mean(candidate.proxy_scores)) if candidate.proxy_scores else None
@@ -191,15 +193,18 @@ def _write_csv(path: Path, rows: list[Reranked]) -> None:
         cost: list[Any] = [first.parameters, first.multiply_adds, first.seconds] if first else [None] * 3
         cell = json.dumps(json.loads(candidate.cell.to_json()))
         ranks = [candidate.proxy_rank, proxy, row.final_rank]
-        writer.writerow([candidate.name, *ranks, *final, "; ".join(row.failures), *cost, row.folder.name, cell])
+        more = details_beside(task, [result.scores for result in row.results])
+        writer.writerow([candidate.name, *ranks, *final, "; ".join(row.failures), *cost, *more, row.folder.name, cell])
     write_text(path, text.getvalue())
 
 
-def _draw(path: Path, rows: list[Reranked], rho: RankCorrelation | None) -> None:
+def _draw(path: Path, rows: list[Reranked], rho: RankCorrelation | None, score: Measure) -> None:
     """Draw figure 4b: a dot for each cell, the known ones marked, and the ρ of the others above."""
     points = [
         Point(row.candidate.proxy_scores, row.scores, None if row.candidate.proxy_rank else row.candidate.name)
         for row in rows
         if row.candidate.proxy_scores and row.is_scored
     ]
-    write_scatters(path, [Scatter(points, "proxy", "end to end", title=f"cells of the search: {rho}" if rho else "")])
+    write_scatters(
+        path, [Scatter(points, score.name, "proxy", "end to end", title=f"cells of the search: {rho}" if rho else "")]
+    )

@@ -21,7 +21,7 @@ from fast.checkpoint import load_context
 from fast.dense_prediction_cell import DensePredictionCell
 from reference.cell import Cell
 from reference.dense_prediction_cell import BranchOptions, rate_multiplier_for
-from search.datasets import IGNORE_INDEX
+from search.dense_tasks import DenseTask, Label, details_beside, mean_details
 from search.errors import InputError
 from search.reports.cells import draw_pictures
 from search.reports.diagram import INK, figure_svg, show_grid, style_axes
@@ -34,8 +34,8 @@ from search.tasks.proxy import ProxyResult
 _TOP, _DRAWN_BEST, _DRAWN_WORST = 10, 3, 2
 _TRIAL_COLOUR, _BEST_COLOUR = "#4a7fd0", "#cf3f4f"
 _GROUP_COLOURS, _OWN_COLOUR = {"aspp": "#d9822b", "dpc": "#8e62c8"}, "#3d8f5f"
-_UNLABELLED = 255  # white, because greys and black may be classes' colours
 _EXAMPLE_SIDE = 640  # pixels, at most
+_COLOURS_SHARE = 0.65  # of a map's colours, where they are laid over the picture
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Group:
 
     @property
     def scores(self) -> list[float]:
-        return [result.mean_iou for result in self.results]
+        return [result.score for result in self.results]
 
     @property
     def mean(self) -> float:
@@ -75,10 +75,11 @@ class Group:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table of cells."""
+    """One line of the table of cells. `beside` are details that belong in it."""
 
     label: str
     score: str
+    beside: list[str]
     cell: Cell
     result: ProxyResult
     is_compared: bool
@@ -98,7 +99,8 @@ def write_report(run: Run, device: str | None = None) -> Path:
 def _content(run: Run, device: str | None) -> dict[str, Any]:
     best, groups = ranked(run.trials), _groups(run)
     trained = _trained_cells(run, best, groups)
-    rows = list(_rows(best, groups))
+    rows = list(_rows(run.task, best, groups))
+    maps = _example_maps(run)
     fair = next((group for group in groups if best and group.name == f"trial {best[0].number}"), None)
     return {
         "run": run,
@@ -108,16 +110,17 @@ def _content(run: Run, device: str | None) -> dict[str, Any]:
         "duplicates": sum(record.duplicate_of is not None for record in run.trials),
         "known": [group for group in groups if not group.is_found],
         "fair": fair,  # the best of many is partly luck; its second score is not
-        "compared_score": fair.mean if fair else best[0].result.mean_iou if best and best[0].result else None,
+        "compared_score": fair.mean if fair else best[0].result.score if best and best[0].result else None,
         "spread": _spread,
         "charts": list(_charts(run, best, groups)),
         "drawings": list(_drawings(run, best, groups, trained)),
         "rows": rows,
         "latencies": _latencies(run, rows, trained, device) if device and trained and rows else None,
-        "class_columns": _class_columns(best, groups),
-        "examples": _examples(run),
-        "hex_colours": ["#{:02x}{:02x}{:02x}".format(*colour) for colour in run.palette],
-        "ignored_colour": "#" + f"{_UNLABELLED:02x}" * 3,
+        "beside": [measure for measure in run.task.details if measure.in_tables],
+        "detail_columns": _detail_columns(best, groups),
+        "examples": list(_example_pictures(maps, run.task)),
+        "legend": run.task.legend([each for example in maps for each in example.maps.values()]) if maps else [],
+        "hexadecimal": "#{:02x}{:02x}{:02x}".format,
     }
 
 
@@ -132,13 +135,22 @@ def _spread(group: Group) -> str:
     return f"{100 * group.mean:.2f}{std} %"
 
 
-def _rows(best: Sequence[TrialRecord], groups: Sequence[Group]) -> Iterator[Row]:
+def _rows(task: DenseTask, best: Sequence[TrialRecord], groups: Sequence[Group]) -> Iterator[Row]:
     for record in best[:_TOP]:
-        assert record.result is not None  # it is ranked
-        yield Row(f"trial {record.number}", percent(record.result.mean_iou), record.cell, record.result, False)
+        result = record.result
+        assert result is not None  # it is ranked
+        beside = _beside(task, [result])
+        yield Row(f"trial {record.number}", percent(result.score), beside, record.cell, result, False)
     for group in groups:
         label = f"{group.label} (n\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{len(group.results)})"
-        yield Row(label, _spread(group), group.cell, group.results[0], True)
+        yield Row(label, _spread(group), _beside(task, group.results), group.cell, group.results[0], True)
+
+
+def _beside(task: DenseTask, results: Sequence[ProxyResult]) -> list[str]:
+    """Means of the details that belong in a table of cells."""
+    shown = [measure for measure in task.details if measure.in_tables]
+    values = details_beside(task, [result.scores for result in results])
+    return [measure.number(value) for measure, value in zip(shown, values, strict=True)]
 
 
 def _trained_cells(run: Run, best: Sequence[TrialRecord], groups: Sequence[Group]) -> dict[str, DensePredictionCell]:
@@ -169,7 +181,7 @@ def _drawings(
         if record.result and (rank < _DRAWN_BEST or rank >= worst_from):
             place = f"No. {rank + 1} of {len(best)}" + (", among the worst" if rank >= worst_from else "")
             yield {
-                "heading": percent(record.result.mean_iou),
+                "heading": percent(record.result.score),
                 "place": place,
                 "name": f"trial {record.number}",
                 "pictures": draw_pictures(record.cell, options, trained.get("best") if rank == 0 else None),
@@ -177,7 +189,7 @@ def _drawings(
     for group in groups:
         if best and group.name in trained and group.name != f"trial {best[0].number}":
             yield {
-                "heading": percent(group.results[0].mean_iou),
+                "heading": percent(group.results[0].score),
                 "place": f"{group.label}, seed 0",
                 "name": "beside the search",
                 "pictures": draw_pictures(group.cell, options, trained[group.name]),
@@ -203,15 +215,13 @@ def _latencies(run: Run, rows: Sequence[Row], trained: Mapping[str, DensePredict
     return measure_latencies(cells, (height, width), device=device)
 
 
-def _class_columns(best: Sequence[TrialRecord], groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """Per-class IoU of the best cell and of each group, as means over seeds."""
+def _detail_columns(best: Sequence[TrialRecord], groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """Details of the scores of the best cell and of each group, as means over seeds."""
     columns = []
     if best and best[0].result:
-        columns.append({"label": f"trial {best[0].number}", "class_iou": best[0].result.class_iou})
+        columns.append({"label": f"trial {best[0].number}", "details": best[0].result.scores.details})
     for group in groups:
-        by_class = zip(*(result.class_iou for result in group.results), strict=True)
-        present = [[iou for iou in ious if iou is not None] for ious in by_class]
-        columns.append({"label": group.label, "class_iou": [float(np.mean(ious)) if ious else None for ious in present]})
+        columns.append({"label": group.label, "details": mean_details([result.scores for result in group.results])})
     return columns
 
 
@@ -247,7 +257,7 @@ def _charts(run: Run, best: Sequence[TrialRecord], groups: Sequence[Group]) -> I
 
 
 def _draw_distribution(axes: Axes, run: Run, best: Sequence[TrialRecord], groups: Sequence[Group]) -> None:
-    scores = [100 * record.result.mean_iou for record in best if record.result]
+    scores = [100 * record.result.score for record in best if record.result]
     bins = np.histogram_bin_edges(scores, bins=int(np.clip(2 * np.sqrt(len(scores)), 1, 60)))
     axes.hist(scores, bins=list(bins), color=_TRIAL_COLOUR, edgecolor="none", rwidth=0.94, label="search")
     for group in groups:
@@ -255,11 +265,11 @@ def _draw_distribution(axes: Axes, run: Run, best: Sequence[TrialRecord], groups
         if group.std is not None:
             axes.axvspan(100 * (group.mean - group.std), 100 * (group.mean + group.std), color=group.colour, alpha=0.15, lw=0)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set(xlabel="mIOU (%)", ylabel="cells")
+    axes.set(xlabel=f"{run.task.score.name} (%)", ylabel="cells")
 
 
 def _draw_progress(axes: Axes, run: Run, best: Sequence[TrialRecord], groups: Sequence[Group]) -> None:
-    scored = [(record.number, 100 * record.result.mean_iou) for record in run.trials if record.result]
+    scored = [(record.number, 100 * record.result.score) for record in run.trials if record.result]
     numbers, scores = zip(*scored, strict=True)
     axes.plot(numbers, scores, "o", color=_TRIAL_COLOUR, alpha=0.6, markersize=4, markeredgewidth=0)
     last = max(record.number for record in run.trials)
@@ -270,11 +280,11 @@ def _draw_progress(axes: Axes, run: Run, best: Sequence[TrialRecord], groups: Se
     for group in groups:
         axes.axhline(100 * group.mean, color=group.colour, linewidth=1.5, linestyle=(0, (4, 2)), label=group.label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set(xlabel="trial", ylabel="mIOU (%)")
+    axes.set(xlabel="trial", ylabel=f"{run.task.score.name} (%)")
 
 
 def _draw_cost(axes: Axes, run: Run, best: Sequence[TrialRecord], groups: Sequence[Group]) -> None:
-    points = sorted((record.result.multiply_adds / 1e9, 100 * record.result.mean_iou) for record in best if record.result)
+    points = sorted((record.result.multiply_adds / 1e9, 100 * record.result.score) for record in best if record.result)
     costs, scores = zip(*points, strict=True)
     axes.plot(costs, scores, "o", color=_TRIAL_COLOUR, alpha=0.6, markersize=4.5, markeredgewidth=0, label="search")
     front = pareto_front(points)
@@ -290,7 +300,7 @@ def _draw_cost(axes: Axes, run: Run, best: Sequence[TrialRecord], groups: Sequen
             capsize=3,
             label=group.label,
         )
-    axes.set(xlabel="multiply-adds (10⁹)", ylabel="mIOU (%)")
+    axes.set(xlabel="multiply-adds (10⁹)", ylabel=f"{run.task.score.name} (%)")
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -315,7 +325,7 @@ def _draw_loss(axes: Axes, run: Run, best: Sequence[TrialRecord], groups: Sequen
     for record in best[:1]:
         assert record.result is not None  # it is ranked
         axes.plot(*_smooth(record.result.loss_curve), color=_TRIAL_COLOUR, lw=2, label=f"best, trial {record.number}")
-    axes.set(xlabel="iteration", ylabel="loss (nats per pixel)")
+    axes.set(xlabel="iteration", ylabel="loss (per pixel)")
 
 
 def _smooth(curve: Sequence[tuple[int, float]]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -328,32 +338,46 @@ def _smooth(curve: Sequence[tuple[int, float]]) -> tuple[NDArray[np.float64], ND
     return np.convolve(points[:, 0], kernel, "valid"), np.convolve(points[:, 1], kernel, "valid")
 
 
-def _examples(run: Run) -> list[list[dict[str, str]]]:
-    """The pictures to show for each image: the image, its label, and the predictions drawn over it."""
+@dataclass(frozen=True)
+class Example:
+    """A validation picture, and by title its label and predictions."""
+
+    image: NDArray[np.uint8]
+    maps: dict[str, Label]
+
+
+def _example_maps(run: Run) -> list[Example]:
+    """The examples that the search has kept."""
     path = run.directory / "examples.npz"
     if not path.exists():
         return []
     try:
         with np.load(path) as arrays:
-            return list(_example_pictures(dict(arrays), run))
+            return list(_examples(dict(arrays)))
     except (OSError, EOFError, ValueError, KeyError, BadZipFile, zlib.error) as error:
         raise InputError(f"{path} is damaged ({error}): delete it; the search writes it again") from error
 
 
-def _example_pictures(arrays: dict[str, NDArray[np.uint8]], run: Run) -> Iterator[list[dict[str, str]]]:
-    colours = np.full((IGNORE_INDEX + 1, 3), _UNLABELLED, dtype=np.uint8)
-    colours[: len(run.palette)] = run.palette
+def _examples(arrays: dict[str, NDArray[Any]]) -> Iterator[Example]:
     titles = {"best": "best cell", "aspp": "ASPP", "dpc": "Published DPC"}
     for row in range(sum(key.startswith("image_") for key in arrays)):
-        image = arrays[f"image_{row}"]
         prefix = f"prediction_{row}/"
         models = sorted(
             (key.removeprefix(prefix) for key in arrays if key.startswith(prefix)),
             key=lambda model: (model not in titles, list(titles).index(model) if model in titles else 0, model),
         )
         maps = {"label": arrays[f"label_{row}"], **{titles.get(model, model): arrays[prefix + model] for model in models}}
-        drawn = {title: (0.35 * image + 0.65 * colours[ids]).astype(np.uint8) for title, ids in maps.items()}
-        yield [{"title": title, "uri": _data_uri(pixels)} for title, pixels in {"image": image, **drawn}.items()]
+        yield Example(arrays[f"image_{row}"], maps)
+
+
+def _example_pictures(examples: Sequence[Example], task: DenseTask) -> Iterator[list[dict[str, str]]]:
+    """For each example its picture, and its maps in colours that mean the same in all examples."""
+    coloured = iter(task.colours([each for example in examples for each in example.maps.values()]))
+    share = _COLOURS_SHARE if task.is_transparent else 1.0
+    for example in examples:
+        drawn = {title: ((1 - share) * example.image + share * next(coloured)).astype(np.uint8) for title in example.maps}
+        pictures = {"image": example.image, **drawn}
+        yield [{"title": title, "uri": _data_uri(pixels)} for title, pixels in pictures.items()]
 
 
 def _data_uri(pixels: NDArray[np.uint8]) -> str:

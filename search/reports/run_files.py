@@ -6,13 +6,16 @@ import json
 import sys
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from fast.bilinear_resize import bilinear_resize
 from fast.checkpoint import load_head
-from search.datasets import open_dataset
+from search.datasets import open_splits
+from search.dense_tasks import DenseTask, details_beside
 from search.files import write_text, write_whole
 from search.reports.rank_correlation import ties
 from search.reports.run import write_report
@@ -38,63 +41,69 @@ def finish_run(
         return
     for rank, record in enumerate(best, start=1):
         write_text(directory / "best_cells" / f"rank_{rank:02d}.json", record.cell.to_json())
-    _write_csv(directory / "cells.csv", run.trials)
+    _write_csv(directory / "cells.csv", run.trials, run.task)
     _write_examples(directory, val, data, compared)
     report = write_report(run, timed_on)
-    print(_table(best, run.baselines))
-    if warning := ties([record.result.mean_iou for record in ranked(run.trials) if record.result]):
+    print(_table(best, run.baselines, run.task))
+    if warning := ties([record.result.score for record in ranked(run.trials) if record.result]):
         print(f"\nwarning: {warning}")
     print(f"\nreport: {report}\nbest cell: {directory / 'best_cells' / 'rank_01.json'}")
 
 
-def _table(best: list[TrialRecord], baselines: list[BaselineRecord]) -> str:
+def _table(best: list[TrialRecord], baselines: list[BaselineRecord], task: DenseTask) -> str:
     rows = [(f"trial {record.number}", [record.result], record.cell) for record in best if record.result]
     for name in dict.fromkeys(record.name for record in baselines):
         again = [record for record in baselines if record.name == name]
         label = comparison_label(name)
         rows.append((f"{label} (n={len(again)})", [record.result for record in again], again[0].cell))
-    lines = [f"{'':20} {'mIOU %':>14} {'params':>9} {'multiply-adds':>13} {'seconds':>7}  cell"]
+    beside = [measure for measure in task.details if measure.in_tables]
+    headings = "".join(f" {measure.heading:>8}" for measure in beside)
+    lines = [f"{'':20} {task.score.heading:>14}{headings} {'params':>9} {'multiply-adds':>13} {'seconds':>7}  cell"]
     for label, results, cell in rows:
-        scores = [100 * result.mean_iou for result in results]
+        scores = [100 * result.score for result in results]
         spread = f" ± {np.std(scores, ddof=1):.2f}" if len(scores) > 1 else ""
         mean, first = f"{np.mean(scores):.2f}{spread}", results[0]
-        lines.append(
-            f"{label:20} {mean:>14} {first.parameters:>9,} {first.multiply_adds / 1e9:>12.3f}B {first.seconds:>7.1f}  {cell}"
-        )
+        details = details_beside(task, [result.scores for result in results])
+        more = "".join(f" {measure.number(value):>8}" for measure, value in zip(beside, details, strict=True))
+        cost = f"{first.parameters:>9,} {first.multiply_adds / 1e9:>12.3f}B {first.seconds:>7.1f}"
+        lines.append(f"{label:20} {mean:>14}{more} {cost}  {cell}")
     return "\n".join(lines)
 
 
-def _write_csv(path: Path, records: list[TrialRecord]) -> None:
+def _write_csv(path: Path, records: list[TrialRecord], task: DenseTask) -> None:
     text = io.StringIO()
     writer = csv.writer(text)
-    writer.writerow(["trial", "mean_iou", "parameters", "multiply_adds", "seconds", "failure", "duplicate_of", "cell"])
+    score_columns = [task.score.key, *(measure.key for measure in task.details if measure.in_tables)]
+    writer.writerow(["trial", *score_columns, "parameters", "multiply_adds", "seconds", "failure", "duplicate_of", "cell"])
     for record in records:
         result = record.result
-        scores = [result.mean_iou, result.parameters, result.multiply_adds, result.seconds] if result else [None] * 4
+        scores = [result.score if result else None, *details_beside(task, [result.scores] if result else [])]
+        cost = [result.parameters, result.multiply_adds, result.seconds] if result else [None] * 3
         cell = json.dumps(json.loads(record.cell.to_json()))
-        writer.writerow([record.number, *scores, record.failure, record.duplicate_of, cell])
+        writer.writerow([record.number, *scores, *cost, record.failure, record.duplicate_of, cell])
     write_text(path, text.getvalue())
 
 
 @torch.inference_mode()
 def _write_examples(directory: Path, val: FeatureCache, data: DataSettings, compared: Collection[str]) -> None:
     """Predictions of the best cell's and the known cells' heads on a few validation images, for the report."""
-    dataset = open_dataset(data.dataset, data.val_split, data.data_dir)
+    _, dataset = open_splits(data)
     files = {BEST_HEAD: BEST_HEAD} | {name: head_name(name) for name in compared}
     heads = {
         name: load_head(path)[0]
         for name, file in files.items()
         if (path := directory / "heads" / f"{file}.safetensors").exists()
     }
-    arrays: dict[str, np.typing.NDArray[np.uint8]] = {}
+    arrays: dict[str, NDArray[Any]] = {}
     for row, index in enumerate(np.linspace(0, len(dataset) - 1, min(_EXAMPLES, len(dataset))).round().astype(int)):
         sample = dataset[int(index)]
         height, width = sample.label.shape
         arrays |= {f"image_{row}": sample.image, f"label_{row}": sample.label}
         for name, head in heads.items():
-            logits = head(val.features[index : index + 1].float())
-            upsampled = bilinear_resize(logits, (val.labels.shape[1], val.labels.shape[2]))
-            arrays[f"prediction_{row}/{name}"] = upsampled.argmax(dim=1)[0, :height, :width].to(torch.uint8).numpy()
+            outputs = head(val.features[index : index + 1].float())
+            upsampled = bilinear_resize(outputs, (val.labels.shape[1], val.labels.shape[2]))
+            predicted = dataset.task.predict(upsampled)[0, :height, :width].numpy()
+            arrays[f"prediction_{row}/{name}"] = predicted.astype(dataset.task.label_dtype)
     buffer = io.BytesIO()
     np.savez_compressed(buffer, allow_pickle=False, **arrays)
     write_whole(directory / "examples.npz", buffer.getvalue())

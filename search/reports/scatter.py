@@ -30,12 +30,13 @@ class Point:
 
 @dataclass(frozen=True)
 class Scatter:
-    """One scatter plot: its points and axis labels; the axes show percent.
+    """One scatter plot: its points, the score's name and axis labels; the axes show percent.
 
     The default title is ρ of the means with its 95 % bootstrap interval, if there are at least three points.
     """
 
     points: Sequence[Point]
+    score: str
     x_label: str
     y_label: str
     title: str | None = None
@@ -64,7 +65,7 @@ def draw_scatter(axes: Axes, scatter: Scatter) -> None:
     """Draw one scatter plot on axes of the caller's figure."""
     style_axes(axes)
     show_grid(axes)
-    axes.set(xlabel=f"{scatter.x_label}, mIOU (%)", ylabel=f"{scatter.y_label}, mIOU (%)")
+    axes.set(xlabel=f"{scatter.x_label}, {scatter.score} (%)", ylabel=f"{scatter.y_label}, {scatter.score} (%)")
     axes.margins(0.08)
     for point in sorted(scatter.points, key=lambda point: point.label is not None):  # marked ones on top
         _draw_point(axes, point)

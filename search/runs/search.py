@@ -11,6 +11,7 @@ from fast.segmentation import SegmentationHead
 from reference.cell import Cell
 from search.cells.sampler import PaperSampler, suggest_cell
 from search.cells.space import SearchSpace, canonical_form
+from search.dense_tasks import Measure
 from search.interrupts import ctrl_c_waits
 from search.runs.study import FOUND, Study, ranked
 from search.runs.workers import Job, Outcome, Workers
@@ -46,12 +47,14 @@ class Search:
         workers: Workers[ProxyResult],
         space: SearchSpace,
         plan: SearchPlan,
+        measure: Measure,
         keep_head: Callable[[str, SegmentationHead], None],
     ) -> None:
         self.study = study
         self.workers = workers
         self.space = space
         self.plan = plan
+        self.measure = measure  # what a score is, for people
         self._keep_head = keep_head
         self.scored: dict[Cell, tuple[int, ProxyResult]] = {}  # canonical form -> number and result of its trial
 
@@ -94,11 +97,11 @@ class Search:
         for record in records:
             if record.result:
                 self.scored.setdefault(canonical_form(record.cell), (record.number, record.result))
-        best = max((result.mean_iou for _, result in self.scored.values()), default=0.0)
+        best = max((result.score for _, result in self.scored.values()), default=0.0)
         failed = sum(record.failure is not None for record in records)
         with tqdm(total=self.plan.trials, initial=len(finished), desc="search", unit="cell") as bar:
             while True:
-                bar.set_postfix(best_mIOU=f"{100 * best:.2f}%", failed=failed)
+                bar.set_postfix({f"best {self.measure.name}": self.measure.text(best), "failed": failed})
                 while len(running) < self.workers.capacity:
                     with ctrl_c_waits():
                         trial = self._next_trial(queue, finished, running)
@@ -144,7 +147,7 @@ class Search:
             self.study.tell_failure(number, outcome.job.cell, outcome.failure or "unknown")
             tqdm.write(f"trial {number} failed: {outcome.failure}", file=sys.stderr)
             return 0.0
-        score = outcome.result.mean_iou
+        score = outcome.result.score
         if score > best:
             self._save(outcome, BEST_HEAD)
         self.study.tell(self.study.search, number, outcome.job.cell, outcome.result)

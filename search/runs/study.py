@@ -16,14 +16,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import optuna
-from numpy.typing import NDArray
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from reference.cell import Cell
 from search.cells.space import canonical_form
+from search.dense_tasks import DenseTask, Scores, restored_task
 from search.errors import InputError
 from search.folder import Folder
 from search.interrupts import ctrl_c_waits
@@ -81,8 +80,7 @@ class Run:
     directory: Path
     identity: dict[str, Any]  # the settings that its scores depend on
     command: str
-    class_names: tuple[str, ...]
-    palette: NDArray[np.uint8]  # (K, 3) RGB
+    task: DenseTask
     settings: RunSettings
     trials: list[TrialRecord]  # finished ones, by number
     baselines: list[BaselineRecord]
@@ -120,7 +118,7 @@ class Study:
         """Record a result: all attributes first, the state last, so that a trial is either complete or will be done again."""
         attributes |= {"cell": json.loads(cell.to_json()), "result": asdict(result)}
         self._set_attributes(study, number, attributes)
-        study.tell(number, result.mean_iou)
+        study.tell(number, result.score)
 
     @ctrl_c_waits()
     def tell_failure(self, number: int, cell: Cell, reason: str) -> None:
@@ -178,8 +176,7 @@ def open_run(
     *,
     storage: str | None,
     command: str,
-    class_names: tuple[str, ...],
-    palette: NDArray[np.uint8],
+    task: DenseTask,
     settings: RunSettings,
 ) -> Iterator[Study]:
     """Begin a run or continue it. Raises InputError for other settings, a second process, or an unwritable folder."""
@@ -190,7 +187,7 @@ def open_run(
             before = folder.description()
             run_id = _run_id(folder, before) if before else uuid.uuid4().hex  # names its studies, also in a shared database
             description = {"id": run_id, "storage": storage, "settings": plain(asdict(settings))}
-            description |= {"class_names": class_names, "palette": palette.tolist()}
+            description |= task.describe()
             folder.begin(identity, command, **description)
             yield Study(directory, url, run_id, sampler)
     except (SQLAlchemyError, optuna.exceptions.OptunaError, ImportError) as error:
@@ -207,7 +204,7 @@ def load_run(directory: Path) -> Run:
     try:
         run_id, url = str(description["id"]), _storage_url(directory, description["storage"])
         identity, command = dict(description["identity"]), str(description["command"])
-        class_names, palette = tuple(description["class_names"]), np.array(description["palette"], dtype=np.uint8)
+        task = restored_task(description)
         settings = RunSettings.restored(description["settings"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         path = directory / "settings.json"
@@ -217,7 +214,7 @@ def load_run(directory: Path) -> Run:
         trials, baselines = study.records(), study.baselines()
     except (SQLAlchemyError, optuna.exceptions.OptunaError, ImportError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"the study of {directory} cannot be read: {_first_line(error)}") from error
-    return Run(directory, identity, command, class_names, palette, settings, trials, baselines)
+    return Run(directory, identity, command, task, settings, trials, baselines)
 
 
 def _run_id(folder: Folder, description: dict[str, Any]) -> str:
@@ -240,7 +237,7 @@ def ranked(records: list[TrialRecord]) -> list[TrialRecord]:
     for record in records:
         if record.result is not None and record.duplicate_of is None:
             first.setdefault(canonical_form(record.cell), record)
-    return sorted(first.values(), key=lambda record: -record.result.mean_iou if record.result else 0.0)
+    return sorted(first.values(), key=lambda record: -record.result.score if record.result else 0.0)
 
 
 def _storage_url(directory: Path, storage: str | None) -> str:
@@ -264,7 +261,7 @@ def _cell(attributes: dict[str, Any]) -> Cell:
 
 def _result(fields: dict[str, Any]) -> ProxyResult:
     curve = tuple((iteration, loss) for iteration, loss in fields["loss_curve"])
-    return ProxyResult(**{**fields, "class_iou": tuple(fields["class_iou"]), "loss_curve": curve})
+    return ProxyResult(**{**fields, "scores": Scores.restored(fields["scores"]), "loss_curve": curve})
 
 
 def _first_line(error: Exception) -> str:

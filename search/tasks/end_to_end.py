@@ -1,4 +1,4 @@
-"""The true task (paper, section 4.2): train a whole network around a cell, from images to classes, and score it.
+"""The true task (paper, section 4.2): train a whole network around a cell, from pictures to predictions, and score it.
 
 Each training has its own folder, in which it continues after an interruption. With Ray on several machines, all of them must
 see the same folder.
@@ -16,7 +16,8 @@ from fast.segmentation import SegmentationNetwork
 from reference.cell import Cell
 from search.cells.cost import module_cost
 from search.cells.space import cell_hash, load_cell
-from search.datasets import open_dataset
+from search.datasets import open_splits
+from search.dense_tasks import DenseTask, Scores
 from search.devices import Devices
 from search.files import write_text
 from search.folder import Folder
@@ -34,11 +35,14 @@ class EndToEndResult:
     validations would favour the cells whose scores vary most.
     """
 
-    mean_iou: float  # on the whole validation split, 0..1
-    class_iou: tuple[float | None, ...]  # None: the class is neither in the labels nor predicted
+    scores: Scores  # on the whole validation split
     parameters: int  # of the cell, as in the paper's Table 1
     multiply_adds: int  # of the cell, as in the paper's Table 1, for the first validation picture
     seconds: float  # training and validation, in all processes that worked on it
+
+    @property
+    def score(self) -> float:
+        return self.scores.score
 
 
 def training_folder(directory: Path, cell: Cell, seed: Sequence[int]) -> Path:
@@ -57,15 +61,16 @@ class EndToEndTask:
         self.settings.check()
         self.directory = directory
         self.devices = Devices(settings.machine.device)
-        data = settings.data
-        self.train, self.val = (
-            open_dataset(data.dataset, split, data.data_dir) for split in (data.train_split, data.val_split)
-        )
+        self.train, self.val = open_splits(settings.data)
+
+    @property
+    def dense_task(self) -> DenseTask:
+        return self.train.task
 
     def identity(self) -> dict[str, Any]:
         """The settings that all scores depend on. A network is built for it, so settings that cannot work are refused here."""
         with torch.random.fork_rng(devices=[]):
-            network = create_network(self.settings, load_cell("dpc"), self.train.class_names)
+            network = create_network(self.settings, load_cell("dpc"), self.dense_task)
             parts = training_identity(self.settings, network, self.train, self.val, self.devices)
         return {name: value for name, value in parts.items() if name not in ("cell", "number of devices", "validate_every")}
 
@@ -88,7 +93,7 @@ class EndToEndTask:
         settings = replace(self.settings, seed=number)
         device = self.devices.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            network = create_network(settings, cell, self.train.class_names)
+            network = create_network(settings, cell, self.dense_task)
             identity = training_identity(settings, network, self.train, self.val, self.devices)
             training = Folder(folder, "training")
             with training.locked():
@@ -104,8 +109,7 @@ class EndToEndTask:
         height, width = (-(-(extent - 1) // stride) + 1 for extent in self.val[0].label.shape)
         cost = module_cost(network.head.context, (height, width)).total
         return EndToEndResult(
-            mean_iou=result.last.mean_iou,
-            class_iou=result.last.class_iou,
+            scores=result.last,
             parameters=cost.parameters,
             multiply_adds=cost.multiply_adds,
             seconds=result.seconds,

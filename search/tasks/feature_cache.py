@@ -5,7 +5,7 @@ made from. The manifest counts the finished images, so the same command finishes
 half-written, damaged, or made from something else is refused, with the reason.
 
 With H = s·(h − 1) + 1 for output stride s, feature (i, j) sits on pixel (s·i, s·j); smaller images are padded at the bottom
-and right with the mean pixel and label 255.
+and right with the mean pixel, which is not labelled.
 """
 
 import json
@@ -23,9 +23,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fast.backbone import Backbone
-from reference.upsampled_cross_entropy import IGNORE_INDEX
 from search.backbones import create_backbone
-from search.datasets import Dataset, open_dataset
+from search.datasets import Dataset, open_splits
+from search.dense_tasks import DenseTask, restored_task
 from search.devices import resolve_device
 from search.errors import InputError
 from search.files import write_json
@@ -45,7 +45,7 @@ class HalfWrittenError(InputError):
 class FeatureCache:
     """Features and labels of one split, memory-mapped.
 
-    `features`: (N, C, h, w) float16 or bfloat16, `labels`: (N, H, W) uint8 with 255 ignored; `manifest`: their origin.
+    `features`: (N, C, h, w) float16 or bfloat16, `labels`: (N, H, W) as the task has them; `manifest`: their origin.
     """
 
     directory: Path
@@ -54,8 +54,8 @@ class FeatureCache:
     manifest: dict[str, Any]
 
     @property
-    def class_names(self) -> tuple[str, ...]:
-        return tuple(self.manifest["class_names"])
+    def task(self) -> DenseTask:
+        return restored_task(self.manifest)
 
     @property
     def output_stride(self) -> int:
@@ -70,6 +70,7 @@ def open_cache(directory: Path, expected: dict[str, Any] | None = None) -> Featu
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         done, features_shape, labels_shape = manifest["done"], manifest["features_shape"], manifest["labels_shape"]
+        label_dtype = restored_task(manifest).label_dtype
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged ({error}): delete the folder {directory} and run the command again") from error
     for field, value in (expected or {}).items():
@@ -85,7 +86,7 @@ def open_cache(directory: Path, expected: dict[str, Any] | None = None) -> Featu
             "finish it by running `python -m search.features` with the same flags"
         )
     features = _map(directory / "features.bin", features_shape, np.dtype(np.int16)).view(_DTYPES[manifest["feature_dtype"]])
-    return FeatureCache(directory, features, _map(directory / "labels.bin", labels_shape, np.dtype(np.uint8)), manifest)
+    return FeatureCache(directory, features, _map(directory / "labels.bin", labels_shape, label_dtype), manifest)
 
 
 def build_cache(directory: Path, dataset: Dataset, backbone: Backbone, identity: dict[str, Any], device: str) -> FeatureCache:
@@ -110,8 +111,7 @@ def prepare_caches(
     backbone.check()
     features.check(backbone.stride)
     device = resolve_device(machine.device)
-    splits = {"train": data.train_split, "val": data.val_split}
-    datasets = {role: open_dataset(data.dataset, split, data.data_dir) for role, split in splits.items()}
+    datasets = dict(zip(("train", "val"), open_splits(data), strict=True))
     network = create_backbone(backbone, data.dataset, machine.cache_dir)
     caches = {}
     for role, dataset in datasets.items():
@@ -137,13 +137,14 @@ def facts_of(caches: Mapping[str, FeatureCache]) -> dict[str, Any]:
 def _fill(directory: Path, dataset: Dataset, backbone: Backbone, identity: dict[str, Any], device: str) -> None:
     shape = _shapes(dataset, backbone, identity, device)
     normalisation = {"mean": backbone.mean.flatten().tolist(), "std": backbone.std.flatten().tolist()}  # of pixels 0 to 255
-    manifest = _resumable_manifest(directory, {**identity, **shape, **normalisation, "done": 0})
+    label_dtype = dataset.task.label_dtype
+    manifest = _resumable_manifest(directory, {**identity, **shape, **normalisation, "done": 0}, label_dtype)
     if not manifest["done"]:
         (directory / "manifest.json").unlink(missing_ok=True)  # the images that it counted are about to be overwritten
-    _require_space(directory, shape)
+    _require_space(directory, shape, label_dtype)
     arrays = [
         np.memmap(directory / file, dtype, "r+" if manifest["done"] else "w+", shape=tuple(shape[key]))
-        for file, dtype, key in (("features.bin", np.int16, "features_shape"), ("labels.bin", np.uint8, "labels_shape"))
+        for file, dtype, key in (("features.bin", np.int16, "features_shape"), ("labels.bin", label_dtype, "labels_shape"))
     ]
     dtype = _DTYPES[identity["feature_dtype"]]
     total = shape["features_shape"][0]
@@ -180,21 +181,29 @@ def _shapes(dataset: Dataset, backbone: Backbone, identity: dict[str, Any], devi
     return {"features_shape": [count, channels, h, w], "labels_shape": [count, height, width]}
 
 
-def _resumable_manifest(directory: Path, fresh: dict[str, Any]) -> dict[str, Any]:
+def _resumable_manifest(directory: Path, fresh: dict[str, Any], label_dtype: np.dtype[Any]) -> dict[str, Any]:
     """The manifest of an interrupted cache if it has the same identity and complete arrays, or else `fresh`."""
     try:
         manifest: dict[str, Any] = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return fresh
-    sizes = {"features.bin": 2 * math.prod(fresh["features_shape"]), "labels.bin": math.prod(fresh["labels_shape"])}
+    sizes = _bytes(fresh, label_dtype)
     whole = all((path := directory / file).is_file() and path.stat().st_size == size for file, size in sizes.items())
     return manifest if whole and {**manifest, "done": 0} == fresh else fresh
 
 
-def _batch(dataset: Dataset, indices: range, size: tuple[int, int], mean: Tensor) -> tuple[Tensor, NDArray[np.uint8]]:
-    """Images (n, 3, H, W) float32 padded with the mean pixel, and labels (n, H, W) padded with 255."""
+def _bytes(shape: Mapping[str, list[int]], label_dtype: np.dtype[Any]) -> dict[str, int]:
+    """The size of each file of a cache."""
+    return {
+        "features.bin": 2 * math.prod(shape["features_shape"]),
+        "labels.bin": label_dtype.itemsize * math.prod(shape["labels_shape"]),
+    }
+
+
+def _batch(dataset: Dataset, indices: range, size: tuple[int, int], mean: Tensor) -> tuple[Tensor, NDArray[Any]]:
+    """Images (n, 3, H, W) float32 padded with the mean pixel, and labels (n, H, W), of which no padded pixel is labelled."""
     images = mean.expand(len(indices), 3, *size).clone()
-    labels = np.full((len(indices), *size), IGNORE_INDEX, dtype=np.uint8)
+    labels = np.stack([dataset.task.unlabelled(size)] * len(indices))
     for row, index in enumerate(indices):
         sample = dataset[index % len(dataset)]  # the mirror images follow the images
         image, label = (sample.image, sample.label) if index < len(dataset) else (sample.image[:, ::-1], sample.label[:, ::-1])
@@ -214,8 +223,7 @@ def _identity(settings: FeatureSettings, dataset: Dataset, backbone: Backbone, m
         "dataset": dataset.name,
         "split": dataset.split,
         "data_fingerprint": dataset.fingerprint(),
-        "class_names": list(dataset.class_names),
-        "palette": dataset.palette.tolist(),
+        **dataset.task.describe(),
         "backbone": backbone.name,
         "weights_hash": backbone.weights_hash(),
         "weights_origin": backbone.weights_origin,
@@ -243,9 +251,9 @@ def _map(path: Path, shape: list[int], dtype: np.dtype[Any]) -> Tensor:
     return torch.from_numpy(array)
 
 
-def _require_space(directory: Path, shape: dict[str, list[int]]) -> None:
+def _require_space(directory: Path, shape: dict[str, list[int]], label_dtype: np.dtype[Any]) -> None:
     """Refuse a disk without enough space: a memory map on a full disk kills the process without a message."""
-    needed = 2 * int(np.prod(shape["features_shape"])) + int(np.prod(shape["labels_shape"]))
+    needed = sum(_bytes(shape, label_dtype).values())
     present = sum(path.stat().st_blocks * 512 for path in directory.glob("*.bin"))
     if needed - present > shutil.disk_usage(directory).free:
         raise OSError(f"needs {needed / 2**30:.1f} GiB of free disk")

@@ -10,19 +10,20 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fast.batch_norm import recompute_statistics
 from fast.dense_prediction_cell import DensePredictionCell
-from fast.mean_iou import upsampled_confusion_matrix
 from fast.segmentation import SegmentationHead
 from fast.train_step import TrainStep
 from reference.cell import Cell
-from reference.mean_iou import class_iou, mean_iou
 from search.cells.cost import module_cost
+from search.dense_tasks import Scores
 from search.errors import InputError
 from search.settings import HeadSettings, ProxySettings
 from search.tasks.feature_cache import FeatureCache
@@ -34,13 +35,16 @@ _CURVE_POINTS = 100
 class ProxyResult:
     """Score, cost and training of a cell."""
 
-    mean_iou: float  # on the whole validation cache, 0..1
-    class_iou: tuple[float | None, ...]  # None: the class is neither in the labels nor predicted
-    loss_curve: tuple[tuple[int, float], ...]  # (iteration, training loss in nats)
+    scores: Scores  # on the whole validation cache
+    loss_curve: tuple[tuple[int, float], ...]  # (iteration, training loss)
     parameters: int  # as in the paper's Table 1
     multiply_adds: int  # as in the paper's Table 1, for one validation image
     seconds: float
     peak_memory_bytes: int  # the device's; on a CPU that of the whole process
+
+    @property
+    def score(self) -> float:
+        return self.scores.score
 
 
 class NotFiniteError(ArithmeticError):
@@ -56,7 +60,7 @@ class ProxyTask:
         self.settings = settings
         self.head = head.completed(train.manifest["dataset"])
         self.device = torch.device(device)
-        self.num_classes = len(train.class_names)
+        self.dense_task = train.task
         self.output_stride = train.output_stride
         self.crop = crop_in_features(settings, train)
         self._train, self._val = (self._resident(cache) for cache in (train, val))
@@ -77,13 +81,11 @@ class ProxyTask:
             step = self._create_step(head)
             curve = self._train_head(step, on_step)
             recompute_statistics(head, (step.draw()[0] for _ in range(self.settings.statistics_batches)))
-        confusion = self._confusion(head)
-        iou = class_iou(confusion)
+        scores = self.dense_task.scores(self._totals(head))
         size = self._val[0].shape[2:]
         cost = module_cost(head.context, (size[0], size[1])).total
         result = ProxyResult(
-            mean_iou=mean_iou(confusion),
-            class_iou=tuple(None if math.isnan(value) else float(value) for value in iou),
+            scores=scores,
             loss_curve=curve,
             parameters=cost.parameters,
             multiply_adds=cost.multiply_adds,
@@ -103,13 +105,14 @@ class ProxyTask:
             dropout_rate=settings.dropout,
             pooling=settings.pooling,
         )
-        return SegmentationHead(context, self.num_classes)
+        return SegmentationHead(context, len(self.dense_task.outputs))
 
     def _create_step(self, head: SegmentationHead) -> TrainStep:
         settings = self.settings
         return TrainStep(
             head,
             *self._train,
+            loss=self.dense_task.loss,
             output_stride=self.output_stride,
             crop=self.crop,
             batch_size=settings.batch_size,
@@ -134,16 +137,16 @@ class ProxyTask:
         return tuple(curve)
 
     @torch.inference_mode()
-    def _confusion(self, head: SegmentationHead) -> np.typing.NDArray[np.int64]:
+    def _totals(self, head: SegmentationHead) -> NDArray[Any]:
         features, labels = self._val
-        total = torch.zeros(self.num_classes, self.num_classes, dtype=torch.int64)
+        parts = []
         for start in range(0, features.shape[0], self.settings.batch_size):
             batch = slice(start, start + self.settings.batch_size)
-            logits = head(features[batch].to(self.device, torch.float32))
-            if not logits.isfinite().all():
+            outputs = head(features[batch].to(self.device, torch.float32))
+            if not outputs.isfinite().all():
                 raise NotFiniteError("the trained cell gives scores that are not finite; try a lower learning rate")
-            total += upsampled_confusion_matrix(logits, labels[batch].to(self.device)).cpu()
-        return total.numpy()
+            parts.append(self.dense_task.count_upsampled(outputs, labels[batch].to(self.device)).cpu())
+        return torch.stack(parts).sum(dim=0).numpy()
 
     def _resident(self, cache: FeatureCache) -> tuple[Tensor, Tensor]:
         """Features and labels: on the GPU if they take less than half of its free memory, or else left in the file."""

@@ -2,7 +2,7 @@
 
 1. a scale from {0.5, 0.75, ..., 2}: the picture bilinearly, its label by the nearest pixel, corners aligned in both, to
    int(H · scale) rows and int(W · scale) columns;
-2. padding at the bottom and right with the mean pixel and label 255, where that is smaller than the crop;
+2. padding at the bottom and right with the mean pixel, which is not labelled, where that is smaller than the crop;
 3. a crop anywhere within;
 4. mirrored with probability 1/2.
 
@@ -18,14 +18,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from search.datasets import IGNORE_INDEX, Dataset
+from search.datasets import Dataset
+from search.dense_tasks import DenseTask, Label
 from search.errors import InputError
 
 _ORDER, _CROP = 0, 1  # number of the random stream
 
 
 class Crop(NamedTuple):
-    """`image` (3, h, w) float32, 0 to 255, and `label` (h, w) uint8; or the reason why the picture cannot be used."""
+    """`image` (3, h, w) float32, 0 to 255, and `label` (h, w); or the reason why the picture cannot be used."""
 
     image: Tensor
     label: Tensor
@@ -34,8 +35,11 @@ class Crop(NamedTuple):
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Draws crops of `crop_size`; `mean` is the pixel to pad with. With scale step 0, any scale in the range may be drawn."""
+    """Draws crops of `crop_size` for a task; `mean` is the pixel to pad with. With scale step 0, any scale in the range may be
+    drawn.
+    """
 
+    task: DenseTask
     crop_size: tuple[int, int]
     mean: tuple[float, float, float]
     min_scale: float = 0.5
@@ -45,7 +49,7 @@ class Augmentation:
     def scales(self) -> list[float]:
         """All scales there are, each as likely as the other; none if any between the two may be drawn.
 
-        >>> Augmentation((33, 33), (127.5, 127.5, 127.5)).scales()
+        >>> Augmentation(Segmentation(("road", "car")), (33, 33), (127.5, 127.5, 127.5)).scales()
         [0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0]
         """
         if self.scale_step == 0:
@@ -53,34 +57,32 @@ class Augmentation:
         count = int((self.max_scale - self.min_scale) / self.scale_step + 1)
         return [float(scale) for scale in np.linspace(self.min_scale, self.max_scale, count)]
 
-    def __call__(
-        self, image: NDArray[np.uint8], label: NDArray[np.uint8], rng: np.random.Generator
-    ) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+    def __call__(self, image: NDArray[np.uint8], label: Label, rng: np.random.Generator) -> tuple[NDArray[np.float32], Label]:
         """image (H, W, 3), label (H, W) -> a crop of both, (h, w, 3) and (h, w)."""
         scales = self.scales()
         scale = scales[rng.integers(len(scales))] if scales else rng.uniform(self.min_scale, self.max_scale)
         scaled = (int(label.shape[0] * scale), int(label.shape[1] * scale))
         corner = [int(rng.integers(max(have - want, 0) + 1)) for have, want in zip(scaled, self.crop_size, strict=True)]
-        picture, classes = self._cut(image, label, scaled, corner)
+        picture, cut = self._cut(image, self.task.at_scale(label, scale), scaled, corner)
         if rng.random() < 0.5:
-            picture, classes = picture[:, ::-1], classes[:, ::-1]
-        return picture, classes
+            picture, cut = picture[:, ::-1], cut[:, ::-1]
+        return picture, cut
 
     def _cut(
-        self, image: NDArray[np.uint8], label: NDArray[np.uint8], scaled: tuple[int, int], corner: list[int]
-    ) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+        self, image: NDArray[np.uint8], label: Label, scaled: tuple[int, int], corner: list[int]
+    ) -> tuple[NDArray[np.float32], Label]:
         picture = np.empty((*self.crop_size, 3), np.float32)
         picture[:] = self.mean
-        classes = np.full(self.crop_size, IGNORE_INDEX, np.uint8)
+        cut = self.task.unlabelled(self.crop_size)
         rows, columns = (_SourcePixels.of(*sizes) for sizes in zip(label.shape, scaled, corner, self.crop_size, strict=True))
         shown = np.s_[: len(rows.nearest), : len(columns.nearest)]
-        classes[shown] = label[rows.nearest[:, None], columns.nearest]
+        cut[shown] = label[rows.nearest[:, None], columns.nearest]
         if scaled == label.shape:
             picture[shown] = image[rows.nearest[:, None], columns.nearest]
         else:
             band = _interpolated(image, rows, axis=0)  # (shown rows, W, 3)
             picture[shown] = _interpolated(band, columns, axis=1)
-        return picture, classes
+        return picture, cut
 
 
 class TrainingCrops:

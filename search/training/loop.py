@@ -25,17 +25,17 @@ from tqdm import tqdm
 
 from fast.batch_norm import recompute_statistics
 from fast.checkpoint import save_network
-from fast.hard_example_mining import hardest_pixels, mined_share
+from fast.hard_example_mining import mined_share
 from fast.segmentation import SegmentationNetwork
-from fast.upsampled_cross_entropy import upsampled_cross_entropy
-from search.datasets import IGNORE_INDEX, Dataset
+from search.datasets import Dataset
+from search.dense_tasks import DenseTask, Scores
 from search.devices import Devices
 from search.errors import InputError
 from search.settings import RecipeSettings, TrainingSettings, known, plain
 from search.training.augmentation import Augmentation, Crop
 from search.training.batches import Batches
 from search.training.optimizer import parameter_groups, poly_learning_rate, set_learning_rate
-from search.training.scoring import Scores, count_pixels
+from search.training.scoring import count_split
 from search.training.state import Curve, load_state, save_state
 
 _LOG_EVERY = 10  # iterations between two readings of the losses, which wait for the GPU
@@ -51,7 +51,7 @@ class TrainingResult:
     """The result of a training. `last` are the scores of the weights after the last iteration."""
 
     last: Scores
-    best_mean_iou: float  # the best of all validations, 0..1
+    best: float  # the best score of all validations
     seconds: float  # training and validation, in all processes that worked on it
 
 
@@ -61,13 +61,13 @@ class _Progress:
 
     iteration: int = 0
     validated: int = 0  # the iteration of the last validation
-    best: float = -1.0  # mIOU of the best one
+    best: float = -1.0  # score of the best one
     last: dict[str, Any] | None = None  # scores of the last validation
     seconds: float = 0.0
 
 
 class Training:
-    """Trains `network` in `directory` by completed settings; all that must last is in `state.pt`.
+    """Trains `network` in `directory` by completed settings, for the task of the data; all that must last is in `state.pt`.
 
     `source` is what the networks' files say of where they come from; by default the settings.
     """
@@ -84,9 +84,9 @@ class Training:
     ) -> None:
         self.settings, self.recipe = settings, settings.recipe
         self.source = plain(settings if source is None else source)
-        self.val, self.directory, self.devices = val, directory, devices
+        self.task, self.val, self.directory, self.devices = train.task, val, directory, devices
         self.iterations = known(self.recipe.iterations)
-        augmentation = create_augmentation(self.recipe, network)
+        augmentation = create_augmentation(self.recipe, network, self.task)
         self.batches = Batches(train, augmentation, self.recipe, devices, settings.seed)
         self.network = network.to(devices.device)
         self._learns = self.devices.prepare(self.network)
@@ -108,7 +108,9 @@ class Training:
         self._begun = time.perf_counter() - self.progress.seconds
         self._quiet = on_step is not None or self.devices.rank > 0
         first = self.progress.iteration
-        self.curve = Curve(self.directory, first, self.progress.validated) if self.devices.rank == 0 else None
+        self.curve = (
+            Curve(self.directory, self.task.score.key, first, self.progress.validated) if self.devices.rank == 0 else None
+        )
         bar = tqdm(total=self.iterations, initial=first, desc="training", unit="step", disable=self._quiet)
         try:
             with bar, self._stopped_by_ctrl_c():
@@ -125,7 +127,7 @@ class Training:
         finally:
             if self.curve is not None:
                 self.curve.close()
-        last = Scores(**known(self.progress.last))
+        last = Scores.restored(known(self.progress.last))
         return TrainingResult(last, self.progress.best, self.progress.seconds)
 
     def _look(self, bar: Any, stop: bool, is_first: bool) -> None:
@@ -134,7 +136,7 @@ class Training:
         if is_first:
             self._print_memory()
         if iteration % _LOG_EVERY == 0 or iteration == self.iterations:
-            best = "-" if self.progress.best < 0 else f"{100 * self.progress.best:.2f}%"
+            best = "-" if self.progress.best < 0 else self.task.score.text(self.progress.best)
             bar.set_postfix(loss=f"{self._log():.4f}", rate=f"{self._rate():.2g}", best=best)
         if stop or iteration % self.recipe.checkpoint_every == 0:
             self._save()
@@ -147,7 +149,7 @@ class Training:
         torch.manual_seed(_seed(self.settings.seed, _DROPOUT, iteration, devices.rank))
         set_training(self.network, frozen_batch_norm=recipe.frozen_batch_norm)
         share = mined_share(recipe.hard_example_mining, iteration, recipe.hard_example_iterations)
-        counts = [int((batch.label != IGNORE_INDEX).sum()) for batch in batches]
+        counts = [int(self.task.is_labelled(batch.label).sum()) for batch in batches]
         labelled, stop = devices.total(
             torch.tensor([sum(counts), self._stop], device=devices.device, dtype=torch.float64)
         ).tolist()
@@ -174,10 +176,10 @@ class Training:
         device = self.devices.device
         images, labels = batch.image.to(device, non_blocking=True), batch.label.to(device, non_blocking=True)
         with self._autocast():
-            logits = self._learns(images)
+            outputs = self._learns(images)
         if share < 1:
-            labels = hardest_pixels(logits.detach(), labels, share)
-        return upsampled_cross_entropy(logits, labels)
+            labels = self.task.hardest(outputs.detach(), labels, share)
+        return self.task.loss(outputs, labels)
 
     def _rate(self) -> float:
         return poly_learning_rate(
@@ -223,13 +225,13 @@ class Training:
                 self._require_finite(network)  # statistics may overflow where no weight does
             indices = range(self.devices.rank, len(self.val), self.devices.count)
             network.eval()
-            confusion = count_pixels(network, self.val, indices=indices, on_picture=self._stop_validation)
-        scores = Scores.of(self.devices.total(confusion.double()).long().cpu().numpy())
-        if math.isnan(scores.mean_iou):
+            totals = count_split(network, self.val, indices=indices, on_picture=self._stop_validation)
+        scores = self.task.scores(self.devices.total(totals.double()).cpu().numpy())
+        if math.isnan(scores.score):
             raise InputError(f"no pixel of {self.val.name} {self.val.split} has a label to score by: give another `val_split`")
-        is_best = scores.mean_iou > self.progress.best
+        is_best = scores.score > self.progress.best
         self.progress.validated, self.progress.last = self.progress.iteration, asdict(scores)
-        self.progress.best = max(self.progress.best, scores.mean_iou)
+        self.progress.best = max(self.progress.best, scores.score)
         if self.devices.rank == 0:
             self._keep(network, scores, is_best)
         self._save()
@@ -237,20 +239,20 @@ class Training:
     def _keep(self, network: SegmentationNetwork, scores: Scores, is_best: bool) -> None:
         iteration = self.progress.iteration
         if self.curve is not None:
-            self.curve.add(iteration, mean_iou=scores.mean_iou)
+            self.curve.add(iteration, score=scores.score)
         if not self._quiet:
             on = f"{self.val.name} {self.val.split}"
-            tqdm.write(f"iteration {iteration}: mIOU {100 * scores.mean_iou:.2f} % on {on}", file=sys.stderr)
+            name, value = self.task.score.name, self.task.score.text(scores.score)
+            tqdm.write(f"iteration {iteration}: {name} {value} on {on}", file=sys.stderr)
         source = {
             "training": self.source,
             "iteration": iteration,
             "seconds": time.perf_counter() - self._begun,
-            **asdict(scores),
-            "palette": self.val.palette.tolist(),
+            **self.task.named(scores),
         }
         for name in ("last", "best") if is_best else ("last",):
             path = self.directory / f"{name}.safetensors"
-            save_network(path, network, class_names=self.val.class_names, source=source)
+            save_network(path, network, task=self.task.describe(), source=source)
 
     def _restore(self) -> None:
         state = load_state(self.directory, self.devices.device)
@@ -315,13 +317,8 @@ class Training:
             peak = torch.cuda.max_memory_allocated(self.devices.device)
         else:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        height, width = known(self.recipe.crop_size)
-        upsampled = 4 * self.batches.size * len(self.val.class_names) * height * width
-        tqdm.write(
-            f"memory: {peak / 2**30:.2f} GiB at most for passes of {self.batches.size} crops; more passes take "
-            f"less. The loss never makes full-size logits ({upsampled / 2**30:.2f} GiB and as much for their gradient).",
-            file=sys.stderr,
-        )
+        passes = f"passes of {self.batches.size} crops; more passes take less"
+        tqdm.write(f"memory: {peak / 2**30:.2f} GiB at most for {passes}", file=sys.stderr)
 
 
 def averaged(network: nn.Module, decay: float) -> AveragedModel:
@@ -339,10 +336,11 @@ def set_training(network: nn.Module, *, frozen_batch_norm: bool) -> None:
             child.eval()
 
 
-def create_augmentation(recipe: RecipeSettings, network: SegmentationNetwork) -> Augmentation:
+def create_augmentation(recipe: RecipeSettings, network: SegmentationNetwork, task: DenseTask) -> Augmentation:
     """The augmentation of the recipe, which pads with the mean pixel of the network's backbone."""
     red, green, blue = network.backbone.mean.flatten().tolist()
     return Augmentation(
+        task,
         known(recipe.crop_size),
         (red, green, blue),
         known(recipe.min_scale),

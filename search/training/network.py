@@ -1,7 +1,6 @@
 """Build a whole network from settings, with initial weights: backbone, cell, decoder if wanted, classifier."""
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,13 @@ from fast.segmentation import SegmentationHead, SegmentationNetwork
 from reference.cell import Cell
 from search.backbones import create_backbone
 from search.datasets import Dataset
+from search.dense_tasks import DenseTask, restored_task
 from search.devices import Devices
 from search.errors import InputError
 from search.settings import TrainingSettings, fingerprints, known, scored
 
 
-def create_network(settings: TrainingSettings, cell: Cell, class_names: Sequence[str]) -> SegmentationNetwork:
+def create_network(settings: TrainingSettings, cell: Cell, task: DenseTask) -> SegmentationNetwork:
     """Build a network around the cell, with weights from the backbone's settings and the seed. Raises InputError."""
     torch.manual_seed(settings.seed)
     backbone = create_backbone(
@@ -37,19 +37,21 @@ def create_network(settings: TrainingSettings, cell: Cell, class_names: Sequence
         pooling=settings.head.pooling,
     )
     decoder = Decoder(backbone.low_level.channels, channels=channels) if backbone.low_level is not None else None
-    return SegmentationNetwork(backbone, SegmentationHead(context, len(class_names)), decoder)
+    return SegmentationNetwork(backbone, SegmentationHead(context, len(task.outputs)), decoder)
 
 
-def initial_network(settings: TrainingSettings, path: Path, class_names: Sequence[str]) -> SegmentationNetwork:
-    """Load the network of a file, with its architecture; with other classes the classifier begins anew. Raises InputError."""
+def initial_network(settings: TrainingSettings, path: Path, task: DenseTask) -> SegmentationNetwork:
+    """Load the network of a file, with its architecture; with other outputs the last layer begins anew. Raises InputError."""
     torch.manual_seed(settings.seed)
     try:
         network, description = load_network(path)
     except ValueError as error:
         raise InputError(f"{error}; correct `init`") from error
-    if tuple(description["class_names"]) != tuple(class_names):
-        print(f"{path} knows {len(description['class_names'])} other classes: the classifier begins anew", file=sys.stderr)
-        network.head = SegmentationHead(network.head.context, len(class_names))
+    before = restored_task(description).outputs
+    if before != task.outputs:
+        has = f"{len(before)} other outputs ({', '.join(before[:3])}{', ...' if len(before) > 3 else ''})"
+        print(f"{path} has {has}: the last layer begins anew", file=sys.stderr)
+        network.head = SegmentationHead(network.head.context, len(task.outputs))
     network.head.context.dropout.p = settings.head.dropout
     return network
 

@@ -4,7 +4,7 @@
     state.pt            weights, optimiser and averages after some iteration; from here the training continues
     last.safetensors    the network at the latest validation, and
     best.safetensors    at the best one, both complete networks (`fast.checkpoint.load_network`)
-    curve.csv           loss and learning rate of every iteration, mIOU of every validation
+    curve.csv           loss and learning rate of every iteration, score of every validation
     tensorboard/        the same as event files, where `tensorboard` is installed
 
 Every file is written to a temporary file and renamed, so after any interruption the old or the new one is there. Only the
@@ -20,7 +20,7 @@ import torch
 
 from search.errors import InputError
 
-_COLUMNS = ("iteration", "loss", "learning_rate", "mean_iou")
+_COLUMNS = ("iteration", "loss", "learning_rate")  # and the score, by its own name
 
 
 def save_state(directory: Path, state: dict[str, Any]) -> None:
@@ -49,28 +49,30 @@ def load_state(directory: Path, device: torch.device) -> dict[str, Any] | None:
 
 
 class Curve:
-    """Writes `curve.csv`, and event files for TensorBoard if it is installed, from `iteration` (validated: `validated`) on."""
+    """Writes `curve.csv`, and event files for TensorBoard if it is installed, from `iteration` (validated: `validated`) on.
 
-    def __init__(self, directory: Path, iteration: int, validated: int) -> None:
+    `score_key` is the name of the score in both.
+    """
+
+    def __init__(self, directory: Path, score_key: str, iteration: int, validated: int) -> None:
+        self._score_key = score_key
         self._path = directory / "curve.csv"
         rows = [row for row in read_curve(directory) if row[0] <= (iteration if row[3] is None else validated)]
         partial = self._path.with_name("curve.csv.partial")
         with partial.open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(_COLUMNS)
+            writer.writerow([*_COLUMNS, score_key])
             writer.writerows(["" if value is None else value for value in row] for row in rows)
         partial.replace(self._path)
         self._file = self._path.open("a", encoding="utf-8", newline="")
         self._events = _event_writer(directory / "tensorboard", iteration)
 
-    def add(
-        self, iteration: int, *, loss: float | None = None, rate: float | None = None, mean_iou: float | None = None
-    ) -> None:
+    def add(self, iteration: int, *, loss: float | None = None, rate: float | None = None, score: float | None = None) -> None:
         """Write one line: the numbers of the training after `iteration` steps."""
-        fields = [iteration, *("" if value is None else repr(value) for value in (loss, rate, mean_iou))]
+        fields = [iteration, *("" if value is None else repr(value) for value in (loss, rate, score))]
         self._file.write(",".join(map(str, fields)) + "\n")
         if self._events is not None:
-            for name, value in (("loss", loss), ("learning_rate", rate), ("mean_iou", mean_iou)):
+            for name, value in (("loss", loss), ("learning_rate", rate), (self._score_key, score)):
                 if value is not None:
                     self._events.add_scalar(name, value, iteration)
 
@@ -86,7 +88,7 @@ class Curve:
 
 
 def read_curve(directory: Path) -> list[tuple[int, float | None, float | None, float | None]]:
-    """Read the rows (iteration, loss, learning rate, mIOU) of `curve.csv`, if it exists, without a half-written last line."""
+    """Read the rows (iteration, loss, learning rate, score) of `curve.csv`, if it exists, without a half-written last line."""
     try:
         text = (directory / "curve.csv").read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -95,8 +97,8 @@ def read_curve(directory: Path) -> list[tuple[int, float | None, float | None, f
     rows = []
     for line in lines:
         iteration, *values = line.split(",")
-        loss, rate, mean_iou = (float(value) if value else None for value in values)
-        rows.append((int(iteration), loss, rate, mean_iou))
+        loss, rate, score = (float(value) if value else None for value in values)
+        rows.append((int(iteration), loss, rate, score))
     return rows
 
 

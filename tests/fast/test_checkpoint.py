@@ -44,7 +44,7 @@ def trained_head(pooling: PoolingVariant = "sliding_window", pooling_size: tuple
 
 def save(path: Path, **arguments: Any) -> SegmentationHead:
     head = trained_head(**arguments)
-    save_head(path, head, class_names=CLASSES, backbone=BACKBONE)
+    save_head(path, head, task={"class_names": CLASSES}, backbone=BACKBONE)
     return head
 
 
@@ -144,7 +144,7 @@ def test_weights_that_do_not_fit_the_description_are_refused(tmp_path: Path, cha
 
 DAMAGES: dict[str, tuple[Any, str]] = {  # by field: another value, or None for none; and what is said of it
     "pooling_size": (None, "lacks the field 'pooling_size'"),
-    "class_names": (None, "lacks the field 'class_names'"),
+    "outputs": ("many", "cannot be used: "),
     "cell": ([{"op": "conv", "kernel": 9, "input": -1}], "cannot be used: .*kernel"),
     "in_channels": ("three", "cannot be used: "),
     "dropout_rate": (2.0, "cannot be used: .*dropout_rate"),
@@ -168,7 +168,7 @@ def test_a_description_that_cannot_be_used_is_refused(tmp_path: Path, field: str
 @pytest.mark.parametrize("change", [{"backbone": {}}, {"decoder": {"surprise": 1}}, {"backbone": {"name": "no_such_model"}}])
 def test_a_networks_description_that_cannot_be_used_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
     path = tmp_path / "network.safetensors"
-    save_network(path, trained_network(decoder=True), class_names=CLASSES)
+    save_network(path, trained_network(decoder=True), task={"class_names": CLASSES})
     text, state = json.dumps(load_network(path)[1] | change), load_file(path)
     save_file(state, path, metadata={"format": NETWORK_FORMAT, "description": text})
     with pytest.raises(ValueError, match=r"network .*network\.safetensors has a description that "):
@@ -209,7 +209,7 @@ def trained_network(*, decoder: bool, output_stride: int = 8) -> SegmentationNet
 def test_network_round_trip(tmp_path: Path, decoder: bool, output_stride: int) -> None:
     """From the file alone: even sizes too, where the padding of the weights' origin shows."""
     network, path = trained_network(decoder=decoder, output_stride=output_stride), tmp_path / "new" / "network.safetensors"
-    save_network(path, network, class_names=CLASSES, source={"data": "made"})
+    save_network(path, network, task={"class_names": CLASSES}, source={"data": "made"})
     loaded, description = load_network(path)
     assert list(path.parent.iterdir()) == [path]
     assert not any(module.training for module in loaded.modules())
@@ -227,7 +227,7 @@ def test_network_of_an_unknown_backbone_is_not_saved(tmp_path: Path) -> None:
     network = trained_network(decoder=False)
     network.backbone.from_timm = False
     with pytest.raises(ValueError, match="backbone mobilenetv2_035 is not from timm"):
-        save_network(tmp_path / "network.safetensors", network, class_names=CLASSES)
+        save_network(tmp_path / "network.safetensors", network, task={"class_names": CLASSES})
     assert (
         Backbone("own", torch.nn.Identity(), channels=3, output_stride=8, mean=torch.ones(3), std=torch.ones(3)).from_timm
         is False
@@ -236,16 +236,16 @@ def test_network_of_an_unknown_backbone_is_not_saved(tmp_path: Path) -> None:
 
 def test_network_needs_a_name_for_each_class(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the classifier has 3 classes, got 2 class names"):
-        save_network(tmp_path / "network.safetensors", trained_network(decoder=False), class_names=CLASSES[:2])
+        save_network(tmp_path / "network.safetensors", trained_network(decoder=False), task={"class_names": CLASSES[:2]})
     with pytest.raises(ValueError, match="the classifier has 3 classes, got 2 class names"):
-        save_head(tmp_path / "head.safetensors", trained_head(), class_names=CLASSES[:2], backbone=BACKBONE)
+        save_head(tmp_path / "head.safetensors", trained_head(), task={"class_names": CLASSES[:2]}, backbone=BACKBONE)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_heads_and_networks_are_told_apart(tmp_path: Path) -> None:
     head, network = tmp_path / "head.safetensors", tmp_path / "network.safetensors"
     save(head)
-    save_network(network, trained_network(decoder=True), class_names=CLASSES)
+    save_network(network, trained_network(decoder=True), task={"class_names": CLASSES})
     with pytest.raises(
         ValueError, match=r"network .*head\.safetensors is not in the format 'dense-prediction-cell network 1'"
     ):
@@ -261,7 +261,7 @@ def test_the_cell_alone_is_read_from_either(tmp_path: Path, kind: str) -> None:
         context = save(path, pooling_size=(4, 5)).context
     else:
         network = trained_network(decoder=True)
-        save_network(path, network, class_names=CLASSES)
+        save_network(path, network, task={"class_names": CLASSES})
         context = network.head.context
     loaded = load_context(path)
     assert not any(module.training for module in loaded.modules())
@@ -280,7 +280,7 @@ def test_the_cell_of_another_file_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("change", ["lacks", "other shape"])
 def test_weights_that_do_not_fit_the_network_are_refused(tmp_path: Path, change: str) -> None:
     path = tmp_path / "network.safetensors"
-    save_network(path, trained_network(decoder=True), class_names=CLASSES)
+    save_network(path, trained_network(decoder=True), task={"class_names": CLASSES})
     description, state = json.dumps(load_network(path)[1]), load_file(path)
     del state["decoder.projection.weight"]
     if change == "other shape":

@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.io import savemat
 
-from search.datasets import IGNORE_INDEX
-from search.datasets.files import voc_palette
+from search.datasets import IGNORE_INDEX, Dataset
+from search.dense_tasks.segmentation import Segmentation, voc_palette
 
 Labels = dict[str, NDArray[np.uint8]]  # by the picture's name
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"  # real samples, never part of the repository
@@ -17,6 +17,12 @@ SIZE = (6, 8)  # height and width of the made pictures: 48 pixels, more than Cit
 
 CITYSCAPES_IDS = dict(zip((7, 8, 11, 12, 13, 17, *range(19, 29), 31, 32, 33), range(19), strict=True))  # id: train id
 CITIES = {"train": "aachen", "val": "lindau", "test": "berlin"}
+
+
+def classes_of(dataset: Dataset) -> Segmentation:
+    """The task of a data set whose pixels have classes."""
+    assert isinstance(dataset.task, Segmentation)
+    return dataset.task
 
 
 def write_image(path: Path, seed: int = 0, size: tuple[int, int] = SIZE) -> NDArray[np.uint8]:

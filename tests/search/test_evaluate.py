@@ -11,6 +11,7 @@ from PIL import Image
 import search.evaluate
 from fast.checkpoint import save_network
 from search.datasets import IGNORE_INDEX, Sample, cityscapes, open_dataset, pascal_voc
+from search.dense_tasks.segmentation import Segmentation
 from search.errors import InputError
 from search.evaluate import EvaluateSettings
 from search.reports.predictions import overlay, prediction_path, write_prediction
@@ -24,22 +25,23 @@ def test_predictions_are_label_ids_in_the_servers_places(tmp_path: Path) -> None
     predicted = np.array([[0, 1], [18, 13]], np.uint8)
 
     class City(Made):
-        name, class_names, label_ids, palette = "cityscapes", cityscapes.CLASS_NAMES, cityscapes.LABEL_IDS, cityscapes.PALETTE
+        name = "cityscapes"
+        task = Segmentation(cityscapes.CLASS_NAMES, cityscapes.PALETTE, cityscapes.LABEL_IDS)
 
     path = prediction_path(tmp_path, City(), "bonn_000000_000019")
     assert path == tmp_path / "bonn_000000_000019.png"
-    write_prediction(path, predicted, City())
+    write_prediction(path, predicted, City.task)
     with Image.open(path) as picture:
         assert picture.mode == "L"
         np.testing.assert_array_equal(np.array(picture), [[7, 8], [33, 26]])  # road, sidewalk, bicycle, car
 
     class Voc(Made):
-        name, split, palette = "pascal_voc", "test", pascal_voc.PALETTE
-        label_ids = tuple(range(21))
+        name, split = "pascal_voc", "test"
+        task = Segmentation(pascal_voc.CLASS_NAMES, pascal_voc.PALETTE)
 
     path = prediction_path(tmp_path, Voc(), "2008_000006")
     assert path == tmp_path / "results/VOC2012/Segmentation/comp6_test_cls/2008_000006.png"
-    write_prediction(path, predicted, Voc())
+    write_prediction(path, predicted, Voc.task)
     with Image.open(path) as picture:
         assert picture.mode == "P"
         np.testing.assert_array_equal(np.array(picture), predicted)
@@ -47,12 +49,11 @@ def test_predictions_are_label_ids_in_the_servers_places(tmp_path: Path) -> None
 
 
 def test_an_overlay_shows_prediction_and_label_side_by_side() -> None:
-    dataset = Made()
     sample = Sample(np.full((20, 480, 3), 100, np.uint8), np.full((20, 480), 2, np.uint8), "x")
     sample.label[:, :240] = IGNORE_INDEX
-    page = np.array(overlay(sample, np.zeros((20, 480), np.uint8), dataset)).astype(int)
+    page = np.array(overlay(sample, np.zeros((20, 480), np.uint8), Made.task)).astype(int)
     row = 22 + 10  # a heading, then the pictures
-    blended = [np.round(0.4 * 100 + 0.6 * np.array(colour)) for colour in ((0, 0, 255), (56, 56, 56), (255, 0, 0))]
+    blended = [np.round(0.4 * 100 + 0.6 * np.array(colour)) for colour in ((0, 0, 255), (255, 255, 255), (255, 0, 0))]
     for column, colour in zip((8 + 240, 8 + 488 + 120, 8 + 488 + 360), blended, strict=True):
         assert np.abs(page[row, column] - colour).max() <= 1  # Pillow truncates
     assert (page[:22] < 128).any()  # text
@@ -63,8 +64,8 @@ def test_an_overlay_shows_prediction_and_label_side_by_side() -> None:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> EvaluateSettings:
     folder = tmp_path_factory.mktemp("tiny")
     data_dir = write_camvid(folder / "camvid")
-    names = open_dataset("camvid", "val", data_dir).class_names
-    save_network(folder / "n.safetensors", small_network(len(names)), class_names=names)
+    names = open_dataset("camvid", "val", data_dir).task.outputs
+    save_network(folder / "n.safetensors", small_network(len(names)), task={"class_names": names})
     return composed(EvaluateSettings, network=folder / "n.safetensors", dataset="camvid", data_dir=data_dir, device="cpu")
 
 
@@ -78,7 +79,7 @@ def test_the_command_prints_and_writes_everything(
     table = capsys.readouterr().out
     scores = json.loads((tmp_path / "scores.json").read_text())
     dataset = open_dataset("camvid", "val", tiny.data.data_dir)
-    assert all(f"\n{name} " in table for name in dataset.class_names)
+    assert all(f"\n{name} " in table for name in dataset.task.outputs)
     assert f"mIOU {100 * scores['mean_iou']:>20.2f}".split() == table[table.index("mIOU") :].split()[:2]
     confusion = np.zeros((11, 11), np.int64)
     for sample in (dataset[i] for i in range(len(dataset))):

@@ -51,7 +51,7 @@ def head_file(folder: Path, cell: Cell = DYNAMIC_CELL, **options: Any) -> Path:
     head = SegmentationHead(DensePredictionCell(cell, 6, branch_channels=8, cell_channels=8, **options), len(CLASSES))
     train_a_little(head, torch.rand(2, 6, 17, 17))
     path = folder / "head.safetensors"
-    save_head(path, head, class_names=CLASSES, backbone={"name": "mobilenetv2_100"})
+    save_head(path, head, task={"class_names": CLASSES}, backbone={"name": "mobilenetv2_100"})
     return path
 
 
@@ -63,7 +63,7 @@ def network_file(folder: Path, *, decoder: bool) -> Path:
     network = SegmentationNetwork(backbone, head, refine)
     train_a_little(network, 255 * torch.rand(2, 3, 65, 97))
     path = folder / "network.safetensors"
-    save_network(path, network, class_names=CLASSES)
+    save_network(path, network, task={"class_names": CLASSES})
     return path
 
 

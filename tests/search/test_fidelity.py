@@ -26,6 +26,7 @@ from reference.cell import BACKBONE_FEATURE, Cell
 from search.backbones import create_backbone
 from search.cells.space import SearchSpace, canonical_form, load_cell
 from search.datasets import open_dataset
+from search.dense_tasks import Measure
 from search.errors import InputError
 from search.fidelity import PROTOCOLS, FidelitySettings, fidelity_cells
 from search.folder import Folder
@@ -153,7 +154,7 @@ def scores_of(
     directory: Path, protocols: Sequence[str] = PROTOCOLS, seeds: int = 2
 ) -> dict[tuple[str, str, int], float | None]:
     scores = [score for score in load_scores(directory, protocols, list(FOUR)) if score.seed < seeds]
-    return {(score.protocol, score.cell_name, score.seed): score.mean_iou for score in scores}
+    return {(score.protocol, score.cell_name, score.seed): score.score for score in scores}
 
 
 def run(settings: FidelitySettings) -> Path:
@@ -507,7 +508,7 @@ def test_made_scores_give_the_known_rho(tmp_path: Path) -> None:
     assert pair.correlation is not None
     assert pair.correlation.rho == pytest.approx(0.9, abs=1e-12)  # rounding
     assert math.isnan(pair.ceiling)  # one seed of long says nothing of its noise
-    text = write_report(tmp_path, loaded, ("proxy", "long"), "python -m search.fidelity")
+    text = write_report(tmp_path, loaded, ("proxy", "long"), "python -m search.fidelity", Measure("mIOU", "mean_iou"))
     assert text.splitlines()[1].split()[4:6] == ["5", "0.90"]
     assert "| c1 | 20.00 ± 14.14 (4) | 10.00 (5) |" in (tmp_path / "report.md").read_text(encoding="utf-8")
 
@@ -529,7 +530,7 @@ def test_the_ceiling_of_noise_alone_is_zero() -> None:
 
 def test_a_cell_that_fails_with_one_seed_is_left_out_altogether() -> None:
     scores = made_scores({"proxy": [[1, 2, 3, 4], [1, 2, 3, 4]]})
-    scores[5] = replace(scores[5], mean_iou=None, failure="out of memory")
+    scores[5] = replace(scores[5], score=None, failure="out of memory")
     assert list(cell_scores(scores, "proxy")) == ["c0", "c2", "c3"]
 
 

@@ -58,7 +58,7 @@ def test_a_folder_of_another_kind_is_named(tmp_path: Path) -> None:
         Folder(tmp_path).description()
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "3", "{}", '{"format": 2}', '{"format": 2, "kind": "run"}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "{}", '{"format": 3}', '{"format": 3, "kind": "run"}'])
 def test_damaged_settings_are_named_and_left_alone(tmp_path: Path, text: str) -> None:
     (tmp_path / "settings.json").write_text(text)
     with pytest.raises(InputError, match=r"settings\.json is damaged .*: delete the run .* and start it again"):

@@ -135,8 +135,8 @@ def test_a_run_leaves_what_it_is_for(
     assert [record.number for record in uninterrupted.trials] == list(range(tiny.trials))
     assert len({canonical_form(record.cell) for record in uninterrupted.trials}) == tiny.trials
     best = ranked(uninterrupted.trials)
-    assert [record.result.mean_iou for record in best if record.result] == sorted(
-        (record.result.mean_iou for record in uninterrupted.trials if record.result), reverse=True
+    assert [record.result.score for record in best if record.result] == sorted(
+        (record.result.score for record in uninterrupted.trials if record.result), reverse=True
     )
     for rank, record in enumerate(best, start=1):
         assert Cell.load(folder / "best_cells" / f"rank_{rank:02d}.json") == record.cell
@@ -144,7 +144,7 @@ def test_a_run_leaves_what_it_is_for(
         rows = list(csv.DictReader(file))
     for row, record in zip(rows, uninterrupted.trials, strict=True):
         assert record.result is not None
-        assert (int(row["trial"]), float(row["mean_iou"])) == (record.number, record.result.mean_iou)
+        assert (int(row["trial"]), float(row["mean_iou"])) == (record.number, record.result.score)
         assert (int(row["parameters"]), Cell.from_json(row["cell"])) == (record.result.parameters, record.cell)
     assert [(record.name, record.seed) for record in uninterrupted.baselines] == [
         ("aspp", 0),
@@ -160,7 +160,7 @@ def test_a_run_leaves_what_it_is_for(
     for line in (f"trial {best[0].number} ", "aspp (n=1)", "dpc (n=1)", f"trial {best[0].number} again (n=1)"):
         assert line in table
     assert best[0].result is not None
-    assert f"{100 * best[0].result.mean_iou:.2f}" in table
+    assert f"{100 * best[0].result.score:.2f}" in table
 
 
 @pytest.mark.parametrize("name", ["best", *KNOWN_CELLS])
@@ -177,7 +177,7 @@ def test_a_saved_head_has_the_recorded_score(tiny: RandomSettings, uninterrupted
     train, val = (open_cache(tiny.machine.cache_dir / f"camvid-{split}-{BACKBONE}-os16") for split in SPLITS)
     result = expected[name].result
     assert result is not None
-    assert mean_iou(ProxyTask(train, val, tiny.proxy, tiny.head)._confusion(head)) == result.mean_iou
+    assert mean_iou(ProxyTask(train, val, tiny.proxy, tiny.head)._totals(head)) == result.score
 
 
 def test_examples_hold_pictures_labels_and_predictions(uninterrupted: Run) -> None:

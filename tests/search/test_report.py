@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from search.cells.space import SearchSpace, load_cell
+from search.dense_tasks import Scores
+from search.dense_tasks.segmentation import Segmentation
 from search.errors import InputError
 from search.report import ReportSettings, main
 from search.reports.page import percent, quantity
@@ -23,7 +25,7 @@ FAILURE = "the loss was nan at iteration 3 <script>"
 
 def make_result(score: float, *, multiply_adds: int = 600_000_000) -> ProxyResult:
     curve = tuple((iteration, 2.0 / iteration) for iteration in range(1, 61))
-    return ProxyResult(score, (score, None, 0.5 * score), curve, 804_000, multiply_adds, 12.3, 10**9)
+    return ProxyResult(Scores(score, (score, None, 0.5 * score)), curve, 804_000, multiply_adds, 12.3, 10**9)
 
 
 def make_run(directory: Path, scores: list[float | None], baselines: dict[str, list[float]] | None = None) -> Run:
@@ -43,7 +45,7 @@ def make_run(directory: Path, scores: list[float | None], baselines: dict[str, l
     palette = np.array([[128, 64, 128], [0, 0, 142], [70, 130, 180]], dtype=np.uint8)
     command = "python -m search.random --dataset shapes"
     settings = RunSettings(DataSettings(), BackboneSettings(), FeatureSettings(), HeadSettings(), MachineSettings())
-    return Run(directory, identity, command, CLASS_NAMES, palette, settings, trials, compared)
+    return Run(directory, identity, command, Segmentation(CLASS_NAMES, palette), settings, trials, compared)
 
 
 def read_report(run: Run) -> str:

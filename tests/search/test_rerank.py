@@ -22,6 +22,8 @@ import search.rerank
 from fast.checkpoint import load_network
 from reference.cell import Branch, Cell, Conv1x1, PyramidPooling
 from search.cells.space import cell_hash, load_cell
+from search.dense_tasks import DenseTask
+from search.dense_tasks.segmentation import Segmentation
 from search.errors import InputError
 from search.files import write_json
 from search.random import RandomSettings
@@ -130,7 +132,7 @@ def test_the_best_cells_are_trained_and_ranked_again(tiny: RerankSettings, run: 
         assert row["folder"] == folder.name
         network, description = load_network(folder / "last.safetensors")
         assert record.result is not None
-        assert (int(row["proxy_rank"]), float(row["proxy_mean_iou"])) == (proxy_rank, record.result.mean_iou)
+        assert (int(row["proxy_rank"]), float(row["proxy_mean_iou"])) == (proxy_rank, record.result.score)
         assert float(row["final_mean_iou"]) == description["source"]["mean_iou"]
         assert int(row["parameters"]) == record.result.parameters  # of the same cell, with as many filters
         assert network.head.context.cell == Cell.from_json(row["cell"]) == record.cell
@@ -183,7 +185,7 @@ def test_more_seeds_and_cells_keep_what_is_trained(
     assert len(outcomes) == 4
     assert outcomes.items() >= {name: result for name, result in results(uninterrupted).items() if name in outcomes}.items()
     for row in rows(tmp_path).values():
-        scores = [outcomes[f"{cell_hash(Cell.from_json(row['cell']))}-0-{k}"].mean_iou for k in (0, 1)]
+        scores = [outcomes[f"{cell_hash(Cell.from_json(row['cell']))}-0-{k}"].score for k in (0, 1)]
         assert scores[0] != scores[1]
         assert (float(row["final_mean_iou"]), float(row["final_std"])) == (np.mean(scores), np.std(scores, ddof=1))
 
@@ -360,6 +362,8 @@ def pooling_cell(grid: int) -> Cell:
 class Folders(EndToEndTask):
     """The folders of the task alone."""
 
+    dense_task: DenseTask = Segmentation(("a", "b"))  # elsewhere it is that of the data
+
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
@@ -375,7 +379,12 @@ def made(tmp_path: Path, tiny: RerankSettings) -> tuple[Folders, list[Candidate]
     known = [Candidate("aspp", load_cell("aspp"), (0.9, 0.8), None), Candidate("psp", load_cell("psp"), (), None)]
     for candidate, scores in zip((*names, *known), (*FINAL, (0.05, 0.05), (0.9,)), strict=True):
         for k, score in enumerate(scores):
-            result = {"mean_iou": score, "class_iou": [score, None], "parameters": 7, "multiply_adds": 2e9, "seconds": 1.5}
+            result = {
+                "scores": {"score": score, "details": [score, None]},
+                "parameters": 7,
+                "multiply_adds": 2e9,
+                "seconds": 1.5,
+            }
             write_json(task.folder(candidate.cell, (0, k)) / "result.json", {"result": result, "failure": None})
     write_json(task.folder(known[1].cell, (0, 1)) / "result.json", {"result": None, "failure": "nan"})
     return task, [*known, *names], changed(tiny, seeds=2)
@@ -399,7 +408,7 @@ def test_ranks_and_correlation_of_known_scores(made: tuple[Folders, list[Candida
 def test_the_table_of_known_scores(
     made: tuple[Folders, list[Candidate], RerankSettings], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    finish_reranking(tmp_path, ranks(*made), made[2].seeds)
+    finish_reranking(tmp_path, ranks(*made), made[2].seeds, made[0].dense_task)
     lines = capsys.readouterr().out.splitlines()
     fields = {line.split("  ")[0]: line.split() for line in lines}
     assert fields["trial 1"][:7] == ["trial", "1", "3", "20.00", "2", "30.00", "±"]
@@ -419,7 +428,7 @@ def test_in_an_unfinished_ranking_only_shared_seeds_count(
     ordered = ranks(*made)
     assert [row.candidate.name for row in ordered] == ["trial 3", "trial 2", "trial 1", "trial 0", "aspp", "psp"]
     assert [row.mean for row in ordered[:4]] == [0.35, 0.25, 0.2, 0.1]
-    finish_reranking(tmp_path, ordered, made[2].seeds)
+    finish_reranking(tmp_path, ordered, made[2].seeds, made[0].dense_task)
     assert "11 of 12 trainings are done; the same command goes on" in capsys.readouterr().out.splitlines()
 
 
@@ -435,7 +444,7 @@ def test_of_a_cell_that_failed_with_one_seed_the_others_give_no_rank(
 
 
 def test_known_cells_have_the_proxy_scores_of_the_same_cell(tiny: RerankSettings, run: Run, tmp_path: Path) -> None:
-    scores = {record.name: record.result.mean_iou for record in run.baselines}
+    scores = {record.name: record.result.score for record in run.baselines}
     assert {"dpc", "aspp"} <= scores.keys()
     other = tmp_path / "aspp.json"  # another cell of a known name
     other.write_text(pooling_cell(4).to_json())

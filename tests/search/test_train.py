@@ -31,7 +31,7 @@ from search.settings import known
 from search.train import TrainSettings
 from search.training.loop import Training
 from search.training.network import initial_network
-from search.training.scoring import count_pixels
+from search.training.scoring import count_split
 from search.training.state import read_curve
 from tests.search.composed import changed, composed
 from tests.search.test_random import write_camvid
@@ -53,13 +53,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TrainSettings:
     data_dir = write_camvid(folder / "camvid")
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        names = open_dataset("camvid", "val", data_dir).class_names
+        names = open_dataset("camvid", "val", data_dir).task.outputs
         network = small_network(len(names))
         # Statistics and a classifier with which the scores depend on the picture, also with frozen norms.
         recompute_statistics(network, [torch.rand(4, 3, 33, 33) * 255])
         nn.init.normal_(network.head.classifier.weight, std=0.3)
         nn.init.constant_(network.head.classifier.bias[:4], 2.0)  # the four classes that occur
-        save_network(folder / "init.safetensors", network, class_names=names)
+        save_network(folder / "init.safetensors", network, task={"class_names": names})
     return composed(
         TrainSettings,
         dataset="camvid",
@@ -110,8 +110,8 @@ def test_a_training_leaves_its_curve_and_whole_networks(tiny: TrainSettings, uni
     source = description["source"]["training"]
     assert (source["recipe"]["iterations"], source["cell"]) == (ITERATIONS, None)
     assert source["recipe"]["min_scale"] == 0.5  # as completed
-    assert description["source"]["mean_iou"] == best == mean_iou(count_pixels(network, val).numpy())
-    assert tuple(description["class_names"]) == val.class_names
+    assert description["source"]["mean_iou"] == best == mean_iou(count_split(network, val, indices=range(len(val))).numpy())
+    assert tuple(description["class_names"]) == val.task.outputs
     assert not list(uninterrupted.glob("*.partial"))
 
 
@@ -374,7 +374,7 @@ def test_an_averaged_training_goes_on_too(tiny: TrainSettings, tmp_path: Path) -
 @pytest.mark.parametrize("decoder", [False, True])
 def test_a_network_on_plain_convolutions_is_one_file(tmp_path: Path, decoder: bool) -> None:
     network = small_network(3, decoder=decoder).eval()
-    save_network(tmp_path / "n.safetensors", network, class_names=("a", "b", "c"))
+    save_network(tmp_path / "n.safetensors", network, task={"class_names": ("a", "b", "c")})
     images = torch.rand(1, 3, 33, 49) * 255
     with torch.no_grad():
         assert torch.equal(load_network(tmp_path / "n.safetensors")[0](images), network(images))
@@ -384,9 +384,9 @@ def test_other_classes_begin_with_a_new_classifier(tiny: TrainSettings, capsys: 
     dataset = open_dataset("shapes", "val", None)
     assert tiny.init is not None
     training = changed(tiny, dataset="shapes", data_dir=None).training()
-    network = initial_network(training, tiny.init, dataset.class_names)
-    assert network.head.classifier.out_channels == len(dataset.class_names)
-    assert "other classes: the classifier begins anew" in capsys.readouterr().err
+    network = initial_network(training, tiny.init, dataset.task)
+    assert network.head.classifier.out_channels == len(dataset.task.outputs)
+    assert "11 other outputs (sky, building, pole, ...): the last layer begins anew" in capsys.readouterr().err
     expected = load_network(tiny.init)[0].backbone.state_dict()
     assert all(torch.equal(value, expected[key]) for key, value in network.backbone.state_dict().items())
 

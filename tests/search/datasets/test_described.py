@@ -3,6 +3,7 @@
 import re
 import tomllib
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -10,12 +11,17 @@ import timm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from PIL import Image
 
 import search.random
 from search.datasets import IGNORE_INDEX, described, open_dataset, split_names
-from search.datasets.files import FileDataset, voc_palette
+from search.datasets.check import check_folder
+from search.datasets.files import FileDataset, LabelReader
+from search.dense_tasks.depth import Depth
+from search.dense_tasks.segmentation import Segmentation, voc_palette
 from search.errors import InputError
+from search.settings import TaskName
 from tests.search import dataset_folders as made
 from tests.search.composed import changed, composed
 
@@ -84,14 +90,18 @@ def test_split_folders(tmp_path: Path, elsewhere: bool) -> None:
     assert split_names(str(path)) == ("train", "val")
     for split in ("train", "val"):
         dataset = open_dataset(str(path), split, tmp_path / "data" if elsewhere else None)
-        assert (dataset.name, dataset.split, dataset.class_names) == ("fields", split, ("soil", "crop", "weed"))
+        assert (dataset.name, dataset.split, made.classes_of(dataset).class_names) == (
+            "fields",
+            split,
+            ("soil", "crop", "weed"),
+        )
         assert [dataset[i].name for i in range(len(dataset))] == ["a", "b"]
         image, label, _ = dataset[1]
         np.testing.assert_array_equal(image, np.array(Image.open(tmp_path / "data" / split / "images" / "b.png")))
         np.testing.assert_array_equal(label, made.values_up_to(3, void=True))
         assert image.dtype == label.dtype == np.uint8
-        assert dataset.label_ids == (0, 1, 2)
-        np.testing.assert_array_equal(dataset.palette, voc_palette(3))
+        assert made.classes_of(dataset).label_ids == (0, 1, 2)
+        np.testing.assert_array_equal(made.classes_of(dataset).palette, voc_palette(3))
 
 
 def test_lists_give_the_order_and_any_file_that_fits_counts(tmp_path: Path) -> None:
@@ -137,7 +147,7 @@ def test_label_ids_decide_what_a_value_means(
     made.write_label(folder / "train" / "labels" / "a.png", stored)
     dataset = open_first(path)
     np.testing.assert_array_equal(dataset[0].label, expected)
-    assert dataset.label_ids == tuple(ids[:3])
+    assert made.classes_of(dataset).label_ids == tuple(ids[:3])
 
     made.write_label(folder / "train" / "labels" / "a.png", np.full(made.SIZE, other, np.uint8))
     with pytest.raises(
@@ -150,7 +160,7 @@ def test_name_colours_and_count(tmp_path: Path) -> None:
     colours = [[1, 2, 3], [4, 5, 6], [7, 8, 255]]
     path = write_folders(tmp_path, f'name = "my-fields"\ncolours = {colours}\n{FOLDERS}'.replace("[splits.val]", "count = 7"))
     dataset = open_first(path)
-    assert (dataset.name, dataset.palette.tolist(), dataset.official_lengths) == ("my-fields", colours, (7,))
+    assert (dataset.name, made.classes_of(dataset).palette.tolist(), dataset.official_lengths) == ("my-fields", colours, (7,))
 
 
 def test_fingerprint_follows_the_files_and_the_meaning_of_labels(tmp_path: Path) -> None:
@@ -162,15 +172,92 @@ def test_fingerprint_follows_the_files_and_the_meaning_of_labels(tmp_path: Path)
     assert open_first(path).fingerprint() != before
 
 
+def documented_examples() -> list[str]:
+    return re.findall(r"^```toml\n(.*?)^```", DOCUMENTATION.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+
+
 def test_the_documented_example_is_complete_and_works(tmp_path: Path) -> None:
-    (example,) = re.findall(r"^```toml\n(.*?)^```", DOCUMENTATION.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    example, _ = documented_examples()
     path = tmp_path / "street.toml"
     path.write_text(example)
     description = described.load_description(path)
-    assert set(tomllib.loads(example)) == set(described._FIELDS)
+    assert set(tomllib.loads(example)) == set(described._FIELDS) - {"depth_scale"}
     fields = {field for split in tomllib.loads(example)["splits"].values() for field in split}
     assert fields == set(described._SPLIT_FIELDS)
-    assert {*description.train_ids.values()} == {*range(len(description.class_names)), IGNORE_INDEX}
+    assert isinstance(description.task, Segmentation)
+    assert isinstance(description.read_label, LabelReader)
+    meanings = {*description.read_label.train_ids.values()}
+    assert meanings == {*range(len(description.task.class_names)), IGNORE_INDEX}
+
+
+# Depths
+
+
+def write_depths(folder: Path, description: str | None = None) -> Path:
+    """Two pictures in each of train/ and val/, with depths of 0.5 m and 64 m, and a hole; as documented unless described."""
+    for split in ("train", "val"):
+        for seed, name in enumerate(("b", "a")):
+            made.write_image(folder / split / "rgb" / f"{name}.jpg", seed)
+            write_depth(folder / split / "depth" / f"{name}.png", DEPTHS)
+    return write_description(folder, documented_examples()[1] if description is None else description)
+
+
+def write_depth(path: Path, metres: NDArray[np.float32]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.nan_to_num(1000 * metres).astype(np.uint16)).save(path)
+
+
+DEPTHS = np.full(made.SIZE, 0.5, np.float32)
+DEPTHS[0], DEPTHS[-1, 0] = 64, np.nan
+
+
+def test_depths_are_metres_and_nan_where_nothing_was_measured(tmp_path: Path) -> None:
+    dataset = open_first(write_depths(tmp_path))
+    assert dataset.task == Depth(1000.0)
+    label = dataset[0].label
+    assert label.dtype == np.float32
+    np.testing.assert_array_equal(label, DEPTHS)  # 500 and 64,000 thousandths are exact
+
+
+def test_written_predictions_are_read_back_as_labels(tmp_path: Path) -> None:
+    dataset = open_first(write_depths(tmp_path))
+    metres = np.array([[0.25, 3.0], [1e-9, 1e9]], np.float32)
+    dataset.task.encoded(metres).save(tmp_path / "p.png")
+    np.testing.assert_array_equal(dataset.read_label(tmp_path / "p.png"), np.array([[0.25, 3], [0.001, 65.535]], np.float32))
+
+
+def test_the_scale_of_depths_is_part_of_the_fingerprint(tmp_path: Path) -> None:
+    path = write_depths(tmp_path)
+    before = open_first(path).fingerprint()
+    path.write_text(path.read_text().replace("1000 ", "256 "))
+    assert open_first(path).fingerprint() != before
+
+
+def test_the_labels_decide_the_task(tmp_path: Path) -> None:
+    depths, classes = write_depths(tmp_path / "depths"), write_folders(tmp_path / "classes")
+    assert open_dataset(str(depths), "train", None, "depth").task.name == "depth"
+    for path, task, labels in ((depths, "segmentation", "depth"), (classes, "depth", "segmentation")):
+        with pytest.raises(InputError, match=rf"`task` {task} needs other labels: those of .* are for {labels}"):
+            open_dataset(str(path), "train", None, cast(TaskName, task))
+
+
+def test_a_depth_with_eight_bits_is_refused(tmp_path: Path) -> None:
+    path = write_depths(tmp_path)
+    made.write_label(tmp_path / "train" / "depth" / "a.png", made.values_up_to(3))
+    with pytest.raises(
+        InputError, match=r"label .*a\.png must be a 16-bit picture .* it has mode L; correct the file, or give"
+    ):
+        open_first(path)
+
+
+def test_the_check_counts_depths_by_distance(tmp_path: Path) -> None:
+    text, problems = check_folder(str(write_depths(tmp_path)), None, (), 1)
+    assert not problems
+    shares = {line.split("  ")[1].strip(): line.split()[-1] for line in text.splitlines()[-7:]}
+    pixels = made.SIZE[0] * made.SIZE[1] - 1
+    far = made.SIZE[1]
+    assert float(shares["from 50 m"]) == pytest.approx(100 * far / pixels, abs=0.005)
+    assert float(shares["below 1 m"]) == pytest.approx(100 * (pixels - far) / pixels, abs=0.005)
 
 
 # What cannot be used
@@ -178,7 +265,9 @@ def test_the_documented_example_is_complete_and_works(tmp_path: Path) -> None:
 
 BAD_DESCRIPTIONS: dict[str, tuple[str, str]] = {
     "no TOML": ("classes = [", r"is no TOML file \(.*\); docs/datasets.md shows one"),
-    "unknown field": (f"clases = []\n{FOLDERS}", r"field clases: is unknown; the fields are classes, images,"),
+    "unknown field": (f"clases = []\n{FOLDERS}", r"field clases: is unknown; the fields are classes, depth_scale, images,"),
+    "no scale": (f"depth_scale = 0\n{FOLDERS}", r"field depth_scale: must be a number above 0, got 0; give what a label has"),
+    "two tasks": (f"depth_scale = 256\n{FOLDERS}", r"field classes: is for classes, and depth_scale for depths; leave one"),
     "no classes": (FOLDERS.replace("classes", "ignore"), r"field classes: is missing; add it"),
     "classes no list": (FOLDERS.replace('["soil", "crop", "weed"]', "3"), r"field classes: must be a list, got 3; put it in"),
     "classes not names": (FOLDERS.replace('"crop"', "7"), r"field classes: must be 1 to 255 names, got .*; name each"),

@@ -32,7 +32,7 @@ def assert_holds(dataset: Dataset, expected: Labels) -> None:
         assert image.dtype == label.dtype == np.uint8
         assert image.shape == (*label.shape, 3)
         np.testing.assert_array_equal(label, expected[name])
-        assert set(np.unique(label)) <= {*range(len(dataset.class_names)), IGNORE_INDEX}
+        assert set(np.unique(label)) <= {*range(len(made.classes_of(dataset).class_names)), IGNORE_INDEX}
 
 
 # The layouts
@@ -63,9 +63,13 @@ def test_every_split_holds_its_labels(tmp_path: Path, name: str, write: Callable
 def test_label_ids_are_the_values_of_the_files(tmp_path: Path, name: str, write: Callable[[Path], dict[str, Labels]]) -> None:
     write(tmp_path)
     dataset = open_dataset(name, "train", tmp_path)
-    assert len(dataset.label_ids) == len(dataset.class_names) == len(dataset.palette)
-    assert dataset.label_ids == (
-        tuple(made.CITYSCAPES_IDS) if name == "cityscapes" else tuple(range(len(dataset.class_names)))
+    assert (
+        len(made.classes_of(dataset).label_ids)
+        == len(made.classes_of(dataset).class_names)
+        == len(made.classes_of(dataset).palette)
+    )
+    assert made.classes_of(dataset).label_ids == (
+        tuple(made.CITYSCAPES_IDS) if name == "cityscapes" else tuple(range(len(made.classes_of(dataset).class_names)))
     )
 
 
@@ -398,8 +402,8 @@ def test_real_voc_pairs_have_their_labels(tmp_path: Path) -> None:
     dataset = open_dataset("pascal_voc", "val", tmp_path)
     assert_holds(dataset, {name: pixels(real / "SegmentationClass" / f"{name}.png") for name in names})
     rows = table(SAMPLES / "pascal_voc" / "voc_labels.tsv")[:21]
-    assert [name.replace(" ", "") for name in dataset.class_names] == [row["name"] for row in rows]
-    assert dataset.palette.tolist() == [list(map(int, row["color"].split(","))) for row in rows]
+    assert [name.replace(" ", "") for name in made.classes_of(dataset).class_names] == [row["name"] for row in rows]
+    assert made.classes_of(dataset).palette.tolist() == [list(map(int, row["color"].split(","))) for row in rows]
 
 
 @needs_samples
@@ -450,8 +454,8 @@ def test_real_person_parts_have_their_labels(tmp_path: Path) -> None:
     assert len(dataset) == 12
     assert_holds(dataset, {name: pixels(real / "SegmentationPart" / f"{name}.png") for name in names})
     rows = table(real / "person_part_labels.tsv")
-    assert dataset.class_names == tuple(row["name"] for row in rows)
-    assert dataset.palette.tolist() == [list(map(int, row["color"].split(","))) for row in rows]
+    assert made.classes_of(dataset).class_names == tuple(row["name"] for row in rows)
+    assert made.classes_of(dataset).palette.tolist() == [list(map(int, row["color"].split(","))) for row in rows]
 
 
 @needs_samples

@@ -28,7 +28,7 @@ def save_trained(path: Path, cell: Cell) -> DensePredictionCell:
     with torch.no_grad():
         by_branch = context.weights().projection.weight.view(5, len(cell.branches), 4)
         by_branch.copy_(torch.arange(1.0, len(cell.branches) + 1)[:, None].expand_as(by_branch))
-    save_head(path, SegmentationHead(context, 3), class_names=("a", "b", "c"), backbone={})
+    save_head(path, SegmentationHead(context, 3), task={"class_names": ("a", "b", "c")}, backbone={})
     return context
 
 
@@ -104,7 +104,7 @@ def test_bad_input_is_refused_and_nothing_written(
 def test_windows_pinned_larger_than_the_map_are_refused(tmp_path: Path) -> None:
     context = DensePredictionCell(load_cell("aspp"), 3, branch_channels=4, cell_channels=4, pooling_size=(9, 9))
     path = tmp_path / "head.safetensors"
-    save_head(path, SegmentationHead(context, 1), class_names=("a",), backbone={})
+    save_head(path, SegmentationHead(context, 1), task={"class_names": ("a",)}, backbone={})
     with pytest.raises(InputError, match=r"head\.safetensors does not fit `feature_size` 5 5: pooling window of 9"):
         main(changed(SETTINGS, cells=(str(path),), out=tmp_path / "cells.html"))
 

@@ -15,7 +15,7 @@ POINTS = [Point([0.1], [0.5]), Point([0.2, 0.4], [0.5, 0.7], "aspp"), Point([0.4
 
 def test_dots_are_means_in_percent_and_known_cells_are_named() -> None:
     axes = Figure().add_subplot()
-    draw_scatter(axes, Scatter(POINTS, "proxy", "end to end"))
+    draw_scatter(axes, Scatter(POINTS, "mIOU", "proxy", "end to end"))
     dots = sorted(np.asarray(line.get_xydata()).ravel().tolist() for line in axes.lines)
     np.testing.assert_allclose(dots, [(10, 50), (30, 60), (40, 90), (50, 80)], atol=1e-9)  # rounding of the percent
     assert [text.get_text() for text in axes.texts] == ["aspp"]
@@ -24,13 +24,13 @@ def test_dots_are_means_in_percent_and_known_cells_are_named() -> None:
     assert axes.get_title().startswith("ρ = 0.80 (")
     assert axes.get_title().endswith(", n = 4)")
     other = Figure().add_subplot()
-    draw_scatter(other, Scatter(POINTS, "proxy", "end to end", title=""))
+    draw_scatter(other, Scatter(POINTS, "mIOU", "proxy", "end to end", title=""))
     assert other.get_title() == ""
 
 
 def test_error_bars_are_one_standard_deviation_of_the_sample() -> None:
     axes = Figure().add_subplot()
-    draw_scatter(axes, Scatter(POINTS, "proxy", "end to end"))
+    draw_scatter(axes, Scatter(POINTS, "mIOU", "proxy", "end to end"))
     bars = [bar.get_segments() for bar in axes.collections if isinstance(bar, LineCollection)]
     lengths = sorted(np.ptp(segments[0], axis=0).tolist() for segments in bars)
     twice_std = 2 * 100 * 0.2 / 2**0.5  # of two values 0.2 apart
@@ -39,14 +39,14 @@ def test_error_bars_are_one_standard_deviation_of_the_sample() -> None:
 
 def test_two_points_have_no_rank_correlation() -> None:
     axes = Figure().add_subplot()
-    draw_scatter(axes, Scatter(POINTS[:2], "proxy", "end to end"))
+    draw_scatter(axes, Scatter(POINTS[:2], "mIOU", "proxy", "end to end"))
     assert axes.get_title() == ""
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg"])
 def test_the_file_is_whole_and_alone(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / "new" / f"scatter{suffix}"
-    write_scatters(path, [Scatter(POINTS, "proxy", "end to end")])
+    write_scatters(path, [Scatter(POINTS, "mIOU", "proxy", "end to end")])
     assert [file.name for file in path.parent.iterdir()] == [path.name]
     if suffix == ".png":
         with Image.open(path) as picture:
@@ -58,7 +58,7 @@ def test_the_file_is_whole_and_alone(tmp_path: Path, suffix: str) -> None:
 def test_four_scatters_take_two_rows(tmp_path: Path) -> None:
     sizes = []
     for count in (1, 4):
-        write_scatters(tmp_path / "all.png", [Scatter(POINTS, "a", "b")] * count)
+        write_scatters(tmp_path / "all.png", [Scatter(POINTS, "mIOU", "a", "b")] * count)
         with Image.open(tmp_path / "all.png") as picture:
             sizes.append(picture.size)
     assert sizes[1] == (3 * sizes[0][0], 2 * sizes[0][1])

@@ -17,6 +17,8 @@ import search.runs.study
 from reference.cell import OPERATIONS, Branch, Cell, Conv1x1
 from search.cells.sampler import create_sampler, suggest_cell
 from search.cells.space import SearchSpace, load_cell
+from search.dense_tasks import Scores
+from search.dense_tasks.segmentation import Segmentation
 from search.errors import InputError
 from search.runs.study import RunSettings, Study, TrialRecord, load_run, open_run, ranked
 from search.settings import BackboneSettings, DataSettings, FeatureSettings, HeadSettings, MachineSettings
@@ -34,8 +36,8 @@ SETTINGS = RunSettings(
 CELL = load_cell("dpc")
 
 
-def make_result(mean_iou: float = 0.5) -> ProxyResult:
-    return ProxyResult(mean_iou, (0.25, None, 0.75), ((1, 2.5), (2, 1 / 3)), 356_160, 3 * 10**9, 1.25, 2**33)
+def make_result(score: float = 0.5) -> ProxyResult:
+    return ProxyResult(Scores(score, (0.25, None, 0.75)), ((1, 2.5), (2, 1 / 3)), 356_160, 3 * 10**9, 1.25, 2**33)
 
 
 def begin(
@@ -51,8 +53,7 @@ def begin(
         sampler,
         storage=storage,
         command=command,
-        class_names=names,
-        palette=palette,
+        task=Segmentation(names, palette),
         settings=SETTINGS,
     )
 
@@ -88,9 +89,10 @@ def test_what_was_told_is_read_back(directory: Path) -> None:
     assert run.identity == IDENTITY
     assert run.settings == SETTINGS
     assert run.command == "python -m search.random --data-dir 'my pictures'"
-    assert run.class_names == ("sky", "road", "tree")
-    assert run.palette.dtype == np.uint8
-    assert run.palette.tolist() == [[1, 2, 3], [4, 5, 6], [255, 0, 9]]
+    assert isinstance(run.task, Segmentation)
+    assert run.task.class_names == ("sky", "road", "tree")
+    assert run.task.palette.dtype == np.uint8
+    assert run.task.palette.tolist() == [[1, 2, 3], [4, 5, 6], [255, 0, 9]]
     outcomes = [(record.number, record.result, record.failure, record.duplicate_of) for record in run.trials]
     assert outcomes == [
         (0, make_result(0.25), None, None),
@@ -231,7 +233,7 @@ def test_a_damaged_study_is_refused_by_name(directory: Path, open_it: Callable[[
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("field", ["class_names", "palette", "command"])
+@pytest.mark.parametrize("field", ["class_names", "command"])
 def test_settings_without_a_field_are_refused_by_name(directory: Path, field: str) -> None:
     path = directory / "settings.json"
     path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != field}))

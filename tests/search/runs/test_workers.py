@@ -21,6 +21,7 @@ import search.runs.workers
 from reference.cell import Cell
 from search.cells.sampler import create_sampler
 from search.cells.space import SearchSpace, canonical_form, cell_hash, load_cell, load_cells
+from search.dense_tasks import Measure, Scores
 from search.errors import InputError
 from search.random import RandomSettings
 from search.runs.search import Search, SearchPlan
@@ -34,7 +35,7 @@ SETTINGS = RandomSettings(trials=25, branches=2)
 
 
 def score(cell: Cell) -> ProxyResult:
-    return ProxyResult(int(cell_hash(cell), 16) / 16**12, (0.5, None), ((1, 2.0),), 1, 2, 3.0, 4)
+    return ProxyResult(Scores(int(cell_hash(cell), 16) / 16**12, (0.5, None)), ((1, 2.0),), 1, 2, 3.0, 4)
 
 
 class Shuffled:
@@ -90,7 +91,9 @@ def create_study(settings: RandomSettings = SETTINGS, storage: optuna.storages.B
 def searched(workers: Shuffled, study: Study | None = None, settings: RandomSettings = SETTINGS) -> list[TrialRecord]:
     study = study or create_study(settings)
     plan = SearchPlan(settings.trials, load_cells(settings.compare), settings.comparison_seeds, settings.seed)
-    HeadlessSearch(study, workers, SearchSpace(settings.branches), plan, lambda name, head: None).run()
+    HeadlessSearch(
+        study, workers, SearchSpace(settings.branches), plan, Measure("mIOU", "mean_iou"), lambda name, head: None
+    ).run()
     return study.records()
 
 

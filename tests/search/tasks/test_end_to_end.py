@@ -94,11 +94,11 @@ def test_the_result_is_that_of_the_last_weights(uninterrupted: tuple[EndToEndTas
     network, description = load_network(task.folder(cell, SEED) / "last.safetensors")
     scores = [row[3] for row in read_curve(task.folder(cell, SEED)) if row[3] is not None]
     assert len(set(scores)) == 2
-    assert result.mean_iou == scores[-1]
+    assert result.score == scores[-1]
     assert network.head.context.cell == cell
-    occurring = [iou for iou in result.class_iou if iou is not None]
-    assert len(result.class_iou) == len(description["class_names"])
-    assert sum(occurring) / len(occurring) == pytest.approx(result.mean_iou, rel=1e-12)  # float64, in another order
+    occurring = [iou for iou in result.scores.details if iou is not None]
+    assert len(result.scores.details) == len(description["class_names"])
+    assert sum(occurring) / len(occurring) == pytest.approx(result.score, rel=1e-12)  # float64, in another order
     expected = cell_cost(cell, network.backbone.channels, (3, 4), branch_channels=8, cell_channels=8).total  # 33×49 pixels
     assert (result.parameters, result.multiply_adds) == (expected.parameters, expected.multiply_adds)
     assert result.seconds > 0
@@ -130,7 +130,7 @@ def test_seed_and_cell_decide_and_progress_is_told(
     assert capsys.readouterr().err == ""  # whoever is told shows it
     assert measured(again) == measured(uninterrupted[1])
     other = [task.folder(cell, (0, 1)), task.folder(load_cell("aspp"), SEED)]
-    scores = {again.mean_iou, task.evaluate(cell, (0, 1))[0].mean_iou, task.evaluate(load_cell("aspp"), SEED)[0].mean_iou}
+    scores = {again.score, task.evaluate(cell, (0, 1))[0].score, task.evaluate(load_cell("aspp"), SEED)[0].score}
     assert len(scores) == 3
     curves = {curve(task, cell), *((folder / "curve.csv").read_bytes() for folder in other)}
     assert len(curves) == 3

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 import search.tasks.feature_cache
 from fast.backbone import Backbone
 from search.datasets import IGNORE_INDEX, Sample
+from search.dense_tasks import DenseTask
+from search.dense_tasks.segmentation import Segmentation
 from search.errors import InputError
 from search.features import FeaturesSettings, main
 from search.settings import BackboneSettings, DataSettings, FeatureSettings, MachineSettings
@@ -58,9 +60,7 @@ class Pictures:
     error: type[BaseException] = KeyboardInterrupt
 
     name, split = "pictures", "train"
-    class_names = ("even", "odd")
-    palette = np.zeros((2, 3), np.uint8)
-    label_ids = (0, 1)
+    task: DenseTask = Segmentation(("even", "odd"), np.zeros((2, 3), np.uint8))
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -114,7 +114,7 @@ def test_every_feature_and_label_is_where_it_belongs(
     assert cache.features.shape == (count, 3, 3, 4)
     assert cache.labels.shape == (count, 33, 49)
     assert str(cache.features.dtype) == f"torch.{dtype}"
-    assert (cache.class_names, cache.output_stride) == (("even", "odd"), STRIDE)
+    assert (cache.task.outputs, cache.output_stride) == (("even", "odd"), STRIDE)
 
     for index in range(count):
         image, label, _ = dataset[index % len(sizes)]
@@ -312,13 +312,16 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The splits that are opened, of three made pictures each, whose features are pixels."""
     splits = []
 
-    def open_dataset(name: str, split: str, data_dir: Path | None) -> Pictures:
+    def open_split(split: str) -> Pictures:
         dataset = Pictures(((20, 40),) * 3, seed=len(split))
         object.__setattr__(dataset, "split", split)
         splits.append(split)
         return dataset
 
-    monkeypatch.setattr(search.tasks.feature_cache, "open_dataset", open_dataset)
+    def open_splits(data: DataSettings) -> tuple[Pictures, Pictures]:
+        return open_split(data.train_split), open_split(data.val_split)
+
+    monkeypatch.setattr(search.tasks.feature_cache, "open_splits", open_splits)
     monkeypatch.setattr(search.tasks.feature_cache, "create_backbone", lambda *_: pixel_backbone())
     return splits
 

@@ -103,8 +103,8 @@ def test_an_easy_task_is_learned() -> None:
     losses = [loss for _, loss in result.loss_curve]
     assert losses[0] == pytest.approx(np.log(3), rel=0.1)  # a fresh classifier knows nothing
     assert np.mean(losses[-5:]) < 0.5 * losses[0]
-    assert result.mean_iou > 0.6  # chance: below 0.2
-    assert result.mean_iou == pytest.approx(np.mean([iou for iou in result.class_iou if iou is not None]))
+    assert result.score > 0.6  # chance: below 0.2
+    assert result.score == pytest.approx(np.mean([iou for iou in result.scores.details if iou is not None]))
     assert not head.training
     assert [iteration for iteration, _ in result.loss_curve] == list(range(1, 61))
 
@@ -114,7 +114,7 @@ def test_shuffled_labels_are_not_learned() -> None:
     order = torch.from_numpy(np.random.default_rng(0).permutation(VAL.labels[0].numel()))
     shuffled = VAL.labels.flatten(1)[:, order].view_as(VAL.labels)
     task = make_task(val=make_cache(VAL.features, shuffled, 3), iterations=60)
-    assert task.evaluate(CELL, (0,))[0].mean_iou < 0.3
+    assert task.evaluate(CELL, (0,))[0].score < 0.3
 
 
 def test_the_loss_curve_is_thinned_and_keeps_its_end() -> None:
@@ -200,7 +200,7 @@ def test_every_labelled_pixel_is_counted_once(batch_size: int) -> None:
     task = make_task(batch_size=batch_size)
     torch.manual_seed(0)
     head = task._create_head(CELL).eval()
-    confusion = task._confusion(head)
+    confusion = task._totals(head)
     labels = VAL.labels[VAL.labels != 255]
     np.testing.assert_array_equal(confusion.sum(axis=1), np.bincount(labels.numpy(), minlength=3))
 
@@ -214,18 +214,18 @@ def test_every_labelled_pixel_is_counted_once(batch_size: int) -> None:
 def test_the_recorded_score_is_that_of_the_returned_head() -> None:
     task = make_task()
     result, head = task.evaluate(CELL, (0,))
-    confusion = task._confusion(head)
-    assert result.mean_iou == mean_iou(confusion)
-    assert result.class_iou == tuple(class_iou(confusion))
+    confusion = task._totals(head)
+    assert result.score == mean_iou(confusion)
+    assert result.scores.details == tuple(class_iou(confusion))
 
 
 def test_a_class_that_is_nowhere_has_no_score() -> None:
     train, val = (make_cache(cache.features, cache.labels, 4) for cache in (TRAIN, VAL))
     result, _ = make_task(train, val, iterations=20).evaluate(CELL, (0,))
-    assert result.class_iou[3] is None
-    present = [iou for iou in result.class_iou if iou is not None]
+    assert result.scores.details[3] is None
+    present = [iou for iou in result.scores.details if iou is not None]
     assert len(present) == 3
-    assert result.mean_iou == pytest.approx(np.mean(present))
+    assert result.score == pytest.approx(np.mean(present))
 
 
 def test_statistics_are_those_of_the_trained_weights(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,11 +285,11 @@ def test_kernels_train_as_the_library_does() -> None:
         curves = np.array(ours.loss_curve), np.array(librarys.loss_curve)
         np.testing.assert_allclose(curves[0], curves[1], rtol=0.01)
         assert curves[0][-1, 1] < 0.8 * curves[0][0, 1]  # and it learns
-        assert ours.mean_iou == pytest.approx(librarys.mean_iou, abs=0.01)
+        assert ours.score == pytest.approx(librarys.score, abs=0.01)
 
 
 def test_kernels_reach_the_same_score_with_dropout() -> None:
     """Other masks, so other runs: the mean scores over six seeds lie within one standard deviation."""
-    scores = [np.array([result.mean_iou for result in results]) for results in train_with_and_without_kernels(6, dropout=0.3)]
+    scores = [np.array([result.score for result in results]) for results in train_with_and_without_kernels(6, dropout=0.3)]
     deviation = np.concatenate([values - values.mean() for values in scores]).std(ddof=2)
     assert abs(scores[0].mean() - scores[1].mean()) <= deviation

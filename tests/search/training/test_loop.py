@@ -54,7 +54,7 @@ def test_a_training_that_had_ended_gives_the_same_result_again(tmp_path: Path) -
     told: list[int] = []
 
     def run() -> TrainingResult:
-        network = create_network(settings, load_cell("dpc"), train.class_names)
+        network = create_network(settings, load_cell("dpc"), train.task)
         return Training(settings, network, train, val, out, Devices("cpu")).run(told.append)
 
     first = run()

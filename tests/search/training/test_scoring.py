@@ -6,7 +6,9 @@ from torch import Tensor
 
 from fast.segmentation import SegmentationNetwork, predict_scales
 from search.datasets import IGNORE_INDEX, Sample
-from search.training.scoring import Scores, count_pixels, predict_classes
+from search.dense_tasks import DenseTask, Scores
+from search.dense_tasks.segmentation import Segmentation
+from search.training.scoring import count_split, predict_picture
 from tests.search.test_train import small_network
 
 
@@ -14,9 +16,9 @@ class Made:
     """Pictures of several sizes; a class's grey value is its number, and one class is ignored here and there."""
 
     name, split = "made", "val"
-    class_names: tuple[str, ...] = ("sky", "road", "car")
-    label_ids: tuple[int, ...] = (7, 3, 200)
-    palette = np.array([(0, 0, 255), (90, 90, 90), (255, 0, 0)], np.uint8)
+    task: DenseTask = Segmentation(
+        ("sky", "road", "car"), np.array([(0, 0, 255), (90, 90, 90), (255, 0, 0)], np.uint8), (7, 3, 200)
+    )
 
     def __init__(self, sizes: tuple[tuple[int, int], ...] = ((33, 49), (20, 30), (17, 17))) -> None:
         self.sizes = sizes
@@ -57,7 +59,7 @@ def test_scores_are_those_counted_by_hand() -> None:
     for index in range(3):
         for label in dataset[index].label[dataset[index].label != IGNORE_INDEX]:
             expected[label, max(label, 1)] += 1
-    np.testing.assert_array_equal(count_pixels(network, dataset).numpy(), expected)
+    np.testing.assert_array_equal(count_split(network, dataset, indices=range(3)).numpy(), expected)
     assert network.seen == [(1, 3, 33, 49), (1, 3, 33, 33), (1, 3, 17, 17)]  # the next 16·k + 1
 
 
@@ -66,7 +68,7 @@ def test_padding_is_the_mean_pixel_and_not_scored() -> None:
     image = np.full((5, 7, 3), 2, np.uint8)
     with torch.no_grad():
         network.backbone.mean.fill_(1.0)
-    assert torch.equal(predict_classes(network, image, pad_to=(17, 33)), torch.full((5, 7), 2))
+    assert torch.equal(predict_picture(network, image, Made.task, pad_to=(17, 33)), torch.full((5, 7), 2))
     assert network.seen == [(1, 3, 17, 33)]
 
 
@@ -76,14 +78,15 @@ def test_scales_and_flips_are_averaged() -> None:
     with torch.no_grad():
         network.head.classifier.weight.normal_()
     image = np.random.default_rng(0).integers(0, 256, (33, 49, 3), dtype=np.uint8)
-    actual = predict_classes(network, image, scales=(0.5, 1.0, 1.5), flip=True)
+    actual = predict_picture(network, image, Made.task, scales=(0.5, 1.0, 1.5), flip=True)
     images = torch.from_numpy(image).permute(2, 0, 1)[None].float()
     expected = predict_scales(network, images, scales=(0.5, 1.0, 1.5), flip=True).argmax(dim=1)[0]
     assert torch.equal(actual, expected)
 
 
 def test_a_class_that_is_nowhere_has_no_score_and_no_part_in_the_mean() -> None:
-    assert Scores.of(np.array([[3, 1, 0], [0, 4, 0], [0, 0, 0]])) == Scores((3 / 4 + 4 / 5) / 2, (3 / 4, 4 / 5, None))
-    nothing = Scores.of(np.zeros((2, 2), np.int64))
-    assert np.isnan(nothing.mean_iou)
-    assert nothing.class_iou == (None, None)
+    confusion = np.array([[3, 1, 0], [0, 4, 0], [0, 0, 0]])
+    assert Made.task.scores(confusion) == Scores((3 / 4 + 4 / 5) / 2, (3 / 4, 4 / 5, None))
+    nothing = Segmentation(("a", "b")).scores(np.zeros((2, 2), np.int64))
+    assert np.isnan(nothing.score)
+    assert nothing.details == (None, None)
