@@ -34,6 +34,12 @@ FLOORS: list[set[str]] = [
     {"errors", "files", "interrupts"},
 ]
 CLI_LIBRARY, CLI = "tyro", "search.cli"
+KNOW_A_TASK = ("dense_tasks", "datasets", "tensorflow", "convert")  # the last two read networks for segmentation
+OF_ONE_TASK = re.compile(
+    r"class_names|palette|label_ids|IGNORE_INDEX|(?<![a-z])m?iou(?![a-z])|confusion|cross_entropy|dense_tasks\.(segmentation|depth)"
+    r"|depth_scale|depth_metrics|upsampled_l1|rmse",
+    re.IGNORECASE,
+)
 OPERATIONS = {kind.__name__ for kind in get_args(Operation)}
 SOURCES = [path.relative_to(ROOT) for folder in MAY_IMPORT for path in sorted((ROOT / folder).rglob("*.py"))]
 every_source = pytest.mark.parametrize("path", SOURCES, ids=str)
@@ -106,6 +112,19 @@ def flags_in_strings(tree: ast.AST) -> list[str]:
         or (isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings | parts)
     ]
     return [flag for text in texts if "python -m" not in text for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)]
+
+
+def words_of_one_task(tree: ast.AST) -> list[str]:
+    """Imports, names and texts, apart from docstrings, that only one dense task has a use for."""
+    docs = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)}
+    words = list(imports(tree, Path("search")))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name | ast.Attribute | ast.arg | ast.keyword | ast.FunctionDef | ast.ClassDef):
+            words.append(str(getattr(node, "id", None) or getattr(node, "attr", None) or getattr(node, "arg", None)))
+            words.append(str(getattr(node, "name", "")))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docs:
+            words.append(node.value)
+    return [word for word in dict.fromkeys(words) if OF_ONE_TASK.search(word)]
 
 
 def called_name(node: ast.AST) -> str:
@@ -199,6 +218,12 @@ def test_parts_speak_of_fields_not_of_flags(path: Path) -> None:
 
 
 @every_source
+def test_the_rest_of_search_does_not_know_its_task(path: Path) -> None:
+    if path.parts[0] == "search" and path.with_suffix("").parts[1] not in KNOW_A_TASK:
+        assert words_of_one_task(parse(path)) == []
+
+
+@every_source
 def test_torch_loads_weights_only(path: Path) -> None:
     assert unsafe_loads(parse(path)) == []
 
@@ -277,6 +302,22 @@ def test_upward_imports_are_noticed(path: str, source: str, found: list[str]) ->
 )
 def test_flags_in_strings_are_noticed(source: str, found: list[str]) -> None:
     assert flags_in_strings(ast.parse(source)) == found
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("from fast.mean_iou import confusion_matrix", ["fast.mean_iou", "fast.mean_iou.confusion_matrix"]),
+        ("import search.dense_tasks.depth", ["search.dense_tasks.depth"]),
+        ("from search.dense_tasks import Scores\nprint(task.score.name)", []),
+        ("def f(class_names): return run.palette", ["palette", "class_names"]),
+        ("x = {'mean_iou': 1}", ["mean_iou"]),
+        ("x = 'best mIOU'", ["best mIOU"]),
+        ('def f():\n    """The mIOU."""\n    previous = 0', []),
+    ],
+)
+def test_words_of_one_task_are_noticed(source: str, found: list[str]) -> None:
+    assert sorted(words_of_one_task(ast.parse(source))) == sorted(found)
 
 
 @pytest.mark.parametrize(
