@@ -177,7 +177,7 @@ def main(settings: FidelitySettings) -> None:
     """Score what is not scored yet, then report how the protocols agree."""
     settings = replace(settings, head=settings.head.completed(settings.data.dataset))
     _check(settings)
-    directory = settings.out or Path("runs") / "fidelity" / Path(settings.data.dataset).stem
+    directory = settings.out or Path("runs") / "fidelity" / open_splits(settings.data)[0].name
     protocols = prepare_protocols(settings, directory)
     measure = protocols[0].measure
     with Folder(directory).locked():

@@ -102,7 +102,7 @@ def _train(
     if settings.init is not None:
         network = initial_network(training, settings.init, train.task)
     else:
-        network = create_network(training, _cell(settings), train.task)
+        network = create_network(training, _cell(settings, train.name), train.task)
     identity = training_identity(training, network, train, val, devices, settings.init)
     folder = Folder(directory, "training")
     with folder.locked() if devices.rank == 0 else nullcontext():  # only the first process writes
@@ -111,8 +111,8 @@ def _train(
         return Training(training, network, train, val, directory, devices, source=plain(settings) | plain(training)).run()
 
 
-def _cell(settings: TrainSettings) -> Cell:
-    """The named cell, or the best of a search. Raises InputError for a folder in which no cell has a score yet."""
+def _cell(settings: TrainSettings, dataset: str) -> Cell:
+    """The named cell, or the best of a search on this data set. Raises InputError for a folder in which no cell has a score yet."""
     if settings.run is None:
         return load_cell(settings.cell or "dpc")
     path = settings.run / "best_cells" / "rank_01.json"
@@ -121,10 +121,10 @@ def _cell(settings: TrainSettings) -> Cell:
             f"`run` {settings.run} has no {path.relative_to(settings.run)}: give the folder of a search that has scored a cell"
         )
     description = Folder(settings.run, remedy="give the folder of a search").description() or {"identity": {}}
-    searched, dataset = description["identity"].get("dataset", SHAPES), settings.data.dataset
-    if dataset == SHAPES != searched:  # hardly meant: whoever wants it names the cell
+    searched = description["identity"].get("dataset", dataset)
+    if settings.data.dataset == SHAPES and searched != dataset:  # hardly meant: whoever wants it names the cell
         raise InputError(
-            f"`run` {settings.run} searched on {searched}, and `dataset` is {dataset}: give the data set to train on, or "
+            f"`run` {settings.run} searched on {searched}, and this would train on {dataset}: give that `dataset` and `task`, or "
             f"{path} as `cell`"
         )
     return load_cell(str(path))

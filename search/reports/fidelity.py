@@ -161,7 +161,7 @@ def _pair_lines(found: Sequence[Agreement]) -> list[str]:
 
 def _self_lines(scores: Sequence[Score], protocols: Sequence[str], measure: Measure) -> list[str]:
     spread = f"{measure.name}, best to worst cell, %"
-    lines = [f"{'itself under another seed':<33} {'cells':>5} {'rho':>6} {spread:>28} {'std of seeds':>12}"]
+    lines = [f"{'itself under another seed':<33} {'cells':>5} {'rho':>6} {spread:>30} {'std of seeds':>12}"]
     for protocol in protocols:
         by_cell = cell_scores(scores, protocol)
         means = [100 * float(np.mean(values)) for values in by_cell.values()] or [math.nan]
@@ -169,7 +169,7 @@ def _self_lines(scores: Sequence[Score], protocols: Sequence[str], measure: Meas
         noise = 100 * math.sqrt(np.mean(variances)) if variances else math.nan
         spread = f"{_number(max(means))} to {_number(min(means))}" if by_cell else "–"
         rho = _number(self_agreement(by_cell))
-        lines.append(f"{_LABELS[protocol]:<33} {len(by_cell):>5} {rho:>6} {spread:>28} {_number(noise):>12}")
+        lines.append(f"{_LABELS[protocol]:<33} {len(by_cell):>5} {rho:>6} {spread:>30} {_number(noise):>12}")
     for protocol in protocols:
         means = [float(np.mean(values)) for values in cell_scores(scores, protocol).values()]
         if means and (warning := ties(means)):

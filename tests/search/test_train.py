@@ -439,7 +439,7 @@ def test_the_best_cell_of_a_search_on_other_data_is_trained_only_where_the_data_
     (run / "best_cells").mkdir(parents=True)
     (run / "best_cells" / "rank_01.json").write_text(load_cell("psp").to_json())
     Folder(run).begin({"dataset": "camvid"}, "python -m search.random --dataset camvid")
-    with pytest.raises(InputError, match="searched on camvid, and `dataset` is shapes: give the data set to train on"):
+    with pytest.raises(InputError, match="searched on camvid, and this would train on shapes: give that `dataset` and `task`"):
         search.train.main(composed(TrainSettings, run=run, out=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
     assert search.train._cell(changed(tiny, run=run)) == load_cell("psp")  # whose data set is camvid too
