@@ -112,7 +112,7 @@ def _train(
 
 
 def _cell(settings: TrainSettings, dataset: str) -> Cell:
-    """The named cell, or the best of a search on this data set. Raises InputError for a folder in which no cell has a score yet."""
+    """The named cell, or the best of a search on this data set. Raises InputError if it has scored no cell yet."""
     if settings.run is None:
         return load_cell(settings.cell or "dpc")
     path = settings.run / "best_cells" / "rank_01.json"
@@ -124,8 +124,8 @@ def _cell(settings: TrainSettings, dataset: str) -> Cell:
     searched = description["identity"].get("dataset", dataset)
     if settings.data.dataset == SHAPES and searched != dataset:  # hardly meant: whoever wants it names the cell
         raise InputError(
-            f"`run` {settings.run} searched on {searched}, and this would train on {dataset}: give that `dataset` and `task`, or "
-            f"{path} as `cell`"
+            f"`run` {settings.run} searched on {searched}, and this would train on {dataset}: give that `dataset` and `task`, "
+            f"or {path} as `cell`"
         )
     return load_cell(str(path))
 
