@@ -19,7 +19,7 @@ from fast.checkpoint import load_network
 from fast.segmentation import SegmentationNetwork
 from search.cli import Flat, run_command
 from search.datasets import Dataset, open_dataset
-from search.dense_tasks import restored_task
+from search.dense_tasks import restored_task, totals_of_nothing
 from search.devices import resolve_device
 from search.errors import InputError
 from search.files import write_json
@@ -47,7 +47,7 @@ class EvaluateSettings:
     predictions: Path | None = None
     """Folder for predictions as PNG: in the names, folders and label ids of the data set's test server, depths in 16 bits."""
     overlays: Path | None = None
-    """Folder for pictures to look at: the prediction over the picture, the label beside it."""
+    """Folder for pictures to look at: the prediction, over the picture if it is of classes, and the label beside it."""
     out: Path | None = None
     """File for the scores, in JSON. None: beside the network, named after it, the data set and the split."""
     data: Flat[PictureSettings] = PictureSettings()
@@ -87,7 +87,7 @@ def _some(names: Sequence[str]) -> str:
 
 def _evaluate(settings: EvaluateSettings, network: SegmentationNetwork, dataset: Dataset) -> NDArray[Any]:
     """What the task counts of all pictures; predictions and overlays are written on the way."""
-    parts = []
+    total = totals_of_nothing(dataset.task)
     autocast = torch.autocast(torch.device(network.backbone.mean.device).type, torch.bfloat16)
     predicted = predict_split(
         network, dataset, range(len(dataset)), scales=settings.scales, flip=settings.flip, pad_to=settings.pad_to
@@ -95,7 +95,7 @@ def _evaluate(settings: EvaluateSettings, network: SegmentationNetwork, dataset:
     with autocast if settings.precision == "bfloat16" else nullcontext():
         bar = tqdm(predicted, total=len(dataset), desc=f"{dataset.name} {dataset.split}", unit="picture")
         for sample, prediction, counted in bar:
-            parts.append(counted.cpu())
+            total += counted.cpu()
             array = prediction.cpu().numpy().astype(dataset.task.label_dtype)
             if settings.predictions is not None:
                 write_prediction(prediction_path(settings.predictions, dataset, sample.name), array, dataset.task)
@@ -103,7 +103,7 @@ def _evaluate(settings: EvaluateSettings, network: SegmentationNetwork, dataset:
                 path = settings.overlays / f"{sample.name}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 overlay(sample, array, dataset.task).save(path)
-    return torch.stack(parts).sum(dim=0).numpy()
+    return total.numpy()
 
 
 def _scores(settings: EvaluateSettings, dataset: Dataset, totals: NDArray[Any]) -> dict[str, Any]:

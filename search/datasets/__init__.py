@@ -85,8 +85,8 @@ def open_unchecked(name: str, split: str, data_dir: Path | None, task: TaskName 
         dataset = getattr(module, "OTHER_TASKS", {}).get(task, module.open_split)(split, data_dir)
     if task not in (None, dataset.task.name):
         raise InputError(
-            f"`task` {task} needs other labels: those of `dataset` {name} are for {dataset.task.name}; give another data set, "
-            "such as a TOML file that describes yours"
+            f"`task` {task} needs other labels: those of `dataset` {name} are for {dataset.task.name}; leave it out, or give "
+            "another data set, such as a TOML file that describes yours"
         )
     return dataset
 

@@ -53,6 +53,7 @@ def check_folder(name: str, data_dir: Path | None, splits: Sequence[str], proces
     problems += _overlaps(datasets)
     findings = _read_all(datasets, processes)
     problems += dict.fromkeys(finding.problem for row in findings for finding in row if finding.problem)
+    problems += _unlabelled(datasets, findings)
     tables = [_split_table(datasets, findings), _class_table(datasets, findings)] if datasets else []
     return Verdict("\n\n".join([*tables, *notes]), list(dict.fromkeys(problems)))  # each shared picture once
 
@@ -98,6 +99,15 @@ def _overlaps(datasets: list[Dataset]) -> list[str]:
         f"{first} and {second} have pictures in common ({len(shared):,}, such as {min(shared)}); take them out of one"
         for first, second in combinations(names, 2)
         if not (first.startswith("train") and second.startswith("train")) and (shared := names[first] & names[second])
+    ]
+
+
+def _unlabelled(datasets: list[Dataset], findings: list[list[Finding]]) -> list[str]:
+    """Splits to train and to score on of which no picture has a label."""
+    return [
+        f"no pixel of {dataset.split} is labelled: correct its labels, or what says what their values mean"
+        for dataset, of_split in zip(datasets, findings, strict=True)
+        if dataset.split in SPLITS and any(f.size for f in of_split) and not sum(int(f.pixels[:-1].sum()) for f in of_split)
     ]
 
 

@@ -197,11 +197,14 @@ def _depths(fields: _Fields) -> tuple[Depth, DepthReader, str]:
     for field in _OF_CLASSES:
         if field in fields.content:
             raise fields.error(field, "is for classes, and depth_scale for depths", "leave one of them out")
-    reader = DepthReader(float(scale), remedy=f"correct the file, or give classes instead of depth_scale in {fields.path}")
+    reader = DepthReader(float(scale), remedy=f"store the metres times depth_scale of {fields.path}, rounded")
     return Depth(float(scale)), reader, f"depth_scale {float(scale)}"
 
 
 def _class_names(fields: _Fields) -> tuple[str, ...]:
+    if "classes" not in fields.content:
+        remedy = "add it, as docs/datasets.md shows, or depth_scale if labels are depths"
+        raise fields.error("classes", "is missing", remedy)
     names = fields.list("classes")
     if not 1 <= len(names) <= _MOST_CLASSES or not all(isinstance(name, str) and name.strip() for name in names):
         raise fields.error(

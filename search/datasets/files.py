@@ -86,7 +86,12 @@ class DepthReader:
                 f"label {path} must be a 16-bit picture with one channel that holds depths, it has mode {picture.mode}; "
                 f"{self.remedy}"
             )
-        values = np.array(picture).astype(np.float32)
+        pixels = np.array(picture)
+        if pixels.min() < 0 or pixels.max() > 65535:  # a picture of 32 bits
+            raise InputError(
+                f"label {path} holds values from {pixels.min()} to {pixels.max()}; allowed are 0 to 65535: {self.remedy}"
+            )
+        values = pixels.astype(np.float32)
         return np.where(values > 0, values / np.float32(self.scale), np.float32(np.nan))
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -179,6 +180,12 @@ def restored_task(description: Mapping[str, Any]) -> DenseTask:
         return Depth(float(description["depth_scale"]))
     palette = np.array(description["palette"], np.uint8) if "palette" in description else None
     return Segmentation(tuple(description["class_names"]), palette)
+
+
+def totals_of_nothing(task: DenseTask) -> Tensor:
+    """What the task counts of no pixel at all, on the CPU: where a sum begins."""
+    nothing = torch.from_numpy(task.unlabelled((1, 1)))[None]
+    return task.count(nothing, nothing)
 
 
 def details_beside(task: DenseTask, trainings: Sequence[Scores]) -> list[float | None]:

@@ -142,10 +142,11 @@ def _log_range(maps: Sequence[Label]) -> tuple[float, float]:
 
 
 def _painted(depths: NDArray[Any], low: float, high: float) -> NDArray[np.uint8]:
-    """Bright for near, dark for far: (...) -> (..., 3)."""
+    """Orange for near, dark for far: (...) -> (..., 3). The palest tenth of the colours is left to what was not measured."""
     from matplotlib import colormaps  # takes half a second
 
     place = (np.log(depths) - low) / (high - low)
-    picture: NDArray[np.uint8] = colormaps["magma_r"](np.nan_to_num(place), bytes=True)[..., :3].copy()
+    shade = 0.15 + 0.85 * np.nan_to_num(place).clip(0, 1)
+    picture: NDArray[np.uint8] = colormaps["magma_r"](shade, bytes=True)[..., :3].copy()
     picture[np.isnan(depths)] = UNLABELLED_COLOUR
     return picture

@@ -23,7 +23,7 @@ from fast.segmentation import SegmentationHead
 from fast.train_step import TrainStep
 from reference.cell import Cell
 from search.cells.cost import module_cost
-from search.dense_tasks import Scores
+from search.dense_tasks import Scores, totals_of_nothing
 from search.errors import InputError
 from search.settings import HeadSettings, ProxySettings
 from search.tasks.feature_cache import FeatureCache
@@ -139,14 +139,14 @@ class ProxyTask:
     @torch.inference_mode()
     def _totals(self, head: SegmentationHead) -> NDArray[Any]:
         features, labels = self._val
-        parts = []
+        total = totals_of_nothing(self.dense_task)
         for start in range(0, features.shape[0], self.settings.batch_size):
             batch = slice(start, start + self.settings.batch_size)
             outputs = head(features[batch].to(self.device, torch.float32))
             if not outputs.isfinite().all():
                 raise NotFiniteError("the trained cell gives scores that are not finite; try a lower learning rate")
-            parts.append(self.dense_task.count_upsampled(outputs, labels[batch].to(self.device)).cpu())
-        return torch.stack(parts).sum(dim=0).numpy()
+            total += self.dense_task.count_upsampled(outputs, labels[batch].to(self.device)).cpu()
+        return total.numpy()
 
     def _resident(self, cache: FeatureCache) -> tuple[Tensor, Tensor]:
         """Features and labels: on the GPU if they take less than half of its free memory, or else left in the file."""

@@ -49,6 +49,7 @@ class Augmentation:
     def scales(self) -> list[float]:
         """All scales there are, each as likely as the other; none if any between the two may be drawn.
 
+        >>> from search.dense_tasks.segmentation import Segmentation
         >>> Augmentation(Segmentation(("road", "car")), (33, 33), (127.5, 127.5, 127.5)).scales()
         [0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0]
         """

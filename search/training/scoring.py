@@ -14,7 +14,7 @@ from torch import Tensor
 from fast.bilinear_resize import bilinear_resize
 from fast.segmentation import SegmentationNetwork, predict_scales
 from search.datasets import Dataset, Sample
-from search.dense_tasks import DenseTask
+from search.dense_tasks import DenseTask, totals_of_nothing
 from search.errors import InputError
 
 
@@ -73,8 +73,7 @@ def count_split(
     on_picture: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """The sum of what the task counts of the pictures, on the network's device."""
-    nothing = torch.from_numpy(dataset.task.unlabelled((1, 1))).to(network.backbone.mean.device)
-    total = dataset.task.count(nothing[None], nothing[None])  # one of several devices may have no picture
+    total = totals_of_nothing(dataset.task).to(network.backbone.mean.device)  # one of several devices may have no picture
     for _, _, counted in predict_split(network, dataset, indices):
         total += counted
         on_picture()

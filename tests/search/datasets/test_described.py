@@ -244,10 +244,26 @@ def test_the_labels_decide_the_task(tmp_path: Path) -> None:
 def test_a_depth_with_eight_bits_is_refused(tmp_path: Path) -> None:
     path = write_depths(tmp_path)
     made.write_label(tmp_path / "train" / "depth" / "a.png", made.values_up_to(3))
-    with pytest.raises(
-        InputError, match=r"label .*a\.png must be a 16-bit picture .* it has mode L; correct the file, or give"
-    ):
+    with pytest.raises(InputError, match=r"label .*a\.png must be a 16-bit picture .* it has mode L; store the metres times"):
         open_first(path)
+
+
+def test_a_depth_beyond_sixteen_bits_is_refused(tmp_path: Path) -> None:
+    path = write_depths(tmp_path)
+    (tmp_path / "train" / "depth" / "a.png").rename(tmp_path / "train" / "depth" / "a.old")
+    path.write_text(path.read_text().replace("depth/{name}.png", "depth/{name}.tif"))
+    for name, value in (("a", 70_000), ("b", 1)):
+        Image.fromarray(np.full(made.SIZE, value, np.int32)).save(tmp_path / "train" / "depth" / f"{name}.tif")
+    with pytest.raises(InputError, match=r"a\.tif holds values from 70000 to 70000; allowed are 0 to 65535: store the metres"):
+        open_first(path)
+
+
+def test_the_check_names_a_split_without_any_depth(tmp_path: Path) -> None:
+    path = write_depths(tmp_path)
+    for name in ("a", "b"):
+        write_depth(tmp_path / "val" / "depth" / f"{name}.png", np.full(made.SIZE, np.nan, np.float32))
+    _, problems = check_folder(str(path), None, (), 1)
+    assert [problem.split(":")[0] for problem in problems] == ["no pixel of val is labelled"]
 
 
 def test_the_check_counts_depths_by_distance(tmp_path: Path) -> None:

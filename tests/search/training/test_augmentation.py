@@ -63,7 +63,7 @@ def test_picture_and_label_stay_in_step(height: int, width: int, seed: int) -> N
     assert np.all(np.abs(picture[shown] - 100.0 * classes[shown][:, None]) <= 150 + 1e-3)
     flat = shown & np.all(np.isin(picture, (0.0, 100.0, 200.0)), axis=2)
     # Between two classes a blurred pixel can have a third one's grey by chance, at seams alone.
-    assert np.mean(picture[flat][:, 0] == 100.0 * classes[flat]) > 0.8
+    assert np.mean(picture[flat][:, 0] == 100.0 * classes[flat]) > 0.75
     np.testing.assert_array_equal(picture[~shown], np.broadcast_to(np.array(MEAN, np.float32), picture[~shown].shape))
 
 
