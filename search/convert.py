@@ -17,7 +17,9 @@ from search.settings import require
 from search.tensorflow.deeplab import convert
 from search.tensorflow.tensor_bundle import TensorBundle
 
-CLASS_NAMES = {len(names): names for names in (cityscapes.CLASS_NAMES, pascal_voc.CLASS_NAMES)}  # the authors' two data sets
+KNOWN = {  # by number of classes: the authors' two data sets
+    len(known.CLASS_NAMES): Segmentation(known.CLASS_NAMES, known.PALETTE) for known in (cityscapes, pascal_voc)
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +58,11 @@ def main(settings: ConvertSettings) -> None:
         output_stride=settings.output_stride,
         moving_averages=settings.moving_averages,
     )
-    class_names = _class_names(network.head.classifier.out_channels, settings.class_names)
+    task = _task(network.head.classifier.out_channels, settings.class_names)
     source = {"checkpoint": bundle.prefix.name, "variables": len(used), "moving_averages": settings.moving_averages}
-    save_network(settings.out, network, task=Segmentation(class_names).describe(), source=source)
+    save_network(settings.out, network, task=task.describe(), source=source)
     decoder = "a decoder" if network.decoder is not None else "no decoder"
-    print(f"{network.backbone.name} at output stride {settings.output_stride}, {decoder}, {len(class_names)} classes")
+    print(f"{network.backbone.name} at output stride {settings.output_stride}, {decoder}, {len(task.class_names)} classes")
     print(f"cell: {network.head.context.cell}")
     print(f"{len(used)} variables used, {len(skipped)} skipped" + (":" if skipped else ""))
     for reason, count in Counter(skipped.values()).most_common():
@@ -70,10 +72,12 @@ def main(settings: ConvertSettings) -> None:
     print(f"wrote {settings.out}")
 
 
-def _class_names(count: int, given: tuple[str, ...]) -> tuple[str, ...]:
+def _task(count: int, given: tuple[str, ...]) -> Segmentation:
     if given and len(given) != count:
         raise InputError(f"the checkpoint has {count} classes: give as many `class_names`, got {len(given)}")
-    return given or CLASS_NAMES.get(count) or tuple(f"class {i}" for i in range(count))
+    if not given and count in KNOWN:
+        return KNOWN[count]
+    return Segmentation(given or tuple(f"class {i}" for i in range(count)))
 
 
 if __name__ == "__main__":

@@ -60,16 +60,22 @@ def main(settings: EvaluateSettings) -> None:
     device = resolve_device(settings.device.device)
     try:
         network, description = load_network(settings.network)
-        outputs = restored_task(description).outputs
+        task = restored_task(description)
     except ValueError as error:
         raise InputError(f"{error}; `network` takes what search.train writes, a head has no backbone") from error
     except KeyError as error:
         raise InputError(f"network {settings.network} does not say what its outputs are: train or convert it again") from error
-    dataset = open_dataset(settings.data.dataset, settings.split, settings.data.data_dir, restored_task(description).name)
-    if outputs != dataset.task.outputs:
+    dataset = open_dataset(settings.data.dataset, settings.split, settings.data.data_dir, task.name)
+    if task.name != dataset.task.name:
         raise InputError(
-            f"network {settings.network} was trained on {len(outputs)} classes ({_some(outputs)}), {dataset.name} has "
-            f"{len(dataset.task.outputs)} ({_some(dataset.task.outputs)}): give the `dataset` it was trained on"
+            f"network {settings.network} predicts {task.name}, the labels of {dataset.name} are for {dataset.task.name}: "
+            "give the `dataset` it was trained on"
+        )
+    trained, present = task.outputs, dataset.task.outputs
+    if trained != present:
+        raise InputError(
+            f"network {settings.network} was trained on {len(trained)} classes ({_some(trained)}), {dataset.name} has "
+            f"{len(present)} ({_some(present)}): give the `dataset` it was trained on"
         )
     try:
         totals = _evaluate(settings, network.to(device), dataset)

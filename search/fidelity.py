@@ -35,7 +35,7 @@ from reference.cell import Cell
 from search.backbones.shapes import WIDE_BACKBONE
 from search.cells.space import canonical_form, load_cell
 from search.cli import Flat, run_command, this_command
-from search.datasets import open_splits
+from search.datasets import Dataset, open_dataset
 from search.dense_tasks import Measure
 from search.devices import resolve_device
 from search.errors import InputError, fields_in, with_fields
@@ -177,7 +177,7 @@ def main(settings: FidelitySettings) -> None:
     """Score what is not scored yet, then report how the protocols agree."""
     settings = replace(settings, head=settings.head.completed(settings.data.dataset))
     _check(settings)
-    directory = settings.out or Path("runs") / "fidelity" / open_splits(settings.data)[0].name
+    directory = settings.out or Path("runs") / "fidelity" / _dataset(settings.data).name
     protocols = prepare_protocols(settings, directory)
     measure = protocols[0].measure
     with Folder(directory).locked():
@@ -227,6 +227,11 @@ def prepare_protocols(settings: FidelitySettings, directory: Path) -> list[Proto
     return protocols
 
 
+def _dataset(data: DataSettings) -> Dataset:
+    """The split to train on."""
+    return open_dataset(data.dataset, data.train_split, data.data_dir, data.task)
+
+
 def _fields_of(protocol: ProtocolName) -> AbstractContextManager[None]:
     """A context in which error messages name the settings of one protocol, such as `large.backbone`."""
     match protocol:
@@ -268,8 +273,8 @@ def _of_large(name: str) -> str:
 def _end_to_end(settings: FidelitySettings, directory: Path, device: str) -> Protocol:
     data, recipe = settings.data, settings.end_to_end
     if recipe.crop_size is None:  # whole pictures, as on cached features
-        train, _ = open_splits(data)
-        recipe = replace(recipe, crop_size=padded_size(settings.features, train, settings.backbone.stride))
+        size = padded_size(settings.features, _dataset(data), settings.backbone.stride)
+        recipe = replace(recipe, crop_size=size)
     if data.dataset == SHAPES:  # a short training learns one scale at best
         recipe = replace(recipe, min_scale=given(recipe.min_scale, 1.0), max_scale=given(recipe.max_scale, 1.0))
     training = TrainingSettings(

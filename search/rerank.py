@@ -73,7 +73,7 @@ class RunOverrides:
     """Where the small backbone for shapes is kept. None: the run's."""
 
     def data(self, run: DataSettings) -> DataSettings:
-        before = run if self.dataset is None else DataSettings(dataset=self.dataset)
+        before = run if self.dataset is None else DataSettings(dataset=self.dataset, task=run.task)
         return replace(
             before,
             data_dir=given(self.data_dir, before.data_dir),
@@ -142,6 +142,11 @@ def main(settings: RerankSettings) -> None:
         return EndToEndTask(training, directory)
 
     task, folder = create_task(), Folder(directory, "re-ranking")
+    if task.dense_task.name != run.task.name:
+        raise InputError(
+            f"`dataset` {task.train.name} has labels for {task.dense_task.name}, and `run` {settings.run} was scored by "
+            f"{run.task.name}: give data of the same task; a cell can be trained on any by `python -m search.train`"
+        )
     candidates = candidates_of(run, settings)
     identity = task.identity()  # builds a network, so that one that cannot be built leaves no folder behind
     workers = open_workers(create_task, settings.workers, settings.device.device, known(training.recipe.iterations))

@@ -47,7 +47,7 @@ class TrainSettings:
     run: Path | None = None
     """Folder of a search (runs/x), to train its best cell."""
     init: Path | None = None
-    """Whole network to start from, with its architecture; with other classes its last layer begins anew."""
+    """Whole network to start from, with its architecture; with other outputs its last layer begins anew."""
     seed: int = 0
     """Seed of everything: initial weights, order of the pictures, crops, dropout."""
     out: Path | None = None
@@ -120,7 +120,9 @@ def _cell(settings: TrainSettings, dataset: str) -> Cell:
         raise InputError(
             f"`run` {settings.run} has no {path.relative_to(settings.run)}: give the folder of a search that has scored a cell"
         )
-    description = Folder(settings.run, remedy="give the folder of a search").description() or {"identity": {}}
+    description = Folder(settings.run, remedy=f"give the folder of another search, or {path} as `cell`").description() or {
+        "identity": {}
+    }
     searched = description["identity"].get("dataset", dataset)
     if settings.data.dataset == SHAPES and searched != dataset:  # hardly meant: whoever wants it names the cell
         raise InputError(

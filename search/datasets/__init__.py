@@ -72,7 +72,7 @@ def split_names(name: str) -> tuple[str, ...]:
 def open_unchecked(name: str, split: str, data_dir: Path | None, task: TaskName | None = None) -> Dataset:
     """Like `open_dataset`, but without raising the first of the data set's `problems()`.
 
-    Raises InputError for an unknown name, split or task, and for a folder without anything to list.
+    Raises InputError for an unknown name or split, and for a folder without anything to list.
     """
     splits = split_names(name)
     if split not in splits:
@@ -83,19 +83,14 @@ def open_unchecked(name: str, split: str, data_dir: Path | None, task: TaskName 
     else:
         module = importlib.import_module(f"search.datasets.{name}")
         dataset = getattr(module, "OTHER_TASKS", {}).get(task, module.open_split)(split, data_dir)
-    if task not in (None, dataset.task.name):
-        raise InputError(
-            f"`task` {task} needs other labels: those of `dataset` {name} are for {dataset.task.name}; leave it out, or give "
-            "another data set, such as a TOML file that describes yours"
-        )
     return dataset
 
 
 def open_dataset(name: str, split: str, data_dir: Path | None, task: TaskName | None = None) -> Dataset:
     """Open `split` of data set `name`, one of `DATASETS` or a TOML file; `data_dir` is its folder, None for generated data.
 
-    `task` chooses among the labels that the data set has. Raises InputError for an unknown name or split, labels for another
-    task, and for a folder that does not hold the whole data set.
+    `task` chooses among the labels of a data set that has them for several. Raises InputError for an unknown name or split,
+    and for a folder that does not hold the whole data set.
 
     >>> dataset = open_dataset("shapes", "val", None)
     >>> image, label, name = dataset[0]
@@ -115,6 +110,11 @@ def open_dataset(name: str, split: str, data_dir: Path | None, task: TaskName | 
 
 
 def open_splits(data: DataSettings) -> tuple[Dataset, Dataset]:
-    """The split to train on and the one to score on. Raises InputError as `open_dataset` does."""
+    """The split to train on and the one to score on. Raises InputError as `open_dataset`, and for labels of another task."""
     train, val = (open_dataset(data.dataset, split, data.data_dir, data.task) for split in (data.train_split, data.val_split))
+    if data.task not in (None, train.task.name):
+        raise InputError(
+            f"`task` {data.task} needs other labels: those of `dataset` {data.dataset} are for {train.task.name}; leave it "
+            "out, or give another data set, such as a TOML file that describes yours"
+        )
     return train, val

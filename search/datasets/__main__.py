@@ -12,7 +12,7 @@ import tyro
 
 from search.cli import in_flags, run_command
 from search.datasets.check import check_folder
-from search.settings import require
+from search.settings import TaskName, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +25,8 @@ class CheckSettings:
     """shapes, camvid, cityscapes, pascal_voc, pascal_person_part, or the TOML file that describes your folder."""
     data_dir: Path | None = None
     """Folder of the data set. Default for a TOML file: the folder that the file is in."""
+    task: TaskName | None = None
+    """Which labels, of a data set that has them for several tasks: segmentation or depth. Default: its first."""
     splits: tuple[str, ...] = ()
     """Splits that must exist. Default: train and val; other splits are checked if they exist."""
     processes: int = 1
@@ -34,7 +36,7 @@ class CheckSettings:
 def main(settings: CheckSettings) -> None:
     """Read everything, print the tables and the problems, and exit with code 1 if there are problems."""
     require("processes", settings.processes, settings.processes >= 1, "at least 1")
-    text, problems = check_folder(settings.dataset, settings.data_dir, settings.splits, settings.processes)
+    text, problems = check_folder(settings.dataset, settings.data_dir, settings.splits, settings.processes, settings.task)
     if problems:
         heading = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}:"
         problems = [heading, *(f"  {problem}" for problem in problems)]

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from search.datasets import SPLITS, Dataset, open_unchecked, split_names
 from search.datasets.files import FileDataset
 from search.errors import InputError
+from search.settings import TaskName
 
 Place = tuple[int, int]  # (number of the split, index of the picture)
 _CHUNK = 8  # pictures per request to a process
@@ -42,12 +43,14 @@ class Finding(NamedTuple):
     problem: str
 
 
-def check_folder(name: str, data_dir: Path | None, splits: Sequence[str], processes: int) -> Verdict:
-    """Read the given splits of data set `name`, or else train, val and all others that exist.
+def check_folder(
+    name: str, data_dir: Path | None, splits: Sequence[str], processes: int, task: TaskName | None = None
+) -> Verdict:
+    """Read the given splits of data set `name`, or else train, val and all others that exist, with the labels for `task`.
 
     Raises InputError for an unknown data set or split, and if there is nothing to verify.
     """
-    datasets, problems, notes = _open_splits(name, data_dir, splits)
+    datasets, problems, notes = _open_splits(name, data_dir, splits, task)
     for dataset in datasets:
         problems += _list_problems(dataset)
     problems += _overlaps(datasets)
@@ -58,7 +61,9 @@ def check_folder(name: str, data_dir: Path | None, splits: Sequence[str], proces
     return Verdict("\n\n".join([*tables, *notes]), list(dict.fromkeys(problems)))  # each shared picture once
 
 
-def _open_splits(name: str, data_dir: Path | None, asked: Sequence[str]) -> tuple[list[Dataset], list[str], list[str]]:
+def _open_splits(
+    name: str, data_dir: Path | None, asked: Sequence[str], task: TaskName | None
+) -> tuple[list[Dataset], list[str], list[str]]:
     """The splits that exist, problems of those that must exist, and notes about the others."""
     names = split_names(name)
     if unknown := [split for split in asked if split not in names]:
@@ -66,7 +71,7 @@ def _open_splits(name: str, data_dir: Path | None, asked: Sequence[str]) -> tupl
     datasets, problems, notes = [], [], []
     for split in asked or names:
         try:
-            datasets.append(open_unchecked(name, split, data_dir))
+            datasets.append(open_unchecked(name, split, data_dir, task))
         except InputError as error:
             if split in (asked or SPLITS):
                 problems.append(str(error))

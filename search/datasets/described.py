@@ -6,7 +6,6 @@ that match the pattern. Label values are classes 0, 1, ... in the order of `clas
 With `depth_scale` instead of `classes`, labels are depths.
 """
 
-import math
 import re
 import tomllib
 from collections.abc import Mapping
@@ -27,6 +26,7 @@ from search.errors import InputError
 _FIELDS = ("classes", "depth_scale", "images", "labels", "splits", "name", "colours", "ignore", "label_ids")
 _OF_CLASSES = ("classes", "colours", "ignore", "label_ids")
 _SPLIT_FIELDS = ("list", "folder", "labelled", "count")
+_SCALES = (1e-3, 1e6)  # label values for a metre: from kilometres to micrometres
 _MOST_CLASSES = IGNORE_INDEX  # 0 to 254; 255 is ignored
 
 
@@ -192,8 +192,9 @@ def _classes(fields: _Fields) -> tuple[Segmentation, LabelReader, str]:
 def _depths(fields: _Fields) -> tuple[Depth, DepthReader, str]:
     """The same of a file with `depth_scale`."""
     scale = fields.content["depth_scale"]
-    if type(scale) not in (int, float) or not 0 < scale < math.inf:
-        raise fields.error("depth_scale", f"must be a number above 0, got {scale!r}", "give what a label has for one metre")
+    if type(scale) not in (int, float) or not _SCALES[0] <= scale <= _SCALES[1]:
+        complaint = f"must be a number from {_SCALES[0]:g} to {_SCALES[1]:g}, got {scale!r}"
+        raise fields.error("depth_scale", complaint, "give what a label has for one metre")
     for field in _OF_CLASSES:
         if field in fields.content:
             raise fields.error(field, "is for classes, and depth_scale for depths", "leave one of them out")

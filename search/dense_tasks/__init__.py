@@ -188,8 +188,13 @@ def totals_of_nothing(task: DenseTask) -> Tensor:
     return task.count(nothing, nothing)
 
 
+def measures_beside(task: DenseTask) -> list[Measure]:
+    """The details that tables of cells show beside the score."""
+    return [measure for measure in task.details if measure.in_tables]
+
+
 def details_beside(task: DenseTask, trainings: Sequence[Scores]) -> list[float | None]:
-    """The means over trainings of those details that tables of cells show beside the score, None where there is none."""
+    """The means over trainings of `measures_beside`, None where there is none."""
     places = [place for place, measure in enumerate(task.details) if measure.in_tables]
     shown = [Scores(scores.score, tuple(scores.details[place] for place in places)) for scores in trainings]
     return mean_details(shown) or [None] * len(places)

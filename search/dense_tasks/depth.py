@@ -123,8 +123,9 @@ class Depth:
         low, high = _log_range(maps)
         ticks = np.exp(np.linspace(low, high, _TICKS))
         colours = _painted(ticks, low, high).tolist()
-        shown = [(f"{depth:.2g} m", (red, green, blue)) for depth, (red, green, blue) in zip(ticks, colours, strict=True)]
-        return [*shown, ("not measured", UNLABELLED_COLOUR)]
+        names = [f"{depth:.2g} m" if depth < 10 else f"{depth:.0f} m" for depth in ticks]
+        shown = {name: (red, green, blue) for name, (red, green, blue) in zip(names, colours, strict=True)}
+        return [*shown.items(), ("not measured", UNLABELLED_COLOUR)]  # depths that read the same are one
 
     def encoded(self, prediction: Label) -> Image.Image:
         """16 bits per pixel, in the scale of the data set's own files; 0 would mean that nothing was measured."""

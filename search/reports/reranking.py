@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from reference.cell import Cell
-from search.dense_tasks import DenseTask, Measure, details_beside
+from search.dense_tasks import DenseTask, Measure, details_beside, measures_beside
 from search.files import write_text
 from search.reports.rank_correlation import MIN_POINTS, RankCorrelation, rank_correlation, ties
 from search.reports.scatter import Point, Scatter, write_scatters
@@ -173,7 +173,7 @@ def _table(rows: list[Reranked], score: Measure) -> str:
 def _write_csv(path: Path, rows: list[Reranked], task: DenseTask) -> None:
     text = io.StringIO()
     writer = csv.writer(text)
-    key, beside = task.score.key, [measure for measure in task.details if measure.in_tables]
+    key, beside = task.score.key, measures_beside(task)
     final_columns = (
         "final_rank",
         f"final_{key}",

@@ -21,7 +21,7 @@ from fast.checkpoint import load_context
 from fast.dense_prediction_cell import DensePredictionCell
 from reference.cell import Cell
 from reference.dense_prediction_cell import BranchOptions, rate_multiplier_for
-from search.dense_tasks import DenseTask, Label, details_beside, mean_details
+from search.dense_tasks import DenseTask, Label, details_beside, mean_details, measures_beside
 from search.errors import InputError
 from search.reports.cells import draw_pictures
 from search.reports.diagram import INK, figure_svg, show_grid, style_axes
@@ -116,7 +116,7 @@ def _content(run: Run, device: str | None) -> dict[str, Any]:
         "drawings": list(_drawings(run, best, groups, trained)),
         "rows": rows,
         "latencies": _latencies(run, rows, trained, device) if device and trained and rows else None,
-        "beside": [measure for measure in run.task.details if measure.in_tables],
+        "beside": measures_beside(run.task),
         "detail_columns": _detail_columns(best, groups),
         "examples": list(_example_pictures(maps, run.task)),
         "legend": run.task.legend([each for example in maps for each in example.maps.values()]) if maps else [],
@@ -148,7 +148,7 @@ def _rows(task: DenseTask, best: Sequence[TrialRecord], groups: Sequence[Group])
 
 def _beside(task: DenseTask, results: Sequence[ProxyResult]) -> list[str]:
     """Means of the details that belong in a table of cells."""
-    shown = [measure for measure in task.details if measure.in_tables]
+    shown = measures_beside(task)
     values = details_beside(task, [result.scores for result in results])
     return [measure.number(value) for measure, value in zip(shown, values, strict=True)]
 

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from fast.bilinear_resize import bilinear_resize
 from fast.checkpoint import load_head
-from search.datasets import open_splits
-from search.dense_tasks import DenseTask, details_beside
+from search.datasets import open_dataset
+from search.dense_tasks import DenseTask, details_beside, measures_beside
 from search.files import write_text, write_whole
 from search.reports.rank_correlation import ties
 from search.reports.run import write_report
@@ -56,7 +56,7 @@ def _table(best: list[TrialRecord], baselines: list[BaselineRecord], task: Dense
         again = [record for record in baselines if record.name == name]
         label = comparison_label(name)
         rows.append((f"{label} (n={len(again)})", [record.result for record in again], again[0].cell))
-    beside = [measure for measure in task.details if measure.in_tables]
+    beside = measures_beside(task)
     headings = "".join(f" {measure.heading:>8}" for measure in beside)
     lines = [f"{'':20} {task.score.heading:>14}{headings} {'params':>9} {'multiply-adds':>13} {'seconds':>7}  cell"]
     for label, results, cell in rows:
@@ -73,7 +73,7 @@ def _table(best: list[TrialRecord], baselines: list[BaselineRecord], task: Dense
 def _write_csv(path: Path, records: list[TrialRecord], task: DenseTask) -> None:
     text = io.StringIO()
     writer = csv.writer(text)
-    score_columns = [task.score.key, *(measure.key for measure in task.details if measure.in_tables)]
+    score_columns = [task.score.key, *(measure.key for measure in measures_beside(task))]
     writer.writerow(["trial", *score_columns, "parameters", "multiply_adds", "seconds", "failure", "duplicate_of", "cell"])
     for record in records:
         result = record.result
@@ -87,7 +87,7 @@ def _write_csv(path: Path, records: list[TrialRecord], task: DenseTask) -> None:
 @torch.inference_mode()
 def _write_examples(directory: Path, val: FeatureCache, data: DataSettings, compared: Collection[str]) -> None:
     """Predictions of the best cell's and the known cells' heads on a few validation images, for the report."""
-    _, dataset = open_splits(data)
+    dataset = open_dataset(data.dataset, data.val_split, data.data_dir, data.task)
     files = {BEST_HEAD: BEST_HEAD} | {name: head_name(name) for name in compared}
     heads = {
         name: load_head(path)[0]

@@ -17,6 +17,7 @@ from search.runs.study import FOUND, Study, ranked
 from search.runs.workers import Job, Outcome, Workers
 from search.tasks.proxy import ProxyResult
 
+_NO_SCORE = -1.0  # below all scores: the first one is the best, also if it is 0
 BEST_HEAD = "best"  # name under which a run keeps the head of its best cell
 
 # Random streams are named (seed of the run, purpose, number); known cells and the search's best share one per comparison.
@@ -97,11 +98,12 @@ class Search:
         for record in records:
             if record.result:
                 self.scored.setdefault(canonical_form(record.cell), (record.number, record.result))
-        best = max((result.score for _, result in self.scored.values()), default=0.0)
+        best = max((result.score for _, result in self.scored.values()), default=_NO_SCORE)
         failed = sum(record.failure is not None for record in records)
         with tqdm(total=self.plan.trials, initial=len(finished), desc="search", unit="cell") as bar:
             while True:
-                bar.set_postfix({f"best {self.measure.name}": self.measure.text(best), "failed": failed})
+                shown = "-" if best == _NO_SCORE else self.measure.text(best)
+                bar.set_postfix({f"best {self.measure.name}": shown, "failed": failed})
                 while len(running) < self.workers.capacity:
                     with ctrl_c_waits():
                         trial = self._next_trial(queue, finished, running)
@@ -146,7 +148,7 @@ class Search:
         if outcome.result is None:
             self.study.tell_failure(number, outcome.job.cell, outcome.failure or "unknown")
             tqdm.write(f"trial {number} failed: {outcome.failure}", file=sys.stderr)
-            return 0.0
+            return _NO_SCORE
         score = outcome.result.score
         if score > best:
             self._save(outcome, BEST_HEAD)

@@ -123,6 +123,10 @@ def prepare_caches(
             caches[role] = open_cache(directory, identity)
         except HalfWrittenError:
             caches[role] = build_cache(directory, dataset, network, identity, device)
+    val = caches["val"]
+    if not any(val.task.is_labelled(label).any() for label in val.labels):  # the first one that has any ends it
+        name = f"{datasets['val'].name} {datasets['val'].split}"
+        raise InputError(f"no pixel of {name} has a label to score by: give another `val_split`, or correct its labels")
     return caches
 
 

@@ -64,7 +64,8 @@ class Augmentation:
         scale = scales[rng.integers(len(scales))] if scales else rng.uniform(self.min_scale, self.max_scale)
         scaled = (int(label.shape[0] * scale), int(label.shape[1] * scale))
         corner = [int(rng.integers(max(have - want, 0) + 1)) for have, want in zip(scaled, self.crop_size, strict=True)]
-        picture, cut = self._cut(image, self.task.at_scale(label, scale), scaled, corner)
+        picture, cut = self._cut(image, label, scaled, corner)
+        cut = self.task.at_scale(cut, scale)
         if rng.random() < 0.5:
             picture, cut = picture[:, ::-1], cut[:, ::-1]
         return picture, cut

@@ -45,12 +45,14 @@ def initial_network(settings: TrainingSettings, path: Path, task: DenseTask) -> 
     torch.manual_seed(settings.seed)
     try:
         network, description = load_network(path)
+        before = restored_task(description)
     except ValueError as error:
         raise InputError(f"{error}; correct `init`") from error
-    before = restored_task(description).outputs
-    if before != task.outputs:
-        has = f"{len(before)} other outputs ({', '.join(before[:3])}{', ...' if len(before) > 3 else ''})"
-        print(f"{path} has {has}: the last layer begins anew", file=sys.stderr)
+    except KeyError as error:
+        raise InputError(f"network {path} does not say what its outputs are; correct `init`") from error
+    if (before.name, before.outputs) != (task.name, task.outputs):
+        names = ", ".join(before.outputs[:3]) + ", ..." * (len(before.outputs) > 3)
+        print(f"{path} has other outputs ({names}): the last layer begins anew", file=sys.stderr)
         network.head = SegmentationHead(network.head.context, len(task.outputs))
     network.head.context.dropout.p = settings.head.dropout
     return network

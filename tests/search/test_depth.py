@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import search.fidelity
 import search.random
 import search.rerank
 import search.train
-from fast.checkpoint import load_head, load_network
+from fast.checkpoint import load_head, load_network, save_network
 from search.datasets import open_dataset
 from search.dense_tasks import restored_task
 from search.errors import InputError
@@ -210,7 +211,7 @@ def test_evaluation_writes_depths_in_the_data_sets_own_form(
 
 def test_other_labels_are_refused(network: Path, run: Run, tmp_path: Path) -> None:
     camvid = write_camvid(tmp_path / "camvid")
-    with pytest.raises(InputError, match=r"`task` depth needs other labels: .* for segmentation"):
+    with pytest.raises(InputError, match=r"predicts depth, the labels of camvid are for segmentation: give the `dataset`"):
         search.evaluate.main(composed(EvaluateSettings, network=network, dataset="camvid", data_dir=camvid, device="cpu"))
     with pytest.raises(InputError, match=r"`task` segmentation needs other labels: .* for depth"):
         search.rerank.main(composed(RerankSettings, run=run.directory, task="segmentation", device="cpu"))
@@ -219,3 +220,54 @@ def test_other_labels_are_refused(network: Path, run: Run, tmp_path: Path) -> No
 def test_a_depth_network_is_exported(network: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     search.export.main(ExportSettings(network=network, out=tmp_path / "n.pt2", size=(33, 49), fixed_size=True))
     assert "deviates by" in capsys.readouterr().out
+
+
+def test_ranks_of_two_tasks_are_not_compared(run: Run, tmp_path: Path) -> None:
+    camvid = write_camvid(tmp_path / "camvid")
+    task = replace(run.settings.data, dataset="camvid", data_dir=camvid, task=None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search.rerank, "load_run", lambda _: replace(run, settings=replace(run.settings, data=task)))
+        settings = composed(RerankSettings, run=run.directory, crop_size=(33, 33), out=tmp_path / "out", device="cpu")
+        with pytest.raises(InputError, match=r"`dataset` camvid has labels for segmentation, and `run` .* by depth"):
+            search.rerank.main(settings)
+    assert not (tmp_path / "out" / "settings.json").exists()
+
+
+def test_a_search_without_labels_to_score_by_is_refused_before_it_begins(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "copy", ignore=shutil.ignore_patterns("cache", "run", "training"))
+    for path in (tmp_path / "copy" / "val").glob("*.png"):
+        Image.fromarray(np.zeros((33, 49), np.uint16)).save(path)
+    settings = composed(RandomSettings, **data(tmp_path / "copy"), out=tmp_path / "run", trials=1, iterations=1)
+    with pytest.raises(InputError, match="no pixel of rooms val has a label to score by: give another `val_split`"):
+        search.random.main(settings)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_best_of_cells_that_all_score_nothing_is_kept(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "copy", ignore=shutil.ignore_patterns("cache", "run", "training"))
+    for path in (tmp_path / "copy").glob("*/*.png"):  # far away, where nothing is predicted after one step
+        Image.fromarray(np.full((33, 49), 60_000, np.uint16)).save(path)
+    settings = composed(
+        RandomSettings,
+        **data(tmp_path / "copy"),
+        out=tmp_path / "run",
+        trials=1,
+        iterations=1,
+        branch_channels=4,
+        branches=2,
+        statistics_batches=1,
+        compare=(),
+        learning_rate=1e-3,
+    )
+    search.random.main(settings)
+    (record,) = load_run(tmp_path / "run").trials
+    assert record.result is not None
+    assert record.result.score == 0
+    assert (tmp_path / "run" / "heads" / "best.safetensors").exists()
+
+
+def test_a_network_that_does_not_say_what_it_predicts_is_refused(folder: Path, network: Path, tmp_path: Path) -> None:
+    save_network(tmp_path / "n.safetensors", load_network(network)[0], task={})
+    settings = composed(TrainSettings, **(data(folder) | {"backbone": None, "weights": None}), init=tmp_path / "n.safetensors")
+    with pytest.raises(InputError, match=r"n\.safetensors does not say what its outputs are; correct `init`"):
+        search.train.main(replace(settings, out=tmp_path / "t"))

@@ -386,7 +386,7 @@ def test_other_classes_begin_with_a_new_classifier(tiny: TrainSettings, capsys: 
     training = changed(tiny, dataset="shapes", data_dir=None).training()
     network = initial_network(training, tiny.init, dataset.task)
     assert network.head.classifier.out_channels == len(dataset.task.outputs)
-    assert "11 other outputs (sky, building, pole, ...): the last layer begins anew" in capsys.readouterr().err
+    assert "other outputs (sky, building, pole, ...): the last layer begins anew" in capsys.readouterr().err
     expected = load_network(tiny.init)[0].backbone.state_dict()
     assert all(torch.equal(value, expected[key]) for key, value in network.backbone.state_dict().items())
 

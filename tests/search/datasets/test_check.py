@@ -12,8 +12,9 @@ from typing import Literal
 import numpy as np
 import pytest
 
-from search.datasets import camvid, cityscapes, pascal_person_part, pascal_voc
+from search.datasets import camvid, cityscapes, pascal_person_part, pascal_voc, shapes
 from search.datasets.__main__ import CheckSettings, main
+from search.datasets.check import check_folder
 from search.errors import InputError
 from tests.search import dataset_folders as made
 
@@ -249,3 +250,11 @@ def test_the_command_shows_progress_and_stops_at_ctrl_c(tmp_path: Path) -> None:
     assert "Traceback" not in err
     assert "stopped" in err
     assert not out
+
+
+def test_labels_for_another_task_are_checked_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shapes, "LENGTHS", {"train": 2, "val": 1})
+    text, problems = check_folder("shapes", None, (), 1, "depth")
+    assert not problems
+    assert "below 1 m" in text
+    assert "inlay" in check_folder("shapes", None, (), 1).text

@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import search.random
-from search.datasets import IGNORE_INDEX, described, open_dataset, split_names
+from search.datasets import IGNORE_INDEX, described, open_dataset, open_splits, split_names
 from search.datasets.check import check_folder
 from search.datasets.files import FileDataset, LabelReader
 from search.dense_tasks.depth import Depth
 from search.dense_tasks.segmentation import Segmentation, voc_palette
 from search.errors import InputError
-from search.settings import TaskName
+from search.settings import DataSettings, TaskName
 from tests.search import dataset_folders as made
 from tests.search.composed import changed, composed
 
@@ -235,10 +235,11 @@ def test_the_scale_of_depths_is_part_of_the_fingerprint(tmp_path: Path) -> None:
 
 def test_the_labels_decide_the_task(tmp_path: Path) -> None:
     depths, classes = write_depths(tmp_path / "depths"), write_folders(tmp_path / "classes")
-    assert open_dataset(str(depths), "train", None, "depth").task.name == "depth"
+    assert open_splits(DataSettings(dataset=str(depths), task="depth"))[0].task.name == "depth"
+    assert open_splits(DataSettings(dataset=str(depths)))[1].task.name == "depth"
     for path, task, labels in ((depths, "segmentation", "depth"), (classes, "depth", "segmentation")):
         with pytest.raises(InputError, match=rf"`task` {task} needs other labels: those of .* are for {labels}"):
-            open_dataset(str(path), "train", None, cast(TaskName, task))
+            open_splits(DataSettings(dataset=str(path), task=cast(TaskName, task)))
 
 
 def test_a_depth_with_eight_bits_is_refused(tmp_path: Path) -> None:
@@ -282,7 +283,10 @@ def test_the_check_counts_depths_by_distance(tmp_path: Path) -> None:
 BAD_DESCRIPTIONS: dict[str, tuple[str, str]] = {
     "no TOML": ("classes = [", r"is no TOML file \(.*\); docs/datasets.md shows one"),
     "unknown field": (f"clases = []\n{FOLDERS}", r"field clases: is unknown; the fields are classes, depth_scale, images,"),
-    "no scale": (f"depth_scale = 0\n{FOLDERS}", r"field depth_scale: must be a number above 0, got 0; give what a label has"),
+    "no scale": (f"depth_scale = 0\n{FOLDERS}", r"field depth_scale: must be a number from 0.001 to 1e\+06, got 0; give what"),
+    "scale as text": (f"depth_scale = 'mm'\n{FOLDERS}", r"field depth_scale: must be a number .*, got 'mm'; give what"),
+    "scale beyond floats": (f"depth_scale = 1{'0' * 400}\n{FOLDERS}", r"field depth_scale: must be a number from"),
+    "scale of nothing": (f"depth_scale = 1e-320\n{FOLDERS}", r"field depth_scale: must be a number from"),
     "two tasks": (f"depth_scale = 256\n{FOLDERS}", r"field classes: is for classes, and depth_scale for depths; leave one"),
     "no classes": (FOLDERS.replace("classes", "ignore"), r"field classes: is missing; add it"),
     "classes no list": (FOLDERS.replace('["soil", "crop", "weed"]', "3"), r"field classes: must be a list, got 3; put it in"),
