@@ -1,8 +1,4 @@
-"""Results of a run: one row per case, provider and dtype, and the environment. Written as CSV, whole or not at all.
-
-During a run, all results so far are in `<name>.unfinished.json`, written anew after each case. After an interruption, the
-same command at the same commit continues with the next case.
-"""
+"""Results of a run: one row per case, provider and dtype, and the environment. Written as CSV, whole or not at all."""
 
 import csv
 import hashlib
@@ -13,7 +9,7 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -25,7 +21,7 @@ import torch
 from bench.cases import EAGER, OURS, OURS_WITHOUT_KERNELS, Suite
 from bench.costs import Mode
 from bench.roofline import Roofs
-from search.files import write_json, write_text
+from search.files import write_text
 from search.reports.latency import device_label
 
 OK, WRONG, FAILED, NOT_SUPPORTED = "ok", "WRONG", "failed", "not supported here"
@@ -34,7 +30,7 @@ _WORSE = (NOT_CHECKED, OK, FAILED, WRONG)  # of two rows of a case and provider,
 DONE, OUT_OF_TIME = "done", "out of time"  # how a stage ended, by itself or by its time limit
 ROOT = Path(__file__).parents[1]
 SOURCES = ("reference", "fast", "search", "bench")  # files that a benchmark's times depend on
-_UNFINISHED = ".unfinished.json"
+UNFINISHED = ".unfinished"  # ends the name of the folder of a run that goes on or was stopped
 
 
 @dataclass(frozen=True)
@@ -100,9 +96,7 @@ class Results:
     omissions: tuple[str, ...] = ()
     rows: list[Row] = field(default_factory=list)
     is_complete: bool = False
-    command: Mapping[str, object] = field(default_factory=dict)  # the flags of the command that may continue this run
     name: str = ""  # of its files, without suffix
-    jobs_done: int = 0
     parts: int = 1  # number of times it was started
     numbers: list[dict[str, Any]] = field(default_factory=list)  # results of the stages of a run of limited minutes
 
@@ -141,7 +135,7 @@ def new_name(folder: Path, environment: Environment) -> str:
     """<date>-<commit>, with "-2" for a second run of the same day and commit, so that none replaces another."""
     for number in itertools.count(1):
         name = f"{environment.timestamp[:10]}-{environment.commit}" + (f"-{number}" if number > 1 else "")
-        if not any((folder / (name + suffix)).exists() for suffix in (".csv", ".jsonl", _UNFINISHED)):
+        if not any((folder / (name + suffix)).exists() for suffix in (".csv", ".jsonl", UNFINISHED)):
             break
     return name
 
@@ -152,33 +146,6 @@ def append_line(path: Path, value: object) -> None:
         file.write(json.dumps(value) + "\n")
         file.flush()
         os.fsync(file.fileno())
-
-
-def save_unfinished(folder: Path, results: Results) -> None:
-    """Write all results so far, to a temporary file that is then renamed."""
-    write_json(folder / (results.name + _UNFINISHED), asdict(results))
-
-
-def forget_unfinished(folder: Path, results: Results) -> None:
-    """Once a run's results are written."""
-    (folder / (results.name + _UNFINISHED)).unlink(missing_ok=True)
-
-
-def load_unfinished(folder: Path, command: Mapping[str, object], environment: Environment) -> Results | None:
-    """A stopped run with the same flags, machine, versions and commit; None if there are uncommitted changes."""
-    if environment.commit.endswith("-dirty"):
-        return None
-    for path in sorted(folder.glob("*" + _UNFINISHED)):
-        try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            stored["environment"], stored["roofs"] = Environment(**stored["environment"]), Roofs(**stored["roofs"])
-            stored["rows"] = [Row(**row) for row in stored["rows"]]
-            results = Results(**stored)
-        except (ValueError, TypeError, KeyError):
-            continue  # written by another version of this file
-        if results.command == command and replace(results.environment, timestamp=environment.timestamp) == environment:
-            return replace(results, parts=results.parts + 1)
-    return None
 
 
 def right(rows: Iterable[Row]) -> list[Row]:

@@ -3,13 +3,15 @@
 import argparse
 import itertools
 import os
+import shlex
+import shutil
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +24,8 @@ from bench.cases import DTYPES, SUITES, DType, Suite
 from bench.launch_trial import SHARED_BYTES, triton_cache
 from bench.measure import measure_apart
 from bench.report import in_short, table, write_markdown
-from bench.results import (
-    NOT_SUPPORTED,
-    Results,
-    Row,
-    append_line,
-    environment,
-    forget_unfinished,
-    load_unfinished,
-    new_name,
-    save_unfinished,
-    write_csv,
-)
-from bench.roofline import NO_ROOFS, measure_roofs
+from bench.results import NOT_SUPPORTED, UNFINISHED, Environment, Results, Row, append_line, environment, new_name, write_csv
+from bench.roofline import NO_ROOFS, Roofs, measure_roofs
 from bench.stages import Run, compile_kernels, plan_stages, run_stages
 from bench.suites import PAPER, Plan, make_plan
 from bench.worker import Workers
@@ -42,6 +33,7 @@ from search.devices import resolve_device
 from search.errors import InputError, as_flag, with_fields
 from search.folder import Folder
 
+KIND = "benchmark"  # of folders, in error messages
 CLOSING_S = 12.0  # reserved in a run of limited minutes for imports, the last summary and the picture
 
 
@@ -97,6 +89,11 @@ def parser() -> argparse.ArgumentParser:
     return flags
 
 
+def spelling(field: str) -> str:
+    """How an error names a field: settings by their flags."""
+    return as_flag(field) if hasattr(BenchSettings, field) else field
+
+
 def main(settings: BenchSettings) -> None:
     """Measure, print, write. Exits with 1 if any result of ours was wrong or failed, with 130 after Ctrl-C."""
     check(settings)
@@ -133,9 +130,9 @@ def check(settings: BenchSettings) -> None:
 def run_and_write(settings: BenchSettings, device: torch.device, folder: Path) -> Results:
     """Run the plan, or continue it, to its end or to Ctrl-C; then print and write the results."""
     plan = make_plan(settings.suite, device, quick=settings.quick, full=settings.full, dtypes=settings.dtype)
-    results = begin(settings, plan, device, folder)
+    unfinished, results = begin(settings, plan, device, folder)
     try:
-        run_plan(plan, results, device, settings.rounds or plan.rounds, save=lambda: save_unfinished(folder, results))
+        run_plan(plan, results, device, settings.rounds or plan.rounds, unfinished)
     except KeyboardInterrupt:
         print("\nstopped: the same command at the same commit goes on with the next case", file=sys.stderr)
     print_and_write(results, folder)
@@ -179,43 +176,65 @@ def print_and_write(results: Results, folder: Path) -> None:
     from bench.plots import draw  # its library loads slowly, and processes that measure do not need it
 
     print(table(results, colour=sys.stdout.isatty()))
-    write(results, folder, {**SUMMARY, ".png": draw})
-    if results.is_complete:
-        forget_unfinished(folder, results)
+    writers = {**SUMMARY, ".png": draw}
+    written = write(results, folder, writers)
+    if results.is_complete and len(written) == len(writers):
+        shutil.rmtree(folder / (results.name + UNFINISHED), ignore_errors=True)  # a run of limited minutes has none
     for pattern in (".*", "-profile-*", "-counters-*"):
         for path in sorted(folder.glob(results.name + pattern)):
             print(path)
 
 
-def begin(settings: BenchSettings, plan: Plan, device: torch.device, folder: Path) -> Results:
-    """Load the stopped run of the same command, or begin a new one."""
-    command = {"suite": list(settings.suite), "device": str(device), "quick": settings.quick, "full": settings.full}
-    command |= {"rounds": settings.rounds, "dtype": settings.dtype and list(settings.dtype)}
+def begin(settings: BenchSettings, plan: Plan, device: torch.device, folder: Path) -> tuple[Folder, Results]:
+    """Go on with the stopped run of the same command, or begin a new one: its folder, and the results without any case."""
     here = environment(device)
-    if stopped := load_unfinished(folder, command, here):
-        print(f"going on with {stopped.name} behind {stopped.jobs_done} cases", file=sys.stderr)
-        return stopped
+    identity = asdict(here) | asdict(settings) | {"device": f"{device}, {here.device}"}
+    for name in ("timestamp", "out"):  # a run that goes on was begun earlier, and lies in that folder
+        del identity[name]
+    unfinished = None if here.commit.endswith("-dirty") else stopped_run(folder, identity)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    print("measuring the roofs: copies and matrix products", file=sys.stderr)
-    roofs = measure_roofs(device, plan.dtypes, quick=settings.quick)
-    results = Results(here, roofs, plan.omissions, command=command, name=new_name(folder, here))
+    if unfinished and (began := unfinished.description()):
+        print(f"going on with {unfinished.path.stem}", file=sys.stderr)
+        here, roofs, parts = Environment(**began["environment"]), Roofs(**began["roofs"]), began["parts"] + 1
+    else:
+        print("measuring the roofs: copies and matrix products", file=sys.stderr)
+        roofs, parts = measure_roofs(device, plan.dtypes, quick=settings.quick), 1
+        unfinished = Folder(folder / (new_name(folder, here) + UNFINISHED), KIND)
+    command = shlex.join(["python", "bench/run.py", *sys.argv[1:]])
+    unfinished.begin(identity, command, environment=asdict(here), roofs=asdict(roofs), parts=parts)
+    results = Results(here, roofs, plan.omissions, name=unfinished.path.stem, parts=parts)
     results.rows += unsupported_rows(settings.suite, plan.unsupported)
-    return results
+    return unfinished, results
 
 
-def run_plan(plan: Plan, results: Results, device: torch.device, rounds: int, *, save: Callable[[], None]) -> None:
-    """Run the plan's jobs one after the other; `results` gets each job's rows and is saved after it."""
+def stopped_run(folder: Path, identity: Mapping[str, Any]) -> Folder | None:
+    """The unfinished run of this command on this machine and code; of any other it is said what differs."""
+    for path in sorted(folder.glob("*" + UNFINISHED)):
+        unfinished = Folder(path, KIND)
+        try:
+            unfinished.check(identity)
+        except InputError as error:
+            print(f"not continued: {with_fields(str(error), spelling)}", file=sys.stderr)
+        else:
+            return unfinished
+    return None
+
+
+def run_plan(plan: Plan, results: Results, device: torch.device, rounds: int, unfinished: Folder) -> None:
+    """Run the plan's jobs one after the other, but for those whose rows are in the unfinished run's folder already."""
     with ExitStack() as stack:
         # A compiler cache of earlier runs would make the first call look fast.
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = stack.enter_context(tempfile.TemporaryDirectory())
         workers = stack.enter_context(Workers(preload="bench.training_cases"))
-        with tqdm(plan.jobs[results.jobs_done :], initial=results.jobs_done, total=len(plan.jobs), unit="case") as bar:
-            for job in bar:
-                bar.set_description(f"{job.case.suite}: {job.case.name}, {job.case.mode}, {job.dtype}"[:60])
-                results.rows += measure_apart(workers, job, device, rounds, results.roofs, seed=results.jobs_done)
-                results.jobs_done += 1
-                save()
+        bar = stack.enter_context(tqdm(plan.jobs, unit="case"))
+        for number, job in enumerate(bar):
+            bar.set_description(f"{job.case.suite}: {job.case.name}, {job.case.mode}, {job.dtype}"[:60])
+            result = unfinished.result(name := f"case-{number:04}")
+            if result is None:
+                rows = measure_apart(workers, job, device, rounds, results.roofs, seed=number)
+                unfinished.write_result(name, result := {"rows": [asdict(row) for row in rows]})
+            results.rows += [Row(**row) for row in result["rows"]]
     results.is_complete = True
 
 
@@ -249,7 +268,7 @@ if __name__ == "__main__":
     try:
         main(BenchSettings(**vars(parser().parse_args())))
     except InputError as error:
-        print(f"error: {with_fields(str(error), as_flag)}", file=sys.stderr)
+        print(f"error: {with_fields(str(error), spelling)}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         print(f"error: {error}: check the path, its permissions and the disk", file=sys.stderr)

@@ -1,8 +1,8 @@
-"""A folder that lasts: a run, a training, a re-ranking, the scores of a protocol.
+"""A folder that lasts: a run, a training, a re-ranking, the scores of a protocol, a benchmark.
 
 One process at a time holds it, and it remembers what it was begun with, so that the same command goes on and another one is
 refused by the names of what differs. What a job came to is one JSON file, which is there whole or not at all. A feature cache
-and a benchmark keep lists of their own of what is done, and take its lock alone.
+keeps a list of its own of what is done, and takes its lock alone.
 """
 
 import json

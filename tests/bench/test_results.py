@@ -266,6 +266,8 @@ def test_the_same_command_goes_on_with_a_stopped_run(
     if by is KeyboardInterrupt:
         assert len(next(tmp_path.rglob("*.csv")).read_text().splitlines()) == 2
         assert "stopped before its end" in next(tmp_path.rglob("*.md")).read_text()
+    (unfinished,) = tmp_path.rglob("*.unfinished")
+    assert sorted(path.name for path in unfinished.iterdir()) == ["case-0000.json", "settings.json"]
     made = stop_at(monkeypatch, 2, AssertionError)
     made.append(1.0)  # measured by the first part
     main(BenchSettings(device="cpu", out=tmp_path))
@@ -291,7 +293,10 @@ def test_another_command_or_code_begins_anew(
     made = stop_at(monkeypatch, 2, AssertionError)
     main(BenchSettings(device="cpu", out=tmp_path, **flags))
     assert len(made) == 2
-    assert "going on" not in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "going on" not in said
+    assert ("0123abc.unfinished was started with " in said) == (then.get("commit") != "0123abc-dirty")
+    assert "`" not in said
 
 
 @pytest.mark.usefixtures("tiny_plan")

@@ -1,6 +1,8 @@
 """Benchmark runs small enough for a test."""
 
 from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from bench.roofline import Roofs
 from bench.run import run_plan, unsupported_rows
 from bench.suites import QUICK, Job, Plan, Planner, Scale
 from reference.cell import AtrousSeparableConv
+from search.folder import Folder
 from search.settings import ProxySettings
 
 CPU = torch.device("cpu")
@@ -63,7 +66,9 @@ def tiny_results() -> Results:
     jobs = [job for suite in SUITES for job in tiny_jobs(suite)]
     results = Results(ENVIRONMENT, ROOFS, omissions=("nothing but time",), name="2026-01-02-0123abc")
     results.rows += unsupported_rows(SUITES, ("bfloat16",))
-    run_plan(Plan(tuple(jobs), results.omissions, ("float32",), ("bfloat16",), rounds=2), results, CPU, 2, save=lambda: None)
+    plan = Plan(tuple(jobs), results.omissions, ("float32",), ("bfloat16",), rounds=2)
+    with TemporaryDirectory() as folder:
+        run_plan(plan, results, CPU, 2, Folder(Path(folder)))
     return results
 
 
