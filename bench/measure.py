@@ -25,7 +25,7 @@ from bench.results import FAILED, OK, WRONG, Row, with_ratio
 from bench.roofline import Roofs
 from bench.suites import Job
 from bench.timing import CacheFlush, Clock, FirstCall, Samples, first_call, interleaved, prepared, warm_up_calls
-from bench.worker import OutOfTime, Say, Worker, WorkerLost, Workers, WorkFailed, has_lost_its_device
+from bench.worker import OutOfTime, Say, Worker, WorkerLost, WorkFailed, has_lost_its_device
 from search.reports.turns import Summary, back_to_back_ms, in_turns, synchronise
 
 BACK_TO_BACK_MS = 300.0  # how long a provider's calls without a wait between them last, together
@@ -58,7 +58,7 @@ class Trial:
 
 
 def measure_apart(
-    workers: Workers, job: Job, device: torch.device, rounds: int, roofs: Roofs, seed: int, limit_s: float | None = None
+    worker: Worker, job: Job, device: torch.device, rounds: int, roofs: Roofs, seed: int, limit_s: float | None = None
 ) -> list[Row]:
     """Run `measure` in a separate process; if a provider breaks it, run it again without that provider.
 
@@ -72,7 +72,7 @@ def measure_apart(
         try:
             arguments = (replace(job, providers=left), str(device), rounds, roofs, seed, torch.get_num_threads())
             rest_s = None if end is None else max(0.0, end - time.monotonic())
-            rows = workers.living()(_measure, *arguments, limit_s=rest_s, say=at_work.append) if left else []
+            rows = worker(_measure, *arguments, limit_s=rest_s, say=at_work.append) if left else []
         except OutOfTime as error:
             raise OutOfTime(f"{error}, while {at_work[-1]} was at work" if at_work else str(error)) from None
         except (WorkFailed, WorkerLost) as error:

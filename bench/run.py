@@ -28,7 +28,7 @@ from bench.results import NOT_SUPPORTED, UNFINISHED, Environment, Results, Row, 
 from bench.roofline import NO_ROOFS, Roofs, measure_roofs
 from bench.stages import Run, compile_kernels, plan_stages, run_stages
 from bench.suites import PAPER, Plan, make_plan
-from bench.worker import Workers
+from bench.worker import Worker
 from search.devices import resolve_device
 from search.errors import InputError, as_flag, with_fields
 from search.folder import Folder
@@ -226,13 +226,13 @@ def run_plan(plan: Plan, results: Results, device: torch.device, rounds: int, un
     with ExitStack() as stack:
         # A compiler cache of earlier runs would make the first call look fast.
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = stack.enter_context(tempfile.TemporaryDirectory())
-        workers = stack.enter_context(Workers(preload="bench.training_cases"))
+        worker = stack.enter_context(Worker(preload="bench.training_cases"))
         bar = stack.enter_context(tqdm(plan.jobs, unit="case"))
         for number, job in enumerate(bar):
             bar.set_description(f"{job.case.suite}: {job.case.name}, {job.case.mode}, {job.dtype}"[:60])
             result = unfinished.result(name := f"case-{number:04}")
             if result is None:
-                rows = measure_apart(workers, job, device, rounds, results.roofs, seed=number)
+                rows = measure_apart(worker, job, device, rounds, results.roofs, seed=number)
                 unfinished.write_result(name, result := {"rows": [asdict(row) for row in rows]})
             results.rows += [Row(**row) for row in result["rows"]]
     results.is_complete = True

@@ -46,7 +46,7 @@ from bench.roofline import NO_ROOFS, Roofs, measure_roofs
 from bench.suites import PAPER, Job, Planner, Scale, rate_of, supported_dtypes
 from bench.timing import CacheFlush, Clock, FirstCall, Samples, interleaved, last_level_cache_bytes, prepared, warm_up_calls
 from bench.training_cases import NewCellCase, ProxyCase, SearchCase
-from bench.worker import OutOfTime, Say, WorkerLost, Workers, WorkFailed
+from bench.worker import OutOfTime, Say, Worker, WorkerLost, WorkFailed
 from fast import kernels
 from reference.cell import BACKBONE_FEATURE, AtrousSeparableConv, Branch, Cell, Conv1x1, PyramidPooling
 from search.reports.turns import Summary, back_to_back_ms, synchronise
@@ -164,25 +164,25 @@ def run_stages(
     name, and after each stage how it ended.
     """
     on_gpu = run_now().device_name != "cpu"
-    with Workers(preload="bench.stages", log=log, ahead=on_gpu) as workers:
+    with Worker(preload="bench.stages", log=log, ahead=on_gpu) as worker:
         for stage in stages:
             start, cached, said = time.monotonic(), kernels_in_cache(), partial(hear, stage.name)
             limit_s = min(stage.limit_s, end - start)
             if limit_s < 5:
                 said({"status": OUT_OF_TIME, "seconds": 0.0})
                 continue
-            status = run_stage(stage, run_now(), workers, limit_s, said)
+            status = run_stage(stage, run_now(), worker, limit_s, said)
             compiled = {"kernels_compiled": kernels_in_cache() - cached} if on_gpu else {}
             said({**status, "seconds": round(time.monotonic() - start, 1), **compiled})
 
 
-def run_stage(stage: Stage, run: Run, workers: Workers, limit_s: float, said: Hear) -> dict[str, str]:
+def run_stage(stage: Stage, run: Run, worker: Worker, limit_s: float, said: Hear) -> dict[str, str]:
     """In a fresh process, for `limit_s` seconds at most -> how it ended."""
     try:
         if stage.function is not None:
-            workers.fresh()(stage.function, run, *stage.arguments, limit_s=limit_s, say=said)
+            worker.fresh()(stage.function, run, *stage.arguments, limit_s=limit_s, say=said)
         else:
-            measure_jobs(stage.jobs, run, workers, time.monotonic() + limit_s, said)
+            measure_jobs(stage.jobs, run, worker, time.monotonic() + limit_s, said)
     except OutOfTime as error:
         return {"status": OUT_OF_TIME, "note": str(error)}
     except (WorkFailed, WorkerLost) as error:
@@ -195,9 +195,9 @@ def kernels_in_cache() -> int:
     return sum(1 for _ in triton_cache().glob("*/*.cubin"))
 
 
-def measure_jobs(jobs: Sequence[Job], run: Run, workers: Workers, end: float, say: Hear) -> None:
+def measure_jobs(jobs: Sequence[Job], run: Run, worker: Worker, end: float, say: Hear) -> None:
     """Each job's rows, until `end` on the monotonic clock; no job takes more than one and a half of its share in it."""
-    workers.fresh()
+    worker.fresh()
     device, late = torch.device(run.device_name), list[str]()
     for number, job in enumerate(jobs):
         left_s = end - time.monotonic()
@@ -206,7 +206,7 @@ def measure_jobs(jobs: Sequence[Job], run: Run, workers: Workers, end: float, sa
             break
         limit_s = min(left_s, max(15.0, 1.5 * left_s / (len(jobs) - number)))
         try:
-            for row in measure_apart(workers, job, device, run.rounds, run.roofs, number, limit_s=limit_s):
+            for row in measure_apart(worker, job, device, run.rounds, run.roofs, number, limit_s=limit_s):
                 say(row)
         except OutOfTime as error:
             late.append(f"{job.case.name}, {job.case.mode}: {error}")

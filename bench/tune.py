@@ -151,12 +151,12 @@ class Compilers:
     """Processes without the GPU that compile launches into Triton's cache on disk, in the order of the requests."""
 
     def __init__(self, architecture: int, processes: int) -> None:
-        self._architecture, self._closed = architecture, False
+        self._architecture = architecture
         self._pool = ThreadPoolExecutor(processes)
-        self._workers: queue.SimpleQueue[Worker] = queue.SimpleQueue()
-        self._started = [Worker() for _ in range(processes)]
-        for worker in self._started:
-            self._workers.put(worker)
+        self._workers = [Worker() for _ in range(processes)]
+        self._idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
+        for worker in self._workers:
+            self._idle.put(worker)
         self._futures: dict[tuple[Key, Launch], Future[dict[str, int]]] = {}
 
     def begin(self, key: Key, launches: Iterable[Launch]) -> None:
@@ -170,26 +170,22 @@ class Compilers:
         return self._futures[key, launch].result(limit_s)
 
     def _compile(self, key: Key, launch: Launch) -> dict[str, int]:
-        worker = self._workers.get()
+        worker = self._idle.get()
         try:
             usage: dict[str, int] = worker(launch_trial.compiled, key, launch, self._architecture, limit_s=120)
             return usage
         finally:
-            if worker.is_lost and not self._closed:
-                worker = Worker()
-                self._started.append(worker)
-            self._workers.put(worker)
+            self._idle.put(worker)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._closed = True
         self._pool.shutdown(wait=False, cancel_futures=True)
-        for worker in self._started:
+        for worker in self._workers:
             worker.kill()
         self._pool.shutdown()
-        for worker in self._started:
+        for worker in self._workers:
             worker.close()
 
 
@@ -209,8 +205,6 @@ class Examiner:
                 return Trial(key, candidate, NO_FIT, note=misfit)
             for launch in (DEFAULT[key], best):
                 self._compilers.usage(key, launch, self._left_s())
-            if self._worker.is_lost:
-                self._worker = Worker()
             arguments = (key, best, candidate, self._device)
             return judged(key, candidate, self._worker(launch_trial.compared, *arguments, limit_s=min(60.0, self._left_s())))
         except OutOfTime as error:

@@ -10,9 +10,10 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 Say = Callable[[Any], None]
@@ -31,27 +32,22 @@ class OutOfTime(WorkerLost):
 
 
 class Worker:
-    """A fresh interpreter, started at once, that calls functions of importable modules one after the other.
+    """An interpreter of its own, started at once, that calls functions of importable modules one after the other.
 
-    It has its own session: Ctrl-C only reaches the parent, and everything that the function starts ends with the process.
+    It has its own session: Ctrl-C only reaches the parent, and everything that the function starts ends with the process. A
+    call behind one that lost the process gets a new one. That takes seconds to import PyTorch, which disturbs measurements
+    on a few CPU cores, but not on a GPU: `ahead` starts the next one in advance.
 
     >>> with Worker() as worker:
     ...     worker(divmod, 7, 2)
     (3, 1)
     """
 
-    def __init__(self, *, preload: str = "bench", log: Path | None = None) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        arguments = (theirs, preload, None if log is None else str(log))
-        self._process = context.Process(target=_serve, args=arguments)
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited, so that it holds during imports too
-        try:
-            self._process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        theirs.close()
-        self.is_lost = False
+    def __init__(self, *, preload: str = "bench", log: Path | None = None, ahead: bool = False) -> None:
+        self._start = partial(_start, preload, None if log is None else str(log))
+        self._process, self._connection = self._start()
+        self._next = self._start() if ahead else None
+        self._is_new, self.is_lost, self._is_killed = True, False, False
 
     def __call__(
         self, function: Callable[..., Any], *arguments: Any, limit_s: float | None = None, say: Say | None = None
@@ -60,6 +56,11 @@ class Worker:
 
         Raises WorkFailed, WorkerLost, OutOfTime.
         """
+        if self.is_lost:
+            if self._is_killed:
+                raise WorkerLost("the process was ended")
+            self.fresh()
+        self._is_new = False
         end = None if limit_s is None else time.monotonic() + limit_s
         try:
             self._connection.send((function, arguments, say is not None))
@@ -73,73 +74,74 @@ class Worker:
                 elif kind == "raised":
                     raise WorkFailed(value)
                 else:
-                    self.close()
+                    self._lose()
                     raise WorkerLost(value)
         except (EOFError, ConnectionError):
             self._process.join(10)
             code = self._process.exitcode
-            self.close()
+            self._lose()
             name = f"signal {signal.Signals(-code).name}" if code and code < 0 else f"exit code {code}"
             raise WorkerLost(f"the process ended with {name}") from None
-        self.close()
+        self._lose()
         raise OutOfTime(f"stopped after {limit_s:.0f} s")
 
-    def kill(self) -> None:
-        """End the process and all that it has started; a call that another thread waits for raises WorkerLost."""
-        if self._process.pid is not None:
-            with contextlib.suppress(ProcessLookupError, PermissionError):  # it has not begun its session yet, or is gone
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.kill()
-
-    def close(self) -> None:
-        """`kill` the process and release its resources; to be called by the thread that uses it, or after that thread."""
-        self.is_lost = True
-        self.kill()
-        if self._process.pid is not None:
-            self._process.join(10)  # a process that hangs in the driver cannot be ended, and is left behind
-        self._connection.close()
-
-    def __enter__(self) -> Self:
+    def fresh(self) -> Self:
+        """The worker, with a process that has done nothing yet; the previous one is ended."""
+        if self.is_lost or not self._is_new:
+            self._lose()
+            self._process, self._connection = self._next or self._start()
+            self._next = self._start() if self._next else None
+            self._is_new, self.is_lost = True, False
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
+    def kill(self) -> None:
+        """End the process for good; a call that another thread waits for raises WorkerLost."""
+        self._is_killed = True
+        _kill(self._process)
 
+    def close(self) -> None:
+        """`kill` it and release its resources; to be called by the thread that uses it, or after that thread."""
+        self.kill()
+        self._lose()
+        if self._next:
+            _end(*self._next)
 
-class Workers:
-    """One worker at a time, and a new one after each that was lost. `ahead` starts the next one in advance.
-
-    A new interpreter takes seconds to import PyTorch. That disturbs measurements on a few CPU cores, but not on a GPU.
-    """
-
-    def __init__(self, *, preload: str = "bench", log: Path | None = None, ahead: bool = False) -> None:
-        self._preload, self._log = preload, log
-        self._ahead = ahead
-        self._worker: Worker | None = None
-        self._next: Worker | None = None
-
-    def living(self) -> Worker:
-        """The worker of the previous call, if it still lives."""
-        return self.fresh() if self._worker is None or self._worker.is_lost else self._worker
-
-    def fresh(self) -> Worker:
-        """A worker that has done nothing yet; the previous one is ended."""
-        if self._worker is not None:
-            self._worker.close()
-        self._worker = self._next or self._start()
-        self._next = self._start() if self._ahead else None
-        return self._worker
-
-    def _start(self) -> Worker:
-        return Worker(preload=self._preload, log=self._log)
+    def _lose(self) -> None:
+        self.is_lost = True
+        _end(self._process, self._connection)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for worker in (self._worker, self._next):
-            if worker is not None:
-                worker.close()
+        self.close()
+
+
+def _start(preload: str, log: str | None) -> tuple[SpawnProcess, Connection]:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs, preload, log))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited, so that it holds during imports too
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    theirs.close()
+    return process, ours
+
+
+def _kill(process: SpawnProcess) -> None:
+    """With all that it has started."""
+    if process.pid is not None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # it has not begun its session yet, or is gone
+            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
+
+
+def _end(process: SpawnProcess, connection: Connection) -> None:
+    _kill(process)
+    process.join(10)  # a process that hangs in the driver cannot be ended, and is left behind
+    connection.close()
 
 
 def _serve(connection: Connection, preload: str, log: str | None) -> None:

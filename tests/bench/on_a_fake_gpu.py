@@ -38,7 +38,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 
 
 class Here:
-    """In the place of `Worker` and `Workers`: the functions run in this process, where the GPU is fake."""
+    """In the place of `Worker`: the functions run in this process, where the GPU is fake."""
 
     def __init__(self, **keywords: Any) -> None: ...
 
@@ -49,8 +49,6 @@ class Here:
 
     def fresh(self) -> Self:
         return self
-
-    living = fresh
 
     def __enter__(self) -> Self:
         return self
@@ -87,8 +85,7 @@ class Profiler:
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
     """The plans of a GPU at tiny sizes; what is computed there has no value to be compared."""
     for module in (bench.measure, bench.run, bench.stages):
-        monkeypatch.setattr(module, "Workers", Here, raising=False)
-    monkeypatch.setattr(bench.measure, "Worker", Here)
+        monkeypatch.setattr(module, "Worker", Here)
     monkeypatch.setattr(torch.profiler, "profile", Profiler)
     monkeypatch.setattr(bench.measure, "error_of", lambda actual, expected: Error(0.0, 0.0))
     monkeypatch.setattr(bench.measure, "BACK_TO_BACK_MS", 1.0)

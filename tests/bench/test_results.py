@@ -189,7 +189,7 @@ def tiny_plan(monkeypatch: pytest.MonkeyPatch) -> None:
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that what a test replaces is replaced where it is measured."""
 
-    def measure_here(workers: object, job: Job, device: torch.device, rounds: int, roofs: Roofs, seed: int) -> list[Row]:
+    def measure_here(worker: object, job: Job, device: torch.device, rounds: int, roofs: Roofs, seed: int) -> list[Row]:
         return measure(job, device, rounds, roofs, seed)
 
     monkeypatch.setattr(bench.run, "measure_apart", measure_here)

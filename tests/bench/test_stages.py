@@ -41,7 +41,7 @@ from bench.stages import (
     tiny_cell,
 )
 from bench.suites import Job
-from bench.worker import OutOfTime, Say, Workers
+from bench.worker import OutOfTime, Say, Worker
 from reference.cell import Operation
 from search.errors import InputError
 from tests.bench.tiny_runs import CPU, ENVIRONMENT, SEPARABLE, TINY, row
@@ -141,8 +141,8 @@ def as_case(kind: type[OperationCase]) -> OperationCase:
 
 
 def test_who_breaks_the_process_is_named_and_the_others_are_measured() -> None:
-    with Workers() as workers:
-        rows = measure_apart(workers, Job(as_case(DyingCase), "float32", (OURS, EAGER), ()), CPU, 1, NO_ROOFS, 0)
+    with Worker() as worker:
+        rows = measure_apart(worker, Job(as_case(DyingCase), "float32", (OURS, EAGER), ()), CPU, 1, NO_ROOFS, 0)
     assert [(row.provider, row.status) for row in rows] == [("ours", "failed"), ("eager", "ok")]
     assert rows[0].note == "the process ended with signal SIGKILL"
     assert rows[1].median_ms
@@ -150,15 +150,15 @@ def test_who_breaks_the_process_is_named_and_the_others_are_measured() -> None:
 
 def test_the_end_of_the_time_is_nobodys_failure() -> None:
     job = Job(as_case(HangingCase), "float32", (EAGER, OURS), ())
-    with Workers() as workers, pytest.raises(OutOfTime, match="stopped after 8 s, while ours was at work"):
-        measure_apart(workers, job, CPU, 1, NO_ROOFS, 0, limit_s=8.0)
+    with Worker() as worker, pytest.raises(OutOfTime, match="stopped after 8 s, while ours was at work"):
+        measure_apart(worker, job, CPU, 1, NO_ROOFS, 0, limit_s=8.0)
 
 
 def test_a_case_that_hangs_costs_itself_and_not_those_behind_it() -> None:
     said: list[Any] = []
     jobs = [Job(as_case(HangingCase), "float32", (OURS,), ()), Job(SEPARABLE, "float32", (OURS, EAGER), ())]
-    with Workers() as workers, pytest.raises(OutOfTime, match=r"^sep3x3 6x21, training: stopped after 2[45] s, while ours"):
-        measure_jobs(jobs, RUN, workers, time.monotonic() + 34, said.append)
+    with Worker() as worker, pytest.raises(OutOfTime, match=r"^sep3x3 6x21, training: stopped after 2[45] s, while ours"):
+        measure_jobs(jobs, RUN, worker, time.monotonic() + 34, said.append)
     assert [row.status for row in said] == ["ok", "ok"]
 
 

@@ -166,13 +166,11 @@ def test_what_spills_or_does_not_fit_never_reaches_the_gpu() -> None:
 def test_a_candidate_that_breaks_the_gpu_costs_only_itself() -> None:
     compilers = mock.Mock(**{"usage.return_value": {"shared": 0}})
     right = Comparison(0.0, 1.0, Summary(2.0, 2.0, 2.0), Summary(1.0, 1.0, 1.0))
-    broken = mock.Mock(side_effect=WorkerLost("illegal address"), is_lost=False)
-    whole = mock.Mock(return_value=right, is_lost=False)
-    with mock.patch.object(tune, "Worker", side_effect=[broken, whole]):
+    worker = mock.Mock(side_effect=[WorkerLost("illegal address"), right])
+    with mock.patch.object(tune, "Worker", return_value=worker):
         examine = Examiner(compilers, "cuda:0", SHARED_BYTES[90], math.inf)
         trial = examine(KEY, DEFAULT[KEY], [Launch(64, 64, 0, 4, 1)])
         assert (trial.verdict, trial.note) == (FAILED, "illegal address")
-        broken.is_lost = True
         assert examine(KEY, DEFAULT[KEY], [Launch(16, 64, 0, 4, 1)]).verdict == BETTER
 
 
@@ -182,7 +180,7 @@ def test_the_end_of_the_time_is_no_verdict(journal: Journal, during: str) -> Non
     compilers = mock.Mock(**{"usage.return_value": {"shared": 0}})
     if during == "compilation":
         compilers.usage.side_effect = TimeoutError
-    late = mock.Mock(side_effect=OutOfTime("stopped after 0 s"), is_lost=False)
+    late = mock.Mock(side_effect=OutOfTime("stopped after 0 s"))
     with mock.patch.object(tune, "Worker", return_value=late):
         examine = Examiner(compilers, "cuda:0", SHARED_BYTES[90], end=0.0)
         assert not search(journal, examine)

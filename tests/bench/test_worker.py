@@ -56,9 +56,20 @@ def test_calls_one_function_after_the_other_and_survives_what_they_raise() -> No
 
 @pytest.mark.parametrize("by", [signal.SIGSEGV, signal.SIGKILL])
 def test_a_death_is_named(by: signal.Signals) -> None:
-    with Worker() as worker, pytest.raises(WorkerLost, match=by.name):
-        worker(die, by.value)
-    assert worker.is_lost
+    with Worker() as worker:
+        with pytest.raises(WorkerLost, match=by.name):
+            worker(die, by.value)
+        assert worker.is_lost
+        assert worker(divmod, 7, 2) == (3, 1)  # by a new one
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_fresh_process_has_done_nothing_yet(ahead: bool) -> None:
+    with Worker(ahead=ahead) as worker:
+        first = worker.fresh()(os.getpid)
+        assert first == worker(os.getpid)
+        assert worker.fresh()(os.getpid) != first
+        assert not is_running(first)
 
 
 def test_at_its_limit_it_ends_with_all_that_it_has_started() -> None:
@@ -142,3 +153,5 @@ def test_another_thread_may_kill_it() -> None:
         worker.kill()
         with pytest.raises(WorkerLost, match="SIGKILL"):
             waiting.result(30)
+        with pytest.raises(WorkerLost):
+            worker(os.getpid)  # for good
