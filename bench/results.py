@@ -48,9 +48,9 @@ class Environment:
     cuda: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Row:
-    """One provider's result; a number that was not measured is None."""
+    """One provider's result, filled in while it is measured; a number that was not measured is None."""
 
     suite: Suite
     case: str

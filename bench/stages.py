@@ -40,11 +40,11 @@ from bench.cases import (
     Workload,
 )
 from bench.launch_trial import launched_by, precision_of_a_gpu, triton_cache
-from bench.measure import Attempt, Trial, measure_apart, row_of, warmed
+from bench.measure import Attempt, empty_row, measure_apart, note_times, warmed
 from bench.results import DONE, NOT_CHECKED, OUT_OF_TIME, Row, write_table
 from bench.roofline import NO_ROOFS, Roofs, measure_roofs
 from bench.suites import PAPER, Job, Planner, Scale, rate_of, supported_dtypes
-from bench.timing import CacheFlush, Clock, FirstCall, Samples, interleaved, last_level_cache_bytes, prepared, warm_up_calls
+from bench.timing import CacheFlush, Clock, Samples, interleaved, last_level_cache_bytes, prepared, warm_up_calls
 from bench.training_cases import NewCellCase, ProxyCase, SearchCase
 from bench.worker import OutOfTime, Say, Worker, WorkerLost, WorkFailed
 from fast import kernels
@@ -262,11 +262,10 @@ def tiny_cell(run: Run, case: ProxyCase, dtype: DType, say: Say) -> None:
     job = Job(replace(case, cell=EVERY_KIND), dtype, (EAGER, OURS), in_fresh_process=())
     attempt = Attempt(job, device, lambda provider: say({"at_work": provider}))
     attempt.check_against_reference()
-    for trial in attempt.trials:
-        numbers: dict[str, Any] = {"provider": trial.provider.name, "result": trial.status, "note": trial.note}
-        if trial.error is not None:
-            numbers |= {"rms_error": trial.error.rms, "allowed": trial.allowed, "largest_error": trial.error.maximum}
-        say(numbers)
+    for provider, row in attempt.rows.items():
+        errors = {"rms_error": row.rms_error, "allowed": attempt.allowed.get(provider), "largest_error": row.max_error}
+        known = {} if row.rms_error is None else errors
+        say({"provider": provider.name, "result": row.status, "note": row.note, **known})
 
 
 def iteration(run: Run, case: ProxyCase, dtype: DType, say: Say) -> None:
@@ -274,17 +273,15 @@ def iteration(run: Run, case: ProxyCase, dtype: DType, say: Say) -> None:
     device = run.prepare()
     on_gpu = device.type == "cuda"
     workload, before = case.workload(OURS, dtype, device), torch.cuda.memory_allocated(device) if on_gpu else 0
-    trial = Trial(OURS, status=NOT_CHECKED)  # until the stage beside eager
-    first_call_s, trial.back_to_back = say_calls(workload, device, say)
-    trial.first = FirstCall(first_call_s, torch.cuda.max_memory_allocated(device) - before if on_gpu else None)
-    if trial.first.peak_memory_bytes is not None:
-        reserved_mb = torch.cuda.max_memory_reserved(device) / 1e6
-        say({"peak_memory_mb": trial.first.peak_memory_bytes / 1e6, "reserved_mb": reserved_mb})
-    job = Job(case, dtype, (OURS,), ())
-    say(row_of(job, trial, device, run.roofs, run.rounds))
-    trial.samples = cold_samples(workload, device, run.rounds, launches_count=True)
-    say({"cold_ms_with_launches": Summary.of(trial.samples.cold).median})
-    say(row_of(job, trial, device, run.roofs, run.rounds))
+    row = replace(empty_row(Job(case, dtype, (OURS,), ()), OURS, device), status=NOT_CHECKED)  # until the stage beside eager
+    row.first_call_s, row.back_to_back_ms = say_calls(workload, device, say)
+    if on_gpu:
+        row.peak_memory_mb = (torch.cuda.max_memory_allocated(device) - before) / 1e6
+        say({"peak_memory_mb": row.peak_memory_mb, "reserved_mb": torch.cuda.max_memory_reserved(device) / 1e6})
+    say(replace(row))
+    note_times(row, cold_samples(workload, device, run.rounds, launches_count=True), run.roofs)
+    say({"cold_ms_with_launches": row.median_ms})
+    say(row)
     if on_gpu:
         of_the_device = cold_samples(workload, device, run.rounds, launches_count=False)
         say({"cold_ms_of_the_device": Summary.of(of_the_device.cold).median})
