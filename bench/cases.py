@@ -265,6 +265,7 @@ class MapCase(Case):
 class OperationCase(MapCase):
     """One of the 81 operations."""
 
+    suite: Suite = "ops"
     operation: Operation
     launches_count: bool = False
 
@@ -297,6 +298,7 @@ class OperationCase(MapCase):
 class DepthwiseCase(MapCase):
     """The dilated depthwise convolution alone."""
 
+    suite: Suite = "ops"
     rate: tuple[int, int]
     launches_count: bool = False
 
@@ -326,6 +328,7 @@ class DepthwiseCase(MapCase):
 class CellCase(MapCase):
     """A whole cell on fixed features: in training as in a search, or in inference as in a network."""
 
+    suite: Suite = "cell"
     cell: Cell
     dropout_rate: float = DROPOUT_RATE
     input_has_gradient: bool = False  # a backbone's features
@@ -366,6 +369,7 @@ def our_cell(cell: Cell, in_channels: int, channels: int, dropout_rate: float, p
 class LossCase(Case):
     """Training: the loss of small logits under large labels, and its gradient. Inference: the confusion matrix."""
 
+    suite: Suite = "loss"
     batch: int
     num_classes: int
     size: tuple[int, int]

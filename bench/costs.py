@@ -42,7 +42,7 @@ class MapSize:
         return self.batch * self.height * self.width
 
 
-def map_cost(size: MapSize, in_channels: int, channels: int, weights: int, mode: Mode, *, need_input: bool) -> int:
+def _bytes(size: MapSize, in_channels: int, channels: int, weights: int, mode: Mode, *, need_input: bool) -> int:
     """Bytes of x -> y with `weights` parameters; in training also those of the backward pass."""
     x, y = (size.positions * c * size.element_bytes for c in (in_channels, channels))
     parameters = weights * _PARAMETER_BYTES
@@ -50,17 +50,20 @@ def map_cost(size: MapSize, in_channels: int, channels: int, weights: int, mode:
     return forward if mode == "inference" else forward + y + x + parameters + parameters + (x if need_input else 0)
 
 
-def conv_flops(size: MapSize, weights: int, mode: Mode, *, need_input: bool) -> int:
-    """Operations of a stride-1 convolution with that many weights."""
-    products = 1 if mode == "inference" else 3 if need_input else 2
-    return 2 * products * weights * size.positions
+def conv_cost(size: MapSize, in_channels: int, channels: int, weights: int, mode: Mode) -> Cost:
+    """A convolution of stride 1 with so many weights, whose input has a gradient."""
+    moved = _bytes(size, in_channels, channels, weights, mode, need_input=True)
+    return Cost(moved, 2 * weights * size.positions * (3 if mode == "training" else 1))
 
 
-def depthwise_cost(size: MapSize, channels: int, mode: Mode, *, need_input: bool = True) -> Cost:
+def pointwise_cost(size: MapSize, in_channels: int, channels: int, mode: Mode) -> Cost:
+    """A 1×1 convolution."""
+    return conv_cost(size, in_channels, channels, in_channels * channels, mode)
+
+
+def depthwise_cost(size: MapSize, channels: int, mode: Mode) -> Cost:
     """The dilated 3×3 convolution alone."""
-    weights = 9 * channels
-    moved = map_cost(size, channels, channels, weights, mode, need_input=need_input)
-    return Cost(moved, conv_flops(size, weights, mode, need_input=need_input))
+    return conv_cost(size, channels, channels, 9 * channels, mode)
 
 
 def operation_cost(
@@ -69,24 +72,17 @@ def operation_cost(
     """One of the 81 operations, as one pass: what lies between its convolutions need not reach the memory."""
     alone, map_size = Cell((Branch(BACKBONE_FEATURE, operation),)), (size.height, size.width)
     (counted,) = count_cell(alone, in_channels, map_size, branch_channels=channels).branches  # for one image
-    flops = 2 * size.batch * counted.multiply_adds * (3 if mode == "training" else 1)
+    forward = 2 * size.batch * counted.multiply_adds
     match operation:
         case Conv1x1() | PyramidPooling():
-            first = 2 * size.batch * counted.multiply_adds
+            first = forward
         case AtrousSeparableConv():
-            first = conv_flops(size, 9 * in_channels, "inference", need_input=False)
+            first = depthwise_cost(size, in_channels, "inference").flops
         case _:
             assert_never(operation)
     # Only the first convolution's input may be without a gradient: the way back to its weight leads through the others.
-    spared = first if mode == "training" and not need_input else 0
-    return Cost(map_cost(size, in_channels, channels, counted.parameters, mode, need_input=need_input), flops - spared)
-
-
-def pointwise_cost(size: MapSize, in_channels: int, channels: int, mode: Mode) -> Cost:
-    """A 1×1 convolution whose input has a gradient."""
-    weights = in_channels * channels
-    moved = map_cost(size, in_channels, channels, weights, mode, need_input=True)
-    return Cost(moved, conv_flops(size, weights, mode, need_input=True))
+    backward = 0 if mode == "inference" else 2 * forward if need_input else 2 * forward - first
+    return Cost(_bytes(size, in_channels, channels, counted.parameters, mode, need_input=need_input), forward + backward)
 
 
 def cell_cost(cell: Cell, size: MapSize, in_channels: int, channels: int, mode: Mode) -> Cost:

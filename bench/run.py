@@ -147,7 +147,7 @@ def run_for_minutes(settings: BenchSettings, device: torch.device, folder: Path)
     results = Results(here, NO_ROOFS, name=new_name(folder, here))
     stem = folder / results.name
     append_line(stem.with_suffix(".jsonl"), {"stage": "environment", **vars(here)})
-    run = Run(str(device), torch.get_num_threads(), PAPER, settings.rounds or PAPER.rounds, NO_ROOFS, stem)
+    run = Run(str(device), torch.get_num_threads(), settings.rounds or PAPER.rounds, NO_ROOFS, stem)
 
     def hear(stage: str, value: dict[str, Any] | Row) -> None:
         line = {"stage": stage, **(vars(value) if isinstance(value, Row) else value)}
@@ -162,7 +162,7 @@ def run_for_minutes(settings: BenchSettings, device: torch.device, folder: Path)
             write(results, folder, SUMMARY)
 
     try:
-        stages = list(plan_stages(device, run.scale))
+        stages = list(plan_stages(device, PAPER))
         run_stages(stages, lambda: replace(run, roofs=results.roofs), end, hear, log=stem.with_suffix(".log"))
         results.is_complete = True
     except KeyboardInterrupt:

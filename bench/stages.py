@@ -42,10 +42,10 @@ from bench.cases import (
 from bench.launch_trial import launched_by, precision_of_a_gpu, triton_cache
 from bench.measure import Attempt, empty_row, measure_apart, note_times, warmed
 from bench.results import DONE, NOT_CHECKED, OUT_OF_TIME, Row, write_table
-from bench.roofline import NO_ROOFS, Roofs, measure_roofs
+from bench.roofline import Roofs, measure_roofs
 from bench.suites import PAPER, Job, Planner, Scale, rate_of, supported_dtypes
 from bench.timing import CacheFlush, Clock, Samples, interleaved, last_level_cache_bytes, prepared, warm_up_calls
-from bench.training_cases import NewCellCase, ProxyCase, SearchCase
+from bench.training_cases import NewCellCase, SearchCase
 from bench.worker import OutOfTime, Say, Worker, WorkerLost, WorkFailed
 from fast import kernels
 from reference.cell import BACKBONE_FEATURE, AtrousSeparableConv, Branch, Cell, Conv1x1, PyramidPooling
@@ -86,7 +86,6 @@ class Run:
 
     device_name: str
     threads: int
-    scale: Scale
     rounds: int
     roofs: Roofs
     stem: Path  # beginning of the names of the run's files: <folder>/<date>-<commit>
@@ -102,46 +101,46 @@ class Run:
 
 @dataclass(frozen=True)
 class Stage:
-    """A function of (run, *arguments, say), or jobs of the benchmark, stopped after `limit_s` seconds."""
+    """Jobs of the benchmark, or a function of (run, *jobs, say), stopped after `limit_s` seconds."""
 
     name: str
     limit_s: float
-    function: Callable[..., None] | None = None
-    arguments: tuple[Any, ...] = ()
     jobs: tuple[Job, ...] = ()
+    function: Callable[..., None] | None = None
 
 
 def plan_stages(device: torch.device, scale: Scale) -> Iterator[Stage]:
     """The stages, most important first. On a GPU those that need no other compiler should be done in four minutes."""
     first, *others = supported_dtypes(device)[0][:2]
     planner = Planner(scale, device, quick=False, full=False)
-    case, new_cell = planner.cases(["proxy"])
-    yield Stage("roofs", 60, roofs, ((first, *others),))
+    step = {dtype: _jobs([scale.proxy], dtype) for dtype in (first, *others)}
+    yield Stage("roofs", 60, function=roofs)
+    tiny = replace(scale.proxy, cell=EVERY_KIND).small()
     for dtype in (first, *others):
-        yield Stage(f"tiny cell, {dtype}", 90, tiny_cell, (case, dtype))
-    yield Stage(f"iteration, {first}", 120, iteration, (case, first))
-    yield Stage(f"profile, {first}", 60, profile, (case, first))
+        yield Stage(f"tiny cell, {dtype}", 90, (Job(tiny, dtype, (EAGER, OURS), ()),), tiny_cell)
+    yield Stage(f"iteration, {first}", 120, step[first], iteration)
+    yield Stage(f"profile, {first}", 60, step[first], profile)
     if device.type == "cuda":
-        yield Stage(f"graph beside calls, {first}", 45, graph_beside_calls, (case, first))
-    yield Stage("loss", 60, jobs=_jobs(planner.cases(["loss"]), first))
+        yield Stage(f"graph beside calls, {first}", 45, step[first], graph_beside_calls)
+    yield Stage("loss", 60, _jobs(planner.cases(["loss"]), first))
     for kind, name in ((DepthwiseCase, "depthwise"), (OperationCase, "separable")):
         cases = [case for case in planner.cases(["ops"]) if isinstance(case, kind) and rate_of(case) in RATES]
         for shape in dict.fromkeys(case.shape for case in cases):
-            yield Stage(f"{name}, {shape}", 75, jobs=_jobs([case for case in cases if case.shape == shape], first))
-    yield Stage(f"iteration beside eager, {first}", 75, jobs=_jobs([case], first))
+            yield Stage(f"{name}, {shape}", 75, _jobs([case for case in cases if case.shape == shape], first))
+    yield Stage(f"iteration beside eager, {first}", 75, step[first])
     for dtype in others:
-        yield Stage(f"iteration, {dtype}", 90, iteration, (case, dtype))
-        yield Stage(f"profile, {dtype}", 60, profile, (case, dtype))
-        yield Stage(f"iteration beside eager, {dtype}", 75, jobs=_jobs([case], dtype))
+        yield Stage(f"iteration, {dtype}", 90, step[dtype], iteration)
+        yield Stage(f"profile, {dtype}", 60, step[dtype], profile)
+        yield Stage(f"iteration beside eager, {dtype}", 75, step[dtype])
     if device.type == "cuda":
-        yield Stage("tests", 150, gpu_tests)
+        yield Stage("tests", 150, function=gpu_tests)
     for compiler, limit_s in ((COMPILE, 120), (COMPILE_MAX, 180)):
-        yield Stage(f"iteration beside {compiler.name}", limit_s, jobs=_jobs([case], first, (EAGER, compiler)))
+        yield Stage(f"iteration beside {compiler.name}", limit_s, _jobs([scale.proxy], first, (EAGER, compiler)))
     if device.type == "cuda":
-        yield Stage(f"counters, {first}", 120, counters, (first,))
-    yield Stage("first iteration of new cells", 60, jobs=_jobs([new_cell], first, (EAGER,)))
-    (search,) = planner.cases(["search"])
-    yield Stage("search", 120, jobs=(planner.job(search, first),))
+        yield Stage(f"counters, {first}", 120, step[first], counters)
+    _, new_cell = planner.cases(["proxy"])
+    yield Stage("first iteration of new cells", 60, (planner.job(new_cell, first),))
+    yield Stage("search", 120, (planner.job(scale.search, first),))
 
 
 def _jobs(cases: Iterable[Case], dtype: DType, others: tuple[Provider, ...] = EAGERS) -> tuple[Job, ...]:
@@ -180,7 +179,7 @@ def run_stage(stage: Stage, run: Run, worker: Worker, limit_s: float, said: Hear
     """In a fresh process, for `limit_s` seconds at most -> how it ended."""
     try:
         if stage.function is not None:
-            worker.fresh()(stage.function, run, *stage.arguments, limit_s=limit_s, say=said)
+            worker.fresh()(stage.function, run, *stage.jobs, limit_s=limit_s, say=said)
         else:
             measure_jobs(stage.jobs, run, worker, time.monotonic() + limit_s, said)
     except OutOfTime as error:
@@ -214,12 +213,12 @@ def measure_jobs(jobs: Sequence[Job], run: Run, worker: Worker, end: float, say:
         raise OutOfTime("; ".join(late))
 
 
-def roofs(run: Run, dtypes: Sequence[DType], say: Say) -> None:
+def roofs(run: Run, say: Say) -> None:
     """Measure copy bandwidth and matrix product rates; for a GPU also read `nvidia-smi` and time a small kernel."""
     device = run.prepare()
     if device.type == "cuda":
         say(gpu_state())
-    measure_roofs(device, dtypes, quick=True, say=say)
+    measure_roofs(device, supported_dtypes(device)[0][:2], quick=True, say=say)
     if device.type == "cuda":
         say({"roof": "copy within the L2 cache", "gb_per_s": cached_copy_gb_per_s(device)})
         x = torch.zeros(1, device=device)
@@ -256,11 +255,9 @@ def node_us(call: Callable[[], object], device: torch.device, nodes: int = 100) 
     return 1e3 * back_to_back_ms(graph.replay, device, 20) / nodes
 
 
-def tiny_cell(run: Run, case: ProxyCase, dtype: DType, say: Say) -> None:
+def tiny_cell(run: Run, job: Job, say: Say) -> None:
     """Compare one training step of a small cell with every kind of branch, ours and eager PyTorch's, with `reference/`."""
-    device = run.prepare()
-    job = Job(replace(case, cell=EVERY_KIND), dtype, (EAGER, OURS), in_fresh_process=())
-    attempt = Attempt(job, device, lambda provider: say({"at_work": provider}))
+    attempt = Attempt(job, run.prepare(), lambda provider: say({"at_work": provider}))
     attempt.check_against_reference()
     for provider, row in attempt.rows.items():
         errors = {"rms_error": row.rms_error, "allowed": attempt.allowed.get(provider), "largest_error": row.max_error}
@@ -268,12 +265,12 @@ def tiny_cell(run: Run, case: ProxyCase, dtype: DType, say: Say) -> None:
         say({"provider": provider.name, "result": row.status, "note": row.note, **known})
 
 
-def iteration(run: Run, case: ProxyCase, dtype: DType, say: Say) -> None:
+def iteration(run: Run, job: Job, say: Say) -> None:
     """Measure our training step: first call, calls back to back, memory, cold calls; each is reported when it is known."""
     device = run.prepare()
     on_gpu = device.type == "cuda"
-    workload, before = case.workload(OURS, dtype, device), torch.cuda.memory_allocated(device) if on_gpu else 0
-    row = replace(empty_row(Job(case, dtype, (OURS,), ()), OURS, device), status=NOT_CHECKED)  # until the stage beside eager
+    workload, before = job.case.workload(OURS, job.dtype, device), torch.cuda.memory_allocated(device) if on_gpu else 0
+    row = replace(empty_row(job, OURS, device), status=NOT_CHECKED)  # until the stage beside eager
     row.first_call_s, row.back_to_back_ms = say_calls(workload, device, say)
     if on_gpu:
         row.peak_memory_mb = (torch.cuda.max_memory_allocated(device) - before) / 1e6
@@ -309,13 +306,13 @@ def cold_samples(workload: Workload, device: torch.device, rounds: int, *, launc
     return interleaved({OURS.name: workload}, rounds, clock, CacheFlush(device), rng)[OURS.name]
 
 
-def graph_beside_calls(run: Run, case: ProxyCase, dtype: DType, say: Say) -> None:
+def graph_beside_calls(run: Run, job: Job, say: Say) -> None:
     """Compare the losses of the same steps from the same seed, by the captured graph and call by call: they must agree."""
     device, losses = run.prepare(), []
     for eager_iterations in (fast.train_step.EAGER_ITERATIONS, sys.maxsize):
         torch.manual_seed(0)
         with mock.patch.object(fast.train_step, "EAGER_ITERATIONS", eager_iterations):
-            workload = case.workload(OURS, dtype, device)
+            workload = job.case.workload(OURS, job.dtype, device)
             losses.append([_loss_of(workload) for _ in range(8)])
     difference = max(abs(a - b) for a, b in zip(*losses, strict=True))
     say({"largest_difference_of_losses": difference, "by_graph": losses[0], "by_calls": losses[1]})
@@ -344,10 +341,10 @@ class Kernel(NamedTuple):
     predicted_us: float | None
 
 
-def profile(run: Run, case: ProxyCase, dtype: DType, say: Say) -> None:
+def profile(run: Run, job: Job, say: Say) -> None:
     """Profile an iteration: every kernel in order with its microseconds, beside the prediction for an H200."""
-    device = run.prepare()
-    workload = warmed(case, OURS, dtype, device, 1 + warm_up_calls(device))
+    device, dtype = run.prepare(), job.dtype
+    workload = warmed(job.case, OURS, dtype, device, 1 + warm_up_calls(device))
     profiler = recorded(workload, device)
     profiler.export_chrome_trace(str(run.file(f"profile-{dtype}.trace.json.gz")))  # with grids, registers, shared memory
     found = kernels_of_gpu(profiler, dtype) if device.type == "cuda" else by_operation(profiler.key_averages())
@@ -451,15 +448,15 @@ def _count_tests(command: Sequence[str], counts: Counter[str], say: Say) -> int:
     return process.returncode
 
 
-def counters(run: Run, dtype: DType, say: Say) -> None:
+def counters(run: Run, job: Job, say: Say) -> None:
     """Read Nsight Compute's counters of each kernel of an iteration without a graph, if it is installed and permitted."""
     ncu = shutil.which("ncu") or shutil.which("ncu", path="/usr/local/cuda/bin")
     if ncu is None:
         say({"skipped": "ncu is not installed"})
         return
     command = [ncu, "--clock-control", "none", "--metrics", ",".join(NCU_METRICS), "--csv", "--page", "raw"]
-    command += ["--profile-from-start", "off", sys.executable, "-m", "bench.stages", run.device_name, dtype]
-    path = run.file(f"counters-{dtype}.csv")
+    command += ["--profile-from-start", "off", sys.executable, "-m", "bench.stages", run.device_name, job.dtype]
+    path = run.file(f"counters-{job.dtype}.csv")
     with path.open("w", encoding="utf-8") as file:
         code = subprocess.run(command, cwd=ROOT, stdout=file).returncode
     say({"file": path.name, "lines": len(path.read_text(encoding="utf-8").splitlines()), "ncu_exit_code": code})
@@ -488,13 +485,8 @@ def compile_kernels(architecture: int, stages: Iterable[Stage]) -> int:
 
 
 def _cases_of(stage: Stage) -> Iterator[tuple[Case, DType]]:
-    """The cases that ours computes in a stage, with the small cases of the checks."""
-    pairs = [(job.case, job.dtype) for job in stage.jobs]
-    if stage.function is tiny_cell:
-        pairs = [(replace(stage.arguments[0], cell=EVERY_KIND).small(), stage.arguments[1])]
-    elif stage.function in (iteration, profile):
-        pairs = [stage.arguments]
-    for case, dtype in pairs:
+    """The cases of a stage's jobs, at every size at which ours computes them."""
+    for case, dtype in ((job.case, job.dtype) for job in stage.jobs):
         if not isinstance(case, NewCellCase | SearchCase):
             sizes = [case.small(), case.without_chance(), case]
             yield from ((sized, dtype) for sized in dict.fromkeys(sizes) if sized is not None)
@@ -502,9 +494,8 @@ def _cases_of(stage: Stage) -> Iterator[tuple[Case, DType]]:
 
 def one_iteration(device_name: str, dtype: DType) -> None:
     """Run two iterations of the paper's size without a graph; a profiler may record the second, from `cudaProfilerStart`."""
-    device = Run(device_name, torch.get_num_threads(), PAPER, 1, NO_ROOFS, Path()).prepare()
-    case = next(Planner(PAPER, device, quick=True, full=False).cases(["proxy"]))
-    workload = case.workload(OURS, dtype, device)
+    device = prepared(device_name, torch.get_num_threads())
+    workload = PAPER.proxy.workload(OURS, dtype, device)
     workload()
     synchronise(device)
     torch.cuda.profiler.start()  # type: ignore[no-untyped-call]

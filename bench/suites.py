@@ -38,43 +38,40 @@ NEW_CELL = "first iteration of a new cell"
 
 @dataclass(frozen=True)
 class Scale:
-    """The sizes and numbers of the cases of a run."""
+    """The sizes and numbers of the cases of a run. Cells and losses have the sizes of the proxy iteration."""
 
     maps: tuple[tuple[int, int, int, int], ...]  # (batch, channels, height, width); the last one is larger than every cache
-    proxy: tuple[int, int, int, tuple[int, int]]  # batch, features' channels, cell's channels, crop in features
-    num_classes: int
+    proxy: ProxyCase
+    search: SearchCase
     rates: tuple[tuple[int, int], ...]
     grids: tuple[tuple[int, int], ...]
     random_cells: int
-    search: ProxySettings
-    search_channels: int  # of each branch
-    search_cells: int
-    search_images: tuple[int, int]  # training, validation
     rounds: int
 
 
 PAPER = Scale(
     maps=((8, 256, 49, 49), (16, 256, 97, 97)),
-    proxy=(8, 320, 256, (49, 49)),
-    num_classes=19,
+    proxy=ProxyCase(cell=load_cell("dpc"), batch=8, in_channels=320, channels=256, num_classes=19, crop=(49, 49)),
+    search=SearchCase(
+        cells=4,
+        settings=ProxySettings(iterations=80, learning_rate=0.05),
+        head=HeadSettings(branch_channels=256),
+        train_images=240,
+        val_images=60,
+    ),
     rates=PUBLISHED_RATES,
     grids=tuple((h, w) for h in GRID_SIZES for w in GRID_SIZES),
     random_cells=20,
-    search=ProxySettings(iterations=80, learning_rate=0.05),
-    search_channels=256,
-    search_cells=4,
-    search_images=(240, 60),
     rounds=10,
 )
+_QUICK_SETTINGS = ProxySettings(iterations=5, learning_rate=0.05, statistics_batches=2)
 QUICK = replace(
     PAPER,
     maps=PAPER.maps[:1],
+    search=replace(PAPER.search, cells=1, settings=_QUICK_SETTINGS, train_images=8, val_images=4),
     rates=((6, 21),),
     grids=((2, 4),),
     random_cells=0,
-    search=ProxySettings(iterations=5, learning_rate=0.05, statistics_batches=2),
-    search_cells=1,
-    search_images=(8, 4),
     rounds=3,
 )
 
@@ -232,44 +229,38 @@ class Planner:
             grids = self.scale.grids if all_of_them else self.scale.grids[:1]
             operations: list[Operation] = [AtrousSeparableConv(rate=rate) for rate in rates]
             operations += [Conv1x1(), *(PyramidPooling(grid_size=grid) for grid in grids)]
-            size = map_size(batch, channels, channels, (height, width))
+            size = map_size(batch, channels, channels, height, width)
             for mode in MODES:
                 for operation in operations:
-                    yield OperationCase(suite="ops", name=str(operation), mode=mode, operation=operation, **size)
+                    yield OperationCase(name=str(operation), mode=mode, operation=operation, **size)
                 for rate in self._few_rates():
-                    yield DepthwiseCase(suite="ops", name="depthwise {}x{}".format(*rate), mode=mode, rate=rate, **size)
+                    yield DepthwiseCase(name="depthwise {}x{}".format(*rate), mode=mode, rate=rate, **size)
 
     def _loss(self) -> Iterator[Case]:
-        batch, _, _, size = self.scale.proxy
-        label_size = (16 * (size[0] - 1) + 1, 16 * (size[1] - 1) + 1)
-        sizes: dict[str, Any] = {"batch": batch, "size": size, "label_size": label_size}
-        sizes["num_classes"] = self.scale.num_classes
-        yield LossCase(suite="loss", name="loss and gradient", mode="training", **sizes)
-        yield LossCase(suite="loss", name="confusion matrix", mode="inference", **sizes)
+        proxy = self.scale.proxy
+        sizes: dict[str, Any] = {"batch": proxy.batch, "num_classes": proxy.num_classes}
+        sizes |= {"size": proxy.crop, "label_size": proxy.label_size}
+        yield LossCase(name="loss and gradient", mode="training", **sizes)
+        yield LossCase(name="confusion matrix", mode="inference", **sizes)
 
     def _cells(self) -> Iterator[Case]:
-        names = ["dpc"] if self.quick else ["dpc", "aspp"]
+        proxy, names = self.scale.proxy, ["dpc"] if self.quick else ["dpc", "aspp"]
         cells = {name: load_cell(name) for name in names}
         cells |= {f"random {i}": cell for i, cell in enumerate(random_cells(self.scale.random_cells))}
         for mode in MODES:
             for name, cell in cells.items():
-                yield CellCase(suite="cell", name=name, mode=mode, cell=cell, **map_size(*self.scale.proxy))
+                size = map_size(proxy.batch, proxy.in_channels, proxy.channels, *proxy.crop)
+                yield CellCase(name=name, mode=mode, cell=cell, **size)
 
     def _proxy(self) -> Iterator[Case]:
-        batch, in_channels, channels, crop = self.scale.proxy
-        sizes: dict[str, Any] = {"batch": batch, "in_channels": in_channels, "channels": channels, "crop": crop}
-        sizes |= {"num_classes": self.scale.num_classes, "cell": load_cell("dpc")}
-        yield ProxyCase(suite="proxy", name="iteration", mode="training", **sizes)
+        yield self.scale.proxy
         if not self.quick:
-            yield NewCellCase(suite="proxy", name=NEW_CELL, mode="training", **sizes)
+            yield NewCellCase(**vars(self.scale.proxy) | {"name": NEW_CELL, "repeats": False})
 
     def _search(self) -> Iterator[Case]:
-        train, val = self.scale.search_images
-        sizes: dict[str, Any] = {"cells": self.scale.search_cells, "train_images": train, "val_images": val}
-        head = HeadSettings(branch_channels=self.scale.search_channels)
-        yield SearchCase(suite="search", name="cells", mode="training", settings=self.scale.search, head=head, **sizes)
+        yield self.scale.search
 
 
-def map_size(batch: int, in_channels: int, channels: int, size: tuple[int, int]) -> dict[str, Any]:
+def map_size(batch: int, in_channels: int, channels: int, height: int, width: int) -> dict[str, Any]:
     """The fields of a `MapCase`."""
-    return {"batch": batch, "in_channels": in_channels, "channels": channels, "height": size[0], "width": size[1]}
+    return {"batch": batch, "in_channels": in_channels, "channels": channels, "height": height, "width": width}

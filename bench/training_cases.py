@@ -15,6 +15,7 @@ from bench.cases import (
     Case,
     Parts,
     Provider,
+    Suite,
     Truth,
     Workload,
     array,
@@ -25,7 +26,7 @@ from bench.cases import (
     our_cell,
     trainable,
 )
-from bench.costs import Cost, MapSize, cell_cost, loss_cost, pointwise_cost, sgd_cost
+from bench.costs import Cost, MapSize, Mode, cell_cost, loss_cost, pointwise_cost, sgd_cost
 from bench.plain_torch import PlainCell, PlainHead, PlainTrainStep, randomise
 from fast.dense_prediction_cell import decays
 from fast.segmentation import SegmentationHead
@@ -50,6 +51,9 @@ _PATCH_CHANNELS = 320  # channels of the last feature map of MobileNet-v2, the p
 class ProxyCase(Case):
     """One iteration of the proxy task: draw crops, forward, loss, backward, a step of SGD."""
 
+    suite: Suite = "proxy"
+    name: str = "iteration"
+    mode: Mode = "training"
     cell: Cell
     batch: int
     in_channels: int
@@ -64,8 +68,13 @@ class ProxyCase(Case):
 
     @property
     def shape(self) -> str:
-        label_size = "{}×{}".format(*self._pixels(0))
-        return f"{self.batch}×{self.in_channels}×{self.crop[0]}×{self.crop[1]}, labels {label_size}"
+        sizes = (self.batch, self.in_channels, *self.crop, *self.label_size)
+        return "{}×{}×{}×{}, labels {}×{}".format(*sizes)
+
+    @property
+    def label_size(self) -> tuple[int, int]:
+        """Pixels under a crop, (height, width)."""
+        return self._pixels(0)
 
     def cost(self, element_bytes: int) -> Cost | None:
         size = MapSize(self.batch, *self.crop, element_bytes)
@@ -73,7 +82,7 @@ class ProxyCase(Case):
         return (
             cell_cost(self.cell, size, self.in_channels, self.channels, "training")
             + pointwise_cost(size, self.channels, self.num_classes, "training")
-            + loss_cost(size, self.num_classes, self._pixels(0), "training")
+            + loss_cost(size, self.num_classes, self.label_size, "training")
             + sgd_cost(parameters)
         )
 
@@ -236,11 +245,14 @@ class SearchCase(Case):
     A fixed random projection of patches replaces the backbone: the quality of features has no effect on the time.
     """
 
+    suite: Suite = "search"
+    name: str = "cells"
+    mode: Mode = "training"
     cells: int
     settings: ProxySettings
     head: HeadSettings
-    train_images: int = 240
-    val_images: int = 60
+    train_images: int
+    val_images: int
 
     @property
     def shape(self) -> str:

@@ -46,7 +46,7 @@ from reference.cell import Operation
 from search.errors import InputError
 from tests.bench.tiny_runs import CPU, ENVIRONMENT, SEPARABLE, TINY, row
 
-RUN = Run("cpu", 1, TINY, 1, NO_ROOFS, Path("nowhere"))
+RUN = Run("cpu", 1, 1, NO_ROOFS, Path("nowhere"))
 
 
 def test_the_tiny_cell_has_every_operation() -> None:
@@ -81,12 +81,12 @@ def fail(run: Run, say: Say) -> None:
 def test_a_stage_that_crashes_hangs_or_fails_costs_itself(tmp_path: Path) -> None:
     heard: list[tuple[str, Any]] = []
     stages = [
-        Stage("roof", 60, say_roof),
-        Stage("crash", 60, crash),
-        Stage("hang", 6, hang),
-        Stage("fail", 60, fail),
+        Stage("roof", 60, function=say_roof),
+        Stage("crash", 60, function=crash),
+        Stage("hang", 6, function=hang),
+        Stage("fail", 60, function=fail),
         Stage("jobs", 60, jobs=(Job(SEPARABLE, "float32", (OURS, EAGER), ()),)),
-        Stage("known", 60, say_known_roof),
+        Stage("known", 60, function=say_known_roof),
     ]
     end = time.monotonic() + 300
     run = RUN
@@ -114,7 +114,7 @@ def test_a_stage_that_crashes_hangs_or_fails_costs_itself(tmp_path: Path) -> Non
 
 def test_the_end_of_the_minutes_leaves_the_rest_out(tmp_path: Path) -> None:
     heard: list[tuple[str, Any]] = []
-    stages = [Stage("hang", 600, hang), Stage("roof", 60, say_roof)]
+    stages = [Stage("hang", 600, function=hang), Stage("roof", 60, function=say_roof)]
     run_stages(stages, lambda: RUN, time.monotonic() + 7, lambda stage, value: heard.append((stage, value)), tmp_path / "log")
     assert [value.get("status") for _, value in heard] == [None, "out of time", "out of time"]
     assert heard[1][1]["note"] == "stopped after 7 s"
@@ -172,8 +172,8 @@ def test_every_stage_can_be_sent_to_a_process(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_tiny_cell_of_every_kind_is_right(dtype: Any) -> None:
     said: list[dict[str, Any]] = []
-    (case, *_) = (stage.arguments[0] for stage in plan_stages(CPU, TINY) if stage.function is tiny_cell)
-    tiny_cell(RUN, case, dtype, said.append)
+    (job, *_) = (stage.jobs[0] for stage in plan_stages(CPU, TINY) if stage.function is tiny_cell)
+    tiny_cell(RUN, replace(job, dtype=dtype), said.append)
     assert [(line["provider"], line["result"]) for line in said[2:]] == [("eager", "ok"), ("ours", "ok")]
     assert said[:2] == [{"at_work": "eager"}, {"at_work": "ours"}]
 
@@ -196,9 +196,9 @@ def test_the_plan_begins_with_what_matters_most(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_profile_is_written_in_order_and_summed(tmp_path: Path) -> None:
     said: list[dict[str, Any]] = []
-    (case, dtype) = next(stage.arguments for stage in plan_stages(CPU, TINY) if stage.function is profile)
-    profile(replace(RUN, stem=tmp_path / "run"), case, dtype, said.append)
-    with (tmp_path / f"run-profile-{dtype}.csv").open(newline="") as file:
+    (job,) = next(stage.jobs for stage in plan_stages(CPU, TINY) if stage.function is profile)
+    profile(replace(RUN, stem=tmp_path / "run"), job, said.append)
+    with (tmp_path / f"run-profile-{job.dtype}.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
     assert said[0]["launches"] == pytest.approx(sum(float(line["launches"]) for line in lines), rel=1e-3)
     assert said[0]["launches"] > len(lines) > 10
@@ -265,7 +265,7 @@ def test_counters_are_read_where_there_is_a_reader(
     ncu.chmod(ncu.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}" if is_installed else "/bin")
     said: list[dict[str, Any]] = []
-    counters(replace(RUN, stem=tmp_path / "run"), "bfloat16", said.append)
+    counters(replace(RUN, stem=tmp_path / "run"), Job(SEPARABLE, "bfloat16", (OURS,), ()), said.append)
     if is_installed:
         assert said == [{"file": "run-counters-bfloat16.csv", "lines": 2, "ncu_exit_code": 0}]
     else:
@@ -273,7 +273,7 @@ def test_counters_are_read_where_there_is_a_reader(
 
 
 def test_a_run_of_minutes_writes_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    stages = [Stage("roof", 60, say_roof), Stage("crash", 60, crash)]
+    stages = [Stage("roof", 60, function=say_roof), Stage("crash", 60, function=crash)]
     stages.append(Stage("jobs", 60, jobs=(Job(SEPARABLE, "float32", (OURS, EAGER), ()),)))
     monkeypatch.setattr(bench.run, "plan_stages", lambda *arguments: stages)
     with pytest.raises(SystemExit, match="1"):

@@ -14,19 +14,22 @@ from bench.run import run_plan, unsupported_rows
 from bench.suites import QUICK, Job, Plan, Planner, Scale
 from reference.cell import AtrousSeparableConv
 from search.folder import Folder
-from search.settings import ProxySettings
+from search.settings import HeadSettings, ProxySettings
 
 CPU = torch.device("cpu")
 TINY = replace(
     QUICK,
     maps=((2, 6, 7, 8), (2, 6, 9, 8)),
-    proxy=(2, 10, 6, (4, 5)),
-    num_classes=3,
+    proxy=replace(QUICK.proxy, batch=2, in_channels=10, channels=6, num_classes=3, crop=(4, 5)),
     rates=((1, 1), (6, 21)),
     random_cells=1,
-    search=ProxySettings(iterations=2, learning_rate=0.05, batch_size=2, statistics_batches=1),
-    search_channels=8,
-    search_images=(3, 2),
+    search=replace(
+        QUICK.search,
+        settings=ProxySettings(iterations=2, learning_rate=0.05, batch_size=2, statistics_batches=1),
+        head=HeadSettings(branch_channels=8),
+        train_images=3,
+        val_images=2,
+    ),
 )
 ROOFS = Roofs(copy_gb_per_s=10.0, matrix_gflops={"float32": 50.0})
 ENVIRONMENT = Environment(
