@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.cases import Parts, Truth
-from reference.batch_norm import Array
+from bench.cases import Parts
 
 # Limits for every provider. float32 leaves room for TF32's ten bits of mantissa, which libraries use on a GPU, and for ReLUs
 # that flip; bfloat16's eight bits lose 4e-3 at each of the ten roundings of a cell's training step.
@@ -46,7 +45,7 @@ class Error(NamedTuple):
     rms: float
 
 
-def error_of(actual: Parts, expected: Truth | Parts) -> Error:
+def error_of(actual: Parts, expected: Parts) -> Error:
     """Compare a workload's parts with the truth or with another workload's parts, in float64 on the parts' device."""
     if actual.keys() != expected.keys():
         return Error(np.inf, np.inf)
@@ -70,5 +69,5 @@ def relative_error(actual: Tensor, expected: Tensor) -> Error:
     return Error(float(difference.max()), float(difference.square_().mean().sqrt()))
 
 
-def _joined(parts: Iterable[Tensor | Array]) -> Tensor:
-    return torch.cat([torch.as_tensor(part).detach().double().ravel() for part in parts] or [torch.zeros(1).double()])
+def _joined(parts: Iterable[Tensor]) -> Tensor:
+    return torch.cat([part.detach().double().ravel() for part in parts] or [torch.zeros(1).double()])

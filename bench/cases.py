@@ -1,4 +1,4 @@
-"""The cases to measure. A case has its inputs, its cost, its truth from `reference/`, and each provider's workload."""
+"""The cases to measure: each has its inputs, its cost, and the workload of each provider."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -6,7 +6,6 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self, assert_never, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,17 +17,11 @@ from fast.dense_prediction_cell import DensePredictionCell
 from fast.mean_iou import upsampled_confusion_matrix
 from fast.pointwise_conv import conv1x1
 from fast.pyramid_pooling import pyramid_pooling
+from fast.train_step import has_fast_bf16
 from fast.upsampled_cross_entropy import upsampled_cross_entropy
-from reference import atrous_separable_conv as reference_convolution
-from reference import dense_prediction_cell as reference_cell
-from reference import upsampled_cross_entropy as reference_loss
-from reference.atrous_separable_conv import SeparableConv
-from reference.batch_norm import Array, BatchNorm
-from reference.bilinear_resize import bilinear_resize
 from reference.cell import AtrousSeparableConv, Cell, Conv1x1, Operation, PyramidPooling
 from reference.concat_project import DROPOUT_RATE
-from reference.mean_iou import confusion_matrix
-from reference.pointwise_conv import ConvNorm
+from reference.upsampled_cross_entropy import IGNORE_INDEX
 
 Suite = Literal["proxy", "loss", "search", "cell", "ops"]
 SUITES: tuple[Suite, ...] = ("proxy", "loss", "search", "cell", "ops")  # most important first, longest last
@@ -36,7 +29,7 @@ SUITES: tuple[Suite, ...] = ("proxy", "loss", "search", "cell", "ops")  # most i
 DType = Literal["float32", "bfloat16", "float16"]
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 Parts = dict[str, list[Tensor]]  # what a call computed, by kind: "output", "gradients"
-Truth = dict[str, list[Array]]
+CPU = torch.device("cpu")
 
 SEED = 1809_04184  # the paper's number at arXiv
 
@@ -50,6 +43,7 @@ class Provider:
     compile_mode: str | None = None  # of torch.compile
     is_ours: bool = False
     uses_kernels: bool = True  # ours only
+    in_float64: bool = False  # from inputs that are rounded as the others get them
 
     def memory_format(self, device: torch.device) -> torch.memory_format:
         """How maps lie in memory: torch.compile gets what suits the device, ours what its kernels want."""
@@ -66,6 +60,7 @@ EAGER = Provider("eager")
 EAGER_CHANNELS_LAST = Provider("eager channels-last", channels_last=True)
 COMPILE = Provider("torch.compile", compile_mode="default")
 COMPILE_MAX = Provider("torch.compile max-autotune", compile_mode="max-autotune")
+IN_FLOAT64 = Provider("eager in float64", in_float64=True)  # what the others are compared with
 
 
 class Workload(ABC):
@@ -113,15 +108,32 @@ class Case(ABC):
 
     @abstractmethod
     def small(self) -> Self:
-        """The same case without randomness, at a size that the reference computes quickly."""
+        """The same case without randomness, at a size that is quick in float64 and mostly border."""
 
     @abstractmethod
     def workload(self, provider: Provider, dtype: str, device: torch.device) -> Workload:
         """A provider's workload; all have the same inputs and weights."""
 
-    @abstractmethod
-    def truth(self, dtype: str) -> Truth:
-        """The expected `workload(...).parts()`, in float64, for inputs that `dtype` represents exactly."""
+    def truth(self, dtype: str) -> Parts:
+        """The expected parts of a workload in `dtype`: plain PyTorch in float64; the tests hold it equal to `reference/`."""
+        workload = self.workload(IN_FLOAT64, dtype, CPU)
+        workload()
+        return workload.parts()
+
+
+@dataclass(frozen=True)
+class Job:
+    """A case in one dtype, with its providers."""
+
+    case: Case
+    dtype: DType
+    providers: tuple[Provider, ...]
+    in_fresh_process: tuple[Provider, ...] = ()  # providers whose first call and memory are measured too
+
+    @property
+    def title(self) -> str:
+        """Its name in a run."""
+        return f"{self.case.suite}: {self.case.name}, {self.case.mode}, {self.case.shape}, {self.dtype}"
 
 
 class Computed(nn.Module):
@@ -149,6 +161,8 @@ class ModuleWorkload(Workload):
         input_has_gradient: bool = True,
     ) -> None:
         self._is_training, self._provider, self._dtype, self._device = case.is_training, provider, dtype, inputs[0].device
+        if provider.in_float64:
+            module, inputs = module.double(), [inputs[0].double(), *inputs[1:]]
         memory_format = provider.memory_format(self._device)
         self._module = module.to(self._device).train(case.is_training)
         if not provider.is_ours and memory_format == torch.channels_last:
@@ -171,7 +185,8 @@ class ModuleWorkload(Workload):
     def _cotangent_of(self, output: Tensor) -> Tensor:
         """Normal numbers, the same at every call, in the layout of what they are the gradient of."""
         if self._cotangent is None:
-            self._cotangent = torch.empty_like(output).copy_(normal(tuple(output.shape), SEED + 1, self._device))
+            drawn = normal(tuple(output.shape), SEED + 1, self._device).to(DTYPES[self._dtype])
+            self._cotangent = torch.empty_like(output).copy_(drawn)
         return self._cotangent
 
     def parts(self) -> Parts:
@@ -193,7 +208,7 @@ def environment_of(provider: Provider, dtype: str, device: torch.device) -> Abst
     if provider.compile_mode:
         torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
     stack = ExitStack()
-    if dtype != "float32":
+    if dtype != "float32" and not provider.in_float64:
         stack.enter_context(torch.autocast(device.type, DTYPES[dtype]))
     if provider.is_ours and not provider.uses_kernels:
         stack.enter_context(kernels.using(None))
@@ -219,14 +234,6 @@ class MapCase(Case):
     def ours(self, plain: nn.Module) -> nn.Module:
         """Ours, with the baseline's weights."""
 
-    @abstractmethod
-    def forward(self, x: Array) -> Array:
-        """The output by `reference/`."""
-
-    @abstractmethod
-    def backward(self, cotangent: Array, x: Array) -> list[Array]:
-        """The gradients by `reference/`."""
-
     @property
     def shape(self) -> str:
         return f"{self.batch}×{self.in_channels}×{self.height}×{self.width}"
@@ -247,18 +254,6 @@ class MapCase(Case):
         plain = self.plain()
         module, inputs = self.ours(plain) if provider.is_ours else plain, [self.features(dtype, device)]
         return ModuleWorkload(module, inputs, self, provider, dtype, input_has_gradient=self.input_has_gradient)
-
-    def weights(self) -> tuple[Any, reference_cell.BranchOptions]:
-        """What the reference's operations and cells take besides the map."""
-        return arrays(cast(Any, self.plain()).weights()), reference_cell.BranchOptions(self.is_training)
-
-    def truth(self, dtype: str) -> Truth:
-        x = array(self.features(dtype))
-        output = self.forward(x)
-        if not self.is_training:
-            return {"output": [output]}
-        cotangent = array(normal(output.shape, SEED + 1).to(DTYPES[dtype]))  # as the workload draws it
-        return {"output": [output], "gradients": self.backward(cotangent, x)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,12 +282,6 @@ class OperationCase(MapCase):
             case _:
                 assert_never(self.operation)
 
-    def forward(self, x: Array) -> Array:
-        return reference_cell.apply_operation(x, self.operation, *self.weights())
-
-    def backward(self, cotangent: Array, x: Array) -> list[Array]:
-        return trainable(reference_cell.apply_operation_backward(cotangent, x, self.operation, *self.weights()))
-
 
 @dataclass(frozen=True, kw_only=True)
 class DepthwiseCase(MapCase):
@@ -315,13 +304,6 @@ class DepthwiseCase(MapCase):
 
     def ours(self, plain: nn.Module) -> nn.Module:
         return Computed(lambda x: depthwise_conv(x, cast(nn.Conv2d, plain).weight, rate=self.rate), plain)
-
-    def forward(self, x: Array) -> Array:
-        return reference_convolution.depthwise_conv(x, array(self.plain().weight), rate=self.rate)
-
-    def backward(self, cotangent: Array, x: Array) -> list[Array]:
-        weight = array(self.plain().weight)
-        return [*reference_convolution.depthwise_conv_backward(cotangent, x, weight, rate=self.rate)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -347,13 +329,6 @@ class CellCase(MapCase):
 
     def ours(self, plain: nn.Module) -> nn.Module:
         return our_cell(self.cell, self.in_channels, self.channels, self.dropout_rate, plain)
-
-    def forward(self, x: Array) -> Array:
-        assert not self.dropout_rate or not self.is_training, "chance has no truth"
-        return reference_cell.dense_prediction_cell(x, self.cell, *self.weights())
-
-    def backward(self, cotangent: Array, x: Array) -> list[Array]:
-        return trainable(reference_cell.dense_prediction_cell_backward(cotangent, x, self.cell, *self.weights())[1])
 
 
 def our_cell(cell: Cell, in_channels: int, channels: int, dropout_rate: float, plain: nn.Module) -> DensePredictionCell:
@@ -401,17 +376,6 @@ class LossCase(Case):
         module = Computed(ours if provider.is_ours else plain)
         return ModuleWorkload(module, [*self.data(dtype, device)], self, provider, dtype)
 
-    def truth(self, dtype: str) -> Truth:
-        small, classes = self.data(dtype)
-        logits, labels = array(small), classes.numpy()
-        if not self.is_training:
-            predictions = bilinear_resize(logits, self.label_size).argmax(axis=1)
-            counts = confusion_matrix(predictions, labels, num_classes=self.num_classes)
-            return {"output": [counts.astype(np.float64)]}
-        loss = np.array(reference_loss.upsampled_cross_entropy(logits, labels))
-        cotangent = float(normal((), SEED + 1))  # of the loss, as the workload draws it
-        return {"output": [loss], "gradients": [cotangent * reference_loss.upsampled_cross_entropy_backward(logits, labels)]}
-
 
 def _gradient(leaf: Tensor) -> Tensor:
     return torch.full_like(leaf, torch.nan) if leaf.grad is None else leaf.grad  # a result without one of these is wrong
@@ -427,29 +391,22 @@ def draw_labels(shape: tuple[int, ...], num_classes: int, device: torch.device |
     generator = torch.Generator().manual_seed(SEED + 2)
     blocks = [-(-extent // 16) for extent in shape[1:]]
     classes = torch.randint(num_classes, (shape[0], *blocks), generator=generator)
-    classes[torch.rand(classes.shape, generator=generator) < 0.1] = reference_loss.IGNORE_INDEX
+    classes[torch.rand(classes.shape, generator=generator) < 0.1] = IGNORE_INDEX
     pixels = classes.repeat_interleave(16, dim=1).repeat_interleave(16, dim=2)[:, : shape[1], : shape[2]]
     return pixels.to(torch.uint8).contiguous().to(device or "cpu")
 
 
-def array(tensor: Tensor) -> Array:
-    """The tensor as a float64 array."""
-    values: Array = tensor.detach().cpu().double().numpy()
-    return values
+def rate_of(case: Case) -> tuple[int, int] | None:
+    """An atrous convolution's; None for all else."""
+    match case:
+        case DepthwiseCase(rate=rate) | OperationCase(operation=AtrousSeparableConv(rate)):
+            return rate
+        case _:
+            return None
 
 
-def arrays(tree: Any) -> Any:
-    """The same container with float64 arrays instead of tensors."""
-    if isinstance(tree, Tensor):
-        return array(tree)
-    children = [arrays(child) for child in tree]
-    return type(tree)(*children) if hasattr(tree, "_fields") else tuple(children)
-
-
-def trainable(tree: Any) -> list[Any]:
-    """The leaves of a container of weights or gradients, in order, without running statistics."""
-    if isinstance(tree, BatchNorm):
-        return [tree.scale, tree.offset]
-    if isinstance(tree, ConvNorm | SeparableConv | tuple):
-        return [leaf for child in tree for leaf in trainable(child)]
-    return [tree]
+def supported_dtypes(device: torch.device) -> tuple[tuple[DType, ...], tuple[DType, ...]]:
+    """The dtypes that this machine computes natively, most used first, and those that it would emulate."""
+    if device.type == "cuda":
+        return ("bfloat16", "float32", "float16"), ()
+    return (("float32", "bfloat16"), ()) if has_fast_bf16(device) else (("float32",), ("bfloat16",))

@@ -179,6 +179,7 @@ class PlainTrainStep:
     ) -> None:
         self._features, self._labels, self._memory_format = features, labels, memory_format
         self._stride, self._crop, self._batch_size = output_stride, crop, batch_size
+        self._dtype = next(head.parameters()).dtype
         decayed, parameters = decays(head), dict(head.named_parameters())
         groups = [
             {"params": [parameters[name] for name in decayed if decayed[name] == decay], "weight_decay": weight_decay * decay}
@@ -198,7 +199,7 @@ class PlainTrainStep:
         return loss.detach()
 
     def _draw(self) -> tuple[Tensor, Tensor]:
-        """Crops of features, (N, C, h, w) float32, and their labels, (N, H, W) uint8."""
+        """Crops of features, (N, C, h, w) in the head's dtype, and their labels, (N, H, W) uint8."""
         limits = [self._features.shape[0], *(s - c + 1 for s, c in zip(self._features.shape[2:], self._crop, strict=True))]
         places = [torch.randint(limit, (self._batch_size,)).tolist() for limit in limits]
         height, width = (self._stride * (extent - 1) + 1 for extent in self._crop)
@@ -208,7 +209,7 @@ class PlainTrainStep:
             window = self._labels[image, self._stride * top :, self._stride * left :]
             labels.append(window[:height, :width])
         with torch.autocast(self._features.device.type, enabled=False):  # under bfloat16 autocast it cannot stack float16
-            batch = torch.stack(crops).to(torch.float32, memory_format=self._memory_format)
+            batch = torch.stack(crops).to(self._dtype, memory_format=self._memory_format)
         return batch, torch.stack(labels)
 
 

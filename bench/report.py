@@ -17,7 +17,7 @@ _GREEN, _RED, _BOLD, _PLAIN = "\033[32m", "\033[31m", "\033[1m", "\033[0m"
 _LONG = ("bytes", "flops", "memory_format", "p20_ms", "p80_ms", "warm_median_ms", "rounds", "suite")  # to be read in files
 
 
-def table(results: Results, *, colour: bool) -> str:
+def table(results: Results, *, colour: bool = False) -> str:
     """Format a line per case, with rates, grids and random cells of one kind together; at most 120 columns."""
     head = f"{'case':36} {'mode':9} {'dtype':8} {'ours ms':>8} {'other ms':>10} {'best other':20} {'ratio':>13} {'roof %':>6}"
     lines = [head, "-" * len(head)]

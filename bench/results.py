@@ -3,7 +3,6 @@
 import csv
 import hashlib
 import io
-import itertools
 import json
 import os
 import platform
@@ -30,7 +29,6 @@ _WORSE = (NOT_CHECKED, OK, FAILED, WRONG)  # of two rows of a case and provider,
 DONE, OUT_OF_TIME = "done", "out of time"  # how a stage ended, by itself or by its time limit
 ROOT = Path(__file__).parents[1]
 SOURCES = ("reference", "fast", "search", "bench")  # files that a benchmark's times depend on
-UNFINISHED = ".unfinished"  # ends the name of the folder of a run that goes on or was stopped
 
 
 @dataclass(frozen=True)
@@ -96,9 +94,16 @@ class Results:
     omissions: tuple[str, ...] = ()
     rows: list[Row] = field(default_factory=list)
     is_complete: bool = False
-    name: str = ""  # of its files, without suffix
     parts: int = 1  # number of times it was started
     numbers: list[dict[str, Any]] = field(default_factory=list)  # results of the stages of a run of limited minutes
+
+    def hear(self, stage: str, value: Row | dict[str, Any]) -> None:
+        """Take in what a stage has measured."""
+        if isinstance(value, Row):
+            self.add(value)
+        else:
+            self.numbers.append({"stage": stage, **value})
+            self.roofs = self.roofs.with_number(value)
 
     def add(self, row: Row) -> None:
         """A row takes the place of an earlier one of its case and provider: newer numbers, but the worse status of both."""
@@ -125,19 +130,9 @@ class Results:
         rows = [f"{row.case}, {row.dtype}: {row.status}" for row in self.rows if row.provider == OURS.name]
         found = [text for text in rows if text.endswith((WRONG, FAILED))]
         for number in self.numbers:
-            is_ours = number.get("provider") == OURS.name and number.get("result") in (WRONG, FAILED)
-            if is_ours or "failed_test" in number or number.get("status", DONE) not in (DONE, OUT_OF_TIME):
+            if "failed_test" in number or number.get("status", DONE) not in (DONE, OUT_OF_TIME):
                 found.append(number["stage"])
         return list(dict.fromkeys(found))
-
-
-def new_name(folder: Path, environment: Environment) -> str:
-    """<date>-<commit>, with "-2" for a second run of the same day and commit, so that none replaces another."""
-    for number in itertools.count(1):
-        name = f"{environment.timestamp[:10]}-{environment.commit}" + (f"-{number}" if number > 1 else "")
-        if not any((folder / (name + suffix)).exists() for suffix in (".csv", ".jsonl", UNFINISHED)):
-            break
-    return name
 
 
 def append_line(path: Path, value: object) -> None:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,7 +32,7 @@ class Roofs:
         return None if unknown or cost is None else 100 * self.floor_ms(cost, dtype) / milliseconds
 
     def with_number(self, number: Mapping[str, Any]) -> "Roofs":
-        """These roofs with a number that `measure_roofs` reported; other numbers are ignored."""
+        """These roofs with a number of `measure_roofs`; other numbers are ignored."""
         if number.get("roof") == "copy":
             return replace(self, copy_gb_per_s=number["gb_per_s"])
         if number.get("roof") == "matrix product":
@@ -43,27 +43,18 @@ class Roofs:
 NO_ROOFS = Roofs(math.nan, {})  # none known yet
 
 
-def measure_roofs(
-    device: torch.device, dtypes: Iterable[str], *, quick: bool, say: Callable[[dict[str, Any]], None] = lambda roof: None
-) -> Roofs:
-    """Time large copies and a few square products by the library, on a CPU also our 1×1 convolution; return the best.
-
-    `say` is told each roof when it is known.
-    """
+def measure_roofs(device: torch.device, dtypes: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """Time large copies and a few square products by the library, on a CPU also our 1×1 convolution: the best of each."""
     copy_bytes = max(4 * last_level_cache_bytes(device), 1 << (30 if device.type == "cuda" else 27))
     source = torch.ones(copy_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    copy_gb_per_s = 2 * copy_bytes / _best_seconds(lambda: target.copy_(source), device) / 1e9
-    say({"roof": "copy", "gb_per_s": copy_gb_per_s})
-    sizes = (4096, 8192, 16384) if device.type == "cuda" else (1024, 2048) if quick else (1024, 2048, 4096)
-    matrix = {}
+    yield {"roof": "copy", "gb_per_s": 2 * copy_bytes / _best_seconds(lambda: target.copy_(source), device) / 1e9}
+    sizes = (4096, 8192, 16384) if device.type == "cuda" else (1024, 2048)
     for dtype in dtypes:
         rates = [_matrix_gflops(size, dtype, device) for size in sizes]
         if device.type == "cpu":  # ours may be faster there; on a GPU no roof shall depend on our own kernels
             rates.append(_pointwise_gflops(dtype, device))
-        matrix[dtype] = max(rates)
-        say({"roof": "matrix product", "dtype": dtype, "gflops": matrix[dtype]})
-    return Roofs(copy_gb_per_s, matrix)
+        yield {"roof": "matrix product", "dtype": dtype, "gflops": max(rates)}
 
 
 def _matrix_gflops(size: int, dtype: str, device: torch.device) -> float:

@@ -2,16 +2,16 @@
 
 import argparse
 import itertools
+import math
 import os
 import shlex
-import shutil
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # this checkout, whether one
 
 from bench.cases import DTYPES, SUITES, DType, Suite
 from bench.launch_trial import SHARED_BYTES, triton_cache
-from bench.measure import measure_apart
+from bench.measure import Run
+from bench.plans import PAPER, QUICK, Plan, make_plan, plan_of_minutes
 from bench.report import in_short, table, write_markdown
-from bench.results import NOT_SUPPORTED, UNFINISHED, Environment, Results, Row, append_line, environment, new_name, write_csv
-from bench.roofline import NO_ROOFS, Roofs, measure_roofs
-from bench.stages import Run, compile_kernels, plan_stages, run_stages
-from bench.suites import PAPER, Plan, make_plan
-from bench.worker import Worker
+from bench.results import NOT_SUPPORTED, Environment, Results, Row, environment, write_csv
+from bench.roofline import NO_ROOFS
+from bench.runner import Value, run_stages
+from bench.stages import compile_kernels
 from search.devices import resolve_device
 from search.errors import InputError, as_flag, with_fields
 from search.folder import Folder
@@ -45,7 +45,6 @@ class BenchSettings:
     dtype: Sequence[DType] | None = None
     device: str = "auto"
     quick: bool = False
-    full: bool = False
     minutes: float | None = None
     compile_for: int | None = None
     rounds: int | None = None
@@ -64,14 +63,13 @@ def parser() -> argparse.ArgumentParser:
         "--dtype",
         nargs="+",
         choices=tuple(DTYPES),
-        help="in which dtypes (default: on a GPU bfloat16 and float32, with --quick the first, with --full float16 too; "
+        help="in which dtypes (default: on a GPU bfloat16 and float32, with --quick the first; "
         "on a CPU float32, and bfloat16 where the processor has instructions for it)",
     )
     flags.add_argument("--device", help="cpu, cuda, cuda:1, ...; auto, the default, takes the GPU if there is one")
     flags.add_argument(
         "--quick", action="store_true", help="a look: one shape, one rate, few rounds; two minutes on two cores"
     )
-    flags.add_argument("--full", action="store_true", help="everything, for hours: torch.compile on every case, all rates")
     flags.add_argument(
         "--minutes",
         type=float,
@@ -98,7 +96,7 @@ def main(settings: BenchSettings) -> None:
     """Measure, print, write. Exits with 1 if any result of ours was wrong or failed, with 130 after Ctrl-C."""
     check(settings)
     if settings.compile_for is not None:
-        count = compile_kernels(settings.compile_for, plan_stages(torch.device("cuda"), PAPER))
+        count = compile_kernels(settings.compile_for, plan_of_minutes(torch.device("cuda"), PAPER).jobs)
         print(f"\n{count} kernels in {triton_cache()}")
         return
     device = torch.device(resolve_device(settings.device))
@@ -106,7 +104,7 @@ def main(settings: BenchSettings) -> None:
         raise InputError("--dtype float16 is measured on a GPU alone: this run is on the CPU")
     folder = settings.out / environment(device).folder
     with Folder(folder, remedy="stop it: two at once would disturb each other's times").locked():
-        results = (run_and_write if settings.minutes is None else run_for_minutes)(settings, device, folder)
+        results = run(settings, device, folder)
     if not results.is_complete:
         sys.exit(130)
     if failures := results.failures():
@@ -118,135 +116,106 @@ def check(settings: BenchSettings) -> None:
     """Raise InputError for flags that cannot work."""
     if settings.rounds is not None and settings.rounds < 1:
         raise InputError(f"--rounds must be at least 1, got {settings.rounds}")
-    if settings.quick and settings.full:
-        raise InputError("--quick and --full contradict each other: give one of them")
     if settings.minutes is not None:
         if not settings.minutes > 0:
             raise InputError(f"--minutes must be more than 0, got {settings.minutes:g}")
-        if settings.quick or settings.full or tuple(settings.suite) != SUITES or settings.dtype:
-            raise InputError("--minutes has a plan of its own: leave out --suite, --dtype, --quick and --full")
+        if settings.quick or tuple(settings.suite) != SUITES or settings.dtype:
+            raise InputError("--minutes has a plan of its own: leave out --suite, --dtype and --quick")
 
 
-def run_and_write(settings: BenchSettings, device: torch.device, folder: Path) -> Results:
-    """Run the plan, or continue it, to its end or to Ctrl-C; then print and write the results."""
-    plan = make_plan(settings.suite, device, quick=settings.quick, full=settings.full, dtypes=settings.dtype)
-    unfinished, results = begin(settings, plan, device, folder)
-    try:
-        run_plan(plan, results, device, settings.rounds or plan.rounds, unfinished)
-    except KeyboardInterrupt:
-        print("\nstopped: the same command at the same commit goes on with the next case", file=sys.stderr)
+def run(settings: BenchSettings, device: torch.device, parent: Path) -> Results:
+    """Run the plan to its end, to Ctrl-C or as far as the minutes go; what is known is written after every stage."""
+    end = math.inf
+    if settings.minutes is None:
+        plan = make_plan(settings.suite, device, quick=settings.quick, dtypes=settings.dtype)
+    else:
+        end = time.monotonic() + 60 * settings.minutes - min(CLOSING_S, 6 * settings.minutes)
+        plan = plan_of_minutes(device, PAPER)
+    folder, results = begin(settings, plan, device, parent)
+    rounds = settings.rounds or (QUICK if settings.quick else PAPER).rounds
+    measured = Run(str(device), torch.get_num_threads(), rounds, results.roofs, folder.path)
+
+    def tell(stage: str, value: Value) -> None:
+        if settings.minutes is not None:
+            tqdm.write(in_short(vars(value) if isinstance(value, Row) else {"stage": stage, **value}))
+        if isinstance(value, dict) and "status" in value:
+            write(results, folder.path, SUMMARY)
+
+    with ExitStack() as stack:
+        if settings.minutes is None:  # a compiler's cache of earlier runs would make the first call look fast
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = stack.enter_context(tempfile.TemporaryDirectory())
+        try:
+            run_stages(plan.stages, measured, results, end, tell)
+        except KeyboardInterrupt:
+            print("\nstopped: the same command at the same commit goes on with the next stage", file=sys.stderr)
     print_and_write(results, folder)
     return results
 
 
-def run_for_minutes(settings: BenchSettings, device: torch.device, folder: Path) -> Results:
-    """Run the stages that fit into --minutes. Numbers go into <name>.jsonl at once, the summary is written after each."""
-    assert settings.minutes is not None
-    end = time.monotonic() + 60 * settings.minutes - min(CLOSING_S, 6 * settings.minutes)
-    here = environment(device)
-    results = Results(here, NO_ROOFS, name=new_name(folder, here))
-    stem = folder / results.name
-    append_line(stem.with_suffix(".jsonl"), {"stage": "environment", **vars(here)})
-    run = Run(str(device), torch.get_num_threads(), settings.rounds or PAPER.rounds, NO_ROOFS, stem)
-
-    def hear(stage: str, value: dict[str, Any] | Row) -> None:
-        line = {"stage": stage, **(vars(value) if isinstance(value, Row) else value)}
-        append_line(stem.with_suffix(".jsonl"), line)
-        print(in_short(line), flush=True)
-        if isinstance(value, Row):
-            results.add(value)
-            return
-        results.numbers.append(line)
-        results.roofs = results.roofs.with_number(value)
-        if "status" in value:
-            write(results, folder, SUMMARY)
-
-    try:
-        stages = list(plan_stages(device, PAPER))
-        run_stages(stages, lambda: replace(run, roofs=results.roofs), end, hear, log=stem.with_suffix(".log"))
-        results.is_complete = True
-    except KeyboardInterrupt:
-        print("\nstopped: what was measured is written", file=sys.stderr)
-    print_and_write(results, folder)
-    return results
-
-
-def print_and_write(results: Results, folder: Path) -> None:
-    """Print the table and the names of the files."""
-    from bench.plots import draw  # its library loads slowly, and processes that measure do not need it
-
-    print(table(results, colour=sys.stdout.isatty()))
-    writers = {**SUMMARY, ".png": draw}
-    written = write(results, folder, writers)
-    if results.is_complete and len(written) == len(writers):
-        shutil.rmtree(folder / (results.name + UNFINISHED), ignore_errors=True)  # a run of limited minutes has none
-    for pattern in (".*", "-profile-*", "-counters-*"):
-        for path in sorted(folder.glob(results.name + pattern)):
-            print(path)
-
-
-def begin(settings: BenchSettings, plan: Plan, device: torch.device, folder: Path) -> tuple[Folder, Results]:
-    """Go on with the stopped run of the same command, or begin a new one: its folder, and the results without any case."""
+def begin(settings: BenchSettings, plan: Plan, device: torch.device, parent: Path) -> tuple[Folder, Results]:
+    """Go on with the stopped run of the same command, or begin a new one: its folder, and the results without any stage."""
     here = environment(device)
     identity = asdict(here) | asdict(settings) | {"device": f"{device}, {here.device}"}
     for name in ("timestamp", "out"):  # a run that goes on was begun earlier, and lies in that folder
         del identity[name]
-    unfinished = None if here.commit.endswith("-dirty") else stopped_run(folder, identity)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if unfinished and (began := unfinished.description()):
-        print(f"going on with {unfinished.path.stem}", file=sys.stderr)
-        here, roofs, parts = Environment(**began["environment"]), Roofs(**began["roofs"]), began["parts"] + 1
+    folder = None if here.commit.endswith("-dirty") else stopped_run(parent, identity)
+    parts = 1
+    if folder and (began := folder.description()):
+        print(f"going on with {folder.path}", file=sys.stderr)
+        here, parts = Environment(**began["environment"]), began["parts"] + 1
     else:
-        print("measuring the roofs: copies and matrix products", file=sys.stderr)
-        roofs, parts = measure_roofs(device, plan.dtypes, quick=settings.quick), 1
-        unfinished = Folder(folder / (new_name(folder, here) + UNFINISHED), KIND)
+        folder = Folder(new_path(parent, here), KIND)
     command = shlex.join(["python", "bench/run.py", *sys.argv[1:]])
-    unfinished.begin(identity, command, environment=asdict(here), roofs=asdict(roofs), parts=parts)
-    results = Results(here, roofs, plan.omissions, name=unfinished.path.stem, parts=parts)
-    results.rows += unsupported_rows(settings.suite, plan.unsupported)
-    return unfinished, results
+    folder.begin(identity, command, environment=asdict(here), parts=parts, is_complete=False)
+    rows = list(unsupported_rows(settings.suite, plan.unsupported))
+    return folder, Results(here, NO_ROOFS, plan.omissions, rows, parts=parts)
 
 
-def stopped_run(folder: Path, identity: Mapping[str, Any]) -> Folder | None:
-    """The unfinished run of this command on this machine and code; of any other it is said what differs."""
-    for path in sorted(folder.glob("*" + UNFINISHED)):
-        unfinished = Folder(path, KIND)
+def stopped_run(parent: Path, identity: Mapping[str, Any]) -> Folder | None:
+    """The stopped run of this command on this machine and code; of any other it is said what differs."""
+    for path in sorted(parent.glob("*/settings.json")):
+        folder = Folder(path.parent, KIND)
         try:
-            unfinished.check(identity)
+            if (folder.description() or {}).get("is_complete"):
+                continue
+            folder.check(identity)
         except InputError as error:
             print(f"not continued: {with_fields(str(error), spelling)}", file=sys.stderr)
         else:
-            return unfinished
+            return folder
     return None
 
 
-def run_plan(plan: Plan, results: Results, device: torch.device, rounds: int, unfinished: Folder) -> None:
-    """Run the plan's jobs one after the other, but for those whose rows are in the unfinished run's folder already."""
-    with ExitStack() as stack:
-        # A compiler cache of earlier runs would make the first call look fast.
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = stack.enter_context(tempfile.TemporaryDirectory())
-        worker = stack.enter_context(Worker(preload="bench.training_cases"))
-        bar = stack.enter_context(tqdm(plan.jobs, unit="case"))
-        for number, job in enumerate(bar):
-            bar.set_description(f"{job.case.suite}: {job.case.name}, {job.case.mode}, {job.dtype}"[:60])
-            result = unfinished.result(name := f"case-{number:04}")
-            if result is None:
-                rows = measure_apart(worker, job, device, rounds, results.roofs, seed=number)
-                unfinished.write_result(name, result := {"rows": [asdict(row) for row in rows]})
-            results.rows += [Row(**row) for row in result["rows"]]
-    results.is_complete = True
+def new_path(parent: Path, here: Environment) -> Path:
+    """<date>-<commit>, with "-2" for a second run of the same day and commit, so that none replaces another."""
+    name = f"{here.timestamp[:10]}-{here.commit}"
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    return next(path for path in map(parent.joinpath, names) if not path.exists())
+
+
+def print_and_write(results: Results, folder: Folder) -> None:
+    """Print the table and the names of the files; a run that is complete does not go on."""
+    from bench.plots import draw  # its library loads slowly, and processes that measure do not need it
+
+    print(table(results))
+    writers = {**SUMMARY, "summary.png": draw}
+    if len(write(results, folder.path, writers)) == len(writers) and results.is_complete:
+        began = folder.description() or {}
+        facts = {name: began[name] for name in ("environment", "parts")}
+        folder.begin(began["identity"], began["command"], **facts, is_complete=True)
+    for path in sorted(path for path in folder.path.iterdir() if path.is_file()):
+        print(path)
 
 
 Writer = Callable[[Path, Results], None]
-SUMMARY: Mapping[str, Writer] = {".csv": write_csv, ".md": write_markdown}
+SUMMARY: Mapping[str, Writer] = {"rows.csv": write_csv, "summary.md": write_markdown}
 
 
 def write(results: Results, folder: Path, writers: Mapping[str, Writer]) -> list[Path]:
-    """Write a run's CSV, summary and picture, as the suffixes say, each atomically; return those that could be written."""
+    """Write the files of a run, each atomically; return those that could be written."""
     written = []
-    for suffix, writer in writers.items():
-        path = folder / (results.name + suffix)
+    for name, writer in writers.items():
+        path = folder / name
         try:
             writer(path, results)
         except Exception:  # the numbers are on the disk, so the run continues

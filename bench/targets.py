@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from bench.plans import NEW_CELL, PAPER
 from bench.results import Results, Row, best_other, eager, ours, ratio, right
-from bench.suites import NEW_CELL, PAPER
 
 PAPER_CELLS, PAPER_ITERATIONS = 28_000, 30_000
 _PAPER_GPU_DAYS = 370 * 7  # "370 GPUs over one week" (paper, section 4.1)

@@ -11,31 +11,25 @@ import torch
 from torch import Tensor, nn
 
 from bench.cases import (
+    CPU,
+    OURS_WITHOUT_KERNELS,
     SEED,
     Case,
     Parts,
     Provider,
     Suite,
-    Truth,
     Workload,
-    array,
-    arrays,
     draw_labels,
     environment_of,
     normal,
     our_cell,
-    trainable,
 )
 from bench.costs import Cost, MapSize, Mode, cell_cost, loss_cost, pointwise_cost, sgd_cost
 from bench.plain_torch import PlainCell, PlainHead, PlainTrainStep, randomise
-from fast.dense_prediction_cell import decays
 from fast.segmentation import SegmentationHead
 from fast.train_step import Precision, TrainStep
 from reference.cell import Cell
 from reference.concat_project import DROPOUT_RATE
-from reference.dense_prediction_cell import BranchOptions, dense_prediction_cell, dense_prediction_cell_backward
-from reference.pointwise_conv import pointwise_conv, pointwise_conv_backward
-from reference.upsampled_cross_entropy import upsampled_cross_entropy, upsampled_cross_entropy_backward
 from search.cells.space import SearchSpace
 from search.datasets import SPLITS, open_dataset
 from search.settings import HeadSettings, ProxySettings
@@ -43,7 +37,7 @@ from search.tasks.feature_cache import FeatureCache
 from search.tasks.proxy import ProxyTask
 
 _STRIDE = 16
-_MOMENTUM, _WEIGHT_DECAY = 0.9, 4e-5  # as in `search.settings.ProxySettings`
+_MOMENTUM, WEIGHT_DECAY = 0.9, 4e-5  # as in `search.settings.ProxySettings`
 _PATCH_CHANNELS = 320  # channels of the last feature map of MobileNet-v2, the paper's proxy backbone
 
 
@@ -78,7 +72,7 @@ class ProxyCase(Case):
 
     def cost(self, element_bytes: int) -> Cost | None:
         size = MapSize(self.batch, *self.crop, element_bytes)
-        parameters = sum(parameter.numel() for parameter in self._plain().parameters())
+        parameters = sum(parameter.numel() for parameter in self.plain().parameters())
         return (
             cell_cost(self.cell, size, self.in_channels, self.channels, "training")
             + pointwise_cost(size, self.channels, self.num_classes, "training")
@@ -96,28 +90,6 @@ class ProxyCase(Case):
     def workload(self, provider: Provider, dtype: str, device: torch.device) -> Workload:
         return _ProxyWorkload(self, provider, dtype, device)
 
-    def truth(self, dtype: str) -> Truth:
-        """The loss, and the first update: the learning rate times the gradient with weight decay."""
-        assert (self.images, self.margin, self.dropout_rate) == (1, 0, 0.0), "chance has no truth"
-        plain = self._plain()
-        weights, matrix, bias = arrays(plain.context.weights()), array(plain.classifier.weight), plain.classifier.bias
-        features, labels = (tensor.expand(self.batch, *tensor.shape[1:]) for tensor in self.data())
-        x, targets, options = array(features), labels.numpy(), BranchOptions(training=True)
-
-        context = dense_prediction_cell(x, self.cell, weights, options)
-        logits = pointwise_conv(context, matrix) + array(cast(Tensor, bias))[:, None, None]
-        grad_logits = upsampled_cross_entropy_backward(logits, targets)
-        grad_context, grad_matrix = pointwise_conv_backward(grad_logits, context, matrix)
-        _, grad_weights = dense_prediction_cell_backward(grad_context, x, self.cell, weights, options)
-        gradients = [*trainable(grad_weights), grad_matrix, grad_logits.sum(axis=(0, 2, 3))]
-
-        decayed, parameters = decays(plain), plain.named_parameters()
-        updates = [
-            -self.learning_rate * (gradient + _WEIGHT_DECAY * decayed[name] * array(parameter))
-            for gradient, (name, parameter) in zip(gradients, parameters, strict=True)
-        ]
-        return {"output": [np.array(upsampled_cross_entropy(logits, targets))], "gradients": updates}
-
     def data(self, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
         """Features (images, C, H, W), float16 as caches hold them, and labels (images, H_px, W_px), uint8."""
         height, width = (extent + self.margin for extent in self.crop)
@@ -133,13 +105,13 @@ class ProxyCase(Case):
         height, width = (_STRIDE * (extent + margin - 1) + 1 for extent in self.crop)
         return height, width
 
-    def _plain(self) -> PlainHead:
+    def plain(self) -> PlainHead:
         cell = PlainCell(self.cell, self.in_channels, self.channels, self.channels, self.dropout_rate)
         return randomise(PlainHead(cell, self.channels, self.num_classes), SEED)
 
     def head(self, provider: Provider) -> PlainHead | SegmentationHead:
         """A provider's head; all have the same weights."""
-        plain = self._plain()
+        plain = self.plain()
         if not provider.is_ours:
             return plain
         context = our_cell(self.cell, self.in_channels, self.channels, self.dropout_rate, plain.context)
@@ -158,13 +130,14 @@ class ProxyCase(Case):
             "iterations": 30_000,
             "learning_rate": self.learning_rate,
             "momentum": _MOMENTUM,
-            "weight_decay": _WEIGHT_DECAY,
+            "weight_decay": WEIGHT_DECAY,
         }
         if provider.is_ours:
             precision: Precision = "bfloat16" if dtype == "bfloat16" else "float32"
             return TrainStep(cast(SegmentationHead, head), *data, **arguments, precision=precision)
         layout = provider.memory_format(data[0].device)
-        plain = cast(PlainHead, head.to(memory_format=layout) if layout == torch.channels_last else head)
+        plain = cast(PlainHead, head.double() if provider.in_float64 else head)
+        plain = plain.to(memory_format=layout) if layout == torch.channels_last else plain
         return PlainTrainStep(plain, *data, **arguments, compile_mode=provider.compile_mode, memory_format=layout)
 
 
@@ -275,12 +248,12 @@ class SearchCase(Case):
     def workload(self, provider: Provider, dtype: str, device: torch.device) -> Workload:
         return _SearchWorkload(self, provider, device)
 
-    def truth(self, dtype: str) -> Truth:
-        """The losses of the same search by the library's operations in float32, as the reference trains no cells."""
+    def truth(self, dtype: str) -> Parts:
+        """The losses of the same search by the library's operations in float32: a search has no float64."""
         case = replace(self, settings=replace(self.settings, precision="float32"))
-        workload = _SearchWorkload(case, Provider("library", is_ours=True, uses_kernels=False), torch.device("cpu"))
+        workload = _SearchWorkload(case, OURS_WITHOUT_KERNELS, CPU)
         workload()
-        return {kind: [array(part) for part in parts] for kind, parts in workload.parts().items()}
+        return workload.parts()
 
 
 class _SearchWorkload(Workload):

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import math
 import multiprocessing
 import os
 import signal
@@ -50,7 +51,7 @@ class Worker:
         self._is_new, self.is_lost, self._is_killed = True, False, False
 
     def __call__(
-        self, function: Callable[..., Any], *arguments: Any, limit_s: float | None = None, say: Say | None = None
+        self, function: Callable[..., Any], *arguments: Any, limit_s: float = math.inf, say: Say | None = None
     ) -> Any:
         """Call function(*arguments), with `say=` if one is given; what it says arrives at once.
 
@@ -61,10 +62,10 @@ class Worker:
                 raise WorkerLost("the process was ended")
             self.fresh()
         self._is_new = False
-        end = None if limit_s is None else time.monotonic() + limit_s
+        end = time.monotonic() + limit_s
         try:
             self._connection.send((function, arguments, say is not None))
-            while self._connection.poll(None if end is None else max(0.0, end - time.monotonic())):
+            while self._connection.poll(None if math.isinf(end) else max(0.0, end - time.monotonic())):
                 kind, value = self._connection.recv()
                 if kind == "said":
                     assert say is not None

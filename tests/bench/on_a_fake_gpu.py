@@ -5,6 +5,7 @@ Run by test_on_a_fake_gpu.py, in a process of its own.
 
 import csv
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,22 +16,24 @@ import pytest
 import torch
 
 import bench.measure
+import bench.plans
+import bench.profiles
 import bench.run
+import bench.runner
 import bench.stages
-import bench.suites
 from bench import launch_trial, tune
 from bench.accuracy import Error
 from bench.cases import OURS, SUITES, Case, OperationCase
+from bench.plans import make_plan
+from bench.profiles import predictions
 from bench.run import BenchSettings, main
-from bench.stages import predictions
-from bench.suites import make_plan
 from bench.worker import Say
 from fast.dense_prediction_cell import DensePredictionCell
 from fast.kernels.triton.launches import DEFAULT, Key
 from fast.segmentation import SegmentationHead
 from fast.train_step import TrainStep
 from search.cells.space import load_cell
-from tests.bench.tiny_runs import TINY
+from tests.bench.tiny_runs import TINY, plan_of
 from tests.fake_gpu import FakeGpu, fake_gpu
 
 # PyTorch 2.11's own decompositions, which its fake tensors import.
@@ -43,7 +46,7 @@ class Here:
     def __init__(self, **keywords: Any) -> None: ...
 
     def __call__(
-        self, function: Callable[..., Any], *arguments: Any, limit_s: float | None = None, say: Say | None = None
+        self, function: Callable[..., Any], *arguments: Any, limit_s: float = math.inf, say: Say | None = None
     ) -> Any:
         return function(*arguments, **({} if say is None else {"say": say}))
 
@@ -70,7 +73,7 @@ class Profiler:
         Path(path).write_text("{}")
 
     def events(self) -> list[SimpleNamespace]:
-        names = ["depthwise_forward_kernel", "fold_kernel"] * bench.stages.REPLAYS
+        names = ["depthwise_forward_kernel", "fold_kernel"] * bench.profiles.REPLAYS
         return [
             SimpleNamespace(
                 name=name,
@@ -84,27 +87,26 @@ class Profiler:
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
     """The plans of a GPU at tiny sizes; what is computed there has no value to be compared."""
-    for module in (bench.measure, bench.run, bench.stages):
+    for module in (bench.measure, bench.runner):
         monkeypatch.setattr(module, "Worker", Here)
     monkeypatch.setattr(torch.profiler, "profile", Profiler)
     monkeypatch.setattr(bench.measure, "error_of", lambda actual, expected: Error(0.0, 0.0))
     monkeypatch.setattr(bench.measure, "BACK_TO_BACK_MS", 1.0)
-    monkeypatch.setattr(bench.suites, "PAPER", TINY)
+    monkeypatch.setattr(bench.plans, "PAPER", TINY)
     monkeypatch.setattr(bench.run, "PAPER", TINY)
-    for stage in ("gpu_tests", "counters"):  # these are programs of their own
-        monkeypatch.setattr(bench.stages, stage, lambda *arguments, say: say({"skipped": "on a fake GPU"}))
+    for module, stage in ((bench.stages, "gpu_tests"), (bench.profiles, "counters")):  # these are programs of their own
+        monkeypatch.setattr(module, stage, lambda *arguments, say: say({"skipped": "on a fake GPU"}))
     with fake_gpu() as gpu:
         yield gpu
 
 
 def test_a_run_of_minutes(gpu: FakeGpu, tmp_path: Path) -> None:
     main(BenchSettings(device="cuda", minutes=60, rounds=2, out=tmp_path))
-    (path,) = tmp_path.rglob("*.jsonl")
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    ends = {line["stage"]: line["status"] for line in lines if "status" in line and "provider" not in line}
-    assert set(ends.values()) == {"done"}
-    assert len(ends) >= 18
-    rows = [line for line in lines if "provider" in line and "case" in line]
+    stages = [json.loads(path.read_text()) for path in sorted(tmp_path.rglob("stages/*.json"))]
+    assert {stage["said"][-1]["status"] for stage in stages} == {"done"}
+    assert len(stages) >= 18
+    lines = [{"stage": stage["stage"], **line} for stage in stages for line in stage["said"]]
+    rows = [line["row"] for line in lines if "row" in line]
     assert [line for line in rows if line["status"] not in ("ok", "not checked")] == []
     assert {"bfloat16", "float32"} == {line["dtype"] for line in rows}
     assert any(line["back_to_back_ms"] for line in rows)
@@ -116,14 +118,14 @@ def test_a_run_of_minutes(gpu: FakeGpu, tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", [{}, {"quick": True}], ids=str)
 def test_the_default_plan(gpu: FakeGpu, tmp_path: Path, size: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """One job of each kind, by ours and one other: rates, grids and compilers are numbers and names to the same code."""
-    monkeypatch.setattr(bench.suites, "QUICK", TINY)
-    whole = make_plan(SUITES, torch.device("cuda:0"), quick="quick" in size, full=False)
+    monkeypatch.setattr(bench.plans, "QUICK", TINY)
+    whole = make_plan(SUITES, torch.device("cuda:0"), quick="quick" in size)
     kinds = {(kind_of(job.case), job.case.mode, len(job.in_fresh_process) > 0): job for job in whole.jobs}
     jobs = [
         replace(job, providers=(job.providers[0], job.providers[-1]), in_fresh_process=job.in_fresh_process[:1])
         for job in kinds.values()
     ]
-    monkeypatch.setattr(bench.run, "make_plan", lambda *arguments, **flags: replace(whole, jobs=tuple(jobs)))
+    monkeypatch.setattr(bench.run, "make_plan", lambda *arguments, **flags: plan_of(*jobs))
     main(BenchSettings(device="auto", rounds=1, out=tmp_path, **size))
     (path,) = tmp_path.rglob("*.csv")
     with path.open(newline="") as file:
@@ -154,11 +156,10 @@ def test_features_that_do_not_fit_are_sent_as_they_are(gpu: FakeGpu, dtype: torc
 
 
 def test_the_iteration_of_the_counters(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench.stages, "PAPER", TINY)
     calls: list[str] = []
     for name in ("start", "stop"):
         monkeypatch.setattr(torch.cuda.profiler, name, lambda name=name: calls.append(f"{name} at {gpu.launches}"))
-    bench.stages.one_iteration("cuda:0", "bfloat16")
+    bench.profiles.one_iteration(TINY.proxy, "cuda:0", "bfloat16")
     once = gpu.launches // 2
     assert calls == [f"start at {once}", f"stop at {2 * once}"]
 

@@ -9,7 +9,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.accuracy import Error, budget, error_of
 from bench.cases import (
-    COMPILE,
     EAGER,
     EAGER_CHANNELS_LAST,
     OURS,
@@ -21,11 +20,13 @@ from bench.cases import (
     MapCase,
     OperationCase,
     Provider,
+    rate_of,
 )
 from bench.costs import Cost
-from bench.suites import MODES, NEW_CELL, PAPER, PUBLISHED_RATES, make_plan, rate_of
+from bench.plans import MODES, NEW_CELL, PAPER, PUBLISHED_RATES, make_plan
 from bench.training_cases import ProxyCase, SearchCase
 from reference.cell import BACKBONE_FEATURE, RATES, Operation
+from tests.bench.reference_truth import reference_truth
 from tests.bench.tiny_runs import CPU, SEPARABLE, tiny_jobs
 
 CASES = [job.case for suite in SUITES for job in tiny_jobs(suite)]
@@ -39,6 +40,7 @@ every_map_case = pytest.mark.parametrize(
 
 # float32 through a cell's training step: eager PyTorch itself is up to 1e-6 from the truth; a flipped ReLU would show as 3e-5.
 ROUNDING = 1e-5
+ROUNDING_IN_FLOAT64 = 1e-11
 
 
 def run(case: Case, provider: Provider) -> dict[str, list[torch.Tensor]]:
@@ -48,8 +50,18 @@ def run(case: Case, provider: Provider) -> dict[str, list[torch.Tensor]]:
 
 
 @every_case
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_truth_is_that_of_the_reference(case: Case, dtype: str) -> None:
+    if isinstance(case, SearchCase):
+        pytest.skip("a search is made of our own code")
+    small = case.small()
+    expected = {kind: [torch.from_numpy(part) for part in parts] for kind, parts in reference_truth(small, dtype).items()}
+    assert error_of(small.truth(dtype), expected).maximum < ROUNDING_IN_FLOAT64
+
+
+@every_case
 @pytest.mark.parametrize("provider", [OURS, EAGER, EAGER_CHANNELS_LAST], ids=lambda provider: provider.name)
-def test_every_provider_computes_the_reference(case: Case, provider: Provider) -> None:
+def test_every_provider_computes_the_truth(case: Case, provider: Provider) -> None:
     if isinstance(case, SearchCase) and provider != OURS:
         pytest.skip("a search is made of our own code")
     small = case.small()
@@ -136,7 +148,7 @@ def test_unusable_results_have_no_finite_error(damage: str) -> None:
 
 
 def test_the_plan_holds_every_rate_grid_and_cell() -> None:
-    plan = make_plan(SUITES, CPU, quick=False, full=False, dtypes=["float32"])  # bfloat16 too, where it is quick
+    plan = make_plan(SUITES, CPU, quick=False, dtypes=["float32"])  # bfloat16 too, where it is quick
     separable = [job.case for job in plan.jobs if isinstance(job.case, OperationCase) and rate_of(job.case)]
     first_size = [case for case in separable if case.height == 49]
     assert {(rate_of(case), case.mode) for case in first_size} == {
@@ -152,7 +164,7 @@ def test_the_plan_holds_every_rate_grid_and_cell() -> None:
 
 def test_a_gpu_starts_with_what_matters_most(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    plan = make_plan(SUITES, torch.device("cuda"), quick=False, full=False)
+    plan = make_plan(SUITES, torch.device("cuda"), quick=False)
     assert [(job.case.name, job.dtype) for job in plan.jobs[:2]] == [("iteration", "bfloat16"), ("iteration", "float32")]
     assert {job.dtype for job in plan.jobs} == {"bfloat16", "float32"}
     assert any("--dtype float16" in omission for omission in plan.omissions)
@@ -166,18 +178,12 @@ def test_a_gpu_starts_with_what_matters_most(monkeypatch: pytest.MonkeyPatch) ->
 )
 def test_dtypes_are_those_asked_for(dtypes: list[DType], expected: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    plan = make_plan(["ops"], torch.device("cuda"), quick=False, full=False, dtypes=dtypes)
-    assert {job.dtype for job in plan.jobs} == set(plan.dtypes) == expected
-
-
-def test_the_full_plan_compiles_and_runs_more() -> None:
-    default, full = (make_plan(["ops"], CPU, quick=False, full=full) for full in (False, True))
-    assert sum(COMPILE in job.providers for job in full.jobs) == len(full.jobs) > len(default.jobs)
-    assert len(full.omissions) < len(default.omissions)
+    plan = make_plan(["ops"], torch.device("cuda"), quick=False, dtypes=dtypes)
+    assert {job.dtype for job in plan.jobs} == expected
 
 
 def test_quick_leaves_compilers_out_on_a_cpu_and_says_so() -> None:
-    plan = make_plan(SUITES, CPU, quick=True, full=False, dtypes=["float32"])
+    plan = make_plan(SUITES, CPU, quick=True, dtypes=["float32"])
     names = {provider.name for job in plan.jobs for provider in job.providers}
     assert names == {"ours", "eager", "ours without kernels"}
     assert any("torch.compile" in omission and "--quick" in omission for omission in plan.omissions)

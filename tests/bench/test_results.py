@@ -12,19 +12,22 @@ from filelock import FileLock
 from PIL import Image
 
 import bench.run
-from bench.cases import COMPILE, EAGER, OURS
+import bench.runner
+from bench.cases import COMPILE, EAGER, OURS, Job
 from bench.costs import Cost
-from bench.measure import measure
+from bench.measure import Run, measure
+from bench.plans import NEW_CELL
 from bench.plots import draw
 from bench.report import table
 from bench.results import Environment, Results, Row, environment, ratio, write_csv
-from bench.roofline import Roofs, measure_roofs
+from bench.roofline import NO_ROOFS, Roofs, measure_roofs
 from bench.run import SUMMARY, BenchSettings, main, write
-from bench.suites import NEW_CELL, Job, Plan
 from bench.targets import extrapolation, judged_targets
 from fast.atrous_separable_conv import atrous_separable_conv
 from search.errors import InputError
-from tests.bench.tiny_runs import CPU, ENVIRONMENT, ROOFS, SEPARABLE, row, tiny_results
+from tests.bench.tiny_runs import CPU, ENVIRONMENT, ROOFS, SEPARABLE, plan_of, row, tiny_results
+
+SEPARABLE_SEEN = replace(SEPARABLE, mode="inference")
 
 
 def results_of(*rows: Row, **changes: Any) -> Results:
@@ -33,8 +36,8 @@ def results_of(*rows: Row, **changes: Any) -> Results:
 
 def test_a_whole_run_is_written_and_read_back(tmp_path: Path) -> None:
     results = tiny_results()
-    paths = write(results, tmp_path, {**SUMMARY, ".png": draw})
-    assert [path.name for path in paths] == [f"2026-01-02-0123abc.{suffix}" for suffix in ("csv", "md", "png")]
+    paths = write(results, tmp_path, {**SUMMARY, "summary.png": draw})
+    assert [path.name for path in paths] == ["rows.csv", "summary.md", "summary.png"]
     with paths[0].open(newline="") as file:
         read = list(csv.DictReader(file))
     wanted = {f.name for f in fields(Row)} | {f.name for f in fields(Environment)} - {"folder"}
@@ -71,17 +74,15 @@ def test_what_cannot_be_written_is_said_and_the_rest_is_written(
 ) -> None:
     monkeypatch.setattr("bench.report._suite_table", lambda groups: 1 // 0)
     results = results_of(row("ours", 1.0))
-    results.name = "run"
-    assert [path.name for path in write(results, tmp_path, SUMMARY)] == ["run.csv"]
-    assert "run.md could not be written" in capsys.readouterr().err
+    assert [path.name for path in write(results, tmp_path, SUMMARY)] == ["rows.csv"]
+    assert "summary.md could not be written" in capsys.readouterr().err
 
 
 def test_every_cell_of_the_summary_stands_under_its_name(tmp_path: Path) -> None:
     mine = row("ours", 2.0, back_to_back_ms=1.75, first_call_s=9.25, peak_memory_mb=321.0, rms_error=3e-7)
     results = results_of(mine, row("eager", 10.0), row("torch.compile", None, note="why"))
-    results.name = "run"
     write(results, tmp_path, SUMMARY)
-    lines = [line for line in (tmp_path / "run.md").read_text().splitlines() if line.startswith("| ")]
+    lines = [line for line in (tmp_path / "summary.md").read_text().splitlines() if line.startswith("| ")]
     header = next(line for line in lines if line.startswith("| case |"))
     cells = [dict(zip(header.split(" | "), line.split(" | "), strict=True)) for line in lines[lines.index(header) + 1 :]]
     assert cells[0]["back to back ms"] == "1.75"
@@ -153,7 +154,9 @@ def test_the_roof_is_the_slower_of_bytes_and_operations() -> None:
 
 def test_measured_roofs_are_those_of_a_computer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bench.roofline.last_level_cache_bytes", lambda device: 1 << 20)
-    roofs = measure_roofs(CPU, ["float32"], quick=True)
+    roofs = NO_ROOFS
+    for number in measure_roofs(CPU, ["float32"]):
+        roofs = roofs.with_number(number)
     assert 0.1 < roofs.copy_gb_per_s < 10_000  # a slip of units would be a factor of a thousand
     assert 0.1 < roofs.matrix_gflops["float32"] < 100_000
 
@@ -179,36 +182,42 @@ def test_outside_a_checkout_the_sources_name_themselves(monkeypatch: pytest.Monk
 
 @pytest.fixture
 def tiny_plan(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`main` with a single tiny job."""
-    plan = Plan((Job(SEPARABLE, "float32", (OURS, EAGER), ()),) * 2, (), ("float32",), (), rounds=1)
-    monkeypatch.setattr(bench.run, "make_plan", lambda *arguments, **flags: plan)
-    monkeypatch.setattr(bench.run, "measure_roofs", lambda *arguments, **flags: ROOFS)
+    """`main` with two tiny jobs."""
+    plan_with(monkeypatch, Job(SEPARABLE, "float32", (OURS, EAGER)), Job(SEPARABLE_SEEN, "float32", (OURS, EAGER)))
+
+
+def plan_with(monkeypatch: pytest.MonkeyPatch, *jobs: Job) -> None:
+    monkeypatch.setattr(bench.run, "make_plan", lambda *arguments, **flags: plan_of(*jobs))
 
 
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that what a test replaces is replaced where it is measured."""
 
-    def measure_here(worker: object, job: Job, device: torch.device, rounds: int, roofs: Roofs, seed: int) -> list[Row]:
-        return measure(job, device, rounds, roofs, seed)
+    def measure_here(worker: object, job: Job, run: Run, limit_s: float) -> list[Row]:
+        return measure(job, CPU, run.rounds, run.roofs)
 
-    monkeypatch.setattr(bench.run, "measure_apart", measure_here)
+    monkeypatch.setattr(bench.runner, "measure_apart", measure_here)
+
+
+def run_folders(out: Path) -> list[Path]:
+    return sorted(path.parent for path in out.rglob("settings.json"))
 
 
 @pytest.mark.usefixtures("tiny_plan")
 def test_main_writes_and_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(BenchSettings(device="cpu", out=tmp_path))
     printed = capsys.readouterr().out
-    written = sorted(tmp_path.rglob("*.*"))
-    assert [path.suffix for path in written] == [".csv", ".md", ".png"]
+    (folder,) = run_folders(tmp_path)
+    written = sorted(path for path in folder.iterdir() if path.is_file())
+    assert [path.name for path in written] == ["log", "rows.csv", "settings.json", "summary.md", "summary.png"]
     assert all(str(path) in printed for path in written)
-    assert "unfinished" not in printed
     assert "sep3x3 6x21" in printed
-    first = written[0].read_bytes()
+    first = (folder / "rows.csv").read_bytes()
     main(BenchSettings(device="cpu", out=tmp_path))  # of the same day and commit
-    assert {path.stem.removesuffix("-2") for path in tmp_path.rglob("*.*")} == {written[0].stem}
-    assert len(list(tmp_path.rglob("*.*"))) == 6
-    assert written[0].read_bytes() == first
+    assert {path.name.removesuffix("-2") for path in run_folders(tmp_path)} == {folder.name}
+    assert len(run_folders(tmp_path)) == 2
+    assert (folder / "rows.csv").read_bytes() == first
 
 
 def test_float16_on_a_cpu_is_refused(tmp_path: Path) -> None:
@@ -216,17 +225,15 @@ def test_float16_on_a_cpu_is_refused(tmp_path: Path) -> None:
         main(BenchSettings(device="cpu", dtype=("float16",), out=tmp_path))
 
 
-@pytest.mark.usefixtures("tiny_plan", "in_this_process")
+@pytest.mark.usefixtures("in_this_process")
 def test_a_compiler_that_fails_is_a_row_and_no_error_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = Plan((Job(SEPARABLE, "float32", (OURS, EAGER, COMPILE), ()),), (), ("float32",), (), rounds=1)
-
     def fail(*arguments: object, **flags: object) -> None:
         raise RuntimeError("no compiler today")
 
-    monkeypatch.setattr(bench.run, "make_plan", lambda *arguments, **flags: plan)
+    plan_with(monkeypatch, Job(SEPARABLE, "float32", (OURS, EAGER, COMPILE)))
     monkeypatch.setattr(torch, "compile", fail)
-    main(BenchSettings(device="cpu", out=tmp_path))
-    assert "no compiler today" in next(tmp_path.rglob("*.csv")).read_text()
+    main(BenchSettings(device="cpu", rounds=1, out=tmp_path))
+    assert "no compiler today" in next(tmp_path.rglob("rows.csv")).read_text()
 
 
 @pytest.mark.usefixtures("tiny_plan", "in_this_process")
@@ -235,48 +242,53 @@ def test_main_exits_with_1_on_a_wrong_kernel(tmp_path: Path, monkeypatch: pytest
         "bench.cases.atrous_separable_conv", lambda *args, **kwargs: 2 * atrous_separable_conv(*args, **kwargs)
     )
     with pytest.raises(SystemExit) as stopped:
-        main(BenchSettings(device="cpu", out=tmp_path))
+        main(BenchSettings(device="cpu", rounds=1, out=tmp_path))
     assert stopped.value.code == 1
-    assert "WRONG" in next(tmp_path.rglob("*.csv")).read_text()
+    assert "WRONG" in next(tmp_path.rglob("rows.csv")).read_text()
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, calls: int, by: type[BaseException]) -> list[float]:
     """Every case takes as many milliseconds as cases came before it; the one behind `calls` of them ends the run."""
     made: list[float] = []
 
-    def measure_or_stop(*arguments: Any, **keywords: Any) -> list[Row]:
+    def measure_or_stop(worker: object, job: Job, *arguments: Any) -> list[Row]:
         if len(made) == calls:
             raise by
         made.append(float(len(made) + 1))
-        return [row("ours", made[-1])]
+        return [row("ours", made[-1], suite="ops", case=job.case.name, mode=job.case.mode)]
 
-    monkeypatch.setattr(bench.run, "measure_apart", measure_or_stop)
+    monkeypatch.setattr(bench.runner, "measure_apart", measure_or_stop)
     return made
 
 
 @pytest.mark.usefixtures("tiny_plan")
 @pytest.mark.parametrize("by", [KeyboardInterrupt, MemoryError])  # what is not caught stands for kill -9
+@pytest.mark.parametrize("minutes", [None, 5.0])
 def test_the_same_command_goes_on_with_a_stopped_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: type[BaseException]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: type[BaseException], minutes: float | None
 ) -> None:
     monkeypatch.setattr(bench.run, "environment", lambda device: ENVIRONMENT)
+    monkeypatch.setattr(bench.run, "plan_of_minutes", lambda *arguments: bench.run.make_plan())  # type: ignore[call-arg]
+    command = BenchSettings(device="cpu", minutes=minutes, out=tmp_path)
     stop_at(monkeypatch, 1, by)
     with pytest.raises(SystemExit if by is KeyboardInterrupt else by):
-        main(BenchSettings(device="cpu", out=tmp_path))
-    if by is KeyboardInterrupt:
-        assert len(next(tmp_path.rglob("*.csv")).read_text().splitlines()) == 2
-        assert "stopped before its end" in next(tmp_path.rglob("*.md")).read_text()
-    (unfinished,) = tmp_path.rglob("*.unfinished")
-    assert sorted(path.name for path in unfinished.iterdir()) == ["case-0000.json", "settings.json"]
+        main(command)
+    (folder,) = run_folders(tmp_path)
+    assert len((folder / "rows.csv").read_text().splitlines()) == 2
+    assert "stopped before its end" in (folder / "summary.md").read_text()
+    assert [path.name[:3] for path in (folder / "stages").iterdir()] == ["000"]
     made = stop_at(monkeypatch, 2, AssertionError)
     made.append(1.0)  # measured by the first part
-    main(BenchSettings(device="cpu", out=tmp_path))
-    with next(tmp_path.rglob("*.csv")).open(newline="") as file:
+    main(command)
+    assert run_folders(tmp_path) == [folder]
+    with (folder / "rows.csv").open(newline="") as file:
         assert [line["median_ms"] for line in csv.DictReader(file)] == ["1", "2"]
-    summary = next(tmp_path.rglob("*.md")).read_text()
+    summary = (folder / "summary.md").read_text()
     assert "made in 2 parts" in summary
     assert "before its end" not in summary
-    assert sorted(path.suffix for path in tmp_path.rglob("*.*")) == [".csv", ".md", ".png"]
+    stop_at(monkeypatch, 2, AssertionError)
+    main(command)  # a run that came to its end does not go on
+    assert len(run_folders(tmp_path)) == 2
 
 
 @pytest.mark.usefixtures("tiny_plan")
@@ -295,7 +307,7 @@ def test_another_command_or_code_begins_anew(
     assert len(made) == 2
     said = capsys.readouterr().err
     assert "going on" not in said
-    assert ("0123abc.unfinished was started with " in said) == (then.get("commit") != "0123abc-dirty")
+    assert ("0123abc was started with " in said) == (then.get("commit") != "0123abc-dirty")
     assert "`" not in said
 
 
@@ -307,7 +319,7 @@ def test_two_benchmarks_at_once_are_refused(tmp_path: Path) -> None:
         main(BenchSettings(device="cpu", out=tmp_path))
 
 
-@pytest.mark.parametrize("settings", [BenchSettings(rounds=0), BenchSettings(quick=True, full=True)])
+@pytest.mark.parametrize("settings", [BenchSettings(rounds=0), BenchSettings(minutes=1.0, quick=True)])
 def test_flags_that_cannot_work_are_refused(settings: BenchSettings) -> None:
     with pytest.raises(InputError):
         main(settings)

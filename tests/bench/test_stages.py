@@ -19,28 +19,15 @@ import torch
 
 import bench.run
 import bench.stages
-from bench.cases import EAGER, OURS, OperationCase, Provider, Workload
-from bench.measure import measure_apart
+from bench.cases import EAGER, OURS, Job, OperationCase, Provider, Workload
+from bench.measure import Run, measure, measure_apart
+from bench.plans import EVERY_KIND, Plan, plan_of_minutes
+from bench.profiles import Kernel, Prediction, counters, in_order, predictions, profile
 from bench.results import Results, Row
 from bench.roofline import NO_ROOFS
 from bench.run import BenchSettings, main, parser
-from bench.stages import (
-    EVERY_KIND,
-    Kernel,
-    Prediction,
-    Run,
-    Stage,
-    counters,
-    gpu_tests,
-    in_order,
-    measure_jobs,
-    plan_stages,
-    predictions,
-    profile,
-    run_stages,
-    tiny_cell,
-)
-from bench.suites import Job
+from bench.runner import measure_jobs, run_stages
+from bench.stages import Stage, gpu_tests
 from bench.worker import OutOfTime, Say, Worker
 from reference.cell import Operation
 from search.errors import InputError
@@ -85,18 +72,12 @@ def test_a_stage_that_crashes_hangs_or_fails_costs_itself(tmp_path: Path) -> Non
         Stage("crash", 60, function=crash),
         Stage("hang", 6, function=hang),
         Stage("fail", 60, function=fail),
-        Stage("jobs", 60, jobs=(Job(SEPARABLE, "float32", (OURS, EAGER), ()),)),
+        Stage("jobs", 60, jobs=(Job(SEPARABLE, "float32", (OURS, EAGER)),)),
         Stage("known", 60, function=say_known_roof),
     ]
+    results = Results(ENVIRONMENT, NO_ROOFS)
     end = time.monotonic() + 300
-    run = RUN
-
-    def hear(stage: str, value: Any) -> None:
-        nonlocal run
-        heard.append((stage, value))
-        run = replace(run, roofs=run.roofs.with_number(value)) if isinstance(value, dict) else run
-
-    run_stages(stages, lambda: run, end, hear, tmp_path / "log")
+    run_stages(stages, replace(RUN, folder=tmp_path), results, end, lambda stage, value: heard.append((stage, value)))
     ends = {stage: value["status"] for stage, value in heard if isinstance(value, dict) and "status" in value}
     assert ends == {
         "roof": "done",
@@ -110,14 +91,18 @@ def test_a_stage_that_crashes_hangs_or_fails_costs_itself(tmp_path: Path) -> Non
     assert [value.provider for _, value in heard if isinstance(value, Row)] == ["ours", "eager"]
     assert ("known", {"known": 12.5}) in heard  # later stages judge by what the first has measured
     assert "ZeroDivisionError" in (tmp_path / "log").read_text()
+    assert results.failures() == ["crash", "fail"]
+    again = Results(ENVIRONMENT, NO_ROOFS)
+    run_stages(stages, replace(RUN, folder=tmp_path), again, time.monotonic())  # all of it is read from the files
+    assert again == results
 
 
 def test_the_end_of_the_minutes_leaves_the_rest_out(tmp_path: Path) -> None:
-    heard: list[tuple[str, Any]] = []
     stages = [Stage("hang", 600, function=hang), Stage("roof", 60, function=say_roof)]
-    run_stages(stages, lambda: RUN, time.monotonic() + 7, lambda stage, value: heard.append((stage, value)), tmp_path / "log")
-    assert [value.get("status") for _, value in heard] == [None, "out of time", "out of time"]
-    assert heard[1][1]["note"] == "stopped after 7 s"
+    results = Results(ENVIRONMENT, NO_ROOFS)
+    run_stages(stages, replace(RUN, folder=tmp_path), results, time.monotonic() + 7)
+    assert [number.get("status") for number in results.numbers] == [None, "out of time", "out of time"]
+    assert results.numbers[1]["note"] == "stopped after 7 s"
 
 
 class DyingCase(OperationCase):
@@ -142,21 +127,21 @@ def as_case(kind: type[OperationCase]) -> OperationCase:
 
 def test_who_breaks_the_process_is_named_and_the_others_are_measured() -> None:
     with Worker() as worker:
-        rows = measure_apart(worker, Job(as_case(DyingCase), "float32", (OURS, EAGER), ()), CPU, 1, NO_ROOFS, 0)
+        rows = measure_apart(worker, Job(as_case(DyingCase), "float32", (OURS, EAGER)), RUN)
     assert [(row.provider, row.status) for row in rows] == [("ours", "failed"), ("eager", "ok")]
     assert rows[0].note == "the process ended with signal SIGKILL"
     assert rows[1].median_ms
 
 
 def test_the_end_of_the_time_is_nobodys_failure() -> None:
-    job = Job(as_case(HangingCase), "float32", (EAGER, OURS), ())
+    job = Job(as_case(HangingCase), "float32", (EAGER, OURS))
     with Worker() as worker, pytest.raises(OutOfTime, match="stopped after 8 s, while ours was at work"):
-        measure_apart(worker, job, CPU, 1, NO_ROOFS, 0, limit_s=8.0)
+        measure_apart(worker, job, RUN, limit_s=8.0)
 
 
 def test_a_case_that_hangs_costs_itself_and_not_those_behind_it() -> None:
     said: list[Any] = []
-    jobs = [Job(as_case(HangingCase), "float32", (OURS,), ()), Job(SEPARABLE, "float32", (OURS, EAGER), ())]
+    jobs = [Job(as_case(HangingCase), "float32", (OURS,)), Job(SEPARABLE, "float32", (OURS, EAGER))]
     with Worker() as worker, pytest.raises(OutOfTime, match=r"^sep3x3 6x21, training: stopped after 2[45] s, while ours"):
         measure_jobs(jobs, RUN, worker, time.monotonic() + 34, said.append)
     assert [row.status for row in said] == ["ok", "ok"]
@@ -165,22 +150,23 @@ def test_a_case_that_hangs_costs_itself_and_not_those_behind_it() -> None:
 def test_every_stage_can_be_sent_to_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     for device in ("cpu", "cuda:0"):
-        stages = list(plan_stages(torch.device(device), TINY))
+        stages = plan_of_minutes(torch.device(device), TINY).stages
         assert pickle.loads(pickle.dumps(stages)) == stages
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_tiny_cell_of_every_kind_is_right(dtype: Any) -> None:
-    said: list[dict[str, Any]] = []
-    (job, *_) = (stage.jobs[0] for stage in plan_stages(CPU, TINY) if stage.function is tiny_cell)
-    tiny_cell(RUN, replace(job, dtype=dtype), said.append)
-    assert [(line["provider"], line["result"]) for line in said[2:]] == [("eager", "ok"), ("ours", "ok")]
-    assert said[:2] == [{"at_work": "eager"}, {"at_work": "ours"}]
+    (job,) = next(stage.jobs for stage in plan_of_minutes(CPU, TINY).stages if stage.name.startswith("tiny cell"))
+    rows = measure(replace(job, dtype=dtype), CPU, 1, NO_ROOFS)
+    assert [(row.case, row.provider, row.status) for row in rows] == [
+        ("tiny cell", "ours", "ok"),
+        ("tiny cell", "eager", "ok"),
+    ]
 
 
 def test_the_plan_begins_with_what_matters_most(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    names = [stage.name for stage in plan_stages(torch.device("cuda:0"), TINY)]
+    names = [stage.name for stage in plan_of_minutes(torch.device("cuda:0"), TINY).stages]
     assert names[:6] == [
         "roofs",
         "tiny cell, bfloat16",
@@ -196,9 +182,9 @@ def test_the_plan_begins_with_what_matters_most(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_profile_is_written_in_order_and_summed(tmp_path: Path) -> None:
     said: list[dict[str, Any]] = []
-    (job,) = next(stage.jobs for stage in plan_stages(CPU, TINY) if stage.function is profile)
-    profile(replace(RUN, stem=tmp_path / "run"), job, said.append)
-    with (tmp_path / f"run-profile-{job.dtype}.csv").open(newline="") as file:
+    (job,) = next(stage.jobs for stage in plan_of_minutes(CPU, TINY).stages if stage.function is profile)
+    profile(replace(RUN, folder=tmp_path), job, said.append)
+    with (tmp_path / f"profile-{job.dtype}.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
     assert said[0]["launches"] == pytest.approx(sum(float(line["launches"]) for line in lines), rel=1e-3)
     assert said[0]["launches"] > len(lines) > 10
@@ -265,29 +251,35 @@ def test_counters_are_read_where_there_is_a_reader(
     ncu.chmod(ncu.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}" if is_installed else "/bin")
     said: list[dict[str, Any]] = []
-    counters(replace(RUN, stem=tmp_path / "run"), Job(SEPARABLE, "bfloat16", (OURS,), ()), said.append)
+    counters(replace(RUN, folder=tmp_path), Job(SEPARABLE, "bfloat16", (OURS,)), said.append)
     if is_installed:
-        assert said == [{"file": "run-counters-bfloat16.csv", "lines": 2, "ncu_exit_code": 0}]
+        assert said == [{"file": "counters-bfloat16.csv", "lines": 2, "ncu_exit_code": 0}]
     else:
         assert said == [{"skipped": "ncu is not installed"}]
 
 
 def test_a_run_of_minutes_writes_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    stages = [Stage("roof", 60, function=say_roof), Stage("crash", 60, function=crash)]
-    stages.append(Stage("jobs", 60, jobs=(Job(SEPARABLE, "float32", (OURS, EAGER), ()),)))
-    monkeypatch.setattr(bench.run, "plan_stages", lambda *arguments: stages)
+    stages = (
+        Stage("roof", 60, function=say_roof),
+        Stage("crash", 60, function=crash),
+        Stage("jobs", 60, jobs=(Job(SEPARABLE, "float32", (OURS, EAGER)),)),
+    )
+    monkeypatch.setattr(bench.run, "plan_of_minutes", lambda *arguments: Plan(stages))
     with pytest.raises(SystemExit, match="1"):
         main(BenchSettings(device="cpu", minutes=5.0, rounds=1, out=tmp_path))
-    written = {path.suffix: path for path in tmp_path.rglob("*.*")}
-    assert written.keys() == {".csv", ".jsonl", ".log", ".md", ".png"}
-    lines = [json.loads(line) for line in written[".jsonl"].read_text().splitlines()]
-    assert lines[0]["stage"] == "environment"
-    assert {"stage": "roof", "roof": "copy", "gb_per_s": 12.5} in lines
-    summary = written[".md"].read_text()
+    (folder,) = (path.parent for path in tmp_path.rglob("settings.json"))
+    assert {path.name for path in folder.iterdir()} == {
+        *("log", "rows.csv", "settings.json", "stages", "summary.md", "summary.png")
+    }
+    assert json.loads((folder / "settings.json").read_text())["environment"]["torch"] == torch.__version__
+    roof = json.loads((folder / "stages" / "000-roof.json").read_text())
+    assert roof["said"][0] == {"roof": "copy", "gb_per_s": 12.5}
+    assert roof["said"][1]["status"] == "done"
+    summary = (folder / "summary.md").read_text()
     assert "| roof |" in summary
     assert "**the process ended with signal SIGSEGV**" in summary
     assert "copy 12.5 GB/s" in summary
-    assert "sep3x3 6x21" in written[".csv"].read_text()
+    assert "sep3x3 6x21" in (folder / "rows.csv").read_text()
     printed = capsys.readouterr()
     assert "gb_per_s 12.5" in printed.out
     assert "wrong or failed: crash" in printed.err
@@ -328,8 +320,6 @@ def test_of_two_rows_the_newer_numbers_and_the_worse_verdict_stand() -> None:
         ({"status": "out of time", "note": "stopped after 6 s"}, False),
         ({"status": "the process ended with signal SIGSEGV"}, True),
         ({"failed_test": "tests/a.py::b"}, True),
-        ({"provider": "ours", "result": "WRONG"}, True),
-        ({"provider": "eager", "result": "failed"}, False),
     ],
 )
 def test_stages_that_fail_are_failures_of_the_run(number: dict[str, Any], is_failure: bool) -> None:
@@ -357,10 +347,11 @@ def test_flags_are_parsed_and_mistakes_are_one_line(capsys: pytest.CaptureFixtur
 
 COMPILE = """
 import torch
-from bench.stages import compile_kernels, plan_stages, tiny_cell
+from bench.plans import plan_of_minutes
+from bench.stages import compile_kernels
 from tests.bench.tiny_runs import TINY
-stages = [stage for stage in plan_stages(torch.device("cuda"), TINY) if stage.function is tiny_cell]
-print(compile_kernels(90, stages[:1]))
+jobs = [job for job in plan_of_minutes(torch.device("cuda"), TINY).jobs if job.case.name == "tiny cell"]
+print(compile_kernels(90, jobs[:1]))
 """
 
 

@@ -1,5 +1,6 @@
 """Benchmark runs small enough for a test."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -7,13 +8,15 @@ from typing import Any
 
 import torch
 
-from bench.cases import EAGER, EAGER_CHANNELS_LAST, OURS, OURS_WITHOUT_KERNELS, SUITES, OperationCase, Suite
+from bench.cases import EAGER, EAGER_CHANNELS_LAST, OURS, OURS_WITHOUT_KERNELS, SUITES, Job, OperationCase, Suite
+from bench.measure import Run
+from bench.plans import QUICK, Plan, Planner, Scale
 from bench.results import Environment, Results, Row
 from bench.roofline import Roofs
-from bench.run import run_plan, unsupported_rows
-from bench.suites import QUICK, Job, Plan, Planner, Scale
+from bench.run import unsupported_rows
+from bench.runner import run_stages
+from bench.stages import Stage
 from reference.cell import AtrousSeparableConv
-from search.folder import Folder
 from search.settings import HeadSettings, ProxySettings
 
 CPU = torch.device("cpu")
@@ -59,19 +62,23 @@ NOT_COMPILED = (OURS, EAGER, EAGER_CHANNELS_LAST, OURS_WITHOUT_KERNELS)
 
 def tiny_jobs(suite: Suite, scale: Scale = TINY) -> list[Job]:
     """All jobs of a suite without compilers and fresh processes."""
-    planner = Planner(scale, CPU, quick=False, full=False)
+    planner = Planner(scale, CPU, quick=False)
     jobs = [planner.job(case, "float32") for case in planner.cases([suite])]
     return [replace(job, in_fresh_process=(), providers=tuple(p for p in job.providers if p in NOT_COMPILED)) for job in jobs]
 
 
+def plan_of(*jobs: Job) -> Plan:
+    """A plan of these jobs, without roofs."""
+    return Plan(tuple(Stage(job.title, jobs=(job,), is_case=True) for job in jobs))
+
+
 def tiny_results() -> Results:
     """A whole run of everything, two rounds."""
-    jobs = [job for suite in SUITES for job in tiny_jobs(suite)]
-    results = Results(ENVIRONMENT, ROOFS, omissions=("nothing but time",), name="2026-01-02-0123abc")
+    plan = plan_of(*(job for suite in SUITES for job in tiny_jobs(suite)))
+    results = Results(ENVIRONMENT, ROOFS, omissions=("nothing but time",))
     results.rows += unsupported_rows(SUITES, ("bfloat16",))
-    plan = Plan(tuple(jobs), results.omissions, ("float32",), ("bfloat16",), rounds=2)
     with TemporaryDirectory() as folder:
-        run_plan(plan, results, CPU, 2, Folder(Path(folder)))
+        run_stages(plan.stages, Run("cpu", torch.get_num_threads(), 2, ROOFS, Path(folder)), results, math.inf)
     return results
 
 

@@ -1,11 +1,12 @@
-"""The plan of a run: its cases and their providers, and in words what is left out."""
+"""What a run measures and in which order: all suites, or what matters most in a few minutes; and in words what is left out."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, assert_never
+from typing import Any
 
 import torch
 
+from bench import profiles, stages
 from bench.cases import (
     COMPILE,
     COMPILE_MAX,
@@ -17,23 +18,47 @@ from bench.cases import (
     CellCase,
     DepthwiseCase,
     DType,
+    Job,
     LossCase,
     OperationCase,
     Provider,
     Suite,
+    rate_of,
+    supported_dtypes,
 )
 from bench.costs import Mode
+from bench.stages import Stage
 from bench.training_cases import NewCellCase, ProxyCase, SearchCase, random_cells
 from fast.train_step import has_fast_bf16
-from reference.cell import GRID_SIZES, RATES, AtrousSeparableConv, Conv1x1, Operation, PyramidPooling
+from reference.cell import (
+    BACKBONE_FEATURE,
+    GRID_SIZES,
+    RATES,
+    AtrousSeparableConv,
+    Branch,
+    Cell,
+    Conv1x1,
+    Operation,
+    PyramidPooling,
+)
 from search.cells.space import load_cell
 from search.settings import HeadSettings, ProxySettings
 
 PUBLISHED_RATES = tuple((h, w) for h in RATES for w in RATES)
 FEW_RATES = ((1, 1), (6, 6), (6, 21), (21, 21))  # the densest reads, two rates like the published cell's, the farthest reads
 FRESH_RATE = (6, 21)  # because every process takes seconds to start
+FAR_AND_DENSE = ((6, 21), (1, 1))  # reads of a convolution
 MODES: tuple[Mode, ...] = ("inference", "training")
 NEW_CELL = "first iteration of a new cell"
+EVERY_KIND = Cell(  # of branch, each input normed or not, one map read twice
+    (
+        Branch(BACKBONE_FEATURE, AtrousSeparableConv(rate=(1, 6))),
+        Branch(0, AtrousSeparableConv(rate=(3, 1))),
+        Branch(0, Conv1x1()),
+        Branch(1, PyramidPooling(grid_size=(2, 4))),
+        Branch(BACKBONE_FEATURE, Conv1x1()),
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -77,56 +102,72 @@ QUICK = replace(
 
 
 @dataclass(frozen=True)
-class Job:
-    """A case in one dtype, with its providers."""
-
-    case: Case
-    dtype: DType
-    providers: tuple[Provider, ...]
-    in_fresh_process: tuple[Provider, ...]  # providers whose first call and memory are measured too
-
-
-@dataclass(frozen=True)
 class Plan:
-    """The jobs of a run, and in words what is left out."""
+    """The stages of a run, and in words what is left out."""
 
-    jobs: tuple[Job, ...]
-    omissions: tuple[str, ...]
-    dtypes: tuple[DType, ...]
-    unsupported: tuple[DType, ...]
-    rounds: int
+    stages: tuple[Stage, ...]
+    omissions: tuple[str, ...] = ()
+    unsupported: tuple[DType, ...] = ()
+
+    @property
+    def jobs(self) -> list[Job]:
+        return [job for stage in self.stages for job in stage.jobs]
 
 
-def make_plan(
-    suites: Sequence[Suite], device: torch.device, *, quick: bool, full: bool, dtypes: Sequence[DType] | None = None
-) -> Plan:
-    """Plan a run: its cases in the order of the suites, in the given dtypes or else the device's usual ones."""
-    scale = QUICK if quick else PAPER
+def make_plan(suites: Sequence[Suite], device: torch.device, *, quick: bool, dtypes: Sequence[DType] | None = None) -> Plan:
+    """All cases, in the order of the suites, in the given dtypes or else the device's usual ones; a stage for each."""
     supported, unsupported = supported_dtypes(device)
     if dtypes:
         supported, unsupported = (tuple(d for d in some if d in dtypes) for some in (supported, unsupported))
-    elif not full:
+    else:
         supported = supported[: 1 if quick else 2]
-    planner = Planner(scale, device, quick=quick, full=full)
+    planner = Planner(QUICK if quick else PAPER, device, quick=quick)
     jobs = [planner.job(case, dtype) for case in planner.cases(suites) for dtype in planner.dtypes_of(case, supported)]
-    omissions = tuple(planner.omissions(suites, supported, unsupported))
-    return Plan(tuple(jobs), omissions, supported, unsupported, scale.rounds)
+    measured = [Stage(job.title, jobs=(job,), is_case=True) for job in jobs]
+    roofs = Stage("roofs", function=stages.roofs)
+    return Plan((roofs, *measured), tuple(planner.omissions(suites, supported, unsupported)), unsupported)
 
 
-def supported_dtypes(device: torch.device) -> tuple[tuple[DType, ...], tuple[DType, ...]]:
-    """The dtypes that this machine computes natively, most used first, and those that it would emulate."""
+def plan_of_minutes(device: torch.device, scale: Scale) -> Plan:
+    """What matters most comes first. On a GPU what needs no other compiler should be done in four minutes."""
+    return Plan(tuple(_stages_of_minutes(device, scale)))
+
+
+def _stages_of_minutes(device: torch.device, scale: Scale) -> Iterator[Stage]:
+    first, *others = supported_dtypes(device)[0][:2]
+    planner = Planner(scale, device, quick=False)
+    step = {dtype: _jobs([scale.proxy], dtype) for dtype in (first, *others)}
+    yield Stage("roofs", 60, function=stages.roofs)
+    tiny = replace(scale.proxy, name="tiny cell", cell=EVERY_KIND).small()
+    for dtype in (first, *others):
+        yield Stage(f"tiny cell, {dtype}", 90, _jobs([tiny], dtype, (EAGER,)))
+    yield Stage(f"iteration, {first}", 120, step[first], stages.iteration)
+    yield Stage(f"profile, {first}", 60, step[first], profiles.profile)
     if device.type == "cuda":
-        return ("bfloat16", "float32", "float16"), ()
-    return (("float32", "bfloat16"), ()) if has_fast_bf16(device) else (("float32",), ("bfloat16",))
+        yield Stage(f"graph beside calls, {first}", 45, step[first], stages.graph_beside_calls)
+    yield Stage("loss", 60, _jobs(planner.cases(["loss"]), first))
+    for kind, name in ((DepthwiseCase, "depthwise"), (OperationCase, "separable")):
+        cases = [case for case in planner.cases(["ops"]) if isinstance(case, kind) and rate_of(case) in FAR_AND_DENSE]
+        for shape in dict.fromkeys(case.shape for case in cases):
+            yield Stage(f"{name}, {shape}", 75, _jobs([case for case in cases if case.shape == shape], first))
+    yield Stage(f"iteration beside eager, {first}", 75, step[first])
+    for dtype in others:
+        yield Stage(f"iteration, {dtype}", 90, step[dtype], stages.iteration)
+        yield Stage(f"profile, {dtype}", 60, step[dtype], profiles.profile)
+        yield Stage(f"iteration beside eager, {dtype}", 75, step[dtype])
+    if device.type == "cuda":
+        yield Stage("tests", 150, function=stages.gpu_tests)
+    for compiler, limit_s in ((COMPILE, 120), (COMPILE_MAX, 180)):
+        yield Stage(f"iteration beside {compiler.name}", limit_s, _jobs([scale.proxy], first, (EAGER, compiler)))
+    if device.type == "cuda":
+        yield Stage(f"counters, {first}", 120, step[first], profiles.counters)
+    _, new_cell = planner.cases(["proxy"])
+    yield Stage("first iteration of new cells", 60, (planner.job(new_cell, first),))
+    yield Stage("search", 120, (planner.job(scale.search, first),))
 
 
-def rate_of(case: Case) -> tuple[int, int] | None:
-    """An atrous convolution's; None for all else."""
-    match case:
-        case DepthwiseCase(rate=rate) | OperationCase(operation=AtrousSeparableConv(rate)):
-            return rate
-        case _:
-            return None
+def _jobs(cases: Iterable[Case], dtype: DType, others: tuple[Provider, ...] = (EAGER, EAGER_CHANNELS_LAST)) -> tuple[Job, ...]:
+    return tuple(Job(case, dtype, (OURS, *others)) for case in cases)
 
 
 @dataclass(frozen=True)
@@ -136,7 +177,6 @@ class Planner:
     scale: Scale
     device: torch.device
     quick: bool
-    full: bool
 
     def cases(self, suites: Sequence[Suite]) -> Iterator[Case]:
         makers = {"proxy": self._proxy, "loss": self._loss, "search": self._search, "cell": self._cells, "ops": self._ops}
@@ -152,9 +192,9 @@ class Planner:
     def job(self, case: Case, dtype: DType) -> Job:
         """A job, with the providers that take part."""
         if isinstance(case, SearchCase):
-            return Job(case, dtype, (OURS, OURS_WITHOUT_KERNELS), in_fresh_process=())
+            return Job(case, dtype, (OURS, OURS_WITHOUT_KERNELS))
         if isinstance(case, NewCellCase):
-            return Job(case, dtype, (OURS, EAGER), in_fresh_process=())
+            return Job(case, dtype, (OURS, EAGER))
         providers = [OURS, EAGER]
         if not (self.quick and self.device.type == "cpu"):
             providers.append(EAGER_CHANNELS_LAST)
@@ -169,66 +209,48 @@ class Planner:
 
     def omissions(self, suites: Sequence[Suite], supported: Sequence[DType], unsupported: Sequence[DType]) -> Iterator[str]:
         """Name the results that a reader might expect but does not find."""
+        rates, on_cpu = ", ".join("{}×{}".format(*rate) for rate in FEW_RATES), self.device.type == "cpu"
         for dtype in unsupported:
             yield f"{dtype}: not supported here (the processor has neither AMX nor AVX-512 bf16)"
         if self.quick:
-            yield from self._omitted_by_quick()
+            kept = "and eager channels-last: left out by --quick on a CPU"
+            yield "torch.compile " + (kept if on_cpu else "but for the separable convolution: left out by --quick")
+            yield "--quick: one map size, rate and grid, the published cell, few rounds; first call and memory of ours alone"
+            yield "the first iteration of a new cell: left out by --quick"
             return
         if "float16" in supported:
             yield "float16: not for training steps and searches, which would need loss scaling"
-        elif self.device.type == "cuda":
-            yield "float16: --dtype float16 or --full measures it"
-        if not self.full:
-            yield from self._omitted_but_by_full(suites)
-
-    def _omitted_by_quick(self) -> Iterator[str]:
-        if self.device.type == "cpu":
-            yield "torch.compile and eager channels-last: left out by --quick on a CPU"
-        else:
-            yield "torch.compile: left out by --quick but for the separable convolution"
-        yield "--quick: one map size, rate and grid, the published cell, few rounds; first call and memory of ours alone"
-        yield "the first iteration of a new cell: left out by --quick"
-
-    def _omitted_but_by_full(self, suites: Sequence[Suite]) -> Iterator[str]:
-        rates = ", ".join("{}×{}".format(*rate) for rate in FEW_RATES)
+        elif not on_cpu:
+            yield "float16: --dtype float16 measures it"
         if {"ops", "cell"}.intersection(suites):
-            yield f"torch.compile: at rates {rates}, one grid, the published cell and ASPP only; --full compiles everything"
+            yield f"torch.compile: at rates {rates}, one grid, the published cell and ASPP only"
             yield f"first call and memory: of the cases that are compiled, at rate {FRESH_RATE[0]}×{FRESH_RATE[1]} alone"
-        if "ops" in suites and self.device.type == "cpu":
-            yield f"16×256×97×97 on a CPU: at rates {rates} and one grid only; --full runs all 64 rates and 16 grids"
+        if "ops" in suites and on_cpu:
+            yield f"16×256×97×97 on a CPU: at rates {rates} and one grid only"
 
     def _is_compiled(self, case: Case) -> bool:
         if self.quick:
             return self.device.type != "cpu" and isinstance(case, OperationCase) and rate_of(case) is not None
-        return self.full or self._is_typical(case)
+        return self._is_typical(case)
 
     def _is_typical(self, case: Case) -> bool:
         """Whether the case represents others like it, for measurements that are too slow to do for all."""
         if isinstance(case, OperationCase):
-            return self._is_typical_operation(case.operation)
+            return case.operation in self._operations(everything=False)
         return not isinstance(case, CellCase) or case.name in ("dpc", "aspp")
 
-    def _is_typical_operation(self, operation: Operation) -> bool:
-        match operation:
-            case Conv1x1():
-                return True
-            case AtrousSeparableConv(rate):
-                return rate in self._few_rates()
-            case PyramidPooling(grid_size):
-                return grid_size == self.scale.grids[0]
-            case _:
-                assert_never(operation)
+    def _operations(self, *, everything: bool) -> list[Operation]:
+        """Of the 81 those that the scale has, or a few that represent them."""
+        rates = self.scale.rates if everything else self._few_rates()
+        grids = self.scale.grids if everything else self.scale.grids[:1]
+        return [*map(AtrousSeparableConv, rates), Conv1x1(), *map(PyramidPooling, grids)]
 
     def _few_rates(self) -> tuple[tuple[int, int], ...]:
         return tuple(rate for rate in FEW_RATES if rate in self.scale.rates) or self.scale.rates
 
     def _ops(self) -> Iterator[Case]:
         for k, (batch, channels, height, width) in enumerate(self.scale.maps):
-            all_of_them = k == 0 or self.full or self.device.type == "cuda"
-            rates = self.scale.rates if all_of_them else self._few_rates()
-            grids = self.scale.grids if all_of_them else self.scale.grids[:1]
-            operations: list[Operation] = [AtrousSeparableConv(rate=rate) for rate in rates]
-            operations += [Conv1x1(), *(PyramidPooling(grid_size=grid) for grid in grids)]
+            operations = self._operations(everything=k == 0 or self.device.type == "cuda")
             size = map_size(batch, channels, channels, height, width)
             for mode in MODES:
                 for operation in operations:

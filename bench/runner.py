@@ -1,0 +1,127 @@
+"""Run a plan: stage after stage, each value on disk before the next one is measured.
+
+An illegal memory access, a hang or the end of the time costs only the stage in which it happens, and nothing that was
+measured before. What a stage says lies in a file of its own in the run's folder; a run that goes on reads the files of the
+stages that came to their end, and begins the others anew.
+"""
+
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from tqdm import tqdm
+
+from bench.cases import Job
+from bench.launch_trial import triton_cache
+from bench.measure import Run, measure_apart
+from bench.results import DONE, OUT_OF_TIME, Results, Row
+from bench.stages import Stage
+from bench.worker import OutOfTime, Worker, WorkerLost, WorkFailed
+from search.folder import Folder
+
+Value = dict[str, Any] | Row  # a number with its names, or a provider's row
+Hear = Callable[[Value], None]
+
+
+def run_stages(
+    stages: Sequence[Stage], run: Run, results: Results, end: float, tell: Callable[[str, Value], None] = lambda *_: None
+) -> None:
+    """Run the stages that are left, as far as they fit in before `end` on the monotonic clock.
+
+    `tell` hears each value with its stage's name when it is on the disk and in the results.
+    """
+    folder, on_gpu = Folder(run.folder), run.device_name != "cpu"
+    with Worker(preload="bench.stages", log=run.folder / "log", ahead=on_gpu) as worker:
+        bar = tqdm(stages, unit="stage", disable=None)
+        for number, stage in enumerate(bar):
+            bar.set_description(stage.name[:60])
+            record = Record(folder, number, stage, results)
+            if record.is_whole():
+                record.replay()
+                continue
+
+            def hear(value: Value, stage: Stage = stage, record: Record = record) -> None:
+                record.add(value)
+                tell(stage.name, value)
+
+            hear(_outcome(stage, replace(run, roofs=results.roofs), worker, end, hear))
+    results.is_complete = True
+
+
+class Record:
+    """What a stage says: in its file, and in the results of the run."""
+
+    def __init__(self, folder: Folder, number: int, stage: Stage, results: Results) -> None:
+        self._folder, self._stage, self._results = folder, stage, results
+        self._name = f"stages/{number:03}-{re.sub(r'[^a-z0-9]+', '-', stage.name.lower())}"
+        self._said: list[dict[str, Any]] = []
+
+    def add(self, value: Value) -> None:
+        self._said.append({"row": asdict(value)} if isinstance(value, Row) else value)
+        self._folder.write_result(self._name, {"stage": self._stage.name, "said": self._said})
+        self._hear(value)
+
+    def is_whole(self) -> bool:
+        """Whether an earlier part of the run brought the stage to its end."""
+        self._said = (self._folder.result(self._name) or {}).get("said", [])
+        return bool(self._said) and "status" in self._said[-1]
+
+    def replay(self) -> None:
+        for value in self._said:
+            self._hear(Row(**value["row"]) if "row" in value else value)
+
+    def _hear(self, value: Value) -> None:
+        ended_well = isinstance(value, dict) and value.get("status") == DONE
+        if not (ended_well and self._stage.is_case):  # of a case its rows say all
+            self._results.hear(self._stage.name, value)
+
+
+def _outcome(stage: Stage, run: Run, worker: Worker, end: float, hear: Hear) -> dict[str, Any]:
+    """Run a stage -> how it ended, in how many seconds, and how many kernels Triton did not find in its cache."""
+    start, cached = time.monotonic(), _kernels_in_cache()
+    limit_s = min(stage.limit_s, end - start)
+    if limit_s < 5:
+        return {"status": OUT_OF_TIME, "seconds": 0.0}
+    status = run_stage(stage, run, worker, limit_s, hear)
+    compiled = {"kernels_compiled": _kernels_in_cache() - cached} if run.device_name != "cpu" else {}
+    return {**status, "seconds": round(time.monotonic() - start, 1), **compiled}
+
+
+def _kernels_in_cache() -> int:
+    return sum(1 for _ in triton_cache().glob("*/*.cubin"))
+
+
+def run_stage(stage: Stage, run: Run, worker: Worker, limit_s: float, hear: Hear) -> dict[str, str]:
+    """Run a stage for `limit_s` seconds at most -> how it ended."""
+    if not stage.is_case:
+        worker.fresh()
+    try:
+        if stage.function is not None:
+            worker(stage.function, run, *stage.jobs, limit_s=limit_s, say=hear)
+        else:
+            measure_jobs(stage.jobs, run, worker, time.monotonic() + limit_s, hear)
+    except OutOfTime as error:
+        return {"status": OUT_OF_TIME, "note": str(error)}
+    except (WorkFailed, WorkerLost) as error:
+        return {"status": str(error)}
+    return {"status": DONE}
+
+
+def measure_jobs(jobs: Sequence[Job], run: Run, worker: Worker, end: float, hear: Hear) -> None:
+    """Each job's rows, until `end` on the monotonic clock; no job takes more than one and a half of its share in it."""
+    late = list[str]()
+    for number, job in enumerate(jobs):
+        left_s = end - time.monotonic()
+        if left_s < 1:
+            late += [f"no time left for {len(jobs) - number} of {len(jobs)} cases"]
+            break
+        limit_s = min(left_s, max(15.0, 1.5 * left_s / (len(jobs) - number)))
+        try:
+            for row in measure_apart(worker, job, run, limit_s):
+                hear(row)
+        except OutOfTime as error:
+            late.append(f"{job.case.name}, {job.case.mode}: {error}")
+    if late:
+        raise OutOfTime("; ".join(late))
