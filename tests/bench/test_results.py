@@ -187,7 +187,8 @@ def tiny_plan(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def plan_with(monkeypatch: pytest.MonkeyPatch, *jobs: Job) -> None:
-    monkeypatch.setattr(bench.run, "make_plan", lambda *arguments, **flags: plan_of(*jobs))
+    for plan in ("make_plan", "plan_of_minutes"):
+        monkeypatch.setattr(bench.run, plan, lambda *arguments, **flags: plan_of(*jobs))
 
 
 @pytest.fixture
@@ -268,7 +269,6 @@ def test_the_same_command_goes_on_with_a_stopped_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: type[BaseException], minutes: float | None
 ) -> None:
     monkeypatch.setattr(bench.run, "environment", lambda device: ENVIRONMENT)
-    monkeypatch.setattr(bench.run, "plan_of_minutes", lambda *arguments: bench.run.make_plan())  # type: ignore[call-arg]
     command = BenchSettings(device="cpu", minutes=minutes, out=tmp_path)
     stop_at(monkeypatch, 1, by)
     with pytest.raises(SystemExit if by is KeyboardInterrupt else by):
