@@ -145,10 +145,13 @@ def run(settings: BenchSettings, device: torch.device, parent: Path) -> Results:
         if settings.minutes is None:  # a compiler's cache of earlier runs would make the first call look fast
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = stack.enter_context(tempfile.TemporaryDirectory())
         try:
-            run_stages(plan.stages, measured, results, end, tell)
+            left = run_stages(plan.stages, measured, results, end, tell)
         except KeyboardInterrupt:
-            print("\nstopped: the same command at the same commit goes on with the next stage", file=sys.stderr)
-    print_and_write(results, folder)
+            left = 1  # at least
+    print_and_write(results, folder, is_whole=not left)
+    if left:
+        why = "stopped" if not results.is_complete else f"{left} stages were not reached"
+        print(f"{why}: the same command at the same commit goes on with the next stage", file=sys.stderr)
     return results
 
 
@@ -166,7 +169,7 @@ def begin(settings: BenchSettings, plan: Plan, device: torch.device, parent: Pat
     else:
         folder = Folder(new_path(parent, here), KIND)
     command = shlex.join(["python", "bench/run.py", *sys.argv[1:]])
-    folder.begin(identity, command, environment=asdict(here), parts=parts, is_complete=False)
+    folder.begin(identity, command, environment=asdict(here), parts=parts, is_whole=False)
     rows = list(unsupported_rows(settings.suite, plan.unsupported))
     return folder, Results(here, NO_ROOFS, plan.omissions, rows, parts=parts)
 
@@ -176,7 +179,7 @@ def stopped_run(parent: Path, identity: Mapping[str, Any]) -> Folder | None:
     for path in sorted(parent.glob("*/settings.json")):
         folder = Folder(path.parent, KIND)
         try:
-            if (folder.description() or {}).get("is_complete"):
+            if (folder.description() or {}).get("is_whole"):
                 continue
             folder.check(identity)
         except InputError as error:
@@ -193,16 +196,16 @@ def new_path(parent: Path, here: Environment) -> Path:
     return next(path for path in map(parent.joinpath, names) if not path.exists())
 
 
-def print_and_write(results: Results, folder: Folder) -> None:
-    """Print the table and the names of the files; a run that is complete does not go on."""
+def print_and_write(results: Results, folder: Folder, *, is_whole: bool) -> None:
+    """Print the table and the names of the files; a run that is whole does not go on."""
     from bench.plots import draw  # its library loads slowly, and processes that measure do not need it
 
     print(table(results))
     writers = {**SUMMARY, "summary.png": draw}
-    if len(write(results, folder.path, writers)) == len(writers) and results.is_complete:
+    if len(write(results, folder.path, writers)) == len(writers) and is_whole:
         began = folder.description() or {}
         facts = {name: began[name] for name in ("environment", "parts")}
-        folder.begin(began["identity"], began["command"], **facts, is_complete=True)
+        folder.begin(began["identity"], began["command"], **facts, is_whole=True)
     for path in sorted(path for path in folder.path.iterdir() if path.is_file()):
         print(path)
 

@@ -22,17 +22,18 @@ from bench.worker import OutOfTime, Worker, WorkerLost, WorkFailed
 from search.folder import Folder
 
 Value = dict[str, Any] | Row  # a number with its names, or a provider's row
+LEAST_S = 5.0  # in less time no stage is begun
 Hear = Callable[[Value], None]
 
 
 def run_stages(
     stages: Sequence[Stage], run: Run, results: Results, end: float, tell: Callable[[str, Value], None] = lambda *_: None
-) -> None:
-    """Run the stages that are left, as far as they fit in before `end` on the monotonic clock.
+) -> int:
+    """Run the stages that are left, as far as they fit in before `end` on the monotonic clock -> number of those that did not.
 
     `tell` hears each value with its stage's name when it is on the disk and in the results.
     """
-    folder, on_gpu = Folder(run.folder), run.device_name != "cpu"
+    folder, on_gpu, unreached = Folder(run.folder), run.device_name != "cpu", 0
     with Worker(preload="bench.stages", log=run.folder / "log", ahead=on_gpu) as worker:
         bar = tqdm(stages, unit="stage", disable=None)
         for number, stage in enumerate(bar):
@@ -41,6 +42,10 @@ def run_stages(
             if record.is_whole():
                 record.replay()
                 continue
+            if end - time.monotonic() < LEAST_S:
+                results.hear(stage.name, {"status": OUT_OF_TIME, "seconds": 0.0})
+                unreached += 1
+                continue
 
             def hear(value: Value, stage: Stage = stage, record: Record = record) -> None:
                 record.add(value)
@@ -48,6 +53,7 @@ def run_stages(
 
             hear(_outcome(stage, replace(run, roofs=results.roofs), worker, end, hear))
     results.is_complete = True
+    return unreached
 
 
 class Record:
@@ -81,10 +87,7 @@ class Record:
 def _outcome(stage: Stage, run: Run, worker: Worker, end: float, hear: Hear) -> dict[str, Any]:
     """Run a stage -> how it ended, in how many seconds, and how many kernels Triton did not find in its cache."""
     start, cached = time.monotonic(), _kernels_in_cache()
-    limit_s = min(stage.limit_s, end - start)
-    if limit_s < 5:
-        return {"status": OUT_OF_TIME, "seconds": 0.0}
-    status = run_stage(stage, run, worker, limit_s, hear)
+    status = run_stage(stage, run, worker, min(stage.limit_s, end - start), hear)
     compiled = {"kernels_compiled": _kernels_in_cache() - cached} if run.device_name != "cpu" else {}
     return {**status, "seconds": round(time.monotonic() - start, 1), **compiled}
 
