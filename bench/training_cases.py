@@ -287,5 +287,5 @@ def _patch_cache(split: str, count: int) -> FeatureCache:
     patches = randomise(patches, SEED)
     with torch.no_grad():
         features = patches(images / 127.5 - 1.0).relu()
-    manifest = {"dataset": dataset.name, **dataset.task.describe(), "output_stride": _STRIDE}
-    return FeatureCache(Path("in memory"), features.half(), labels, manifest)
+    identity = {"dataset": dataset.name, **dataset.task.describe(), "output_stride": _STRIDE}
+    return FeatureCache(Path("in memory"), features.half(), labels, identity)

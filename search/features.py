@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass
 
-from search.cli import Flat, run_command
+from search.cli import Flat, run_command, this_command
 from search.settings import BackboneSettings, DataSettings, FeatureSettings, MachineSettings
 from search.tasks.feature_cache import prepare_caches
+
+_PROG = "python -m search.features"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,10 +21,12 @@ class FeaturesSettings:
 
 def main(settings: FeaturesSettings) -> None:
     """Compute the caches of both splits and say what they hold."""
-    for split, cache in prepare_caches(settings.data, settings.backbone, settings.features, settings.machine).items():
+    command = this_command(_PROG)
+    caches = prepare_caches(settings.data, settings.backbone, settings.features, settings.machine, command)
+    for split, cache in caches.items():
         gigabytes = cache.features.numel() * cache.features.element_size() / 1e9
         print(f"{split}: {cache.directory}, features {tuple(cache.features.shape)} {cache.features.dtype}, {gigabytes:.2f} GB")
 
 
 if __name__ == "__main__":
-    run_command(FeaturesSettings, main, prog="python -m search.features", goes_on=True)
+    run_command(FeaturesSettings, main, prog=_PROG, goes_on=True)

@@ -206,7 +206,7 @@ def prepare_protocols(settings: FidelitySettings, directory: Path) -> list[Proto
 
     @functools.cache  # proxy and long have the same
     def caches(backbone: BackboneSettings) -> dict[str, FeatureCache]:
-        return prepare_caches(settings.data, backbone, settings.features, settings.machine)
+        return prepare_caches(settings.data, backbone, settings.features, settings.machine, this_command(_PROG))
 
     def prepare(name: ProtocolName) -> Protocol:
         match name:
@@ -247,10 +247,11 @@ def _cached(
     name: ProtocolName, settings: FidelitySettings, proxy: ProxySettings, caches: dict[str, FeatureCache], device: str
 ) -> Protocol:
     """A protocol on these cached features, with trainings like this."""
-    directories = {role: cache.directory for role, cache in caches.items()}
+    to_open = [(caches[role].directory, caches[role].identity) for role in ("train", "val")]  # workers copy no arrays
 
     def create_task() -> ProxyTask:
-        return ProxyTask(open_cache(directories["train"]), open_cache(directories["val"]), proxy, settings.head, device)
+        train, val = (open_cache(*each) for each in to_open)
+        return ProxyTask(train, val, proxy, settings.head, device)
 
     crop_in_features(proxy, caches["train"])  # refuses a wrong one
     facts = facts_of(caches)

@@ -1,11 +1,11 @@
-"""A folder that lasts: a run, a training, a re-ranking, the scores of a protocol, a benchmark.
+"""A folder that lasts: a run, a training, a re-ranking, the scores of a protocol, a feature cache, a benchmark.
 
 One process at a time holds it, and it remembers what it was begun with, so that the same command goes on and another one is
-refused by the names of what differs. What a job came to is one JSON file, which is there whole or not at all. A feature cache
-keeps a list of its own of what is done, and takes its lock alone.
+refused by the names of what differs. What a job came to is one JSON file, which is there whole or not at all.
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -74,7 +74,7 @@ class Folder:
                 raise InputError(f"{self.path} holds a {description['kind']}, not a {self.kind}: {self.remedy}")
             if description.get("format") == _FORMAT:
                 return description | {"identity": dict(description["identity"]), "command": str(description["command"])}
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except InputError:
             raise
@@ -87,7 +87,7 @@ class Folder:
         path = self.result_path(job)
         try:
             return dict(json.loads(path.read_text(encoding="utf-8")))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (ValueError, TypeError) as error:
             raise self.damaged(job, error) from error
@@ -107,11 +107,12 @@ class Folder:
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """Which settings are not what they were, as fields; "" if all are. A name with a space in it is said as it is.
 
-    >>> differences({"top_k": 3, "`weights` (content)": "ab", "top": 1}, {"top_k": 5, "`weights` (content)": "cd", "top": 1})
-    '`weights` (content) ab, now it is cd, and `top_k` 3, now it is 5'
+    >>> before, now = {"top_k": 3, "`weights` (content)": "ab" * 32}, {"top_k": 5, "`weights` (content)": "cd" * 32}
+    >>> differences({"top": 1} | before, {"top": 1} | now)
+    '`weights` (content) abababababab…, now it is cdcdcdcdcdcd…, and `top_k` 3, now it is 5'
     """
     return ", and ".join(
-        f"{_as_field(name)} {before.get(name, 'unknown')}, now it is {now.get(name, 'unknown')}"
+        f"{_as_field(name)} {_brief(before.get(name, 'unknown'))}, now it is {_brief(now.get(name, 'unknown'))}"
         for name in sorted(before.keys() | now.keys())
         if before.get(name) != now.get(name)
     )
@@ -119,3 +120,10 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 def _as_field(name: str) -> str:
     return name if " " in name else f"`{name}`"
+
+
+def _brief(value: Any) -> str:
+    """The value as text; of a hash, and of a long list, the beginning."""
+    text = str(value)
+    length = 12 if re.fullmatch("[0-9a-f]{32,}", text) else 300
+    return text if len(text) <= length else text[:length] + "…"

@@ -33,7 +33,7 @@ from search.settings import (
     require,
     scored,
 )
-from search.tasks.feature_cache import FeatureCache, facts_of, open_cache, prepare_caches
+from search.tasks.feature_cache import MEAN, STD, WEIGHTS, FeatureCache, facts_of, open_cache, prepare_caches
 from search.tasks.proxy import ProxyTask, crop_in_features
 
 KNOWN_CELLS = ("aspp", "dpc")
@@ -80,18 +80,20 @@ def main(settings: RandomSettings) -> None:
     head, space = settings.head.completed(settings.data.dataset), SearchSpace(settings.branches)
     sampler = create_sampler(settings.sampler, space, settings.seed, lag=settings.lag)
     plan = SearchPlan(settings.trials, load_cells(settings.compare), settings.comparison_seeds, settings.seed)
-    caches = prepare_caches(settings.data, settings.backbone, settings.features, settings.machine)
+    command = this_command(_PROG)
+    caches = prepare_caches(settings.data, settings.backbone, settings.features, settings.machine, command)
     crop_in_features(settings.proxy, caches["train"])  # refuses a wrong crop size before the run begins
-    manifest, task = caches["train"].manifest, caches["train"].task
-    directory = settings.out or Path("runs") / manifest["dataset"]
+    origin, task = caches["train"].identity, caches["train"].task
+    directory = settings.out or Path("runs") / origin["dataset"]
+    to_open = [(caches[role].directory, caches[role].identity) for role in ("train", "val")]  # workers copy no arrays
 
     def create_task() -> ProxyTask:
-        train, val = (open_cache(caches[role].directory) for role in ("train", "val"))
+        train, val = (open_cache(*each) for each in to_open)
         return ProxyTask(train, val, settings.proxy, head, device)
 
     def keep_head(name: str, trained: SegmentationHead) -> None:
-        keys = ("backbone", "weights_hash", "weights_origin", "mean", "std", "output_stride", "dataset")
-        backbone = {key: manifest[key] for key in keys if key in manifest}  # a cache of an earlier version may lack some
+        backbone = {key: origin[key] for key in ("backbone", "weights_origin", "output_stride", "dataset")}
+        backbone |= {"weights_hash": origin[WEIGHTS], "mean": origin[MEAN], "std": origin[STD]}
         path = directory / "heads" / f"{name}.safetensors"
         save_head(path, trained, task=task.describe(), backbone=backbone)
 
@@ -100,7 +102,7 @@ def main(settings: RandomSettings) -> None:
         _identity(settings, head, caches),
         sampler,
         storage=settings.storage,
-        command=this_command(_PROG),
+        command=command,
         task=task,
         settings=RunSettings(settings.data, settings.backbone, settings.features, head, settings.machine),
     )

@@ -1,20 +1,19 @@
 """Backbone features of a data set, computed once (paper, section 3.3) and memory-mapped by trainings.
 
-A cache is a folder with the features (N, C, h, w) and labels (N, H, W) as raw arrays, and a manifest that says what they were
-made from. The manifest counts the finished images, so the same command finishes a cache that was interrupted. A cache that is
-half-written, damaged, or made from something else is refused, with the reason.
+A cache is a `Folder` with the features (N, C, h, w) and labels (N, H, W) as raw arrays. Its settings say what they were made
+from, and its only result, `progress.json`, counts the finished images, so the same command finishes a cache that was
+interrupted. A cache that is half-written, damaged, or made from something else is refused, with the reason.
 
 With H = s·(h − 1) + 1 for output stride s, feature (i, j) sits on pixel (s·i, s·j); smaller images are padded at the bottom
 and right with the mean pixel, which is not labelled.
 """
 
-import json
 import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,13 +27,14 @@ from search.datasets import Dataset, open_splits
 from search.dense_tasks import DenseTask, restored_task
 from search.devices import resolve_device
 from search.errors import InputError
-from search.files import write_json
 from search.folder import Folder
 from search.settings import BackboneSettings, DataSettings, FeatureDtype, FeatureSettings, MachineSettings, fingerprints
 
 _DTYPES: dict[FeatureDtype, torch.dtype] = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-_BEHIND = {"data_fingerprint": "`data_dir` (pictures)", "weights_hash": "`weights` (content)"}  # facts, not settings
 _BATCH = 8  # images per pass of the backbone
+PICTURES, WEIGHTS = "`data_dir` (pictures)", "`weights` (content)"  # names of hashes in an identity
+MEAN, STD = "`backbone` (mean pixel)", "`backbone` (deviation of pixels)"  # of values 0 to 255
+_IMAGES, _CHANNELS = "number of images", "number of channels"
 
 
 class HalfWrittenError(InputError):
@@ -45,58 +45,54 @@ class HalfWrittenError(InputError):
 class FeatureCache:
     """Features and labels of one split, memory-mapped.
 
-    `features`: (N, C, h, w) float16 or bfloat16, `labels`: (N, H, W) as the task has them; `manifest`: their origin.
+    `features`: (N, C, h, w) float16 or bfloat16, `labels`: (N, H, W) as the task has them; `identity`: all they depend on.
     """
 
     directory: Path
     features: Tensor
     labels: Tensor
-    manifest: dict[str, Any]
+    identity: dict[str, Any]
 
     @property
     def task(self) -> DenseTask:
-        return restored_task(self.manifest)
+        return restored_task(self.identity)
 
     @property
     def output_stride(self) -> int:
-        return int(self.manifest["output_stride"])
+        return int(self.identity["output_stride"])
 
 
-def open_cache(directory: Path, expected: dict[str, Any] | None = None) -> FeatureCache:
-    """Open a finished cache. Raises InputError for one that is absent, half-written, damaged, or not made from `expected`."""
-    path = directory / "manifest.json"
-    if not path.is_file():
-        raise HalfWrittenError(f"{directory} holds no feature cache: make it with `python -m search.features`")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        done, features_shape, labels_shape = manifest["done"], manifest["features_shape"], manifest["labels_shape"]
-        label_dtype = restored_task(manifest).label_dtype
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is damaged ({error}): delete the folder {directory} and run the command again") from error
-    for field, value in (expected or {}).items():
-        if manifest.get(field) != value:
-            before, now, name = _brief(manifest.get(field)), _brief(value), _BEHIND.get(field, f"`{field}`")
-            raise InputError(
-                f"cache {directory} is stale: it was made with {name} {before}, this run has {now}; delete that folder or "
-                "give another `cache_dir`"
-            )
-    if done < features_shape[0]:
+def open_cache(directory: Path, identity: dict[str, Any]) -> FeatureCache:
+    """Open a finished cache. Raises InputError for one that is absent, half-written, damaged, or not made from `identity`."""
+    done = _done(_folder(directory), identity)
+    if done < identity[_IMAGES]:
         raise HalfWrittenError(
-            f"cache {directory} is half-written ({done} of {features_shape[0]} images): "
+            f"{directory} holds the features of {done} of {identity[_IMAGES]} images: "
             "finish it by running `python -m search.features` with the same flags"
         )
-    features = _map(directory / "features.bin", features_shape, np.dtype(np.int16)).view(_DTYPES[manifest["feature_dtype"]])
-    return FeatureCache(directory, features, _map(directory / "labels.bin", labels_shape, label_dtype), manifest)
+    arrays = _arrays(directory, identity)
+    for array in arrays:
+        if array.bytes_on_disk != array.bytes:
+            raise InputError(
+                f"{array.path} is damaged ({array.bytes_on_disk} bytes instead of {array.bytes}): "
+                f"delete the folder {directory} and run again"
+            )
+    maps = [np.memmap(path, dtype, "c", shape=shape) for path, dtype, shape in arrays]  # copy on write: no file is changed
+    features, labels = map(torch.from_numpy, maps)
+    return FeatureCache(directory, features.view(_DTYPES[identity["feature_dtype"]]), labels, identity)
 
 
-def build_cache(directory: Path, dataset: Dataset, backbone: Backbone, identity: dict[str, Any], device: str) -> FeatureCache:
-    """Compute the cache of a split, or finish it; `identity` is kept in the manifest and checked when it is opened.
+def build_cache(
+    directory: Path, dataset: Dataset, backbone: Backbone, identity: dict[str, Any], device: str, command: str
+) -> FeatureCache:
+    """Compute the cache of a split, or finish it; `identity` is all that it depends on, `command` what the user typed.
 
     Raises InputError for unusable images and for a folder that cannot be written; finished images are kept.
     """
+    folder = _folder(directory)
     try:
-        with Folder(directory, "cache", "give another `cache_dir`").locked():
-            _fill(directory, dataset, backbone.to(device).eval(), identity, device)
+        with folder.locked():
+            _fill(folder, dataset, backbone.to(device).eval(), identity, device, command)
     except OSError as error:
         raise InputError(
             f"cannot write {directory} ({error}): give another `cache_dir`, or make room and run again"
@@ -105,9 +101,9 @@ def build_cache(directory: Path, dataset: Dataset, backbone: Backbone, identity:
 
 
 def prepare_caches(
-    data: DataSettings, backbone: BackboneSettings, features: FeatureSettings, machine: MachineSettings
+    data: DataSettings, backbone: BackboneSettings, features: FeatureSettings, machine: MachineSettings, command: str
 ) -> dict[str, FeatureCache]:
-    """The caches of the splits "train" and "val", opened if they exist and computed if not."""
+    """The caches of the splits "train" and "val", opened if they exist and computed if not, by the typed `command`."""
     backbone.check()
     features.check(backbone.stride)
     device = resolve_device(machine.device)
@@ -122,7 +118,7 @@ def prepare_caches(
         try:
             caches[role] = open_cache(directory, identity)
         except HalfWrittenError:
-            caches[role] = build_cache(directory, dataset, network, identity, device)
+            caches[role] = build_cache(directory, dataset, network, identity, device, command)
     val = caches["val"]
     if not any(val.task.is_labelled(label).any() for label in val.labels):  # the first one that has any ends it
         name = f"{datasets['val'].name} {datasets['val'].split}"
@@ -132,76 +128,123 @@ def prepare_caches(
 
 def facts_of(caches: Mapping[str, FeatureCache]) -> dict[str, Any]:
     """What the features are, for the identity of who trains on them: facts in place of what the settings leave open."""
-    train, val = caches["train"].manifest, caches["val"].manifest
-    facts = {name: train[name] for name in ("dataset", "backbone", "weights_origin", "output_stride", "image_size")}
-    pictures = fingerprints(train["data_fingerprint"], val["data_fingerprint"])
-    return facts | pictures | {"`weights` (content)": train["weights_hash"]}
+    train, val = caches["train"].identity, caches["val"].identity
+    names = ("dataset", "backbone", WEIGHTS, "weights_origin", "output_stride", "image_size")
+    return {name: train[name] for name in names} | fingerprints(train[PICTURES], val[PICTURES])
 
 
-def _fill(directory: Path, dataset: Dataset, backbone: Backbone, identity: dict[str, Any], device: str) -> None:
-    shape = _shapes(dataset, backbone, identity, device)
-    normalisation = {"mean": backbone.mean.flatten().tolist(), "std": backbone.std.flatten().tolist()}  # of pixels 0 to 255
-    label_dtype = dataset.task.label_dtype
-    manifest = _resumable_manifest(directory, {**identity, **shape, **normalisation, "done": 0}, label_dtype)
-    if not manifest["done"]:
-        (directory / "manifest.json").unlink(missing_ok=True)  # the images that it counted are about to be overwritten
-    _require_space(directory, shape, label_dtype)
-    arrays = [
-        np.memmap(directory / file, dtype, "r+" if manifest["done"] else "w+", shape=tuple(shape[key]))
-        for file, dtype, key in (("features.bin", np.int16, "features_shape"), ("labels.bin", label_dtype, "labels_shape"))
-    ]
-    dtype = _DTYPES[identity["feature_dtype"]]
-    total = shape["features_shape"][0]
-    bar = tqdm(total=total, initial=manifest["done"], desc=f"features of {dataset.name} {dataset.split}", unit="image")
+def padded_size(settings: FeatureSettings, dataset: Dataset, output_stride: int) -> tuple[int, int]:
+    """Height and width in pixels that images are padded to: as given, or else so that the first image fits."""
+    height, width = (-(-(extent - 1) // output_stride) * output_stride + 1 for extent in dataset[0].label.shape)
+    return settings.image_size or (height, width)
+
+
+def _identity(settings: FeatureSettings, dataset: Dataset, backbone: Backbone, mirrored: bool) -> dict[str, Any]:
+    return {
+        "dataset": dataset.name,
+        "`train_split` or `val_split`": dataset.split,
+        PICTURES: dataset.fingerprint(),
+        **dataset.task.describe(),
+        "backbone": backbone.name,
+        WEIGHTS: backbone.weights_hash(),
+        "weights_origin": backbone.weights_origin,
+        MEAN: backbone.mean.flatten().tolist(),
+        STD: backbone.std.flatten().tolist(),
+        "output_stride": backbone.output_stride,
+        "image_size": list(padded_size(settings, dataset, backbone.output_stride)),
+        "mirrored": mirrored,
+        "feature_dtype": settings.feature_dtype,
+        _IMAGES: len(dataset) * (2 if mirrored else 1),
+        _CHANNELS: backbone.channels,
+    }
+
+
+class _Array(NamedTuple):
+    """A file of a cache, which holds nothing but an array."""
+
+    path: Path
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def bytes_on_disk(self) -> int:
+        return self.path.stat().st_size if self.path.is_file() else 0
+
+
+def _arrays(directory: Path, identity: Mapping[str, Any]) -> tuple[_Array, _Array]:
+    """Features (N, C, h, w), as their bits because NumPy has no bfloat16, and labels (N, H, W)."""
+    count, stride, (height, width) = identity[_IMAGES], identity["output_stride"], identity["image_size"]
+    shape = count, identity[_CHANNELS], (height - 1) // stride + 1, (width - 1) // stride + 1
+    features = _Array(directory / "features.bin", np.dtype(np.int16), shape)
+    return features, _Array(directory / "labels.bin", restored_task(identity).label_dtype, (count, height, width))
+
+
+def _folder(directory: Path) -> Folder:
+    return Folder(directory, "feature cache", "give another `cache_dir`")
+
+
+def _done(folder: Folder, identity: Mapping[str, Any]) -> int:
+    """How many images are finished. Raises InputError if the folder is damaged, or they were not made from `identity`."""
+    description, progress = folder.description(), folder.result("progress")
+    if description is None or progress is None:  # settings alone bind nobody: it ended before its first images
+        return 0
+    folder.check(identity)
+    try:
+        return int(progress["done"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise folder.damaged("progress", error) from error
+
+
+def _fill(folder: Folder, dataset: Dataset, backbone: Backbone, identity: dict[str, Any], device: str, command: str) -> None:
+    _check_grid(backbone, identity, device)
+    arrays, count, precision = _arrays(folder.path, identity), identity[_IMAGES], identity["feature_dtype"]
+    done = _done(folder, identity)
+    if any(array.bytes_on_disk != array.bytes for array in arrays):
+        done = 0
+    _require_space(arrays)
+    if not done:  # nothing may count what the arrays held, because they are about to be overwritten
+        for name in ("progress.json", "settings.json", "manifest.json"):  # earlier versions had the last
+            (folder.path / name).unlink(missing_ok=True)
+    folder.begin(identity, command)
+    features, labels = (np.memmap(path, dtype, "r+" if done else "w+", shape=shape) for path, dtype, shape in arrays)
+    bar = tqdm(total=count, initial=done, desc=f"features of {dataset.name} {dataset.split}", unit="image")
     with bar, torch.inference_mode():
-        for start in range(manifest["done"], total, _BATCH):
-            stop = min(start + _BATCH, total)
-            images, labels = _batch(dataset, range(start, stop), identity["image_size"], backbone.mean.cpu())
-            features = backbone(images.to(device)).to(dtype)
-            if not features.isfinite().all():
-                raise InputError(
-                    f"features of {dataset.name} leave the range of {identity['feature_dtype']}: give `feature_dtype` bfloat16"
-                )
-            arrays[0][start:stop] = features.cpu().contiguous().view(torch.int16).numpy()
-            arrays[1][start:stop] = labels
-            for array in arrays:
-                array.flush()  # the data must be on disk before the manifest counts them
-            manifest["done"] = stop
-            write_json(directory / "manifest.json", manifest)
+        for start in range(done, count, _BATCH):
+            stop = min(start + _BATCH, count)
+            images, labels[start:stop] = _batch(dataset, range(start, stop), identity["image_size"], backbone.mean.cpu())
+            values = backbone(images.to(device)).to(_DTYPES[precision])
+            if not values.isfinite().all():
+                raise InputError(f"features of {dataset.name} leave the range of {precision}: give `feature_dtype` bfloat16")
+            features[start:stop] = values.cpu().contiguous().view(torch.int16).numpy()
+            for array in (features, labels):
+                array.flush()  # the data must be on disk before they are counted
+            folder.write_result("progress", {"done": stop})
             bar.update(stop - start)
 
 
-def _shapes(dataset: Dataset, backbone: Backbone, identity: dict[str, Any], device: str) -> dict[str, list[int]]:
-    count = len(dataset) * (2 if identity["mirrored"] else 1)
+def _check_grid(backbone: Backbone, identity: Mapping[str, Any], device: str) -> None:
+    """Raise InputError unless the backbone has a feature on every pixel (s·i, s·j) of the padded images."""
     (height, width), stride = identity["image_size"], identity["output_stride"]
     if min(height, width) < 1 or (height - 1) % stride or (width - 1) % stride:
         raise InputError(f"`image_size` {height} {width} must be {stride}·k + 1 each, such as {16 * stride + 1}")
     with torch.inference_mode():
-        _, channels, h, w = backbone(torch.zeros(1, 3, height, width, device=device)).shape
+        h, w = backbone(torch.zeros(1, 3, height, width, device=device)).shape[2:]
     if (height, width) != (stride * (h - 1) + 1, stride * (w - 1) + 1):
         raise InputError(
             f"`backbone` {backbone.name} has no feature on every {stride}th pixel, the corners included: give another"
         )
-    return {"features_shape": [count, channels, h, w], "labels_shape": [count, height, width]}
 
 
-def _resumable_manifest(directory: Path, fresh: dict[str, Any], label_dtype: np.dtype[Any]) -> dict[str, Any]:
-    """The manifest of an interrupted cache if it has the same identity and complete arrays, or else `fresh`."""
-    try:
-        manifest: dict[str, Any] = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return fresh
-    sizes = _bytes(fresh, label_dtype)
-    whole = all((path := directory / file).is_file() and path.stat().st_size == size for file, size in sizes.items())
-    return manifest if whole and {**manifest, "done": 0} == fresh else fresh
-
-
-def _bytes(shape: Mapping[str, list[int]], label_dtype: np.dtype[Any]) -> dict[str, int]:
-    """The size of each file of a cache."""
-    return {
-        "features.bin": 2 * math.prod(shape["features_shape"]),
-        "labels.bin": label_dtype.itemsize * math.prod(shape["labels_shape"]),
-    }
+def _require_space(arrays: tuple[_Array, ...]) -> None:
+    """Refuse a disk without enough space: a memory map on a full disk kills the process without a message."""
+    needed = sum(array.bytes for array in arrays)
+    present = sum(array.path.stat().st_blocks * 512 for array in arrays if array.path.is_file())
+    if needed - present > shutil.disk_usage(arrays[0].path.parent).free:
+        raise OSError(f"needs {needed / 2**30:.1f} GiB of free disk")
 
 
 def _batch(dataset: Dataset, indices: range, size: tuple[int, int], mean: Tensor) -> tuple[Tensor, NDArray[Any]]:
@@ -219,50 +262,3 @@ def _batch(dataset: Dataset, indices: range, size: tuple[int, int], mean: Tensor
         images[row, :, :height, :width] = torch.from_numpy(image.copy()).permute(2, 0, 1)
         labels[row, :height, :width] = label
     return images, labels
-
-
-def _identity(settings: FeatureSettings, dataset: Dataset, backbone: Backbone, mirrored: bool) -> dict[str, Any]:
-    return {
-        "format": 1,
-        "dataset": dataset.name,
-        "split": dataset.split,
-        "data_fingerprint": dataset.fingerprint(),
-        **dataset.task.describe(),
-        "backbone": backbone.name,
-        "weights_hash": backbone.weights_hash(),
-        "weights_origin": backbone.weights_origin,
-        "output_stride": backbone.output_stride,
-        "image_size": list(padded_size(settings, dataset, backbone.output_stride)),
-        "mirrored": mirrored,
-        "feature_dtype": settings.feature_dtype,
-    }
-
-
-def padded_size(settings: FeatureSettings, dataset: Dataset, output_stride: int) -> tuple[int, int]:
-    """Height and width in pixels that images are padded to: as given, or else so that the first image fits."""
-    height, width = (-(-(extent - 1) // output_stride) * output_stride + 1 for extent in dataset[0].label.shape)
-    return settings.image_size or (height, width)
-
-
-def _map(path: Path, shape: list[int], dtype: np.dtype[Any]) -> Tensor:
-    size = int(np.prod(shape)) * dtype.itemsize
-    actual = path.stat().st_size if path.is_file() else 0
-    if actual != size:
-        raise InputError(
-            f"{path} is damaged ({actual} bytes instead of {size}): delete the folder {path.parent} and run again"
-        )
-    array = np.memmap(path, dtype, "c", shape=tuple(shape))  # copy on write: nothing is written to the file
-    return torch.from_numpy(array)
-
-
-def _require_space(directory: Path, shape: dict[str, list[int]], label_dtype: np.dtype[Any]) -> None:
-    """Refuse a disk without enough space: a memory map on a full disk kills the process without a message."""
-    needed = sum(_bytes(shape, label_dtype).values())
-    present = sum(path.stat().st_blocks * 512 for path in directory.glob("*.bin"))
-    if needed - present > shutil.disk_usage(directory).free:
-        raise OSError(f"needs {needed / 2**30:.1f} GiB of free disk")
-
-
-def _brief(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 40 else text[:12] + "…"

@@ -58,7 +58,7 @@ class ProxyTask:
         self, train: FeatureCache, val: FeatureCache, settings: ProxySettings, head: HeadSettings, device: str = "cpu"
     ) -> None:
         self.settings = settings
-        self.head = head.completed(train.manifest["dataset"])
+        self.head = head.completed(train.identity["dataset"])
         self.device = torch.device(device)
         self.dense_task = train.task
         self.output_stride = train.output_stride

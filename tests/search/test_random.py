@@ -17,10 +17,10 @@ import timm
 import torch
 from PIL import Image
 
+import search.folder
 import search.random
 import search.reports.run_files
 import search.runs.search
-import search.tasks.feature_cache
 from fast.checkpoint import load_head
 from fast.train_step import TrainStep
 from reference.cell import Branch, Cell, Conv1x1, PyramidPooling
@@ -174,7 +174,8 @@ def test_a_saved_head_has_the_recorded_score(tiny: RandomSettings, uninterrupted
     for key, constant in (("mean", backbone.mean), ("std", backbone.std)):  # what its images must be normalised by
         assert description["backbone"][key] == constant.flatten().tolist()
 
-    train, val = (open_cache(tiny.machine.cache_dir / f"camvid-{split}-{BACKBONE}-os16") for split in SPLITS)
+    folders = (tiny.machine.cache_dir / f"camvid-{split}-{BACKBONE}-os16" for split in SPLITS)
+    train, val = (open_cache(folder, json.loads((folder / "settings.json").read_text())["identity"]) for folder in folders)
     result = expected[name].result
     assert result is not None
     assert mean_iou(ProxyTask(train, val, tiny.proxy, tiny.head)._totals(head)) == result.score
@@ -226,7 +227,8 @@ def test_another_seed_is_another_search(settings: RandomSettings, uninterrupted:
 # Ends without warning. Each child dies by SIGKILL at the n-th call of a function, and the same command goes on from there.
 
 DEATHS: dict[str, tuple[object, str, int]] = {
-    "while features are cached": (search.tasks.feature_cache, "write_json", 1),
+    "before a cache is begun": (search.folder, "write_json", 1),
+    "before the first features of a cache are counted": (search.folder, "write_json", 2),
     "before a comparison is told": (optuna.Study, "tell", 2),
     "in the middle of a training": (TrainStep, "draw", 4 * 10 + 3),  # 10 batches each: the fifth job
     "before a head is saved": (search.random, "save_head", 3),
@@ -261,7 +263,7 @@ def search_until_death(settings: RandomSettings, death: str) -> None:
 def test_a_killed_search_goes_on_as_if_nothing_had_happened(
     settings: RandomSettings, uninterrupted: Run, death: str, tmp_path: Path
 ) -> None:
-    if death == "while features are cached":
+    if "cache" in death:
         settings = changed(settings, cache_dir=tmp_path / "cache")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
@@ -410,7 +412,7 @@ def test_a_run_with_other_settings_is_refused(
 def test_features_of_other_weights_are_refused(settings: RandomSettings, uninterrupted: Run, tmp_path: Path) -> None:
     state = timm.create_model(BACKBONE).state_dict()
     torch.save({key: value + 1 for key, value in state.items()}, tmp_path / "other.pth")
-    with pytest.raises(InputError, match=r"cache .*camvid-train-.* is stale: it was made with `weights` \(content\) \w+"):
+    with pytest.raises(InputError, match=r"feature cache .*camvid-train-.* was started with `weights` \(content\) \w+"):
         search.random.main(changed(settings, weights=tmp_path / "other.pth"))
 
 

@@ -151,8 +151,8 @@ def make_cache(seed: int, count: int) -> FeatureCache:
     rng = np.random.default_rng(seed)
     features = torch.from_numpy(rng.normal(size=(count, 4, 3, 3))).half()
     labels = torch.from_numpy(rng.integers(0, 3, (count, 33, 33))).to(torch.uint8)
-    manifest = {"dataset": "noise", "class_names": ["a", "b", "c"], "output_stride": 16}
-    return FeatureCache(Path("in memory"), features, labels, manifest)
+    identity = {"dataset": "noise", "class_names": ["a", "b", "c"], "output_stride": 16}
+    return FeatureCache(Path("in memory"), features, labels, identity)
 
 
 PROXY = ProxySettings(iterations=3, batch_size=2, learning_rate=0.1, statistics_batches=1)

@@ -1,9 +1,11 @@
 """Cached features: exact in content and place, whole or refused by name, and the same after any interruption."""
 
 import json
+import multiprocessing
 import os
 import re
 import shutil
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +26,7 @@ from search.dense_tasks import DenseTask
 from search.dense_tasks.segmentation import Segmentation
 from search.errors import InputError
 from search.features import FeaturesSettings, main
+from search.folder import Folder
 from search.settings import BackboneSettings, DataSettings, FeatureSettings, MachineSettings
 from search.tasks.feature_cache import FeatureCache, HalfWrittenError, build_cache, open_cache, prepare_caches
 from tests.search.composed import composed
@@ -31,6 +34,7 @@ from tests.strategies import rng_seeds
 
 STRIDE = 16
 MEAN = (10.0, 20.0, 30.0)
+COMMAND = "python -m search.features --dataset pictures"
 
 
 class EveryNthPixel(nn.Module):
@@ -86,7 +90,12 @@ def identity(dataset: Pictures, backbone: Backbone, size: tuple[int, int] = (33,
 
 def build(folder: Path, dataset: Pictures, backbone: Backbone | None = None, **changes: Any) -> FeatureCache:
     backbone = backbone or pixel_backbone()
-    return build_cache(folder, dataset, backbone, identity(replace(dataset, broken=-1), backbone, **changes), "cpu")
+    return build_cache(folder, dataset, backbone, identity(replace(dataset, broken=-1), backbone, **changes), "cpu", COMMAND)
+
+
+def reopen(folder: Path) -> FeatureCache:
+    """What `build(folder, TWENTY)` has built."""
+    return open_cache(folder, identity(TWENTY, pixel_backbone()))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -156,10 +165,8 @@ def test_an_interrupted_cache_is_finished_to_the_same_bytes(
     build(tmp_path / "whole", TWENTY)
     with pytest.raises(error):
         build(tmp_path / "cache", replace(TWENTY, broken=broken, error=error))
-    with pytest.raises(
-        HalfWrittenError, match="holds no feature cache" if broken < 8 else r"half-written \((8|16) of 20 images\)"
-    ):
-        open_cache(tmp_path / "cache")
+    with pytest.raises(HalfWrittenError, match=f"holds the features of {broken // 8 * 8} of 20 images: finish it by"):
+        reopen(tmp_path / "cache")
 
     asked = []
     original = Pictures.__getitem__
@@ -171,6 +178,51 @@ def test_an_interrupted_cache_is_finished_to_the_same_bytes(
     monkeypatch.setattr(Pictures, "__getitem__", getitem)
     build(tmp_path / "cache", TWENTY)
     assert asked == [0, *range(broken // 8 * 8, 20)]  # the first for its size; what was finished is not computed again
+    assert contents(tmp_path / "cache") == contents(tmp_path / "whole")
+
+
+DEATHS: dict[str, tuple[object, str, int]] = {
+    "before it is begun": (Folder, "begin", 1),
+    "before the first images are computed": (search.tasks.feature_cache, "_batch", 1),
+    "before the first images are counted": (Folder, "write_result", 1),
+    "in the middle": (search.tasks.feature_cache, "_batch", 2),
+    "before the last images are counted": (Folder, "write_result", 3),
+}
+
+
+def build_until_death(folder: Path, death: str) -> None:
+    owner, name, last = DEATHS[death]
+    original, calls = getattr(owner, name), 0
+
+    def counting(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args)
+
+    setattr(owner, name, counting)
+    build(folder, TWENTY)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a server of children that have everything imported needs fork")
+@pytest.mark.parametrize("death", DEATHS)
+@pytest.mark.parametrize("left", ["nothing", "features of an earlier version"])
+def test_a_killed_cache_is_finished_to_the_same_bytes(tmp_path: Path, death: str, left: str) -> None:
+    build(tmp_path / "whole", TWENTY)
+    if left != "nothing":
+        build(tmp_path / "cache", replace(TWENTY, seed=1))
+        (tmp_path / "cache" / "progress.json").unlink()
+        (tmp_path / "cache" / "settings.json").rename(tmp_path / "cache" / "manifest.json")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    child = context.Process(target=build_until_death, args=(tmp_path / "cache", death))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    with pytest.raises(HalfWrittenError):
+        reopen(tmp_path / "cache")
+    build(tmp_path / "cache", TWENTY)
     assert contents(tmp_path / "cache") == contents(tmp_path / "whole")
 
 
@@ -230,7 +282,9 @@ def test_a_cache_of_something_else_is_refused_by_name(tmp_path: Path, field: str
     dataset, backbone, changes = STALE[field]
     said = {"weights_hash": "`weights` (content)", "data_fingerprint": "`data_dir` (pictures)"}.get(field, f"`{field}`")
     with pytest.raises(
-        InputError, match=rf"cache {tmp_path} is stale: it was made with {re.escape(said)} .*; delete that folder"
+        InputError,
+        match=rf"feature cache {tmp_path} was started with .*{re.escape(said)} .*: use the same values \({COMMAND}\), "
+        "give another `cache_dir`, or delete that folder",
     ) as caught:
         open_cache(tmp_path, identity(dataset, backbone, **changes))
     assert not isinstance(caught.value, HalfWrittenError)  # which would be finished, with features of two kinds
@@ -243,22 +297,55 @@ def test_damaged_arrays_are_refused_by_name(tmp_path: Path, file: str, damage: C
     build(tmp_path, TWENTY)
     damage(tmp_path / file)
     with pytest.raises(InputError, match=rf"{tmp_path}/{file} is damaged \(\d+ bytes instead of \d+\): delete the folder"):
-        open_cache(tmp_path)
+        reopen(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "{", "{}", "[]", "3", '{"done": 3}', "\0\0\0", '"text"', "null"])
-def test_a_damaged_manifest_is_refused_by_name(tmp_path: Path, text: str) -> None:
+DAMAGED = (b"", b"{", b"{}", b"[]", b"3", b"\0\0\0", b'"text"', b"null", b"\xff\xfe")
+
+
+@pytest.mark.parametrize("content", [*DAMAGED, b'{"done": "all"}'])
+def test_damaged_progress_is_refused_by_name_and_can_be_deleted(tmp_path: Path, content: bytes) -> None:
     build(tmp_path, TWENTY)
-    (tmp_path / "manifest.json").write_text(text)
-    with pytest.raises(InputError, match=rf"{tmp_path}/manifest\.json is damaged \(.*\): delete the folder {tmp_path}"):
-        open_cache(tmp_path)
-
-
-def test_a_manifest_that_is_not_text_is_refused(tmp_path: Path) -> None:
+    before = contents(tmp_path)
+    (tmp_path / "progress.json").write_bytes(content)
+    words = rf"{tmp_path}/progress\.json is damaged \(.*\): delete it and run the same command again"
+    for use in (reopen, lambda folder: build(folder, TWENTY)):
+        with pytest.raises(InputError, match=words) as caught:
+            use(tmp_path)
+        assert not isinstance(caught.value, HalfWrittenError)
+    (tmp_path / "progress.json").unlink()
     build(tmp_path, TWENTY)
-    (tmp_path / "manifest.json").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(InputError, match="is damaged"):
-        open_cache(tmp_path)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("content", DAMAGED)
+def test_damaged_settings_are_refused_by_name(tmp_path: Path, content: bytes) -> None:
+    build(tmp_path, TWENTY)
+    (tmp_path / "settings.json").write_bytes(content)
+    before = contents(tmp_path)
+    words = rf"{tmp_path}/settings\.json is damaged \(.*\): delete the feature cache {tmp_path} and start it again"
+    for use in (reopen, lambda folder: build(folder, TWENTY)):
+        with pytest.raises(InputError, match=words):
+            use(tmp_path)
+    assert contents(tmp_path) == before
+
+
+def test_progress_does_not_count_without_the_settings(tmp_path: Path) -> None:
+    build(tmp_path, replace(TWENTY, seed=1))
+    (tmp_path / "settings.json").unlink()
+    with pytest.raises(HalfWrittenError, match="0 of 20 images"):
+        reopen(tmp_path)
+    build(tmp_path, TWENTY)
+    assert torch.equal(reopen(tmp_path).features, build(tmp_path / "whole", TWENTY).features)
+
+
+def test_a_folder_of_another_kind_is_refused_and_left_alone(tmp_path: Path) -> None:
+    Folder(tmp_path).begin({"seed": 1}, "python -m search.random")
+    before = contents(tmp_path)
+    for use in (reopen, lambda folder: build(folder, TWENTY)):
+        with pytest.raises(InputError, match=f"{tmp_path} holds a run, not a feature cache: give another `cache_dir`"):
+            use(tmp_path)
+    assert contents(tmp_path) == before
 
 
 def test_features_beyond_float16_are_refused_and_fit_bfloat16(tmp_path: Path) -> None:
@@ -334,18 +421,29 @@ def test_the_command_says_what_the_caches_hold(tmp_path: Path, asked: list[str],
         f"{role}: {tmp_path / f'pictures-{split}-pixels-os16'}" for role, split in (("train", "all"), ("val", "val"))
     ]
     assert all("features (3, 3, 3, 4) torch.float16" in line for line in lines)
+    settings = json.loads((tmp_path / "pictures-val-pixels-os16" / "settings.json").read_text())
+    assert settings["kind"] == "feature cache"
+    assert settings["command"].startswith("python -m search.features")
 
 
 def test_caches_are_made_once_for_both_splits(tmp_path: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     features, machine = FeatureSettings(mirrored=True), MachineSettings(cache_dir=tmp_path, device="cpu")
     groups = DataSettings(dataset="pictures"), BackboneSettings(), features, machine
-    caches = prepare_caches(*groups)
+    caches = prepare_caches(*groups, COMMAND)
     assert asked == ["train", "val"]
     assert {split: len(cache.features) for split, cache in caches.items()} == {"train": 6, "val": 3}  # val is never mirrored
     assert caches["val"].labels.shape[1:] == (33, 49)  # the first picture's size, rounded up to the grid
 
     monkeypatch.setattr(search.tasks.feature_cache, "build_cache", lambda *_: pytest.fail("the caches are there"))
-    again = prepare_caches(*groups)
+    again = prepare_caches(*groups, COMMAND)
     for split in ("train", "val"):
         assert torch.equal(again[split].features, caches[split].features)
-        assert json.loads((again[split].directory / "manifest.json").read_text()) == again[split].manifest
+        settings = json.loads((again[split].directory / "settings.json").read_text())
+        assert (settings["identity"], settings["command"]) == (again[split].identity, COMMAND)
+
+
+def test_a_file_in_place_of_the_caches_is_refused(tmp_path: Path, asked: list[str]) -> None:
+    (tmp_path / "file").write_text("in the way")
+    machine = MachineSettings(cache_dir=tmp_path / "file", device="cpu")
+    with pytest.raises(InputError, match=r"cannot write .*file/pictures-train-.*give another `cache_dir`"):
+        prepare_caches(DataSettings(dataset="pictures"), BackboneSettings(), FeatureSettings(), machine, COMMAND)

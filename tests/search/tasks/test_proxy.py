@@ -33,8 +33,8 @@ HEAD = HeadSettings(branch_channels=8, dropout=0.1)
 
 
 def make_cache(features: torch.Tensor, labels: torch.Tensor, num_classes: int) -> FeatureCache:
-    manifest = {"dataset": "made", "class_names": [f"class {i}" for i in range(num_classes)], "output_stride": STRIDE}
-    return FeatureCache(Path("in memory"), features, labels.to(torch.uint8), manifest)
+    identity = {"dataset": "made", "class_names": [f"class {i}" for i in range(num_classes)], "output_stride": STRIDE}
+    return FeatureCache(Path("in memory"), features, labels.to(torch.uint8), identity)
 
 
 def label_size(size: tuple[int, int]) -> tuple[int, int]:
@@ -252,7 +252,7 @@ def test_progress_is_told_step_by_step() -> None:
 
 @pytest.mark.parametrize(("dataset", "channels"), [("shapes", 64), ("camvid", 256)])
 def test_a_head_has_the_filters_of_its_data_set_unless_told(dataset: str, channels: int) -> None:
-    train = replace(TRAIN, manifest={**TRAIN.manifest, "dataset": dataset})
+    train = replace(TRAIN, identity={**TRAIN.identity, "dataset": dataset})
     assert make_task(train, branch_channels=None)._create_head(CELL).classifier.in_channels == channels
     assert make_task(train)._create_head(CELL).classifier.in_channels == 8
 
