@@ -175,7 +175,7 @@ def print_and_write(results: Results, folder: Path) -> None:
     """Print the table and the names of the files."""
     from bench.plots import draw  # its library loads slowly, and processes that measure do not need it
 
-    print(table(results, colour=sys.stdout.isatty()))
+    print(table(results))
     writers = {**SUMMARY, ".png": draw}
     written = write(results, folder, writers)
     if results.is_complete and len(written) == len(writers):
