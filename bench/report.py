@@ -42,7 +42,7 @@ def _heading(results: Results, picture: str) -> Iterator[str]:
 
 
 def tables_of(results: Results) -> dict[str, dict[tuple[str, str], list[Group]]]:
-    """Cases by suite, shape and dtype (the title of a table), then by kind and mode: all rates are of one kind, for example."""
+    """Cases by suite, shape and dtype (the title of a table), then by kind and mode; all rates are one kind."""
     tables: dict[str, dict[tuple[str, str], list[Group]]] = {}
     for rows in results.groups():
         first = rows[0]
