@@ -279,7 +279,7 @@ def test_a_run_of_minutes_writes_everything(tmp_path: Path, monkeypatch: pytest.
     assert roof["said"][0] == {"roof": "copy", "gb_per_s": 12.5}
     assert roof["said"][1]["status"] == "done"
     summary = (folder / "summary.md").read_text()
-    assert "| roof |" in summary
+    assert "\n- roof, " in summary
     assert "**the process ended with signal SIGSEGV**" in summary
     assert "copy 12.5 GB/s" in summary
     assert "sep3x3 6x21" in (folder / "rows.csv").read_text()
