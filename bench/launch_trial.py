@@ -1,30 +1,44 @@
 """What `bench/tune.py` runs in separate processes: compiling a launch without the GPU, and comparing two launches on it."""
 
-import contextlib
 import functools
+import math
 import os
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
-from bench.accuracy import ONE_DRAW, error_of
-from bench.cases import Parts
-from bench.kernel_calls import DTYPES, Call, Inputs, calls_of
+from bench.accuracy import relative_error
+from bench.kernel_calls import Call, calls_of
 from bench.timing import CacheFlush
 from fast.kernels import triton as kernels
-from fast.kernels.triton.launches import DEFAULT, Key, Launch
-from search.reports.turns import Summary
+from fast.kernels.triton.launches import DEFAULT, Key, Launch, Table
+from search.reports.turns import Summary, in_turns
 
-ROUNDS = 20
+COMPILED, NO_FIT, FAILED, WRONG, BETTER, NOT_BETTER = "compiled", "does not fit", "failed", "WRONG", "better", "not better"
 # For one program (CUDA programming guide, compute capabilities); 86, 89 and 120 are consumer GPUs.
 SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+# By bytes per value: launches add up the same products of the same rounded numbers, in another order. So bfloat16 may differ
+# by the last bit of the result, and float32 by what TF32's accumulators cut off.
+LIMITS = {2: 1e-2, 4: 1e-4}
+ROUNDS = 20
 _REDUCTIONS = ("fold_kernel", "sum_partials_kernel")
-_QUEUED_CYCLES = 4_000_000  # about 2 ms, longer than the host needs to launch two calls
+_QUEUED_CYCLES = 2_000_000  # about 1 ms, longer than the host needs to launch a call
+
+
+class Trial(NamedTuple):
+    """What became of one candidate: a line of the tuner's journal."""
+
+    key: Key
+    launch: Launch
+    verdict: str  # one of the above
+    best_us: float = 0.0  # all calls of an iteration, with the best launch until then; 0 where it was not measured
+    us: float = 0.0  # the same with this launch, in the same turns
+    note: str = ""
 
 
 def triton_cache() -> Path:
@@ -32,143 +46,118 @@ def triton_cache() -> Path:
     return Path(os.environ.get("TRITON_CACHE_DIR", "~/.triton/cache")).expanduser()
 
 
-class Comparison(NamedTuple):
-    """A candidate beside the best launch so far: microseconds of all their calls in an iteration."""
-
-    error: float  # the largest, relative to the largest value of the counted launch
-    limit: float
-    best: Summary
-    candidate: Summary
-
-    @property
-    def is_better(self) -> bool:
-        """Whether the candidate is faster by more than the spread."""
-        return self.candidate.median < self.best.median and self.best.differs_from(self.candidate)
-
-
-def compiled(key: Key, launch: Launch, architecture: int) -> dict[str, int]:
-    """Compile the kernel of `key` for each of its calls; return the largest use of each resource.
+def compiled(key: Key, launch: Launch, architecture: int) -> Trial:
+    """Compile the kernel of `key` for each of its calls into Triton's cache, and find out whether it fits the GPU.
 
     With the counted launch, the other kernels of these calls are compiled too, because every comparison needs them.
     """
     from fast.kernels.triton import compilation  # Triton is not available on every system
 
     compilation.choose_absent_gpu(architecture)
-    rows: list[dict[str, int]] = []
+    usages: list[dict[str, int]] = []
 
     def compile_only(kernel: Any, *arguments: Any, **constants: Any) -> None:
         is_own = kernel.fn.__name__ == f"{key[0]}_kernel"
         if is_own or launch == DEFAULT[key]:
             binary = compilation.compiled(kernel, *arguments, **constants)
-            rows.extend([compilation.usage(binary)] if is_own else [])
+            usages.extend([compilation.usage(binary)] if is_own else [])
 
-    with launched_by(compile_only), own_table() as table, precision_of_a_gpu():
-        table[key] = launch
-        for call in calls_of(key, Inputs(torch.device("cpu"), drawn=False)):
-            call.prepare()()
-    return {resource: max(row[resource] for row in rows) for resource in rows[0]}
+    with launched_by(compile_only), launched_as(key, launch), precision_of_a_gpu():
+        for _, call in calls_of(key, "cpu", drawn=False):
+            call()
+    misfit = next(filter(None, (why_not(usage, architecture) for usage in usages)), "")
+    return Trial(key, launch, NO_FIT if misfit else COMPILED, note=misfit)
 
 
-def compared(key: Key, best: Launch, candidate: Launch, device_name: str) -> Comparison:
-    """Time the calls of `key` with both launches in turns, and compare the candidate's results with the counted launch's.
+def why_not(usage: dict[str, int], architecture: int) -> str:
+    """The reason not to measure a compiled kernel, or nothing. Triton itself refuses what does not fit an unknown GPU."""
+    spilled = usage.get("stack", 0) + usage.get("local", 0)
+    if spilled:
+        return f"spills {spilled} bytes per thread"
+    too_much = usage["shared"] > SHARED_BYTES.get(architecture, math.inf)
+    return f"needs {usage['shared']} bytes of shared memory" if too_much else ""
 
-    Both add up the same products of the same rounded numbers, in another order. So float32 may differ by what TF32's
-    accumulators cut off, and bfloat16 by the last bit of the result.
-    """
-    device = torch.device(device_name)
+
+def compared(key: Key, launch: Launch, best: Launch, device: str) -> Trial:
+    """Compare the results of `key`'s calls with the counted launch's; if they are right, time them beside the best launch."""
     torch.cuda.set_device(device)
-    prepared = _prepared(key, device_name)
-    limit = ONE_DRAW.floor["float32" if DTYPES[key[1]] == torch.float32 else "bfloat16"]
-    with own_table() as table:
-        table[key] = candidate
-        error = max(error_of(_results(call), expected).maximum for _, call, expected in prepared)
-        totals = {launch: np.zeros(ROUNDS) for launch in (best, candidate)}
-        if error <= limit:
-            for times, call, _ in prepared:
-                for launch, samples in _microseconds(key, call, table, [best, candidate], device).items():
-                    totals[launch] += times * np.array(samples)
-    return Comparison(error, limit, Summary.of(list(totals[best])), Summary.of(list(totals[candidate])))
+    prepared = _prepared(key, device)
+    with launched_as(key, launch):
+        error = _error([call() for _, call, _ in prepared], [expected for _, _, expected in prepared])
+    if not error <= LIMITS[key[1]]:
+        return Trial(key, launch, WRONG, note=f"error {error:.1e}, limit {LIMITS[key[1]]:.0e}")
+    totals = sum(times * _microseconds(key, call, best, launch, device) for times, call, _ in prepared)
+    best_time, time = (Summary.of(list(total)) for total in np.asarray(totals))
+    return Trial(key, launch, verdict(best_time, time), best_time.median, time.median)
+
+
+def verdict(best: Summary, candidate: Summary) -> str:
+    """Better is only what is quicker by more than the spread."""
+    return BETTER if candidate.median < best.median and best.differs_from(candidate) else NOT_BETTER
 
 
 @functools.lru_cache(maxsize=1)
-def _prepared(key: Key, device_name: str) -> list[tuple[int, Call, Parts]]:
+def _prepared(key: Key, device: str) -> list[tuple[int, Call, Any]]:
     """Each call on random numbers: how often it is made, the call, and its results with the counted launches."""
     torch.manual_seed(0)
-    calls = [(call.times, call.prepare()) for call in calls_of(key, Inputs(torch.device(device_name), drawn=True))]
-    with own_table():
-        return [(times, call, _results(call)) for times, call in calls]
+    calls = list(calls_of(key, device, drawn=True))
+    with launched_as(key, DEFAULT[key]):
+        return [(times, call, call()) for times, call in calls]
 
 
-def _results(call: Call) -> Parts:
-    return {str(i): [tensor] for i, tensor in enumerate(_tensors(call()))}
+def _error(results: Any, expected: Any) -> float:
+    """The largest, relative to the largest value of its tensor; infinite or NaN if either has a value that is not finite."""
+    both = zip(tree_leaves(results), tree_leaves(expected), strict=True)
+    return float(np.max([relative_error(x.double(), wanted.double()).maximum for x, wanted in both if wanted is not None]))
 
 
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, (tuple, list)):
-        for child in tree:
-            yield from _tensors(child)
+def _microseconds(key: Key, call: Call, best: Launch, candidate: Launch, device: str) -> np.ndarray[Any, Any]:
+    """The call's times with both launches, cold and in turns: (2, ROUNDS).
 
-
-def _microseconds(
-    key: Key, call: Call, table: dict[Key, Launch], launches: list[Launch], device: torch.device
-) -> dict[Launch, list[float]]:
-    """The kernel of `key`, with the small one right behind it that adds up what its tiles leave: cold, in turns."""
-    flush, rng, launch_for_real = CacheFlush(device), np.random.default_rng(0), kernels._launch
-    before = ""
+    Only the kernel of `key` is launched, and the small one right behind it that adds up what its tiles leave.
+    """
+    flush, launch_for_real, before = CacheFlush(torch.device(device)), kernels._launch, ""
 
     def launch_own(kernel: Any, *arguments: Any, **constants: Any) -> None:
         nonlocal before
-        name = kernel.fn.__name__
-        if name == f"{key[0]}_kernel" or (name in _REDUCTIONS and before == f"{key[0]}_kernel"):
+        name, own = kernel.fn.__name__, f"{key[0]}_kernel"
+        if name == own or (name in _REDUCTIONS and before == own):
             launch_for_real(kernel, *arguments, **constants)
         before = name
 
-    events: dict[Launch, list[Any]] = {launch: [] for launch in launches}
-    with launched_by(launch_own):
-        for launch in launches:  # loads the compiled kernels
-            table[key] = launch
-            call()
-        for _ in range(ROUNDS):
+    def turn(launch: Launch) -> tuple[Any, Any]:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        with launched_as(key, launch):
             torch.cuda._sleep(_QUEUED_CYCLES)  # type: ignore[no-untyped-call]  # no gap between launches is counted
-            for i in rng.permutation(len(launches)):
-                table[key] = launches[i]
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-                flush()
-                start.record()
-                call()
-                end.record()
-                events[launches[i]].append((start, end))
+            flush()
+            start.record()
+            call()
+            end.record()
+        return start, end
+
+    turns = {"best": functools.partial(turn, best), "candidate": functools.partial(turn, candidate)}
+    with launched_by(launch_own):
+        events = in_turns(turns, 1 + ROUNDS, np.random.default_rng(0))
     torch.cuda.synchronize(device)
-    return {launch: [1e3 * start.elapsed_time(end) for start, end in pairs] for launch, pairs in events.items()}
+    timed = [events[name][1:] for name in turns]  # the first round loads the kernels
+    return np.array([[1e3 * start.elapsed_time(end) for start, end in pairs] for pairs in timed])
 
 
-@contextlib.contextmanager
-def launched_by(function: Any) -> Iterator[None]:
+def launched_by(function: Any) -> AbstractContextManager[object]:
     """Inside, the backend passes each launch to `function`: kernel, programs, launch, arguments, constants."""
-    with mock.patch.object(kernels, "_launch", function):
-        yield
+    return mock.patch.object(kernels, "_launch", function)
 
 
-@contextlib.contextmanager
-def own_table() -> Iterator[dict[Key, Launch]]:
-    """Inside, the backend uses the table that this yields: a copy of the counted one, which the caller may change."""
-    table = dict(DEFAULT)
+def launched_as(key: Key, launch: Launch) -> AbstractContextManager[object]:
+    """Inside, the backend takes this launch for `key`, and the counted ones for all other keys."""
+    table = DEFAULT | {key: launch}
 
-    def table_for(device: torch.device) -> dict[Key, Launch]:
+    def table_for(device: torch.device) -> Table:
         return table
 
-    with mock.patch.object(kernels, "table_for", table_for):
-        yield table
+    return mock.patch.object(kernels, "table_for", table_for)
 
 
-@contextlib.contextmanager
-def precision_of_a_gpu() -> Iterator[None]:
+def precision_of_a_gpu() -> AbstractContextManager[object]:
     """Inside, float32 maps on the CPU are multiplied as on a GPU by PyTorch's default, in TF32."""
-
-    def input_precision(x: Tensor) -> str:
-        return "tf32" if x.dtype == torch.float32 else "ieee"
-
-    with mock.patch.object(kernels, "_input_precision", input_precision):
-        yield
+    return mock.patch.object(kernels, "_input_precision", lambda x: "tf32" if x.dtype == torch.float32 else "ieee")

@@ -6,42 +6,39 @@ results, and timed in turns with the best. What matters most to an iteration com
 """
 
 import argparse
-import ast
+import functools
 import hashlib
 import itertools
 import json
 import math
 import os
 import queue
-import re
 import shlex
 import sys
-import textwrap
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Self
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the checkout of this file
 
 import torch
 
 from bench import launch_trial
-from bench.launch_trial import SHARED_BYTES, Comparison
+from bench.launch_trial import BETTER, COMPILED, FAILED, NO_FIT, SHARED_BYTES, Trial, triton_cache
 from bench.results import append_line
-from bench.worker import OutOfTime, Worker, WorkerLost, WorkFailed
-from fast.checkpoint import write_whole
+from bench.worker import Worker, WorkerLost, WorkFailed
 from fast.kernels import triton as kernels
-from fast.kernels.triton.launches import DEFAULT, SIZES, Key, Launch, Table, file_stem, measured
+from fast.kernels.triton.launches import DEFAULT, FOLDER, SIZES, Key, Launch, Measured, Table, measured, path_of
 from search.devices import resolve_device
 from search.errors import InputError, with_fields
+from search.files import write_json
 
 ROOT = Path(__file__).parents[1]
-LAUNCHES = ROOT / "fast" / "kernels" / "triton" / "launches"
 _TILE, _WIDE, _WARPS = (16, 32, 64, 128), (32, 64, 128, 256), (2, 4, 8)
 _PRODUCT = {"block_p": _WIDE, "block_n": _WIDE, "block_k": (16, 32, 64), "warps": (4, 8), "stages": (2, 3, 4)}
 # What is tried, per kernel; the kernels in the order of their shares of an iteration, as counted.
@@ -62,51 +59,47 @@ CHOICES: dict[str, dict[str, tuple[int, ...]]] = {
     "separable_inference": _PRODUCT | {"block_p": _TILE, "block_n": (64, 128, 256), "stages": (1, 2, 3)},
     "confusion_matrix": {"block_p": (16, 32, 64), "warps": (1, 2, 4)},
 }
-AHEAD = 16  # candidates of a key that are compiled in advance
-BETTER, NOT_BETTER, WRONG, FAILED, NO_FIT = "better", "not better", "WRONG", "failed", "does not fit"
+AHEAD = 32  # candidates that are compiled in advance
 
-
-class Trial(NamedTuple):
-    """The result of one candidate: a line of the journal."""
-
-    key: Key
-    launch: Launch
-    verdict: str
-    best_us: float | None = None  # time of the best launch until then, in the same turns
-    us: float | None = None
-    note: str = ""
+Candidate = tuple[Key, Launch]
 
 
 class Journal:
-    """All trials on one GPU with the same versions and kernels, in a file with one JSON line for each."""
+    """All trials on one GPU with the same versions and kernels; in a file, if there is one, a JSON line for each."""
 
-    def __init__(self, path: Path, identity: str) -> None:
+    def __init__(self, path: Path | None = None, identity: str = "") -> None:
         self.trials: list[Trial] = []
         self._path, self._identity = path, identity
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        if text and not text.endswith("\n"):  # the tuner was ended while it wrote this line
-            path.write_text(text + "\n", encoding="utf-8")
-        for line in text.splitlines():
-            try:
+        if path and path.exists():
+            lines = path.read_text(encoding="utf-8").split("\n")
+            if lines[-1]:  # the tuner was ended while it wrote this line
+                path.write_text("\n".join([*lines[:-1], ""]), encoding="utf-8")
+            for line in lines[:-1]:
                 identity_then, key, launch, *rest = json.loads(line)
                 if identity_then == identity:
                     self.trials.append(Trial((key[0], key[1], key[2]), Launch(*launch), *rest))
-            except (ValueError, TypeError, IndexError):
-                continue
 
     def add(self, trial: Trial) -> None:
         self.trials.append(trial)
-        append_line(self._path, [self._identity, *trial])
+        if self._path:
+            append_line(self._path, [self._identity, *trial])
 
-    def of(self, key: Key) -> list[Trial]:
-        return [trial for trial in self.trials if trial.key == key]
+    def found(self) -> dict[Key, Measured]:
+        """The best launch of every key for which one is better than the counted launch."""
+        found: dict[Key, Measured] = {}
+        for trial in self.trials:
+            if trial.verdict == BETTER:  # than the last that was
+                first_us = found[trial.key].counted_us if trial.key in found else trial.best_us
+                found[trial.key] = Measured(trial.launch, first_us, trial.us)
+        return found
 
-    def best(self, key: Key) -> Launch:
-        return next((trial.launch for trial in reversed(self.of(key)) if trial.verdict == BETTER), DEFAULT[key])
+    def best(self) -> Table:
+        """The best launch so far of every key."""
+        return DEFAULT | {key: entry.launch for key, entry in self.found().items()}
 
 
-def candidates(kernel: str, best: Launch, changes: int) -> list[Launch]:
+@functools.cache
+def near(kernel: str, best: Launch, changes: int) -> list[Launch]:
     """Launches that differ from `best` in at most the given number of fields; fewest fields first, then smallest steps."""
     found: list[tuple[int, float, Launch]] = []
     for values in itertools.product(*CHOICES[kernel].values()):
@@ -117,127 +110,137 @@ def candidates(kernel: str, best: Launch, changes: int) -> list[Launch]:
     return [launch for _, _, launch in sorted(found)]
 
 
-def untried(key: Key, journal: Journal, changes: int, known: Table) -> list[Launch]:
-    """The next candidates, beginning with the launch of an earlier table."""
-    tried = {DEFAULT[key], *(trial.launch for trial in journal.of(key))}
-    near = [known[key]] if key in known else []
-    return [launch for launch in [*near, *candidates(key[0], journal.best(key), changes)] if launch not in tried]
+def untried(keys: Sequence[Key], journal: Journal, known: Table) -> Iterator[tuple[int, Candidate]]:
+    """What is left to try as the journal stands, in order, with the number of changes: one of every key's best, then two.
+
+    The known launch of an earlier table comes before all others of its key.
+    """
+    best, tried = journal.best(), {(trial.key, trial.launch) for trial in journal.trials}
+    for changes in (1, 2):
+        for key in keys:
+            for launch in (known.get(key, DEFAULT[key]), *near(key[0], best[key], changes)):
+                if launch != DEFAULT[key] and (key, launch) not in tried:
+                    yield changes, (key, launch)
 
 
-def search(
-    key: Key,
-    journal: Journal,
-    examine: Callable[[Key, Launch, list[Launch]], Trial],
-    *,
-    changes: int,
-    is_over: Callable[[], bool],
-    known: Table,
-) -> bool:
-    """Try launches near the best so far until none is untried (True) or the time is over (False)."""
-    while left := untried(key, journal, changes, known):
-        if is_over():
-            return False
-        try:
-            trial = examine(key, journal.best(key), left)
-        except TimeoutError:
-            return False
-        journal.add(trial)
-        times = "" if trial.us is None else f"{trial.best_us:.2f} -> {trial.us:.2f} us "
-        print(f"{' '.join(map(str, key))}: {tuple(trial.launch)} {times}{trial.verdict} {trial.note}".rstrip(), flush=True)
-    return True
+def tune(keys: Sequence[Key], journal: Journal, examine: Callable[[list[Candidate], Launch], Trial], known: Table) -> None:
+    """Try one candidate after the other until none is left or the time is over; say what was not reached, also at Ctrl-C."""
+    try:
+        while ahead := [candidate for _, candidate in itertools.islice(untried(keys, journal, known), AHEAD)]:
+            trial = examine(ahead, journal.best()[ahead[0][0]])
+            journal.add(trial)
+            times = f"{trial.best_us:.2f} -> {trial.us:.2f} us " if trial.us else ""
+            print(f"{words(trial.key)}: {tuple(trial.launch)} {times}{trial.verdict} {trial.note}".rstrip(), flush=True)
+    except TimeoutError:
+        pass
+    finally:
+        left = list(dict.fromkeys((changes, key) for changes, (key, _) in untried(keys, journal, known)))
+        for changes, key in left:
+            if changes == left[0][0]:
+                print(f"not reached with {changes} changed at once: {words(key)}")
 
 
-class Compilers:
-    """Processes without the GPU that compile launches into Triton's cache on disk, in the order of the requests."""
-
-    def __init__(self, architecture: int, processes: int) -> None:
-        self._architecture = architecture
-        self._pool = ThreadPoolExecutor(processes)
-        self._workers = [Worker() for _ in range(processes)]
-        self._idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
-        for worker in self._workers:
-            self._idle.put(worker)
-        self._futures: dict[tuple[Key, Launch], Future[dict[str, int]]] = {}
-
-    def begin(self, key: Key, launches: Iterable[Launch]) -> None:
-        for launch in launches:
-            if (key, launch) not in self._futures:
-                self._futures[key, launch] = self._pool.submit(self._compile, key, launch)
-
-    def usage(self, key: Key, launch: Launch, limit_s: float | None = None) -> dict[str, int]:
-        """The GPU resources that the compiled kernel uses. Raises WorkFailed, WorkerLost, TimeoutError."""
-        self.begin(key, [launch])
-        return self._futures[key, launch].result(limit_s)
-
-    def _compile(self, key: Key, launch: Launch) -> dict[str, int]:
-        worker = self._idle.get()
-        try:
-            usage: dict[str, int] = worker(launch_trial.compiled, key, launch, self._architecture, limit_s=120)
-            return usage
-        finally:
-            self._idle.put(worker)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
-        for worker in self._workers:
-            worker.kill()
-        self._pool.shutdown()
-        for worker in self._workers:
-            worker.close()
+def words(key: Key) -> str:
+    """A key as it is printed."""
+    return " ".join(map(str, key))
 
 
 class Examiner:
-    """Compiles a candidate, then compares it on the device, in a separate process because it may crash."""
+    """Compiles candidates by processes without the GPU, in the order of the requests, and measures them by another one.
 
-    def __init__(self, compilers: Compilers, device: str, shared_bytes: int, end: float) -> None:
-        self._compilers, self._device, self._shared_bytes, self._end = compilers, device, shared_bytes, end
-        self._worker = Worker()
+    They are processes of their own because a launch may crash its compiler or the GPU's context: that costs this launch only.
+    Without a `device`, compiling is all.
+    """
 
-    def __call__(self, key: Key, best: Launch, left: list[Launch]) -> Trial:
-        """Examine the first remaining candidate while the next ones are compiled. Raises TimeoutError at the time limit."""
-        candidate = left[0]
-        self._compilers.begin(key, left[:AHEAD])
+    def __init__(self, architecture: int, end: float, device: str | None = None) -> None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self._architecture, self._end, self._device = architecture, end, device
+        self._measuring = Worker()
+        self._compilers = [Worker() for _ in range(max(1, cores - 1) if device else cores)]
+        self._idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
+        for worker in self._compilers:
+            self._idle.put(worker)
+        pool = self._pool = ThreadPoolExecutor(len(self._compilers))  # a thread waits for each compiler
+        self._compiled = functools.cache(lambda key, launch: pool.submit(self._compile, key, launch))  # once each
+
+    def __call__(self, ahead: list[Candidate], best: Launch) -> Trial:
+        """Examine the first candidate while the others are compiled. Raises TimeoutError when the time is over."""
+        for key, launch in ahead:
+            self._compiled(key, DEFAULT[key])
+            self._compiled(key, launch)
+        key, launch = ahead[0]
         try:
-            if misfit := why_not(self._compilers.usage(key, candidate, self._left_s()), self._shared_bytes):
-                return Trial(key, candidate, NO_FIT, note=misfit)
-            for launch in (DEFAULT[key], best):
-                self._compilers.usage(key, launch, self._left_s())
-            arguments = (key, best, candidate, self._device)
-            return judged(key, candidate, self._worker(launch_trial.compared, *arguments, limit_s=min(60.0, self._left_s())))
-        except OutOfTime as error:
-            if self._left_s() <= 0:
-                raise TimeoutError from error  # the candidate is not the cause
-            return Trial(key, candidate, FAILED, note=str(error))
+            trials = [self._compiled(key, needed).result(self._left_s()) for needed in (DEFAULT[key], best, launch)]
+            if self._device is None or trials[-1].verdict == NO_FIT:
+                return trials[-1]
+            limit_s = min(60.0, self._left_s())
+            trial: Trial = self._measuring(launch_trial.compared, key, launch, best, self._device, limit_s=limit_s)
+            return trial
         except (WorkFailed, WorkerLost) as error:
-            return Trial(key, candidate, FAILED, note=str(error))
+            self._left_s()  # at the end of the time, the launch is not the cause
+            return Trial(key, launch, FAILED, note=str(error))
+
+    def _compile(self, key: Key, launch: Launch) -> Trial:
+        """Compile it into Triton's cache on disk."""
+        worker = self._idle.get()
+        try:
+            trial: Trial = worker(launch_trial.compiled, key, launch, self._architecture, limit_s=120)
+            return trial
+        finally:
+            self._idle.put(worker)
 
     def _left_s(self) -> float:
-        return max(0.0, self._end - time.monotonic())
+        left_s = self._end - time.monotonic()
+        if left_s <= 0:
+            raise TimeoutError
+        return left_s
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._worker.close()
+        """Give up at once what is being compiled or measured."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        for worker in self._compilers:
+            worker.kill()  # a thread may still wait for it
+        self._pool.shutdown()
+        for worker in (*self._compilers, self._measuring):
+            worker.close()
 
 
-def why_not(usage: dict[str, int], shared_bytes: int) -> str:
-    """The reason not to measure a compiled launch, or an empty text."""
-    spilled = usage.get("stack", 0) + usage.get("local", 0)
-    if spilled:
-        return f"spills {spilled} bytes per thread"
-    return f"needs {usage['shared']} bytes of shared memory" if usage["shared"] > shared_bytes else ""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Tune, or compile ahead. Exits with 2 where neither can be done, with 130 after Ctrl-C."""
+    flags = parser()
+    options = flags.parse_args(arguments)
+    if not 0 < options.minutes < math.inf:
+        flags.exit(2, f"--minutes must be a number above 0, got {options.minutes:g}\n")
+    end, keys = time.monotonic() + 60 * options.minutes, keys_of(options.kernels)
+    try:
+        if options.compile_for:
+            compile_ahead(keys, options.compile_for, end)
+            return
+        if not kernels.is_available():
+            flags.exit(2, "no GPU that Triton can use: tune on a machine with one, or compile ahead by --compile-for 90\n")
+        device = resolve_device(options.device)  # with its number
+        command = shlex.join(["python", "bench/tune.py", *(sys.argv[1:] if arguments is None else arguments)])
+        tune_device(keys, device, end, options.out, command)
+    except InputError as error:
+        flags.exit(2, with_fields(f"{error}\n", lambda field: f"--{field}"))
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C: the same command goes on")
+        sys.exit(130)
 
 
-def judged(key: Key, candidate: Launch, comparison: Comparison) -> Trial:
-    """The trial of a comparison: a wrong candidate has no time; a right one is better only by more than the spread."""
-    if not comparison.error <= comparison.limit:
-        return Trial(key, candidate, WRONG, note=f"error {comparison.error:.1e}, limit {comparison.limit:.0e}")
-    verdict = BETTER if comparison.is_better else NOT_BETTER
-    return Trial(key, candidate, verdict, comparison.best.median, comparison.candidate.median)
+def parser() -> argparse.ArgumentParser:
+    """The flags."""
+    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("--minutes", type=float, default=4.0, help="when to stop, with what is known then (default: 4)")
+    flags.add_argument("--device", default="cuda:0")
+    flags.add_argument("--kernels", nargs="+", choices=list(CHOICES), default=list(CHOICES), help="default: all")
+    flags.add_argument("--out", type=Path, help=f"default: {FOLDER.relative_to(ROOT)}/<gpu>.json")
+    without_gpu = "only fill Triton's cache, for such a GPU; needs none"
+    flags.add_argument("--compile-for", type=int, choices=sorted(SHARED_BYTES), help=without_gpu)
+    return flags
 
 
 def keys_of(chosen: Sequence[str]) -> list[Key]:
@@ -248,168 +251,52 @@ def keys_of(chosen: Sequence[str]) -> list[Key]:
     return sorted(keys, key=lambda key: (SIZES.index(key[2]), key[0] in has_two and key[1] == 4, order.index(key[0])))
 
 
-def tune(keys: list[Key], journal: Journal, compilers: Compilers, examine: Examiner, end: float, known: Table) -> list[str]:
-    """Tune every key with one change at a time, then with two at once; return in words what was not reached."""
-    for changes in (1, 2):
-        for i, key in enumerate(keys):
-            for ahead in keys[i : i + 3]:  # so that the GPU does not wait for compilers
-                compilers.begin(ahead, [DEFAULT[ahead], *untried(ahead, journal, changes, known)[:AHEAD]])
-            if not search(key, journal, examine, changes=changes, is_over=lambda: time.monotonic() > end, known=known):
-                return [f"not reached with {changes} changed at once: {' '.join(map(str, key))}" for key in keys[i:]]
-    return []
-
-
-def compile_ahead(keys: list[Key], compilers: Compilers, end: float, shared_bytes: int) -> None:
-    """Compile all candidates near the counted launches into Triton's cache, until the time is over."""
-    wanted = [(key, [DEFAULT[key], *candidates(key[0], DEFAULT[key], n)]) for n in (1, 2) for key in keys]
-    pairs = list(dict.fromkeys((key, launch) for key, launches in wanted for launch in launches))
-    for key, launch in pairs:
-        compilers.begin(key, [launch])
-    ends = Counter[str]()
+def compile_ahead(keys: Sequence[Key], architecture: int, end: float) -> None:
+    """Compile all candidates near the counted launches into Triton's cache, as if none were better."""
+    journal = Journal()
     try:
-        for key, launch in pairs:
-            ends[_end_of_compilation(key, launch, compilers, end, shared_bytes)] += 1
-            print(f"\r{ends.total()} of {len(pairs)} launches", end="", file=sys.stderr, flush=True)
-    except TimeoutError:
-        print("\nthe time is over: the same command goes on", file=sys.stderr)
-    finally:  # Ctrl-C too
-        result = f"{ends[NO_FIT]} would spill or not fit; {ends[FAILED]} failed"
-        compiled = ends.total() - ends[FAILED]
-        print(f"\n{compiled} of {len(pairs)} launches compiled into {launch_trial.triton_cache()}: {result}")
+        with Examiner(architecture, end) as examine:
+            tune(keys, journal, examine, known={})
+    finally:
+        count = Counter(trial.verdict for trial in journal.trials)
+        wanted = sum(len(near(key[0], DEFAULT[key], 2)) for key in keys)
+        result = f"{count[NO_FIT]} would spill or not fit; {count[FAILED]} failed"
+        print(f"{count[COMPILED] + count[NO_FIT]} of {wanted} launches compiled into {triton_cache()}: {result}")
 
 
-def _end_of_compilation(key: Key, launch: Launch, compilers: Compilers, end: float, shared_bytes: int) -> str:
-    """NO_FIT, FAILED or nothing to say. Raises TimeoutError at the end of the time."""
-    try:
-        return NO_FIT if why_not(compilers.usage(key, launch, max(0.0, end - time.monotonic())), shared_bytes) else ""
-    except (WorkFailed, WorkerLost) as error:
-        print(f"{' '.join(map(str, key))}: {tuple(launch)} {FAILED} {error}", flush=True)
-        return FAILED
-
-
-class Entry(NamedTuple):
-    """A launch of a written table, with the line that it stands in."""
-
-    launch: Launch
-    line: str
-
-
-TABLE = '''"""Launches that are quicker than the counted ones on {gpu}; written by `bench/tune.py`.
-
-{date}, {versions}:
-
-{command}
-
-Behind each launch: all its calls in an iteration with the counted launch -> with this one, cold caches.
-"""
-
-from fast.kernels.triton.launches import {names}
-
-LAUNCHES: Table = {{{entries}}}
-'''
-
-
-def table_text(gpu: str, versions: str, command: str, date: str, journal: Journal, earlier: dict[Key, Entry]) -> str:
-    """The Python module of a GPU's launches: those that the journal found better, and earlier entries that were not tried."""
-    tried = {(trial.key, trial.launch) for trial in journal.trials}
-    lines = {key: entry.line for key, entry in earlier.items() if (key, entry.launch) not in tried}
-    lines |= {key: line for key in DEFAULT if (line := _line(key, journal))}
-    entries = "".join(f"\n{lines[key]}" for key in DEFAULT if key in lines)
-    return TABLE.format(
-        gpu=gpu,
-        versions=versions,
-        date=date,
-        command=textwrap.fill(command, 120, initial_indent="    ", subsequent_indent=8 * " ", break_on_hyphens=False),
-        names="Launch, Table" if entries else "Table",
-        entries=f"{entries}\n" if entries else "",
-    )
-
-
-def _line(key: Key, journal: Journal) -> str:
-    """The entry of the best launch that was found; nothing where none was."""
-    better = [trial for trial in journal.of(key) if trial.verdict == BETTER]
-    if not better:
-        return ""
-    best = better[-1].launch
-    launch = ", ".join(map(str, best if best.programs else best[:5]))
-    return f'    ("{key[0]}", {key[1]}, "{key[2]}"): Launch({launch}),  # {better[0].best_us:.2f} -> {better[-1].us:.2f} us'
-
-
-def entries_of(path: Path) -> dict[Key, Entry]:
-    """Read the entries of an earlier table."""
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    found = re.finditer(r'^    (\("\w+", \d, "\w+"\)): Launch(\([\d, ]+\)),.*$', text, re.MULTILINE)
-    return {ast.literal_eval(match[1]): Entry(Launch(*ast.literal_eval(match[2])), match[0]) for match in found}
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Tune, or compile ahead. Exits with 2 where neither can be done, with 130 after Ctrl-C."""
-    flags = parser()
-    options = flags.parse_args(arguments)
-    if not options.minutes > 0:
-        flags.exit(2, f"--minutes must be more than 0, got {options.minutes:g}\n")
-    end, keys = time.monotonic() + 60 * options.minutes, keys_of(options.kernels)
-    processes = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if options.compile_for:
-        try:
-            with Compilers(options.compile_for, processes) as compilers:
-                compile_ahead(keys, compilers, end, SHARED_BYTES[options.compile_for])
-        except KeyboardInterrupt:
-            sys.exit(130)
-        return
-    if not kernels.is_available():
-        flags.exit(2, "no GPU that Triton can use: tune on a machine with one, or compile ahead by --compile-for 90\n")
-    try:
-        options.device = resolve_device(options.device)  # with its number
-    except InputError as error:
-        flags.exit(2, with_fields(f"{error}\n", lambda field: f"--{field}"))
-    command = shlex.join(["python", "bench/tune.py", *(sys.argv[1:] if arguments is None else arguments)])
-    sys.exit(run(options, keys, end, processes, command))
-
-
-def parser() -> argparse.ArgumentParser:
-    """The flags."""
-    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_argument("--minutes", type=float, default=4.0, help="when to stop, with what is known then (default: 4)")
-    flags.add_argument("--device", default="cuda:0")
-    flags.add_argument("--kernels", nargs="+", choices=list(CHOICES), default=list(CHOICES), help="default: all")
-    flags.add_argument("--out", type=Path, help=f"default: {LAUNCHES.relative_to(ROOT)}/<gpu>.py")
-    without_gpu = "only fill Triton's cache, for such a GPU; needs none"
-    flags.add_argument("--compile-for", type=int, choices=sorted(SHARED_BYTES), help=without_gpu)
-    return flags
-
-
-def run(options: argparse.Namespace, keys: list[Key], end: float, processes: int, command: str) -> int:
-    """Tune on the device, write the table however it ends, print what was not reached, and return the exit code."""
-    gpu, properties = torch.cuda.get_device_name(options.device), torch.cuda.get_device_properties(options.device)
-    out = options.out or LAUNCHES / f"{file_stem(gpu)}.py"
+def tune_device(keys: Sequence[Key], device: str, end: float, out: Path | None, command: str) -> None:
+    """Tune on a GPU, and write its table however it ends: what was found better, and earlier entries that were not tried."""
+    gpu, properties = torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device)
+    out = out or path_of(gpu)
+    out.parent.mkdir(parents=True, exist_ok=True)
     versions = f"torch {torch.__version__}, Triton {version('triton')}"
     journal = Journal(out.with_suffix(".jsonl"), f"{gpu}, {versions}, sources {sources_hash()}")
-    earlier, code, unreached = entries_of(out), 0, []
-    known = measured(gpu) | {key: entry.launch for key, entry in earlier.items()}
-    architecture = 10 * properties.major + properties.minor
-    shared_bytes = SHARED_BYTES.get(architecture, sys.maxsize)  # for an unknown GPU, Triton itself refuses what does not fit
+    earlier = measured(path_of(gpu), gpu) | measured(out, gpu)
     try:
-        with (
-            Compilers(architecture, max(1, processes - 1)) as compilers,
-            Examiner(compilers, options.device, shared_bytes, end) as examine,
-        ):
-            unreached = tune(keys, journal, compilers, examine, end, known)
-    except KeyboardInterrupt:
-        code, unreached = 130, ["stopped by Ctrl-C: the same command goes on"]
+        with Examiner(10 * properties.major + properties.minor, end, device) as examine:
+            tune(keys, journal, examine, known={key: entry.launch for key, entry in earlier.items()})
     finally:
-        date = datetime.now(UTC).date().isoformat()
-        write_whole(out, table_text(gpu, versions, command, date, journal, earlier).encode())
-    print("\n".join([*unreached, str(out)]))
-    return code
+        about = {"gpu": gpu, "versions": versions, "date": datetime.now(UTC).date().isoformat(), "command": command}
+        write_json(out, {**about, "launches": entries(journal, earlier)})
+        print(out)
+
+
+def entries(journal: Journal, earlier: dict[Key, Measured]) -> list[dict[str, object]]:
+    """The launches of a GPU's table, as `measured` reads them."""
+    tried = {(trial.key, trial.launch) for trial in journal.trials}
+    kept = {key: entry for key, entry in earlier.items() if (key, entry.launch) not in tried}
+    return [
+        {"kernel": kernel, "value_bytes": value_bytes, "size": size, **entry._asdict(), "launch": entry.launch._asdict()}
+        for (kernel, value_bytes, size), entry in sorted((kept | journal.found()).items())
+    ]
 
 
 def sources_hash() -> str:
     """A hash of what a time depends on: the kernels, how they are called, the counted table."""
     folder = ROOT / "fast" / "kernels" / "triton"
     calls = [ROOT / "bench" / name for name in ("kernel_calls.py", "launch_trial.py")]
-    paths = [*sorted(folder.glob("*.py")), folder / "launches" / "__init__.py", *calls]
-    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:12]
+    sources = (path.read_bytes() for path in (*sorted(folder.rglob("*.py")), *calls))
+    return hashlib.sha256(b"".join(sources)).hexdigest()[:12]
 
 
 if __name__ == "__main__":

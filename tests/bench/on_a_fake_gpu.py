@@ -176,10 +176,10 @@ def test_a_device_without_a_number_is_refused_as_on_a_gpu(gpu: FakeGpu) -> None:
 
 @pytest.mark.parametrize("key", DEFAULT, ids=lambda key: "-".join(map(str, key)))
 def test_comparisons_are_made_on_the_gpu(key: Key, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch_trial, "error_of", lambda *results: Error(0.0, 0.0))  # there are no values
-    candidate = tune.candidates(key[0], DEFAULT[key], changes=1)[0]
+    monkeypatch.setattr(launch_trial, "relative_error", lambda *results: Error(0.0, 0.0))  # there are no values
+    candidate = tune.near(key[0], DEFAULT[key], changes=1)[0]
     with fake_gpu() as gpu:  # refuses launches of what is not there
-        comparison = launch_trial.compared(key, DEFAULT[key], candidate, "cuda:0")
+        trial = launch_trial.compared(key, candidate, DEFAULT[key], "cuda:0")
     launch_trial._prepared.cache_clear()
     assert gpu.launches > 2 * launch_trial.ROUNDS
-    assert comparison.best.median > 0
+    assert trial.best_us > 0

@@ -6,45 +6,45 @@ The backend's own functions run on CPU tensors, with a launch that compiles (for
 To be run apart from other tests: it replaces Triton's driver, and needs TRITON_INTERPRET unset.
 """
 
+import itertools
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench import kernel_calls
-from bench.kernel_calls import CHANNELS, MAP_SIZES, PRODUCTS, PROJECTION, RATE, Call, Inputs, map_calls, other_calls
+from bench.kernel_calls import CHANNELS, MAP_SIZES, RATE, Call, KernelCalls
 from bench.launch_trial import launched_by, precision_of_a_gpu
-from fast.kernels import NormedMap
+from fast.kernels import NormedMap, Unfolded
 from fast.kernels import triton as triton_backend
 from fast.kernels.triton import compilation
+from fast.kernels.triton.launches import DEFAULT
 
-CPU = Inputs(torch.device("cpu"), drawn=False)
+KERNELS = dict.fromkeys(kernel for kernel, _, _ in DEFAULT if kernel != "sum_partials")  # that one is launched by others
 
 
 def calls(dtype: torch.dtype, sizes: tuple[int, int, int], variants: bool) -> Iterator[Call]:
     """Every function of the backend at the paper's channels; with the variants of a real network."""
-    for call in map_calls(dtype, sizes, CPU, PRODUCTS if variants else (PROJECTION,)):
-        yield call.prepare()
+    made = KernelCalls(dtype, sizes, "cpu", drawn=False)
+    for kernel in KERNELS:
+        of_kernel = (call for _, call in getattr(made, kernel)())
+        yield from of_kernel if variants else itertools.islice(of_kernel, 1)  # of products: the projection
+    maps, weight, _ = made.product(1, CHANNELS)
+    yield lambda: triton_backend.pointwise_inference(maps, weight, made.vectors(2))
     if dtype == torch.bfloat16:
-        yield lambda: autocast_pointwise(NormedMap(CPU.raw(320, sizes, torch.float32)))  # of fixed features
+        yield lambda: autocast_pointwise(replace(made, dtype=torch.float32))  # of fixed features
     if variants:
-        plain, weight = NormedMap(CPU.raw(320, sizes, dtype)), torch.empty(320, 1, 3, 3)
-        yield lambda: triton_backend.depthwise_forward(plain, weight, RATE, statistics=True)
+        plain, depthwise = NormedMap(made.raw(320)), made.tensor(320, 1, 3, 3)
+        yield lambda: triton_backend.depthwise_forward(plain, depthwise, RATE, statistics=True)
+        for loss in (KernelCalls.mean_loss, KernelCalls.confusion_matrix):
+            yield from (call for _, call in loss(replace(made, classes=150)))
 
 
-def calls_without_maps(variants: bool) -> Iterator[Call]:
-    for call in other_calls(MAP_SIZES["small"], CPU):
-        yield call.prepare()
-    if variants:
-        yield kernel_calls._loss(MAP_SIZES["small"], CPU, 150)
-        yield kernel_calls._confusion_matrix(MAP_SIZES["small"], CPU, 150)
-
-
-def autocast_pointwise(x: NormedMap) -> None:
-    weight, unfolded = torch.empty(CHANNELS, x.raw.shape[1], 1, 1), CPU.unfolded()
+def autocast_pointwise(made: KernelCalls) -> None:
+    x, weight, unfolded = NormedMap(made.raw(320)), made.tensor(CHANNELS, 320, 1, 1), Unfolded(*made.vectors(4))
     with torch.autocast("cpu", torch.bfloat16):
         out, _ = triton_backend.pointwise_forward([x], weight, None, statistics=True)
         triton_backend.pointwise_backward(out, out, unfolded, [x], weight, None, need_input=[True])
@@ -62,8 +62,6 @@ def report(architecture: int, dtypes: list[torch.dtype], variants: bool) -> list
         compiled[binary.hash] = (name, binary)
 
     with launched_by(compile_only):
-        for call in calls_without_maps(variants):
-            call()
         for dtype in dtypes:
             for sizes in MAP_SIZES.values() if variants else (MAP_SIZES["small"],):
                 for call in calls(dtype, sizes, variants):

@@ -1,13 +1,14 @@
 """How each kernel is launched: a table that was counted for an H200, replaced in part by measurements on a GPU.
 
-A file `<gpu>.py` in this folder, written by `python bench/tune.py` on that GPU, has `LAUNCHES` for some of the keys; the other
+A file `<gpu>.json` in this folder, written by `python bench/tune.py` on that GPU, has launches for some of the keys; the other
 keys use the counted table. The file's name is PyTorch's name of the GPU in small letters, with "_" between words.
 """
 
 import functools
-import importlib
-import importlib.util
+import json
 import re
+import warnings
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
@@ -75,22 +76,63 @@ DEFAULT: Table = {
 }
 
 
+FOLDER = Path(__file__).parent
+
+
+class Measured(NamedTuple):
+    """A launch that is quicker than the counted one, with the microseconds of all calls in an iteration by either."""
+
+    launch: Launch
+    counted_us: float
+    us: float
+
+
 @functools.cache
 def table_for(device: torch.device) -> Table:
     """The launch of every kernel on this device; without a GPU (interpreter, compilation only) the counted one."""
-    return DEFAULT if device.type != "cuda" else DEFAULT | measured(torch.cuda.get_device_name(device))
+    if device.type != "cuda":
+        return DEFAULT
+    gpu = torch.cuda.get_device_name(device)
+    return DEFAULT | {key: entry.launch for key, entry in measured(path_of(gpu), gpu).items()}
 
 
-def measured(gpu: str) -> Table:
-    """The launches in the file of the GPU of this name; empty if there is no such file."""
-    module = f"{__name__}.{file_stem(gpu)}"
-    table: Table = importlib.import_module(module).LAUNCHES if importlib.util.find_spec(module) else {}
+def path_of(gpu: str) -> Path:
+    """The file of the GPU of this name.
+
+    >>> path_of("NVIDIA H200 MIG 1g.18gb").name
+    'nvidia_h200_mig_1g_18gb.json'
+    """
+    return FOLDER / f"{'_'.join(re.findall(r'[a-z0-9]+', gpu.lower()))}.json"
+
+
+def measured(path: Path, gpu: str) -> dict[Key, Measured]:
+    """What the file says; nothing if there is none. One that is damaged, or not this GPU's, is ignored with a warning."""
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["gpu"] != gpu:
+            raise ValueError(f"measured on {content['gpu']}, this is {gpu}")
+        table: dict[Key, Measured] = {}
+        for entry in content["launches"]:
+            key, launch = (entry["kernel"], entry["value_bytes"], entry["size"]), Launch(**entry["launch"])
+            if not is_possible(key, launch):
+                raise ValueError(f"no launch of {' '.join(map(str, key))}: {launch}")
+            table[key] = Measured(launch, float(entry["counted_us"]), float(entry["us"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        warnings.warn(f"{path} is ignored, the counted launches are used ({reason}); see bench/tune.py", stacklevel=2)
+        return {}
     return table
 
 
-def file_stem(gpu: str) -> str:
+def is_possible(key: Key, launch: Launch) -> bool:
+    """Whether this is a key of the table and its kernel can be launched so.
+
+    Ranges in Triton are powers of two. What the counted launch has must be there, what it lacks (0) has no meaning.
     """
-    >>> file_stem("NVIDIA H200 MIG 1g.18gb")
-    'nvidia_h200_mig_1g_18gb'
-    """
-    return "_".join(re.findall(r"[a-z0-9]+", gpu.lower()))
+    if key not in DEFAULT or not all(type(value) is int and value >= 0 for value in launch):
+        return False
+    has_its_fields = all((value > 0) == (counted > 0) for value, counted in zip(launch, DEFAULT[key], strict=True))
+    powers = (launch.block_p, launch.block_n, launch.block_k, launch.warps)
+    return has_its_fields and launch.warps <= 32 and all(value & (value - 1) == 0 for value in powers)
