@@ -123,7 +123,7 @@ class Attempt:
             row.max_error, row.rms_error = error
             if provider == EAGER:
                 yardstick = error
-            _judge(row, error, budget(self._dtype, yardstick if provider.is_ours else None), "float64")
+            _judge(row, error, budget(self._dtype, yardstick if provider.is_ours else None), "the truth")
         torch.compiler.reset()
 
     def prepare(self) -> None:

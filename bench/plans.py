@@ -138,9 +138,9 @@ def _stages_of_minutes(device: torch.device, scale: Scale) -> Iterator[Stage]:
     planner = Planner(scale, device, quick=False)
     step = {dtype: _jobs([scale.proxy], dtype) for dtype in (first, *others)}
     yield Stage("roofs", 60, function=stages.roofs)
-    tiny = replace(scale.proxy, name="tiny cell", cell=EVERY_KIND).small()
+    tiny = replace(scale.proxy, cell=EVERY_KIND).small()
     for dtype in (first, *others):
-        yield Stage(f"tiny cell, {dtype}", 90, _jobs([tiny], dtype, (EAGER,)))
+        yield Stage(f"tiny cell, {dtype}", 90, _jobs([tiny], dtype, (EAGER,)), stages.tiny_cell)
     yield Stage(f"iteration, {first}", 120, step[first], stages.iteration)
     yield Stage(f"profile, {first}", 60, step[first], profiles.profile)
     if device.type == "cuda":

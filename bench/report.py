@@ -104,7 +104,7 @@ def _targets(results: Results) -> Iterator[str]:
 
 
 def _stages(results: Results) -> Iterator[str]:
-    """How each stage of a run of limited minutes ended, and its numbers; kernels of an iteration in a table."""
+    """How the stages ended that are no case, and their numbers; kernels of an iteration in a table."""
     if results.numbers:
         yield "\n## Stages\n"
     for name, group in groupby(results.numbers, lambda number: str(number["stage"])):

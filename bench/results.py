@@ -26,7 +26,7 @@ from search.reports.latency import device_label
 OK, WRONG, FAILED, NOT_SUPPORTED = "ok", "WRONG", "failed", "not supported here"
 NOT_CHECKED = "not checked"  # timed; another stage compares the result, if the time allows
 _WORSE = (NOT_CHECKED, OK, FAILED, WRONG)  # of two rows of a case and provider, the status later in this list is kept
-DONE, OUT_OF_TIME = "done", "out of time"  # how a stage ended, by itself or by its time limit
+DONE, OUT_OF_TIME, NO_TIME = "done", "out of time", "no time left"  # a stage ended by itself, its limit, or the run's
 ROOT = Path(__file__).parents[1]
 SOURCES = ("reference", "fast", "search", "bench")  # files that a benchmark's times depend on
 
@@ -95,7 +95,7 @@ class Results:
     rows: list[Row] = field(default_factory=list)
     is_complete: bool = False
     parts: int = 1  # number of times it was started
-    numbers: list[dict[str, Any]] = field(default_factory=list)  # results of the stages of a run of limited minutes
+    numbers: list[dict[str, Any]] = field(default_factory=list)  # what stages measured besides rows, and how they ended
 
     def hear(self, stage: str, value: Row | dict[str, Any]) -> None:
         """Take in what a stage has measured."""
@@ -130,7 +130,8 @@ class Results:
         rows = [f"{row.case}, {row.dtype}: {row.status}" for row in self.rows if row.provider == OURS.name]
         found = [text for text in rows if text.endswith((WRONG, FAILED))]
         for number in self.numbers:
-            if "failed_test" in number or number.get("status", DONE) not in (DONE, OUT_OF_TIME):
+            is_ours = number.get("provider") == OURS.name and number.get("result") in (WRONG, FAILED)
+            if is_ours or "failed_test" in number or number.get("status", DONE) not in (DONE, OUT_OF_TIME, NO_TIME):
                 found.append(number["stage"])
         return list(dict.fromkeys(found))
 
@@ -193,14 +194,14 @@ def write_table(path: Path, header: Iterable[str], rows: Iterable[Iterable[objec
     write_text(path, text.getvalue())
 
 
-def environment(device: torch.device) -> Environment:
-    """This machine and this checkout."""
+def environment(device: torch.device, out: Path) -> Environment:
+    """This machine, and this checkout but for the folder of results."""
     name = device_name(device)
     return Environment(
         device=name,
         folder=folder_name(name),
         threads=torch.get_num_threads(),
-        commit=_commit(),
+        commit=_commit(out),
         timestamp=datetime.now(UTC).isoformat(timespec="seconds"),
         python=platform.python_version(),
         torch=torch.__version__,
@@ -227,10 +228,12 @@ def folder_name(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")
 
 
-def _commit() -> str:
+def _commit(out: Path) -> str:
     """The short hash, with -dirty where tracked or new files differ from it; outside a checkout, a hash of the sources."""
+    inside = [path.relative_to(ROOT) for path in (ROOT / "bench" / "results", out.resolve()) if ROOT in path.parents]
     try:
-        short, changes = (_git("rev-parse", "--short", "HEAD"), _git("status", "--porcelain", "--", ".", ":!bench/results"))
+        changes = _git("status", "--porcelain", "--", ".", *(f":!{path}" for path in inside))
+        short = _git("rev-parse", "--short", "HEAD")
     except (OSError, subprocess.CalledProcessError):
         digest = hashlib.sha256()
         for path in sorted(

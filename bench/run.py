@@ -102,9 +102,10 @@ def main(settings: BenchSettings) -> None:
     device = torch.device(resolve_device(settings.device))
     if device.type == "cpu" and "float16" in (settings.dtype or ()):
         raise InputError("--dtype float16 is measured on a GPU alone: this run is on the CPU")
-    folder = settings.out / environment(device).folder
-    with Folder(folder, remedy="stop it: two at once would disturb each other's times").locked():
-        results = run(settings, device, folder)
+    here = environment(device, settings.out)
+    parent = settings.out / here.folder
+    with Folder(parent, remedy="stop it: two at once would disturb each other's times").locked():
+        results = run(settings, device, parent, here)
     if not results.is_complete:
         sys.exit(130)
     if failures := results.failures():
@@ -123,7 +124,7 @@ def check(settings: BenchSettings) -> None:
             raise InputError("--minutes has a plan of its own: leave out --suite, --dtype and --quick")
 
 
-def run(settings: BenchSettings, device: torch.device, parent: Path) -> Results:
+def run(settings: BenchSettings, device: torch.device, parent: Path, here: Environment) -> Results:
     """Run the plan to its end, to Ctrl-C or as far as the minutes go; what is known is written after every stage."""
     end = math.inf
     if settings.minutes is None:
@@ -131,13 +132,14 @@ def run(settings: BenchSettings, device: torch.device, parent: Path) -> Results:
     else:
         end = time.monotonic() + 60 * settings.minutes - min(CLOSING_S, 6 * settings.minutes)
         plan = plan_of_minutes(device, PAPER)
-    folder, results = begin(settings, plan, device, parent)
+    folder, results = begin(settings, plan, device, parent, here)
     rounds = settings.rounds or (QUICK if settings.quick else PAPER).rounds
     measured = Run(str(device), torch.get_num_threads(), rounds, results.roofs, folder.path)
 
     def tell(stage: str, value: Value) -> None:
         if settings.minutes is not None:
             tqdm.write(in_short(vars(value) if isinstance(value, Row) else {"stage": stage, **value}))
+            sys.stdout.flush()
         if isinstance(value, dict) and "status" in value:
             write(results, folder.path, SUMMARY)
 
@@ -150,15 +152,18 @@ def run(settings: BenchSettings, device: torch.device, parent: Path) -> Results:
             left = 1  # at least
     print_and_write(results, folder, is_whole=not left)
     if left:
-        why = "stopped" if not results.is_complete else f"{left} stages were not reached"
-        print(f"{why}: the same command at the same commit goes on with the next stage", file=sys.stderr)
+        why = f"no time was left for {left} stages" if results.is_complete else "stopped"
+        goes_on = "begins anew, because of uncommitted changes" if here.commit.endswith("-dirty") else "goes on"
+        print(f"{why}: the same command {goes_on}", file=sys.stderr)
     return results
 
 
-def begin(settings: BenchSettings, plan: Plan, device: torch.device, parent: Path) -> tuple[Folder, Results]:
+def begin(
+    settings: BenchSettings, plan: Plan, device: torch.device, parent: Path, here: Environment
+) -> tuple[Folder, Results]:
     """Go on with the stopped run of the same command, or begin a new one: its folder, and the results without any stage."""
-    here = environment(device)
     identity = asdict(here) | asdict(settings) | {"device": f"{device}, {here.device}"}
+    identity["minutes"] = settings.minutes is not None  # which plan; no number depends on how many minutes
     for name in ("timestamp", "out"):  # a run that goes on was begun earlier, and lies in that folder
         del identity[name]
     folder = None if here.commit.endswith("-dirty") else stopped_run(parent, identity)

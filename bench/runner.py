@@ -16,7 +16,7 @@ from tqdm import tqdm
 from bench.cases import Job
 from bench.launch_trial import triton_cache
 from bench.measure import Run, measure_apart
-from bench.results import DONE, OUT_OF_TIME, Results, Row
+from bench.results import DONE, NO_TIME, OUT_OF_TIME, Results, Row
 from bench.stages import Stage
 from bench.worker import OutOfTime, Worker, WorkerLost, WorkFailed
 from search.folder import Folder
@@ -29,7 +29,7 @@ Hear = Callable[[Value], None]
 def run_stages(
     stages: Sequence[Stage], run: Run, results: Results, end: float, tell: Callable[[str, Value], None] = lambda *_: None
 ) -> int:
-    """Run the stages that are left, as far as they fit in before `end` on the monotonic clock -> number of those that did not.
+    """Run the stages that are left, as far as they fit in before `end` on the monotonic clock -> number of those that do not.
 
     `tell` hears each value with its stage's name when it is on the disk and in the results.
     """
@@ -42,16 +42,14 @@ def run_stages(
             if record.is_whole():
                 record.replay()
                 continue
-            if end - time.monotonic() < LEAST_S:
-                results.hear(stage.name, {"status": OUT_OF_TIME, "seconds": 0.0})
-                unreached += 1
-                continue
 
             def hear(value: Value, stage: Stage = stage, record: Record = record) -> None:
                 record.add(value)
                 tell(stage.name, value)
 
-            hear(_outcome(stage, replace(run, roofs=results.roofs), worker, end, hear))
+            outcome = _outcome(stage, replace(run, roofs=results.roofs), worker, end, hear)
+            unreached += outcome["status"] == NO_TIME
+            hear(outcome)
     results.is_complete = True
     return unreached
 
@@ -71,8 +69,10 @@ class Record:
 
     def is_whole(self) -> bool:
         """Whether an earlier part of the run brought the stage to its end."""
-        self._said = (self._folder.result(self._name) or {}).get("said", [])
-        return bool(self._said) and "status" in self._said[-1]
+        said = (self._folder.result(self._name) or {}).get("said", [])
+        is_whole = bool(said) and said[-1].get("status", NO_TIME) != NO_TIME
+        self._said = said if is_whole else []  # it begins anew
+        return is_whole
 
     def replay(self) -> None:
         for value in self._said:
@@ -87,7 +87,12 @@ class Record:
 def _outcome(stage: Stage, run: Run, worker: Worker, end: float, hear: Hear) -> dict[str, Any]:
     """Run a stage -> how it ended, in how many seconds, and how many kernels Triton did not find in its cache."""
     start, cached = time.monotonic(), _kernels_in_cache()
-    status = run_stage(stage, run, worker, min(stage.limit_s, end - start), hear)
+    limit_s = min(stage.limit_s, end - start)
+    if limit_s < LEAST_S:
+        return {"status": NO_TIME, "seconds": 0.0}
+    status = run_stage(stage, run, worker, limit_s, hear)
+    if status["status"] == OUT_OF_TIME and limit_s < stage.limit_s:  # it is not to blame
+        status["status"] = NO_TIME
     compiled = {"kernels_compiled": _kernels_in_cache() - cached} if run.device_name != "cpu" else {}
     return {**status, "seconds": round(time.monotonic() - start, 1), **compiled}
 

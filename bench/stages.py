@@ -24,7 +24,7 @@ import torch
 import fast.train_step
 from bench.cases import OURS, Case, DType, Job, Workload, supported_dtypes
 from bench.launch_trial import launched_by, precision_of_a_gpu
-from bench.measure import Run, empty_row, note_times
+from bench.measure import Attempt, Run, empty_row, note_times
 from bench.results import NOT_CHECKED
 from bench.roofline import measure_roofs
 from bench.timing import CacheFlush, Clock, Samples, interleaved, last_level_cache_bytes, warm_up_calls
@@ -89,6 +89,15 @@ def node_us(call: Callable[[], object], device: torch.device, nodes: int = 100) 
         for _ in range(nodes):
             call()
     return 1e3 * back_to_back_ms(graph.replay, device, 20) / nodes
+
+
+def tiny_cell(run: Run, job: Job, say: Say) -> None:
+    """Compare one training step of a small cell with every kind of branch, by each provider, with its truth."""
+    attempt = Attempt(job, run.prepare(), lambda provider: say({"at_work": provider}))
+    attempt.check_small()
+    for provider, row in attempt.rows.items():
+        errors = {"rms_error": row.rms_error, "max_error": row.max_error}
+        say({"provider": provider.name, "result": row.status, "note": row.note, **errors})
 
 
 def iteration(run: Run, job: Job, say: Say) -> None:

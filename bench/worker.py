@@ -57,10 +57,11 @@ class Worker:
 
         Raises WorkFailed, WorkerLost, OutOfTime.
         """
-        if self.is_lost:
-            if self._is_killed:
-                raise WorkerLost("the process was ended")
+        if self.is_lost and not self._is_killed:
             self.fresh()
+        if self._is_killed:  # perhaps meanwhile, by another thread, which did not see the new process
+            self._lose()
+            raise WorkerLost("the process was ended")
         self._is_new = False
         end = time.monotonic() + limit_s
         try:

@@ -125,7 +125,8 @@ def test_the_default_plan(gpu: FakeGpu, tmp_path: Path, size: dict[str, Any], mo
         replace(job, providers=(job.providers[0], job.providers[-1]), in_fresh_process=job.in_fresh_process[:1])
         for job in kinds.values()
     ]
-    monkeypatch.setattr(bench.run, "make_plan", lambda *arguments, **flags: plan_of(*jobs))
+    plan = replace(whole, stages=(whole.stages[0], *plan_of(*jobs).stages))
+    monkeypatch.setattr(bench.run, "make_plan", lambda *arguments, **flags: plan)
     main(BenchSettings(device="auto", rounds=1, out=tmp_path, **size))
     (path,) = tmp_path.rglob("*.csv")
     with path.open(newline="") as file:

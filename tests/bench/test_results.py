@@ -2,6 +2,7 @@
 
 import csv
 import re
+import subprocess
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -185,10 +186,20 @@ def test_measured_roofs_are_those_of_a_computer(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_environment_names_device_and_commit() -> None:
-    found = environment(CPU)
+    found = environment(CPU, Path())
     assert re.fullmatch(r"[a-z0-9-]+-cores", found.folder)
     assert found.torch == torch.__version__
     assert re.fullmatch(r"[0-9a-f]{7,}(-dirty)?|sources-[0-9a-f]{8}", found.commit)
+
+
+def test_results_in_the_checkout_do_not_make_it_dirty(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("bench.results.ROOT", tmp_path)
+    for arguments in (["init"], ["add", "."], ["commit", "--allow-empty", "-m", "one"]):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments], cwd=tmp_path, check=True)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "rows.csv").write_text("")
+    assert re.fullmatch(r"[0-9a-f]{7,}", environment(CPU, tmp_path / "out").commit)
+    assert environment(CPU, Path("/elsewhere")).commit.endswith("-dirty")
 
 
 def test_outside_a_checkout_the_sources_name_themselves(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -198,7 +209,7 @@ def test_outside_a_checkout_the_sources_name_themselves(monkeypatch: pytest.Monk
     names = []
     for source in ("x = 1", "x = 2", "x = 1"):
         (tmp_path / "fast" / "layer.py").write_text(source)
-        names.append(environment(CPU).commit)
+        names.append(environment(CPU, Path()).commit)
     assert names[0] == names[2] != names[1]
     assert re.fullmatch(r"sources-[0-9a-f]{8}", names[0])
 
@@ -291,7 +302,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, calls: int, by: type[BaseException]
 def test_the_same_command_goes_on_with_a_stopped_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: type[BaseException], minutes: float | None
 ) -> None:
-    monkeypatch.setattr(bench.run, "environment", lambda device: ENVIRONMENT)
+    monkeypatch.setattr(bench.run, "environment", lambda device, out: ENVIRONMENT)
     command = BenchSettings(device="cpu", minutes=minutes, out=tmp_path)
     stop_at(monkeypatch, 1, by)
     with pytest.raises(SystemExit if by is KeyboardInterrupt else by):
@@ -319,12 +330,12 @@ def test_the_same_command_goes_on_with_a_stopped_run(
 def test_another_command_or_code_begins_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], then: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(bench.run, "environment", lambda device: ENVIRONMENT)
+    monkeypatch.setattr(bench.run, "environment", lambda device, out: ENVIRONMENT)
     stop_at(monkeypatch, 1, KeyboardInterrupt)
     with pytest.raises(SystemExit, match="130"):
         main(BenchSettings(device="cpu", out=tmp_path))
     flags = {"rounds": then.pop("rounds")} if "rounds" in then else {}
-    monkeypatch.setattr(bench.run, "environment", lambda device: replace(ENVIRONMENT, **then))
+    monkeypatch.setattr(bench.run, "environment", lambda device, out: replace(ENVIRONMENT, **then))
     made = stop_at(monkeypatch, 2, AssertionError)
     main(BenchSettings(device="cpu", out=tmp_path, **flags))
     assert len(made) == 2
@@ -336,7 +347,7 @@ def test_another_command_or_code_begins_anew(
 
 @pytest.mark.usefixtures("tiny_plan")
 def test_two_benchmarks_at_once_are_refused(tmp_path: Path) -> None:
-    folder = tmp_path / environment(CPU).folder
+    folder = tmp_path / environment(CPU, Path()).folder
     folder.mkdir()
     with FileLock(folder / "lock"), pytest.raises(InputError, match="in use by another process"):
         main(BenchSettings(device="cpu", out=tmp_path))

@@ -20,14 +20,14 @@ import torch
 import bench.run
 import bench.stages
 from bench.cases import EAGER, OURS, Job, OperationCase, Provider, Workload
-from bench.measure import Run, measure, measure_apart
+from bench.measure import Run, measure_apart
 from bench.plans import EVERY_KIND, Plan, plan_of_minutes
 from bench.profiles import Kernel, Prediction, counters, in_order, predictions, profile
 from bench.results import Results, Row
 from bench.roofline import NO_ROOFS
 from bench.run import BenchSettings, main, parser
 from bench.runner import measure_jobs, run_stages
-from bench.stages import Stage, gpu_tests
+from bench.stages import Stage, gpu_tests, tiny_cell
 from bench.worker import OutOfTime, Say, Worker
 from reference.cell import Operation
 from search.errors import InputError
@@ -97,15 +97,26 @@ def test_a_stage_that_crashes_hangs_or_fails_costs_itself(tmp_path: Path) -> Non
     assert again == results
 
 
-def test_the_end_of_the_minutes_leaves_the_rest_out(tmp_path: Path) -> None:
-    stages = [Stage("hang", 600, function=hang), Stage("roof", 60, function=say_roof)]
-    results = Results(ENVIRONMENT, NO_ROOFS)
-    assert run_stages(stages, replace(RUN, folder=tmp_path), results, time.monotonic() + 7) == 1
-    assert [number.get("status") for number in results.numbers] == [None, "out of time", "out of time"]
-    assert results.numbers[1]["note"] == "stopped after 7 s"
-    more = Results(ENVIRONMENT, NO_ROOFS)  # what was not reached is left for a run that goes on
-    assert run_stages(stages, replace(RUN, folder=tmp_path), more, time.monotonic() + 60) == 0
-    assert [number.get("status") for number in more.numbers] == [None, "out of time", None, "done"]
+def say_and_wait_once(run: Run, say: Say) -> None:
+    say({"number": 1})
+    if not (marker := run.folder / "waited").exists():
+        marker.touch()
+        time.sleep(600)
+
+
+def test_what_the_end_of_the_minutes_cuts_off_or_leaves_out_is_done_by_a_run_that_goes_on(tmp_path: Path) -> None:
+    stages = [Stage("wait", 600, function=say_and_wait_once), Stage("roof", 60, function=say_roof)]
+    run, told = replace(RUN, folder=tmp_path), list[Any]()
+    first = Results(ENVIRONMENT, NO_ROOFS)
+    assert run_stages(stages, run, first, time.monotonic() + 7, lambda stage, value: told.append(value)) == 2
+    assert [number.get("status") for number in first.numbers] == [None, "no time left", "no time left"]
+    assert told == [{key: value for key, value in number.items() if key != "stage"} for number in first.numbers]
+    assert first.numbers[1]["note"] == "stopped after 7 s"
+    assert first.failures() == []
+    for seconds in (60, 0):  # the second one reads what the first has added, and nothing twice
+        more = Results(ENVIRONMENT, NO_ROOFS)
+        assert run_stages(stages, run, more, time.monotonic() + seconds) == 0
+        assert [number.get("status") for number in more.numbers] == [None, "done", None, "done"]
 
 
 class DyingCase(OperationCase):
@@ -159,12 +170,11 @@ def test_every_stage_can_be_sent_to_a_process(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_tiny_cell_of_every_kind_is_right(dtype: Any) -> None:
-    (job,) = next(stage.jobs for stage in plan_of_minutes(CPU, TINY).stages if stage.name.startswith("tiny cell"))
-    rows = measure(replace(job, dtype=dtype), CPU, 1, NO_ROOFS)
-    assert [(row.case, row.provider, row.status) for row in rows] == [
-        ("tiny cell", "ours", "ok"),
-        ("tiny cell", "eager", "ok"),
-    ]
+    said: list[dict[str, Any]] = []
+    (job,) = next(stage.jobs for stage in plan_of_minutes(CPU, TINY).stages if stage.function is tiny_cell)
+    tiny_cell(RUN, replace(job, dtype=dtype), said.append)
+    assert said[:2] == [{"at_work": "eager"}, {"at_work": "ours"}]
+    assert [(line["provider"], line["result"]) for line in said[2:]] == [("ours", "ok"), ("eager", "ok")]
 
 
 def test_the_plan_begins_with_what_matters_most(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,7 +332,10 @@ def test_of_two_rows_the_newer_numbers_and_the_worse_verdict_stand() -> None:
         ({"status": "done"}, False),
         ({"status": "out of time", "note": "stopped after 6 s"}, False),
         ({"status": "the process ended with signal SIGSEGV"}, True),
+        ({"status": "no time left"}, False),
         ({"failed_test": "tests/a.py::b"}, True),
+        ({"provider": "ours", "result": "WRONG"}, True),
+        ({"provider": "eager", "result": "failed"}, False),
     ],
 )
 def test_stages_that_fail_are_failures_of_the_run(number: dict[str, Any], is_failure: bool) -> None:
@@ -351,10 +364,10 @@ def test_flags_are_parsed_and_mistakes_are_one_line(capsys: pytest.CaptureFixtur
 COMPILE = """
 import torch
 from bench.plans import plan_of_minutes
-from bench.stages import compile_kernels
+from bench.stages import compile_kernels, tiny_cell
 from tests.bench.tiny_runs import TINY
-jobs = [job for job in plan_of_minutes(torch.device("cuda"), TINY).jobs if job.case.name == "tiny cell"]
-print(compile_kernels(90, jobs[:1]))
+(job, *_) = (stage.jobs[0] for stage in plan_of_minutes(torch.device("cuda"), TINY).stages if stage.function is tiny_cell)
+print(compile_kernels(90, [job]))
 """
 
 
