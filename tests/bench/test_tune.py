@@ -338,13 +338,14 @@ def test_comparison_accepts_another_tiling_and_finds_what_is_missing(
     trial = launch_trial.compared(key, candidate, DEFAULT[key], "cpu")
     assert trial.verdict == NOT_BETTER, trial.note
     assert trial.best_us % 500 == 0 < trial.best_us  # microseconds, as often as an iteration has the calls
-    launch, empty = triton_backend._launch, torch.empty
+    launch, empty, empty_like = triton_backend._launch, torch.empty, torch.empty_like
 
     def launch_all_but_the_last(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
         is_own = kernel.fn.__name__ == f"{key[0]}_kernel"
         launch(kernel, programs - 1 if is_own else programs, *arguments, **constants)
 
     monkeypatch.setattr(torch, "empty", lambda *sizes, **options: empty(*sizes, **options).fill_(77))
+    monkeypatch.setattr(torch, "empty_like", lambda x: empty_like(x).fill_(77))  # or it may hold the right results
     monkeypatch.setattr(triton_backend, "_launch", launch_all_but_the_last)
     assert launch_trial.compared(key, candidate, DEFAULT[key], "cpu").verdict == WRONG
 
