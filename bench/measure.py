@@ -108,7 +108,7 @@ class Attempt:
     def check_small(self) -> None:
         """The small case by everybody, against its truth; eager PyTorch's error is the yardstick for ours.
 
-        But for compilers that the full size can check: compiling twice takes hours where a case is compiled for each of many.
+        Compiled providers are left out if the check at full size covers them, because compiling twice takes hours.
         """
         small = self._case.small()
         truth = small.truth(self._dtype)
@@ -135,7 +135,7 @@ class Attempt:
     def check_at_full_size(self) -> None:
         """Everybody against eager PyTorch at the size that is timed.
 
-        Where chance has a part, that is the case without it, for ours alone: a compiler would have to compile once more.
+        With dropout or random crops, a variant without them is compared, by eager and ours alone.
         """
         case, expected = self._case.without_chance(), None
         for provider, row in self._eager_first():

@@ -117,11 +117,11 @@ class Plan:
 def make_plan(suites: Sequence[Suite], device: torch.device, *, quick: bool, dtypes: Sequence[DType] | None = None) -> Plan:
     """All cases, in the order of the suites, in the given dtypes or else the device's usual ones; a stage for each."""
     supported, unsupported = supported_dtypes(device)
+    planner = Planner(QUICK if quick else PAPER, device, quick=quick)
     if dtypes:
         supported, unsupported = (tuple(d for d in some if d in dtypes) for some in (supported, unsupported))
     else:
         supported = supported[: 1 if quick else 2]
-    planner = Planner(QUICK if quick else PAPER, device, quick=quick)
     jobs = [planner.job(case, dtype) for case in planner.cases(suites) for dtype in planner.dtypes_of(case, supported)]
     measured = [Stage(job.title, jobs=(job,), is_case=True) for job in jobs]
     roofs = Stage("roofs", function=stages.roofs)
@@ -216,7 +216,9 @@ class Planner:
             kept = "and eager channels-last: left out by --quick on a CPU"
             yield "torch.compile " + (kept if on_cpu else "but for the separable convolution: left out by --quick")
             yield "--quick: one map size, rate and grid, the published cell, few rounds; first call and memory of ours alone"
-            yield "the first iteration of a new cell: left out by --quick"
+            if "proxy" in suites:
+                yield "the first iteration of a new cell: left out by --quick"
+            yield from (f"{dtype}: --dtype {dtype} measures it" for dtype in supported_dtypes(self.device)[0][1:] if on_cpu)
             return
         if "float16" in supported:
             yield "float16: not for training steps and searches, which would need loss scaling"

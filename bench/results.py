@@ -93,7 +93,7 @@ class Results:
     roofs: Roofs
     omissions: tuple[str, ...] = ()
     rows: list[Row] = field(default_factory=list)
-    is_complete: bool = False
+    is_complete: bool = False  # it came to the end of its plan, or of its minutes
     parts: int = 1  # number of times it was started
     numbers: list[dict[str, Any]] = field(default_factory=list)  # what stages measured besides rows, and how they ended
 

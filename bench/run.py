@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+import json
 import math
 import os
 import shlex
@@ -31,7 +32,7 @@ from bench.runner import Value, run_stages
 from bench.stages import compile_kernels
 from search.devices import resolve_device
 from search.errors import InputError, as_flag, with_fields
-from search.folder import Folder
+from search.folder import Folder, differences
 
 KIND = "benchmark"  # of folders, in error messages
 CLOSING_S = 12.0  # reserved in a run of limited minutes for imports, the last summary and the picture
@@ -63,8 +64,8 @@ def parser() -> argparse.ArgumentParser:
         "--dtype",
         nargs="+",
         choices=tuple(DTYPES),
-        help="in which dtypes (default: on a GPU bfloat16 and float32, with --quick the first; "
-        "on a CPU float32, and bfloat16 where the processor has instructions for it)",
+        help="in which dtypes (default: on a GPU bfloat16 and float32, on a CPU float32, and bfloat16 where the processor has "
+        "instructions for it; with --quick the first of these)",
     )
     flags.add_argument("--device", help="cpu, cuda, cuda:1, ...; auto, the default, takes the GPU if there is one")
     flags.add_argument(
@@ -170,9 +171,13 @@ def begin(
     parts = 1
     if folder and (began := folder.description()):
         print(f"going on with {folder.path}", file=sys.stderr)
-        here, parts = Environment(**began["environment"]), began["parts"] + 1
+        try:
+            here, parts = Environment(**began["environment"]), int(began["parts"]) + 1
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{folder.path}/settings.json is damaged ({error}): delete that folder") from error
     else:
         folder = Folder(new_path(parent, here), KIND)
+        print(f"a new run, {folder.path}", file=sys.stderr)
     command = shlex.join(["python", "bench/run.py", *sys.argv[1:]])
     folder.begin(identity, command, environment=asdict(here), parts=parts, is_whole=False)
     rows = list(unsupported_rows(settings.suite, plan.unsupported))
@@ -184,13 +189,16 @@ def stopped_run(parent: Path, identity: Mapping[str, Any]) -> Folder | None:
     for path in sorted(parent.glob("*/settings.json")):
         folder = Folder(path.parent, KIND)
         try:
-            if (folder.description() or {}).get("is_whole"):
-                continue
-            folder.check(identity)
+            began = folder.description() or {}
         except InputError as error:
-            print(f"not continued: {with_fields(str(error), spelling)}", file=sys.stderr)
-        else:
+            print(f"{path.parent} does not go on: {error}", file=sys.stderr)
+            continue
+        if began.get("is_whole"):
+            continue
+        other = differences(began["identity"], json.loads(json.dumps(identity)))
+        if not other:
             return folder
+        print(f"{path.parent} does not go on: begun with {with_fields(other, spelling)}", file=sys.stderr)
     return None
 
 
@@ -202,17 +210,21 @@ def new_path(parent: Path, here: Environment) -> Path:
 
 
 def print_and_write(results: Results, folder: Folder, *, is_whole: bool) -> None:
-    """Print the table and the names of the files; a run that is whole does not go on."""
+    """Print the table and the names of the files; a run that is whole does not go on. Exits with 1 if a file is missing."""
     from bench.plots import draw  # its library loads slowly, and processes that measure do not need it
 
     print(table(results))
     writers = {**SUMMARY, "summary.png": draw}
-    if len(write(results, folder.path, writers)) == len(writers) and is_whole:
+    has_all = len(write(results, folder.path, writers)) == len(writers)
+    if has_all and is_whole:
         began = folder.description() or {}
         facts = {name: began[name] for name in ("environment", "parts")}
         folder.begin(began["identity"], began["command"], **facts, is_whole=True)
     for path in sorted(path for path in folder.path.iterdir() if path.is_file()):
         print(path)
+    if not has_all:
+        print("a file is missing: make room, and the same command writes it", file=sys.stderr)
+        sys.exit(1)
 
 
 Writer = Callable[[Path, Results], None]
@@ -247,6 +259,8 @@ if __name__ == "__main__":
     except InputError as error:
         print(f"error: {with_fields(str(error), spelling)}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # who reads has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         print(f"error: {error}: check the path, its permissions and the disk", file=sys.stderr)
         sys.exit(2)

@@ -1,8 +1,8 @@
-"""Run a plan: stage after stage, each value on disk before the next one is measured.
+"""Run a plan: stage after stage. What a stage has measured is on the disk at once; the rows of a case come together.
 
 An illegal memory access, a hang or the end of the time costs only the stage in which it happens, and nothing that was
-measured before. What a stage says lies in a file of its own in the run's folder; a run that goes on reads the files of the
-stages that came to their end, and begins the others anew.
+measured before. What a stage says lies in a file of its own in the run's folder; a run that goes on reads these files, and
+measures only the cases and stages that are not in them.
 """
 
 import re
@@ -39,44 +39,58 @@ def run_stages(
         for number, stage in enumerate(bar):
             bar.set_description(stage.name[:60])
             record = Record(folder, number, stage, results)
-            if record.is_whole():
-                record.replay()
+            if record.is_whole:
                 continue
 
             def hear(value: Value, stage: Stage = stage, record: Record = record) -> None:
                 record.add(value)
                 tell(stage.name, value)
 
-            outcome = _outcome(stage, replace(run, roofs=results.roofs), worker, end, hear)
+            left = replace(stage, jobs=tuple(job for job in stage.jobs if not record.has(job)))
+            outcome = _outcome(left, replace(run, roofs=results.roofs), worker, end, hear)
             unreached += outcome["status"] == NO_TIME
+            record.is_whole = outcome["status"] != NO_TIME
             hear(outcome)
     results.is_complete = True
     return unreached
 
 
 class Record:
-    """What a stage says: in its file, and in the results of the run."""
+    """What a stage says: in its file, and in the results of the run, beginning with what an earlier part of the run left.
+
+    That is all, if it brought the stage to its end; or else the rows of the cases that are whole. Raises InputError for a
+    damaged file.
+    """
 
     def __init__(self, folder: Folder, number: int, stage: Stage, results: Results) -> None:
         self._folder, self._stage, self._results = folder, stage, results
         self._name = f"stages/{number:03}-{re.sub(r'[^a-z0-9]+', '-', stage.name.lower())}"
-        self._said: list[dict[str, Any]] = []
+        try:
+            earlier = folder.result(self._name) or {"is_whole": False, "said": []}
+            self.is_whole = bool(earlier["is_whole"])
+            self._said = [Row(**value["row"]) if "row" in value else dict(value) for value in earlier["said"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise folder.damaged(self._name, error) from error
+        if not self.is_whole:
+            jobs = () if stage.function else stage.jobs
+            self._said = [row for job in jobs if self.has(job) for row in self._rows_of(job)]
+        for value in self._said:
+            self._hear(value)
+
+    def has(self, job: Job) -> bool:
+        """Whether the job of a stage without a function has a row of every provider."""
+        return self._stage.function is None and len(self._rows_of(job)) == len(job.providers)
+
+    def _rows_of(self, job: Job) -> list[Row]:
+        case = job.case
+        key = (case.suite, case.name, case.mode, job.dtype, case.shape)
+        return [value for value in self._said if isinstance(value, Row) and value.key == key]
 
     def add(self, value: Value) -> None:
-        self._said.append({"row": asdict(value)} if isinstance(value, Row) else value)
-        self._folder.write_result(self._name, {"stage": self._stage.name, "said": self._said})
+        self._said.append(value)
+        said = [{"row": asdict(value)} if isinstance(value, Row) else value for value in self._said]
+        self._folder.write_result(self._name, {"stage": self._stage.name, "is_whole": self.is_whole, "said": said})
         self._hear(value)
-
-    def is_whole(self) -> bool:
-        """Whether an earlier part of the run brought the stage to its end."""
-        said = (self._folder.result(self._name) or {}).get("said", [])
-        is_whole = bool(said) and said[-1].get("status", NO_TIME) != NO_TIME
-        self._said = said if is_whole else []  # it begins anew
-        return is_whole
-
-    def replay(self) -> None:
-        for value in self._said:
-            self._hear(Row(**value["row"]) if "row" in value else value)
 
     def _hear(self, value: Value) -> None:
         ended_well = isinstance(value, dict) and value.get("status") == DONE

@@ -39,13 +39,17 @@ GPU_TESTS = ("tests/fast/kernels/test_triton_on_gpu.py", "tests/fast/test_train_
 
 @dataclass(frozen=True)
 class Stage:
-    """Jobs of the benchmark, or a function of (run, *jobs, say), stopped after `limit_s` seconds."""
+    """Jobs of the benchmark, or a function of (run, *jobs, say), stopped after `limit_s` seconds.
+
+    A function says rows, and numbers by their names. Some names have a meaning: `roof` (bench/roofline.py), `kernel` (a line
+    of a table), `failed_test`, `provider` with `result`; `status` is how the stage ended.
+    """
 
     name: str
     limit_s: float = math.inf
     jobs: tuple[Job, ...] = ()
     function: Callable[..., None] | None = None
-    is_case: bool = False  # a single job, measured in the process of the one before it
+    is_case: bool = False  # a single job, which has the process of the stage before it
 
 
 def roofs(run: Run, say: Say) -> None:

@@ -75,9 +75,12 @@ class Journal:
             if lines[-1]:  # the tuner was ended while it wrote this line
                 path.write_text("\n".join([*lines[:-1], ""]), encoding="utf-8")
             for line in lines[:-1]:
-                identity_then, key, launch, *rest = json.loads(line)
-                if identity_then == identity:
-                    self.trials.append(Trial((key[0], key[1], key[2]), Launch(*launch), *rest))
+                try:
+                    identity_then, key, launch, *rest = json.loads(line)
+                    if identity_then == identity:
+                        self.trials.append(Trial((key[0], key[1], key[2]), Launch(*launch), *rest))
+                except (ValueError, TypeError, LookupError):  # a damaged line: it is tried again
+                    continue
 
     def add(self, trial: Trial) -> None:
         self.trials.append(trial)

@@ -1,8 +1,8 @@
 """Backbone features of a data set, computed once (paper, section 3.3) and memory-mapped by trainings.
 
 A cache is a `Folder` with the features (N, C, h, w) and labels (N, H, W) as raw arrays. Its settings say what they were made
-from, and its only result, `progress.json`, counts the finished images, so the same command finishes a cache that was
-interrupted. A cache that is half-written, damaged, or made from something else is refused, with the reason.
+from, and its only result, `progress.json`, counts the finished images. `open_cache` refuses a cache that is unfinished, made
+from something else, or has files of the wrong size; `build_cache` finishes one that was interrupted.
 
 With H = s·(h − 1) + 1 for output stride s, feature (i, j) sits on pixel (s·i, s·j); smaller images are padded at the bottom
 and right with the mean pixel, which is not labelled.
@@ -190,13 +190,13 @@ def _folder(directory: Path) -> Folder:
 def _done(folder: Folder, identity: Mapping[str, Any]) -> int:
     """How many images are finished. Raises InputError if the folder is damaged, or they were not made from `identity`."""
     description, progress = folder.description(), folder.result("progress")
-    if description is None or progress is None:  # settings alone bind nobody: it ended before its first images
+    if description is None or progress is None:  # no image is finished, so other settings may replace these
         return 0
     folder.check(identity)
-    try:
-        return int(progress["done"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise folder.damaged("progress", error) from error
+    done, count = progress.get("done"), identity[_IMAGES]
+    if not (isinstance(done, int) and 0 <= done <= count):
+        raise folder.damaged("progress", ValueError(f"`done` is {done}, of {count} images"))
+    return done
 
 
 def _fill(folder: Folder, dataset: Dataset, backbone: Backbone, identity: dict[str, Any], device: str, command: str) -> None:

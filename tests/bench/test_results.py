@@ -1,6 +1,7 @@
 """Tables, files and exit codes: whole or not at all, readable, and no claim that was not measured."""
 
 import csv
+import json
 import re
 import subprocess
 from dataclasses import fields, replace
@@ -341,8 +342,68 @@ def test_another_command_or_code_begins_anew(
     assert len(made) == 2
     said = capsys.readouterr().err
     assert "going on" not in said
-    assert ("0123abc was started with " in said) == (then.get("commit") != "0123abc-dirty")
+    assert ("0123abc does not go on: begun with " in said) == (then.get("commit") != "0123abc-dirty")
     assert "`" not in said
+
+
+@pytest.mark.usefixtures("tiny_plan")
+@pytest.mark.parametrize(
+    "damage",
+    [
+        ("stages/000-*.json", '{"stage": "x", "is_whole": true, "said": [1, 2]}'),
+        ("stages/000-*.json", '{"said": 5}'),
+        ("stages/000-*.json", '{"stage": "x", "is_whole": true, "said": [{"row": {"no": 1}}]}'),
+        ("stages/000-*.json", '{"stage'),
+    ],
+)
+def test_a_damaged_stage_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: tuple[str, str]) -> None:
+    monkeypatch.setattr(bench.run, "environment", lambda device, out: ENVIRONMENT)
+    stop_at(monkeypatch, 1, KeyboardInterrupt)
+    with pytest.raises(SystemExit, match="130"):
+        main(BenchSettings(device="cpu", out=tmp_path))
+    (folder,) = run_folders(tmp_path)
+    (path,) = folder.glob(damage[0])
+    path.write_text(damage[1])
+    with pytest.raises(InputError, match=r"000-.*json is damaged .*: delete it and run the same command again"):
+        main(BenchSettings(device="cpu", out=tmp_path))
+
+
+@pytest.mark.usefixtures("tiny_plan")
+@pytest.mark.parametrize("change", [{"environment": {"no": 1}}, {"parts": "x"}, {"identity": 5}])
+def test_damaged_settings_do_not_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench.run, "environment", lambda device, out: ENVIRONMENT)
+    stop_at(monkeypatch, 1, KeyboardInterrupt)
+    with pytest.raises(SystemExit, match="130"):
+        main(BenchSettings(device="cpu", out=tmp_path))
+    (path,) = tmp_path.rglob("settings.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    if "identity" in change:  # whose it is cannot be told
+        stop_at(monkeypatch, 2, AssertionError)
+        main(BenchSettings(device="cpu", out=tmp_path))
+        assert "settings.json is damaged" in capsys.readouterr().err
+    else:
+        with pytest.raises(InputError, match=r"settings.json is damaged .*: delete that folder"):
+            main(BenchSettings(device="cpu", out=tmp_path))
+
+
+@pytest.mark.usefixtures("tiny_plan", "in_this_process")
+def test_a_full_disk_is_said_and_the_same_command_writes_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(path: Path, results: Results) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(bench.run, "environment", lambda device, out: ENVIRONMENT)
+    monkeypatch.setattr("bench.plots.draw", full)
+    with pytest.raises(SystemExit, match="1"):
+        main(BenchSettings(device="cpu", rounds=1, out=tmp_path))
+    assert "a file is missing" in capsys.readouterr().err
+    monkeypatch.setattr("bench.plots.draw", draw)
+    stop_at(monkeypatch, 0, AssertionError)  # nothing is measured again
+    main(BenchSettings(device="cpu", rounds=1, out=tmp_path))
+    assert len(list(tmp_path.rglob("summary.png"))) == len(run_folders(tmp_path)) == 1
 
 
 @pytest.mark.usefixtures("tiny_plan")

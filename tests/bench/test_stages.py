@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import bench.run
+import bench.runner
 import bench.stages
 from bench.cases import EAGER, OURS, Job, OperationCase, Provider, Workload
 from bench.measure import Run, measure_apart
@@ -117,6 +118,29 @@ def test_what_the_end_of_the_minutes_cuts_off_or_leaves_out_is_done_by_a_run_tha
         more = Results(ENVIRONMENT, NO_ROOFS)
         assert run_stages(stages, run, more, time.monotonic() + seconds) == 0
         assert [number.get("status") for number in more.numbers] == [None, "done", None, "done"]
+
+
+def test_the_cases_that_a_stage_has_measured_are_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = [Job(replace(SEPARABLE, name=f"sep3x3 {rate}x1"), "float32", (OURS, EAGER)) for rate in (1, 3, 6)]
+    made: list[str] = []
+
+    def measure_or_stop(worker: object, job: Job, *arguments: Any) -> list[Row]:
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(job.case.name)
+        return [row(who, 1.0, suite="ops", case=job.case.name, shape=job.case.shape) for who in ("ours", "eager")]
+
+    monkeypatch.setattr(bench.runner, "measure_apart", measure_or_stop)
+    stages, run = [Stage("ops", 60, jobs=tuple(jobs))], replace(RUN, folder=tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        run_stages(stages, run, Results(ENVIRONMENT, NO_ROOFS), time.monotonic() + 60)
+    made.clear()
+    for left in (["sep3x3 6x1"], []):
+        results = Results(ENVIRONMENT, NO_ROOFS)
+        assert run_stages(stages, run, results, time.monotonic() + 60) == 0
+        assert made == left
+        assert len(results.rows) == 6
+        made.clear()
 
 
 class DyingCase(OperationCase):
