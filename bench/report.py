@@ -115,9 +115,8 @@ def _stages(results: Results) -> Iterator[str]:
         text = "; ".join(in_short(number, ("stage",)) for number in numbers if not {"status", "kernel"} & number.keys())
         yield f"- {name}, {status}{seconds}: {text}".removesuffix(": ")
         kernels = [number for number in numbers if "kernel" in number][:40]
-        rows = [
-            (k["kernel"][:80], in_digits(k["launches"]), in_digits(k["us"]), in_digits(k["predicted_us"])) for k in kernels
-        ]
+        columns = ("launches", "us", "predicted_us")
+        rows = [(kernel["kernel"][:80], *(in_digits(kernel[column]) for column in columns)) for kernel in kernels]
         if rows:
             yield from ("", *_aligned(("kernel, per iteration", "launches", "µs", "predicted µs"), rows, texts=1), "")
 

@@ -10,6 +10,7 @@ and right with the mean pixel, which is not labelled.
 
 import math
 import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,6 +207,8 @@ def _fill(folder: Folder, dataset: Dataset, backbone: Backbone, identity: dict[s
     if any(array.bytes_on_disk != array.bytes for array in arrays):
         done = 0
     _require_space(arrays)
+    if (folder.path / "manifest.json").exists():
+        print(f"{folder.path} is of an earlier version: its features are computed once more", file=sys.stderr)
     if not done:  # nothing may count what the arrays held, because they are about to be overwritten
         for name in ("progress.json", "settings.json", "manifest.json"):  # earlier versions had the last
             (folder.path / name).unlink(missing_ok=True)
