@@ -196,7 +196,7 @@ def _done(folder: Folder, identity: Mapping[str, Any]) -> int:
     folder.check(identity)
     done, count = progress.get("done"), identity[_IMAGES]
     if not (isinstance(done, int) and 0 <= done <= count):
-        raise folder.damaged("progress", ValueError(f"`done` is {done}, of {count} images"))
+        raise folder.damaged("progress", ValueError(f"{done} of {count} images done"))
     return done
 
 
