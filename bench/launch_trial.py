@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils._pytree import tree_leaves
 
-from bench.accuracy import relative_error
+from bench.accuracy import ONE_DRAW, relative_error
 from bench.kernel_calls import Call, calls_of
 from bench.timing import CacheFlush
 from fast.kernels import triton as kernels
@@ -24,7 +24,7 @@ COMPILED, NO_FIT, FAILED, WRONG, BETTER, NOT_BETTER = "compiled", "does not fit"
 SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 # By bytes per value: launches add up the same products of the same rounded numbers, in another order. So bfloat16 may differ
 # by the last bit of the result, and float32 by what TF32's accumulators cut off.
-LIMITS = {2: 1e-2, 4: 1e-4}
+LIMITS = {2: ONE_DRAW.floor["bfloat16"], 4: ONE_DRAW.floor["float32"]}
 ROUNDS = 20
 _REDUCTIONS = ("fold_kernel", "sum_partials_kernel")
 _QUEUED_CYCLES = 2_000_000  # about 1 ms, longer than the host needs to launch a call
