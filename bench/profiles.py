@@ -122,7 +122,7 @@ def by_operation(averages: Iterable[Any]) -> list[Kernel]:
 
 def predictions(dtype: str) -> dict[str, list[Prediction]]:
     """The predictions for each kernel's launches, in order; bench/predictions/README.md says how they were counted."""
-    path, predicted = PREDICTIONS / f"iteration-{dtype}.csv", dict[str, list[Prediction]]()
+    path, predicted = PREDICTIONS / f"dpc-{dtype}.csv", dict[str, list[Prediction]]()
     if path.exists():
         with path.open(newline="", encoding="utf-8") as file:
             for line in csv.DictReader(file):

@@ -1,0 +1,125 @@
+"""Every launch of a training iteration, in order, as a GPU would get it: traced on CPU tensors, with nothing computed."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from bench.cases import OURS, DType
+from bench.launch_trial import launched_by, precision_of_a_gpu
+from bench.training_cases import ProxyCase
+from fast import kernels, train_step
+from fast.kernels import triton as triton_backend
+from fast.kernels.triton.launches import Launch
+from fast.segmentation import SegmentationHead
+from fast.train_step import TrainStep
+
+
+class TritonLaunch(NamedTuple):
+    """A launch of a Triton kernel, as the backend makes it."""
+
+    kernel: Any
+    programs: int
+    launch: Launch
+    arguments: tuple[Any, ...]
+    constants: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        name: str = self.kernel.fn.__name__
+        return name
+
+    def named_arguments(self) -> dict[str, Any]:
+        """All arguments by the kernel's names, constants included."""
+        return dict(zip(self.kernel.arg_names, self.arguments, strict=False)) | dict(self.constants)
+
+
+class TorchOperation(NamedTuple):
+    """An operation of PyTorch that launches kernels; `nodes` of a captured graph."""
+
+    name: str
+    out: str  # dtype and shape
+    nodes: int
+    moved_bytes: int  # of its arguments and results
+
+
+Node = TritonLaunch | TorchOperation
+
+# Operations that launch nothing.
+_VIEWS = re.compile(
+    r"view|permute|select|slice|unsqueeze|expand|transpose|t|unbind|_unsafe_view|as_strided|alias|detach|squeeze|split"
+    r"|split_with_sizes|(new_)?empty(_like|_strided)?|_?reshape(_alias)?|lift_fresh|is_same_size"
+)
+_INDEX_NODES = 4  # PyTorch makes each of three index tensors contiguous before it gathers
+
+
+def iteration(case: ProxyCase, dtype: DType) -> list[Node]:
+    """The launches of a second iteration, when momentum is there. Needs a process in which Triton compiles, not interprets."""
+    nodes: list[Node] = []
+
+    def launched(kernel: Any, programs: int, launch: Launch, arguments: tuple[Any, ...], **constants: Any) -> None:
+        if programs > 0:
+            nodes.append(TritonLaunch(kernel, programs, launch, arguments, constants))
+
+    with kernels.using(triton_backend), precision_of_a_gpu(), launched_by(launched):
+        step = _step_of(case, dtype)
+        step._iterate()
+        nodes.clear()
+        with _Recorded(nodes):
+            step._iterate()
+    return nodes
+
+
+def _step_of(case: ProxyCase, dtype: DType) -> TrainStep:
+    shape = (case.images, case.in_channels, *(extent + case.margin for extent in case.crop))
+    features = torch.zeros(shape, dtype=torch.float16).contiguous(memory_format=torch.channels_last)
+    labels = torch.zeros(case.images, *replace(case, crop=(shape[2], shape[3])).label_size, dtype=torch.uint8)
+    step = TrainStep(
+        cast(SegmentationHead, case.head(OURS)),
+        features,
+        labels,
+        output_stride=16,
+        crop=case.crop,
+        batch_size=case.batch,
+        iterations=1000,
+        precision="bfloat16" if dtype == "bfloat16" else "float32",
+    )
+
+    def draw() -> tuple[Tensor, Tensor]:
+        count, _, height, width = features.shape
+        limits = (count, height - case.crop[0] + 1, width - case.crop[1] + 1)
+        index, top, left = (torch.randint(limit, (case.batch,)) for limit in limits)
+        batch = train_step._gather(features, index, top, left, case.crop).permute(0, 3, 1, 2)
+        targets = train_step._gather(labels[:, None], index, 16 * top, 16 * left, case.label_size)[..., 0]
+        return batch.to(step._dtype), targets
+
+    step.draw = draw  # type: ignore[method-assign]
+    return step
+
+
+class _Recorded(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes what PyTorch launches."""
+
+    def __init__(self, nodes: list[Node]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.nodes = nodes
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func._schema.name.split("::")[1]
+        tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)]
+        if tensors and not _VIEWS.fullmatch(name):
+            moved = sum({x.data_ptr(): x.numel() * x.element_size() for x in tensors}.values())
+            first = next((x for x in tree_leaves(out) if isinstance(x, Tensor)), tensors[0])
+            self.nodes.append(TorchOperation(name, described(first), _INDEX_NODES if name == "index" else 1, moved))
+        return out
+
+
+def described(x: Tensor) -> str:
+    """dtype and shape."""
+    return f"{str(x.dtype).removeprefix('torch.')} {'×'.join(map(str, x.shape)) or 'scalar'}"

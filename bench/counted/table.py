@@ -1,0 +1,212 @@
+"""A line for each node of an iteration: what it is, what was counted, what the model makes of it."""
+
+import csv
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple, get_type_hints
+
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from bench.cases import DType
+from bench.counted import model, sass
+from bench.counted.iteration import Node, TorchOperation, TritonLaunch, described, iteration
+from bench.counted.model import Code
+from bench.counted.trips import trips_of
+from bench.plans import PAPER
+from fast.kernels.triton import compilation
+from search.cells.space import load_cell
+
+PREDICTIONS = Path(__file__).parents[1] / "predictions"
+# The cells and dtypes whose iterations are counted; `float32` is TF32, as PyTorch sets it for convolutions.
+TABLES: dict[str, tuple[str, DType]] = {
+    "dpc-bfloat16": ("dpc", "bfloat16"),
+    "dpc-float32": ("dpc", "float32"),
+    "aspp-bfloat16": ("aspp", "bfloat16"),
+    "psp-bfloat16": ("psp", "bfloat16"),
+}
+TOLERANCE = 0.05  # change of a kernel's instructions that is no difference
+TOLERANCE_OF_VERSIONS = 0.25  # the same, if another version of Triton compiled the table
+
+
+class Row(NamedTuple):
+    """A node of the captured graph; what PyTorch launches has no count of instructions."""
+
+    kernel: str
+    of: str  # the map, the product or the sum that it works on
+    nodes: int
+    programs: int
+    warps: int  # of a program
+    registers: int  # of a thread
+    blocks_per_multiprocessor: int
+    million_warp_instructions: float
+    requested_mb: float  # by loads: at most so much moves from the L2 cache to the multiprocessors
+    bound: str
+    predicted_us: float
+    triton: str = version("triton")
+
+
+class Counter:
+    """Counts launches for one architecture; equal launches are compiled and read once."""
+
+    def __init__(self, architecture: int = 90) -> None:
+        compilation.choose_absent_gpu(architecture)
+        self._read = dict[str, tuple[list[sass.Instruction], dict[str, int]]]()
+
+    def row(self, node: Node) -> Row:
+        if isinstance(node, TorchOperation):
+            us = model.us_of_torch(node.name, node.moved_bytes, node.nodes)
+            return Row(f"PyTorch {node.name}", node.out, node.nodes, 0, 0, 0, 0, 0.0, 0.0, "", round(us, 1))
+        code = self.code(node)
+        cost = model.cost_of(code, node.programs, bytes_of_arguments(node))
+        return Row(
+            node.name,
+            what_it_works_on(node),
+            nodes=1,
+            programs=node.programs,
+            warps=code.warps,
+            registers=code.registers,
+            blocks_per_multiprocessor=cost.blocks_per_multiprocessor,
+            million_warp_instructions=round(cost.million_warp_instructions, 3),
+            requested_mb=round(cost.requested_mb, 1),
+            bound=cost.bound,
+            predicted_us=round(cost.us, 1),
+        )
+
+    def code(self, node: TritonLaunch) -> Code:
+        """What a warp of this launch executes. Raises ValueError if trips.py does not know the kernel's loops."""
+        binary = compilation.compiled(node.kernel, node.programs, node.launch, node.arguments, **node.constants)
+        if binary.hash not in self._read:
+            instructions = sass.instructions(sass.disassembled(binary.asm["cubin"]))
+            self._read[binary.hash] = instructions, compilation.usage(binary)
+        instructions, usage = self._read[binary.hash]
+        try:
+            executed = sass.executed(instructions, trips_of(node.name, node.named_arguments()))
+        except ValueError as error:
+            raise ValueError(f"{node.name}: {error}: bench/counted/trips.py must say how often its loops run") from error
+        return Code(executed, usage["registers"], usage["shared"], usage["warps"])
+
+
+def bytes_of_arguments(node: TritonLaunch) -> float:
+    """Each tensor once."""
+    tensors = {x.data_ptr(): x for x in tree_leaves(node.arguments) if isinstance(x, Tensor)}
+    return sum(x.numel() * x.element_size() for x in tensors.values())
+
+
+def what_it_works_on(node: TritonLaunch) -> str:
+    """A product's channels, a convolution's rate, otherwise the first tensor.
+
+    Read by people, and compared with nothing.
+    """
+    a = node.named_arguments()
+    if "C_OUT" in a:
+        return f"{a['C']} -> {a['C_OUT']} channels"
+    if "rate_h" in a:
+        return f"rate {a['rate_h']}×{a['rate_w']}, {a['C']} channels"
+    return described(next(x for x in tree_leaves(node.arguments) if isinstance(x, Tensor)))
+
+
+def counted(table: str, counter: Counter) -> list[Row]:
+    """Every node of the iteration of this table, in order."""
+    cell, dtype = TABLES[table]
+    return [counter.row(node) for node in iteration(replace(PAPER.proxy, cell=load_cell(cell)), dtype)]
+
+
+def path_of(table: str) -> Path:
+    """Where `python -m bench.counted` writes it."""
+    return PREDICTIONS / f"{table}.csv"
+
+
+def read_rows(path: Path) -> list[Row]:
+    """A table as `python -m bench.counted` writes it."""
+    types = get_type_hints(Row)
+    with path.open(newline="", encoding="utf-8") as file:
+        return [Row(**{name: types[name](value) for name, value in line.items()}) for line in csv.DictReader(file)]
+
+
+class Sum(NamedTuple):
+    """A whole iteration."""
+
+    nodes: int
+    of_triton: int
+    million_warp_instructions: float
+    instructions_us: float  # that these take at least, however well a GPU is used
+    predicted_us: float
+
+    def __str__(self) -> str:
+        return f"{self.nodes} nodes, {self.million_warp_instructions:.0f} M warp instructions, {self.predicted_us:.0f} us"
+
+
+def sum_of(rows: list[Row]) -> Sum:
+    """All nodes of an iteration together."""
+    instructions = sum(row.million_warp_instructions for row in rows)
+    rate = model.MULTIPROCESSORS * model.SCHEDULERS * model.CLOCK_HZ  # a second
+    return Sum(
+        sum(row.nodes for row in rows),
+        sum(row.programs > 0 for row in rows),
+        instructions,
+        1e12 * instructions / rate,
+        sum(row.predicted_us for row in rows),
+    )
+
+
+class Total(NamedTuple):
+    """All launches of a kernel in an iteration."""
+
+    launches: int
+    million_warp_instructions: float
+    registers: int  # at most
+    blocks_per_multiprocessor: int  # at least
+    predicted_us: float
+
+
+def totals(rows: Iterable[Row]) -> dict[str, Total]:
+    """By kernel, the longest first; all operations of PyTorch are one."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault("PyTorch" if row.kernel.startswith("PyTorch ") else row.kernel, []).append(row)
+    found = {
+        kernel: Total(
+            sum(row.nodes for row in group),
+            sum(row.million_warp_instructions for row in group),
+            max(row.registers for row in group),
+            min(row.blocks_per_multiprocessor for row in group),
+            sum(row.predicted_us for row in group),
+        )
+        for kernel, group in groups.items()
+    }
+    return dict(sorted(found.items(), key=lambda item: -item[1].predicted_us))
+
+
+def differences(table: list[Row], now: list[Row]) -> Iterator[str]:
+    """What the code of today does otherwise than the table says, in words."""
+    tolerance = TOLERANCE if table[0].triton == now[0].triton else TOLERANCE_OF_VERSIONS
+    before, after = totals(table), totals(now)
+    for kernel in sorted({*before, *after}):
+        if kernel not in before or kernel not in after or before[kernel].launches != after[kernel].launches:
+            launches = [found[kernel].launches if kernel in found else 0 for found in (before, after)]
+            yield f"{kernel}: {launches[1]} launches, the table has {launches[0]}"
+            continue
+        old, new = before[kernel].million_warp_instructions, after[kernel].million_warp_instructions
+        if abs(new - old) > tolerance * old:
+            yield f"{kernel}: {new:.2f} M warp instructions, the table has {old:.2f} (more than {tolerance:.0%} apart)"
+
+
+def summary(tables: Mapping[str, list[Row]]) -> str:
+    """What people read first: a line for each iteration, then the kernels of each."""
+    lines = ["| iteration | nodes | of Triton | M warp instructions | of these alone, us | predicted, us |"]
+    lines += ["|---|---:|---:|---:|---:|---:|"]
+    for name, rows in tables.items():
+        s = sum_of(rows)
+        times = f"{s.instructions_us:.0f} | {s.predicted_us:.0f}"
+        lines.append(f"| {name} | {s.nodes} | {s.of_triton} | {s.million_warp_instructions:.0f} | {times} |")
+    lines += ["", "*Of these alone*: if every scheduler issued an instruction in every cycle, without waiting."]
+    for name, rows in tables.items():
+        lines += ["", f"## {name}", "", "| kernel | launches | M warp instructions | registers | blocks | predicted, us |"]
+        lines += ["|---|---:|---:|---:|---:|---:|"]
+        for kernel, t in totals(rows).items():
+            counts = f"{t.million_warp_instructions:.2f} | {t.registers} | {t.blocks_per_multiprocessor}"
+            lines.append(f"| {kernel} | {t.launches} | {counts if t.registers else '| |'} | {t.predicted_us:.0f} |")
+    return "\n".join(["# Counted iterations, Triton " + next(iter(tables.values()))[0].triton, "", *lines, ""])
