@@ -60,6 +60,7 @@ class Cost(NamedTuple):
     blocks_per_multiprocessor: int
     million_warp_instructions: float
     requested_mb: float  # by loads from global memory: at most so much moves from the L2 cache to the multiprocessors
+    moved_mb: float  # that must move between memory and the GPU
     bound: str  # what its time is made of: a unit, "L2", "HBM", or "latency"
     us: float
 
@@ -77,14 +78,15 @@ def cost_of(code: Code, programs: int, argument_bytes: float) -> Cost:
     scalars = {opcode: n for opcode, n in code.executed.total.items() if bytes_per_thread(opcode) < 8}
     from_l2 = requested - 32.0 * warps * bytes_of(scalars, ("LDG",))  # these read the same lines again, in the L1 cache
     stored = 32.0 * warps * bytes_of(code.executed.total, _GLOBAL_STORES)
+    moved = min(argument_bytes, requested + stored)
     times = {
         unit: units[unit] / share_of(code, resident // schedulers),
         "L2": 1e6 * from_l2 / L2_BYTES_PER_S,
-        "HBM": 1e6 * min(argument_bytes, requested + stored) / HBM_BYTES_PER_S,
+        "HBM": 1e6 * moved / HBM_BYTES_PER_S,
         "latency": FIRST_LOAD_US + NEXT_LOAD_US * code.executed.waits,
     }
     bound = max(times, key=lambda name: times[name])
-    return Cost(blocks, 1e-6 * warps * cycles["issue"], 1e-6 * requested, bound, times[bound] + GAP_US)
+    return Cost(blocks, 1e-6 * warps * cycles["issue"], 1e-6 * requested, 1e-6 * moved, bound, times[bound] + GAP_US)
 
 
 def us_of_torch(operation: str, moved_bytes: float, nodes: int) -> float:

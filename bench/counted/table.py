@@ -14,6 +14,7 @@ from bench.cases import DType
 from bench.counted import model, sass
 from bench.counted.iteration import Node, TorchOperation, TritonLaunch, described, iteration
 from bench.counted.model import Code
+from bench.counted.operations import operations
 from bench.counted.trips import trips_of
 from bench.plans import PAPER
 from fast.kernels.triton import compilation
@@ -21,12 +22,14 @@ from search.cells.space import load_cell
 
 PREDICTIONS = Path(__file__).parents[1] / "predictions"
 # The cells and dtypes whose iterations are counted; `float32` is TF32, as PyTorch sets it for convolutions.
-TABLES: dict[str, tuple[str, DType]] = {
+ITERATIONS: dict[str, tuple[str, DType]] = {
     "dpc-bfloat16": ("dpc", "bfloat16"),
     "dpc-float32": ("dpc", "float32"),
     "aspp-bfloat16": ("aspp", "bfloat16"),
     "psp-bfloat16": ("psp", "bfloat16"),
 }
+OPERATIONS_TABLE = "operations"
+TABLES = (*ITERATIONS, OPERATIONS_TABLE)
 TOLERANCE = 0.05  # change of a kernel's instructions that is no difference
 TOLERANCE_OF_VERSIONS = 0.25  # the same, if another version of Triton compiled the table
 
@@ -43,6 +46,7 @@ class Row(NamedTuple):
     blocks_per_multiprocessor: int
     million_warp_instructions: float
     requested_mb: float  # by loads: at most so much moves from the L2 cache to the multiprocessors
+    moved_mb: float  # that must move between memory and the GPU
     bound: str
     predicted_us: float
     triton: str = version("triton")
@@ -58,7 +62,8 @@ class Counter:
     def row(self, node: Node) -> Row:
         if isinstance(node, TorchOperation):
             us = model.us_of_torch(node.name, node.moved_bytes, node.nodes)
-            return Row(f"PyTorch {node.name}", node.out, node.nodes, 0, 0, 0, 0, 0.0, 0.0, "", round(us, 1))
+            moved_mb = round(1e-6 * node.moved_bytes, 1)
+            return Row(f"PyTorch {node.name}", node.out, node.nodes, 0, 0, 0, 0, 0.0, 0.0, moved_mb, "", round(us, 1))
         code = self.code(node)
         cost = model.cost_of(code, node.programs, bytes_of_arguments(node))
         return Row(
@@ -71,6 +76,7 @@ class Counter:
             blocks_per_multiprocessor=cost.blocks_per_multiprocessor,
             million_warp_instructions=round(cost.million_warp_instructions, 3),
             requested_mb=round(cost.requested_mb, 1),
+            moved_mb=round(cost.moved_mb, 1),
             bound=cost.bound,
             predicted_us=round(cost.us, 1),
         )
@@ -109,8 +115,10 @@ def what_it_works_on(node: TritonLaunch) -> str:
 
 
 def counted(table: str, counter: Counter) -> list[Row]:
-    """Every node of the iteration of this table, in order."""
-    cell, dtype = TABLES[table]
+    """Every node of the iteration of this table, in order; or every launch of the operations."""
+    if table == OPERATIONS_TABLE:
+        return [counter.row(launch)._replace(of=name) for name, launch in operations()]
+    cell, dtype = ITERATIONS[table]
     return [counter.row(node) for node in iteration(replace(PAPER.proxy, cell=load_cell(cell)), dtype)]
 
 
@@ -195,18 +203,38 @@ def differences(table: list[Row], now: list[Row]) -> Iterator[str]:
 
 
 def summary(tables: Mapping[str, list[Row]]) -> str:
-    """What people read first: a line for each iteration, then the kernels of each."""
-    lines = ["| iteration | nodes | of Triton | M warp instructions | of these alone, us | predicted, us |"]
-    lines += ["|---|---:|---:|---:|---:|---:|"]
-    for name, rows in tables.items():
+    """What people read first: a line for each iteration, the kernels of each, and the operations."""
+    iterations = {name: rows for name, rows in tables.items() if name in ITERATIONS}
+    lines = ["# Counted iterations, Triton " + next(iter(tables.values()))[0].triton, ""]
+    lines += header("iteration", "nodes", "of Triton", "M warp instructions", "of these alone, us", "predicted, us")
+    for name, rows in iterations.items():
         s = sum_of(rows)
         times = f"{s.instructions_us:.0f} | {s.predicted_us:.0f}"
         lines.append(f"| {name} | {s.nodes} | {s.of_triton} | {s.million_warp_instructions:.0f} | {times} |")
     lines += ["", "*Of these alone*: if every scheduler issued an instruction in every cycle, without waiting."]
-    for name, rows in tables.items():
-        lines += ["", f"## {name}", "", "| kernel | launches | M warp instructions | registers | blocks | predicted, us |"]
-        lines += ["|---|---:|---:|---:|---:|---:|"]
+    for name, rows in iterations.items():
+        lines += [
+            "",
+            f"## {name}",
+            "",
+            *header("kernel", "launches", "M warp instructions", "registers", "blocks", "predicted, us"),
+        ]
         for kernel, t in totals(rows).items():
             counts = f"{t.million_warp_instructions:.2f} | {t.registers} | {t.blocks_per_multiprocessor}"
             lines.append(f"| {kernel} | {t.launches} | {counts if t.registers else '| |'} | {t.predicted_us:.0f} |")
-    return "\n".join(["# Counted iterations, Triton " + next(iter(tables.values()))[0].triton, "", *lines, ""])
+    return "\n".join([*lines, *of_operations(tables.get(OPERATIONS_TABLE, [])), ""])
+
+
+def of_operations(rows: list[Row]) -> Iterator[str]:
+    """A line for each operation, beside the time of a copy of the maps that it reads and writes."""
+    yield from ["", "## Operations", "", *header("operation", "launches", "M warp instructions", "predicted, us", "copy, us")]
+    for operation in dict.fromkeys(row.of for row in rows):
+        own = [row for row in rows if row.of == operation]
+        s = sum_of(own)
+        copy_us = 1e12 * min(row.moved_mb for row in own) / model.HBM_BYTES_PER_S
+        yield f"| {operation} | {s.nodes} | {s.million_warp_instructions:.2f} | {s.predicted_us:.1f} | {copy_us:.1f} |"
+
+
+def header(*columns: str) -> list[str]:
+    """The first two lines of a table in Markdown, with numbers in all columns but the first."""
+    return [f"| {' | '.join(columns)} |", "|---|" + "---:|" * (len(columns) - 1)]

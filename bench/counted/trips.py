@@ -36,6 +36,7 @@ TRIPS: dict[str, Callable[[Arguments], list[float]]] = {
     "pointwise_input_gradient_kernel": lambda a: [_of_outputs(a)],
     "pointwise_weight_gradient_kernel": lambda a: [ceil_div(a["split_size"], a["BLOCK_K"])],
     "cell_gradients_kernel": _of_cell,
+    "separable_inference_kernel": lambda a: [ceil_div(a["C"], a["BLOCK_K"])],
     "mean_loss_kernel": lambda a: [ceil_div(a["cells"], a["BLOCK"])],
 }
 
