@@ -1,5 +1,6 @@
 """The Dense Prediction Cell as a PyTorch module; `reference/dense_prediction_cell.py` defines what it computes."""
 
+from collections import Counter
 from itertools import chain
 from typing import Any, TypeAlias, assert_never, cast, get_args
 
@@ -54,6 +55,8 @@ class DensePredictionCell(nn.Module):
         self.output_stride = output_stride
         self.pooling: PoolingVariant = pooling
         self.pooling_size = pooling_size
+        inputs = [branch.input_index for branch in cell.branches]
+        self._readers = Counter(inputs + list(range(len(inputs))))  # of each map: branches, and the projection of all branches
         multiplier = rate_multiplier_for(output_stride)
         self.branches = nn.ModuleList()
         for branch in cell.branches:
@@ -70,11 +73,12 @@ class DensePredictionCell(nn.Module):
         if features.ndim != 4 or features.shape[1] != self.in_channels:
             raise ValueError(f"cell needs features: (N, {self.in_channels}, H, W), got {tuple(features.shape)}")
         operations = operations_for(features)
-        maps = {BACKBONE_FEATURE: operations.dense(NormedMap(features))}  # here once, not in every branch that reads it
+        x = operations.dense(NormedMap(features))  # here once, not in every branch that reads it
+        maps = {BACKBONE_FEATURE: operations.fan_out(x, self._readers[BACKBONE_FEATURE])}  # each as often as it is read
         for i, (branch, module) in enumerate(zip(self.cell.branches, self.branches, strict=True)):
-            maps[i] = module(maps[branch.input_index])
+            maps[i] = operations.fan_out(module(maps[branch.input_index].pop()), self._readers[i])
         dropout_rate = self.dropout.p if self.dropout.training else 0.0
-        branches = [maps[i] for i in range(len(self.branches))]
+        branches = [maps[i].pop() for i in range(len(self.branches))]
         return operations.pointwise_conv(branches, *self.projection.live(), dropout_rate=dropout_rate)
 
     def weights(self) -> CellWeights[Tensor]:

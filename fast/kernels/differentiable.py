@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fast.batch_norm import LiveNorm, start
-from fast.kernels.interface import Backend, Dropout, Folded, LiveConv, NormedMap, Unfolded, check_dropout_rate
+from fast.kernels.interface import Backend, Dropout, Folded, GradientSums, LiveConv, NormedMap, Unfolded, check_dropout_rate
 from fast.kernels.matrices import pooling_matrix, resize_matrix
 from reference.pyramid_pooling import PoolingVariant
 
@@ -32,6 +32,13 @@ class OnKernels:
             return x.raw
         result: Tensor = _Normalise.apply(self.backend, *x)
         return result
+
+    def fan_out(self, x: NormedMap, readers: int) -> list[NormedMap]:
+        needs_gradient = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in x)
+        if readers < 2 or not needs_gradient or not isinstance(self.backend, GradientSums):
+            return [x] * readers
+        flat: Any = _FanOut.apply((self.backend, readers), *x)
+        return _maps(flat)
 
     def depthwise_conv(self, x: NormedMap, weight: Tensor, norm: LiveNorm | None, *, rate: tuple[int, int]) -> NormedMap:
         return self._conv_norm(Depthwise(rate), [x], weight, norm)
@@ -238,6 +245,22 @@ def _convolve_backward(
         grad, raw, unfolded, inputs.maps, inputs.weight, conv.dropout, need_input=need_input
     )
     return grad_weight, grad_maps
+
+
+class _FanOut(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, plan: tuple[GradientSums, int], *tensors: Tensor | None) -> Any:
+        ctx.backend, readers = plan
+        ctx.set_materialize_grads(False)
+        return tuple(None if tensor is None else tensor.detach() for _ in range(readers) for tensor in tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        given = [grad for grad in _maps(grads) if grad.raw is not None]  # a reader gives all three, or came to nothing
+        if len(given) < 2:
+            return None, *(given[0] if given else (None, None, None))
+        return None, *ctx.backend.sum_gradients(given)
 
 
 class _PlaneProduct(torch.autograd.Function):

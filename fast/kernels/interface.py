@@ -13,7 +13,7 @@ gradient that a convolution gets through its own statistics is slope · raw + in
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -58,6 +58,10 @@ class Operations(Protocol):
 
     def value(self, x: NormedMap) -> Tensor:
         """relu(scale · raw + offset): (N, C, H, W)."""
+        ...
+
+    def fan_out(self, x: NormedMap, readers: int) -> list[NormedMap]:
+        """The same map for each of its readers, whose gradients are added at once where that is quicker."""
         ...
 
     def depthwise_conv(self, x: NormedMap, weight: Tensor, norm: LiveNorm | None, *, rate: tuple[int, int]) -> NormedMap:
@@ -225,4 +229,13 @@ class Backend(Protocol):
 
     def upsampled_confusion_matrix(self, logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
         """Pixels by (label, best class): (K, K), int64."""
+        ...
+
+
+@runtime_checkable
+class GradientSums(Protocol):
+    """What adds all gradients of a map at once; some backends have it. Else autograd adds each as it comes, in less memory."""
+
+    def sum_gradients(self, grads: Sequence[NormedMap]) -> NormedMap:
+        """The sum of two or more gradients of one map, and of its scale and offset if it has a norm."""
         ...

@@ -31,6 +31,10 @@ def value(x: NormedMap) -> Tensor:
     return F.relu(x.scale[:, None, None] * x.raw + x.offset[:, None, None]).to(x.raw.dtype)
 
 
+def fan_out(x: NormedMap, readers: int) -> list[NormedMap]:
+    return [x] * readers  # autograd adds
+
+
 def depthwise_conv(x: NormedMap, weight: Tensor, norm: LiveNorm | None, *, rate: tuple[int, int]) -> NormedMap:
     return _normed(F.conv2d(value(x), weight, padding=rate, dilation=rate, groups=weight.shape[0]), norm)
 

@@ -30,6 +30,7 @@ if _IS_INSTALLED:
         unfold_kernel,
     )
     from fast.kernels.triton.depthwise_conv import depthwise_backward_kernel, depthwise_forward_kernel
+    from fast.kernels.triton.gradients import sum_gradients_kernel
     from fast.kernels.triton.pointwise_conv import (
         pointwise_forward_kernel,
         pointwise_input_gradient_kernel,
@@ -214,6 +215,23 @@ def normalise_backward(grad: Tensor, x: NormedMap) -> NormedMap:
         BLOCK_C=launch.block_n,
     )
     return NormedMap(grad_x, *_sum_partials(partials).view(2, channels))
+
+
+def sum_gradients(grads: Sequence[NormedMap]) -> NormedMap:
+    raws = tuple(_dense(grad.raw) for grad in grads)
+    total, channels = _empty_map(raws[0]), raws[0].shape[1]
+    scales, offsets = (tuple(part) for part in zip(*(grad[1:] for grad in grads), strict=True))
+    is_normed = scales[0] is not None
+    sums = _empty(total, 2, channels) if is_normed else None
+    launch = _map_launch("sum_gradients", total)
+    _launch(
+        sum_gradients_kernel,
+        _ceil_div(total.numel(), launch.block_p) + (_ceil_div(channels, launch.block_p) if is_normed else 0),
+        launch,
+        (raws, *((scales, offsets) if is_normed else (None, None)), total, sums, total.numel(), channels),
+        BLOCK=launch.block_p,
+    )
+    return NormedMap(total, *([] if sums is None else sums))
 
 
 def plane_product(x: NormedMap, rows: Tensor, columns: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from fast import kernels
 from fast.atrous_separable_conv import atrous_separable_conv
 from fast.kernels import Dropout, Folded, NormedMap, Unfolded
 from fast.kernels import triton as triton_backend
+from fast.kernels.differentiable import OnKernels
 from fast.kernels.triton import Moments, depthwise_conv, launches
 from fast.kernels.triton.launches import Launch
 from fast.pyramid_pooling import pyramid_pooling
@@ -92,6 +93,8 @@ def poisoned_allocations() -> Iterator[None]:
 def in_small_tiles(kernel: str, launch: Launch) -> Launch:
     if kernel in ("fold", "sum_partials"):
         return launch._replace(block_p=2)
+    if kernel == "sum_gradients":
+        return launch._replace(block_p=16)
     has_maps = kernel.startswith(("depthwise", "pointwise", "separable", "normalise"))
     return Launch(32, 16, 16, 4, 1, programs=3) if has_maps else launch
 
@@ -510,6 +513,61 @@ def test_no_labels(batch: int, label_size: tuple[int, int]) -> None:
     assert loss == 0.0
     assert torch.equal(grad, torch.zeros_like(logits))
     assert torch.equal(triton_backend.upsampled_confusion_matrix(logits, labels, 255), torch.zeros(3, 3, device=DEVICE).long())
+
+
+@few_examples
+@given(
+    readers=st.integers(2, 5),
+    size=map_sizes(7),
+    channels=channel_counts,
+    normed=st.booleans(),
+    layout=layouts,
+    seed=rng_seeds(),
+)
+def test_sum_of_gradients(readers: int, size: tuple[int, int], channels: int, normed: bool, layout: Layout, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    grads = [draw_map(rng, channels, size, layout=layout, normed=normed) for _ in range(readers)]
+    with tiled("small"):
+        total = triton_backend.sum_gradients(grads)
+    expected = [None if parts[0] is None else sum(map(to_array, parts)) for parts in zip(*grads, strict=True)]
+    assert_close(total, expected, bound=0.0)  # multiples of 1/64 are added exactly
+
+
+def test_a_sum_of_gradients_is_rounded_once() -> None:
+    """256 + 1 is 256 in bfloat16, if it is rounded after each addition."""
+    grads = [NormedMap(torch.full((1, 1, 1, 1), value, dtype=torch.bfloat16, device=DEVICE)) for value in (256.0, 1.0, 1.0)]
+    assert triton_backend.sum_gradients(grads).raw.item() == 258.0
+
+
+def test_readers_of_one_map_add_their_gradients_in_one_launch() -> None:
+    """Three convolutions and a reader that came to nothing: what autograd adds up itself, in one call."""
+    rng = np.random.default_rng(0)
+    raw, scale, offset = draw_tensor(rng, 2, 3, 4, 5), draw_tensor(rng, 3), draw_tensor(rng, 3)
+    weights = [draw_tensor(rng, 4, 3, 1, 1) for _ in range(3)]
+    operations = OnKernels(triton_backend)
+
+    def gradients(*, at_once: bool) -> list[Tensor | None]:
+        leaves = [tensor.clone().requires_grad_() for tensor in (raw, scale, offset)]
+        x = NormedMap(*leaves)
+        readers = operations.fan_out(x, 4) if at_once else [x] * 4
+        outputs = [operations.pointwise_conv([readers[i]], weight, None).raw for i, weight in enumerate(weights)]
+        torch.stack(outputs).square().sum().backward()  # type: ignore[no-untyped-call]
+        return [leaf.grad for leaf in leaves]
+
+    with mock.patch.object(triton_backend, "sum_gradients", wraps=triton_backend.sum_gradients) as summed:
+        expected = gradients(at_once=False)
+        assert summed.call_count == 0
+        actual = gradients(at_once=True)
+        assert summed.call_count == 1
+    for gradient, wanted in zip(actual, expected, strict=True):
+        assert wanted is not None
+        assert relative_error(gradient, to_array(wanted)) < CLOSE
+
+
+@pytest.mark.parametrize("readers", [1, 3])
+def test_a_map_without_gradient_or_with_one_reader_is_handed_on(readers: int) -> None:
+    x = NormedMap(draw_tensor(np.random.default_rng(0), 1, 2, 3, 4).requires_grad_(readers == 1))
+    assert all(copy.raw is x.raw for copy in OnKernels(triton_backend).fan_out(x, readers))
 
 
 def test_second_call_gives_the_same_bits() -> None:

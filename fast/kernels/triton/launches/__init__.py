@@ -61,6 +61,8 @@ _COUNTED = {
     ("normalise", 4): (Launch(32, 64, 0, 4, 1), Launch(64, 64, 0, 4, 1)),
     ("normalise_backward", 2): (Launch(32, 64, 0, 4, 1), Launch(64, 64, 0, 4, 1)),
     ("normalise_backward", 4): (Launch(32, 64, 0, 4, 1), Launch(64, 64, 0, 4, 1)),
+    ("sum_gradients", 2): (Launch(2048, 0, 0, 4, 1), Launch(2048, 0, 0, 4, 1)),  # 16 values a thread: two loads of 16 bytes
+    ("sum_gradients", 4): (Launch(1024, 0, 0, 4, 1), Launch(1024, 0, 0, 4, 1)),
     ("fold", 4): (Launch(1024, 4, 0, 4, 1), Launch(1024, 4, 0, 4, 1)),
     ("unfold", 4): (Launch(0, 128, 0, 4, 1), Launch(0, 128, 0, 4, 1)),
     ("sum_partials", 4): (Launch(512, 8, 0, 4, 1), Launch(32, 32, 0, 4, 1)),
