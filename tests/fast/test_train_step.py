@@ -88,8 +88,8 @@ def test_follows_plain_training(device: str) -> None:
     step = make_step(head, *random_data(device), learning_rate=0.01)
     draw = step.draw
 
-    def recording() -> tuple[Tensor, Tensor]:
-        drawn.append(draw())
+    def recording(dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        drawn.append(draw(dtype))
         return drawn[-1]
 
     step.draw = recording  # type: ignore[method-assign]
