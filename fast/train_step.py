@@ -1,7 +1,8 @@
 """One iteration of the proxy task's training (paper, section 3.3): crops, forward, loss, backward, SGD.
 
 On CUDA the whole iteration, with the drawing of crops and the learning rate, is one graph: captured once per cell, then
-replayed without Python. On a CPU the same calls run one by one.
+replayed without Python. It begins with three launches: the next learning rate out of a table, one draw of random numbers, one
+kernel that cuts the crops. On a CPU the same calls run one by one, and the host draws and cuts.
 """
 
 import ctypes
@@ -31,7 +32,8 @@ class TrainStep:
 
     A crop of h × w features at (i, j) belongs to the window of s·(h − 1) + 1 by s·(w − 1) + 1 labels at pixel (s·i, s·j), for
     output stride s. Each call is one iteration and returns its loss, (), on the head's device. All randomness is drawn from
-    PyTorch's default generator of that device. Weight decay is left out where `decays` says so.
+    PyTorch's default generator of that device. Weight decay is left out where `decays` says so. On CUDA, features that are
+    channels last and contiguous labels are cut quickest.
     """
 
     def __init__(
@@ -69,7 +71,8 @@ class TrainStep:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._stream: torch.cuda.Stream | None = None
         self._batch: tuple[Tensor, Tensor] | None = None  # crops from the host are copied here, in the features' own dtype
-        self._loss = torch.zeros((), device=self.device)
+        self._loss = torch.zeros((), device=self.device)  # the last one; a graph writes it to the same place at each replay
+        self._one = torch.ones((), device=self.device)  # the loss's gradient by itself
         head.train()
         if self.device.type == "cpu":
             _keep_freed_memory()
@@ -128,9 +131,9 @@ class TrainStep:
             outputs = self.head(features)
         loss = self._loss_of(outputs, labels)
         self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward(self._one)  # type: ignore[no-untyped-call]
         self._optimizer.step()
-        self._loss.copy_(loss.detach())
+        self._loss = loss.detach().float()
 
     def _set_rate(self) -> None:
         kernels = iteration_kernels_for(self._rate)

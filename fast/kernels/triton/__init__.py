@@ -333,7 +333,8 @@ def crops(
     batch = torch.empty((batch_size, channels, *crop), dtype=dtype, device=features.device, memory_format=memory_format)
     targets = torch.empty((batch_size, *window), dtype=labels.dtype, device=labels.device)
     launch = _launch_of("crops", features.dtype.itemsize, _positions(batch), features)
-    block_c = min(launch.block_n, _power_of_two(crop_w * channels))
+    vectors = channels % 16 == 0  # else values are loaded one by one, and more at a time would be spilled
+    block_c = min(launch.block_n if vectors else max(launch.block_n // 4, 1), _power_of_two(crop_w * channels))
     block_x = min(launch.block_p, _power_of_two(window[1]))
     feature_programs = batch_size * crop_h * _ceil_div(crop_w * channels, block_c)
     sizes = (batch_size, images, height, width, *crop, *labels.shape[1:], output_stride, channels)

@@ -40,7 +40,7 @@ def calls(dtype: torch.dtype, sizes: tuple[int, int, int], variants: bool) -> It
     if variants:
         plain, depthwise = NormedMap(made.raw(320)), made.tensor(320, 1, 3, 3)
         yield lambda: triton_backend.depthwise_forward(plain, depthwise, RATE, statistics=True)
-        yield from (lambda kinds=kinds: converting_crops(made, *kinds) for kinds in CROPS)  # type: ignore[misc]
+        yield from (lambda kinds=kinds: converting_crops(made, *kinds) for kinds in CROPS)
         for loss in (KernelCalls.mean_loss, KernelCalls.confusion_matrix):
             yield from (call for _, call in loss(replace(made, classes=150)))
 

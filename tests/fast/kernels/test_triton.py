@@ -17,6 +17,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.stats import chi2
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="Triton has no build for this system")
 
@@ -31,7 +32,7 @@ from fast.kernels.triton import Moments, depthwise_conv, launches
 from fast.kernels.triton.launches import Launch
 from fast.pyramid_pooling import pyramid_pooling
 from fast.segmentation import SegmentationHead
-from fast.train_step import TrainStep
+from fast.train_step import Precision, TrainStep
 from fast.upsampled_cross_entropy import upsampled_cross_entropy as fast_cross_entropy
 from fast.upsampled_l1 import upsampled_l1
 from reference import atrous_separable_conv as separable
@@ -793,6 +794,35 @@ def test_training_on_these_kernels_follows_plain_training() -> None:
         assert torch.allclose(tensor, expected, rtol=1e-4, atol=1e-6), name
 
 
+class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes PyTorch's operations that launch something, and our kernels."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if not func.is_view and name not in ("empty", "fill_"):  # allocations, which are poisoned here
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+    def launch(self, kernel: Any, *arguments: Any, **constants: Any) -> None:
+        self.seen.append(kernel.fn.__name__)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+def test_an_iteration_begins_with_three_launches(precision: Precision) -> None:
+    step = make_step(steps.make_head(DEVICE).float(), np.random.default_rng(0), precision=precision)
+    with kernels.using(triton_backend), mock.patch.object(step, "head", side_effect=InterruptedError):
+        assert len(step._rates) == 7  # once, before a graph is captured
+        operations = Operations()
+        launched = mock.patch.object(triton_backend, "_launch", operations.launch)
+        with operations, launched, pytest.raises(InterruptedError):
+            step._iterate()
+    assert operations.seen == ["schedule_kernel", "randint", "crops_kernel"]
+
+
 def test_gathered_crops_are_those_of_the_kernel() -> None:
     """A GPU without Triton draws the same crops from the same seed."""
     step, rng = make_step(steps.make_head(DEVICE), np.random.default_rng(0)), np.random.default_rng(1)
@@ -841,6 +871,11 @@ def test_features_of_half_the_bytes_give_the_same_bits() -> None:
             loss.backward()  # type: ignore[no-untyped-call]
         gradients = [parameter.grad for parameter in head.parameters()]
         results.append([logits, *gradients, *head.buffers()])
+    with torch.autocast(DEVICE, torch.bfloat16):
+        means = triton_backend.plane_product(
+            NormedMap(features.half()), *(torch.ones(1, size, device=DEVICE) for size in (3, 4))
+        )
+    assert means.dtype == torch.float32  # to be rounded by the convolution alone
     assert results[0][0].std() > 0
     for half, full in zip(*results, strict=True):
         assert half is not None
