@@ -6,7 +6,7 @@
 
 No place's probability differs from 1 / limit by more than 2⁻³¹.
 
-Bytes: each value of the batch and of its labels is read and written once: 40 MB for 8·49·49·320 features of 16 bits and 8·769²
+Bytes: each value of the batch and of its labels is read and written once: 34 MB for 8·49·49·320 features of 16 bits and 8·769²
 labels of 8 bits. No arithmetic but a conversion to the dtype that is asked for.
 
 A program copies a part of one row, of features or of labels. Features go by vectors of 16 bytes where the channels are a
