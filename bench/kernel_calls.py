@@ -21,6 +21,7 @@ from reference.upsampled_cross_entropy import IGNORE_INDEX
 MAP_SIZES: dict[Size, tuple[int, int, int]] = {"small": (8, 49, 49), "large": (16, 97, 97)}  # N, H, W: below and above LARGE
 LABEL_SIZE = (769, 769)
 CHANNELS, CLASSES, RATE = 256, 19, (6, 21)
+STRIDE = 16  # pixels of labels per feature
 DTYPES = {2: torch.bfloat16, 4: torch.float32}  # by bytes per value
 # 1×1 convolutions as (maps, output channels, times in an iteration): the projection, the branches', the classifier.
 PRODUCTS = ((5, CHANNELS, 1), (1, CHANNELS, 5), (1, CLASSES, 1))
@@ -109,6 +110,15 @@ class KernelCalls:
     def confusion_matrix(self) -> Calls:
         yield 1, partial(kernels.upsampled_confusion_matrix, *self.logits_and_labels(), IGNORE_INDEX)
 
+    def crops(self) -> Calls:
+        """Out of the features and labels of four images, eight rows and columns larger than a crop."""
+        n, *crop = self.sizes
+        images, height, width = 4, crop[0] + 8, crop[1] + 8
+        features = self.tensor(images, CHANNELS, height, width, dtype=self.dtype, memory_format=torch.channels_last)
+        shape = (images, STRIDE * (height - 1) + 1, STRIDE * (width - 1) + 1)
+        labels, draws = self.integers(torch.uint8, *shape), self.integers(torch.int32, 3, n)
+        yield 1, partial(kernels.crops, features, labels, draws, (crop[0], crop[1]), STRIDE, self.dtype)
+
     def _fold(self, moments: Any, norm: BatchNorm[Tensor]) -> Folded:
         return kernels.fold(moments, norm, count=self.count, momentum=0.0, eps=EPS)
 
@@ -150,3 +160,8 @@ class KernelCalls:
         n, *small = self.sizes
         labels = torch.empty(n, *LABEL_SIZE, dtype=torch.uint8, device=self.device)
         return self.tensor(n, self.classes, *small), labels.random_(0, self.classes) if self.drawn else labels
+
+    def integers(self, dtype: torch.dtype, *shape: int) -> Tensor:
+        """Each of the dtype's own, but for negative ones, where numbers are drawn."""
+        empty = torch.empty(shape, dtype=dtype, device=self.device)
+        return empty.random_() if self.drawn else empty

@@ -1,7 +1,8 @@
 """One iteration of the proxy task's training (paper, section 3.3): crops, forward, loss, backward, SGD.
 
 On CUDA the whole iteration, with the drawing of crops and the learning rate, is one graph: captured once per cell, then
-replayed without Python. On a CPU the same calls run one by one.
+replayed without Python. It begins with three launches: the next learning rate out of a table, one draw of random numbers, one
+kernel that cuts the crops. On a CPU the same calls run one by one, and the host draws and cuts.
 """
 
 import ctypes
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from fast.batch_norm import counted_at_once
 from fast.dense_prediction_cell import decays
+from fast.kernels import IterationKernels, iteration_kernels_for
 from fast.segmentation import SegmentationHead
 from fast.upsampled_cross_entropy import upsampled_cross_entropy
 
@@ -30,7 +32,8 @@ class TrainStep:
 
     A crop of h × w features at (i, j) belongs to the window of s·(h − 1) + 1 by s·(w − 1) + 1 labels at pixel (s·i, s·j), for
     output stride s. Each call is one iteration and returns its loss, (), on the head's device. All randomness is drawn from
-    PyTorch's default generator of that device. Weight decay is left out where `decays` says so.
+    PyTorch's default generator of that device. Weight decay is left out where `decays` says so. On CUDA, features that are
+    channels last and contiguous labels are cut quickest.
     """
 
     def __init__(
@@ -62,13 +65,14 @@ class TrainStep:
         ]
         self._initial_rate, self._iterations = learning_rate, iterations
         self._rate = torch.tensor(learning_rate, device=self.device)
-        self._done = torch.zeros((), device=self.device)  # iterations so far, counted on the device
+        self._done = torch.zeros((), dtype=torch.int64, device=self.device)  # iterations so far, counted on the device
         self._optimizer = torch.optim.SGD(groups, lr=self._rate, momentum=momentum, fused=True)
         self._calls = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         self._stream: torch.cuda.Stream | None = None
         self._batch: tuple[Tensor, Tensor] | None = None  # crops from the host are copied here, in the features' own dtype
-        self._loss = torch.zeros((), device=self.device)
+        self._loss = torch.zeros((), device=self.device)  # the last one; a graph writes it to the same place at each replay
+        self._one = torch.ones((), device=self.device)  # the loss's gradient by itself
         head.train()
         if self.device.type == "cpu":
             _keep_freed_memory()
@@ -85,36 +89,73 @@ class TrainStep:
             self._replay()
         return self._loss.clone()
 
-    def draw(self) -> tuple[Tensor, Tensor]:
-        """Random crops: features (N, C, h, w) in the head's dtype, their labels (N, H, W), on its device."""
+    def draw(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """Random crops: features (N, C, h, w) in the head's dtype or the given one, their labels (N, H, W), on its device."""
+        dtype = dtype or self._dtype
         if self._features.device != self.device:
             self._receive()
             assert self._batch is not None
-            return self._batch[0].to(self._dtype), self._batch[1]
-        count, _, height, width = self._features.shape
-        corners = [
-            torch.randint(limit, (self._batch_size,), device=self.device)
-            for limit in (count, height - self._crop[0] + 1, width - self._crop[1] + 1)
-        ]
-        if self.device.type == "cpu":
-            return self._cut(*(corner.tolist() for corner in corners))
-        index, top, left = corners
+            return self._batch[0].to(dtype), self._batch[1]
+        kernels = self._crop_kernels()
+        if kernels is None and self.device.type == "cpu":
+            batch, targets = self._cut(*(torch.randint(limit, (self._batch_size,)).tolist() for limit in self._limits()))
+            return batch.to(dtype), targets
+        draws = torch.randint(2**31, (3, self._batch_size), dtype=torch.int32, device=self.device)
+        if kernels is not None:
+            return kernels.crops(self._features, self._labels, draws, self._crop, self._stride, dtype)
+        batch, targets = self._gathered(draws)
+        return batch.to(dtype), targets
+
+    def _gathered(self, draws: Tensor) -> tuple[Tensor, Tensor]:
+        """What `IterationKernels.crops` gives for these draws, in the features' own dtype."""
+        index, top, left = (draw.long() * limit >> 31 for draw, limit in zip(draws, self._limits(), strict=True))
         batch = _gather(self._features, index, top, left, self._crop).permute(0, 3, 1, 2)
         targets = _gather(self._labels[:, None], index, self._stride * top, self._stride * left, self._window)[..., 0]
-        return batch.to(self._dtype), targets
+        return batch, targets
+
+    def _limits(self) -> list[int]:
+        """How many images there are, and places of a crop's top and left in each."""
+        count, _, height, width = self._features.shape
+        return [count, height - self._crop[0] + 1, width - self._crop[1] + 1]
+
+    def _crop_kernels(self) -> IterationKernels | None:
+        """What cuts crops where the features lie, if it can: it copies rows, which must be contiguous."""
+        rows = self._features.is_contiguous(memory_format=torch.channels_last) and self._labels.is_contiguous()
+        return iteration_kernels_for(self._features) if rows else None
 
     def _iterate(self) -> None:
-        self._rate.copy_(self._initial_rate * (1 - self._done / self._iterations).clamp(min=0) ** POWER)
-        self._done += 1
-        features, labels = self._batch or self.draw()
-        features = features.to(self._dtype)
+        self._set_rate()
+        features, labels = self._batch or self.draw(self._input_dtype())
+        features = features if self._batch is None else features.to(self._dtype)
         with counted_at_once(), torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16):
             outputs = self.head(features)
         loss = self._loss_of(outputs, labels)
         self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward(self._one)  # type: ignore[no-untyped-call]
         self._optimizer.step()
-        self._loss.copy_(loss.detach())
+        self._loss = loss.detach().float()
+
+    def _set_rate(self) -> None:
+        kernels = iteration_kernels_for(self._rate)
+        if kernels is None:
+            self._rate.copy_(self._rate_after(self._done))
+            self._done += 1
+        else:
+            kernels.next_rate(self._rates, self._done, self._rate)
+
+    def _rate_after(self, done: Tensor) -> Tensor:
+        """The learning rate after so many iterations."""
+        return self._initial_rate * (1 - done / self._iterations).clamp(min=0) ** POWER
+
+    @functools.cached_property
+    def _rates(self) -> Tensor:
+        """The rates of all iterations, (iterations + 1,); the last one is 0."""
+        return self._rate_after(torch.arange(self._iterations + 1, device=self.device))
+
+    def _input_dtype(self) -> torch.dtype:
+        """What the head trains on: under autocast kernels read the features as they are, in half the bytes of the head's."""
+        reads_any = self._bf16 and self._crop_kernels() is not None
+        return self._features.dtype if reads_any else self._dtype
 
     def _iterate_on_side_stream(self) -> None:
         stream = self._side_stream()
@@ -140,8 +181,7 @@ class TrainStep:
 
     def _receive(self) -> None:
         """Draw a batch, from features that do not fit on the GPU, into the buffer that the graph reads."""
-        limits = [self._features.shape[0], *(self._features.shape[2 + i] - self._crop[i] + 1 for i in range(2))]
-        corners = (torch.randint(limit, (self._batch_size,)).tolist() for limit in limits)
+        corners = (torch.randint(limit, (self._batch_size,)).tolist() for limit in self._limits())
         crops = self._cut(*corners, to_send=True)
         if self._batch is None:
             self._batch = torch.empty_like(crops[0], device=self.device), torch.empty_like(crops[1], device=self.device)

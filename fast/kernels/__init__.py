@@ -3,13 +3,24 @@
 `interface.py` says what is computed, and how a map travels whose norm is not yet applied; `choose.py` who computes it.
 """
 
-from fast.kernels.choose import backend_for, explain, operations_for, using, value
-from fast.kernels.interface import Backend, Dropout, Folded, LiveConv, NormedMap, Operations, Unfolded, in_mode
+from fast.kernels.choose import backend_for, explain, iteration_kernels_for, operations_for, using, value
+from fast.kernels.interface import (
+    Backend,
+    Dropout,
+    Folded,
+    IterationKernels,
+    LiveConv,
+    NormedMap,
+    Operations,
+    Unfolded,
+    in_mode,
+)
 
 __all__ = [
     "Backend",
     "Dropout",
     "Folded",
+    "IterationKernels",
     "LiveConv",
     "NormedMap",
     "Operations",
@@ -17,6 +28,7 @@ __all__ = [
     "backend_for",
     "explain",
     "in_mode",
+    "iteration_kernels_for",
     "operations_for",
     "using",
     "value",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fast.kernels import library
 from fast.kernels.differentiable import OnKernels
-from fast.kernels.interface import Backend, NormedMap, Operations
+from fast.kernels.interface import Backend, IterationKernels, NormedMap, Operations
 
 _AUTOMATIC = "by device"
 _chosen: ContextVar[Backend | str | None] = ContextVar("chosen_backend", default=_AUTOMATIC)
@@ -44,6 +44,12 @@ def backend_for(x: Tensor) -> Backend | None:
     """The kernels for maps such as x; None where PyTorch's operations compute, for a reason that `explain` gives."""
     chosen = _choose(x)
     return None if isinstance(chosen, str) else chosen
+
+
+def iteration_kernels_for(x: Tensor) -> IterationKernels | None:
+    """The kernels that begin a training's iterations on the device of x; None where PyTorch does, as always on a CPU."""
+    backend = backend_for(x)
+    return backend if isinstance(backend, IterationKernels) else None
 
 
 def explain(x: Tensor) -> str:

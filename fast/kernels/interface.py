@@ -239,3 +239,34 @@ class GradientSums(Protocol):
     def sum_gradients(self, grads: Sequence[NormedMap]) -> NormedMap:
         """The sum of two or more gradients of one map, and of its scale and offset if it has a norm."""
         ...
+
+
+@runtime_checkable
+class IterationKernels(Protocol):
+    """What begins an iteration of a training whose host must not wait for the device; some backends have it.
+
+    All numbers that change from one iteration to the next are read from the device, so a captured graph can be replayed.
+    """
+
+    def crops(
+        self,
+        features: Tensor,
+        labels: Tensor,
+        draws: Tensor,
+        crop: tuple[int, int],
+        output_stride: int,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        """Windows of features (images, C, H, W), in the layout of kernels, and of contiguous labels (images, H_px, W_px).
+
+        draws: (3, N), int32, are random numbers of 0 to 2³¹ - 1; the n-th crop is at ⌊draw · limit / 2³¹⌋ for image, top and
+        left, in features. -> (N, C, *crop) in `dtype`, and with output stride s labels (N, s·(h - 1) + 1, s·(w - 1) + 1).
+        """
+        ...
+
+    def next_rate(self, rates: Tensor, done: Tensor, rate: Tensor) -> None:
+        """Copy the done-th of all rates, or else the last, to `rate`; count one more.
+
+        rates: (iterations + 1,), float32, done: (), int64, rate: (), float32.
+        """
+        ...

@@ -88,8 +88,8 @@ def test_follows_plain_training(device: str) -> None:
     step = make_step(head, *random_data(device), learning_rate=0.01)
     draw = step.draw
 
-    def recording() -> tuple[Tensor, Tensor]:
-        drawn.append(draw())
+    def recording(dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        drawn.append(draw(dtype))
         return drawn[-1]
 
     step.draw = recording  # type: ignore[method-assign]
@@ -102,13 +102,16 @@ def test_follows_plain_training(device: str) -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_graph_trains_as_the_same_calls_do(precision: Precision) -> None:
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=["cut by a kernel", "gathered"])
+def test_a_graph_trains_as_the_same_calls_do(precision: Precision, layout: torch.memory_format) -> None:
     """Replays draw new crops and dropout from the same generator as calls would: the same losses."""
     losses = []
+    features, labels = random_data("cuda")
+    features = features.half().contiguous(memory_format=layout)
     for captured in (True, False):
         head = make_head("cuda", dropout_rate=0.1).float()
         torch.manual_seed(1)
-        step = make_step(head, *random_data("cuda"), iterations=20, precision=precision)
+        step = make_step(head, features, labels, iterations=20, precision=precision)
         if not captured:
             step._replay = step._iterate  # type: ignore[method-assign]
         losses.append([step().item() for _ in range(12)])

@@ -1,7 +1,7 @@
 """The Triton kernels in this folder as a `Backend`: checks, allocations, grids and block sizes, but no arithmetic.
 
-Maps are float32, float16 or bfloat16, channels last in memory: (N·H·W, C) to a kernel. Under autocast a convolution of a
-float32 map writes the lower precision, and its products are taken in it. Sums, moments and norms are float32. Products of
+Maps are float32, float16 or bfloat16, channels last in memory: (N·H·W, C) to a kernel. Under autocast a convolution
+writes autocast's dtype, and its products are taken in it, whatever the map's. Sums, moments and norms are float32. Products of
 float32 maps are taken as PyTorch takes those of a convolution: in TF32 where the GPU has it, unless
 `torch.backends.cudnn.allow_tf32 = False` or `torch.backends.cudnn.conv.fp32_precision = "ieee"` says otherwise. Nothing here
 waits for the device or copies from the host, so everything can be captured in a CUDA graph. Sums over tiles are written to
@@ -29,6 +29,7 @@ if _IS_INSTALLED:
         sum_partials_kernel,
         unfold_kernel,
     )
+    from fast.kernels.triton.crops import crops_kernel
     from fast.kernels.triton.depthwise_conv import depthwise_backward_kernel, depthwise_forward_kernel
     from fast.kernels.triton.gradients import sum_gradients_kernel
     from fast.kernels.triton.pointwise_conv import (
@@ -36,6 +37,7 @@ if _IS_INSTALLED:
         pointwise_input_gradient_kernel,
         pointwise_weight_gradient_kernel,
     )
+    from fast.kernels.triton.schedule import schedule_kernel
     from fast.kernels.triton.separable_inference import separable_inference_kernel
     from fast.kernels.triton.upsampled_confusion_matrix import confusion_matrix_kernel
     from fast.kernels.triton.upsampled_cross_entropy import cell_gradients_kernel, gather_corners_kernel, mean_loss_kernel
@@ -239,11 +241,12 @@ def plane_product(x: NormedMap, rows: Tensor, columns: Tensor) -> Tensor:
     # their gradients by atomics, so no two trainings of a cell with pyramid pooling would be the same.
     value = _dense(x.raw if x.scale is None else normalise(x))
     n, channels, height, width = value.shape
+    dtype = value.dtype if value.dtype == _out_dtype(value) else torch.float32  # that of features is rounded once, after it
     with torch.autocast(value.device.type, enabled=False):
         product = value.permute(0, 2, 3, 1).reshape(n, height, width * channels).float()
         product = torch.matmul(rows, product).view(n * len(rows), width, channels)
         product = torch.matmul(columns, product).view(n, len(rows), len(columns), channels)
-    return product.to(value.dtype).permute(0, 3, 1, 2)
+    return product.to(dtype).permute(0, 3, 1, 2)
 
 
 def separable_inference(
@@ -329,6 +332,45 @@ def upsampled_confusion_matrix(logits: Tensor, labels: Tensor, ignore_index: int
     return confusion
 
 
+def crops(
+    features: Tensor, labels: Tensor, draws: Tensor, crop: tuple[int, int], output_stride: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Neither features nor labels are copied to be made dense: they are those of all images."""
+    (images, channels, height, width), (crop_h, crop_w) = features.shape, crop
+    window = (output_stride * (crop_h - 1) + 1, output_stride * (crop_w - 1) + 1)
+    covered = (output_stride * (height - 1) + 1, output_stride * (width - 1) + 1)
+    if not features.is_contiguous(memory_format=memory_format) or not labels.is_contiguous():
+        raise ValueError("crops are cut from features that are channels last, and from contiguous labels")
+    if labels.ndim != 3 or len(labels) != images or labels.shape[1] < covered[0] or labels.shape[2] < covered[1]:
+        raise ValueError(f"labels: ({images}, >= {covered[0]}, >= {covered[1]}) are needed, got {tuple(labels.shape)}")
+    if not (1 <= crop_h <= height and 1 <= crop_w <= width) or images == 0:
+        raise ValueError(f"no crop of {crop} fits into features {tuple(features.shape)}")
+    if draws.dtype != torch.int32 or draws.ndim != 2 or len(draws) != 3:
+        raise ValueError(f"draws: (3, N), int32, are needed, got {tuple(draws.shape)}, {draws.dtype}")
+    batch_size = draws.shape[1]
+    batch = torch.empty((batch_size, channels, *crop), dtype=dtype, device=features.device, memory_format=memory_format)
+    targets = torch.empty((batch_size, *window), dtype=labels.dtype, device=labels.device)
+    launch = _launch_of("crops", features.dtype.itemsize, _positions(batch), features)
+    vectors = channels % 16 == 0  # else values are loaded one by one, and more at a time would be spilled
+    block_c = min(launch.block_n if vectors else max(launch.block_n // 4, 1), _power_of_two(crop_w * channels))
+    block_x = min(launch.block_p, _power_of_two(window[1]))
+    feature_programs = batch_size * crop_h * _ceil_div(crop_w * channels, block_c)
+    sizes = (batch_size, images, height, width, *crop, *labels.shape[1:], output_stride, channels)
+    _launch(
+        crops_kernel,
+        feature_programs + batch_size * window[0] * _ceil_div(window[1], block_x),
+        launch,
+        (features, labels, draws.contiguous(), batch, targets, *sizes),
+        BLOCK_C=block_c,
+        BLOCK_X=block_x,
+    )
+    return batch, targets
+
+
+def next_rate(rates: Tensor, done: Tensor, rate: Tensor) -> None:
+    _launch(schedule_kernel, 1, Launch(0, 0, 0, 1, 1), (rates, done, rate, len(rates) - 1))
+
+
 class _Maps(NamedTuple):
     """Several maps, as the arguments of a pointwise kernel."""
 
@@ -346,9 +388,11 @@ class _Maps(NamedTuple):
         if sum(channels) != weight.shape[1] or len({(x.raw.shape[0], *x.raw.shape[2:]) for x in maps}) != 1:
             shapes = [tuple(x.raw.shape) for x in maps]
             raise ValueError(f"maps of one size are needed, with the channels of the weight {tuple(weight.shape)}: {shapes}")
-        # Under autocast, float32 maps may be mixed with others, but a kernel chooses between pointers of one type.
+        # Under autocast, features may be mixed with what it wrote, but a kernel chooses between pointers of one type.
         dtypes = {x.raw.dtype for x in maps}
-        dtype = dtypes.pop() if len(dtypes) == 1 else min(dtypes, key=lambda dtype: dtype.itemsize)
+        dtype = (
+            dtypes.pop() if len(dtypes) == 1 else _out_dtype(min((x.raw for x in maps), key=lambda raw: raw.dtype.itemsize))
+        )
         unread = _empty(maps[0].raw, 1)  # an address of the right type, for a map without a norm
         return cls(
             tuple(_dense(x.raw.to(dtype)) for x in maps),
@@ -550,8 +594,8 @@ def _empty_map(like: Tensor, channels: int | None = None, dtype: torch.dtype | N
 
 def _out_dtype(x: Tensor) -> torch.dtype:
     """The dtype of a convolution's output."""
-    autocast = x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type)
-    return torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def _empty(like: Tensor, *shape: int) -> Tensor:

@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,20 +35,40 @@ def calls(dtype: torch.dtype, sizes: tuple[int, int, int], variants: bool) -> It
         yield from of_kernel if variants else itertools.islice(of_kernel, 1)  # of products: the projection
     maps, weight, _ = made.product(1, CHANNELS)
     yield lambda: triton_backend.pointwise_inference(maps, weight, made.vectors(2))
+    yield lambda: triton_backend.next_rate(made.tensor(9), made.integers(torch.int64), made.tensor())
     if dtype == torch.bfloat16:
-        yield lambda: autocast_pointwise(replace(made, dtype=torch.float32))  # of fixed features
+        for features in (torch.float16, torch.float32):  # of a cache, of others
+            yield partial(autocast_convolutions, replace(made, dtype=features), need_input=features == torch.float32)
     if variants:
         plain, depthwise = NormedMap(made.raw(320)), made.tensor(320, 1, 3, 3)
         yield lambda: triton_backend.depthwise_forward(plain, depthwise, RATE, statistics=True)
+        grads, cached = (made.raw(320), made.raw(320)), NormedMap(made.raw(320).half())
+        unfolded = Unfolded(*(made.tensor(320) for _ in range(4)))
+        yield lambda: triton_backend.depthwise_backward(*grads, unfolded, cached, depthwise, RATE, need_input=False)
+        yield from (partial(converting_crops, made, *kinds) for kinds in CROPS)
         for loss in (KernelCalls.mean_loss, KernelCalls.confusion_matrix):
             yield from (call for _, call in loss(replace(made, classes=150)))
 
 
-def autocast_pointwise(made: KernelCalls) -> None:
+def autocast_convolutions(made: KernelCalls, *, need_input: bool) -> None:
     x, weight, unfolded = NormedMap(made.raw(320)), made.tensor(CHANNELS, 320, 1, 1), Unfolded(*made.vectors(4))
+    depthwise = made.tensor(320, 1, 3, 3)
     with torch.autocast("cpu", torch.bfloat16):
+        triton_backend.depthwise_forward(x, depthwise, RATE, statistics=True)
         out, _ = triton_backend.pointwise_forward([x], weight, None, statistics=True)
-        triton_backend.pointwise_backward(out, out, unfolded, [x], weight, None, need_input=[True])
+        triton_backend.pointwise_backward(out, out, unfolded, [x], weight, None, need_input=[need_input])
+
+
+CROPS = ((320, torch.uint8), (20, torch.int64), (19, torch.float32))  # channels, of vectors or not, and the labels' dtype
+
+
+def converting_crops(made: KernelCalls, channels: int, label_dtype: torch.dtype) -> None:
+    """Of a cache of 16 bits, in the dtype of the network."""
+    n, height, width = made.sizes
+    features = made.tensor(2, channels, height, width, dtype=torch.float16, memory_format=torch.channels_last)
+    labels = torch.empty(2, 2 * height, 2 * width, dtype=label_dtype)
+    draws = made.integers(torch.int32, 3, n)
+    triton_backend.crops(features, labels, draws, (height // 2, width), 2, made.dtype)
 
 
 def report(architecture: int, dtypes: list[torch.dtype], variants: bool) -> list[dict[str, Any]]:

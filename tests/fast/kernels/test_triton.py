@@ -15,7 +15,9 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from scipy.stats import chi2
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="Triton has no build for this system")
 
@@ -23,23 +25,29 @@ import triton
 
 from fast import kernels
 from fast.atrous_separable_conv import atrous_separable_conv
+from fast.dense_prediction_cell import DensePredictionCell
 from fast.kernels import Dropout, Folded, NormedMap, Unfolded
 from fast.kernels import triton as triton_backend
 from fast.kernels.differentiable import OnKernels
 from fast.kernels.triton import Moments, depthwise_conv, launches
 from fast.kernels.triton.launches import Launch
 from fast.pyramid_pooling import pyramid_pooling
+from fast.segmentation import SegmentationHead
+from fast.train_step import Precision, TrainStep
+from fast.upsampled_cross_entropy import upsampled_cross_entropy as fast_cross_entropy
 from fast.upsampled_l1 import upsampled_l1
 from reference import atrous_separable_conv as separable
 from reference import pyramid_pooling as pooling
 from reference import upsampled_l1 as l1
 from reference.batch_norm import EPS, Array, BatchNorm, batch_norm_relu, batch_norm_relu_backward, updated_running_statistics
 from reference.bilinear_resize import bilinear_resize
+from reference.cell import Cell
 from reference.mean_iou import confusion_matrix
 from reference.pointwise_conv import pointwise_conv as reference_pointwise_conv
 from reference.pointwise_conv import pointwise_conv_backward
 from reference.pyramid_pooling import PoolingVariant
 from reference.upsampled_cross_entropy import upsampled_cross_entropy, upsampled_cross_entropy_backward
+from tests.fast import test_train_step as steps
 from tests.fast.against_reference import (
     LAYOUTS,
     Layout,
@@ -95,6 +103,8 @@ def in_small_tiles(kernel: str, launch: Launch) -> Launch:
         return launch._replace(block_p=2)
     if kernel == "sum_gradients":
         return launch._replace(block_p=16)
+    if kernel == "crops":
+        return launch._replace(block_p=8, block_n=16)
     has_maps = kernel.startswith(("depthwise", "pointwise", "separable", "normalise"))
     return Launch(32, 16, 16, 4, 1, programs=3) if has_maps else launch
 
@@ -700,6 +710,236 @@ def test_autocast_computes_in_lower_precision() -> None:
     assert_close(grad_maps[0].raw, of(full).backward(grad_concat[:, :20]).raw, bound)
 
 
+@few_examples
+@given(
+    tilings,
+    st.integers(0, 3),
+    map_sizes(5),
+    st.tuples(st.floats(0, 1), st.floats(0, 1)),
+    channel_counts,
+    st.integers(1, 5),
+    st.sampled_from(((torch.float16, torch.float16), (torch.float16, torch.float32), (torch.float32, torch.float32))),
+    st.sampled_from((torch.uint8, torch.int16, torch.int64, torch.float32)),
+    rng_seeds(),
+)
+def test_crops_equal_windows(
+    tiling: str,
+    batch: int,
+    size: tuple[int, int],
+    crop_part: tuple[float, float],
+    channels: int,
+    stride: int,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    label_dtype: torch.dtype,
+    seed: int,
+) -> None:
+    """Values of every dtype as they are, NaN and infinity too; labels may be larger than what features cover."""
+    rng = np.random.default_rng(seed)
+    features, labels = draw_images(rng, 3, channels, size, stride, dtypes[0], label_dtype)
+    crop = tuple(1 + int(part * (extent - 1)) for part, extent in zip(crop_part, size, strict=True))
+    draws = rng.integers(0, 2**31, (3, batch))
+    draws[rng.random(draws.shape) < 0.3] = rng.choice([0, 2**31 - 1])  # the first place, or the last
+    with tiled(tiling):
+        actual = triton_backend.crops(features, labels, on_device(draws), (crop[0], crop[1]), stride, dtypes[1])
+    expected = windows(features, labels, draws, crop, stride)
+    assert actual[0].is_contiguous(memory_format=triton_backend.memory_format)
+    assert (actual[0].dtype, actual[1].dtype) == (dtypes[1], label_dtype)
+    assert_equal_values(actual[0], expected[0].to(dtypes[1]))
+    assert_equal_values(actual[1], expected[1])
+
+
+def draw_images(
+    rng: np.random.Generator,
+    images: int,
+    channels: int,
+    size: tuple[int, int],
+    stride: int,
+    dtype: torch.dtype = torch.float32,
+    label_dtype: torch.dtype = torch.uint8,
+) -> tuple[Tensor, Tensor]:
+    """Features of all images as a cache holds them on a GPU, some of them not finite, and labels."""
+    values = rng.standard_normal((images, channels, *size))
+    values[rng.random(values.shape) < 0.1] = rng.choice([np.nan, np.inf, -np.inf])
+    features = torch.from_numpy(values).to(DEVICE, dtype).contiguous(memory_format=torch.channels_last)
+    label_size = (stride * (size[0] - 1) + 1 + rng.integers(3), stride * (size[1] - 1) + 1 + rng.integers(3))
+    labels = torch.from_numpy(rng.integers(0, 256, (images, *label_size))).to(DEVICE, label_dtype)
+    if label_dtype.is_floating_point:
+        labels[labels > 200] = torch.nan
+    return features, labels
+
+
+def on_device(draws: np.ndarray[Any, Any]) -> Tensor:
+    return torch.from_numpy(draws).to(DEVICE, torch.int32)
+
+
+def windows(
+    features: Tensor, labels: Tensor, draws: np.ndarray[Any, Any], crop: tuple[int, ...], stride: int
+) -> tuple[Tensor, Tensor]:
+    """The same by slices, one crop after the other."""
+    limits = [len(features), *(extent - part + 1 for extent, part in zip(features.shape[2:], crop, strict=True))]
+    window = [stride * (extent - 1) + 1 for extent in crop]
+    batch, targets = features.new_zeros(0, features.shape[1], *crop), labels.new_zeros(0, *window)
+    for places in draws.T:
+        image, top, left = (int(draw) * limit // 2**31 for draw, limit in zip(places, limits, strict=True))
+        batch = torch.cat([batch, features[image, None, :, top : top + crop[0], left : left + crop[1]]])
+        rows = labels[image, None, stride * top : stride * top + window[0]]
+        targets = torch.cat([targets, rows[:, :, stride * left : stride * left + window[1]]])
+    return batch, targets
+
+
+def assert_equal_values(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_crops_reach_every_picture_and_place_equally_often() -> None:
+    features = torch.arange(2 * 4 * 5.0, device=DEVICE).view(2, 1, 4, 5)
+    labels, draws = (
+        torch.zeros(2, 4, 5, device=DEVICE),
+        torch.randint(2**31, (3, 600), dtype=torch.int32, generator=torch.Generator().manual_seed(0)),
+    )
+    batch, _ = triton_backend.crops(features, labels, draws.to(DEVICE), (2, 3), 1, torch.float32)
+    places, counts = batch[:, 0, 0, 0].unique(return_counts=True)  # type: ignore[no-untyped-call]
+    assert len(places) == 2 * 3 * 3
+    expected = 600 / len(places)
+    assert ((counts - expected) ** 2 / expected).sum() < chi2.isf(1e-4, 17)  # false alarm: one seed in 10,000
+
+
+def test_rates_are_those_of_the_iterations_and_then_the_last() -> None:
+    rates, done, rate = (
+        torch.rand(4, device=DEVICE),
+        torch.zeros((), dtype=torch.int64, device=DEVICE),
+        torch.ones((), device=DEVICE),
+    )
+    for expected in [*rates, rates[3], rates[3]]:
+        triton_backend.next_rate(rates, done, rate)
+        assert rate == expected
+    assert done == 6
+
+
+def cached(rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Features and labels of three images as a search has them: float16, uint8."""
+    features, _ = draw_images(rng, 3, 3, (4, 5), steps.STRIDE, torch.float16)
+    labels = rng.choice([0, 1, 2, 3, 255], (3, *steps.label_size((4, 5)))).astype(np.uint8)
+    return features.nan_to_num(0.5, 0.5, 0.5), torch.from_numpy(labels).to(DEVICE)
+
+
+def make_step(head: SegmentationHead, rng: np.random.Generator, **settings: Any) -> TrainStep:
+    return steps.make_step(head, *cached(rng), crop=(2, 3), batch_size=2, **settings)
+
+
+def test_training_on_these_kernels_follows_plain_training() -> None:
+    """Two iterations with crops that a kernel cuts, and rates out of a table, in float32."""
+    drawn: list[tuple[Tensor, Tensor]] = []
+    head, other = (steps.make_head(DEVICE).float() for _ in range(2))
+    step = make_step(head, np.random.default_rng(0), iterations=3)
+    crops, rate = mock.Mock(wraps=triton_backend.crops), mock.Mock(wraps=triton_backend.next_rate)
+
+    def recording(dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        drawn.append(TrainStep.draw(step, dtype))
+        return drawn[-1]
+
+    with (
+        kernels.using(triton_backend),
+        mock.patch.multiple(triton_backend, crops=crops, next_rate=rate),
+        mock.patch.object(step, "draw", recording),
+    ):
+        losses = [step().item() for _ in range(2)]
+    assert (crops.call_count, rate.call_count) == (2, 2)
+    assert {features.dtype for features, _ in drawn} == {torch.float32}
+    np.testing.assert_allclose(losses, steps.PlainStep(other, 3).run(iter(drawn)), rtol=1e-5)
+    assert step._rate.item() == pytest.approx(0.01 * (2 / 3) ** 0.9)
+    for (name, tensor), expected in zip(head.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.allclose(tensor, expected, rtol=1e-4, atol=1e-6), name
+
+
+class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes PyTorch's operations that launch something, and our kernels."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if not func.is_view and name not in ("empty", "fill_"):  # allocations, which are poisoned here
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+    def launch(self, kernel: Any, *arguments: Any, **constants: Any) -> None:
+        self.seen.append(kernel.fn.__name__)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+def test_an_iteration_begins_with_three_launches(precision: Precision) -> None:
+    step = make_step(steps.make_head(DEVICE).float(), np.random.default_rng(0), precision=precision)
+    with kernels.using(triton_backend), mock.patch.object(step, "head", side_effect=InterruptedError):
+        assert len(step._rates) == 7  # once, before a graph is captured
+        operations = Operations()
+        launched = mock.patch.object(triton_backend, "_launch", operations.launch)
+        with operations, launched, pytest.raises(InterruptedError):
+            step._iterate()
+    assert operations.seen == ["schedule_kernel", "randint", "crops_kernel"]
+
+
+def test_gathered_crops_are_those_of_the_kernel() -> None:
+    """A GPU without Triton draws the same crops from the same seed."""
+    step, rng = make_step(steps.make_head(DEVICE), np.random.default_rng(0)), np.random.default_rng(1)
+    draws = on_device(rng.integers(0, 2**31, (3, 2)))
+    expected = triton_backend.crops(step._features, step._labels, draws, (2, 3), steps.STRIDE, torch.float16)
+    assert all(torch.equal(a, b) for a, b in zip(step._gathered(draws), expected, strict=True))
+
+
+def test_crops_keep_the_dtype_of_the_cache_under_autocast_alone() -> None:
+    """In the head's own for who draws them otherwise; features in another layout are not cut by rows."""
+    rng = np.random.default_rng(0)
+    with kernels.using(triton_backend):
+        for precision, dtype in (("bfloat16", torch.float16), ("float32", torch.float32)):
+            step = make_step(steps.make_head(DEVICE).float(), rng, precision=precision)
+            assert step._input_dtype() == dtype
+            assert step.draw(dtype)[0].dtype == dtype
+            assert step.draw()[0].dtype == torch.float32
+        step._features = step._features.contiguous()
+        with mock.patch.object(triton_backend, "crops") as crops:
+            step.draw()
+        assert not crops.called
+    with kernels.using(None):
+        step = make_step(steps.make_head(DEVICE).float(), rng, precision="bfloat16")
+        assert step._input_dtype() == torch.float32
+
+
+CELL_OF_FEATURES = Cell.from_json(
+    '[{"op": "conv", "kernel": 3, "rate": [1, 3], "input": -1}, {"op": "conv", "kernel": 1, "input": -1},'
+    ' {"op": "pyramid_pooling", "grid_size": [2, 1], "input": -1}]'
+)
+
+
+def test_features_of_half_the_bytes_give_the_same_bits() -> None:
+    """Of a separable, a 1×1 and a pooled branch, all of the same features: the loss, gradients and running statistics."""
+    results = []
+    rng = np.random.default_rng(0)
+    features, labels = draw_tensor(rng, 2, 3, 3, 4), torch.from_numpy(draw_labels(rng, (9, 10), 4, 0.1, 255)).to(DEVICE)
+    for dtype in (torch.float16, torch.float32):
+        torch.manual_seed(0)
+        context = DensePredictionCell(CELL_OF_FEATURES, 3, branch_channels=5, cell_channels=5, dropout_rate=0.0)
+        head = SegmentationHead(context, 4).to(DEVICE).train()
+        with kernels.using(triton_backend), torch.autocast(DEVICE, torch.bfloat16):
+            logits = head(features.to(dtype))
+            loss = fast_cross_entropy(logits.float(), labels)
+        with kernels.using(triton_backend):
+            loss.backward()  # type: ignore[no-untyped-call]
+        gradients = [parameter.grad for parameter in head.parameters()]
+        results.append([logits, *gradients, *head.buffers()])
+    with torch.autocast(DEVICE, torch.bfloat16):
+        means = triton_backend.plane_product(
+            NormedMap(features.half()), *(torch.ones(1, size, device=DEVICE) for size in (3, 4))
+        )
+    assert means.dtype == torch.float32  # to be rounded by the convolution alone
+    assert results[0][0].std() > 0
+    for half, full in zip(*results, strict=True):
+        assert half is not None
+        assert torch.equal(half, full)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -708,11 +948,27 @@ def test_autocast_computes_in_lower_precision() -> None:
         (lambda x: triton_backend.pointwise_forward([x, x], torch.ones(4, 3, 1, 1), None, statistics=False), "channels"),
         (lambda x: triton_backend.upsampled_cross_entropy(x.raw, torch.zeros(2, 3, 3).long(), 255), "logits"),
         (lambda x: triton_backend.upsampled_confusion_matrix(x.raw[..., :0], torch.zeros(1, 3, 3).long(), 255), "no logits"),
+        (lambda x: crops_of(x.raw, labels=torch.zeros(1, 6, 7)), "labels"),
+        (lambda x: crops_of(x.raw, labels=torch.zeros(2, 7, 7)), "labels"),
+        (lambda x: crops_of(x.raw, crop=(5, 1)), "fits"),
+        (lambda x: crops_of(x.raw[:0], labels=torch.zeros(0, 7, 7)), "fits"),
+        (lambda x: crops_of(x.raw, draws=torch.zeros(3, 2, dtype=torch.int64)), "draws"),
+        (lambda x: crops_of(x.raw, labels=torch.zeros(1, 7, 14)[..., ::2]), "contiguous"),
     ],
 )
 def test_wrong_shapes_are_refused(call: Callable[[NormedMap], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(NormedMap(torch.ones(1, 3, 4, 4)))
+
+
+def crops_of(features: Tensor, **others: Any) -> Any:
+    given: dict[str, Any] = {
+        "labels": torch.zeros(1, 7, 7),
+        "draws": torch.zeros(3, 2, dtype=torch.int32),
+        "crop": (2, 2),
+    } | others
+    features = features.contiguous(memory_format=torch.channels_last)
+    return triton_backend.crops(features, **given, output_stride=2, dtype=torch.float32)
 
 
 def test_fold_needs_no_more_than_its_moments() -> None:

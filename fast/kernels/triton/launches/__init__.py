@@ -18,8 +18,9 @@ class Launch(NamedTuple):
     """Tile sizes along positions (rows), channels (columns) and the summed axis; warps per program, depth of the pipeline.
 
     Where there are no positions, block_p counts tiles (`fold`, `sum_partials`), label pixels (`cell_gradients`,
-    `confusion_matrix`), logits (`gather_corners`) or cells (`mean_loss`). A program of `cell_gradients`, `confusion_matrix` or
-    `gather_corners` holds all classes: the warps of the first two, and block_p of the third, are what 32 classes need.
+    `confusion_matrix`, `crops`), logits (`gather_corners`) or cells (`mean_loss`). A program of `cell_gradients`,
+    `confusion_matrix` or `gather_corners` holds all classes: the warps of the first two, and block_p of the third, are what
+    32 classes need. `crops` copies rows: block_n counts values of a row of features.
     """
 
     block_p: int
@@ -70,6 +71,8 @@ _COUNTED = {
     ("mean_loss", 4): (Launch(8192, 0, 0, 16, 1), Launch(8192, 0, 0, 16, 1)),  # more would be spilled
     ("gather_corners", 4): (Launch(64, 0, 0, 4, 1), Launch(64, 0, 0, 4, 1)),
     ("confusion_matrix", 4): (Launch(32, 0, 0, 1, 1), Launch(32, 0, 0, 1, 1)),
+    ("crops", 2): (Launch(1024, 2048, 0, 2, 1), Launch(1024, 2048, 0, 2, 1)),  # a program finds its row in 110 instructions
+    ("crops", 4): (Launch(1024, 1024, 0, 2, 1), Launch(1024, 1024, 0, 2, 1)),
 }
 DEFAULT: Table = {
     (kernel, value_bytes, size): launch
