@@ -18,6 +18,7 @@ from torch import Tensor
 from fast.batch_norm import counted_at_once
 from fast.dense_prediction_cell import decays
 from fast.kernels import IterationKernels, iteration_kernels_for
+from fast.random_sequence import RandomSequence
 from fast.segmentation import SegmentationHead
 from fast.upsampled_cross_entropy import upsampled_cross_entropy
 
@@ -31,9 +32,9 @@ class TrainStep:
     takes them.
 
     A crop of h × w features at (i, j) belongs to the window of s·(h − 1) + 1 by s·(w − 1) + 1 labels at pixel (s·i, s·j), for
-    output stride s. Each call is one iteration and returns its loss, (), on the head's device. All randomness is drawn from
-    PyTorch's default generator of that device. Weight decay is left out where `decays` says so. On CUDA, features that are
-    channels last and contiguous labels are cut quickest.
+    output stride s. Each call is one iteration and returns its loss, (), on the head's device. All random numbers are those of
+    `randomness`, which begins where PyTorch's default generators stand at construction, and leaves those alone. Weight decay
+    is left out where `decays` says so. On CUDA, features that are channels last and contiguous labels are cut quickest.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class TrainStep:
         loss: Callable[[Tensor, Tensor], Tensor] = upsampled_cross_entropy,
     ) -> None:
         self.head = head
+        self.randomness = RandomSequence(head.classifier.weight.device)
         self.device, self._dtype = head.classifier.weight.device, head.classifier.weight.dtype
         self._features, self._labels, self._loss_of = features, labels, loss
         self._stride, self._crop, self._batch_size = output_stride, crop, batch_size
@@ -79,6 +81,14 @@ class TrainStep:
 
     def __call__(self) -> Tensor:
         self._calls += 1
+        if self._graph is not None and self._features.device == self.device:
+            self._graph.replay()  # which has its random numbers with it
+        else:
+            with self.randomness:
+                self._call()
+        return self._loss.clone()
+
+    def _call(self) -> None:
         if self._features.device != self.device:
             self._receive()
         if self.device.type != "cuda":
@@ -87,11 +97,13 @@ class TrainStep:
             self._iterate_on_side_stream()
         else:
             self._replay()
-        return self._loss.clone()
 
     def draw(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """Random crops: features (N, C, h, w) in the head's dtype or the given one, their labels (N, H, W), on its device."""
-        dtype = dtype or self._dtype
+        with self.randomness:
+            return self._draw(dtype or self._dtype)
+
+    def _draw(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         if self._features.device != self.device:
             self._receive()
             assert self._batch is not None

@@ -65,6 +65,8 @@ class RandomSettings:
     """Seeds with which these and the best cell found are scored."""
     workers: int = changes_no_score(1)
     """Cells evaluated at a time; above 1 by Ray (install the extra `workers`), on CUDA with one GPU each."""
+    cells_per_gpu: int = changes_no_score(1)
+    """Cells trained at a time on one GPU, which one alone does not fill; the scores are the same. Not with several workers."""
     proxy: Flat[ProxySettings] = ProxySettings(iterations=80, learning_rate=0.2)
     head: Flat[HeadSettings] = HeadSettings(branch_channels=64)
     data: Flat[DataSettings] = DataSettings()
@@ -108,7 +110,13 @@ def main(settings: RandomSettings) -> None:
     )
     with (
         run as study,
-        open_workers(create_task, settings.workers, settings.machine.device, settings.proxy.iterations) as workers,
+        open_workers(
+            create_task,
+            settings.workers,
+            settings.machine.device,
+            settings.proxy.iterations,
+            in_turns=settings.cells_per_gpu,
+        ) as workers,
     ):
         timed_on = None
         try:
@@ -127,9 +135,16 @@ def _check(settings: RandomSettings) -> None:
     require("branches", settings.branches, settings.branches >= 1, "at least 1")
     require("comparison_seeds", settings.comparison_seeds, settings.comparison_seeds >= 1, "at least 1")
     require("workers", settings.workers, settings.workers >= 1, "at least 1")
+    require("cells_per_gpu", settings.cells_per_gpu, settings.cells_per_gpu >= 1, "at least 1")
     require("lag", settings.lag, settings.lag >= 0, "at least 0")
-    if settings.sampler == "paper" and settings.workers > settings.lag + 1:
-        raise InputError(f"`workers` {settings.workers} needs `lag` {settings.workers - 1} or more, or some would never work")
+    if settings.workers > 1 and settings.cells_per_gpu > 1:
+        raise InputError(
+            f"`cells_per_gpu` {settings.cells_per_gpu} needs `workers` 1: with more, each trains one cell at a time"
+        )
+    for field in ("workers", "cells_per_gpu"):
+        count = getattr(settings, field)
+        if settings.sampler == "paper" and count > settings.lag + 1:
+            raise InputError(f"`{field}` {count} needs `lag` {count - 1} or more, or some would never work")
 
 
 def _identity(settings: RandomSettings, head: HeadSettings, caches: dict[str, FeatureCache]) -> dict[str, Any]:

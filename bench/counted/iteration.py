@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from bench.cases import OURS, DType
 from bench.launch_trial import launched_by, precision_of_a_gpu
 from bench.training_cases import ProxyCase
-from fast import kernels, train_step
+from fast import kernels
 from fast.kernels import triton as triton_backend
 from fast.kernels.triton.launches import Launch
 from fast.segmentation import SegmentationHead
@@ -40,11 +40,10 @@ class TritonLaunch(NamedTuple):
 
 
 class TorchOperation(NamedTuple):
-    """An operation of PyTorch that launches kernels; `nodes` of a captured graph."""
+    """An operation of PyTorch that launches a kernel."""
 
     name: str
     out: str  # dtype and shape
-    nodes: int
     moved_bytes: int  # of its arguments and results
 
 
@@ -55,7 +54,6 @@ _VIEWS = re.compile(
     r"view|permute|select|slice|unsqueeze|expand|transpose|t|unbind|_unsafe_view|as_strided|alias|detach|squeeze|split"
     r"|split_with_sizes|(new_)?empty(_like|_strided)?|_?reshape(_alias)?|lift_fresh|is_same_size"
 )
-_INDEX_NODES = 4  # PyTorch makes each of three index tensors contiguous before it gathers
 
 
 def iteration(case: ProxyCase, dtype: DType) -> list[Node]:
@@ -79,7 +77,7 @@ def _step_of(case: ProxyCase, dtype: DType) -> TrainStep:
     shape = (case.images, case.in_channels, *(extent + case.margin for extent in case.crop))
     features = torch.zeros(shape, dtype=torch.float16).contiguous(memory_format=torch.channels_last)
     labels = torch.zeros(case.images, *replace(case, crop=(shape[2], shape[3])).label_size, dtype=torch.uint8)
-    step = TrainStep(
+    return TrainStep(
         cast(SegmentationHead, case.head(OURS)),
         features,
         labels,
@@ -89,17 +87,6 @@ def _step_of(case: ProxyCase, dtype: DType) -> TrainStep:
         iterations=1000,
         precision="bfloat16" if dtype == "bfloat16" else "float32",
     )
-
-    def draw() -> tuple[Tensor, Tensor]:
-        count, _, height, width = features.shape
-        limits = (count, height - case.crop[0] + 1, width - case.crop[1] + 1)
-        index, top, left = (torch.randint(limit, (case.batch,)) for limit in limits)
-        batch = train_step._gather(features, index, top, left, case.crop).permute(0, 3, 1, 2)
-        targets = train_step._gather(labels[:, None], index, 16 * top, 16 * left, case.label_size)[..., 0]
-        return batch.to(step._dtype), targets
-
-    step.draw = draw  # type: ignore[method-assign]
-    return step
 
 
 class _Recorded(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -116,7 +103,7 @@ class _Recorded(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if tensors and not _VIEWS.fullmatch(name):
             moved = sum({x.data_ptr(): x.numel() * x.element_size() for x in tensors}.values())
             first = next((x for x in tree_leaves(out) if isinstance(x, Tensor)), tensors[0])
-            self.nodes.append(TorchOperation(name, described(first), _INDEX_NODES if name == "index" else 1, moved))
+            self.nodes.append(TorchOperation(name, described(first), moved))
         return out
 
 

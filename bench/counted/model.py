@@ -89,10 +89,10 @@ def cost_of(code: Code, programs: int, argument_bytes: float) -> Cost:
     return Cost(blocks, 1e-6 * warps * cycles["issue"], 1e-6 * requested, 1e-6 * moved, bound, times[bound] + GAP_US)
 
 
-def us_of_torch(operation: str, moved_bytes: float, nodes: int) -> float:
-    """An operation of PyTorch: the bytes that it moves, from the L2 cache if they fit there; a gap for each of its nodes."""
+def us_of_torch(operation: str, moved_bytes: float) -> float:
+    """An operation of PyTorch: the bytes that it moves, from the L2 cache if they fit there and the gap."""
     rate = L2_BYTES_PER_S if moved_bytes < L2_BYTES else HBM_BYTES_PER_S
-    return max(SLOW_OPERATIONS_US.get(operation, 1.0), 1.2e6 * moved_bytes / rate) + nodes * GAP_US
+    return max(SLOW_OPERATIONS_US.get(operation, 1.0), 1.2e6 * moved_bytes / rate) + GAP_US
 
 
 def blocks_per_multiprocessor(code: Code) -> int:

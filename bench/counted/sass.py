@@ -18,7 +18,6 @@ class Instruction(NamedTuple):
 
     address: int
     opcode: str  # with its modifiers, such as LDG.E.128
-    is_predicated: bool
     target: int | None  # of a branch
 
 
@@ -30,7 +29,7 @@ class Loop(NamedTuple):
 
 
 _LINE = re.compile(
-    r"^\s+/\*(?P<address>[0-9a-f]{4,})\*/\s+(?P<predicate>@!?U?P\w+\s+)?(?P<opcode>[A-Z][\w.]*)(?P<rest>[^;]*);", re.MULTILINE
+    r"^\s+/\*(?P<address>[0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?(?P<opcode>[A-Z][\w.]*)(?P<rest>[^;]*);", re.MULTILINE
 )
 
 
@@ -52,16 +51,16 @@ def instructions(text: str) -> list[Instruction]:
     ... '''
     >>> for instruction in instructions(code):
     ...     print(*instruction)
-    0 BRA True 32
-    16 EXIT False None
+    0 BRA 32
+    16 EXIT None
     """
     found = []
     for line in _LINE.finditer(text):
         target = re.search(r"0x([0-9a-f]+)\s*$", line["rest"]) if line["opcode"].startswith("BRA") else None
         where = int(target[1], 16) if target else None
-        found.append(Instruction(int(line["address"], 16), line["opcode"], line["predicate"] is not None, where))
-    for i, instruction in enumerate(found):
-        if instruction.opcode == "EXIT" and not instruction.is_predicated:
+        found.append(Instruction(int(line["address"], 16), line["opcode"], where))
+    for i in reversed(range(len(found))):
+        if found[i].opcode == "EXIT":
             return found[: i + 1]
     raise ValueError(f"no exit in the disassembly: {text[:200]!r}")
 

@@ -39,7 +39,6 @@ class Row(NamedTuple):
 
     kernel: str
     of: str  # the map, the product or the sum that it works on
-    nodes: int
     programs: int
     warps: int  # of a program
     registers: int  # of a thread
@@ -61,15 +60,14 @@ class Counter:
 
     def row(self, node: Node) -> Row:
         if isinstance(node, TorchOperation):
-            us = model.us_of_torch(node.name, node.moved_bytes, node.nodes)
+            us = model.us_of_torch(node.name, node.moved_bytes)
             moved_mb = round(1e-6 * node.moved_bytes, 1)
-            return Row(f"PyTorch {node.name}", node.out, node.nodes, 0, 0, 0, 0, 0.0, 0.0, moved_mb, "", round(us, 1))
+            return Row(f"PyTorch {node.name}", node.out, 0, 0, 0, 0, 0.0, 0.0, moved_mb, "", round(us, 1))
         code = self.code(node)
         cost = model.cost_of(code, node.programs, bytes_of_arguments(node))
         return Row(
             node.name,
             what_it_works_on(node),
-            nodes=1,
             programs=node.programs,
             warps=code.warps,
             registers=code.registers,
@@ -152,7 +150,7 @@ def sum_of(rows: list[Row]) -> Sum:
     instructions = sum(row.million_warp_instructions for row in rows)
     rate = model.MULTIPROCESSORS * model.SCHEDULERS * model.CLOCK_HZ  # a second
     return Sum(
-        sum(row.nodes for row in rows),
+        len(rows),
         sum(row.programs > 0 for row in rows),
         instructions,
         1e12 * instructions / rate,
@@ -177,7 +175,7 @@ def totals(rows: Iterable[Row]) -> dict[str, Total]:
         groups.setdefault("PyTorch" if row.kernel.startswith("PyTorch ") else row.kernel, []).append(row)
     found = {
         kernel: Total(
-            sum(row.nodes for row in group),
+            len(group),
             sum(row.million_warp_instructions for row in group),
             max(row.registers for row in group),
             min(row.blocks_per_multiprocessor for row in group),

@@ -1,4 +1,4 @@
-"""Evaluate cells in this process, or in several workers under Ray, on one machine or a cluster.
+"""Evaluate cells in this process, alone or in turns, or in several workers under Ray, on one machine or a cluster.
 
 What evaluating means is the task's: a brief training on cached features (`search.tasks.proxy`), or a whole one
 (`search.tasks.end_to_end`). Workers only evaluate; the process that asks also writes the study. A worker that dies gives
@@ -8,11 +8,12 @@ its cell back.
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from tqdm import tqdm
@@ -48,6 +49,14 @@ class Task(Protocol[Result_co]):
         ...
 
 
+class SteppedTask(Task[Result_co], Protocol[Result_co]):
+    """A task whose evaluations can run in turns, with the same results as one after the other."""
+
+    def evaluation(self, cell: Cell, seed: Sequence[int]) -> Generator[int, None, tuple[Result_co, SegmentationHead | None]]:
+        """`evaluate`, which yields the number of each iteration after it."""
+        ...
+
+
 @dataclass(frozen=True)
 class Outcome(Generic[Result_co]):
     """What came of a job: a result, with the trained head if the task returns one, or the reason why it failed.
@@ -74,14 +83,21 @@ class Workers(Protocol[Result_co]):
 
 def evaluate(task: Task[Result], job: Job, on_step: Callable[[int], None] = lambda iteration: None) -> Outcome[Result]:
     """Run one job; a loss that is not finite or too little memory is a failure of the cell, not an error."""
+    outcome = _guarded(job, lambda: task.evaluate(job.cell, job.seed, on_step))
+    assert outcome is not None
+    return outcome
+
+
+def _guarded(job: Job, work: Callable[[], tuple[Result, SegmentationHead | None] | None]) -> Outcome[Result] | None:
+    """The outcome if this work ends the job with a result, or as a failure; None if there is more to do."""
     try:
-        result, head = task.evaluate(job.cell, job.seed, on_step)
+        done = work()
     except NotFiniteError as error:
         return Outcome(job, failure=str(error))
     except torch.OutOfMemoryError as error:
         torch.cuda.empty_cache()
         return Outcome(job, failure=f"out of GPU memory: {str(error).splitlines()[0]}", is_passing=True)
-    return Outcome(job, result, head)
+    return None if done is None else Outcome(job, *done)
 
 
 def outcomes(workers: Workers[Result], jobs: Iterable[Job]) -> Iterator[Outcome[Result]]:
@@ -97,11 +113,12 @@ def outcomes(workers: Workers[Result], jobs: Iterable[Job]) -> Iterator[Outcome[
 
 @contextmanager
 def open_workers(
-    create_task: Callable[[], Task[Result]], count: int, device: str, iterations: int
+    create_task: Callable[[], Task[Result]], count: int, device: str, iterations: int, *, in_turns: int = 1
 ) -> Iterator[Workers[Result]]:
     """`count` workers with tasks by `create_task` under Ray, or one in this process with a bar of a cell's iterations.
 
-    `device` as the user gave it: cuda is one GPU for each worker, cuda:1 is refused for more than one.
+    `device` as the user gave it: cuda is one GPU for each worker, cuda:1 is refused for more than one. Above 1, `in_turns` is
+    how many cells the worker in this process trains at a time; the task must be a `SteppedTask`.
     """
     if count > 1:
         with closing(RayWorkers(create_task, count, device)) as workers:
@@ -117,7 +134,11 @@ def open_workers(
                 bar.set_description(f"trial {job.key}" if isinstance(job.key, int) else str(job.key))
             bar.update(iteration - bar.n)  # a continued training does not begin at 1
 
-        yield InProcess(create_task(), on_step)
+        if in_turns == 1:
+            yield InProcess(create_task(), on_step)
+        else:
+            task = cast(SteppedTask[Result], create_task())
+            yield InTurns(task, in_turns, torch.device(resolve_device(device)), on_step)
 
 
 class InProcess(Generic[Result]):
@@ -139,6 +160,59 @@ class InProcess(Generic[Result]):
 
     def close(self) -> None:
         """Nothing to stop: no job runs outside `wait`."""
+
+
+class InTurns(Generic[Result]):
+    """Several jobs at a time in this process, one iteration of each in turn; on CUDA every job has a stream of its own.
+
+    Most launches of one training are too small to fill a GPU. Those of another fill it meanwhile; on a CPU nothing is gained.
+    """
+
+    def __init__(
+        self, task: SteppedTask[Result], capacity: int, device: torch.device, on_step: Callable[[Job, int], None]
+    ) -> None:
+        self.capacity = capacity
+        self._task, self._on_step = task, on_step
+        self._running: deque[_Running[Result]] = deque()
+        on_gpu = device.type == "cuda"
+        self._streams = [torch.cuda.Stream(device) if on_gpu else None for _ in range(capacity)]  # type: ignore[no-untyped-call]
+
+    def submit(self, job: Job) -> None:
+        stream = self._streams.pop()
+        if stream is not None:
+            stream.wait_stream(torch.cuda.current_stream(stream.device))  # which may still copy the features
+        self._running.append(_Running(job, self._task.evaluation(job.cell, job.seed), stream))
+
+    def wait(self) -> Outcome[Result]:
+        """Go on with all jobs until one of them ends."""
+        followed = self._running[0].job
+        while True:
+            running = self._running.popleft()
+            outcome = _guarded(running.job, lambda running=running: self._advance(running, followed))  # type: ignore[misc]
+            if outcome is not None:
+                self._streams.append(running.stream)
+                return outcome
+            self._running.append(running)
+
+    def _advance(self, running: "_Running[Result]", followed: Job) -> tuple[Result, SegmentationHead | None] | None:
+        try:
+            with torch.cuda.stream(running.stream):
+                iteration = next(running.steps)
+        except StopIteration as end:
+            result: tuple[Result, SegmentationHead | None] = end.value
+            return result
+        if running.job is followed:
+            self._on_step(running.job, iteration)
+        return None
+
+    def close(self) -> None:
+        """Nothing to stop: no job runs outside `wait`."""
+
+
+class _Running(NamedTuple, Generic[Result]):
+    job: Job
+    steps: Generator[int, None, tuple[Result, SegmentationHead | None]]
+    stream: torch.cuda.Stream | None
 
 
 class RayWorkers(Generic[Result]):

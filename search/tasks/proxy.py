@@ -7,7 +7,7 @@ import math
 import re
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,19 @@ class ProxyTask:
 
         Returns the result and the trained head, on the CPU in evaluation mode. Raises NotFiniteError.
         """
+        steps = self.evaluation(cell, seed)
+        while True:
+            try:
+                on_step(next(steps))
+            except StopIteration as end:
+                result: tuple[ProxyResult, SegmentationHead] = end.value
+                return result
+
+    def evaluation(self, cell: Cell, seed: Sequence[int]) -> Generator[int, None, tuple[ProxyResult, SegmentationHead]]:
+        """`evaluate`, iteration by iteration: yields the number of each after it, and several can run in turns.
+
+        Each has its own random numbers. The seconds and the peak memory of a result are then those of all together.
+        """
         start = time.perf_counter()
         _reset_peak_memory(self.device)
         number = int(np.random.SeedSequence(list(seed)).generate_state(1)[0])
@@ -79,7 +92,8 @@ class ProxyTask:
             torch.manual_seed(number)  # initial weights, crops and dropout
             head = self._create_head(cell).to(self.device)
             step = self._create_step(head)
-            curve = self._train_head(step, on_step)
+        curve = yield from self._train_head(step)
+        with step.randomness:
             recompute_statistics(head, (step.draw()[0] for _ in range(self.settings.statistics_batches)))
         scores = self.dense_task.scores(self._totals(head))
         size = self._val[0].shape[2:]
@@ -123,7 +137,7 @@ class ProxyTask:
             precision=settings.precision,
         )
 
-    def _train_head(self, step: TrainStep, on_step: Callable[[int], None]) -> tuple[tuple[int, float], ...]:
+    def _train_head(self, step: TrainStep) -> Generator[int, None, tuple[tuple[int, float], ...]]:
         iterations = self.settings.iterations
         curve = []
         every = max(1, iterations // _CURVE_POINTS)
@@ -133,7 +147,7 @@ class ProxyTask:
                 curve.append((iteration, loss.item()))
                 if not math.isfinite(curve[-1][1]):
                     raise NotFiniteError(f"the loss was {curve[-1][1]} at iteration {iteration}; try a lower learning rate")
-            on_step(iteration)
+            yield iteration
         return tuple(curve)
 
     @torch.inference_mode()

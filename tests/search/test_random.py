@@ -219,6 +219,14 @@ def test_more_comparison_seeds_keep_the_first(settings: RandomSettings, uninterr
     assert scores["dpc", 1].result.loss_curve != scores["dpc", 0].result.loss_curve
 
 
+@pytest.mark.parametrize("cells_per_gpu", [2, 4])
+def test_several_cells_in_turns_have_the_same_scores(settings: RandomSettings, uninterrupted: Run, cells_per_gpu: int) -> None:
+    """Whoever ends first: another cell is asked for only when the sampler has seen what it would have seen alone."""
+    run = run_search(changed(settings, cells_per_gpu=cells_per_gpu))
+    assert sorted(trials(run), key=lambda record: record.number) == trials(uninterrupted)
+    assert comparisons(run) == comparisons(uninterrupted)
+
+
 def test_another_seed_is_another_search(settings: RandomSettings, uninterrupted: Run) -> None:
     other = run_search(changed(settings, trials=2, seed=1))
     assert {record.cell for record in other.trials}.isdisjoint(record.cell for record in uninterrupted.trials)
@@ -370,6 +378,8 @@ def test_an_equal_graph_is_not_evaluated_twice(settings: RandomSettings, monkeyp
         ("iterations", 0, "`iterations` must be at least 1"),
         ("statistics_batches", 0, "`statistics_batches` must be at least 1"),
         ("comparison_seeds", 0, "`comparison_seeds` must be at least 1"),
+        ("cells_per_gpu", 0, "`cells_per_gpu` must be at least 1"),
+        ("cells_per_gpu", 6, "`cells_per_gpu` 6 needs `lag` 5 or more"),
         ("lag", -1, "`lag` must be at least 0"),
         ("weight_decay", -1.0, "`weight_decay` must be at least 0"),
         ("learning_rate", 0.0, "`learning_rate` must be above 0"),

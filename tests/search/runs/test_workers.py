@@ -3,7 +3,7 @@
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from search.errors import InputError
 from search.random import RandomSettings
 from search.runs.search import Search, SearchPlan
 from search.runs.study import Study, TrialRecord
-from search.runs.workers import MAX_DEATHS, InProcess, Job, Outcome, RayWorkers, evaluate, open_workers, outcomes
+from search.runs.workers import MAX_DEATHS, InProcess, InTurns, Job, Outcome, RayWorkers, evaluate, open_workers, outcomes
 from search.settings import HeadSettings, ProxySettings
 from search.tasks.feature_cache import FeatureCache
 from search.tasks.proxy import NotFiniteError, ProxyResult, ProxyTask
@@ -204,6 +204,80 @@ def test_in_process_evaluates_in_order_and_tells_its_progress() -> None:
         workers.submit(job)
     assert [workers.wait().job for _ in range(2)] == JOBS[:2]
     assert steps == [(key, iteration) for key in (0, 1) for iteration in (1, 2, 3)]
+
+
+# In turns
+
+
+@pytest.mark.parametrize("capacity", [2, 3, 5])
+def test_jobs_in_turns_give_the_same_results_as_one_after_the_other(capacity: int) -> None:
+    """To the last bit, heads included, whoever else draws random numbers meanwhile."""
+    alone = {job.key: evaluate(create_task(), job) for job in JOBS}
+
+    def draw(job: Job, iteration: int) -> None:
+        torch.rand(iteration)
+
+    workers = InTurns(create_task(), capacity, torch.device("cpu"), draw)
+    together = {outcome.job.key: outcome for outcome in outcomes(workers, JOBS)}
+    assert together.keys() == alone.keys()
+    for key, outcome in together.items():
+        assert measured(outcome) == measured(alone[key])
+        head, head_alone = outcome.head, alone[key].head
+        assert head is not None
+        assert head_alone is not None
+        torch.testing.assert_close(head.state_dict(), head_alone.state_dict(), rtol=0, atol=0)
+
+
+class Countdown:
+    """A task whose evaluation lasts as many iterations as its cell has branches, and notes who worked when."""
+
+    def __init__(self, fails: dict[int, Exception]) -> None:
+        self.fails = fails
+        self.worked: list[int] = []
+
+    def evaluation(self, cell: Cell, seed: tuple[int, ...]) -> Generator[int, None, tuple[str, None]]:
+        for iteration in range(1, len(cell.branches) + 1):
+            self.worked.append(seed[1])
+            if seed[1] in self.fails and iteration == 2:
+                raise self.fails[seed[1]]
+            yield iteration
+        return f"{seed[1]} done", None
+
+
+def jobs_of(*lengths: int) -> list[Job]:
+    branches = load_cell("aspp").branches
+    return [Job(i, Cell(branches[:length]), (0, i)) for i, length in enumerate(lengths)]
+
+
+def test_every_job_has_its_turn_and_the_first_to_end_is_returned() -> None:
+    task: Any = Countdown({})
+    followed: list[tuple[int, int]] = []
+    workers = InTurns(task, 2, torch.device("cpu"), lambda job, iteration: followed.append((job.key, iteration)))
+    ended = [outcome.job.key for outcome in outcomes(workers, jobs_of(3, 1, 2))]
+    assert task.worked == [0, 1, 0, 0, 2, 2]
+    assert ended == [1, 0, 2]
+    assert followed == [(0, 1), (0, 2), (0, 3), (2, 2)]  # the oldest, in its bar
+
+
+def test_a_job_that_fails_costs_no_other() -> None:
+    task: Any = Countdown({0: NotFiniteError("the loss was nan"), 2: torch.OutOfMemoryError("tried 3 GiB")})
+    workers = InTurns(task, 3, torch.device("cpu"), lambda job, iteration: None)
+    by_key = {outcome.job.key: outcome for outcome in outcomes(workers, jobs_of(3, 3, 3, 2))}
+    assert [by_key[key].failure for key in range(4)] == ["the loss was nan", None, "out of GPU memory: tried 3 GiB", None]
+    assert [by_key[key].result for key in (1, 3)] == ["1 done", "3 done"]
+
+
+def test_a_bug_in_a_job_is_raised() -> None:
+    task: Any = Countdown({0: IndexError("a bug")})
+    workers = InTurns(task, 2, torch.device("cpu"), lambda job, iteration: None)
+    with pytest.raises(IndexError, match="a bug"):
+        list(outcomes(workers, jobs_of(3, 3)))
+
+
+def test_workers_in_turns_are_opened_for_one_gpu() -> None:
+    with open_workers(create_task, 1, "cpu", 3, in_turns=3) as workers:
+        assert isinstance(workers, InTurns)
+        assert workers.capacity == 3
 
 
 # Ray
