@@ -165,9 +165,9 @@ class TrainStep:
         return self._rate_after(torch.arange(self._iterations + 1, device=self.device))
 
     def _input_dtype(self) -> torch.dtype:
-        """What the head trains on: under autocast kernels read the features as they are, in half the bytes of the head's."""
-        reads_any = self._bf16 and self._crop_kernels() is not None
-        return self._features.dtype if reads_any else self._dtype
+        """What the head trains on: under autocast kernels read the features as they are, mostly in half the bytes."""
+        as_they_are = self._bf16 and self._dtype == torch.float32 and self._crop_kernels() is not None
+        return self._features.dtype if as_they_are else self._dtype
 
     def _iterate_on_side_stream(self) -> None:
         stream = self._side_stream()

@@ -389,10 +389,9 @@ class _Maps(NamedTuple):
             shapes = [tuple(x.raw.shape) for x in maps]
             raise ValueError(f"maps of one size are needed, with the channels of the weight {tuple(weight.shape)}: {shapes}")
         # Under autocast, features may be mixed with what it wrote, but a kernel chooses between pointers of one type.
-        dtypes = {x.raw.dtype for x in maps}
-        dtype = (
-            dtypes.pop() if len(dtypes) == 1 else _out_dtype(min((x.raw for x in maps), key=lambda raw: raw.dtype.itemsize))
-        )
+        narrowest = min((x.raw for x in maps), key=lambda raw: raw.dtype.itemsize)
+        is_mixed = any(x.raw.dtype != narrowest.dtype for x in maps)
+        dtype = _out_dtype(narrowest) if is_mixed else narrowest.dtype
         unread = _empty(maps[0].raw, 1)  # an address of the right type, for a map without a norm
         return cls(
             tuple(_dense(x.raw.to(dtype)) for x in maps),

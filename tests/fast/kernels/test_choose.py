@@ -7,12 +7,25 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fast.kernels import Backend, Operations, backend_for, cpp, explain, library, operations_for, triton, using
+from fast.kernels import (
+    Backend,
+    IterationKernels,
+    Operations,
+    backend_for,
+    cpp,
+    explain,
+    iteration_kernels_for,
+    library,
+    operations_for,
+    triton,
+    using,
+)
 from fast.kernels.cpp import build
 from fast.kernels.differentiable import OnKernels
 
 # mypy holds each module, and the class, to its protocol here.
 BACKENDS: dict[str, Backend] = {"cpp": cpp, "triton": triton}
+ITERATIONS: IterationKernels = triton
 OPERATIONS: list[Operations] = [library, *map(OnKernels, BACKENDS.values())]
 without_compiler = pytest.mark.skipif(isinstance(build.library(), str), reason="no C++ compiler")
 MAP = torch.ones(1, 3, 5, 5)
@@ -51,6 +64,13 @@ def test_kernels_of_a_cpu_are_chosen(dtype: torch.dtype) -> None:
         assert backend_for(x) is cpp
         assert explain(x) == "C++ kernels"
         assert isinstance(operations_for(x), OnKernels)
+
+
+def test_iterations_begin_by_kernels_where_a_backend_has_them() -> None:
+    assert iteration_kernels_for(MAP) is None  # whether or not there is a compiler
+    for backend, expected in ((triton, ITERATIONS), (cpp, None), (None, None)):
+        with using(backend):
+            assert iteration_kernels_for(MAP) is expected
 
 
 def test_a_machine_without_a_compiler() -> None:
