@@ -69,8 +69,9 @@ def keep_mask(seed, p, first_k, column, drop_below, BLOCK_P: tl.constexpr, BLOCK
         zero.to(tl.uint32),
     )
     words = tl.join(tl.join(r0, r1), tl.join(r2, r3))  # (BLOCK_P, BLOCK_K / 8, 2, 2)
-    bits = tl.reshape(tl.join(words & 0xFFFF, words >> 16), (BLOCK_P, BLOCK_K))
-    return bits.to(tl.int32) >= drop_below
+    # Compared where they stand, in the upper half of a word: what lies below them decides nothing, and is not masked out.
+    bits = tl.reshape(tl.join(words << 16, words), (BLOCK_P, BLOCK_K))
+    return bits >= drop_below.to(tl.uint32) << 16
 
 
 @triton.jit
@@ -84,23 +85,21 @@ def load_value(
     k,
     width,
     column,
-    seed_ptr,
+    seed,  # None for no dropout
     first_k,
     drop_below,
-    keep_scale,
     BLOCK_P: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Load v_b at (BLOCK_P, BLOCK_K), float32; 0 outside."""
+    """Load v_b at (BLOCK_P, BLOCK_K), float32, but for dropout's factor; 0 at channels outside, any at positions outside."""
     mask_k = k < width
     mask = mask_p[:, None] & mask_k[None, :]
     raw = tl.load(raw_ptr + p[:, None].to(tl.int64) * width + k[None, :], mask=mask, other=0.0).to(tl.float32)
     scale, offset, floor = load_norm(scale_ptr, offset_ptr, normed, k, mask_k)
-    value = raw * scale[None, :] + offset[None, :]
-    value = tl.where(mask, tl.where(value < floor[None, :], floor[None, :], value), 0.0)
-    if seed_ptr is not None:
-        keep = keep_mask(tl.load(seed_ptr), p, first_k, column, drop_below, BLOCK_P, BLOCK_K)
-        value = tl.where(keep, value * keep_scale, 0.0)
+    normal = raw * scale[None, :] + offset[None, :]
+    value = tl.maximum(normal, tl.broadcast_to(floor[None, :], normal.shape), propagate_nan=tl.PropagateNan.ALL)
+    if seed is not None:
+        value = tl.where(keep_mask(seed, p, first_k, column, drop_below, BLOCK_P, BLOCK_K), value, 0.0)
     return value
 
 
@@ -115,17 +114,24 @@ def load_gradient(grad_ptr, raw_ptr, slope_ptr, intercept_ptr, p, mask_p, o, C_O
         slope = tl.load(slope_ptr + o, mask=mask_o, other=0.0)
         intercept = tl.load(intercept_ptr + o, mask=mask_o, other=0.0)
         raw = tl.load(raw_ptr + place, mask=mask, other=0.0).to(tl.float32)
-        grad = tl.where(mask, grad + slope[None, :] * raw + intercept[None, :], 0.0)
+        grad = tl.where(mask_p[:, None], grad + slope[None, :] * raw + intercept[None, :], 0.0)
     return grad
 
 
 @triton.jit
 def multiply_add(a, b, total, dtype: tl.constexpr, INPUT_PRECISION: tl.constexpr):
-    """total + a · b, with operands rounded to `dtype` or to TF32, whose unit would only cut off bits."""
-    a, b = a.to(dtype), b.to(dtype)
-    if INPUT_PRECISION == "tf32":
-        a, b = rounded_to_tf32(a), rounded_to_tf32(b)
+    """total + a · b, with both operands rounded as the product takes them."""
+    a, b = as_operand(a, dtype, INPUT_PRECISION), as_operand(b, dtype, INPUT_PRECISION)
     return tl.dot(a, b, total, input_precision=INPUT_PRECISION)
+
+
+@triton.jit
+def as_operand(x, dtype: tl.constexpr, INPUT_PRECISION: tl.constexpr):
+    """Round to `dtype`, or to TF32, whose unit would only cut off bits."""
+    x = x.to(dtype)
+    if INPUT_PRECISION == "tf32":
+        x = rounded_to_tf32(x)
+    return x
 
 
 @triton.jit
@@ -135,6 +141,30 @@ def rounded_to_tf32(x):
     return bits.to(tl.float32, bitcast=True)
 
 
+@triton.jit
+def pointwise_operand_kernel(
+    weight_ptr,  # (C_OUT, C)
+    operand_ptr,  # the same; (C, C_OUT) if TRANSPOSED
+    C,
+    C_OUT,
+    TRANSPOSED: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    """Round a weight as the products take it, once for all their tiles, and lay it out with the summed axis last."""
+    tiles_c = tl.cdiv(C, BLOCK_C)
+    o = tl.program_id(0) // tiles_c * BLOCK_O + tl.arange(0, BLOCK_O)
+    c = tl.program_id(0) % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask = (o < C_OUT)[:, None] & (c < C)[None, :]
+    weight = tl.load(weight_ptr + o[:, None] * C + c[None, :], mask=mask, other=0.0).to(tl.float32)
+    operand = as_operand(weight, operand_ptr.dtype.element_ty, INPUT_PRECISION)
+    if TRANSPOSED:
+        tl.store(operand_ptr + c[:, None] * C_OUT + o[None, :], tl.trans(operand), mask=tl.trans(mask))
+    else:
+        tl.store(operand_ptr + o[:, None] * C + c[None, :], operand, mask=mask)
+
+
 @triton.jit(do_not_specialize=["positions", "normed_bits", "drop_below"])
 def pointwise_forward_kernel(
     raws,  # B pointers to (positions, channels of the map)
@@ -142,7 +172,7 @@ def pointwise_forward_kernel(
     offsets,
     channels,
     columns,  # where each map's channels begin among the weight's
-    weight_ptr,  # (C_OUT, C)
+    operand_ptr,  # (C_OUT, C), the weight as an operand in out's dtype
     seed_ptr,  # (1,), or None for no dropout
     norm_scale_ptr,  # (C_OUT,), of a frozen norm to be applied, with its ReLU; or None
     norm_offset_ptr,
@@ -166,6 +196,7 @@ def pointwise_forward_kernel(
     o = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_p, mask_o = p < positions, o < C_OUT
     dtype = out_ptr.dtype.element_ty
+    seed = None if seed_ptr is None else tl.load(seed_ptr)
     num_steps = 0
     for b in tl.static_range(len(raws)):
         num_steps += tl.cdiv(channels[b], BLOCK_K)
@@ -186,17 +217,18 @@ def pointwise_forward_kernel(
             k,
             width,
             column,
-            seed_ptr,
+            seed,
             first_k,
             drop_below,
-            keep_scale,
             BLOCK_P,
             BLOCK_K,
         )
-        weight_place = o[None, :].to(tl.int64) * C + (column + k)[:, None]
-        weight = tl.load(weight_ptr + weight_place, mask=(k < width)[:, None] & mask_o[None, :], other=0.0)
-        out = multiply_add(value, weight, out, dtype, INPUT_PRECISION)
+        place = o[None, :] * C + (column + k)[:, None]
+        operand = tl.load(operand_ptr + place, mask=(k < width)[:, None] & mask_o[None, :], other=0.0)
+        out = tl.dot(as_operand(value, dtype, INPUT_PRECISION), operand, out, input_precision=INPUT_PRECISION)
 
+    if seed_ptr is not None:
+        out *= keep_scale
     if norm_scale_ptr is not None:
         scale = tl.load(norm_scale_ptr + o, mask=mask_o, other=0.0)
         offset = tl.load(norm_offset_ptr + o, mask=mask_o, other=0.0)
@@ -207,8 +239,8 @@ def pointwise_forward_kernel(
         store_moments(partials_ptr, stored.to(tl.float32), tile, mask_p, o, C_OUT)
 
 
-@triton.jit(do_not_specialize=["positions", "normed_bits", "drop_below"])
-def pointwise_input_gradient_kernel(
+@triton.jit(do_not_specialize=["positions", "normed_bits", "drop_below", "split_size"])
+def pointwise_weight_gradient_kernel(
     grad_ptr,  # (positions, C_OUT)
     raw_ptr,  # (positions, C_OUT), the forward's output
     slope_ptr,  # (C_OUT,), or None
@@ -218,8 +250,81 @@ def pointwise_input_gradient_kernel(
     offsets,
     channels,
     columns,
+    seed_ptr,
+    partials_ptr,  # (splits, C_OUT, C)
+    rounded_ptr,  # (positions, C_OUT): g as an operand, for the gradient of the maps; or None
+    positions,
+    normed_bits,
+    drop_below,
+    keep_scale,
+    split_size,  # positions of one split, a multiple of BLOCK_K
+    C,
+    C_OUT,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    """Sum BLOCK_P outputs × BLOCK_N channels of one map over one split of the positions, BLOCK_K at a time."""
+    tiles_n, tiles_o = 0, tl.cdiv(C_OUT, BLOCK_P)
+    for b in tl.static_range(len(raws)):
+        tiles_n += tl.cdiv(channels[b], BLOCK_N)
+    program = tl.program_id(0)
+    split, o_tile, step = program // (tiles_n * tiles_o), program // tiles_n % tiles_o, program % tiles_n
+    x_ptr, scale_ptr, offset_ptr, width, column, chosen, first_c = choose_map(
+        step, raws, scales, offsets, channels, columns, BLOCK_N
+    )
+    o = o_tile * BLOCK_P + tl.arange(0, BLOCK_P)
+    c = first_c + tl.arange(0, BLOCK_N)
+    dtype = grad_ptr.dtype.element_ty
+    seed = None if seed_ptr is None else tl.load(seed_ptr)
+
+    grad_weight = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
+    first, end = split * split_size, tl.minimum((split + 1) * split_size, positions)
+    for first_p in range(first, end, BLOCK_K):
+        p = first_p + tl.arange(0, BLOCK_K)
+        mask_p = p < end
+        grad = load_gradient(grad_ptr, raw_ptr, slope_ptr, intercept_ptr, p, mask_p, o, C_OUT)  # (BLOCK_K, BLOCK_P)
+        grad = as_operand(grad, dtype, INPUT_PRECISION)
+        if rounded_ptr is not None:
+            place = p[:, None].to(tl.int64) * C_OUT + o[None, :]
+            tl.store(rounded_ptr + place, grad, mask=(mask_p & (step == 0))[:, None] & (o < C_OUT)[None, :])
+        value = load_value(
+            x_ptr,
+            scale_ptr,
+            offset_ptr,
+            (normed_bits >> chosen) & 1,
+            p,
+            mask_p,
+            c,
+            width,
+            column,
+            seed,
+            first_c,
+            drop_below,
+            BLOCK_K,
+            BLOCK_N,
+        )
+        value = as_operand(value, dtype, INPUT_PRECISION)
+        grad_weight = tl.dot(tl.trans(grad), value, grad_weight, input_precision=INPUT_PRECISION)
+
+    if seed_ptr is not None:
+        grad_weight *= keep_scale
+    row_ptr = partials_ptr + split.to(tl.int64) * C_OUT * C
+    place = o[:, None] * C + (column + c)[None, :]
+    tl.store(row_ptr + place, grad_weight, mask=(o < C_OUT)[:, None] & (c < width)[None, :])
+
+
+@triton.jit(do_not_specialize=["positions", "normed_bits", "drop_below"])
+def pointwise_input_gradient_kernel(
+    rounded_ptr,  # (positions, C_OUT): g as an operand
+    raws,
+    scales,
+    offsets,
+    channels,
+    columns,
     grad_maps,  # pointers to (positions, channels of the map)
-    weight_ptr,  # (C_OUT, C)
+    operand_ptr,  # (C, C_OUT), the weight as an operand
     seed_ptr,
     partials_ptr,  # (tiles, 2, C), of the gradients of scale and offset; None if no map is normalised
     positions,
@@ -247,15 +352,16 @@ def pointwise_input_gradient_kernel(
     p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
     c = first_c + tl.arange(0, BLOCK_N)
     mask_p, mask_c = p < positions, c < width
-    dtype = grad_ptr.dtype.element_ty
 
     grad_value = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
     for first_o in range(0, C_OUT, BLOCK_K):
         o = first_o + tl.arange(0, BLOCK_K)
-        grad = load_gradient(grad_ptr, raw_ptr, slope_ptr, intercept_ptr, p, mask_p, o, C_OUT)  # (BLOCK_P, BLOCK_K)
-        weight_place = o[:, None].to(tl.int64) * C + (column + c)[None, :]
-        weight = tl.load(weight_ptr + weight_place, mask=(o < C_OUT)[:, None] & mask_c[None, :], other=0.0)
-        grad_value = multiply_add(grad, weight, grad_value, dtype, INPUT_PRECISION)
+        mask_o = o < C_OUT
+        grad_place = p[:, None].to(tl.int64) * C_OUT + o[None, :]
+        grad = tl.load(rounded_ptr + grad_place, mask=mask_p[:, None] & mask_o[None, :], other=0.0)  # (BLOCK_P, BLOCK_K)
+        place = (column + c)[None, :] * C_OUT + o[:, None]
+        operand = tl.load(operand_ptr + place, mask=mask_o[:, None] & mask_c[None, :], other=0.0)
+        grad_value = tl.dot(grad, operand, grad_value, input_precision=INPUT_PRECISION)
 
     if seed_ptr is not None:
         keep = keep_mask(tl.load(seed_ptr), p, first_c, column, drop_below, BLOCK_P, BLOCK_N)
@@ -265,77 +371,9 @@ def pointwise_input_gradient_kernel(
     if partials_ptr is not None:
         scale, offset, floor = load_norm(scale_ptr, offset_ptr, (normed_bits >> chosen) & 1, c, mask_c)
         x = tl.load(x_ptr + own_place, mask=own_mask, other=0.0).to(tl.float32)
-        grad_value = tl.where(own_mask & (x * scale[None, :] + offset[None, :] > floor[None, :]), grad_value, 0.0)
+        grad_value = tl.where(x * scale[None, :] + offset[None, :] > floor[None, :], grad_value, 0.0)  # 0 outside already
         row_ptr = partials_ptr + tile.to(tl.int64) * 2 * C + column
         tl.store(row_ptr + c, tl.sum(grad_value * x, axis=0), mask=mask_c)
         tl.store(row_ptr + C + c, tl.sum(grad_value, axis=0), mask=mask_c)
         grad_value *= scale[None, :]
     tl.store(grad_x_ptr + own_place, grad_value.to(grad_x_ptr.dtype.element_ty), mask=own_mask)
-
-
-@triton.jit(do_not_specialize=["positions", "normed_bits", "drop_below", "split_size"])
-def pointwise_weight_gradient_kernel(
-    grad_ptr,  # (positions, C_OUT)
-    raw_ptr,
-    slope_ptr,
-    intercept_ptr,
-    raws,
-    scales,
-    offsets,
-    channels,
-    columns,
-    seed_ptr,
-    partials_ptr,  # (splits, C_OUT, C)
-    positions,
-    normed_bits,
-    drop_below,
-    keep_scale,
-    split_size,  # positions of one split, a multiple of BLOCK_K
-    C,
-    C_OUT,
-    BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
-):
-    """Sum BLOCK_P outputs × BLOCK_N channels of one map over one split of the positions, BLOCK_K at a time."""
-    tiles_n, tiles_o = 0, tl.cdiv(C_OUT, BLOCK_P)
-    for b in tl.static_range(len(raws)):
-        tiles_n += tl.cdiv(channels[b], BLOCK_N)
-    program = tl.program_id(0)
-    split, o_tile, step = program // (tiles_n * tiles_o), program // tiles_n % tiles_o, program % tiles_n
-    x_ptr, scale_ptr, offset_ptr, width, column, chosen, first_c = choose_map(
-        step, raws, scales, offsets, channels, columns, BLOCK_N
-    )
-    o = o_tile * BLOCK_P + tl.arange(0, BLOCK_P)
-    c = first_c + tl.arange(0, BLOCK_N)
-    dtype = grad_ptr.dtype.element_ty
-
-    grad_weight = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
-    first, end = split * split_size, tl.minimum((split + 1) * split_size, positions)
-    for first_p in range(first, end, BLOCK_K):
-        p = first_p + tl.arange(0, BLOCK_K)
-        mask_p = p < end
-        grad = load_gradient(grad_ptr, raw_ptr, slope_ptr, intercept_ptr, p, mask_p, o, C_OUT)  # (BLOCK_K, BLOCK_P)
-        value = load_value(
-            x_ptr,
-            scale_ptr,
-            offset_ptr,
-            (normed_bits >> chosen) & 1,
-            p,
-            mask_p,
-            c,
-            width,
-            column,
-            seed_ptr,
-            first_c,
-            drop_below,
-            keep_scale,
-            BLOCK_K,
-            BLOCK_N,
-        )
-        grad_weight = multiply_add(tl.trans(grad.to(dtype)), value, grad_weight, dtype, INPUT_PRECISION)
-
-    row_ptr = partials_ptr + split.to(tl.int64) * C_OUT * C
-    place = o[:, None].to(tl.int64) * C + (column + c)[None, :]
-    tl.store(row_ptr + place, grad_weight, mask=(o < C_OUT)[:, None] & (c < width)[None, :])
