@@ -32,6 +32,7 @@ if _IS_INSTALLED:
     from fast.kernels.triton.depthwise_conv import depthwise_backward_kernel, depthwise_forward_kernel
     from fast.kernels.triton.pointwise_conv import (
         pointwise_forward_kernel,
+        pointwise_gradient_kernel,
         pointwise_input_gradient_kernel,
         pointwise_operand_kernel,
         pointwise_weight_gradient_kernel,
@@ -39,6 +40,9 @@ if _IS_INSTALLED:
     from fast.kernels.triton.separable_inference import separable_inference_kernel
     from fast.kernels.triton.upsampled_confusion_matrix import confusion_matrix_kernel
     from fast.kernels.triton.upsampled_cross_entropy import cell_gradients_kernel, gather_corners_kernel, mean_loss_kernel
+
+# Tiles along the channels from which a launch of its own for g costs less than computing it again for each of them.
+_MANY_TILES = 4
 
 name = "Triton kernels"
 memory_format = torch.channels_last
@@ -397,6 +401,7 @@ def _pointwise_product(
         BLOCK_P=launch.block_p,
         BLOCK_N=block_n,
         BLOCK_K=block_k,
+        WHOLE=_are_multiples(block_n, out_channels) and _are_multiples(block_k, *product.channels),
         INPUT_PRECISION=_input_precision(out),
     )
     return out, None if partials is None else Moments(partials, launch.block_p)
@@ -406,17 +411,21 @@ def _pointwise_weight_gradient(
     gradient: tuple[Any, ...], product: _Maps, weight: Tensor, *, need_rounded: bool
 ) -> tuple[Tensor, Tensor]:
     """The weight's gradient, and that of the raw output as the operand of another product."""
-    x, (grad, _, slope, _) = product.raws[0], gradient
+    x, grad = product.raws[0], gradient[0]
     out_channels, in_channels = weight.shape[:2]
     launch = _map_launch("pointwise_weight_gradient", grad)
     block_o, block_n = _block(launch.block_p, out_channels), _block(launch.block_n, *product.channels)
-    tiles = _ceil_div(out_channels, block_o) * sum(_ceil_div(channels, block_n) for channels in product.channels)
+    column_tiles = sum(_ceil_div(channels, block_n) for channels in product.channels)
+    tiles = _ceil_div(out_channels, block_o) * column_tiles
+    if gradient[2] is not None and column_tiles >= _MANY_TILES:
+        grad = _rounded_gradient(gradient)
+        gradient = (grad, grad, None, None)
     # Rounded down: a few programs more than fit at once would take as long as twice as many.
     splits = min(max(launch.programs // max(tiles, 1), 1), _ceil_div(_positions(x), launch.block_k))
     split_size = _ceil_div(_ceil_div(_positions(x), max(splits, 1)), launch.block_k) * launch.block_k
     splits = _ceil_div(_positions(x), max(split_size, 1))  # without the last part, if it has become empty
     partials = _empty(x, splits, out_channels, in_channels)
-    is_rounded = slope is None and _input_precision(grad) != "tf32"  # as it comes
+    is_rounded = gradient[2] is None and _input_precision(grad) != "tf32"  # as it comes
     rounded = torch.empty_like(grad) if need_rounded and not is_rounded else None
     _launch(
         pointwise_weight_gradient_kernel,
@@ -437,9 +446,27 @@ def _pointwise_weight_gradient(
         BLOCK_P=block_o,
         BLOCK_N=block_n,
         BLOCK_K=launch.block_k,
+        WHOLE=_are_multiples(block_o, out_channels) and _are_multiples(block_n, *product.channels),
         INPUT_PRECISION=_input_precision(grad),
     )
     return _sum_partials(partials).view_as(weight).to(weight.dtype), grad if rounded is None else rounded
+
+
+def _rounded_gradient(gradient: tuple[Any, ...]) -> Tensor:
+    """grad + slope · raw + intercept as an operand: (N, C_out, H, W)."""
+    grad = gradient[0]
+    rounded, out_channels = torch.empty_like(grad), grad.shape[1]
+    launch = _map_launch("normalise", grad)  # which loads, computes and stores about as much
+    _launch(
+        pointwise_gradient_kernel,
+        _tiles(grad, launch) * _ceil_div(out_channels, launch.block_n),
+        launch,
+        (*gradient, rounded, _positions(grad), out_channels),
+        BLOCK_P=launch.block_p,
+        BLOCK_N=launch.block_n,
+        INPUT_PRECISION=_input_precision(grad),
+    )
+    return rounded
 
 
 def _pointwise_input_gradient(rounded: Tensor, product: _Maps, weight: Tensor) -> list[NormedMap]:
@@ -470,6 +497,7 @@ def _pointwise_input_gradient(rounded: Tensor, product: _Maps, weight: Tensor) -
         BLOCK_P=launch.block_p,
         BLOCK_N=block_n,
         BLOCK_K=block_k,
+        WHOLE=_are_multiples(block_k, out_channels) and _are_multiples(block_n, *product.channels),
         INPUT_PRECISION=_input_precision(rounded),
     )
     if partials is None:
@@ -593,6 +621,10 @@ def _with_warps_for(classes: int, launch: Launch) -> Launch:
 def _block(most: int, *sizes: int) -> int:
     """A tile size no larger than needed, and at least the 16 that a matrix unit takes."""
     return min(most, max(16, _power_of_two(max(sizes))))
+
+
+def _are_multiples(block: int, *sizes: int) -> bool:
+    return all(size % block == 0 for size in sizes)
 
 
 def _power_of_two(size: int) -> int:

@@ -48,6 +48,12 @@ def choose_map(step, raws, scales, offsets, channels, columns, BLOCK_K: tl.const
 
 
 @triton.jit
+def within(index, size, WHOLE: tl.constexpr):
+    """index < size, which is known, and costs nothing, where sizes are WHOLE multiples of the tile."""
+    return tl.full(index.shape, True, tl.int1) if WHOLE else index < size
+
+
+@triton.jit
 def load_norm(scale_ptr, offset_ptr, normed, k, mask_k):
     """Load scale, offset and lower bound of the ReLU for channels k; 1, 0 and -inf if the map is not normalised."""
     is_normed = (k * 0 + normed) != 0  # a vector, so the pointers are not read where it is false
@@ -90,9 +96,7 @@ def load_value(
     scale_ptr,
     offset_ptr,
     normed,
-    p,
-    mask_p,
-    k,
+    p,  # inside the map
     width,
     column,
     seed,  # None for no dropout
@@ -100,11 +104,13 @@ def load_value(
     drop_below,
     BLOCK_P: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
-    """Load v_b at (BLOCK_P, BLOCK_K), float32, but for dropout's factor; 0 at channels outside, any at positions outside."""
-    mask_k = k < width
-    mask = mask_p[:, None] & mask_k[None, :]
-    raw = tl.load(raw_ptr + p[:, None].to(tl.int64) * width + k[None, :], mask=mask, other=0.0).to(tl.float32)
+    """Load v_b at (BLOCK_P, BLOCK_K), float32, but for dropout's factor; 0 at channels outside."""
+    k = first_k + tl.arange(0, BLOCK_K)
+    mask_k = within(k, width, WHOLE)
+    place = p[:, None].to(tl.int64) * width + k[None, :]
+    raw = tl.load(raw_ptr + place, mask=tl.broadcast_to(mask_k[None, :], place.shape), other=0.0).to(tl.float32)
     scale, offset, floor = load_norm(scale_ptr, offset_ptr, normed, k, mask_k)
     normal = raw * scale[None, :] + offset[None, :]
     value = tl.maximum(normal, tl.broadcast_to(floor[None, :], normal.shape), propagate_nan=tl.PropagateNan.ALL)
@@ -114,9 +120,8 @@ def load_value(
 
 
 @triton.jit
-def load_gradient(grad_ptr, raw_ptr, slope_ptr, intercept_ptr, p, mask_p, o, C_OUT):
+def load_gradient(grad_ptr, raw_ptr, slope_ptr, intercept_ptr, p, mask_p, o, mask_o, C_OUT):
     """Load g at (positions p, outputs o), float32; 0 outside."""
-    mask_o = o < C_OUT
     mask = mask_p[:, None] & mask_o[None, :]
     place = p[:, None].to(tl.int64) * C_OUT + o[None, :]
     grad = tl.load(grad_ptr + place, mask=mask, other=0.0).to(tl.float32)
@@ -175,6 +180,29 @@ def pointwise_operand_kernel(
         tl.store(operand_ptr + o[:, None] * C + c[None, :], operand, mask=mask)
 
 
+@triton.jit(do_not_specialize=["positions"])
+def pointwise_gradient_kernel(
+    grad_ptr,  # (positions, C_OUT)
+    raw_ptr,  # (positions, C_OUT), the forward's output
+    slope_ptr,  # (C_OUT,)
+    intercept_ptr,
+    rounded_ptr,  # (positions, C_OUT)
+    positions,
+    C_OUT,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    """Compute g as an operand, once for all tiles that need it."""
+    tiles_o = tl.cdiv(C_OUT, BLOCK_N)
+    p = tl.program_id(0) // tiles_o * BLOCK_P + tl.arange(0, BLOCK_P)
+    o = tl.program_id(0) % tiles_o * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_p, mask_o = p < positions, o < C_OUT
+    grad = load_gradient(grad_ptr, raw_ptr, slope_ptr, intercept_ptr, p, mask_p, o, mask_o, C_OUT)
+    grad = as_operand(grad, rounded_ptr.dtype.element_ty, INPUT_PRECISION)
+    tl.store(rounded_ptr + p[:, None].to(tl.int64) * C_OUT + o[None, :], grad, mask=mask_p[:, None] & mask_o[None, :])
+
+
 @triton.jit(do_not_specialize=["positions", "normed_bits", "drop_below"])
 def pointwise_forward_kernel(
     raws,  # B pointers to (positions, channels of the map)
@@ -197,6 +225,7 @@ def pointwise_forward_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    WHOLE: tl.constexpr,  # channels are multiples of BLOCK_K, outputs of BLOCK_N
     INPUT_PRECISION: tl.constexpr,
 ):
     """Compute one tile of positions and outputs, and its moments."""
@@ -204,7 +233,8 @@ def pointwise_forward_kernel(
     tile = tl.program_id(0) // tiles_n
     p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
     o = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_p, mask_o = p < positions, o < C_OUT
+    mask_p, mask_o = p < positions, within(o, C_OUT, WHOLE)
+    read_p = tl.minimum(p, positions - 1)  # without a mask: what is computed beyond the last position is not stored
     dtype = out_ptr.dtype.element_ty
     seed = None if seed_ptr is None else tl.load(seed_ptr)
     num_steps = 0
@@ -216,15 +246,12 @@ def pointwise_forward_kernel(
         raw_ptr, scale_ptr, offset_ptr, width, column, chosen, first_k = choose_map(
             step, raws, scales, offsets, channels, columns, BLOCK_K
         )
-        k = first_k + tl.arange(0, BLOCK_K)
         value = load_value(
             raw_ptr,
             scale_ptr,
             offset_ptr,
             (normed_bits >> chosen) & 1,
-            p,
-            mask_p,
-            k,
+            read_p,
             width,
             column,
             seed,
@@ -232,9 +259,11 @@ def pointwise_forward_kernel(
             drop_below,
             BLOCK_P,
             BLOCK_K,
+            WHOLE,
         )
+        k = first_k + tl.arange(0, BLOCK_K)
         place = o[None, :] * C + (column + k)[:, None]
-        operand = tl.load(operand_ptr + place, mask=(k < width)[:, None] & mask_o[None, :], other=0.0)
+        operand = tl.load(operand_ptr + place, mask=within(k, width, WHOLE)[:, None] & mask_o[None, :], other=0.0)
         out = tl.dot(as_operand(value, dtype, INPUT_PRECISION), operand, out, input_precision=INPUT_PRECISION)
 
     if seed_ptr is not None:
@@ -277,6 +306,7 @@ def pointwise_weight_gradient_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    WHOLE: tl.constexpr,  # outputs are multiples of BLOCK_P, channels of BLOCK_N
     INPUT_PRECISION: tl.constexpr,
 ):
     """Sum BLOCK_P outputs × BLOCK_N channels of one map over one split of the positions, BLOCK_K at a time."""
@@ -290,6 +320,7 @@ def pointwise_weight_gradient_kernel(
     )
     o = o_tile * BLOCK_P + tl.arange(0, BLOCK_P)
     c = first_c + tl.arange(0, BLOCK_N)
+    mask_o = within(o, C_OUT, WHOLE)
     dtype = grad_ptr.dtype.element_ty
     seed = None if seed_ptr is None else tl.load(seed_ptr)
 
@@ -297,20 +328,18 @@ def pointwise_weight_gradient_kernel(
     first, end = split * split_size, tl.minimum((split + 1) * split_size, positions)
     for first_p in range(first, end, BLOCK_K):
         p = first_p + tl.arange(0, BLOCK_K)
-        mask_p = p < end
-        grad = load_gradient(grad_ptr, raw_ptr, slope_ptr, intercept_ptr, p, mask_p, o, C_OUT)  # (BLOCK_K, BLOCK_P)
+        mask_p = p < positions
+        grad = load_gradient(grad_ptr, raw_ptr, slope_ptr, intercept_ptr, p, mask_p, o, mask_o, C_OUT)  # (BLOCK_K, BLOCK_P)
         grad = as_operand(grad, dtype, INPUT_PRECISION)
         if rounded_ptr is not None:
             place = p[:, None].to(tl.int64) * C_OUT + o[None, :]
-            tl.store(rounded_ptr + place, grad, mask=(mask_p & (step == 0))[:, None] & (o < C_OUT)[None, :])
+            tl.store(rounded_ptr + place, grad, mask=(mask_p & (step == 0))[:, None] & mask_o[None, :])
         value = load_value(
             x_ptr,
             scale_ptr,
             offset_ptr,
             (normed_bits >> chosen) & 1,
-            p,
-            mask_p,
-            c,
+            tl.minimum(p, positions - 1),  # any value is multiplied by a gradient of 0 beyond
             width,
             column,
             seed,
@@ -318,6 +347,7 @@ def pointwise_weight_gradient_kernel(
             drop_below,
             BLOCK_K,
             BLOCK_N,
+            WHOLE,
         )
         value = as_operand(value, dtype, INPUT_PRECISION)
         grad_weight = tl.dot(tl.trans(grad), value, grad_weight, input_precision=INPUT_PRECISION)
@@ -326,7 +356,7 @@ def pointwise_weight_gradient_kernel(
         grad_weight *= keep_scale
     row_ptr = partials_ptr + split.to(tl.int64) * C_OUT * C
     place = o[:, None] * C + (column + c)[None, :]
-    tl.store(row_ptr + place, grad_weight, mask=(o < C_OUT)[:, None] & (c < width)[None, :])
+    tl.store(row_ptr + place, grad_weight, mask=mask_o[:, None] & within(c, width, WHOLE)[None, :])
 
 
 @triton.jit(do_not_specialize=["positions", "normed_bits", "drop_below"])
@@ -350,6 +380,7 @@ def pointwise_input_gradient_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    WHOLE: tl.constexpr,  # channels are multiples of BLOCK_N, outputs of BLOCK_K
     INPUT_PRECISION: tl.constexpr,
 ):
     """Compute one tile of positions and BLOCK_N channels of one map's gradient, BLOCK_K outputs at a time."""
@@ -365,14 +396,14 @@ def pointwise_input_gradient_kernel(
         grad_x_ptr = tl.where(chosen == b, grad_maps[b], grad_x_ptr)
     p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
     c = first_c + tl.arange(0, BLOCK_N)
-    mask_p, mask_c = p < positions, c < width
+    mask_p, mask_c = p < positions, within(c, width, WHOLE)
 
     grad_value = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
     for first_o in range(0, C_OUT, BLOCK_K):
         o = first_o + tl.arange(0, BLOCK_K)
-        mask_o = o < C_OUT
-        grad_place = p[:, None].to(tl.int64) * C_OUT + o[None, :]
-        grad = tl.load(rounded_ptr + grad_place, mask=mask_p[:, None] & mask_o[None, :], other=0.0)  # (BLOCK_P, BLOCK_K)
+        mask_o = within(o, C_OUT, WHOLE)
+        grad_place = tl.minimum(p, positions - 1)[:, None].to(tl.int64) * C_OUT + o[None, :]  # (BLOCK_P, BLOCK_K)
+        grad = tl.load(rounded_ptr + grad_place, mask=tl.broadcast_to(mask_o[None, :], grad_place.shape), other=0.0)
         place = (column + c)[None, :] * C_OUT + o[:, None]
         operand = tl.load(operand_ptr + place, mask=mask_o[:, None] & mask_c[None, :], other=0.0)
         grad_value = tl.dot(grad, operand, grad_value, input_precision=INPUT_PRECISION)
@@ -385,7 +416,7 @@ def pointwise_input_gradient_kernel(
     if partials_ptr is not None:
         scale, offset, floor = load_norm(scale_ptr, offset_ptr, (normed_bits >> chosen) & 1, c, mask_c)
         x = tl.load(x_ptr + own_place, mask=own_mask, other=0.0).to(tl.float32)
-        grad_value = tl.where(x * scale[None, :] + offset[None, :] > floor[None, :], grad_value, 0.0)  # 0 outside already
+        grad_value = tl.where(own_mask & (x * scale[None, :] + offset[None, :] > floor[None, :]), grad_value, 0.0)
         row_ptr = partials_ptr + tile.to(tl.int64) * 2 * C + column
         tl.store(row_ptr + c, tl.sum(grad_value * x, axis=0), mask=mask_c)
         tl.store(row_ptr + C + c, tl.sum(grad_value, axis=0), mask=mask_c)
