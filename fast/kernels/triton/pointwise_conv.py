@@ -402,23 +402,82 @@ def pointwise_input_gradient_kernel(
     for first_o in range(0, C_OUT, BLOCK_K):
         o = first_o + tl.arange(0, BLOCK_K)
         mask_o = within(o, C_OUT, WHOLE)
-        grad_place = tl.minimum(p, positions - 1)[:, None].to(tl.int64) * C_OUT + o[None, :]  # (BLOCK_P, BLOCK_K)
-        grad = tl.load(rounded_ptr + grad_place, mask=tl.broadcast_to(mask_o[None, :], grad_place.shape), other=0.0)
+        grad_place = p[:, None].to(tl.int64) * C_OUT + o[None, :]
+        grad = tl.load(rounded_ptr + grad_place, mask=mask_p[:, None] & mask_o[None, :], other=0.0)  # (BLOCK_P, BLOCK_K)
         place = (column + c)[None, :] * C_OUT + o[:, None]
         operand = tl.load(operand_ptr + place, mask=mask_o[:, None] & mask_c[None, :], other=0.0)
         grad_value = tl.dot(grad, operand, grad_value, input_precision=INPUT_PRECISION)
 
+    # By halves, because a thread that held all of it twice, before and after it is moved to the layout of x, would spill.
+    left, right = tl.split(tl.permute(tl.reshape(grad_value, (BLOCK_P, 2, BLOCK_N // 2)), (0, 2, 1)))
+    for half in tl.static_range(2):
+        store_input_gradient(
+            left if half == 0 else right,
+            x_ptr,
+            scale_ptr,
+            offset_ptr,
+            grad_x_ptr,
+            (normed_bits >> chosen) & 1,
+            tile,
+            mask_p,
+            width,
+            column,
+            seed_ptr,
+            partials_ptr,
+            first_c + half * (BLOCK_N // 2),
+            drop_below,
+            keep_scale,
+            C,
+            BLOCK_P,
+            BLOCK_N // 2,
+            WHOLE,
+        )
+
+
+@triton.jit
+def store_input_gradient(
+    grad_value,  # (BLOCK_P, BLOCK_N), of the values after norm, ReLU and dropout; 0 at positions outside
+    x_ptr,
+    scale_ptr,
+    offset_ptr,
+    grad_x_ptr,
+    normed,
+    tile,
+    mask_p,
+    width,
+    column,
+    seed_ptr,
+    partials_ptr,
+    first_c,
+    drop_below,
+    keep_scale,
+    C,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """Go back through dropout, ReLU and norm of one map; store its gradient, and the sums for those of its norm."""
+    p, c = tile * BLOCK_P + tl.arange(0, BLOCK_P), first_c + tl.arange(0, BLOCK_N)
+    mask_c = within(c, width, WHOLE)
+    place = p[:, None].to(tl.int64) * width + c[None, :]
+    mask = mask_p[:, None] & mask_c[None, :]
+    factor = tl.full((BLOCK_N,), 1.0, tl.float32)  # the same at all positions, so it is applied to sums
+    # Dropout's mask is joined with the ReLU's before either is applied: so both are compared in the layout of x, not moved.
     if seed_ptr is not None:
         keep = keep_mask(tl.load(seed_ptr), p, first_c, column, drop_below, BLOCK_P, BLOCK_N)
-        grad_value = tl.where(keep, grad_value * keep_scale, 0.0)
-    own_place = p[:, None].to(tl.int64) * width + c[None, :]
-    own_mask = mask_p[:, None] & mask_c[None, :]
+        factor *= keep_scale
     if partials_ptr is not None:
-        scale, offset, floor = load_norm(scale_ptr, offset_ptr, (normed_bits >> chosen) & 1, c, mask_c)
-        x = tl.load(x_ptr + own_place, mask=own_mask, other=0.0).to(tl.float32)
-        grad_value = tl.where(own_mask & (x * scale[None, :] + offset[None, :] > floor[None, :]), grad_value, 0.0)
+        scale, offset, floor = load_norm(scale_ptr, offset_ptr, normed, c, mask_c)
+        x = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        passes = x * scale[None, :] + offset[None, :] > floor[None, :]
+        if seed_ptr is not None:
+            passes &= keep
+        grad_value = tl.where(passes, grad_value, 0.0)
         row_ptr = partials_ptr + tile.to(tl.int64) * 2 * C + column
-        tl.store(row_ptr + c, tl.sum(grad_value * x, axis=0), mask=mask_c)
-        tl.store(row_ptr + C + c, tl.sum(grad_value, axis=0), mask=mask_c)
-        grad_value *= scale[None, :]
-    tl.store(grad_x_ptr + own_place, grad_value.to(grad_x_ptr.dtype.element_ty), mask=own_mask)
+        tl.store(row_ptr + c, tl.sum(grad_value * x, axis=0) * factor, mask=mask_c)
+        tl.store(row_ptr + C + c, tl.sum(grad_value, axis=0) * factor, mask=mask_c)
+        factor *= scale
+    elif seed_ptr is not None:
+        grad_value = tl.where(keep, grad_value, 0.0)
+    grad_value *= factor[None, :]
+    tl.store(grad_x_ptr + place, grad_value.to(grad_x_ptr.dtype.element_ty), mask=mask)
