@@ -499,6 +499,7 @@ def _pointwise_input_gradient(rounded: Tensor, product: _Maps, weight: Tensor) -
         BLOCK_K=block_k,
         WHOLE=_are_multiples(block_k, out_channels) and _are_multiples(block_n, *product.channels),
         INPUT_PRECISION=_input_precision(rounded),
+        **_registers_for_two(launch) if _are_multiples(block_k, out_channels) else {},
     )
     if partials is None:
         return [NormedMap(grad_map) for grad_map in grad_maps]
@@ -621,6 +622,11 @@ def _with_warps_for(classes: int, launch: Launch) -> Launch:
 def _block(most: int, *sizes: int) -> int:
     """A tile size no larger than needed, and at least the 16 that a matrix unit takes."""
     return min(most, max(16, _power_of_two(max(sizes))))
+
+
+def _registers_for_two(launch: Launch) -> dict[str, int]:
+    """An option for Triton: as many registers for a thread as let a multiprocessor hold two programs."""
+    return {"maxnreg": 2**16 // 2 // 32 // launch.warps} if launch.warps > 4 else {}
 
 
 def _are_multiples(block: int, *sizes: int) -> bool:

@@ -96,7 +96,8 @@ def load_value(
     scale_ptr,
     offset_ptr,
     normed,
-    p,  # inside the map
+    first_p,
+    row,  # (BLOCK_P,), from first_p on, inside the map
     width,
     column,
     seed,  # None for no dropout
@@ -109,26 +110,27 @@ def load_value(
     """Load v_b at (BLOCK_P, BLOCK_K), float32, but for dropout's factor; 0 at channels outside."""
     k = first_k + tl.arange(0, BLOCK_K)
     mask_k = within(k, width, WHOLE)
-    place = p[:, None].to(tl.int64) * width + k[None, :]
-    raw = tl.load(raw_ptr + place, mask=tl.broadcast_to(mask_k[None, :], place.shape), other=0.0).to(tl.float32)
+    place = row[:, None] * width + k[None, :]
+    tile_ptr = raw_ptr + first_p.to(tl.int64) * width
+    raw = tl.load(tile_ptr + place, mask=tl.broadcast_to(mask_k[None, :], place.shape), other=0.0).to(tl.float32)
     scale, offset, floor = load_norm(scale_ptr, offset_ptr, normed, k, mask_k)
     normal = raw * scale[None, :] + offset[None, :]
     value = tl.maximum(normal, tl.broadcast_to(floor[None, :], normal.shape), propagate_nan=tl.PropagateNan.ALL)
     if seed is not None:
-        value = tl.where(keep_mask(seed, p, first_k, column, drop_below, BLOCK_P, BLOCK_K), value, 0.0)
+        value = tl.where(keep_mask(seed, first_p + row, first_k, column, drop_below, BLOCK_P, BLOCK_K), value, 0.0)
     return value
 
 
 @triton.jit
-def load_gradient(grad_ptr, raw_ptr, slope_ptr, intercept_ptr, p, mask_p, o, mask_o, C_OUT):
-    """Load g at (positions p, outputs o), float32; 0 outside."""
+def load_gradient(grad_ptr, raw_ptr, slope_ptr, intercept_ptr, first_p, row, mask_p, o, mask_o, C_OUT):
+    """Load g at (positions first_p + row, outputs o), float32; 0 outside."""
     mask = mask_p[:, None] & mask_o[None, :]
-    place = p[:, None].to(tl.int64) * C_OUT + o[None, :]
-    grad = tl.load(grad_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    first, place = first_p.to(tl.int64) * C_OUT, row[:, None] * C_OUT + o[None, :]
+    grad = tl.load(grad_ptr + first + place, mask=mask, other=0.0).to(tl.float32)
     if slope_ptr is not None:
         slope = tl.load(slope_ptr + o, mask=mask_o, other=0.0)
         intercept = tl.load(intercept_ptr + o, mask=mask_o, other=0.0)
-        raw = tl.load(raw_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        raw = tl.load(raw_ptr + first + place, mask=mask, other=0.0).to(tl.float32)
         grad = tl.where(mask_p[:, None], grad + slope[None, :] * raw + intercept[None, :], 0.0)
     return grad
 
@@ -195,12 +197,13 @@ def pointwise_gradient_kernel(
 ):
     """Compute g as an operand, once for all tiles that need it."""
     tiles_o = tl.cdiv(C_OUT, BLOCK_N)
-    p = tl.program_id(0) // tiles_o * BLOCK_P + tl.arange(0, BLOCK_P)
+    first_p, row = tl.program_id(0) // tiles_o * BLOCK_P, tl.arange(0, BLOCK_P)
     o = tl.program_id(0) % tiles_o * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_p, mask_o = p < positions, o < C_OUT
-    grad = load_gradient(grad_ptr, raw_ptr, slope_ptr, intercept_ptr, p, mask_p, o, mask_o, C_OUT)
+    mask_p, mask_o = first_p + row < positions, o < C_OUT
+    grad = load_gradient(grad_ptr, raw_ptr, slope_ptr, intercept_ptr, first_p, row, mask_p, o, mask_o, C_OUT)
     grad = as_operand(grad, rounded_ptr.dtype.element_ty, INPUT_PRECISION)
-    tl.store(rounded_ptr + p[:, None].to(tl.int64) * C_OUT + o[None, :], grad, mask=mask_p[:, None] & mask_o[None, :])
+    tile_ptr = rounded_ptr + first_p.to(tl.int64) * C_OUT
+    tl.store(tile_ptr + row[:, None] * C_OUT + o[None, :], grad, mask=mask_p[:, None] & mask_o[None, :])
 
 
 @triton.jit(do_not_specialize=["positions", "normed_bits", "drop_below"])
@@ -231,10 +234,10 @@ def pointwise_forward_kernel(
     """Compute one tile of positions and outputs, and its moments."""
     tiles_n = tl.cdiv(C_OUT, BLOCK_N)
     tile = tl.program_id(0) // tiles_n
-    p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
+    first_p, row = tile * BLOCK_P, tl.arange(0, BLOCK_P)
     o = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_p, mask_o = p < positions, within(o, C_OUT, WHOLE)
-    read_p = tl.minimum(p, positions - 1)  # without a mask: what is computed beyond the last position is not stored
+    mask_p, mask_o = first_p + row < positions, within(o, C_OUT, WHOLE)
+    read_row = tl.minimum(row, positions - 1 - first_p)  # without a mask: what is computed beyond the last is not stored
     dtype = out_ptr.dtype.element_ty
     seed = None if seed_ptr is None else tl.load(seed_ptr)
     num_steps = 0
@@ -251,7 +254,8 @@ def pointwise_forward_kernel(
             scale_ptr,
             offset_ptr,
             (normed_bits >> chosen) & 1,
-            read_p,
+            first_p,
+            read_row,
             width,
             column,
             seed,
@@ -272,13 +276,14 @@ def pointwise_forward_kernel(
         scale = tl.load(norm_scale_ptr + o, mask=mask_o, other=0.0)
         offset = tl.load(norm_offset_ptr + o, mask=mask_o, other=0.0)
         out = relu_of(out, scale[None, :], offset[None, :])
-    place, mask = p[:, None].to(tl.int64) * C_OUT + o[None, :], mask_p[:, None] & mask_o[None, :]
-    tl.store(out_ptr + place, out.to(dtype), mask=mask)
+    tile_ptr = out_ptr + first_p.to(tl.int64) * C_OUT
+    place, mask = row[:, None] * C_OUT + o[None, :], mask_p[:, None] & mask_o[None, :]
+    tl.store(tile_ptr + place, out.to(dtype), mask=mask)
     if partials_ptr is not None:
         # From the rounded values, to which the norm will be applied. They are read back because a thread then holds columns,
         # and adds most of them up by itself; threads of a product hold rows, which are added up by a shuffle for each value.
         tl.debug_barrier()
-        stored = tl.load(out_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        stored = tl.load(tile_ptr + place, mask=mask, other=0.0).to(tl.float32)
         store_moments(partials_ptr, stored, tile, mask_p, o, C_OUT)
 
 
@@ -325,21 +330,22 @@ def pointwise_weight_gradient_kernel(
     seed = None if seed_ptr is None else tl.load(seed_ptr)
 
     grad_weight = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
-    first, end = split * split_size, tl.minimum((split + 1) * split_size, positions)
-    for first_p in range(first, end, BLOCK_K):
-        p = first_p + tl.arange(0, BLOCK_K)
-        mask_p = p < positions
-        grad = load_gradient(grad_ptr, raw_ptr, slope_ptr, intercept_ptr, p, mask_p, o, mask_o, C_OUT)  # (BLOCK_K, BLOCK_P)
-        grad = as_operand(grad, dtype, INPUT_PRECISION)
+    size, row = tl.minimum(split_size, positions - split * split_size), tl.arange(0, BLOCK_K)
+    for block in range(tl.cdiv(size, BLOCK_K)):
+        first_p = split * split_size + block * BLOCK_K
+        mask_p = first_p + row < positions
+        grad = load_gradient(grad_ptr, raw_ptr, slope_ptr, intercept_ptr, first_p, row, mask_p, o, mask_o, C_OUT)
+        grad = as_operand(grad, dtype, INPUT_PRECISION)  # (BLOCK_K, BLOCK_P)
         if rounded_ptr is not None:
-            place = p[:, None].to(tl.int64) * C_OUT + o[None, :]
-            tl.store(rounded_ptr + place, grad, mask=(mask_p & (step == 0))[:, None] & mask_o[None, :])
+            tile_ptr = rounded_ptr + first_p.to(tl.int64) * C_OUT
+            tl.store(tile_ptr + row[:, None] * C_OUT + o[None, :], grad, mask=(mask_p & (step == 0))[:, None] & mask_o[None, :])
         value = load_value(
             x_ptr,
             scale_ptr,
             offset_ptr,
             (normed_bits >> chosen) & 1,
-            tl.minimum(p, positions - 1),  # any value is multiplied by a gradient of 0 beyond
+            first_p,
+            tl.minimum(row, positions - 1 - first_p),  # any value is multiplied by a gradient of 0 beyond
             width,
             column,
             seed,
@@ -394,16 +400,17 @@ def pointwise_input_gradient_kernel(
     grad_x_ptr = grad_maps[0]
     for b in tl.static_range(1, len(raws)):
         grad_x_ptr = tl.where(chosen == b, grad_maps[b], grad_x_ptr)
-    p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
+    first_p, row = tile * BLOCK_P, tl.arange(0, BLOCK_P)
     c = first_c + tl.arange(0, BLOCK_N)
-    mask_p, mask_c = p < positions, within(c, width, WHOLE)
+    mask_p, mask_c = first_p + row < positions, within(c, width, WHOLE)
+    tile_ptr = rounded_ptr + first_p.to(tl.int64) * C_OUT
 
     grad_value = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
     for first_o in range(0, C_OUT, BLOCK_K):
         o = first_o + tl.arange(0, BLOCK_K)
         mask_o = within(o, C_OUT, WHOLE)
-        grad_place = p[:, None].to(tl.int64) * C_OUT + o[None, :]
-        grad = tl.load(rounded_ptr + grad_place, mask=mask_p[:, None] & mask_o[None, :], other=0.0)  # (BLOCK_P, BLOCK_K)
+        grad_place = row[:, None] * C_OUT + o[None, :]  # (BLOCK_P, BLOCK_K)
+        grad = tl.load(tile_ptr + grad_place, mask=mask_p[:, None] & mask_o[None, :], other=0.0)
         place = (column + c)[None, :] * C_OUT + o[:, None]
         operand = tl.load(operand_ptr + place, mask=mask_o[:, None] & mask_c[None, :], other=0.0)
         grad_value = tl.dot(grad, operand, grad_value, input_precision=INPUT_PRECISION)
@@ -457,18 +464,18 @@ def store_input_gradient(
     WHOLE: tl.constexpr,
 ):
     """Go back through dropout, ReLU and norm of one map; store its gradient, and the sums for those of its norm."""
-    p, c = tile * BLOCK_P + tl.arange(0, BLOCK_P), first_c + tl.arange(0, BLOCK_N)
+    first_p, row, c = tile * BLOCK_P, tl.arange(0, BLOCK_P), first_c + tl.arange(0, BLOCK_N)
     mask_c = within(c, width, WHOLE)
-    place = p[:, None].to(tl.int64) * width + c[None, :]
+    first, place = first_p.to(tl.int64) * width, row[:, None] * width + c[None, :]
     mask = mask_p[:, None] & mask_c[None, :]
     factor = tl.full((BLOCK_N,), 1.0, tl.float32)  # the same at all positions, so it is applied to sums
     # Dropout's mask is joined with the ReLU's before either is applied: so both are compared in the layout of x, not moved.
     if seed_ptr is not None:
-        keep = keep_mask(tl.load(seed_ptr), p, first_c, column, drop_below, BLOCK_P, BLOCK_N)
+        keep = keep_mask(tl.load(seed_ptr), first_p + row, first_c, column, drop_below, BLOCK_P, BLOCK_N)
         factor *= keep_scale
     if partials_ptr is not None:
         scale, offset, floor = load_norm(scale_ptr, offset_ptr, normed, c, mask_c)
-        x = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + first + place, mask=mask, other=0.0).to(tl.float32)
         passes = x * scale[None, :] + offset[None, :] > floor[None, :]
         if seed_ptr is not None:
             passes &= keep
@@ -480,4 +487,4 @@ def store_input_gradient(
     elif seed_ptr is not None:
         grad_value = tl.where(keep, grad_value, 0.0)
     grad_value *= factor[None, :]
-    tl.store(grad_x_ptr + place, grad_value.to(grad_x_ptr.dtype.element_ty), mask=mask)
+    tl.store(grad_x_ptr + first + place, grad_value.to(grad_x_ptr.dtype.element_ty), mask=mask)
