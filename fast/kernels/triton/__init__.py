@@ -376,7 +376,7 @@ def _pointwise_product(
 ) -> tuple[Tensor, Moments | None]:
     x, out_channels = product.raws[0], weight.shape[0]
     out = _empty_map(x, out_channels, _out_dtype(x))
-    launch = _map_launch("pointwise_forward", out)
+    launch = _product_launch("pointwise_forward", out)
     if x.dtype.itemsize > out.dtype.itemsize:  # tiles of wider dtypes take the bytes, and so the registers, of narrow ones
         launch = launch._replace(block_k=max(launch.block_k // 2, 16))
     tiles = _tiles(out, launch)
@@ -413,7 +413,9 @@ def _pointwise_weight_gradient(
     """The weight's gradient, and that of the raw output as the operand of another product."""
     x, grad = product.raws[0], gradient[0]
     out_channels, in_channels = weight.shape[:2]
-    launch = _map_launch("pointwise_weight_gradient", grad)
+    launch = _product_launch("pointwise_weight_gradient", grad)
+    if x.dtype.itemsize > grad.dtype.itemsize:  # as for the forward
+        launch = launch._replace(block_k=max(launch.block_k // 2, 16))
     block_o, block_n = _block(launch.block_p, out_channels), _block(launch.block_n, *product.channels)
     column_tiles = sum(_ceil_div(channels, block_n) for channels in product.channels)
     tiles = _ceil_div(out_channels, block_o) * column_tiles
@@ -472,9 +474,7 @@ def _rounded_gradient(gradient: tuple[Any, ...]) -> Tensor:
 def _pointwise_input_gradient(rounded: Tensor, product: _Maps, weight: Tensor) -> list[NormedMap]:
     x = product.raws[0]
     out_channels, in_channels = weight.shape[:2]
-    launch = _map_launch("pointwise_input_gradient", rounded)
-    if x.dtype.itemsize > rounded.dtype.itemsize:  # larger tiles of wider dtypes would not fit the registers of sm_80
-        launch = launch._replace(block_p=64)
+    launch = _product_launch("pointwise_input_gradient", rounded)
     block_n, block_k = _block(launch.block_n, *product.channels), _block(launch.block_k, out_channels)
     grad_maps, tiles = tuple(_empty_map(raw) for raw in product.raws), _tiles(x, launch)
     partials = _empty(x, tiles, 2, in_channels) if any(product.normed) else None
@@ -499,7 +499,6 @@ def _pointwise_input_gradient(rounded: Tensor, product: _Maps, weight: Tensor) -
         BLOCK_K=block_k,
         WHOLE=_are_multiples(block_k, out_channels) and _are_multiples(block_n, *product.channels),
         INPUT_PRECISION=_input_precision(rounded),
-        **_registers_for_two(launch) if _are_multiples(block_k, out_channels) else {},
     )
     if partials is None:
         return [NormedMap(grad_map) for grad_map in grad_maps]
@@ -610,6 +609,13 @@ def _map_launch(kernel: str, x: Tensor) -> Launch:
     return _launch_of(kernel, x.dtype.itemsize, _positions(x), x)
 
 
+def _product_launch(kernel: str, x: Tensor) -> Launch:
+    launch = _map_launch(kernel, x)
+    if x.dtype == torch.float32 and _input_precision(x) == "ieee":  # no matrix unit: a thread holds rows of the operands
+        return launch._replace(block_p=min(launch.block_p, 64), block_n=min(launch.block_n, 64), block_k=32, warps=8, stages=2)
+    return launch
+
+
 def _launch_of(kernel: str, value_bytes: int, size: int, x: Tensor) -> Launch:
     return table_for(x.device)[kernel, value_bytes, "large" if size >= LARGE else "small"]
 
@@ -622,11 +628,6 @@ def _with_warps_for(classes: int, launch: Launch) -> Launch:
 def _block(most: int, *sizes: int) -> int:
     """A tile size no larger than needed, and at least the 16 that a matrix unit takes."""
     return min(most, max(16, _power_of_two(max(sizes))))
-
-
-def _registers_for_two(launch: Launch) -> dict[str, int]:
-    """An option for Triton: as many registers for a thread as let a multiprocessor hold two programs."""
-    return {"maxnreg": 2**16 // 2 // 32 // launch.warps} if launch.warps > 4 else {}
 
 
 def _are_multiples(block: int, *sizes: int) -> bool:

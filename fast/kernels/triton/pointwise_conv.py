@@ -272,19 +272,63 @@ def pointwise_forward_kernel(
 
     if seed_ptr is not None:
         out *= keep_scale
+    # By halves where a thread could not hold all of a wide tile, before and after the norm.
+    parts = halves(out) if norm_scale_ptr is not None and BLOCK_N > 128 else (out,)
+    for i in tl.static_range(len(parts)):
+        first_o = tl.program_id(0) % tiles_n * BLOCK_N + i * (BLOCK_N // len(parts))
+        store_product(
+            parts[i],
+            norm_scale_ptr,
+            norm_offset_ptr,
+            out_ptr,
+            partials_ptr,
+            tile,
+            mask_p,
+            first_o,
+            C_OUT,
+            BLOCK_P,
+            BLOCK_N // len(parts),
+            WHOLE,
+        )
+
+
+@triton.jit
+def store_product(
+    out,  # (BLOCK_P, BLOCK_N)
+    norm_scale_ptr,
+    norm_offset_ptr,
+    out_ptr,
+    partials_ptr,
+    tile,
+    mask_p,
+    first_o,
+    C_OUT,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """Apply the frozen norm, if there is one; store a tile of the output, and its moments, if they are asked for."""
+    first_p, row, o = tile * BLOCK_P, tl.arange(0, BLOCK_P), first_o + tl.arange(0, BLOCK_N)
+    mask_o = within(o, C_OUT, WHOLE)
     if norm_scale_ptr is not None:
         scale = tl.load(norm_scale_ptr + o, mask=mask_o, other=0.0)
         offset = tl.load(norm_offset_ptr + o, mask=mask_o, other=0.0)
         out = relu_of(out, scale[None, :], offset[None, :])
     tile_ptr = out_ptr + first_p.to(tl.int64) * C_OUT
     place, mask = row[:, None] * C_OUT + o[None, :], mask_p[:, None] & mask_o[None, :]
-    tl.store(tile_ptr + place, out.to(dtype), mask=mask)
+    tl.store(tile_ptr + place, out.to(out_ptr.dtype.element_ty), mask=mask)
     if partials_ptr is not None:
         # From the rounded values, to which the norm will be applied. They are read back because a thread then holds columns,
         # and adds most of them up by itself; threads of a product hold rows, which are added up by a shuffle for each value.
         tl.debug_barrier()
         stored = tl.load(tile_ptr + place, mask=mask, other=0.0).to(tl.float32)
         store_moments(partials_ptr, stored, tile, mask_p, o, C_OUT)
+
+
+@triton.jit
+def halves(x):
+    """Split (M, N) into two blocks of N / 2 columns each."""
+    return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
 
 
 @triton.jit(do_not_specialize=["positions", "normed_bits", "drop_below", "split_size"])
@@ -416,10 +460,10 @@ def pointwise_input_gradient_kernel(
         grad_value = tl.dot(grad, operand, grad_value, input_precision=INPUT_PRECISION)
 
     # By halves, because a thread that held all of it twice, before and after it is moved to the layout of x, would spill.
-    left, right = tl.split(tl.permute(tl.reshape(grad_value, (BLOCK_P, 2, BLOCK_N // 2)), (0, 2, 1)))
-    for half in tl.static_range(2):
+    parts = halves(grad_value)
+    for i in tl.static_range(2):
         store_input_gradient(
-            left if half == 0 else right,
+            parts[i],
             x_ptr,
             scale_ptr,
             offset_ptr,
@@ -431,7 +475,7 @@ def pointwise_input_gradient_kernel(
             column,
             seed_ptr,
             partials_ptr,
-            first_c + half * (BLOCK_N // 2),
+            first_c + i * (BLOCK_N // 2),
             drop_below,
             keep_scale,
             C,
