@@ -382,7 +382,8 @@ def pointwise_weight_gradient_kernel(
         grad = as_operand(grad, dtype, INPUT_PRECISION)  # (BLOCK_K, BLOCK_P)
         if rounded_ptr is not None:
             tile_ptr = rounded_ptr + first_p.to(tl.int64) * C_OUT
-            tl.store(tile_ptr + row[:, None] * C_OUT + o[None, :], grad, mask=(mask_p & (step == 0))[:, None] & mask_o[None, :])
+            mask = (mask_p & (step == 0))[:, None] & mask_o[None, :]  # by the first of the tiles that need the same g
+            tl.store(tile_ptr + row[:, None] * C_OUT + o[None, :], grad, mask=mask)
         value = load_value(
             x_ptr,
             scale_ptr,
