@@ -612,7 +612,7 @@ def _map_launch(kernel: str, x: Tensor) -> Launch:
 def _product_launch(kernel: str, x: Tensor) -> Launch:
     launch = _map_launch(kernel, x)
     if x.dtype == torch.float32 and _input_precision(x) == "ieee":  # no matrix unit: a thread holds rows of the operands
-        return launch._replace(block_p=min(launch.block_p, 64), block_n=min(launch.block_n, 64), block_k=32, warps=8, stages=2)
+        return launch._replace(block_p=min(launch.block_p, 64), block_n=min(launch.block_n, 64), block_k=32, warps=8, stages=1)
     return launch
 
 

@@ -286,8 +286,8 @@ def test_dropout_of_nearly_all() -> None:
     assert kept(dropout, 2, [40], (7, 7)).mean() <= 0.01
 
 
-@triton.jit
-def philox_kernel(seed_ptr, counters_ptr, words_ptr, column):
+@triton.jit  # type: ignore[untyped-decorator]
+def philox_kernel(seed_ptr: Any, counters_ptr: Any, words_ptr: Any, column: Any) -> None:
     i = tl.arange(0, 16)
     c0, c1 = (tl.load(counters_ptr + half * 16 + i).to(tl.uint32) for half in tl.static_range(2))
     words = pointwise_conv.philox(tl.load(seed_ptr).to(tl.uint64), c0, c1, column)

@@ -42,8 +42,8 @@ LARGE = 1 << 16
 # (kernel, bytes per value) -> launch for sizes up to LARGE, and beyond. For an H200, chosen by counting, not measured: 32 or
 # fewer values of a map per thread, two programs or more per multiprocessor at 8·49·49 positions, at most 160 KB of shared
 # memory. 1×1 products have the tile that takes the fewest instructions and bytes from the L2 cache, with one program per
-# multiprocessor if it must be; at full float32 precision, without a matrix unit, smaller ones than in this table. Folds, sums and
-# the mean loss wait for memory once per block_p, so that is a large part of what they add up in one iteration.
+# multiprocessor if it must be; at full float32 precision, without a matrix unit, smaller ones than in this table. Folds, sums
+# and the mean loss wait for memory once per block_p, so that is a large part of what they add up in one iteration.
 _COUNTED = {
     ("depthwise_forward", 2): (Launch(32, 64, 0, 4, 1), Launch(64, 64, 0, 8, 1)),
     ("depthwise_forward", 4): (Launch(32, 64, 0, 4, 1), Launch(64, 32, 0, 4, 1)),
