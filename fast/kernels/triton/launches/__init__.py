@@ -64,7 +64,7 @@ _COUNTED = {
     ("normalise_backward", 4): (Launch(32, 64, 0, 4, 1), Launch(64, 64, 0, 4, 1)),
     ("fold", 4): (Launch(1024, 4, 0, 4, 1), Launch(1024, 4, 0, 4, 1)),
     ("unfold", 4): (Launch(0, 128, 0, 4, 1), Launch(0, 128, 0, 4, 1)),
-    ("sum_partials", 4): (Launch(512, 8, 0, 4, 1), Launch(32, 32, 0, 4, 1)),
+    ("sum_partials", 4): (Launch(512, 8, 0, 4, 1), Launch(16, 128, 0, 4, 1)),
     ("cell_gradients", 4): (Launch(16, 0, 0, 1, 1), Launch(16, 0, 0, 1, 1)),  # a cell's whole width at output stride 16
     ("mean_loss", 4): (Launch(8192, 0, 0, 16, 1), Launch(8192, 0, 0, 16, 1)),  # more would be spilled
     ("gather_corners", 4): (Launch(64, 0, 0, 4, 1), Launch(64, 0, 0, 4, 1)),
