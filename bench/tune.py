@@ -50,7 +50,7 @@ CHOICES: dict[str, dict[str, tuple[int, ...]]] = {
     "cell_gradients": {"block_p": (8, 16, 32), "warps": (1, 2, 4)},
     "depthwise_forward": {"block_p": _TILE, "block_n": _TILE, "warps": _WARPS},
     "fold": {"block_p": (128, 256, 512, 1024), "block_n": (1, 2, 4, 8, 16), "warps": _WARPS},
-    "sum_partials": {"block_p": (16, 32, 64, 128, 256, 512), "block_n": (4, 8, 16, 32, 64), "warps": _WARPS},
+    "sum_partials": {"block_p": (16, 32, 64, 128, 256, 512), "block_n": (4, 8, 16, 32, 64, 128), "warps": _WARPS},
     "sum_gradients": {"block_p": (512, 1024, 2048, 4096), "warps": _WARPS},
     "unfold": {"block_n": _WIDE, "warps": (1, 2, 4)},
     "crops": {"block_p": (256, 512, 1024), "block_n": (512, 1024, 2048, 4096), "warps": (1, 2, 4)},

@@ -34,13 +34,18 @@ if _IS_INSTALLED:
     from fast.kernels.triton.gradients import sum_gradients_kernel
     from fast.kernels.triton.pointwise_conv import (
         pointwise_forward_kernel,
+        pointwise_gradient_kernel,
         pointwise_input_gradient_kernel,
+        pointwise_operand_kernel,
         pointwise_weight_gradient_kernel,
     )
     from fast.kernels.triton.schedule import schedule_kernel
     from fast.kernels.triton.separable_inference import separable_inference_kernel
     from fast.kernels.triton.upsampled_confusion_matrix import confusion_matrix_kernel
     from fast.kernels.triton.upsampled_cross_entropy import cell_gradients_kernel, gather_corners_kernel, mean_loss_kernel
+
+# Tiles along the channels from which a launch of its own for g costs less than computing it again for each of them.
+_MANY_TILES = 4
 
 name = "Triton kernels"
 memory_format = torch.channels_last
@@ -147,11 +152,11 @@ def pointwise_backward(
 ) -> tuple[list[NormedMap | None], Tensor]:
     gradient = (_dense(grad), _dense(raw), *_slope_and_intercept(unfolded))
     product = _Maps.of(maps, weight, dropout)
-    grad_weight = _pointwise_weight_gradient(gradient, product, weight)
     needed = [i for i, need in enumerate(need_input) if need]
+    grad_weight, rounded = _pointwise_weight_gradient(gradient, product, weight, need_rounded=bool(needed))
     grad_maps: list[NormedMap | None] = [None] * len(maps)
     if needed:
-        for i, grad_map in zip(needed, _pointwise_input_gradient(gradient, product.only(needed), weight), strict=True):
+        for i, grad_map in zip(needed, _pointwise_input_gradient(rounded, product.only(needed), weight), strict=True):
             grad_maps[i] = grad_map
     return grad_maps, grad_weight
 
@@ -424,7 +429,7 @@ class _Maps(NamedTuple):
         """Bits that say which maps are normalised; the draw of 2¹⁶ below which elements are dropped; the others' factor."""
         bits = sum(normed << b for b, normed in enumerate(self.normed))
         rate = 0.0 if self.dropout is None else self.dropout.rate
-        return bits, round(rate * 2**16), 1.0 / (1.0 - rate)
+        return bits, min(round(rate * 2**16), 2**16 - 1), 1.0 / (1.0 - rate)
 
 
 def _pointwise_product(
@@ -432,7 +437,7 @@ def _pointwise_product(
 ) -> tuple[Tensor, Moments | None]:
     x, out_channels = product.raws[0], weight.shape[0]
     out = _empty_map(x, out_channels, _out_dtype(x))
-    launch = _map_launch("pointwise_forward", out)
+    launch = _product_launch("pointwise_forward", out)
     if x.dtype.itemsize > out.dtype.itemsize:  # tiles of wider dtypes take the bytes, and so the registers, of narrow ones
         launch = launch._replace(block_k=max(launch.block_k // 2, 16))
     tiles = _tiles(out, launch)
@@ -444,7 +449,7 @@ def _pointwise_product(
         launch,
         (
             *product.pointers(),
-            weight.contiguous(),
+            _operand(weight, out),
             product.seed,
             *norm,
             out,
@@ -457,17 +462,80 @@ def _pointwise_product(
         BLOCK_P=launch.block_p,
         BLOCK_N=block_n,
         BLOCK_K=block_k,
+        WHOLE=_are_multiples(block_n, out_channels) and _are_multiples(block_k, *product.channels),
         INPUT_PRECISION=_input_precision(out),
     )
     return out, None if partials is None else Moments(partials, launch.block_p)
 
 
-def _pointwise_input_gradient(gradient: tuple[Any, ...], product: _Maps, weight: Tensor) -> list[NormedMap]:
+def _pointwise_weight_gradient(
+    gradient: tuple[Any, ...], product: _Maps, weight: Tensor, *, need_rounded: bool
+) -> tuple[Tensor, Tensor]:
+    """The weight's gradient, and that of the raw output as the operand of another product."""
+    x, grad = product.raws[0], gradient[0]
+    out_channels, in_channels = weight.shape[:2]
+    launch = _product_launch("pointwise_weight_gradient", grad)
+    if x.dtype.itemsize > grad.dtype.itemsize:  # as for the forward
+        launch = launch._replace(block_k=max(launch.block_k // 2, 16))
+    block_o, block_n = _block(launch.block_p, out_channels), _block(launch.block_n, *product.channels)
+    column_tiles = sum(_ceil_div(channels, block_n) for channels in product.channels)
+    tiles = _ceil_div(out_channels, block_o) * column_tiles
+    if gradient[2] is not None and column_tiles >= _MANY_TILES:
+        grad = _rounded_gradient(gradient)
+        gradient = (grad, grad, None, None)
+    # Rounded down: a few programs more than fit at once would take as long as twice as many.
+    splits = min(max(launch.programs // max(tiles, 1), 1), _ceil_div(_positions(x), launch.block_k))
+    split_size = _ceil_div(_ceil_div(_positions(x), max(splits, 1)), launch.block_k) * launch.block_k
+    splits = _ceil_div(_positions(x), max(split_size, 1))  # without the last part, if it has become empty
+    partials = _empty(x, splits, out_channels, in_channels)
+    is_rounded = gradient[2] is None and _input_precision(grad) != "tf32"  # as it comes
+    rounded = torch.empty_like(grad) if need_rounded and not is_rounded else None
+    _launch(
+        pointwise_weight_gradient_kernel,
+        splits * tiles,
+        launch,
+        (
+            *gradient,
+            *product.pointers(),
+            product.seed,
+            partials,
+            rounded,
+            _positions(x),
+            *product.numbers(),
+            split_size,
+            in_channels,
+            out_channels,
+        ),
+        BLOCK_P=block_o,
+        BLOCK_N=block_n,
+        BLOCK_K=launch.block_k,
+        WHOLE=_are_multiples(block_o, out_channels) and _are_multiples(block_n, *product.channels),
+        INPUT_PRECISION=_input_precision(grad),
+    )
+    return _sum_partials(partials).view_as(weight).to(weight.dtype), grad if rounded is None else rounded
+
+
+def _rounded_gradient(gradient: tuple[Any, ...]) -> Tensor:
+    """grad + slope · raw + intercept as an operand: (N, C_out, H, W)."""
+    grad = gradient[0]
+    rounded, out_channels = torch.empty_like(grad), grad.shape[1]
+    launch = _map_launch("normalise", grad)  # which loads, computes and stores about as much
+    _launch(
+        pointwise_gradient_kernel,
+        _tiles(grad, launch) * _ceil_div(out_channels, launch.block_n),
+        launch,
+        (*gradient, rounded, _positions(grad), out_channels),
+        BLOCK_P=launch.block_p,
+        BLOCK_N=launch.block_n,
+        INPUT_PRECISION=_input_precision(grad),
+    )
+    return rounded
+
+
+def _pointwise_input_gradient(rounded: Tensor, product: _Maps, weight: Tensor) -> list[NormedMap]:
     x = product.raws[0]
     out_channels, in_channels = weight.shape[:2]
-    launch = _map_launch("pointwise_input_gradient", gradient[0])
-    if x.dtype.itemsize > gradient[0].dtype.itemsize:  # larger tiles of wider dtypes would not fit the registers of sm_80
-        launch = launch._replace(block_p=64)
+    launch = _product_launch("pointwise_input_gradient", rounded)
     block_n, block_k = _block(launch.block_n, *product.channels), _block(launch.block_k, out_channels)
     grad_maps, tiles = tuple(_empty_map(raw) for raw in product.raws), _tiles(x, launch)
     partials = _empty(x, tiles, 2, in_channels) if any(product.normed) else None
@@ -476,10 +544,10 @@ def _pointwise_input_gradient(gradient: tuple[Any, ...], product: _Maps, weight:
         tiles * sum(_ceil_div(channels, block_n) for channels in product.channels),
         launch,
         (
-            *gradient,
+            rounded,
             *product.pointers(),
             grad_maps,
-            weight.contiguous(),
+            _operand(weight, rounded, transposed=True),
             product.seed,
             partials,
             _positions(x),
@@ -490,7 +558,8 @@ def _pointwise_input_gradient(gradient: tuple[Any, ...], product: _Maps, weight:
         BLOCK_P=launch.block_p,
         BLOCK_N=block_n,
         BLOCK_K=block_k,
-        INPUT_PRECISION=_input_precision(gradient[0]),
+        WHOLE=_are_multiples(block_k, out_channels) and _are_multiples(block_n, *product.channels),
+        INPUT_PRECISION=_input_precision(rounded),
     )
     if partials is None:
         return [NormedMap(grad_map) for grad_map in grad_maps]
@@ -503,37 +572,25 @@ def _pointwise_input_gradient(gradient: tuple[Any, ...], product: _Maps, weight:
     ]
 
 
-def _pointwise_weight_gradient(gradient: tuple[Any, ...], product: _Maps, weight: Tensor) -> Tensor:
-    x = product.raws[0]
-    out_channels, in_channels = weight.shape[:2]
-    launch = _map_launch("pointwise_weight_gradient", gradient[0])
-    block_o, block_n = _block(launch.block_p, out_channels), _block(launch.block_n, *product.channels)
-    tiles = _ceil_div(out_channels, block_o) * sum(_ceil_div(channels, block_n) for channels in product.channels)
-    splits = min(_ceil_div(launch.programs, tiles), _ceil_div(_positions(x), launch.block_k))
-    split_size = _ceil_div(_ceil_div(_positions(x), max(splits, 1)), launch.block_k) * launch.block_k
-    splits = _ceil_div(_positions(x), max(split_size, 1))  # without the last part, if it has become empty
-    partials = _empty(x, splits, out_channels, in_channels)
+def _operand(weight: Tensor, like: Tensor, *, transposed: bool = False) -> Tensor:
+    """The weight (C_out, C, 1, 1) as a product with `like` takes it: (C_out, C), or (C, C_out), whose rows are summed over."""
+    weight, precision = weight.contiguous(), _input_precision(like)
+    if weight.dtype == like.dtype and precision != "tf32" and not transposed:
+        return weight
+    out_channels, channels = weight.shape[:2]
+    shape = (channels, out_channels) if transposed else (out_channels, channels)
+    operand = torch.empty(shape, dtype=like.dtype, device=weight.device)
     _launch(
-        pointwise_weight_gradient_kernel,
-        splits * tiles,
-        launch,
-        (
-            *gradient,
-            *product.pointers(),
-            product.seed,
-            partials,
-            _positions(x),
-            *product.numbers(),
-            split_size,
-            in_channels,
-            out_channels,
-        ),
-        BLOCK_P=block_o,
-        BLOCK_N=block_n,
-        BLOCK_K=launch.block_k,
-        INPUT_PRECISION=_input_precision(gradient[0]),
+        pointwise_operand_kernel,
+        _ceil_div(out_channels, 32) * _ceil_div(channels, 64),
+        Launch(32, 64, 0, 4, 1),  # too short to be worth tuning
+        (weight, operand, channels, out_channels),
+        TRANSPOSED=transposed,
+        BLOCK_O=32,
+        BLOCK_C=64,
+        INPUT_PRECISION=precision,
     )
-    return _sum_partials(partials).view_as(weight).to(weight.dtype)
+    return operand
 
 
 def _sum_partials(partials: Tensor, interleaved: int = 0) -> Tensor:
@@ -613,6 +670,13 @@ def _map_launch(kernel: str, x: Tensor) -> Launch:
     return _launch_of(kernel, x.dtype.itemsize, _positions(x), x)
 
 
+def _product_launch(kernel: str, x: Tensor) -> Launch:
+    launch = _map_launch(kernel, x)
+    if x.dtype == torch.float32 and _input_precision(x) == "ieee":  # no matrix unit: a thread holds rows of the operands
+        return launch._replace(block_p=min(launch.block_p, 64), block_n=min(launch.block_n, 64), block_k=32, warps=8, stages=1)
+    return launch
+
+
 def _launch_of(kernel: str, value_bytes: int, size: int, x: Tensor) -> Launch:
     return table_for(x.device)[kernel, value_bytes, "large" if size >= LARGE else "small"]
 
@@ -625,6 +689,10 @@ def _with_warps_for(classes: int, launch: Launch) -> Launch:
 def _block(most: int, *sizes: int) -> int:
     """A tile size no larger than needed, and at least the 16 that a matrix unit takes."""
     return min(most, max(16, _power_of_two(max(sizes))))
+
+
+def _are_multiples(block: int, *sizes: int) -> bool:
+    return all(size % block == 0 for size in sizes)
 
 
 def _power_of_two(size: int) -> int:

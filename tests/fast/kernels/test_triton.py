@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("triton", reason="Triton has no build for this system")
 
 import triton
+import triton.language as tl
 
 from fast import kernels
 from fast.atrous_separable_conv import atrous_separable_conv
@@ -29,7 +30,7 @@ from fast.dense_prediction_cell import DensePredictionCell
 from fast.kernels import Dropout, Folded, NormedMap, Unfolded
 from fast.kernels import triton as triton_backend
 from fast.kernels.differentiable import OnKernels
-from fast.kernels.triton import Moments, depthwise_conv, launches
+from fast.kernels.triton import Moments, depthwise_conv, launches, pointwise_conv
 from fast.kernels.triton.launches import Launch
 from fast.pyramid_pooling import pyramid_pooling
 from fast.segmentation import SegmentationHead
@@ -290,6 +291,104 @@ def test_dropout_follows_its_rate_and_seed() -> None:
         [x], torch.eye(3, device=DEVICE)[:, :, None, None], Dropout(0.5, torch.tensor([1], device=DEVICE)), statistics=False
     )
     assert set(out.ravel().tolist()) <= {0.0, 2.0}
+
+
+def test_dropout_of_nearly_all() -> None:
+    """A rate that rounds to 1 in 16 bits still drops, all but one in 65536."""
+    dropout = Dropout(1.0 - 2.0**-20, torch.tensor([5], device=DEVICE))
+    assert kept(dropout, 2, [40], (7, 7)).mean() <= 0.01
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def philox_kernel(seed_ptr: Any, counters_ptr: Any, words_ptr: Any, column: Any) -> None:
+    i = tl.arange(0, 16)
+    c0, c1 = (tl.load(counters_ptr + half * 16 + i).to(tl.uint32) for half in tl.static_range(2))
+    words = pointwise_conv.philox(tl.load(seed_ptr).to(tl.uint64), c0, c1, column)
+    for j in tl.static_range(4):
+        tl.store(words_ptr + j * 16 + i, words[j].to(tl.int64))
+
+
+def test_random_words_are_those_of_philox() -> None:
+    """Salmon et al. 2011, with 10 rounds; its known answer for zeros."""
+    rng, mask = np.random.default_rng(0), 2**32 - 1
+    counters = rng.integers(2**31, size=(2, 16))
+    counters[:, 0] = 0
+    for seed, column in ((0, 0), (int(rng.integers(2**62)), 1280)):
+        words = torch.empty(4, 16, dtype=torch.int64, device=DEVICE)
+        philox_kernel[(1,)](torch.tensor([seed], device=DEVICE), torch.from_numpy(counters).to(DEVICE), words, column)
+        c0, c1, c2, c3 = (part.astype(object) for part in (*counters, np.full(16, column), np.zeros(16, np.int64)))
+        k0, k1 = seed & mask, seed >> 32
+        for _ in range(10):
+            first, second = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+            c0, c1, c2, c3 = (second >> 32) ^ c1 ^ k0, second & mask, (first >> 32) ^ c3 ^ k1, first & mask
+            k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
+        assert (words.cpu() & mask).tolist() == [part.tolist() for part in (c0, c1, c2, c3)]
+        if seed == 0:
+            assert [part[0] for part in (c0, c1, c2, c3)] == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 37), (33, 1), (5, 7)])
+@pytest.mark.parametrize("dropout_rate", [0.0, 0.4])
+def test_pointwise_of_whole_tiles(size: tuple[int, int], dropout_rate: float) -> None:
+    """Channels that fill their tiles need no masks, but the last tile of positions is not full."""
+    rng, widths, out_channels = np.random.default_rng(0), [16, 48, 32], 32
+    maps = [draw_map(rng, width, size, batch=1, layout="contiguous", normed=width != 48) for width in widths]
+    weight, norm = draw_tensor(rng, out_channels, sum(widths), 1, 1), draw_norm(rng, out_channels)
+    grad, unfolded = draw_tensor(rng, 1, out_channels, *size), draw_unfolded(rng, out_channels)
+    dropout = Dropout(dropout_rate, torch.tensor([3], device=DEVICE)) if dropout_rate else None
+    keep = 1.0 if dropout is None else kept(dropout, 1, widths, size) / (1.0 - dropout_rate)
+    with tiled("small"):
+        raw, moments = triton_backend.pointwise_forward(maps, weight, dropout, statistics=True)
+        check_fold(moments, raw, norm)
+        grad_maps, grad_weight = triton_backend.pointwise_backward(
+            grad, raw, unfolded, maps, weight, dropout, need_input=[True] * 3
+        )
+    value = concatenated(maps) * keep
+    assert_close(raw, reference_pointwise_conv(value, to_array(weight)))
+    grad_raw = effective_gradient(to_array(grad), to_array(raw), unfolded)
+    grad_concat, expected_weight = pointwise_conv_backward(grad_raw, value, to_array(weight))
+    assert_close(grad_weight, expected_weight)
+    for x, grad_map, grad_value in zip(
+        maps, grad_maps, np.split(grad_concat * keep, np.cumsum(widths)[:-1], axis=1), strict=True
+    ):
+        assert_close(grad_map, of(x).backward(grad_value))
+
+
+def test_gradient_of_the_output_is_the_same_computed_once_or_in_every_tile() -> None:
+    rng = np.random.default_rng(0)
+    maps = [draw_map(rng, channels, (5, 7), layout="contiguous", normed=True) for channels in (20, 33)]
+    weight, (raw, grad) = draw_tensor(rng, 19, 53, 1, 1), (draw_tensor(rng, 2, 19, 5, 7) for _ in range(2))
+    results, launched = [], []
+    for many in (1, 99):
+        launch = mock.Mock(wraps=triton_backend._launch)
+        with tiled("small"), mock.patch.multiple(triton_backend, _MANY_TILES=many, _launch=launch):
+            grad_maps, grad_weight = triton_backend.pointwise_backward(
+                grad, raw, draw_unfolded(np.random.default_rng(1), 19), maps, weight, None, need_input=[True, True]
+            )
+        results.append([grad_weight, *(tensor for grad_map in grad_maps for tensor in grad_map or ())])
+        launched.append([call.args[0] for call in launch.call_args_list])
+    assert [pointwise_conv.pointwise_gradient_kernel in kernels for kernels in launched] == [True, False]
+    assert all(torch.equal(first, second) for first, second in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("tiling", ["table", "small"])
+@pytest.mark.parametrize("where", [(0, 0), (4, 6)])
+def test_a_value_that_is_not_a_number_stays_one_and_where_it_is(tiling: str, where: tuple[int, int]) -> None:
+    """Also in the last position, which is read in place of those beyond it."""
+    rng = np.random.default_rng(0)
+    x, weight = draw_map(rng, 5, (5, 7), batch=1, layout="contiguous", normed=True), draw_tensor(rng, 3, 5, 1, 1)
+    x.raw[0, 2, where[0], where[1]] = torch.nan
+    with tiled(tiling):
+        raw, _ = triton_backend.pointwise_forward([x], weight, None, statistics=False)
+        grad = torch.ones_like(raw)
+        (grad_map,), grad_weight = triton_backend.pointwise_backward(grad, raw, None, [x], weight, None, need_input=[True])
+    expected = torch.zeros(5, 7, dtype=torch.bool)
+    expected[where] = True
+    assert all(torch.equal(channel.isnan().cpu(), expected) for channel in raw[0])
+    assert grad_weight[:, 2].isnan().all()
+    assert not grad_weight[:, [0, 1, 3, 4]].isnan().any()
+    assert grad_map is not None
+    assert not grad_map.raw.isnan().any()  # a comparison with no number is false, as in PyTorch's relu
 
 
 @few_examples

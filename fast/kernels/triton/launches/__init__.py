@@ -28,7 +28,7 @@ class Launch(NamedTuple):
     block_k: int
     warps: int
     stages: int
-    programs: int = 0  # weight gradient only: least number of parts that its positions are split into
+    programs: int = 0  # weight gradient only: most programs, if its positions are split into parts to have more than one
 
 
 Size = Literal["small", "large"]
@@ -42,20 +42,21 @@ LARGE = 1 << 16
 
 # (kernel, bytes per value) -> launch for sizes up to LARGE, and beyond. For an H200, chosen by counting, not measured: 32 or
 # fewer values of a map per thread, two programs or more per multiprocessor at 8·49·49 positions, at most 160 KB of shared
-# memory. Float32 products at full precision have no matrix unit, so their tiles are limited by registers. Folds, sums and
-# the mean loss wait for memory once per block_p, so that is a large part of what they add up in one iteration.
+# memory. 1×1 products have the tile that takes the fewest instructions and bytes from the L2 cache, with one program per
+# multiprocessor if it must be; at full float32 precision, without a matrix unit, smaller ones than in this table. Folds, sums
+# and the mean loss wait for memory once per block_p, so that is a large part of what they add up in one iteration.
 _COUNTED = {
     ("depthwise_forward", 2): (Launch(32, 64, 0, 4, 1), Launch(64, 64, 0, 8, 1)),
     ("depthwise_forward", 4): (Launch(32, 64, 0, 4, 1), Launch(64, 32, 0, 4, 1)),
     ("depthwise_backward", 2): (Launch(64, 64, 0, 8, 1), Launch(64, 64, 0, 8, 1)),
     ("depthwise_backward", 4): (Launch(64, 32, 0, 8, 1), Launch(64, 32, 0, 8, 1)),
-    ("pointwise_forward", 2): (Launch(64, 128, 64, 8, 3), Launch(128, 128, 32, 8, 3)),
-    ("pointwise_forward", 4): (Launch(64, 64, 32, 8, 2), Launch(64, 64, 32, 8, 2)),
-    ("pointwise_input_gradient", 2): (Launch(128, 128, 32, 8, 3), Launch(128, 128, 32, 8, 3)),
-    ("pointwise_input_gradient", 4): (Launch(64, 64, 16, 8, 2), Launch(64, 64, 16, 8, 2)),
-    # 264: two programs for each multiprocessor of an H200.
-    ("pointwise_weight_gradient", 2): (Launch(128, 128, 32, 8, 3, 264), Launch(128, 128, 32, 8, 3, 264)),
-    ("pointwise_weight_gradient", 4): (Launch(64, 64, 32, 8, 2, 264), Launch(64, 64, 32, 8, 2, 264)),
+    ("pointwise_forward", 2): (Launch(64, 256, 64, 4, 2), Launch(64, 256, 64, 4, 2)),
+    ("pointwise_forward", 4): (Launch(64, 256, 32, 4, 2), Launch(64, 256, 32, 4, 2)),
+    ("pointwise_input_gradient", 2): (Launch(128, 128, 64, 8, 2), Launch(128, 128, 64, 8, 2)),
+    ("pointwise_input_gradient", 4): (Launch(128, 128, 32, 8, 2), Launch(128, 128, 32, 8, 2)),
+    # 132: one program, whose sums fill half of the registers, for each multiprocessor of an H200.
+    ("pointwise_weight_gradient", 2): (Launch(256, 128, 32, 8, 2, 132), Launch(256, 128, 32, 8, 2, 132)),
+    ("pointwise_weight_gradient", 4): (Launch(128, 128, 32, 8, 2, 132), Launch(128, 128, 32, 8, 2, 132)),
     ("separable_inference", 2): (Launch(64, 256, 16, 8, 2), Launch(64, 256, 16, 8, 2)),
     ("separable_inference", 4): (Launch(64, 64, 16, 8, 1), Launch(64, 64, 16, 8, 1)),
     ("normalise", 2): (Launch(32, 64, 0, 4, 1), Launch(64, 64, 0, 4, 1)),
@@ -66,7 +67,7 @@ _COUNTED = {
     ("sum_gradients", 4): (Launch(1024, 0, 0, 4, 1), Launch(1024, 0, 0, 4, 1)),
     ("fold", 4): (Launch(1024, 4, 0, 4, 1), Launch(1024, 4, 0, 4, 1)),
     ("unfold", 4): (Launch(0, 128, 0, 4, 1), Launch(0, 128, 0, 4, 1)),
-    ("sum_partials", 4): (Launch(512, 8, 0, 4, 1), Launch(32, 32, 0, 4, 1)),
+    ("sum_partials", 4): (Launch(512, 8, 0, 4, 1), Launch(16, 128, 0, 4, 1)),
     ("cell_gradients", 4): (Launch(16, 0, 0, 1, 1), Launch(16, 0, 0, 1, 1)),  # a cell's whole width at output stride 16
     ("mean_loss", 4): (Launch(8192, 0, 0, 16, 1), Launch(8192, 0, 0, 16, 1)),  # more would be spilled
     ("gather_corners", 4): (Launch(64, 0, 0, 4, 1), Launch(64, 0, 0, 4, 1)),
