@@ -47,7 +47,7 @@ CHOICES: dict[str, dict[str, tuple[int, ...]]] = {
     "pointwise_input_gradient": _PRODUCT,
     "pointwise_forward": _PRODUCT | {"block_k": (16, 32, 64, 128)},
     "pointwise_weight_gradient": _PRODUCT | {"programs": (132, 264, 528)},
-    "cell_gradients": {"block_p": (8, 16, 32), "warps": (1, 2, 4)},
+    "cell_gradients": {"block_p": (32, 64, 128, 256), "warps": (1, 2, 4)},
     "depthwise_forward": {"block_p": _TILE, "block_n": _TILE, "warps": _WARPS},
     "fold": {"block_p": (128, 256, 512, 1024), "block_n": (1, 2, 4, 8, 16), "warps": _WARPS},
     "sum_partials": {"block_p": (16, 32, 64, 128, 256, 512), "block_n": (4, 8, 16, 32, 64, 128), "warps": _WARPS},

@@ -105,10 +105,10 @@ def what_it_works_on(node: TritonLaunch) -> str:
     Read by people, and compared with nothing.
     """
     a = node.named_arguments()
-    if "C_OUT" in a:
-        return f"{a['C']} -> {a['C_OUT']} channels"
     if "rate_h" in a:
         return f"rate {a['rate_h']}×{a['rate_w']}, {a['C']} channels"
+    if {"C", "C_OUT"} <= a.keys():
+        return f"{a['C']} -> {a['C_OUT']} channels"
     return described(next(x for x in tree_leaves(node.arguments) if isinstance(x, Tensor)))
 
 

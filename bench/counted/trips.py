@@ -22,11 +22,11 @@ def _of_maps(a: Arguments) -> int:
     return sum(ceil_div(channels, a["BLOCK_K"]) for channels in a["channels"])
 
 
-def _of_cell(a: Arguments) -> list[float]:
-    """Strips of a cell's width, and rows of all strips; the last cell has one pixel more than a strip."""
-    width, height = (a[f"label_{size}"] / a[f"cells_{size[0]}"] for size in ("width", "height"))
-    strips = max(1.0, width / a["BLOCK_X"]) if width % a["BLOCK_X"] < 1 else ceil_div(int(width), a["BLOCK_X"])
-    return [strips, strips * height]
+def _of_cells(a: Arguments) -> list[float]:
+    """The classes of the corners; chunks of label pixels, each with its classes twice; no chunk is computed row by row."""
+    chunks = ceil_div(a["rows"], a["ROWS"]) * ceil_div(a["columns"], a["COLUMNS"] * a["LANES"])
+    row_by_row = [0.0] * 6
+    return [ceil_div(a["K"], a["LANES"]), chunks, a["K"] * chunks, *row_by_row, a["K"] * chunks]
 
 
 TRIPS: dict[str, Callable[[Arguments], list[float]]] = {
@@ -35,9 +35,9 @@ TRIPS: dict[str, Callable[[Arguments], list[float]]] = {
     "pointwise_forward_kernel": lambda a: [_of_maps(a)],
     "pointwise_input_gradient_kernel": lambda a: [_of_outputs(a)],
     "pointwise_weight_gradient_kernel": lambda a: [ceil_div(a["split_size"], a["BLOCK_K"])],
-    "cell_gradients_kernel": _of_cell,
+    "cell_gradients_kernel": _of_cells,
     "separable_inference_kernel": lambda a: [ceil_div(a["C"], a["BLOCK_K"])],
-    "mean_loss_kernel": lambda a: [ceil_div(a["cells"], a["BLOCK"])],
+    "mean_loss_kernel": lambda a: [ceil_div(a["programs"], a["BLOCK"])],
 }
 
 

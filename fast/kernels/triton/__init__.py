@@ -292,29 +292,35 @@ def upsampled_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int) -
     """The loss is NaN if a label is neither a class nor ignore_index: raising would have to wait for the device."""
     labels, sizes = _labels_and_sizes(logits, labels)
     n, classes, height, width = logits.shape
-    cells_h, cells_w = sizes[4:]
-    cells, block_k = n * cells_h * cells_w, _power_of_two(classes)
-    grad, loss, share = torch.empty_like(logits), logits.new_empty(()), _empty(logits, 1)
-    corners, losses = _empty(logits, cells, 4, classes), _empty(logits, cells)
-    counts = torch.empty(cells, dtype=torch.int32, device=logits.device)
+    if classes * logits.stride(1) >= 2**31:
+        raise ValueError(
+            f"kernels count logits of an image in 32 bits: {classes} classes {logits.stride(1)} apart are too many"
+        )
+    cells, block_k = n * height * width, _power_of_two(classes)  # a cell of label pixels begins at each logit
     launch = _launch_of("cell_gradients", 4, _positions(logits), logits)
+    rows, columns = (_largest_cell(size, label_size) for size, label_size in zip(sizes[:2], sizes[2:4], strict=True))
+    tile = _label_tile(rows, columns, launch)
+    programs = _ceil_div(cells, tile["CELLS"])
+    grad, loss, share = torch.empty_like(logits), logits.new_empty(()), _empty(logits, 1)
+    corners, losses = _empty(logits, classes, 4, cells), _empty(logits, programs)
+    counts = torch.empty(programs, dtype=torch.int32, device=logits.device)
+    pixels = (cells, *sizes[:4], rows, columns)
     _launch(
         cell_gradients_kernel,
-        cells,
-        _with_warps_for(block_k, launch),
-        (logits, labels, corners, losses, counts, *sizes, *logits.stride(), ignore_index, classes),
-        BLOCK_K=block_k,
-        BLOCK_X=launch.block_p,
+        programs,
+        launch,
+        (logits, labels, corners, losses, counts, *pixels, *logits.stride(), ignore_index, classes),
+        **tile,
     )
     launch = _launch_of("mean_loss", 4, _positions(logits), logits)
-    _launch(mean_loss_kernel, 1, launch, (losses, counts, loss, share, cells), BLOCK=launch.block_p)
+    _launch(mean_loss_kernel, 1, launch, (losses, counts, loss, share, programs), BLOCK=launch.block_p)
     launch = _launch_of("gather_corners", 4, _positions(logits), logits)
     block_q = max(1, launch.block_p * 32 // block_k)
     _launch(
         gather_corners_kernel,
-        _ceil_div(n * height * width, block_q),
+        _ceil_div(cells, block_q),
         launch,
-        (corners, share, grad, n * height * width, height, width, cells_h, cells_w, *grad.stride(), classes),
+        (corners, share, grad, cells, height, width, *grad.stride(), classes),
         BLOCK_Q=block_q,
         BLOCK_K=block_k,
     )
@@ -679,6 +685,20 @@ def _product_launch(kernel: str, x: Tensor) -> Launch:
 
 def _launch_of(kernel: str, value_bytes: int, size: int, x: Tensor) -> Launch:
     return table_for(x.device)[kernel, value_bytes, "large" if size >= LARGE else "small"]
+
+
+def _largest_cell(size: int, label_size: int) -> int:
+    """The most label pixels from a logit to the next along one axis; one logit has all of them."""
+    return label_size if size == 1 else _ceil_div(max(label_size - 1, 1), size - 1)
+
+
+def _label_tile(rows: int, columns: int, launch: Launch) -> dict[str, int]:
+    """The tile of `cell_gradients` for cells of at most rows × columns label pixels. The four corners need four lanes."""
+    row_block, column_block = (min(max(_power_of_two(size), 4), most) for size, most in ((rows, 16), (columns, 32)))
+    per_thread = min(max(launch.block_p // (32 * launch.warps), 1), column_block // 4)
+    lanes = column_block // per_thread
+    cells = 32 * launch.warps // lanes
+    return {"ROWS": row_block, "SERIES": min(row_block, 8), "COLUMNS": per_thread, "CELLS": cells, "LANES": lanes}
 
 
 def _with_warps_for(classes: int, launch: Launch) -> Launch:

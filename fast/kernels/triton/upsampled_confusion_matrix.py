@@ -20,7 +20,7 @@ import triton.language as tl
 from fast.kernels.triton.upsampled_cross_entropy import SIZES, STRIDES, first_pixel, within_cell
 
 
-@triton.jit(do_not_specialize=[*SIZES, *STRIDES, "ignore_index"])
+@triton.jit(do_not_specialize=[*SIZES, "cells_h", "cells_w", *STRIDES, "ignore_index"])
 def confusion_matrix_kernel(
     logits_ptr,
     labels_ptr,  # (N, label_height, label_width)

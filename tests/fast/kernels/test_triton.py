@@ -70,7 +70,11 @@ if (
     and np.lib.NumpyVersion(np.__version__) >= "2.5.0.dev0"
 ):
     pytest.skip("Triton 3.6's interpreter needs NumPy below 2.5", allow_module_level=True)
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")  # Triton 3.6's too
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),  # Triton 3.6's too
+    # What a steep series of the loss overflows to is thrown away; the interpreter says so, a GPU does not.
+    pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero) encountered:RuntimeWarning"),
+]
 
 # Relative to the largest |expected|. Float32 rounding is 6e-8; sums here have up to 200 terms of both signs, whose errors add
 # up like a random walk, to 15 times that, and cancellation leaves a sum some ten times smaller than its terms.
@@ -511,6 +515,88 @@ def test_upsampled_cross_entropy(
     assert np.abs(to_array(grad) - expected_grad).max() <= CLOSE * max(np.abs(expected_grad).max(), 0.01)
 
 
+@pytest.mark.parametrize(
+    ("size", "label_size", "classes"),
+    [
+        ((2, 3), (17, 33), 19),  # output stride 16
+        ((3, 3), (17, 9), 5),  # 8 and 4: shorter series
+        ((2, 3), (12, 14), 33),  # classes 0 and 32 share a bit
+        ((2, 2), (19, 35), 3),  # several chunks of a cell, along both axes
+        ((1, 1), (19, 21), 3),
+        ((1, 5), (3, 37), 4),
+        ((5, 1), (41, 2), 4),
+        ((6, 7), (3, 2), 20),  # cells without a pixel
+        ((1, 2), (2, 3), 260),  # labels that are no bytes
+        ((2, 3), (18, 19), 1),
+    ],
+    ids=str,
+)
+def test_upsampled_cross_entropy_of_cells_of_any_size(
+    size: tuple[int, int], label_size: tuple[int, int], classes: int
+) -> None:
+    rng = np.random.default_rng(0)
+    logits, labels = draw_tensor(rng, 2, classes, *size, layout="window"), draw_labels(rng, label_size, classes, 0.2, 255)
+    assert_loss_and_gradient(logits, labels, 3e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_upsampled_cross_entropy_reads_any_dtype(dtype: torch.dtype) -> None:
+    if dtype == torch.bfloat16 and DEVICE == "cpu":
+        pytest.skip("the interpreter makes no bfloat16 of float64")
+    rng = np.random.default_rng(0)
+    logits, labels = draw_tensor(rng, 2, 19, 3, 4, layout="channels_last").to(dtype), draw_labels(rng, (33, 40), 19, 0.2, 255)
+    expected = upsampled_cross_entropy(to_array(logits), labels)
+    loss, grad = triton_backend.upsampled_cross_entropy(logits, torch.from_numpy(labels).to(DEVICE), 255)
+    assert (loss.dtype, grad.dtype, grad.stride()) == (dtype, dtype, logits.stride())
+    assert loss.item() == pytest.approx(expected, rel=2**-8)
+    assert relative_error(grad, upsampled_cross_entropy_backward(to_array(logits), labels)) <= 2**-8
+
+
+@pytest.mark.parametrize(
+    ("size", "label_size", "scale"),
+    [((2, 3), (17, 33), 20.0), ((2, 3), (17, 33), 300.0), ((3, 4), (9, 10), 60.0), ((4, 4), (3, 4), 20.0)],
+    ids=str,
+)
+def test_one_class_leads_by_far_at_each_logit(size: tuple[int, int], label_size: tuple[int, int], scale: float) -> None:
+    """In between, all classes lie far below the interpolated largest logits, or a power's series leaves float32's range."""
+    rng = np.random.default_rng(0)
+    leading = rng.integers(3, size=(1, 1, *size))
+    logits = draw(rng, 1, 3, *size) + scale * (leading == np.arange(3)[:, None, None])
+    labels = draw_labels(rng, label_size, 3, 0.2, 255)[:1]
+    assert_loss_and_gradient(as_tensor(logits), labels, 3e-6 + 1e-7 * scale)  # the logits' own rounding
+
+
+def test_only_one_cell_needs_the_exact_way() -> None:
+    """Its neighbours in the same program are computed with it, those of other programs are not; both ways agree."""
+    rng = np.random.default_rng(0)
+    logits = draw(rng, 1, 3, 3, 6)
+    logits[0, 2, 1, 3] += 300.0
+    assert_loss_and_gradient(as_tensor(logits), draw_labels(rng, (9, 21), 3, 0.2, 255)[:1], 1e-5)
+
+
+def test_a_class_that_rises_from_underflow_counts() -> None:
+    """By hand: two classes, 400 apart above and 400 the other way below; at the middle row both have probability 1/2."""
+    logits = as_tensor(np.array([[400.0, -400.0], [0.0, 0.0]]).reshape(1, 2, 2, 1))
+    labels = np.full((1, 17, 1), 255)
+    labels[0, 8, 0] = 1
+    loss, grad = triton_backend.upsampled_cross_entropy(logits, torch.from_numpy(labels).to(DEVICE), 255)
+    assert loss.item() == pytest.approx(np.log(2), rel=1e-6)
+    assert grad.ravel().tolist() == pytest.approx([0.25, 0.25, -0.25, -0.25], rel=1e-6)
+
+
+def assert_loss_and_gradient(logits: Tensor, labels: np.ndarray[Any, np.dtype[np.int64]], bound: float) -> None:
+    """Labels as int64 and uint8 give the same bits, which are the reference's results."""
+    expected = upsampled_cross_entropy(to_array(logits), labels)
+    expected_grad = upsampled_cross_entropy_backward(to_array(logits), labels)
+    loss, grad = triton_backend.upsampled_cross_entropy(logits, torch.from_numpy(labels).to(DEVICE), 255)
+    assert loss.item() == pytest.approx(expected, rel=bound, abs=bound)
+    assert np.abs(to_array(grad) - expected_grad).max() <= bound * max(np.abs(expected_grad).max(), 0.01)
+    if logits.shape[1] <= 255:
+        others = triton_backend.upsampled_cross_entropy(logits, torch.from_numpy(labels).to(DEVICE, torch.uint8), 255)
+        assert torch.equal(others[0], loss)
+        assert torch.equal(others[1], grad)
+
+
 def draw_labels(
     rng: np.random.Generator, size: tuple[int, int], classes: int, ignored: float, ignore_index: int
 ) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -559,10 +645,12 @@ def test_large_logits_do_not_overflow() -> None:
     assert grad.ravel().tolist() == pytest.approx([1.0, -1.0, 0.0], abs=1e-4)  # e⁻¹⁰ = 4.5e-5
 
 
+@pytest.mark.parametrize("largest", [0.0, 1e3])
 @pytest.mark.parametrize("label", [5, 200, -1, 2**32])
-def test_wrong_label_makes_the_loss_nan(label: int) -> None:
+def test_wrong_label_makes_the_loss_nan(label: int, largest: float) -> None:
     """What the reference raises an error for; in the confusion matrix it counts nowhere."""
     logits, labels = torch.zeros(1, 5, 2, 2, device=DEVICE), torch.zeros(1, 3, 3, dtype=torch.int64, device=DEVICE)
+    logits[0, 3, 0, 0] = largest
     labels[0, 1, 1] = label
     assert triton_backend.upsampled_cross_entropy(logits, labels, 255)[0].isnan()
     assert triton_backend.upsampled_confusion_matrix(logits, labels, 255).sum() == 8
@@ -577,6 +665,29 @@ def test_nan_under_ignored_labels_stays_in_the_gradient() -> None:
     assert loss.item() == pytest.approx(np.log(3))
     assert grad[0, 1, 0, 0].isnan()
     assert torch.isfinite(grad[0, :, 2, 2]).all()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_stays_in_the_cells_around_it(value: float) -> None:
+    rng = np.random.default_rng(0)
+    logits, labels = draw_tensor(rng, 1, 3, 3, 5), torch.from_numpy(draw_labels(rng, (17, 33), 3, 0.2, 255)[:1]).to(DEVICE)
+    sound = triton_backend.upsampled_cross_entropy(logits, labels, 255)[1]
+    logits[0, 1, 0, 0] = value
+    loss, grad = triton_backend.upsampled_cross_entropy(logits, labels, 255)
+    assert loss.isnan()
+    assert grad[0, :, :2, :2].isnan().all()
+    grad[0, :, :2, :2] = sound[0, :, :2, :2]
+    assert torch.equal(grad, sound)
+
+
+def test_ignored_pixels_of_small_totals_are_no_nan() -> None:
+    """Where the largest logits of the corners are far above all logits, an ignored pixel's total is 0."""
+    logits = as_tensor(np.array([[500.0, -500.0], [-500.0, 500.0]]).reshape(1, 2, 2, 1))
+    labels = torch.full((1, 17, 1), 255, dtype=torch.uint8, device=DEVICE)
+    labels[0, 0], labels[0, 16] = 0, 1
+    loss, grad = triton_backend.upsampled_cross_entropy(logits, labels, 255)
+    assert loss == 0.0
+    assert torch.equal(grad, torch.zeros_like(logits))
 
 
 @pytest.mark.parametrize("batch", [0, 1])
@@ -1046,6 +1157,12 @@ def test_features_of_half_the_bytes_give_the_same_bits() -> None:
         (lambda x: triton_backend.depthwise_forward(x, torch.ones(3, 1, 3, 3), (0, 1), statistics=False), "rate >= 1"),
         (lambda x: triton_backend.pointwise_forward([x, x], torch.ones(4, 3, 1, 1), None, statistics=False), "channels"),
         (lambda x: triton_backend.upsampled_cross_entropy(x.raw, torch.zeros(2, 3, 3).long(), 255), "logits"),
+        (
+            lambda x: triton_backend.upsampled_cross_entropy(
+                torch.empty(1, 4, 2**15, 2**14, device="meta"), torch.zeros(1, 3, 3).long(), 255
+            ),
+            "32 bits",
+        ),
         (lambda x: triton_backend.upsampled_confusion_matrix(x.raw[..., :0], torch.zeros(1, 3, 3).long(), 255), "no logits"),
         (lambda x: crops_of(x.raw, labels=torch.zeros(1, 6, 7)), "labels"),
         (lambda x: crops_of(x.raw, labels=torch.zeros(2, 7, 7)), "labels"),

@@ -17,10 +17,11 @@ import torch
 class Launch(NamedTuple):
     """Tile sizes along positions (rows), channels (columns) and the summed axis; warps per program, depth of the pipeline.
 
-    Where there are no positions, block_p counts tiles (`fold`, `sum_partials`), label pixels (`cell_gradients`,
-    `confusion_matrix`, `crops`), logits (`gather_corners`) or cells (`mean_loss`). A program of `cell_gradients`,
-    `confusion_matrix` or `gather_corners` holds all classes: the warps of the first two, and block_p of the third, are what
-    32 classes need. `crops` copies rows: block_n counts values of a row of features.
+    Where there are no positions, block_p counts tiles (`fold`, `sum_partials`), label pixels of a row (`cell_gradients`: of
+    all its cells, 32 threads of a warp have one or several each; `confusion_matrix`, `crops`), logits (`gather_corners`),
+    values (`sum_gradients`) or programs (`mean_loss`). A program of `confusion_matrix` or `gather_corners` holds all classes:
+    the warps of the one, and block_p of the other, are what 32 classes need. `crops` copies rows: block_n counts values of a
+    row of features.
     """
 
     block_p: int
@@ -68,7 +69,7 @@ _COUNTED = {
     ("fold", 4): (Launch(1024, 4, 0, 4, 1), Launch(1024, 4, 0, 4, 1)),
     ("unfold", 4): (Launch(0, 128, 0, 4, 1), Launch(0, 128, 0, 4, 1)),
     ("sum_partials", 4): (Launch(512, 8, 0, 4, 1), Launch(16, 128, 0, 4, 1)),
-    ("cell_gradients", 4): (Launch(16, 0, 0, 1, 1), Launch(16, 0, 0, 1, 1)),  # a cell's whole width at output stride 16
+    ("cell_gradients", 4): (Launch(64, 0, 0, 1, 1), Launch(64, 0, 0, 1, 1)),  # 100 registers; 128 would take more than 128
     ("mean_loss", 4): (Launch(8192, 0, 0, 16, 1), Launch(8192, 0, 0, 16, 1)),  # more would be spilled
     ("gather_corners", 4): (Launch(64, 0, 0, 4, 1), Launch(64, 0, 0, 4, 1)),
     ("confusion_matrix", 4): (Launch(32, 0, 0, 1, 1), Launch(32, 0, 0, 1, 1)),
