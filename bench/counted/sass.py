@@ -1,7 +1,8 @@
 """The machine code of a compiled kernel: its instructions, its loops, and how often each instruction is executed.
 
-Code outside loops counts once, on both sides of a branch; a loop's body counts by its trips, which the caller knows. What lies
-behind the last exit is left out: padding, and subroutines for rare operands of divisions and roots.
+Code outside loops counts once, on both sides of a branch, except that of two sides that both end in an exit the longer one
+counts: programs that do one thing or another. A loop's body counts by its trips, which the caller knows. What lies behind the
+last exit is left out: padding, and subroutines for rare operands of divisions and roots.
 """
 
 import re
@@ -18,6 +19,7 @@ class Instruction(NamedTuple):
 
     address: int
     opcode: str  # with its modifiers, such as LDG.E.128
+    is_predicated: bool
     target: int | None  # of a branch
 
 
@@ -29,7 +31,7 @@ class Loop(NamedTuple):
 
 
 _LINE = re.compile(
-    r"^\s+/\*(?P<address>[0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?(?P<opcode>[A-Z][\w.]*)(?P<rest>[^;]*);", re.MULTILINE
+    r"^\s+/\*(?P<address>[0-9a-f]{4,})\*/\s+(?P<predicate>@!?U?P\w+\s+)?(?P<opcode>[A-Z][\w.]*)(?P<rest>[^;]*);", re.MULTILINE
 )
 
 
@@ -51,18 +53,30 @@ def instructions(text: str) -> list[Instruction]:
     ... '''
     >>> for instruction in instructions(code):
     ...     print(*instruction)
-    0 BRA 32
-    16 EXIT None
+    0 BRA True 32
+    16 EXIT False None
     """
     found = []
     for line in _LINE.finditer(text):
         target = re.search(r"0x([0-9a-f]+)\s*$", line["rest"]) if line["opcode"].startswith("BRA") else None
         where = int(target[1], 16) if target else None
-        found.append(Instruction(int(line["address"], 16), line["opcode"], where))
-    for i in reversed(range(len(found))):
-        if found[i].opcode == "EXIT":
-            return found[: i + 1]
-    raise ValueError(f"no exit in the disassembly: {text[:200]!r}")
+        found.append(Instruction(int(line["address"], 16), line["opcode"], line["predicate"] is not None, where))
+    exits = [i for i, instruction in enumerate(found) if instruction.opcode == "EXIT"]
+    if not exits:
+        raise ValueError(f"no exit in the disassembly: {text[:200]!r}")
+    return _without_shorter_sides(found[: exits[-1] + 1])
+
+
+def _without_shorter_sides(code: list[Instruction]) -> list[Instruction]:
+    """Of code that ends in an exit and the code behind it, which a branch leads to instead, the longer one."""
+    for i, instruction in enumerate(code[:-1]):
+        if instruction.opcode == "EXIT" and not instruction.is_predicated:
+            behind = code[i + 1].address
+            branch = next((j for j in range(i) if code[j].target == behind), None)
+            if branch is not None:
+                side, other = code[branch + 1 : i + 1], code[i + 1 :]
+                return code[: branch + 1] + _without_shorter_sides(max(side, other, key=len))
+    return code
 
 
 def loops(code: Sequence[Instruction]) -> list[Loop]:

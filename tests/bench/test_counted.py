@@ -56,6 +56,22 @@ def test_a_loop_counts_by_its_trips_and_the_inner_one_by_its_own() -> None:
     assert waits == 5 + 20  # both contain the load
 
 
+def test_of_programs_that_do_one_thing_or_another_the_longer_counts() -> None:
+    text = """
+        /*0000*/                   S2R R1, SR_CTAID.X ;                   /* 0x0 */
+        /*0010*/               @P0 BRA 0x40 ;                             /* 0x0 */
+        /*0020*/                   FADD R2, R2, R3 ;                      /* one thing */
+        /*0030*/                   EXIT ;                                 /* 0x0 */
+        /*0040*/                   FMUL R2, R2, R3 ;                      /* the other */
+        /*0050*/                   FMUL R2, R2, R3 ;                      /* 0x0 */
+        /*0060*/                   EXIT ;                                 /* 0x0 */
+    """
+    total = sass.executed(sass.instructions(text), []).total
+    assert total == {"S2R": 1, "BRA": 1, "FMUL": 2, "EXIT": 1}
+    shorter = sass.executed(sass.instructions(text.replace("FADD R2, R2, R3 ;", "BRA 0x40 ;")), []).total
+    assert shorter["FMUL"] == 2
+
+
 @pytest.mark.parametrize("trips", [[], [5], [5, 20, 3]], ids=str)
 def test_a_loop_that_nobody_counted_is_an_error(trips: list[float]) -> None:
     with pytest.raises(ValueError, match=r"for 2 loops \(0x10 to 0x70, 0x30 to 0x60\)"):
