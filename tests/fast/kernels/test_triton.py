@@ -662,7 +662,9 @@ def test_fold_needs_no_more_than_its_moments() -> None:
     partials = torch.tensor([[1.0, 2.0], [2.0, 0.0], [5.0, 0.0]], device=DEVICE).view(3, 2, 1)
     one = torch.ones(1, device=DEVICE)
     norm = BatchNorm(one * 2.0, one * 3.0, one * 0.0, one * 1.0)
-    folded: Folded = triton_backend.fold(Moments(partials, 2), norm, count=5, momentum=0.5, eps=EPS)
+    folded: Folded = triton_backend.fold(
+        Moments(partials, torch.tensor([2.0, 2.0, 1.0], device=DEVICE)), norm, count=5, momentum=0.5, eps=EPS
+    )
     values = np.array([0.0, 2.0, 2.0, 2.0, 5.0])
     assert folded.mean.item() == pytest.approx(values.mean())
     assert folded.scale.item() == pytest.approx(2.0 / np.sqrt(values.var() + EPS))

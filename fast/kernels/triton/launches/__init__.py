@@ -27,7 +27,8 @@ class Launch(NamedTuple):
     block_k: int
     warps: int
     stages: int
-    programs: int = 0  # weight gradient only: least number of parts that its positions are split into
+    programs: int = 0  # depthwise: how many run at once; weight gradient: least number of parts that positions are split into
+    registers: int = 0  # depthwise: most per thread, so that more programs run at once; else the compiler's choice
 
 
 Size = Literal["small", "large"]
@@ -44,10 +45,11 @@ LARGE = 1 << 16
 # memory. Float32 products at full precision have no matrix unit, so their tiles are limited by registers. Folds, sums and
 # the mean loss wait for memory once per block_p, so that is a large part of what they add up in one iteration.
 _COUNTED = {
-    ("depthwise_forward", 2): (Launch(32, 64, 0, 4, 1), Launch(64, 64, 0, 8, 1)),
-    ("depthwise_forward", 4): (Launch(32, 64, 0, 4, 1), Launch(64, 32, 0, 4, 1)),
-    ("depthwise_backward", 2): (Launch(64, 64, 0, 8, 1), Launch(64, 64, 0, 8, 1)),
-    ("depthwise_backward", 4): (Launch(64, 32, 0, 8, 1), Launch(64, 32, 0, 8, 1)),
+    # Programs of four warps that run at once: five on each of an H200's multiprocessors forward, four backward.
+    ("depthwise_forward", 2): (Launch(8, 64, 0, 4, 1, 660, 96), Launch(8, 64, 0, 4, 1, 660, 96)),
+    ("depthwise_forward", 4): (Launch(8, 64, 0, 4, 1, 660, 96), Launch(8, 64, 0, 4, 1, 660, 96)),
+    ("depthwise_backward", 2): (Launch(4, 64, 0, 4, 1, 528, 128), Launch(4, 64, 0, 4, 1, 528, 128)),
+    ("depthwise_backward", 4): (Launch(4, 64, 0, 4, 1, 528, 128), Launch(4, 64, 0, 4, 1, 528, 128)),
     ("pointwise_forward", 2): (Launch(64, 128, 64, 8, 3), Launch(128, 128, 32, 8, 3)),
     ("pointwise_forward", 4): (Launch(64, 64, 32, 8, 2), Launch(64, 64, 32, 8, 2)),
     ("pointwise_input_gradient", 2): (Launch(128, 128, 32, 8, 3), Launch(128, 128, 32, 8, 3)),
