@@ -72,7 +72,7 @@ def depthwise_forward(
     raw = _dense(x.raw)
     n, channels, height, width = raw.shape
     out = _empty_map(raw, dtype=_out_dtype(raw))
-    launch = _map_launch("depthwise_forward", out)
+    launch = _depthwise_launch("depthwise_forward", out)
     tiles_c, plan = _ceil_div(channels, launch.block_n), _row_plan(out, rate[0], launch)
     tiles = _ceil_div(n * width, launch.block_p) * plan.groups
     moments = Moments(_empty(raw, tiles, 2, channels), _empty(raw, tiles)) if statistics else None
@@ -101,7 +101,7 @@ def depthwise_backward(
     _check_depthwise(x, weight, rate)
     x_raw = _dense(x.raw)
     n, channels, height, width = x_raw.shape
-    launch = _map_launch("depthwise_backward", x_raw)
+    launch = _depthwise_launch("depthwise_backward", x_raw)
     tiles_c, plan = _ceil_div(channels, launch.block_n), _row_plan(x_raw, rate[0], launch)
     tiles, rows = _ceil_div(n * width, launch.block_p) * plan.groups, 11 if need_input and x.scale is not None else 9
     grad_x, partials = _empty_map(x_raw) if need_input else None, _empty(x_raw, tiles, rows, channels)
@@ -538,12 +538,13 @@ def _quickest_row_plan(height: int, phases: int, tiles: int, programs: int) -> _
         groups = _ceil_div(phases, program_phases)
         plans.append(_RowPlan(longest, program_phases, groups, groups))
 
-    def cost(plan: _RowPlan) -> int:
+    def cost(plan: _RowPlan) -> tuple[int, int]:
         """In times of a row: programs begin and end in about six, a phase in one, and a neighbour row is half the work."""
         neighbours = 0 if plan.segment_rows >= longest else 1
-        return _ceil_div(tiles * plan.groups, programs) * (6 + plan.program_phases * (plan.segment_rows + 1 + neighbours))
+        time = 6 + plan.program_phases * (plan.segment_rows + 1 + neighbours)
+        return _ceil_div(tiles * plan.groups, programs) * time, plan.groups
 
-    return min(plans, key=cost, default=_RowPlan(1, 1, 1, 1))
+    return min(plans, key=cost, default=_RowPlan(1, 1, 1, 0))  # no rows, no programs
 
 
 def _check_depthwise(x: NormedMap, weight: Tensor, rate: tuple[int, int]) -> None:
@@ -591,6 +592,12 @@ def _tiles(x: Tensor, launch: Launch) -> int:
 
 def _map_launch(kernel: str, x: Tensor) -> Launch:
     return _launch_of(kernel, x.dtype.itemsize, _positions(x), x)
+
+
+def _depthwise_launch(kernel: str, x: Tensor) -> Launch:
+    """Channels that are no multiple of 16 are loaded one by one: the addresses do not fit the table's registers."""
+    launch = _map_launch(kernel, x)
+    return launch if x.shape[1] % 16 == 0 else launch._replace(registers=255)
 
 
 def _launch_of(kernel: str, value_bytes: int, size: int, x: Tensor) -> Launch:

@@ -56,13 +56,9 @@ def load_taps(weight_ptr, first: tl.constexpr, step: tl.constexpr, c, mask_c, le
 
 
 @triton.jit
-def load_norm(scale_ptr, offset_ptr, c, mask_c):
-    """Load two vectors of the channels as (1, BLOCK_C); None where the pointers are None."""
-    if scale_ptr is None:
-        return None, None
-    else:  # a branch that is left out when compiled
-        scale = tl.load(scale_ptr + c, mask=mask_c, other=0.0)[None, :]
-        return scale, tl.load(offset_ptr + c, mask=mask_c, other=0.0)[None, :]
+def load_row_vector(vector_ptr, c, mask_c):
+    """Load a vector of the channels: (1, BLOCK_C)."""
+    return tl.load(vector_ptr + c, mask=mask_c, other=0.0)[None, :]
 
 
 @triton.jit
@@ -102,10 +98,11 @@ def columns_of(tile, c, mask_c, columns, height, width, rate_w, C, BLOCK_P: tl.c
 
 @triton.jit
 def rows_of(group, height, rate_h, segment_rows, program_phases, phase_groups):
-    """The first row of a group's segment, counted in its phase, and the group's phases: first, end."""
+    """The first row of a group's segment, counted in its phase; its phases, first and end; rows of a phase, longer phases."""
     first_phase = group % phase_groups * program_phases
     end_phase = tl.minimum(first_phase + program_phases, tl.minimum(rate_h, height))
-    return group // phase_groups * segment_rows, first_phase, end_phase
+    rows = height // rate_h
+    return group // phase_groups * segment_rows, first_phase, end_phase, rows, height - rows * rate_h
 
 
 @triton.jit
@@ -116,9 +113,9 @@ def add_deviations(out, anchor, total, squares):
 
 
 @triton.jit
-def store_lanes_moments(partials_ptr, counts_ptr, tile, anchor, total, squares, num_rows, own, c, C):
-    """Combine the moments of lanes of num_rows values each; partials: (tiles, 2, C)."""
-    lanes, lane_size = tl.sum(own.to(tl.float32), axis=0), tl.maximum(num_rows, 1).to(tl.float32)
+def store_lanes_moments(partials_ptr, counts_ptr, tile, anchor, total, squares, lanes, num_rows, own, c, C):
+    """Combine the moments of the lanes, num_rows values each, where there is a column; partials: (tiles, 2, C)."""
+    lane_size = num_rows.to(tl.float32)
     deviation = total / lane_size
     lane_mean = anchor + deviation
     mean = tl.sum(tl.where(own[:, None], lane_mean, 0.0), axis=0) / lanes  # (BLOCK_C,)
@@ -163,19 +160,23 @@ def depthwise_forward_kernel(
     c = tl.program_id(0) % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = c < C
     place, left, own, right = columns_of(tile // groups, c, mask_c, columns, height, width, rate_w, C, BLOCK_P)
-    first, first_phase, end_phase = rows_of(tile % groups, height, rate_h, segment_rows, program_phases, phase_groups)
+    first, first_phase, end_phase, full_rows, longer = rows_of(
+        tile % groups, height, rate_h, segment_rows, program_phases, phase_groups
+    )
     mask = own[:, None] & mask_c[None, :]
     masks = left[:, None] & mask_c[None, :], mask, right[:, None] & mask_c[None, :]
     shift, stride = rate_w.to(tl.int64) * C, rate_h.to(tl.int64) * width * C
     upper = load_taps(weight_ptr, 0, 1, c, mask_c, left, right)
     middle = load_taps(weight_ptr, 3, 1, c, mask_c, left, right)
     lower = load_taps(weight_ptr, 6, 1, c, mask_c, left, right)
-    scale, offset = load_norm(scale_ptr, offset_ptr, c, mask_c)
+    scale, offset = None, None
+    if scale_ptr is not None:
+        scale, offset = load_row_vector(scale_ptr, c, mask_c), load_row_vector(offset_ptr, c, mask_c)
 
     zero = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-    anchor, total, squares, num_rows = zero, zero, zero, 0
+    anchor, total, squares, num_rows = zero, zero, zero, height * 0
     for phase in range(first_phase, end_phase):
-        rows = (height - phase - 1) // rate_h + 1
+        rows = full_rows + (phase < longer).to(tl.int32)
         end = tl.minimum(first + segment_rows, rows)
         x_row = x_ptr + place + (phase + first * rate_h).to(tl.int64) * width * C
         out_row = out_ptr + place + (phase + first * rate_h).to(tl.int64) * width * C
@@ -204,7 +205,8 @@ def depthwise_forward_kernel(
                 total, squares = add_deviations(out, anchor, total, squares)
         num_rows += end - first
     if partials_ptr is not None:
-        store_lanes_moments(partials_ptr, counts_ptr, tile, anchor, total, squares, num_rows, own, c, C)
+        lanes = tl.minimum(columns - tile // groups * BLOCK_P, BLOCK_P).to(tl.float32)
+        store_lanes_moments(partials_ptr, counts_ptr, tile, anchor, total, squares, lanes, num_rows, own, c, C)
 
 
 @triton.jit
@@ -234,8 +236,8 @@ def row_backward(x, scale, offset, above, here, below, taps, sums, norm_sums, gr
     upper, middle, lower = sums  # the row below reads this one by its upper taps
     sums = add_value_times(upper, value, below), add_value_times(middle, value, here), add_value_times(lower, value, above)
     if grad_x_ptr is not None:
-        grad_value = add_products(tl.zeros(x.shape, tl.float32), below, taps[0])
-        grad_value = add_products(add_products(grad_value, here, taps[1]), above, taps[2])
+        grad_value = add_products(tl.zeros(x.shape, tl.float32), above, taps[2])
+        grad_value = add_products(add_products(grad_value, here, taps[1]), below, taps[0])  # what is loaded last, last
         if scale is not None:
             grad_value = tl.where(value > 0.0, grad_value, 0.0)
             norm_sums = norm_sums[0] + grad_value * x, norm_sums[1] + grad_value
@@ -287,7 +289,9 @@ def depthwise_backward_kernel(
     c = tl.program_id(0) % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = c < C
     place, left, own, right = columns_of(tile // groups, c, mask_c, columns, height, width, rate_w, C, BLOCK_P)
-    first, first_phase, end_phase = rows_of(tile % groups, height, rate_h, segment_rows, program_phases, phase_groups)
+    first, first_phase, end_phase, full_rows, longer = rows_of(
+        tile % groups, height, rate_h, segment_rows, program_phases, phase_groups
+    )
     mask = own[:, None] & mask_c[None, :]
     masks = left[:, None] & mask_c[None, :], mask, right[:, None] & mask_c[None, :]
     shift, stride = rate_w.to(tl.int64) * C, rate_h.to(tl.int64) * width * C
@@ -296,29 +300,33 @@ def depthwise_backward_kernel(
     middle = load_taps(weight_ptr, 5, -1, c, mask_c, left, right)
     lower = load_taps(weight_ptr, 8, -1, c, mask_c, left, right)
     taps = upper, middle, lower
-    scale, offset = load_norm(scale_ptr, offset_ptr, c, mask_c)
-    slope, intercept = load_norm(slope_ptr, intercept_ptr, c, mask_c)
+    scale, offset = None, None
+    if scale_ptr is not None:
+        scale, offset = load_row_vector(scale_ptr, c, mask_c), load_row_vector(offset_ptr, c, mask_c)
+    slope, intercept = None, None
+    if slope_ptr is not None:
+        slope, intercept = load_row_vector(slope_ptr, c, mask_c), load_row_vector(intercept_ptr, c, mask_c)
 
     zero = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     none = zero, zero, zero
     sums, norm_sums = (none, none, none), (zero, zero)
     for phase in range(first_phase, end_phase):
-        rows = (height - phase - 1) // rate_h + 1
+        rows = full_rows + (phase < longer).to(tl.int32)
         end = tl.minimum(first + segment_rows, rows)
         row = place + (phase + first * rate_h).to(tl.int64) * width * C
         above = none
         if first > 0:
             above = load_gradients(grad_ptr, raw_ptr, row - stride, shift, masks, slope, intercept)
         here = load_gradients(grad_ptr, raw_ptr, row, shift, masks, slope, intercept)
+        x = tl.load(x_ptr + row, mask=mask, other=0.0)
         for _ in range(first, tl.minimum(end, rows - 1)):
-            x = tl.load(x_ptr + row, mask=mask, other=0.0)
+            x_below = tl.load(x_ptr + row + stride, mask=mask, other=0.0)  # a row ahead, to work on while g is on its way
             below = load_gradients(grad_ptr, raw_ptr, row + stride, shift, masks, slope, intercept)
             sums, norm_sums = row_backward(x, scale, offset, above, here, below, taps, sums, norm_sums, grad_x_ptr, row, mask)
-            above, here = here, below
+            above, here, x = here, below, x_below
             row += stride
         if end == rows:  # no row below
             last = place + (phase + (rows - 1) * rate_h).to(tl.int64) * width * C
-            x = tl.load(x_ptr + last, mask=mask, other=0.0)
             sums, norm_sums = row_backward(x, scale, offset, above, here, none, taps, sums, norm_sums, grad_x_ptr, last, mask)
 
     row_ptr = partials_ptr + tile.to(tl.int64) * ROWS * C + c
