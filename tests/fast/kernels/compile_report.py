@@ -36,9 +36,14 @@ def calls(dtype: torch.dtype, sizes: tuple[int, int, int], variants: bool) -> It
     yield lambda: triton_backend.pointwise_inference(maps, weight, made.vectors(2))
     if dtype == torch.bfloat16:
         yield lambda: autocast_pointwise(replace(made, dtype=torch.float32))  # of fixed features
+        yield lambda: autocast_depthwise(replace(made, dtype=torch.float32))
     if variants:
         plain, depthwise = NormedMap(made.raw(320)), made.tensor(320, 1, 3, 3)
         yield lambda: triton_backend.depthwise_forward(plain, depthwise, RATE, statistics=True)
+        # Channels that are no multiple of 16, with a norm that uses running statistics.
+        odd, odd_weight = NormedMap(made.raw(250), made.tensor(250), made.tensor(250)), made.tensor(250, 1, 3, 3)
+        yield lambda: triton_backend.depthwise_forward(odd, odd_weight, RATE, statistics=False)
+        yield lambda: triton_backend.depthwise_backward(odd.raw, odd.raw, None, odd, odd_weight, RATE, need_input=True)
         for loss in (KernelCalls.mean_loss, KernelCalls.confusion_matrix):
             yield from (call for _, call in loss(replace(made, classes=150)))
 
@@ -48,6 +53,13 @@ def autocast_pointwise(made: KernelCalls) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         out, _ = triton_backend.pointwise_forward([x], weight, None, statistics=True)
         triton_backend.pointwise_backward(out, out, unfolded, [x], weight, None, need_input=[True])
+
+
+def autocast_depthwise(made: KernelCalls) -> None:
+    x, weight, unfolded = NormedMap(made.raw(320)), made.tensor(320, 1, 3, 3), Unfolded(*(made.tensor(320) for _ in range(4)))
+    with torch.autocast("cpu", torch.bfloat16):
+        out, _ = triton_backend.depthwise_forward(x, weight, RATE, statistics=True)
+        triton_backend.depthwise_backward(out, out, unfolded, x, weight, RATE, need_input=False)
 
 
 def report(architecture: int, dtypes: list[torch.dtype], variants: bool) -> list[dict[str, Any]]:
