@@ -89,8 +89,8 @@ class KernelCalls:
         yield 1, partial(kernels.normalise_backward, self.raw(), self.map())
 
     def fold(self) -> Calls:
-        tiles = -(-self.count // 32)
-        moments = kernels.Moments(self.tensor(tiles, 2, CHANNELS).abs_(), self.tensor(tiles).fill_(self.count / tiles))
+        tile_size = 32
+        moments = kernels.Moments(self.tensor(-(-self.count // tile_size), 2, CHANNELS).abs_(), tile_size)
         yield 11, partial(self._fold, moments, BatchNorm(*self.vectors(4)))
 
     def unfold(self) -> Calls:

@@ -48,7 +48,7 @@ class Moments(NamedTuple):
     """Mean and sum of squared deviations of each tile of positions in a convolution's output."""
 
     partials: Tensor  # (tiles, 2, C), float32
-    counts: Tensor  # (tiles,), positions of each tile; float32
+    sizes: Tensor | int  # positions of each tile: (tiles,), float32; or of all but the last, which has what is left
 
 
 def is_available() -> bool:
@@ -158,7 +158,8 @@ def pointwise_backward(
 
 
 def fold(moments: Moments, norm: BatchNorm[Tensor], *, count: int, momentum: float, eps: float) -> Folded:
-    tiles, _, channels = moments.partials.shape
+    (tiles, _, channels), sizes = moments.partials.shape, moments.sizes
+    counts, tile_size = (None, sizes) if isinstance(sizes, int) else (sizes, 0)
     folded = _empty(moments.partials, 4, channels)
     parameters = (norm.scale, norm.offset, norm.running_mean, norm.running_var, folded)
     launch = _launch_of("fold", 4, count, folded)
@@ -166,7 +167,7 @@ def fold(moments: Moments, norm: BatchNorm[Tensor], *, count: int, momentum: flo
         fold_kernel,
         _ceil_div(channels, launch.block_n),
         launch,
-        (*moments, *parameters, tiles, count, momentum if count > 1 else 0.0, eps, channels),
+        (moments.partials, counts, *parameters, tiles, tile_size, count, momentum if count > 1 else 0.0, eps, channels),
         BLOCK_T=launch.block_p,
         BLOCK_C=launch.block_n,
     )
@@ -380,7 +381,7 @@ def _pointwise_product(
         launch = launch._replace(block_k=max(launch.block_k // 2, 16))
     tiles = _tiles(out, launch)
     block_n, block_k = _block(launch.block_n, out_channels), _block(launch.block_k, *product.channels)
-    moments = Moments(_empty(x, tiles, 2, out_channels), _empty(x, tiles)) if statistics else None
+    partials = _empty(x, tiles, 2, out_channels) if statistics else None
     _launch(
         pointwise_forward_kernel,
         tiles * _ceil_div(out_channels, block_n),
@@ -391,7 +392,7 @@ def _pointwise_product(
             product.seed,
             *norm,
             out,
-            *(moments or (None, None)),
+            partials,
             _positions(x),
             *product.numbers(),
             weight.shape[1],
@@ -402,7 +403,7 @@ def _pointwise_product(
         BLOCK_K=block_k,
         INPUT_PRECISION=_input_precision(out),
     )
-    return out, moments
+    return out, None if partials is None else Moments(partials, launch.block_p)
 
 
 def _pointwise_input_gradient(gradient: tuple[Any, ...], product: _Maps, weight: Tensor) -> list[NormedMap]:

@@ -27,27 +27,36 @@ def relu_of(raw, scale, offset):
 
 
 @triton.jit
-def store_moments(partials_ptr, counts_ptr, out, tile, mask_p, c, C):
-    """Mean, M2 and number of the rows of out: (BLOCK_P, BLOCK_C), float32, where mask_p; partials: (tiles, 2, C)."""
+def store_moments(partials_ptr, out, tile, mask_p, c, C):
+    """Mean and M2 of the rows of out: (BLOCK_P, BLOCK_C), float32, where mask_p; partials: (tiles, 2, C)."""
     count = tl.sum(mask_p.to(tl.float32), axis=0)
     mean = tl.sum(tl.where(mask_p[:, None], out, 0.0), axis=0) / count  # (BLOCK_C,)
     centred = tl.where(mask_p[:, None], out - mean[None, :], 0.0)
     row_ptr = partials_ptr + tile.to(tl.int64) * 2 * C
     tl.store(row_ptr + c, mean, mask=c < C)
     tl.store(row_ptr + C + c, tl.sum(centred * centred, axis=0), mask=c < C)
-    tl.store(counts_ptr + tile, count)  # the same from every tile of channels
 
 
-@triton.jit(do_not_specialize=["num_tiles", "count"])
+@triton.jit
+def load_sizes(counts_ptr, tile, num_tiles, tile_size, count):
+    """How many positions each tile has, float32; 0 beyond the last."""
+    if counts_ptr is None:
+        return tl.maximum(tl.minimum(count - tile * tile_size, tile_size), 0).to(tl.float32)
+    else:  # left out when compiled
+        return tl.load(counts_ptr + tile, mask=tile < num_tiles, other=0.0)
+
+
+@triton.jit(do_not_specialize=["num_tiles", "tile_size", "count"])
 def fold_kernel(
     partials_ptr,  # (tiles, 2, C)
-    counts_ptr,  # (tiles,)
+    counts_ptr,  # (tiles,), positions of each; or None: tile_size, and the rest in the last one
     gamma_ptr,
     beta_ptr,
     running_mean_ptr,
     running_var_ptr,
     folded_ptr,  # (4, C): scale, offset, mean, inv_std
     num_tiles,
+    tile_size,
     count,
     momentum,
     eps,
@@ -64,7 +73,7 @@ def fold_kernel(
     for first in range(0, num_tiles, BLOCK_T):
         tile = first + tl.arange(0, BLOCK_T)
         row_ptr = partials_ptr + tile[:, None].to(tl.int64) * 2 * C + c[None, :]
-        size = tl.load(counts_ptr + tile, mask=tile < num_tiles, other=0.0)
+        size = load_sizes(counts_ptr, tile, num_tiles, tile_size, count)
         mean_t = tl.load(row_ptr, mask=(tile < num_tiles)[:, None] & mask_c[None, :], other=0.0)  # (BLOCK_T, BLOCK_C)
         weighted += tl.sum(size[:, None] * mean_t, axis=0)
     mean = weighted / batch_size
@@ -73,7 +82,7 @@ def fold_kernel(
     for first in range(0, num_tiles, BLOCK_T):
         tile = first + tl.arange(0, BLOCK_T)
         row_ptr = partials_ptr + tile[:, None].to(tl.int64) * 2 * C + c[None, :]
-        size = tl.load(counts_ptr + tile, mask=tile < num_tiles, other=0.0)
+        size = load_sizes(counts_ptr, tile, num_tiles, tile_size, count)
         mask = (tile < num_tiles)[:, None] & mask_c[None, :]
         mean_t = tl.load(row_ptr, mask=mask, other=0.0)
         squares = tl.load(row_ptr + C, mask=mask, other=0.0)

@@ -62,9 +62,20 @@ def load_row_vector(vector_ptr, c, mask_c):
 
 
 @triton.jit
+def to_float32(x):
+    """In float32. Of two bfloat16 in a register each takes one instruction; the compiler would unpack the second by two."""
+    if x.dtype == tl.bfloat16:
+        bits = tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [x], dtype=tl.int32, is_pure=True, pack=2
+        )
+        x = bits.to(tl.float32, bitcast=True)
+    return x.to(tl.float32)
+
+
+@triton.jit
 def value_of(raw, scale, offset):
     """The value of a map in float32; at a masked lane relu(offset), which the taps must not count."""
-    value = raw.to(tl.float32)
+    value = to_float32(raw)
     if scale is not None:
         value = relu_of(value, scale, offset)
     return value
@@ -108,7 +119,7 @@ def rows_of(group, height, rate_h, segment_rows, program_phases, phase_groups):
 @triton.jit
 def add_deviations(out, anchor, total, squares):
     """Add stored values to a lane's sums of deviations and of their squares."""
-    deviation = out.to(tl.float32) - anchor
+    deviation = to_float32(out) - anchor
     return total + deviation, squares + deviation * deviation
 
 
@@ -213,12 +224,12 @@ def depthwise_forward_kernel(
 def load_gradients(grad_ptr, raw_ptr, place, shift, masks, slope, intercept):
     """Load g of a row at three columns; at a masked lane the intercept, which neither taps nor sums must count."""
     grads = load_columns(grad_ptr + place, shift, masks)
-    left, own, right = grads[0].to(tl.float32), grads[1].to(tl.float32), grads[2].to(tl.float32)
+    left, own, right = to_float32(grads[0]), to_float32(grads[1]), to_float32(grads[2])
     if slope is not None:
         raws = load_columns(raw_ptr + place, shift, masks)
-        left += raws[0].to(tl.float32) * slope + intercept
-        own += raws[1].to(tl.float32) * slope + intercept
-        right += raws[2].to(tl.float32) * slope + intercept
+        left += to_float32(raws[0]) * slope + intercept
+        own += to_float32(raws[1]) * slope + intercept
+        right += to_float32(raws[2]) * slope + intercept
     return left, own, right
 
 
@@ -231,7 +242,7 @@ def add_value_times(sums, value, row):
 @triton.jit
 def row_backward(x, scale, offset, above, here, below, taps, sums, norm_sums, grad_x_ptr, place, mask):
     """One row: its share in the sums of the weight, of scale and offset, and its gradient, which is stored."""
-    x = x.to(tl.float32)
+    x = to_float32(x)
     value = value_of(x, scale, offset)
     upper, middle, lower = sums  # the row below reads this one by its upper taps
     sums = add_value_times(upper, value, below), add_value_times(middle, value, here), add_value_times(lower, value, above)

@@ -148,7 +148,6 @@ def pointwise_forward_kernel(
     norm_offset_ptr,
     out_ptr,  # (positions, C_OUT)
     partials_ptr,  # (tiles, 2, C_OUT), or None
-    counts_ptr,  # (tiles,), positions of a tile; or None
     positions,
     normed_bits,
     drop_below,
@@ -205,7 +204,7 @@ def pointwise_forward_kernel(
     stored = out.to(dtype)
     tl.store(out_ptr + p[:, None].to(tl.int64) * C_OUT + o[None, :], stored, mask=mask_p[:, None] & mask_o[None, :])
     if partials_ptr is not None:  # from the rounded values, to which the norm will be applied
-        store_moments(partials_ptr, counts_ptr, stored.to(tl.float32), tile, mask_p, o, C_OUT)
+        store_moments(partials_ptr, stored.to(tl.float32), tile, mask_p, o, C_OUT)
 
 
 @triton.jit(do_not_specialize=["positions", "normed_bits", "drop_below"])
