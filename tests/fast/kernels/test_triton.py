@@ -777,15 +777,22 @@ def test_wrong_shapes_are_refused(call: Callable[[NormedMap], Any], message: str
         call(NormedMap(torch.ones(1, 3, 4, 4)))
 
 
-def test_fold_needs_no_more_than_its_moments() -> None:
-    """By hand: tiles of two, two and one values with mean 1, 2, 5 and M2 2, 0, 0 are 0, 2, 2, 2, 5."""
-    partials = torch.tensor([[1.0, 2.0], [2.0, 0.0], [5.0, 0.0]], device=DEVICE).view(3, 2, 1)
+@pytest.mark.parametrize(
+    ("sizes", "moments", "values"),
+    [
+        (2, [[1.0, 2.0], [2.0, 0.0], [5.0, 0.0]], [0.0, 2.0, 2.0, 2.0, 5.0]),
+        ([1.0, 3.0, 1.0], [[1.0, 0.0], [2.0, 2.0], [5.0, 0.0]], [1.0, 1.0, 2.0, 3.0, 5.0]),
+    ],
+)
+def test_fold_needs_no_more_than_its_moments(
+    sizes: int | list[float], moments: list[list[float]], values: list[float]
+) -> None:
+    """Tiles of two with a rest of one, and tiles of sizes of their own; mean and M2 of each by hand."""
+    partials = torch.tensor(moments, device=DEVICE).view(3, 2, 1)
     one = torch.ones(1, device=DEVICE)
     norm = BatchNorm(one * 2.0, one * 3.0, one * 0.0, one * 1.0)
-    folded: Folded = triton_backend.fold(
-        Moments(partials, torch.tensor([2.0, 2.0, 1.0], device=DEVICE)), norm, count=5, momentum=0.5, eps=EPS
-    )
-    values = np.array([0.0, 2.0, 2.0, 2.0, 5.0])
-    assert folded.mean.item() == pytest.approx(values.mean())
-    assert folded.scale.item() == pytest.approx(2.0 / np.sqrt(values.var() + EPS))
-    assert norm.running_var.item() == pytest.approx(0.5 + 0.5 * values.var(ddof=1))
+    of_tiles = Moments(partials, sizes if isinstance(sizes, int) else torch.tensor(sizes, device=DEVICE))
+    folded: Folded = triton_backend.fold(of_tiles, norm, count=5, momentum=0.5, eps=EPS)
+    assert folded.mean.item() == pytest.approx(np.mean(values))
+    assert folded.scale.item() == pytest.approx(2.0 / np.sqrt(np.var(values) + EPS))
+    assert norm.running_var.item() == pytest.approx(0.5 + 0.5 * np.var(values, ddof=1))

@@ -17,6 +17,9 @@ import torch
 class Launch(NamedTuple):
     """Tile sizes along positions (rows), channels (columns) and the summed axis; warps per program, depth of the pipeline.
 
+    A depthwise program keeps block_p columns of the map, over (N, W), and walks down their rows. A GPU runs `programs` of them
+    at once, and the rows are shared out for so many; `registers` and warps decide how many fit a multiprocessor.
+
     Where there are no positions, block_p counts tiles (`fold`, `sum_partials`), label pixels (`cell_gradients`,
     `confusion_matrix`), logits (`gather_corners`) or cells (`mean_loss`). A program of `cell_gradients`, `confusion_matrix` or
     `gather_corners` holds all classes: the warps of the first two, and block_p of the third, are what 32 classes need.
@@ -28,7 +31,7 @@ class Launch(NamedTuple):
     warps: int
     stages: int
     programs: int = 0  # depthwise: how many run at once; weight gradient: least number of parts that positions are split into
-    registers: int = 0  # depthwise: most per thread, so that more programs run at once; else the compiler's choice
+    registers: int = 0  # most per thread; 0: the compiler's choice
 
 
 Size = Literal["small", "large"]
@@ -45,7 +48,7 @@ LARGE = 1 << 16
 # memory. Float32 products at full precision have no matrix unit, so their tiles are limited by registers. Folds, sums and
 # the mean loss wait for memory once per block_p, so that is a large part of what they add up in one iteration.
 _COUNTED = {
-    # Programs of four warps that run at once: five on each of an H200's multiprocessors forward, four backward.
+    # 4 values of a map per thread forward, 2 backward, so that five and four programs fit each of 132 multiprocessors.
     ("depthwise_forward", 2): (Launch(8, 64, 0, 4, 1, 660, 96), Launch(8, 64, 0, 4, 1, 660, 96)),
     ("depthwise_forward", 4): (Launch(8, 64, 0, 4, 1, 660, 96), Launch(8, 64, 0, 4, 1, 660, 96)),
     ("depthwise_backward", 2): (Launch(4, 64, 0, 4, 1, 528, 128), Launch(4, 64, 0, 4, 1, 528, 128)),
@@ -138,4 +141,5 @@ def is_possible(key: Key, launch: Launch) -> bool:
         return False
     has_its_fields = all((value > 0) == (counted > 0) for value, counted in zip(launch, DEFAULT[key], strict=True))
     powers = (launch.block_p, launch.block_n, launch.block_k, launch.warps)
-    return has_its_fields and launch.warps <= 32 and all(value & (value - 1) == 0 for value in powers)
+    fits = launch.warps <= 32 and launch.registers <= 255
+    return has_its_fields and fits and all(value & (value - 1) == 0 for value in powers)
