@@ -77,7 +77,8 @@ def test_the_best_is_found_step_by_step(journal: Journal) -> None:
 
 def test_neither_wrong_nor_slower_launches_are_taken(journal: Journal) -> None:
     quickest = DEFAULT[KEY]._replace(block_p=16)
-    times = MadeUpTimes(quickest, wrong=(quickest,))
+    wrong = tuple(launch for launch in tune.near(KEY[0], DEFAULT[KEY], 2) if launch.block_p == 16)
+    times = MadeUpTimes(quickest, wrong=wrong)
     search(journal, times)
     assert quickest in times.examined
     assert journal.best()[KEY] == DEFAULT[KEY]

@@ -13,7 +13,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -232,10 +232,19 @@ row_plans = st.sampled_from((1, 2, 5, 20, 1000))  # programs that run at once: f
 
 
 @few_examples
+@example(1000, 2, 7, 9, 1, 2, True, 0)  # segments of one row
+@example(5, 1, 13, 5, 2, 1, True, 0)  # two segments of each phase
+@example(1, 1, 9, 7, 4, 3, False, 0)  # all phases by one program
 @given(
-    row_plans, st.integers(1, 2), st.integers(1, 13), st.integers(1, 9), st.integers(1, 7), st.integers(1, 20), st.booleans(),
+    row_plans,
+    st.integers(1, 2),
+    st.integers(1, 13),
+    st.integers(1, 9),
+    st.integers(1, 7),
+    st.integers(1, 20),
+    st.booleans(),
     rng_seeds(),
-)  # fmt: skip
+)
 def test_depthwise_in_segments_and_phases(
     programs: int, batch: int, height: int, width: int, rate_h: int, rate_w: int, normed: bool, seed: int
 ) -> None:
@@ -258,14 +267,19 @@ def test_depthwise_in_segments_and_phases(
 
 @pytest.mark.parametrize("programs", [1, 1000])
 @pytest.mark.parametrize("rate", [(1, 1), (3, 2), (20, 1)], ids=str)
-@pytest.mark.parametrize("centre_only", [True, False])
-def test_depthwise_moments_at_a_large_mean(programs: int, rate: tuple[int, int], centre_only: bool) -> None:
-    """At mean 10⁴ and deviation 1, as in `test_large_mean_leaves_the_variance`; other taps add the steps at the borders."""
+@pytest.mark.parametrize("taps", ["centre", "column", "all"])
+def test_depthwise_moments_at_a_large_mean(programs: int, rate: tuple[int, int], taps: str) -> None:
+    """At mean 10⁴ and deviation 1, as in `test_large_mean_leaves_the_variance`; other taps add the steps at the borders.
+
+    At a rate beyond the map the column's other taps add nothing, and every phase has one row.
+    """
     rng = np.random.default_rng(0)
     x = NormedMap(torch.from_numpy(rng.normal(1e4, 1.0, (2, 5, 9, 9))).to(DEVICE, torch.float32))
     weight, norm = torch.zeros(5, 1, 3, 3, device=DEVICE), draw_norm(rng, 5)
     weight[:, :, 1, 1] = 1.0
-    if not centre_only:
+    if taps != "centre":
+        weight[..., 1] += 1.0
+    if taps == "all":
         weight += draw_tensor(rng, 5, 1, 3, 3)
     table = {key: launch._replace(programs=programs) for key, launch in launches.DEFAULT.items()}
     with mock.patch.object(triton_backend, "table_for", return_value=table):
