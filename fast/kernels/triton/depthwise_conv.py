@@ -26,10 +26,10 @@ Versions (not measured: no GPU was at hand; instructions of all warps at 8Ã—256Ã
   3. backward of input and weight in one pass: 4 instead of 7 maps of traffic; nine loads and norms per output: 18.0 M
      instructions forward; 29.6 M backward, which adds up over positions after every tile, behind 54 barriers; 12 and 8
      warps per multiprocessor
-  4. this: 6.2 to 7.9 M forward, 11.0 to 15.6 M backward, by rate; no barrier in a loop over rows, 20 and 16 warps; 98 partial
+  4. this: 6.1 to 6.9 M forward, 10.9 to 13.9 M backward, by rate; no barrier in a loop over rows, 20 and 16 warps; 98 partial
      sums instead of 301
-  5. a row ahead loaded forward too: 8 % more instructions, spills at 20 warps; twice the channels per thread backward: 13 %
-     fewer instructions, but 8 warps
+  5. not taken: loading a row ahead forward too, 8 % more instructions and spills at 20 warps; four channels per thread
+     backward instead of two, 12 % fewer instructions but 8 warps
 """
 
 import triton
