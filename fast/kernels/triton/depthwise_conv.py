@@ -102,7 +102,7 @@ def add_products(total, row, taps):
 
 
 @triton.jit
-def columns_of(tile, c, mask_c, columns, height, width, rate_w, C, BLOCK_P: tl.constexpr):
+def columns_of(tile, c, columns, height, width, rate_w, C, BLOCK_P: tl.constexpr):
     """Where a tile's columns begin, (BLOCK_P, BLOCK_C), and where there is a left, an own and a right one: (BLOCK_P,)."""
     q = tile * BLOCK_P + tl.arange(0, BLOCK_P)
     n, w = q // width, q % width
@@ -174,7 +174,7 @@ def depthwise_forward_kernel(
     tile = tl.program_id(0) // tiles_c
     c = tl.program_id(0) % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = c < C
-    place, left, own, right = columns_of(tile // groups, c, mask_c, columns, height, width, rate_w, C, BLOCK_P)
+    place, left, own, right = columns_of(tile // groups, c, columns, height, width, rate_w, C, BLOCK_P)
     first, first_phase, end_phase, full_rows, longer = rows_of(
         tile % groups, height, rate_h, segment_rows, program_phases, phase_groups
     )
@@ -189,7 +189,7 @@ def depthwise_forward_kernel(
         scale, offset = load_row_vector(scale_ptr, c, mask_c), load_row_vector(offset_ptr, c, mask_c)
 
     zero = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-    anchor, total, squares, num_rows = zero, zero, zero, height * 0
+    anchor, total, squares, num_rows = zero, zero, zero, 0
     for phase in range(first_phase, end_phase):
         rows = full_rows + (phase < longer).to(tl.int32)
         end = tl.minimum(first + segment_rows, rows)
@@ -303,7 +303,7 @@ def depthwise_backward_kernel(
     tile = tl.program_id(0) // tiles_c
     c = tl.program_id(0) % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = c < C
-    place, left, own, right = columns_of(tile // groups, c, mask_c, columns, height, width, rate_w, C, BLOCK_P)
+    place, left, own, right = columns_of(tile // groups, c, columns, height, width, rate_w, C, BLOCK_P)
     first, first_phase, end_phase, full_rows, longer = rows_of(
         tile % groups, height, rate_h, segment_rows, program_phases, phase_groups
     )
