@@ -41,14 +41,16 @@ from search.files import write_json
 ROOT = Path(__file__).parents[1]
 _TILE, _WIDE, _WARPS = (16, 32, 64, 128), (32, 64, 128, 256), (2, 4, 8)
 _PRODUCT = {"block_p": _WIDE, "block_n": _WIDE, "block_k": (16, 32, 64), "warps": (4, 8), "stages": (2, 3, 4)}
+# At 4 warps, so many registers leave room for six, five, four and three programs on a multiprocessor.
+_WALK = {"block_p": (2, 4, 8, 16), "block_n": (32, 64, 128), "warps": _WARPS, "registers": (80, 96, 128, 168)}
 # What is tried, per kernel; the kernels in the order of their shares of an iteration, as counted.
 CHOICES: dict[str, dict[str, tuple[int, ...]]] = {
-    "depthwise_backward": {"block_p": _TILE, "block_n": _TILE, "warps": _WARPS},
+    "depthwise_backward": _WALK | {"programs": (264, 396, 528, 660)},
     "pointwise_input_gradient": _PRODUCT,
     "pointwise_forward": _PRODUCT | {"block_k": (16, 32, 64, 128)},
     "pointwise_weight_gradient": _PRODUCT | {"programs": (132, 264, 528)},
     "cell_gradients": {"block_p": (32, 64, 128, 256), "warps": (1, 2, 4)},
-    "depthwise_forward": {"block_p": _TILE, "block_n": _TILE, "warps": _WARPS},
+    "depthwise_forward": _WALK | {"programs": (396, 528, 660, 792)},
     "fold": {"block_p": (128, 256, 512, 1024), "block_n": (1, 2, 4, 8, 16), "warps": _WARPS},
     "sum_partials": {"block_p": (16, 32, 64, 128, 256, 512), "block_n": (4, 8, 16, 32, 64, 128), "warps": _WARPS},
     "sum_gradients": {"block_p": (512, 1024, 2048, 4096), "warps": _WARPS},

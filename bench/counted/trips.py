@@ -29,6 +29,20 @@ def _of_cells(a: Arguments) -> list[float]:
     return [ceil_div(a["K"], a["LANES"]), chunks, a["K"] * chunks, *row_by_row, a["K"] * chunks]
 
 
+def _of_phases(a: Arguments) -> list[float]:
+    """Phases of the rate that a program walks down, and the rows of all of them but each one's last."""
+    height, rate, segment_rows, groups = a["height"], a["rate_h"], a["segment_rows"], a["groups"]
+    phases = rows = 0
+    for group in range(groups):
+        first = group // a["phase_groups"] * segment_rows
+        first_phase = group % a["phase_groups"] * a["program_phases"]
+        for phase in range(first_phase, min(first_phase + a["program_phases"], rate, height)):
+            own_rows = len(range(phase, height, rate))
+            phases += 1
+            rows += max(0, min(first + segment_rows, own_rows - 1) - first)
+    return [phases / groups, rows / groups]
+
+
 TRIPS: dict[str, Callable[[Arguments], list[float]]] = {
     "fold_kernel": lambda a: [_of_tiles(a)] * 2,
     "sum_partials_kernel": lambda a: [_of_tiles(a)],
@@ -36,6 +50,8 @@ TRIPS: dict[str, Callable[[Arguments], list[float]]] = {
     "pointwise_input_gradient_kernel": lambda a: [_of_outputs(a)],
     "pointwise_weight_gradient_kernel": lambda a: [ceil_div(a["split_size"], a["BLOCK_K"])],
     "cell_gradients_kernel": _of_cells,
+    "depthwise_forward_kernel": _of_phases,
+    "depthwise_backward_kernel": _of_phases,
     "separable_inference_kernel": lambda a: [ceil_div(a["C"], a["BLOCK_K"])],
     "mean_loss_kernel": lambda a: [ceil_div(a["programs"], a["BLOCK"])],
 }

@@ -33,6 +33,7 @@ from search.reports.turns import Summary
 ROOT = Path(__file__).parents[2]
 KEY: Key = ("depthwise_forward", 2, "small")
 FOLD: Key = ("fold", 4, "small")
+QUICKEST = DEFAULT[KEY]._replace(block_p=16, block_n=32, warps=8)
 
 
 class MadeUpTimes:
@@ -66,7 +67,7 @@ def journal(tmp_path: Path) -> Journal:
 
 
 def test_the_best_is_found_step_by_step(journal: Journal) -> None:
-    times = MadeUpTimes(quickest=Launch(128, 16, 0, 8, 1))
+    times = MadeUpTimes(quickest=QUICKEST)
     search(journal, times)
     assert journal.best()[KEY] == times.quickest
     assert len(set(times.examined)) == len(times.examined)  # none twice
@@ -75,8 +76,9 @@ def test_the_best_is_found_step_by_step(journal: Journal) -> None:
 
 
 def test_neither_wrong_nor_slower_launches_are_taken(journal: Journal) -> None:
-    quickest = Launch(64, 64, 0, 4, 1)
-    times = MadeUpTimes(quickest, wrong=(quickest,))
+    quickest = DEFAULT[KEY]._replace(block_p=16)
+    wrong = tuple(launch for launch in tune.near(KEY[0], DEFAULT[KEY], 2) if launch.block_p == 16)
+    times = MadeUpTimes(quickest, wrong=wrong)
     search(journal, times)
     assert quickest in times.examined
     assert journal.best()[KEY] == DEFAULT[KEY]
@@ -84,13 +86,13 @@ def test_neither_wrong_nor_slower_launches_are_taken(journal: Journal) -> None:
 
 
 def test_an_earlier_file_is_tried_first(journal: Journal) -> None:
-    times = MadeUpTimes(quickest=Launch(128, 16, 0, 8, 1))
-    search(journal, times, known={KEY: Launch(128, 16, 0, 8, 1)})
+    times = MadeUpTimes(quickest=QUICKEST)
+    search(journal, times, known={KEY: QUICKEST})
     assert times.examined[0] == times.quickest == journal.best()[KEY]
 
 
 def test_search_stops_in_time_and_goes_on_where_it_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path, times = tmp_path / "trials.jsonl", MadeUpTimes(quickest=Launch(128, 16, 0, 8, 1))
+    path, times = tmp_path / "trials.jsonl", MadeUpTimes(quickest=QUICKEST)
     times.stop_at = 5
     search(Journal(path, "a GPU"), times)
     assert len(times.examined) == 5

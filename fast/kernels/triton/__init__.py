@@ -9,6 +9,7 @@ buffers that a second, small kernel adds up in the order of the tiles, so every 
 """
 
 import contextlib
+import functools
 import importlib.util
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -55,7 +56,7 @@ class Moments(NamedTuple):
     """Mean and sum of squared deviations of each tile of positions in a convolution's output."""
 
     partials: Tensor  # (tiles, 2, C), float32
-    tile_size: int  # positions; the last tile may have fewer
+    sizes: Tensor | int  # positions of each tile: (tiles,), float32; or of all but the last, which has what is left
 
 
 def is_available() -> bool:
@@ -79,18 +80,20 @@ def depthwise_forward(
     raw = _dense(x.raw)
     n, channels, height, width = raw.shape
     out = _empty_map(raw, dtype=_out_dtype(raw))
-    launch = _map_launch("depthwise_forward", out)
-    tiles = _tiles(out, launch)
-    partials = _empty(raw, tiles, 2, channels) if statistics else None
+    launch = _depthwise_launch("depthwise_forward", out)
+    tiles_c, plan = _ceil_div(channels, launch.block_n), _row_plan(out, rate[0], launch)
+    tiles = _ceil_div(n * width, launch.block_p) * plan.groups
+    moments = Moments(_empty(raw, tiles, 2, channels), _empty(raw, tiles)) if statistics else None
+    sizes = (n * width, height, width, *rate, *plan, channels)
     _launch(
         depthwise_forward_kernel,
-        tiles * _ceil_div(channels, launch.block_n),
+        tiles * tiles_c,
         launch,
-        (raw, x.scale, x.offset, weight.contiguous(), out, partials, n * height * width, height, width, *rate, channels),
+        (raw, x.scale, x.offset, weight.contiguous(), out, *(moments or (None, None)), *sizes),
         BLOCK_P=launch.block_p,
         BLOCK_C=launch.block_n,
     )
-    return out, None if partials is None else Moments(partials, launch.block_p)
+    return out, moments
 
 
 def depthwise_backward(
@@ -106,14 +109,15 @@ def depthwise_backward(
     _check_depthwise(x, weight, rate)
     x_raw = _dense(x.raw)
     n, channels, height, width = x_raw.shape
-    launch = _map_launch("depthwise_backward", x_raw)
-    tiles, rows = _tiles(x_raw, launch), 11 if need_input and x.scale is not None else 9
+    launch = _depthwise_launch("depthwise_backward", x_raw)
+    tiles_c, plan = _ceil_div(channels, launch.block_n), _row_plan(x_raw, rate[0], launch)
+    tiles, rows = _ceil_div(n * width, launch.block_p) * plan.groups, 11 if need_input and x.scale is not None else 9
     grad_x, partials = _empty_map(x_raw) if need_input else None, _empty(x_raw, tiles, rows, channels)
     gradient = (_dense(grad), _dense(raw), *_slope_and_intercept(unfolded))
-    sizes = (n * height * width, height, width, *rate, channels)
+    sizes = (n * width, height, width, *rate, *plan, channels)
     _launch(
         depthwise_backward_kernel,
-        tiles * _ceil_div(channels, launch.block_n),
+        tiles * tiles_c,
         launch,
         (*gradient, x_raw, x.scale, x.offset, weight.contiguous(), grad_x, partials, *sizes),
         ROWS=rows,
@@ -162,7 +166,8 @@ def pointwise_backward(
 
 
 def fold(moments: Moments, norm: BatchNorm[Tensor], *, count: int, momentum: float, eps: float) -> Folded:
-    tiles, _, channels = moments.partials.shape
+    (tiles, _, channels), sizes = moments.partials.shape, moments.sizes
+    counts, tile_size = (None, sizes) if isinstance(sizes, int) else (sizes, 0)
     folded = _empty(moments.partials, 4, channels)
     parameters = (norm.scale, norm.offset, norm.running_mean, norm.running_var, folded)
     launch = _launch_of("fold", 4, count, folded)
@@ -170,7 +175,7 @@ def fold(moments: Moments, norm: BatchNorm[Tensor], *, count: int, momentum: flo
         fold_kernel,
         _ceil_div(channels, launch.block_n),
         launch,
-        (moments.partials, *parameters, tiles, moments.tile_size, count, momentum if count > 1 else 0.0, eps, channels),
+        (moments.partials, counts, *parameters, tiles, tile_size, count, momentum if count > 1 else 0.0, eps, channels),
         BLOCK_T=launch.block_p,
         BLOCK_C=launch.block_n,
     )
@@ -629,6 +634,44 @@ def _labels_and_sizes(logits: Tensor, labels: Tensor) -> tuple[Tensor, tuple[int
     return labels.contiguous(), (*logits.shape[2:], *labels.shape[1:], *cells)
 
 
+class _RowPlan(NamedTuple):
+    """How the rows of a map are shared out: each phase of the rate in segments, for each segment the phases in groups."""
+
+    segment_rows: int  # of a phase
+    program_phases: int  # that a program walks down in turn
+    phase_groups: int
+    groups: int  # of rows, each with its own programs for all columns and channels
+
+
+def _row_plan(x: Tensor, rate_h: int, launch: Launch) -> _RowPlan:
+    """The quickest plan for a map, if `launch.programs` run at once."""
+    n, channels, height, width = x.shape
+    tiles = _ceil_div(n * width, launch.block_p) * _ceil_div(channels, launch.block_n)
+    return _quickest_row_plan(height, min(rate_h, max(height, 1)), tiles, max(launch.programs, 1))
+
+
+@functools.lru_cache(maxsize=1024)
+def _quickest_row_plan(height: int, phases: int, tiles: int, programs: int) -> _RowPlan:
+    """Of plans with short segments, or several phases to a program, the one whose waves of programs take least time."""
+    longest, shortest = _ceil_div(height, phases), height // phases
+    plans = [
+        _RowPlan(rows, 1, phases, phases * _ceil_div(longest, rows))
+        for rows in range(longest, 0, -1)
+        if _ceil_div(longest, rows) == _ceil_div(shortest, rows)  # every phase has as many segments
+    ]
+    for program_phases in range(2, phases + 1):
+        groups = _ceil_div(phases, program_phases)
+        plans.append(_RowPlan(longest, program_phases, groups, groups))
+
+    def cost(plan: _RowPlan) -> tuple[int, int]:
+        """In times of a row: programs begin and end in about six, a phase in one, and a neighbour row is half the work."""
+        neighbours = 0 if plan.segment_rows >= longest else 1
+        time = 6 + plan.program_phases * (plan.segment_rows + 1 + neighbours)
+        return _ceil_div(tiles * plan.groups, programs) * time, plan.groups
+
+    return min(plans, key=cost, default=_RowPlan(1, 1, 1, 0))  # no rows, no programs
+
+
 def _check_depthwise(x: NormedMap, weight: Tensor, rate: tuple[int, int]) -> None:
     if weight.shape != (x.raw.shape[1], 1, 3, 3) or min(rate) < 1:
         shapes = (tuple(x.raw.shape), tuple(weight.shape))
@@ -681,6 +724,12 @@ def _product_launch(kernel: str, x: Tensor) -> Launch:
     if x.dtype == torch.float32 and _input_precision(x) == "ieee":  # no matrix unit: a thread holds rows of the operands
         return launch._replace(block_p=min(launch.block_p, 64), block_n=min(launch.block_n, 64), block_k=32, warps=8, stages=1)
     return launch
+
+
+def _depthwise_launch(kernel: str, x: Tensor) -> Launch:
+    """Channels that are no multiple of 16 are loaded one by one: the addresses do not fit the table's registers."""
+    launch = _map_launch(kernel, x)
+    return launch if x.shape[1] % 16 == 0 else launch._replace(registers=255)
 
 
 def _launch_of(kernel: str, value_bytes: int, size: int, x: Tensor) -> Launch:
@@ -736,6 +785,6 @@ def _launch(kernel: Any, programs: int, launch: Launch, arguments: tuple[Any, ..
     if programs == 0:
         return
     device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
-    options = {"num_warps": launch.warps, "num_stages": launch.stages}
+    options = {"num_warps": launch.warps, "num_stages": launch.stages, "maxnreg": launch.registers or None}
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         kernel[(programs,)](*arguments, **constants, **options, enable_fp_fusion=True)

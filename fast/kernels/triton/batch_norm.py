@@ -3,9 +3,9 @@
     n = Σ n_t     mean = Σ n_t · mean_t / n     var = Σ (M2_t + n_t · (mean_t - mean)²) / n                 (Chan et al.)
     scale = γ / √(var + ε)     offset = β - mean · scale     r ← (1 - momentum) · r + momentum · batch
 
-A convolution writes, for each tile t of its output, the mean and the sum of squared deviations from it, M2. So a large mean
-cannot hide a small variance, as it would in E[x²] - E[x]². One program per channel adds up the tiles in their order, so ten
-runs give ten identical results, which atomics would not.
+A convolution writes, for each tile t of its output, the number n_t of its positions (tiles need not be of one size), the mean
+and the sum of squared deviations from it, M2. So a large mean cannot hide a small variance, as it would in E[x²] - E[x]². One
+program per channel adds up the tiles in their order, so ten runs give ten identical results, which atomics would not.
 
 Bytes: `fold` reads 8 B per tile and channel twice (the second time from the L2 cache), `unfold` 24 B per channel, `normalise`
 the map once and writes it once. Operations: 4 per value of a map, never the limit.
@@ -22,9 +22,8 @@ import triton.language as tl
 
 @triton.jit
 def relu_of(raw, scale, offset):
-    """relu(scale · raw + offset) of float32 blocks. NaN stays NaN, as in PyTorch's relu; maximum would hide it."""
-    normed = raw * scale + offset
-    return tl.where(normed < 0.0, 0.0, normed)
+    """relu(scale · raw + offset) of float32 blocks. NaN stays NaN, as in PyTorch's relu; a maximum alone would hide it."""
+    return tl.maximum(raw * scale + offset, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -38,9 +37,19 @@ def store_moments(partials_ptr, out, tile, mask_p, c, C):
     tl.store(row_ptr + C + c, tl.sum(centred * centred, axis=0), mask=c < C)
 
 
+@triton.jit
+def load_sizes(counts_ptr, tile, num_tiles, tile_size, count):
+    """How many positions each tile has, float32; 0 beyond the last."""
+    if counts_ptr is None:
+        return tl.maximum(tl.minimum(count - tile * tile_size, tile_size), 0).to(tl.float32)
+    else:  # left out when compiled
+        return tl.load(counts_ptr + tile, mask=tile < num_tiles, other=0.0)
+
+
 @triton.jit(do_not_specialize=["num_tiles", "tile_size", "count"])
 def fold_kernel(
     partials_ptr,  # (tiles, 2, C)
+    counts_ptr,  # (tiles,), positions of each; or None: tile_size, and the rest in the last one
     gamma_ptr,
     beta_ptr,
     running_mean_ptr,
@@ -64,7 +73,7 @@ def fold_kernel(
     for first in range(0, num_tiles, BLOCK_T):
         tile = first + tl.arange(0, BLOCK_T)
         row_ptr = partials_ptr + tile[:, None].to(tl.int64) * 2 * C + c[None, :]
-        size = tl.maximum(tl.minimum(count - tile * tile_size, tile_size), 0).to(tl.float32)  # the last tile is smaller
+        size = load_sizes(counts_ptr, tile, num_tiles, tile_size, count)
         mean_t = tl.load(row_ptr, mask=(tile < num_tiles)[:, None] & mask_c[None, :], other=0.0)  # (BLOCK_T, BLOCK_C)
         weighted += tl.sum(size[:, None] * mean_t, axis=0)
     mean = weighted / batch_size
@@ -73,7 +82,7 @@ def fold_kernel(
     for first in range(0, num_tiles, BLOCK_T):
         tile = first + tl.arange(0, BLOCK_T)
         row_ptr = partials_ptr + tile[:, None].to(tl.int64) * 2 * C + c[None, :]
-        size = tl.maximum(tl.minimum(count - tile * tile_size, tile_size), 0).to(tl.float32)
+        size = load_sizes(counts_ptr, tile, num_tiles, tile_size, count)
         mask = (tile < num_tiles)[:, None] & mask_c[None, :]
         mean_t = tl.load(row_ptr, mask=mask, other=0.0)
         squares = tl.load(row_ptr + C, mask=mask, other=0.0)

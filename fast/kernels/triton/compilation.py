@@ -37,8 +37,8 @@ def choose_absent_gpu(architecture: int) -> None:
 
 def compiled(kernel: Any, programs: int, launch: Launch, arguments: tuple[Any, ...], **constants: Any) -> Any:
     """Compile this launch; Triton keeps the binary in its cache on disk, where `_launch` finds it."""
-    options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
-    return kernel.run(*arguments, **constants, **options, grid=(programs,), warmup=True)
+    options = {"num_warps": launch.warps, "num_stages": launch.stages, "maxnreg": launch.registers or None}
+    return kernel.run(*arguments, **constants, **options, enable_fp_fusion=True, grid=(programs,), warmup=True)
 
 
 def usage(binary: Any) -> dict[str, int]:

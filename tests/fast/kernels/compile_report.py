@@ -42,9 +42,10 @@ def calls(dtype: torch.dtype, sizes: tuple[int, int, int], variants: bool) -> It
     if variants:
         plain, depthwise = NormedMap(made.raw(320)), made.tensor(320, 1, 3, 3)
         yield lambda: triton_backend.depthwise_forward(plain, depthwise, RATE, statistics=True)
-        grads, cached = (made.raw(320), made.raw(320)), NormedMap(made.raw(320).half())
-        unfolded = Unfolded(*(made.tensor(320) for _ in range(4)))
-        yield lambda: triton_backend.depthwise_backward(*grads, unfolded, cached, depthwise, RATE, need_input=False)
+        # Channels that are no multiple of 16, with a norm that uses running statistics.
+        odd, odd_weight = NormedMap(made.raw(250), made.tensor(250), made.tensor(250)), made.tensor(250, 1, 3, 3)
+        yield lambda: triton_backend.depthwise_forward(odd, odd_weight, RATE, statistics=False)
+        yield lambda: triton_backend.depthwise_backward(odd.raw, odd.raw, None, odd, odd_weight, RATE, need_input=True)
         yield from (partial(converting_crops, made, *kinds) for kinds in CROPS)
         for loss in (KernelCalls.mean_loss, KernelCalls.confusion_matrix):
             yield from (call for _, call in loss(replace(made, classes=150)))
@@ -52,9 +53,10 @@ def calls(dtype: torch.dtype, sizes: tuple[int, int, int], variants: bool) -> It
 
 def autocast_convolutions(made: KernelCalls, *, need_input: bool) -> None:
     x, weight, unfolded = NormedMap(made.raw(320)), made.tensor(CHANNELS, 320, 1, 1), Unfolded(*made.vectors(4))
-    depthwise = made.tensor(320, 1, 3, 3)
+    depthwise, of_features = made.tensor(320, 1, 3, 3), Unfolded(*(made.tensor(320) for _ in range(4)))
     with torch.autocast("cpu", torch.bfloat16):
-        triton_backend.depthwise_forward(x, depthwise, RATE, statistics=True)
+        out, _ = triton_backend.depthwise_forward(x, depthwise, RATE, statistics=True)
+        triton_backend.depthwise_backward(out, out, of_features, x, depthwise, RATE, need_input=False)
         out, _ = triton_backend.pointwise_forward([x], weight, None, statistics=True)
         triton_backend.pointwise_backward(out, out, unfolded, [x], weight, None, need_input=[need_input])
 

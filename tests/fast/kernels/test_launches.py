@@ -91,6 +91,7 @@ def changed(**fields: Any) -> str:
         *(changed(launch=LAUNCH._asdict() | {"block_p": value}) for value in (0, -256, 100, 256.0, "256", None)),
         changed(launch=LAUNCH._asdict() | {"block_k": 16}),  # `fold` has no such tile
         changed(launch=LAUNCH._asdict() | {"warps": 64}),
+        changed(launch=LAUNCH._asdict() | {"registers": 96}),  # the compiler chooses those of `fold`
     ],
 )
 def test_a_file_that_says_nothing_sure_is_ignored_and_named(text: str, made_up_gpu: torch.device, tmp_path: Path) -> None:

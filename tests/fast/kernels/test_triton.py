@@ -13,7 +13,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from scipy.stats import chi2
 from torch import Tensor
@@ -214,6 +214,129 @@ def test_depthwise_backward(
     grad_value, expected_weight = separable.depthwise_conv_backward(grad_raw, of(x).value(), to_array(weight), rate=rate)
     assert_close(grad_weight, expected_weight)
     assert_close(grad_x, of(x).backward(grad_value) if need_input else None)
+
+
+def rows_of_groups(height: int, rate_h: int, plan: tuple[int, int, int, int]) -> list[list[int]]:
+    """The rows that each group of programs computes, as the kernels walk."""
+    segment_rows, program_phases, phase_groups, groups = plan
+    walked: list[list[int]] = [[] for _ in range(groups)]
+    for group, rows in enumerate(walked):
+        first, phase = group // phase_groups * segment_rows, group % phase_groups * program_phases
+        for p in range(phase, min(phase + program_phases, rate_h, height)):
+            rows.extend(range(height)[p::rate_h][first : first + segment_rows])
+    return walked
+
+
+@given(st.integers(1, 200), st.integers(1, 30), st.integers(1, 3000), st.integers(1, 3000))
+def test_every_row_is_computed_by_one_group(height: int, rate_h: int, tiles: int, programs: int) -> None:
+    plan = triton_backend._quickest_row_plan(height, min(rate_h, height), tiles, programs)
+    walked = rows_of_groups(height, rate_h, plan)
+    assert sorted(row for rows in walked for row in rows) == list(range(height))
+    # Every phase of a group has a row in its segment: the kernels load it without asking.
+    longest, shortest = len(range(0, height, rate_h)), len(range(height)[min(rate_h, height) - 1 :: rate_h])
+    assert -(-shortest // plan.segment_rows) == -(-longest // plan.segment_rows)
+
+
+def test_rows_are_shared_out_by_what_runs_at_once() -> None:
+    """By hand: 100 programs at once and ten tiles leave ten groups of rows, 100 tiles one, 1000 tiles one."""
+    plan = triton_backend._quickest_row_plan
+    assert plan(100, 1, 10, 100) == (10, 1, 1, 10)  # segments of ten rows
+    assert plan(100, 20, 10, 100) == (5, 2, 10, 10)  # two phases of five rows
+    assert plan(100, 1, 100, 100) == plan(100, 1, 1000, 100) == (100, 1, 1, 1)
+    assert plan(100, 20, 100, 100) == (5, 20, 1, 1)
+
+
+row_plans = st.sampled_from((1, 2, 5, 20, 1000))  # programs that run at once: from whole columns to single rows
+
+
+@few_examples
+@example(1000, 2, 7, 9, 1, 2, True, 0)  # segments of one row
+@example(5, 1, 13, 5, 2, 1, True, 0)  # two segments of each phase
+@example(1, 1, 9, 7, 4, 3, False, 0)  # all phases by one program
+@given(
+    row_plans,
+    st.integers(1, 2),
+    st.integers(1, 13),
+    st.integers(1, 9),
+    st.integers(1, 7),
+    st.integers(1, 20),
+    st.booleans(),
+    rng_seeds(),
+)
+def test_depthwise_in_segments_and_phases(
+    programs: int, batch: int, height: int, width: int, rate_h: int, rate_w: int, normed: bool, seed: int
+) -> None:
+    """Both ways: one image, one row or column, rates beyond the map, columns and channels that are no multiple of a tile."""
+    rng, channels, rate = np.random.default_rng(seed), 17, (rate_h, rate_w)
+    x = draw_map(rng, channels, (height, width), batch=batch, layout="contiguous", normed=normed)
+    raw, grad = (draw_tensor(rng, batch, channels, height, width) for _ in range(2))
+    weight, unfolded = draw_tensor(rng, channels, 1, 3, 3), draw_unfolded(rng, channels)
+    table = {key: launch._replace(block_p=8, block_n=16, programs=programs) for key, launch in launches.DEFAULT.items()}
+    with mock.patch.object(triton_backend, "table_for", return_value=table):
+        out, moments = triton_backend.depthwise_forward(x, weight, rate, statistics=True)
+        grad_x, grad_weight = triton_backend.depthwise_backward(grad, raw, unfolded, x, weight, rate, need_input=True)
+    assert_close(out, separable.depthwise_conv(of(x).value(), to_array(weight), rate=rate))
+    check_fold(moments, out, draw_norm(rng, channels))
+    grad_raw = effective_gradient(to_array(grad), to_array(raw), unfolded)
+    grad_value, expected_weight = separable.depthwise_conv_backward(grad_raw, of(x).value(), to_array(weight), rate=rate)
+    assert_close(grad_weight, expected_weight)
+    assert_close(grad_x, of(x).backward(grad_value))
+
+
+@pytest.mark.parametrize("programs", [1, 1000])
+@pytest.mark.parametrize("rate", [(1, 1), (3, 2), (20, 1)], ids=str)
+@pytest.mark.parametrize("taps", ["centre", "column", "all"])
+def test_depthwise_moments_at_a_large_mean(programs: int, rate: tuple[int, int], taps: str) -> None:
+    """At mean 10⁴ and deviation 1, as in `test_large_mean_leaves_the_variance`; other taps add the steps at the borders.
+
+    At a rate beyond the map the column's other taps add nothing, and every phase has one row.
+    """
+    rng = np.random.default_rng(0)
+    x = NormedMap(torch.from_numpy(rng.normal(1e4, 1.0, (2, 5, 9, 9))).to(DEVICE, torch.float32))
+    weight, norm = torch.zeros(5, 1, 3, 3, device=DEVICE), draw_norm(rng, 5)
+    weight[:, :, 1, 1] = 1.0
+    if taps != "centre":
+        weight[..., 1] += 1.0
+    if taps == "all":
+        weight += draw_tensor(rng, 5, 1, 3, 3)
+    table = {key: launch._replace(programs=programs) for key, launch in launches.DEFAULT.items()}
+    with mock.patch.object(triton_backend, "table_for", return_value=table):
+        raw, moments = triton_backend.depthwise_forward(x, weight, rate, statistics=True)
+    assert moments is not None
+    triton_backend.fold(moments, norm, count=162, momentum=1.0, eps=EPS)
+    assert_close(norm.running_var, to_array(raw).var(axis=(0, 2, 3), ddof=1), 1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy's, in the interpreter
+@pytest.mark.parametrize("normed", [True, False])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_depthwise_keeps_what_is_not_finite_where_it_belongs(bad: float, normed: bool) -> None:
+    """One value that is not finite reaches the outputs, sums and gradients that read it, and no others."""
+    rng, rate = np.random.default_rng(0), (2, 1)
+    x = draw_map(rng, 3, (7, 5), layout="contiguous", normed=normed)
+    weight, grad = draw_tensor(rng, 3, 1, 3, 3), draw_tensor(rng, 2, 3, 7, 5)
+    unfolded, norm = draw_unfolded(rng, 3), draw_norm(rng, 3)
+    ones = NormedMap(x.raw, *(torch.ones(3, device=DEVICE) for _ in range(2))) if normed else x
+    spoilt = ones._replace(raw=x.raw.clone())
+    spoilt.raw[1, 2, 0, 0] = bad
+    out, moments = triton_backend.depthwise_forward(spoilt, weight, rate, statistics=True)
+    expected = np.zeros(out.shape, bool)
+    expected[1, 2, :3:2, :2] = True
+    assert np.array_equal(~np.isfinite(to_array(out)), expected)
+    assert moments is not None
+    folded = triton_backend.fold(moments, norm, count=70, momentum=0.5, eps=EPS)
+    assert torch.isfinite(folded.scale).tolist() == [True, True, False]
+
+    grad[0, 1, 6, 4] = bad
+    grad_x, grad_weight = triton_backend.depthwise_backward(grad, x.raw, unfolded, ones, weight, rate, need_input=True)
+    assert grad_x is not None
+    expected[:] = False
+    expected[0, 1, 4::2, 3:] = True
+    if normed:
+        expected &= of(ones).value() > 0.0
+    assert np.array_equal(~np.isfinite(to_array(grad_x.raw)), expected)
+    assert torch.isfinite(grad_weight[[0, 2]]).all()
+    assert not torch.isfinite(grad_weight[1, 0, 1, 1])
 
 
 maps_of_channels = st.lists(st.tuples(channel_counts, st.booleans(), layouts), min_size=1, max_size=3)
@@ -904,7 +1027,12 @@ def test_autocast_computes_in_lower_precision() -> None:
         draw_tensor(rng, 2, 17, 5, 4),
     )
     with torch.autocast(DEVICE, torch.float16):
-        middle, _ = triton_backend.depthwise_forward(full, draw_tensor(rng, 20, 1, 3, 3), (1, 1), statistics=False)
+        depthwise = draw_tensor(rng, 20, 1, 3, 3)
+        middle, _ = triton_backend.depthwise_forward(full, depthwise, (1, 1), statistics=False)
+        grad_middle = draw_tensor(rng, 2, 20, 5, 4).half()
+        grad_full, grad_depthwise = triton_backend.depthwise_backward(
+            grad_middle, middle, None, full, depthwise, (1, 1), need_input=True
+        )
         raw, _ = triton_backend.pointwise_forward([full], weight[:, :20], None, statistics=False)
         both, _ = triton_backend.pointwise_forward(maps, weight, None, statistics=False)
         grad_maps, grad_weight = triton_backend.pointwise_backward(
@@ -912,6 +1040,12 @@ def test_autocast_computes_in_lower_precision() -> None:
         )
     assert middle.dtype == raw.dtype == both.dtype == torch.float16
     assert grad_weight.dtype == torch.float32
+    assert_close(middle, separable.depthwise_conv(of(full).value(), to_array(depthwise), rate=(1, 1)), bound)
+    grad_value, expected_depthwise = separable.depthwise_conv_backward(
+        to_array(grad_middle), of(full).value(), to_array(depthwise), rate=(1, 1)
+    )
+    assert_close(grad_depthwise, expected_depthwise, bound)
+    assert_close(grad_full, of(full).backward(grad_value), bound)
     assert_close(raw, reference_pointwise_conv(of(full).value(), to_array(weight[:, :20])), bound)
     assert_close(both, reference_pointwise_conv(concatenated(maps), to_array(weight)), bound)
     grad_concat, expected_weight = pointwise_conv_backward(to_array(grad), concatenated(maps), to_array(weight))
@@ -1187,13 +1321,22 @@ def crops_of(features: Tensor, **others: Any) -> Any:
     return triton_backend.crops(features, **given, output_stride=2, dtype=torch.float32)
 
 
-def test_fold_needs_no_more_than_its_moments() -> None:
-    """By hand: tiles of two, two and one values with mean 1, 2, 5 and M2 2, 0, 0 are 0, 2, 2, 2, 5."""
-    partials = torch.tensor([[1.0, 2.0], [2.0, 0.0], [5.0, 0.0]], device=DEVICE).view(3, 2, 1)
+@pytest.mark.parametrize(
+    ("sizes", "moments", "values"),
+    [
+        (2, [[1.0, 2.0], [2.0, 0.0], [5.0, 0.0]], [0.0, 2.0, 2.0, 2.0, 5.0]),
+        ([1.0, 3.0, 1.0], [[1.0, 0.0], [2.0, 2.0], [5.0, 0.0]], [1.0, 1.0, 2.0, 3.0, 5.0]),
+    ],
+)
+def test_fold_needs_no_more_than_its_moments(
+    sizes: int | list[float], moments: list[list[float]], values: list[float]
+) -> None:
+    """Tiles of two with a rest of one, and tiles of sizes of their own; mean and M2 of each by hand."""
+    partials = torch.tensor(moments, device=DEVICE).view(3, 2, 1)
     one = torch.ones(1, device=DEVICE)
     norm = BatchNorm(one * 2.0, one * 3.0, one * 0.0, one * 1.0)
-    folded: Folded = triton_backend.fold(Moments(partials, 2), norm, count=5, momentum=0.5, eps=EPS)
-    values = np.array([0.0, 2.0, 2.0, 2.0, 5.0])
-    assert folded.mean.item() == pytest.approx(values.mean())
-    assert folded.scale.item() == pytest.approx(2.0 / np.sqrt(values.var() + EPS))
-    assert norm.running_var.item() == pytest.approx(0.5 + 0.5 * values.var(ddof=1))
+    of_tiles = Moments(partials, sizes if isinstance(sizes, int) else torch.tensor(sizes, device=DEVICE))
+    folded: Folded = triton_backend.fold(of_tiles, norm, count=5, momentum=0.5, eps=EPS)
+    assert folded.mean.item() == pytest.approx(np.mean(values))
+    assert folded.scale.item() == pytest.approx(2.0 / np.sqrt(np.var(values) + EPS))
+    assert norm.running_var.item() == pytest.approx(0.5 + 0.5 * np.var(values, ddof=1))
