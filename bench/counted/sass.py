@@ -1,8 +1,8 @@
 """The machine code of a compiled kernel: its instructions, its loops, and how often each instruction is executed.
 
 Code outside loops counts once, on both sides of a branch, except that of two sides that both end in an exit the longer one
-counts: programs that do one thing or another. A loop's body counts by its trips, which the caller knows. What lies behind the
-last exit is left out: padding, and subroutines for rare operands of divisions and roots.
+counts: programs that do one thing or another. A loop's body counts by its trips, which the caller knows. What lies behind is
+left out: subroutines for rare operands of divisions and roots, and padding.
 """
 
 import re
@@ -44,12 +44,13 @@ def disassembled(cubin: bytes) -> str:
 
 
 def instructions(text: str) -> list[Instruction]:
-    """The instructions of one disassembled kernel up to its last exit. Raises ValueError if there is none.
+    """The instructions of one disassembled kernel. Raises ValueError if it has no exit.
 
     >>> code = '''
     ...         /*0000*/              @!P0 BRA 0x20 ;       /* 0x0000000c00fc8947 */
     ...         /*0010*/                   EXIT ;           /* 0x000000000000794d */
-    ...         /*0020*/                   NOP;             /* 0x0000000000007918 */
+    ...         /*0020*/                   BRA 0x20;        /* 0xfffffffc00fc7947 */
+    ...         /*0030*/                   NOP;             /* 0x0000000000007918 */
     ... '''
     >>> for instruction in instructions(code):
     ...     print(*instruction)
@@ -64,7 +65,9 @@ def instructions(text: str) -> list[Instruction]:
     exits = [i for i, instruction in enumerate(found) if instruction.opcode == "EXIT"]
     if not exits:
         raise ValueError(f"no exit in the disassembly: {text[:200]!r}")
-    return _without_shorter_sides(found[: exits[-1] + 1])
+    padding = next((i for i, instruction in enumerate(found) if instruction.target == instruction.address), len(found))
+    has_subroutines = any(instruction.opcode.startswith("RET") for instruction in found)
+    return _without_shorter_sides(found[: exits[-1] + 1 if has_subroutines else padding])
 
 
 def _without_shorter_sides(code: list[Instruction]) -> list[Instruction]:

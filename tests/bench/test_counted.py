@@ -32,7 +32,7 @@ CODE = """
         /*0050*/                   HGMMA.64x128x16.F32.BF16 R24, R4, gdesc[UR8], R24 ; /* 0x0 */
         /*0060*/              @!P0 BRA 0x30 ;                             /* 0x0 */
         /*0070*/               @P2 BRA 0x10 ;                             /* 0x0 */
-        /*0080*/               @P3 BRA 0x80 ;                             /* it waits for a barrier */
+        /*0080*/               @P3 BRA 0x70 ;                             /* it waits for a barrier */
         /*0090*/               @P0 EXIT ;                                 /* 0x0 */
         /*00a0*/                   STG.E.U16 desc[UR4][R2.64], R6 ;       /* 0x0 */
         /*00b0*/                   EXIT ;                                 /* 0x0 */
