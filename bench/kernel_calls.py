@@ -78,11 +78,6 @@ class KernelCalls:
     pointwise_weight_gradient = partialmethod(_pointwise_backward, need_input=False)
     pointwise_input_gradient = partialmethod(_pointwise_backward, need_input=True)
 
-    def separable_inference(self) -> Calls:
-        x, norm = self.map(), self.vectors(2)
-        depthwise, pointwise = self.tensor(CHANNELS, 1, 3, 3), self.tensor(CHANNELS, CHANNELS, 1, 1)
-        yield 1, partial(kernels.separable_inference, x, depthwise, norm, RATE, pointwise, norm)
-
     def normalise(self) -> Calls:
         yield 1, partial(kernels.normalise, self.map())
 

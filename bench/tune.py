@@ -60,7 +60,6 @@ CHOICES: dict[str, dict[str, tuple[int, ...]]] = {
     "gather_corners": {"block_p": _TILE, "warps": _WARPS},
     "normalise": {"block_p": _TILE, "block_n": (*_TILE, 256), "warps": _WARPS},
     "normalise_backward": {"block_p": _TILE, "block_n": (*_TILE, 256), "warps": _WARPS},
-    "separable_inference": _PRODUCT | {"block_p": _TILE, "block_n": (64, 128, 256), "stages": (1, 2, 3)},
     "confusion_matrix": {"block_p": (16, 32, 64), "warps": (1, 2, 4)},
 }
 AHEAD = 32  # candidates that are compiled in advance

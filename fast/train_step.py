@@ -9,6 +9,7 @@ import ctypes
 import functools
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -139,13 +140,19 @@ class TrainStep:
         self._set_rate()
         features, labels = self._batch or self.draw(self._input_dtype())
         features = features if self._batch is None else features.to(self._dtype)
-        with counted_at_once(), torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16):
-            outputs = self.head(features)
-        loss = self._loss_of(outputs, labels)
-        self._optimizer.zero_grad(set_to_none=True)
-        loss.backward(self._one)  # type: ignore[no-untyped-call]
+        with self._prepared_products():
+            with counted_at_once(), torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16):
+                outputs = self.head(features)
+            loss = self._loss_of(outputs, labels)
+            self._optimizer.zero_grad(set_to_none=True)
+            loss.backward(self._one)  # type: ignore[no-untyped-call]
         self._optimizer.step()
         self._loss = loss.detach().float()
+
+    def _prepared_products(self) -> AbstractContextManager[None]:
+        weights = [weight for weight in self.head.parameters() if weight.shape[2:] == (1, 1)]
+        kernels = iteration_kernels_for(weights[0])
+        return kernels.prepared_products(weights, torch.bfloat16 if self._bf16 else self._dtype) if kernels else nullcontext()
 
     def _set_rate(self) -> None:
         kernels = iteration_kernels_for(self._rate)

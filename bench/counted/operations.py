@@ -17,23 +17,16 @@ def depthwise(calls: KernelCalls) -> None:
     kernels.depthwise_forward(NormedMap(calls.raw()), calls.tensor(CHANNELS, 1, 3, 3), RATE, statistics=False)
 
 
-def separable_apart(calls: KernelCalls) -> None:
-    """Separable inference as two launches: the map between them is written."""
+def separable(calls: KernelCalls) -> None:
+    """With frozen norms: the map between its two convolutions is written once."""
     raw, _ = kernels.depthwise_forward(calls.map(), calls.tensor(CHANNELS, 1, 3, 3), RATE, statistics=False)
     normed = NormedMap(raw, *calls.vectors(2))
     kernels.pointwise_inference([normed], calls.tensor(CHANNELS, CHANNELS, 1, 1), calls.vectors(2))
 
 
-def separable(calls: KernelCalls) -> None:
-    """Separable inference as the backend does it."""
-    for _, call in calls.separable_inference():
-        call()
-
-
 OPERATIONS: dict[str, Callable[[KernelCalls], None]] = {
     "depthwise, inference": depthwise,
     "separable, inference": separable,
-    "separable, inference, in two launches": separable_apart,
 }
 
 

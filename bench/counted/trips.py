@@ -52,7 +52,6 @@ TRIPS: dict[str, Callable[[Arguments], list[float]]] = {
     "cell_gradients_kernel": _of_cells,
     "depthwise_forward_kernel": _of_phases,
     "depthwise_backward_kernel": _of_phases,
-    "separable_inference_kernel": lambda a: [ceil_div(a["C"], a["BLOCK_K"])],
     "mean_loss_kernel": lambda a: [ceil_div(a["programs"], a["BLOCK"])],
 }
 

@@ -56,14 +56,7 @@ class OnKernels:
         return NormedMap(self.backend.pointwise_inference(maps, weight.contiguous(), _scale_and_offset(norm, maps[0])))
 
     def separable_conv(self, x: NormedMap, depthwise: LiveConv, pointwise: LiveConv, *, rate: tuple[int, int]) -> NormedMap:
-        if not _is_inference([x], depthwise, pointwise):
-            return self.pointwise_conv([self.depthwise_conv(x, *depthwise, rate=rate)], *pointwise)
-        _check_shapes(Depthwise(rate), [x], depthwise.weight)
-        _check_shapes(Pointwise(), [x], pointwise.weight)
-        weights = depthwise.weight.contiguous(), pointwise.weight.contiguous()
-        norms = _scale_and_offset(depthwise.norm, x), _scale_and_offset(pointwise.norm, x)
-        x = self.dense(x)
-        return NormedMap(self.backend.separable_inference(x, weights[0], norms[0], rate, weights[1], norms[1]))
+        return self.pointwise_conv([self.depthwise_conv(x, *depthwise, rate=rate)], *pointwise)
 
     def pooling_means(
         self, x: NormedMap, grid_size: tuple[int, int], variant: PoolingVariant, pooling_size: tuple[int, int] | None
@@ -79,10 +72,10 @@ class OnKernels:
         return self._plane_product(x, rows, columns)
 
     def upsampled_cross_entropy(self, logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-        return self.backend.upsampled_cross_entropy(logits.contiguous(), labels, ignore_index)
+        return self.backend.upsampled_cross_entropy(logits, labels, ignore_index)
 
     def upsampled_confusion_matrix(self, logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
-        return self.backend.upsampled_confusion_matrix(logits.contiguous(), labels, ignore_index)
+        return self.backend.upsampled_confusion_matrix(logits, labels, ignore_index)
 
     def _conv_norm(
         self, conv: "Depthwise | Pointwise", maps: Sequence[NormedMap], weight: Tensor, norm: LiveNorm | None

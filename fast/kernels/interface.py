@@ -13,6 +13,7 @@ gradient that a convolution gets through its own statistics is slope · raw + in
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -188,18 +189,6 @@ class Backend(Protocol):
         """The value after a frozen norm, given as scale and offset: (C_out,) each -> (N, C_out, H, W)."""
         ...
 
-    def separable_inference(
-        self,
-        x: NormedMap,
-        depthwise_weight: Tensor,
-        depthwise_norm: tuple[Tensor, Tensor],
-        rate: tuple[int, int],
-        pointwise_weight: Tensor,
-        pointwise_norm: tuple[Tensor, Tensor],
-    ) -> Tensor:
-        """A whole separable convolution with frozen norms, each as scale and offset: (C,) each -> (N, C_out, H, W)."""
-        ...
-
     def fold(self, moments: Any, norm: BatchNorm[Tensor], *, count: int, momentum: float, eps: float) -> Folded:
         """Batch statistics over `count` values a channel into scale and offset; moves the running statistics in place."""
         ...
@@ -261,6 +250,13 @@ class IterationKernels(Protocol):
 
         draws: (3, N), int32, are random numbers of 0 to 2³¹ - 1; the n-th crop is at ⌊draw · limit / 2³¹⌋ for image, top and
         left, in features. -> (N, C, *crop) in `dtype`, and with output stride s labels (N, s·(h - 1) + 1, s·(w - 1) + 1).
+        """
+        ...
+
+    def prepared_products(self, weights: Sequence[Tensor], dtype: torch.dtype) -> AbstractContextManager[None]:
+        """Inside, 1×1 convolutions in `dtype` with these dense weights (C_out, C, 1, 1) find them rounded, by one launch.
+
+        The weights must not change meanwhile.
         """
         ...
 

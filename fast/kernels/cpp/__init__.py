@@ -85,18 +85,6 @@ def pointwise_inference(maps: Sequence[NormedMap], weight: Tensor, norm: tuple[T
     return out
 
 
-def separable_inference(
-    x: NormedMap,
-    depthwise_weight: Tensor,
-    depthwise_norm: tuple[Tensor, Tensor],
-    rate: tuple[int, int],
-    pointwise_weight: Tensor,
-    pointwise_norm: tuple[Tensor, Tensor],
-) -> Tensor:
-    raw, _ = depthwise_forward(x, depthwise_weight, rate, statistics=False)
-    return pointwise_inference([NormedMap(raw, *depthwise_norm)], pointwise_weight, pointwise_norm)
-
-
 def _pointwise_forward(
     maps: Sequence[NormedMap],
     weight: Tensor,
@@ -257,12 +245,14 @@ def plane_product(x: NormedMap, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def upsampled_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    logits = logits.contiguous()
     grad, loss = torch.empty_like(logits), torch.zeros((), dtype=torch.float64)
     _call_with_labels("upsampled_cross_entropy", logits, labels, ignore_index, loss, grad)
     return loss.to(logits.dtype), grad
 
 
 def upsampled_confusion_matrix(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    logits = logits.contiguous()
     confusion = torch.zeros(logits.shape[1], logits.shape[1], dtype=torch.int64)
     _call_with_labels("upsampled_confusion_matrix", logits, labels, ignore_index, confusion)
     return confusion

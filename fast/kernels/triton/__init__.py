@@ -11,7 +11,7 @@ buffers that a second, small kernel adds up in the order of the tiles, so every 
 import contextlib
 import functools
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -37,16 +37,19 @@ if _IS_INSTALLED:
         pointwise_forward_kernel,
         pointwise_gradient_kernel,
         pointwise_input_gradient_kernel,
-        pointwise_operand_kernel,
+        pointwise_operands_kernel,
         pointwise_weight_gradient_kernel,
     )
     from fast.kernels.triton.schedule import schedule_kernel
-    from fast.kernels.triton.separable_inference import separable_inference_kernel
     from fast.kernels.triton.upsampled_confusion_matrix import confusion_matrix_kernel
     from fast.kernels.triton.upsampled_cross_entropy import cell_gradients_kernel, gather_corners_kernel, mean_loss_kernel
 
 # Tiles along the channels from which a launch of its own for g costs less than computing it again for each of them.
 _MANY_TILES = 4
+
+# Weights that were rounded in advance, by address, dtype, precision and layout. No context variable: autograd's own thread
+# reads it too.
+_prepared: dict[tuple[int, torch.dtype, str, bool], Tensor] = {}
 
 name = "Triton kernels"
 memory_format = torch.channels_last
@@ -165,6 +168,19 @@ def pointwise_backward(
     return grad_maps, grad_weight
 
 
+@contextlib.contextmanager
+def prepared_products(weights: Sequence[Tensor], dtype: torch.dtype) -> Iterator[None]:
+    like = weights[0].new_empty(0, dtype=dtype)
+    layouts = [(weight.detach(), transposed) for weight in weights for transposed in (False, True)]
+    keys = [(weight.data_ptr(), dtype, _input_precision(like), transposed) for weight, transposed in layouts]
+    _prepared.update(zip(keys, _operands(layouts, like), strict=True))
+    try:
+        yield
+    finally:
+        for key in keys:
+            _prepared.pop(key, None)
+
+
 def fold(moments: Moments, norm: BatchNorm[Tensor], *, count: int, momentum: float, eps: float) -> Folded:
     (tiles, _, channels), sizes = moments.partials.shape, moments.sizes
     counts, tile_size = (None, sizes) if isinstance(sizes, int) else (sizes, 0)
@@ -257,40 +273,6 @@ def plane_product(x: NormedMap, rows: Tensor, columns: Tensor) -> Tensor:
         product = torch.matmul(rows, product).view(n * len(rows), width, channels)
         product = torch.matmul(columns, product).view(n, len(rows), len(columns), channels)
     return product.to(dtype).permute(0, 3, 1, 2)
-
-
-def separable_inference(
-    x: NormedMap,
-    depthwise_weight: Tensor,
-    depthwise_norm: tuple[Tensor, Tensor],
-    rate: tuple[int, int],
-    pointwise_weight: Tensor,
-    pointwise_norm: tuple[Tensor, Tensor],
-) -> Tensor:
-    """Both convolutions with their norms, frozen, each as (scale, offset): (C,) -> (N, C_out, H, W), normalised."""
-    _check_depthwise(x, depthwise_weight, rate)
-    raw = _dense(x.raw)
-    n, channels, height, width = raw.shape
-    out_channels = pointwise_weight.shape[0]
-    if pointwise_weight.shape[1] != channels:
-        raise ValueError(f"{channels} channels of the map, pointwise weight {tuple(pointwise_weight.shape)}")
-    out = _empty_map(raw, out_channels, _out_dtype(raw))
-    launch = _map_launch("separable_inference", out)
-    block_n, block_k = _block(launch.block_n, out_channels), _block(launch.block_k, channels)
-    depthwise = (depthwise_weight.contiguous(), *_float32(depthwise_norm))
-    pointwise = (pointwise_weight.contiguous(), *_float32(pointwise_norm))
-    sizes = (n * height * width, height, width, *rate, channels, out_channels)
-    _launch(
-        separable_inference_kernel,
-        _tiles(raw, launch) * _ceil_div(out_channels, block_n),
-        launch,
-        (raw, x.scale, x.offset, *depthwise, *pointwise, out, *sizes),
-        BLOCK_P=launch.block_p,
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
-        INPUT_PRECISION=_input_precision(out),
-    )
-    return out
 
 
 def upsampled_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
@@ -586,22 +568,31 @@ def _pointwise_input_gradient(rounded: Tensor, product: _Maps, weight: Tensor) -
 def _operand(weight: Tensor, like: Tensor, *, transposed: bool = False) -> Tensor:
     """The weight (C_out, C, 1, 1) as a product with `like` takes it: (C_out, C), or (C, C_out), whose rows are summed over."""
     weight, precision = weight.contiguous(), _input_precision(like)
+    prepared = _prepared.get((weight.data_ptr(), like.dtype, precision, transposed))
+    if prepared is not None:
+        return prepared
     if weight.dtype == like.dtype and precision != "tf32" and not transposed:
         return weight
-    out_channels, channels = weight.shape[:2]
-    shape = (channels, out_channels) if transposed else (out_channels, channels)
-    operand = torch.empty(shape, dtype=like.dtype, device=weight.device)
+    (operand,) = _operands([(weight, transposed)], like)
+    return operand
+
+
+def _operands(layouts: Sequence[tuple[Tensor, bool]], like: Tensor) -> list[Tensor]:
+    """Each dense weight as an operand, transposed or not, in one launch."""
+    weights, transposed = (tuple(part) for part in zip(*layouts, strict=True))
+    out_channels, channels = (tuple(weight.shape[axis] for weight in weights) for axis in range(2))
+    shapes = [(c, o) if flip else (o, c) for o, c, flip in zip(out_channels, channels, transposed, strict=True)]
+    operands = tuple(torch.empty(shape, dtype=like.dtype, device=like.device) for shape in shapes)
     _launch(
-        pointwise_operand_kernel,
-        _ceil_div(out_channels, 32) * _ceil_div(channels, 64),
+        pointwise_operands_kernel,
+        sum(_ceil_div(o, 32) * _ceil_div(c, 64) for o, c in zip(out_channels, channels, strict=True)),
         Launch(32, 64, 0, 4, 1),  # too short to be worth tuning
-        (weight, operand, channels, out_channels),
-        TRANSPOSED=transposed,
+        (weights, operands, channels, out_channels, sum(flip << i for i, flip in enumerate(transposed))),
         BLOCK_O=32,
         BLOCK_C=64,
-        INPUT_PRECISION=precision,
+        INPUT_PRECISION=_input_precision(like),
     )
-    return operand
+    return list(operands)
 
 
 def _sum_partials(partials: Tensor, interleaved: int = 0) -> Tensor:

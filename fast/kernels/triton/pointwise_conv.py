@@ -172,25 +172,37 @@ def rounded_to_tf32(x):
     return bits.to(tl.float32, bitcast=True)
 
 
-@triton.jit
-def pointwise_operand_kernel(
-    weight_ptr,  # (C_OUT, C)
-    operand_ptr,  # the same; (C, C_OUT) if TRANSPOSED
-    C,
-    C_OUT,
-    TRANSPOSED: tl.constexpr,
+@triton.jit(do_not_specialize=["transposed_bits"])
+def pointwise_operands_kernel(
+    weights,  # pointers to (C_OUT, C)
+    operands,  # pointers to the same, or (C, C_OUT) where the bit of transposed_bits is 1
+    channels,
+    out_channels,
+    transposed_bits,
     BLOCK_O: tl.constexpr,
     BLOCK_C: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
-    """Round a weight as the products take it, once for all their tiles, and lay it out with the summed axis last."""
+    """Round weights as the products take them, once for all their tiles, and lay them out with the summed axis last."""
+    weight_ptr, operand_ptr, C, C_OUT, chosen = weights[0], operands[0], channels[0], out_channels[0], 0
+    first, end = 0, 0
+    for i in tl.static_range(1, len(weights)):
+        end += tl.cdiv(out_channels[i - 1], BLOCK_O) * tl.cdiv(channels[i - 1], BLOCK_C)
+        later = tl.program_id(0) >= end
+        weight_ptr = tl.where(later, weights[i], weight_ptr)
+        operand_ptr = tl.where(later, operands[i], operand_ptr)
+        C = tl.where(later, channels[i], C)
+        C_OUT = tl.where(later, out_channels[i], C_OUT)
+        chosen = tl.where(later, i, chosen)
+        first = tl.where(later, end, first)
     tiles_c = tl.cdiv(C, BLOCK_C)
-    o = tl.program_id(0) // tiles_c * BLOCK_O + tl.arange(0, BLOCK_O)
-    c = tl.program_id(0) % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    tile = tl.program_id(0) - first
+    o = tile // tiles_c * BLOCK_O + tl.arange(0, BLOCK_O)
+    c = tile % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = (o < C_OUT)[:, None] & (c < C)[None, :]
     weight = tl.load(weight_ptr + o[:, None] * C + c[None, :], mask=mask, other=0.0).to(tl.float32)
     operand = as_operand(weight, operand_ptr.dtype.element_ty, INPUT_PRECISION)
-    if TRANSPOSED:
+    if (transposed_bits >> chosen) & 1:
         tl.store(operand_ptr + c[:, None] * C_OUT + o[None, :], tl.trans(operand), mask=tl.trans(mask))
     else:
         tl.store(operand_ptr + o[:, None] * C + c[None, :], operand, mask=mask)

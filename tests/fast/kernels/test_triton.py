@@ -582,9 +582,9 @@ def test_separable_inference(
     x, weights = draw_map(rng, channels, size, layout=layout, normed=normed), random_separable(channels, out_channels, rng)
     depthwise, pointwise = ((conv.weight, frozen(conv.norm)) for conv in weights)
     with tiled(tiling):
-        actual = triton_backend.separable_inference(
-            x, as_tensor(depthwise[0]), depthwise[1], rate, as_tensor(pointwise[0]), pointwise[1]
-        )
+        raw, _ = triton_backend.depthwise_forward(x, as_tensor(depthwise[0]), rate, statistics=False)
+        middle = NormedMap(raw, *depthwise[1])
+        actual = triton_backend.pointwise_inference([middle], as_tensor(pointwise[0]), pointwise[1])
     assert_close(actual, separable.atrous_separable_conv(of(x).value(), weights, rate=rate, training=False))
 
 

@@ -128,8 +128,8 @@ def test_separable_inference_is_within_budget(dtype: torch.dtype) -> None:
     def fused(layer: Layer) -> list[Tensor]:
         numbers = torch.ones(OUT_CHANNELS, device="cuda"), torch.zeros(OUT_CHANNELS, device="cuda")
         norms = (layer.gamma, layer.beta), numbers
-        x = NormedMap(layer.x)
-        return [triton_backend.separable_inference(x, layer.depthwise, norms[0], layer.rate, layer.pointwise, norms[1])]
+        raw, _ = triton_backend.depthwise_forward(NormedMap(layer.x), layer.depthwise, layer.rate, statistics=False)
+        return [triton_backend.pointwise_inference([NormedMap(raw, *norms[0])], layer.pointwise, norms[1])]
 
     def plain(layer: Layer, precision: torch.dtype) -> list[Tensor]:
         x, depthwise, pointwise = (tensor.to(precision) for tensor in (layer.x, layer.depthwise, layer.pointwise))

@@ -64,9 +64,6 @@ _COUNTED = {
     # 132: one program, whose sums fill half of the registers, for each multiprocessor of an H200.
     ("pointwise_weight_gradient", 2): (Launch(256, 128, 32, 8, 2, 132), Launch(256, 128, 32, 8, 2, 132)),
     ("pointwise_weight_gradient", 4): (Launch(128, 128, 32, 8, 2, 132), Launch(128, 128, 32, 8, 2, 132)),
-    ("separable_inference", 2): (Launch(64, 256, 16, 8, 2), Launch(64, 256, 16, 8, 2)),
-    # The compiler's own choice would spill 8 bytes for the sake of a second program.
-    ("separable_inference", 4): (Launch(64, 64, 16, 8, 1, 0, 255), Launch(64, 64, 16, 8, 1, 0, 255)),
     ("normalise", 2): (Launch(32, 64, 0, 4, 1), Launch(64, 64, 0, 4, 1)),
     ("normalise", 4): (Launch(32, 64, 0, 4, 1), Launch(64, 64, 0, 4, 1)),
     ("normalise_backward", 2): (Launch(32, 64, 0, 4, 1), Launch(64, 64, 0, 4, 1)),
