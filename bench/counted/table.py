@@ -31,7 +31,8 @@ ITERATIONS: dict[str, tuple[str, DType]] = {
 OPERATIONS_TABLE = "operations"
 TABLES = (*ITERATIONS, OPERATIONS_TABLE)
 TOLERANCE = 0.05  # change of a kernel's instructions that is no difference
-TOLERANCE_OF_VERSIONS = 0.25  # the same, if another version of Triton compiled the table
+TOLERANCE_OF_VERSIONS = 0.25  # the same, if another version of Triton compiled the table; less than 1 % of all is none either
+PART_THAT_MATTERS = 0.01
 
 
 class Row(NamedTuple):
@@ -188,7 +189,8 @@ def totals(rows: Iterable[Row]) -> dict[str, Total]:
 
 def differences(table: list[Row], now: list[Row]) -> Iterator[str]:
     """What the code of today does otherwise than the table says, in words."""
-    tolerance = TOLERANCE if table[0].triton == now[0].triton else TOLERANCE_OF_VERSIONS
+    same_version = table[0].triton == now[0].triton
+    tolerance = TOLERANCE if same_version else TOLERANCE_OF_VERSIONS
     before, after = totals(table), totals(now)
     for kernel in sorted({*before, *after}):
         if kernel not in before or kernel not in after or before[kernel].launches != after[kernel].launches:
@@ -196,7 +198,8 @@ def differences(table: list[Row], now: list[Row]) -> Iterator[str]:
             yield f"{kernel}: {launches[1]} launches, the table has {launches[0]}"
             continue
         old, new = before[kernel].million_warp_instructions, after[kernel].million_warp_instructions
-        if abs(new - old) > tolerance * old:
+        matters = same_version or abs(new - old) > PART_THAT_MATTERS * sum_of(table).million_warp_instructions
+        if abs(new - old) > tolerance * old and matters:
             yield f"{kernel}: {new:.2f} M warp instructions, the table has {old:.2f} (more than {tolerance:.0%} apart)"
 
 

@@ -175,6 +175,9 @@ def test_differences() -> None:
     assert len(list(differences(rows(1.0), rows(0.94)))) == 1  # a table that is no longer true misleads, too
     assert list(differences(rows(1.0), rows(1.06, triton="3.9.0"))) == []
     assert len(list(differences(rows(1.0), rows(1.3, triton="3.9.0")))) == 1
+    much = rows(100.0)[0]._replace(kernel="loss_kernel")
+    other = much._replace(triton="3.9.0")
+    assert list(differences([much, *rows(1.0)], [other, *rows(1.3, triton="3.9.0")])) == []  # below 1 % of all
     (another,) = differences(rows(1.0), rows(1.0, launches=3))
     assert another == "fold_kernel: 3 launches, the table has 2"
     (gone,) = differences(rows(1.0), rows(1.0)[:2])

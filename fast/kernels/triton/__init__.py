@@ -775,7 +775,8 @@ def _launch(kernel: Any, programs: int, launch: Launch, arguments: tuple[Any, ..
     """Run `programs` programs on the arguments' device; a·b + c may be rounded once, whatever Triton's default is."""
     if programs == 0:
         return
-    device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
+    flat = (x for argument in arguments for x in (argument if isinstance(argument, tuple) else (argument,)))
+    device = next(x.device for x in flat if isinstance(x, Tensor))
     options = {"num_warps": launch.warps, "num_stages": launch.stages, "maxnreg": launch.registers or None}
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         kernel[(programs,)](*arguments, **constants, **options, enable_fp_fusion=True)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from bench.kernel_calls import CHANNELS, MAP_SIZES, RATE, Call, KernelCalls
 from bench.launch_trial import launched_by, precision_of_a_gpu
@@ -80,7 +81,7 @@ def report(architecture: int, dtypes: list[torch.dtype], variants: bool) -> list
 
     def compile_only(kernel: Any, programs: int, launch: Any, arguments: tuple[Any, ...], **constants: Any) -> None:
         binary = compilation.compiled(kernel, programs, launch, arguments, **constants)
-        dtype = next(str(x.dtype) for x in arguments if isinstance(x, Tensor))
+        dtype = next(str(x.dtype) for x in tree_leaves(arguments) if isinstance(x, Tensor))
         name = {"file": kernel.fn.__module__.rpartition(".")[2], "kernel": f"{kernel.fn.__name__} {dtype} {constants}"}
         compiled[binary.hash] = (name, binary)
 

@@ -913,6 +913,42 @@ def test_a_map_without_gradient_or_with_one_reader_is_handed_on(readers: int) ->
     assert all(copy.raw is x.raw for copy in OnKernels(triton_backend).fan_out(x, readers))
 
 
+def test_weights_that_were_rounded_in_advance_give_the_same_bits() -> None:
+    """Both products of two layers, forward and backward; inside, nothing is rounded any more, and nothing is left behind."""
+    rng = np.random.default_rng(0)
+    layers = [
+        (draw_map(rng, channels, (4, 5), layout="channels_last", normed=True), draw_tensor(rng, outputs, channels, 1, 1))
+        for channels, outputs in ((20, 33), (70, 3))
+    ]
+
+    def results() -> list[Any]:
+        found: list[Any] = []
+        for x, weight in layers:
+            with torch.autocast(DEVICE, torch.float16):
+                out, _ = triton_backend.pointwise_forward([x], weight, None, statistics=False)
+                grads, grad_weight = triton_backend.pointwise_backward(out, out, None, [x], weight, None, need_input=[True])
+            found += [out, grad_weight, *(grads[0] or ())]
+        return found
+
+    launched: list[str] = []
+    launch = triton_backend._launch
+
+    def noting(kernel: Any, *arguments: Any, **constants: Any) -> None:
+        launched.append(kernel.fn.__name__)
+        launch(kernel, *arguments, **constants)
+
+    with mock.patch.object(triton_backend, "_launch", noting):
+        expected = results()
+        assert launched.count("pointwise_operands_kernel") == 4
+        launched.clear()
+        with triton_backend.prepared_products([weight for _, weight in layers], torch.float16):
+            actual = results()
+        assert launched.count("pointwise_operands_kernel") == 1
+    assert triton_backend._prepared == {}
+    for found, wanted in zip(actual, expected, strict=True):
+        assert torch.equal(found, wanted)
+
+
 def test_second_call_gives_the_same_bits() -> None:
     rng = np.random.default_rng(0)
     x, plain = (draw_map(rng, 19, (5, 4), layout="contiguous", normed=normed) for normed in (True, False))
