@@ -1,8 +1,8 @@
 """One iteration of the proxy task's training (paper, section 3.3): crops, forward, loss, backward, SGD.
 
 On CUDA the whole iteration, with the drawing of crops and the learning rate, is one graph: captured once per cell, then
-replayed without Python. It begins with three launches: the next learning rate out of a table, one draw of random numbers, one
-kernel that cuts the crops. On a CPU the same calls run one by one, and the host draws and cuts.
+replayed without Python. It begins with four launches: the next learning rate out of a table, one draw of random numbers, one
+kernel that cuts the crops, one that rounds weights. On a CPU the same calls run one by one, and the host draws and cuts.
 """
 
 import ctypes

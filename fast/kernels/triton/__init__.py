@@ -170,7 +170,7 @@ def pointwise_backward(
 
 @contextlib.contextmanager
 def prepared_products(weights: Sequence[Tensor], dtype: torch.dtype) -> Iterator[None]:
-    like = weights[0].new_empty(0, dtype=dtype)
+    like = torch.empty(0, dtype=dtype, device=weights[0].device)
     layouts = [(weight.detach(), transposed) for weight in weights for transposed in (False, True)]
     keys = [(weight.data_ptr(), dtype, _input_precision(like), transposed) for weight, transposed in layouts]
     _prepared.update(zip(keys, _operands(layouts, like), strict=True))
@@ -470,6 +470,8 @@ def _pointwise_weight_gradient(
     launch = _product_launch("pointwise_weight_gradient", grad)
     if x.dtype.itemsize > grad.dtype.itemsize:  # as for the forward
         launch = launch._replace(block_k=max(launch.block_k // 2, 16))
+    elif x.dtype != grad.dtype:  # one conversion more, for which sm_86 has no registers left
+        launch = launch._replace(block_p=min(launch.block_p, 128))
     block_o, block_n = _block(launch.block_p, out_channels), _block(launch.block_n, *product.channels)
     column_tiles = sum(_ceil_div(channels, block_n) for channels in product.channels)
     tiles = _ceil_div(out_channels, block_o) * column_tiles

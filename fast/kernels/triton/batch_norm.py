@@ -19,6 +19,8 @@ Versions (not measured: no GPU was at hand)
 import triton
 import triton.language as tl
 
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # by Triton's interpreter, which has no assembly
+
 
 @triton.jit
 def relu_of(raw, scale, offset):

@@ -35,7 +35,7 @@ Versions (not measured: no GPU was at hand; instructions of all warps at 8Ã—256Ã
 import triton
 import triton.language as tl
 
-from fast.kernels.triton.batch_norm import relu_of
+from fast.kernels.triton.batch_norm import INTERPRETED, relu_of
 
 
 @triton.jit
@@ -68,7 +68,7 @@ def load_row_vector(vector_ptr, c, mask_c):
 @triton.jit
 def to_float32(x):
     """In float32. Of two bfloat16 in a register each takes one instruction; the compiler would unpack the second by two."""
-    if x.dtype == tl.bfloat16:
+    if x.dtype == tl.bfloat16 and not INTERPRETED:
         bits = tl.inline_asm_elementwise(
             "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [x], dtype=tl.int32, is_pure=True, pack=2
         )

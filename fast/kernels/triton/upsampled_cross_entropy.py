@@ -39,7 +39,8 @@ Versions (instructions of warps in code compiled for sm_90, at that size; not me
 import triton
 import triton.language as tl
 
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # without a GPU there is no assembly
+from fast.kernels.triton.batch_norm import INTERPRETED
+
 LOG2_E, LN_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 FOREIGN = tl.constexpr(-2)  # a label that is neither a class nor ignore_index
 MOST_CLASSES = tl.constexpr(254)  # whose labels fit a byte, beside FOREIGN and -1
