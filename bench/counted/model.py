@@ -63,6 +63,7 @@ class Cost(NamedTuple):
     moved_mb: float  # that must move between memory and the GPU
     bound: str  # what its time is made of: a unit, "L2", "HBM", or "latency"
     us: float
+    busy_us: float  # the part in which nothing else could use the GPU: without gap and latency, all multiprocessors filled
 
 
 def cost_of(code: Code, programs: int, argument_bytes: float) -> Cost:
@@ -86,13 +87,17 @@ def cost_of(code: Code, programs: int, argument_bytes: float) -> Cost:
         "latency": FIRST_LOAD_US + NEXT_LOAD_US * code.executed.waits,
     }
     bound = max(times, key=lambda name: times[name])
-    return Cost(blocks, 1e-6 * warps * cycles["issue"], 1e-6 * requested, 1e-6 * moved, bound, times[bound] + GAP_US)
+    evenly = 1e6 * cycles[unit] * warps / (MULTIPROCESSORS * SCHEDULERS) / CLOCK_HZ
+    busy = max(evenly / share_of(code, WARPS // SCHEDULERS), times["L2"], times["HBM"])
+    millions = 1e-6 * warps * cycles["issue"]
+    return Cost(blocks, millions, 1e-6 * requested, 1e-6 * moved, bound, times[bound] + GAP_US, busy)
 
 
-def us_of_torch(operation: str, moved_bytes: float) -> float:
-    """An operation of PyTorch: the bytes that it moves, from the L2 cache if they fit there and the gap."""
+def us_of_torch(operation: str, moved_bytes: float) -> tuple[float, float]:
+    """An operation of PyTorch, by the bytes that it moves, from the L2 cache if they fit there; and how long it is busy."""
     rate = L2_BYTES_PER_S if moved_bytes < L2_BYTES else HBM_BYTES_PER_S
-    return max(SLOW_OPERATIONS_US.get(operation, 1.0), 1.2e6 * moved_bytes / rate) + GAP_US
+    busy = 1.2e6 * moved_bytes / rate
+    return max(SLOW_OPERATIONS_US.get(operation, 1.0), busy) + GAP_US, busy
 
 
 def blocks_per_multiprocessor(code: Code) -> int:

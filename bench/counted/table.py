@@ -49,6 +49,7 @@ class Row(NamedTuple):
     moved_mb: float  # that must move between memory and the GPU
     bound: str
     predicted_us: float
+    busy_us: float  # the part of it in which nothing else could use the GPU
     triton: str = version("triton")
 
 
@@ -61,9 +62,9 @@ class Counter:
 
     def row(self, node: Node) -> Row:
         if isinstance(node, TorchOperation):
-            us = model.us_of_torch(node.name, node.moved_bytes)
+            us, busy_us = model.us_of_torch(node.name, node.moved_bytes)
             moved_mb = round(1e-6 * node.moved_bytes, 1)
-            return Row(f"PyTorch {node.name}", node.out, 0, 0, 0, 0, 0.0, 0.0, moved_mb, "", round(us, 1))
+            return Row(f"PyTorch {node.name}", node.out, 0, 0, 0, 0, 0.0, 0.0, moved_mb, "", round(us, 1), round(busy_us, 1))
         code = self.code(node)
         cost = model.cost_of(code, node.programs, bytes_of_arguments(node))
         return Row(
@@ -78,6 +79,7 @@ class Counter:
             moved_mb=round(cost.moved_mb, 1),
             bound=cost.bound,
             predicted_us=round(cost.us, 1),
+            busy_us=round(cost.busy_us, 1),
         )
 
     def code(self, node: TritonLaunch) -> Code:
@@ -141,9 +143,10 @@ class Sum(NamedTuple):
     million_warp_instructions: float
     instructions_us: float  # that these take at least, however well a GPU is used
     predicted_us: float
+    busy_us: float
 
     def __str__(self) -> str:
-        return f"{self.nodes} nodes, {self.million_warp_instructions:.0f} M warp instructions, {self.predicted_us:.0f} us"
+        return f"{self.nodes} nodes, {self.million_warp_instructions:.0f} M warp instructions, {self.predicted_us:.0f} us, busy {self.busy_us:.0f} us"
 
 
 def sum_of(rows: list[Row]) -> Sum:
@@ -156,6 +159,7 @@ def sum_of(rows: list[Row]) -> Sum:
         instructions,
         1e12 * instructions / rate,
         sum(row.predicted_us for row in rows),
+        sum(row.busy_us for row in rows),
     )
 
 
@@ -207,12 +211,18 @@ def summary(tables: Mapping[str, list[Row]]) -> str:
     """What people read first: a line for each iteration, the kernels of each, and the operations."""
     iterations = {name: rows for name, rows in tables.items() if name in ITERATIONS}
     lines = ["# Counted iterations, Triton " + next(iter(tables.values()))[0].triton, ""]
-    lines += header("iteration", "nodes", "of Triton", "M warp instructions", "of these alone, us", "predicted, us")
+    lines += header(
+        "iteration", "nodes", "of Triton", "M warp instructions", "of these alone, us", "busy, us", "predicted, us"
+    )
     for name, rows in iterations.items():
         s = sum_of(rows)
-        times = f"{s.instructions_us:.0f} | {s.predicted_us:.0f}"
+        times = f"{s.instructions_us:.0f} | {s.busy_us:.0f} | {s.predicted_us:.0f}"
         lines.append(f"| {name} | {s.nodes} | {s.of_triton} | {s.million_warp_instructions:.0f} | {times} |")
-    lines += ["", "*Of these alone*: if every scheduler issued an instruction in every cycle, without waiting."]
+    lines += [
+        "",
+        "*Of these alone*: if every scheduler issued an instruction in every cycle, without waiting. *Busy*: without",
+    ]
+    lines += ["the gaps between launches and what is idle in small ones, which other cells in flight may fill."]
     for name, rows in iterations.items():
         lines += [
             "",

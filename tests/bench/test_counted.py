@@ -134,6 +134,14 @@ def test_the_busiest_unit_decides(opcodes: dict[str, float], bound: str) -> None
     assert cost_of(code_of(opcodes), 132 if bound == "latency" else 13200, 0.0).bound == bound
 
 
+def test_a_small_launch_leaves_most_of_the_gpu_to_others() -> None:
+    code = code_of({"FFMA": 1e5}, registers=32)
+    small, full = (cost_of(code, programs, 0.0) for programs in (1, 132))
+    assert small.us == full.us
+    assert full.busy_us == pytest.approx(132 * small.busy_us)
+    assert full.busy_us < full.us
+
+
 def test_more_warps_hide_more_and_barriers_less() -> None:
     loads = code_of({"LDG.E": 1.0, "FFMA": 9.0})
     shares = [share_of(loads, warps) for warps in (1, 2, 4, 8, 16)]
@@ -164,8 +172,8 @@ def test_every_kernel_with_trips_exists() -> None:
 
 
 def rows(instructions: float, launches: int = 2, triton: str = "3.8.0") -> list[Row]:
-    row = Row("fold_kernel", "sums", 80, 4, 96, 5, instructions / launches, 4.5, 1.2, "issue", 3.0, triton)
-    return [*[row] * launches, Row("PyTorch add", "float32 8", 0, 0, 0, 0, 0.0, 0.0, 0.0, "", 2.4, triton)]
+    row = Row("fold_kernel", "sums", 80, 4, 96, 5, instructions / launches, 4.5, 1.2, "issue", 3.0, 1.5, triton)
+    return [*[row] * launches, Row("PyTorch add", "float32 8", 0, 0, 0, 0, 0.0, 0.0, 0.0, "", 2.4, 0.1, triton)]
 
 
 def test_differences() -> None:
@@ -188,7 +196,7 @@ def test_totals_and_summary() -> None:
     assert totals(rows(1.0)) == {"fold_kernel": Total(2, 1.0, 96, 5, 6.0), "PyTorch": Total(1, 0.0, 0, 0, 2.4)}
     assert sum_of(rows(1003.2)).instructions_us == pytest.approx(1000)  # 132 · 4 schedulers at 1.9 GHz
     lines = summary({"dpc-bfloat16": rows(1003.2)}).splitlines()
-    assert "| dpc-bfloat16 | 3 | 2 | 1003 | 1000 | 8 |" in lines
+    assert "| dpc-bfloat16 | 3 | 2 | 1003 | 1000 | 3 | 8 |" in lines
     assert "| PyTorch | 1 | | | | 2 |" in lines
 
 
