@@ -146,7 +146,8 @@ class Sum(NamedTuple):
     busy_us: float
 
     def __str__(self) -> str:
-        return f"{self.nodes} nodes, {self.million_warp_instructions:.0f} M warp instructions, {self.predicted_us:.0f} us, busy {self.busy_us:.0f} us"
+        instructions = f"{self.nodes} nodes, {self.million_warp_instructions:.0f} M warp instructions"
+        return f"{instructions}, {self.predicted_us:.0f} us, busy {self.busy_us:.0f} us"
 
 
 def sum_of(rows: list[Row]) -> Sum:
@@ -211,25 +212,17 @@ def summary(tables: Mapping[str, list[Row]]) -> str:
     """What people read first: a line for each iteration, the kernels of each, and the operations."""
     iterations = {name: rows for name, rows in tables.items() if name in ITERATIONS}
     lines = ["# Counted iterations, Triton " + next(iter(tables.values()))[0].triton, ""]
-    lines += header(
-        "iteration", "nodes", "of Triton", "M warp instructions", "of these alone, us", "busy, us", "predicted, us"
-    )
+    columns: tuple[str, ...] = ("nodes", "of Triton", "M warp instructions", "of these alone, us", "busy, us", "predicted, us")
+    lines += header("iteration", *columns)
     for name, rows in iterations.items():
         s = sum_of(rows)
         times = f"{s.instructions_us:.0f} | {s.busy_us:.0f} | {s.predicted_us:.0f}"
         lines.append(f"| {name} | {s.nodes} | {s.of_triton} | {s.million_warp_instructions:.0f} | {times} |")
-    lines += [
-        "",
-        "*Of these alone*: if every scheduler issued an instruction in every cycle, without waiting. *Busy*: without",
-    ]
-    lines += ["the gaps between launches and what is idle in small ones, which other cells in flight may fill."]
+    lines += ["", "*Of these alone*: if every scheduler issued an instruction in every cycle, without waiting.", ""]
+    lines += ["*Busy*: without gaps between launches and what small ones leave idle, which other cells in flight may fill."]
+    columns = ("launches", "M warp instructions", "registers", "blocks", "predicted, us")
     for name, rows in iterations.items():
-        lines += [
-            "",
-            f"## {name}",
-            "",
-            *header("kernel", "launches", "M warp instructions", "registers", "blocks", "predicted, us"),
-        ]
+        lines += ["", f"## {name}", "", *header("kernel", *columns)]
         for kernel, t in totals(rows).items():
             counts = f"{t.million_warp_instructions:.2f} | {t.registers} | {t.blocks_per_multiprocessor}"
             lines.append(f"| {kernel} | {t.launches} | {counts if t.registers else '| |'} | {t.predicted_us:.0f} |")
