@@ -145,6 +145,7 @@ def _stages_of_minutes(device: torch.device, scale: Scale) -> Iterator[Stage]:
     yield Stage(f"profile, {first}", 60, step[first], profiles.profile)
     if device.type == "cuda":
         yield Stage(f"graph beside calls, {first}", 45, step[first], stages.graph_beside_calls)
+        yield Stage(f"cells in flight, {first}", 45, step[first], stages.cells_in_flight)
     yield Stage("loss", 60, _jobs(planner.cases(["loss"]), first))
     for kind, name in ((DepthwiseCase, "depthwise"), (OperationCase, "separable")):
         cases = [case for case in planner.cases(["ops"]) if isinstance(case, kind) and rate_of(case) in FAR_AND_DENSE]

@@ -157,6 +157,24 @@ def graph_beside_calls(run: Run, job: Job, say: Say) -> None:
     say({"largest_difference_of_losses": difference, "by_graph": losses[0], "by_calls": losses[1]})
 
 
+def cells_in_flight(run: Run, job: Job, say: Say) -> None:
+    """Measure the training steps of one to four cells in turns, each on a stream of its own, as a search trains them."""
+    device = run.prepare()
+    cells: list[tuple[Workload, torch.cuda.Stream]] = []
+
+    def one_step_each() -> None:
+        for workload, stream in cells:
+            with torch.cuda.stream(stream):
+                workload()
+
+    for _ in range(4):
+        cells.append((job.case.workload(OURS, job.dtype, device), torch.cuda.Stream(device)))  # type: ignore[no-untyped-call]
+        for _ in range(warm_up_calls(device)):  # one of them captures the graph
+            one_step_each()
+        ms = back_to_back_ms(one_step_each, device, 200)
+        say({"cells_in_flight": len(cells), "ms_per_iteration": ms / len(cells)})
+
+
 def _loss_of(workload: Workload) -> float:
     workload()
     return float(workload.parts()["output"][0])
