@@ -194,6 +194,9 @@ class TrainStep:
         self._graph.replay()
 
     def _side_stream(self) -> torch.cuda.Stream:
+        current = torch.cuda.current_stream(self.device)
+        if current != torch.cuda.default_stream(self.device):
+            return current  # this training's own already; PyTorch has 32 streams, and then hands them out again
         if self._stream is None:
             self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         return self._stream

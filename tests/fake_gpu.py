@@ -148,7 +148,7 @@ def fake_gpu() -> Iterator[FakeGpu]:
         "_sleep": lambda cycles: None,
         "default_generators": (Stub(),),
     }
-    library |= dict.fromkeys(("Event", "Stream", "CUDAGraph", "graph", "stream", "current_stream"), Stub)
+    library |= dict.fromkeys(("Event", "Stream", "CUDAGraph", "graph", "stream", "current_stream", "default_stream"), Stub)
     with contextlib.ExitStack() as stack:
         for name, value in driver.items():
             stack.enter_context(mock.patch.object(torch._C, name, value))

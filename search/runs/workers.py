@@ -10,7 +10,7 @@ import os
 import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar, cast
@@ -196,7 +196,7 @@ class InTurns(Generic[Result]):
 
     def _advance(self, running: "_Running[Result]", followed: Job) -> tuple[Result, SegmentationHead | None] | None:
         try:
-            with torch.cuda.stream(running.stream):
+            with nullcontext() if running.stream is None else torch.cuda.stream(running.stream):
                 iteration = next(running.steps)
         except StopIteration as end:
             result: tuple[Result, SegmentationHead | None] = end.value

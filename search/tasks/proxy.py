@@ -83,7 +83,7 @@ class ProxyTask:
     def evaluation(self, cell: Cell, seed: Sequence[int]) -> Generator[int, None, tuple[ProxyResult, SegmentationHead]]:
         """`evaluate`, iteration by iteration: yields the number of each after it, and several can run in turns.
 
-        Each has its own random numbers. The seconds and the peak memory of a result are then those of all together.
+        Each has its own random numbers. Seconds and peak memory of the results are then those of several at a time.
         """
         start = time.perf_counter()
         _reset_peak_memory(self.device)
@@ -143,11 +143,11 @@ class ProxyTask:
         every = max(1, iterations // _CURVE_POINTS)
         for iteration in range(1, iterations + 1):
             loss = step()
-            if iteration % every == 0 or iteration == iterations:  # reading the loss waits for the device
+            yield iteration  # before the loss is read, which waits for the device: others launch meanwhile
+            if iteration % every == 0 or iteration == iterations:
                 curve.append((iteration, loss.item()))
                 if not math.isfinite(curve[-1][1]):
                     raise NotFiniteError(f"the loss was {curve[-1][1]} at iteration {iteration}; try a lower learning rate")
-            yield iteration
         return tuple(curve)
 
     @torch.inference_mode()

@@ -69,7 +69,7 @@ def test_replays_of_a_graph_draw_from_the_sequence_in_which_it_was_captured() ->
     device = torch.device("cuda", torch.cuda.current_device())
     torch.manual_seed(0)
     sequence = RandomSequence(device)
-    expected = torch.rand(3, device=device)
+    expected = torch.cat([torch.rand(1, device=device) for _ in range(3)])  # rand(3) gives each thread numbers of its own
     graph, out = torch.cuda.CUDAGraph(), torch.empty(1, device=device)
     with sequence, torch.cuda.graph(graph):
         out.copy_(torch.rand(1, device=device))

@@ -476,14 +476,15 @@ def _pointwise_weight_gradient(
     column_tiles = sum(_ceil_div(channels, block_n) for channels in product.channels)
     tiles = _ceil_div(out_channels, block_o) * column_tiles
     if gradient[2] is not None and column_tiles >= _MANY_TILES:
-        grad = _rounded_gradient(gradient)
+        grad, is_rounded = _rounded_gradient(gradient), True
         gradient = (grad, grad, None, None)
+    else:
+        is_rounded = gradient[2] is None and _input_precision(grad) != "tf32"  # as it comes
     # Rounded down: a few programs more than fit at once would take as long as twice as many.
     splits = min(max(launch.programs // max(tiles, 1), 1), _ceil_div(_positions(x), launch.block_k))
     split_size = _ceil_div(_ceil_div(_positions(x), max(splits, 1)), launch.block_k) * launch.block_k
     splits = _ceil_div(_positions(x), max(split_size, 1))  # without the last part, if it has become empty
     partials = _empty(x, splits, out_channels, in_channels)
-    is_rounded = gradient[2] is None and _input_precision(grad) != "tf32"  # as it comes
     rounded = torch.empty_like(grad) if need_rounded and not is_rounded else None
     _launch(
         pointwise_weight_gradient_kernel,
@@ -722,7 +723,9 @@ def _product_launch(kernel: str, x: Tensor) -> Launch:
 def _depthwise_launch(kernel: str, x: Tensor) -> Launch:
     """Channels that are no multiple of 16 are loaded one by one: the addresses do not fit the table's registers."""
     launch = _map_launch(kernel, x)
-    return launch if x.shape[1] % 16 == 0 else launch._replace(registers=255)
+    if x.shape[1] % 16 == 0:
+        return launch
+    return launch._replace(registers=255, programs=launch.programs * launch.registers // 255)
 
 
 def _launch_of(kernel: str, value_bytes: int, size: int, x: Tensor) -> Launch:
@@ -731,7 +734,7 @@ def _launch_of(kernel: str, value_bytes: int, size: int, x: Tensor) -> Launch:
 
 def _largest_cell(size: int, label_size: int) -> int:
     """The most label pixels from a logit to the next along one axis; one logit has all of them."""
-    return label_size if size == 1 else _ceil_div(max(label_size - 1, 1), size - 1)
+    return max(label_size, 1) if size == 1 else _ceil_div(max(label_size - 1, 1), size - 1)
 
 
 def _label_tile(rows: int, columns: int, launch: Launch) -> dict[str, int]:

@@ -118,7 +118,7 @@ def unfold_kernel(
     C,
     BLOCK_C: tl.constexpr,
 ):
-    """The backward pass of `fold_kernel`, by the equations of `fast/kernels/__init__.py`."""
+    """The backward pass of `fold_kernel`, by the equations of `fast/kernels/interface.py`."""
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = c < C
     batch_size = tl.maximum(count, 1).to(tl.float32)

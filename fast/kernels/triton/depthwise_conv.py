@@ -67,10 +67,13 @@ def load_row_vector(vector_ptr, c, mask_c):
 
 @triton.jit
 def to_float32(x):
-    """In float32. Of two bfloat16 in a register each takes one instruction; the compiler would unpack the second by two."""
+    """In float32. Of two bfloat16 in a register each takes one instruction; the compiler would unpack the second by two.
+
+    Only a GPU runs this assembly, so only tests on a GPU cover it.
+    """
     if x.dtype == tl.bfloat16 and not INTERPRETED:
         bits = tl.inline_asm_elementwise(
-            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [x], dtype=tl.int32, is_pure=True, pack=2
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=&r,=r,r", [x], dtype=tl.int32, is_pure=True, pack=2
         )
         x = bits.to(tl.float32, bitcast=True)
     return x.to(tl.float32)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["size"])
+@triton.jit  # `size` is specialised: if it is no multiple of 16, values are loaded one by one
 def sum_gradients_kernel(
     grads,  # R pointers to (positions, C)
     grad_scales,  # R pointers to (C,), float32, or None if the map has no norm

@@ -1,6 +1,6 @@
 """The learning rate of the next iteration, out of a table of all, where the number of iterations is known to the device alone.
 
-One launch, for latency: 8 bytes read and written.
+One launch, for latency: 12 bytes read and 12 written.
 
 Versions (not measured: no GPU was at hand)
   1. initial · max(1 - done / iterations, 0)^0.9 and the counting by the library: seven launches

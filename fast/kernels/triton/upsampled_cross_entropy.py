@@ -23,7 +23,8 @@ Labels are kept four to a register, as bytes. For a class that a program's label
 for one that they have, four labels are compared at once. Number and rows of its pixels give its gradient and Σ z[label].
 Where that is not precise: if other classes lead at one corner than at another, and by far, then in between all of them lie
 far below the surface, and totals are small; a steep series leaves float32's range. Such chunks are computed row by row, with
-powers relative to each pixel's largest z, at several times the instructions. So are all if there are more than 254 classes.
+powers relative to each pixel's largest z, at several times the instructions: rare until the leading class is 20 ahead, half
+of the cells' groups at class boundaries at 30. So are all if there are more than 254 classes.
 
 Bytes for N·H·W labels and N·h·w·K logits: N·H·W (uint8) + 8·N·h·w·K, and 32·N·h·w·K for the corners' gradients, which stay in
 the L2 cache. At 8×19×49×49 → 769×769: 8 MB, 12 MB of corners, 90 million pairs of pixel and class: bound by arithmetic.
@@ -32,7 +33,7 @@ Versions (instructions of warps in code compiled for sm_90, at that size; not me
   1. interpolate, cross-entropy, and back by the library: six passes over 360 MB
   2. a program for each cell, classes in the slow dimension of a tile, 19 padded to 32, an exponential per pixel and class:
      146 million, 254 registers
-  3. this: 32 million where three classes meet in a program, 39 where all do; 100 registers
+  3. this: 32 million where three classes meet in a program, 39 where all do; 100 registers (Triton 3.8: 121)
   4. a column per thread: 45 to 51 million, 72 registers; four columns: 26 to 33 million, 168 registers; see bench/tune.py
 """
 

@@ -20,8 +20,13 @@ KERNELS = {path.stem for path in (ROOT / "fast" / "kernels" / "triton").glob("*.
 
 
 @pytest.mark.parametrize(
-    ("architecture", "arguments"),  # variants and float32 once: for the time it takes
-    [(80, ["bfloat16"]), (86, ["bfloat16"]), (90, ["bfloat16", "float32", "--variants"]), (100, ["bfloat16"])],
+    ("architecture", "arguments"),  # variants once: for the time it takes
+    [
+        (80, ["bfloat16", "float32"]),
+        (86, ["bfloat16"]),
+        (90, ["bfloat16", "float32", "--variants"]),
+        (100, ["bfloat16", "float32"]),
+    ],
     ids=str,
 )
 def test_nothing_is_spilled(architecture: int, arguments: list[str], record_property: Callable[[str, object], None]) -> None:

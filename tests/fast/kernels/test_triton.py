@@ -426,10 +426,10 @@ def test_dropout_of_nearly_all() -> None:
     assert kept(dropout, 2, [40], (7, 7)).mean() <= 0.01
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def philox_kernel(seed_ptr: Any, counters_ptr: Any, words_ptr: Any, column: Any) -> None:
+@triton.jit
+def philox_kernel(seed_ptr, counters_ptr, words_ptr, column):  # type: ignore[no-untyped-def]  # Triton knows no annotations
     i = tl.arange(0, 16)
-    c0, c1 = (tl.load(counters_ptr + half * 16 + i).to(tl.uint32) for half in tl.static_range(2))
+    c0, c1 = tl.load(counters_ptr + i).to(tl.uint32), tl.load(counters_ptr + 16 + i).to(tl.uint32)
     words = pointwise_conv.philox(tl.load(seed_ptr).to(tl.uint64), c0, c1, column)
     for j in tl.static_range(4):
         tl.store(words_ptr + j * 16 + i, words[j].to(tl.int64))
@@ -846,10 +846,11 @@ def assert_zero_gradients(grad_map: NormedMap | None, grad_weight: Tensor) -> No
         assert torch.equal(gradient, torch.zeros_like(gradient))
 
 
-@pytest.mark.parametrize(("batch", "label_size"), [(0, (3, 4)), (2, (0, 4))])
-def test_no_labels(batch: int, label_size: tuple[int, int]) -> None:
+@pytest.mark.parametrize("size", [(2, 2), (1, 2), (2, 1), (1, 1)], ids=str)
+@pytest.mark.parametrize(("batch", "label_size"), [(0, (3, 4)), (2, (0, 4)), (2, (4, 0)), (2, (0, 0))])
+def test_no_labels(batch: int, label_size: tuple[int, int], size: tuple[int, int]) -> None:
     logits, labels = (
-        torch.ones(batch, 3, 2, 2, device=DEVICE),
+        torch.ones(batch, 3, *size, device=DEVICE),
         torch.zeros(batch, *label_size, dtype=torch.uint8, device=DEVICE),
     )
     loss, grad = triton_backend.upsampled_cross_entropy(logits, labels, 255)

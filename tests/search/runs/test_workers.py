@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import search.runs.workers
+from fast.train_step import EAGER_ITERATIONS
 from reference.cell import Cell
 from search.cells.sampler import create_sampler
 from search.cells.space import SearchSpace, canonical_form, cell_hash, load_cell, load_cells
@@ -30,6 +31,7 @@ from search.runs.workers import MAX_DEATHS, InProcess, InTurns, Job, Outcome, Ra
 from search.settings import HeadSettings, ProxySettings
 from search.tasks.feature_cache import FeatureCache
 from search.tasks.proxy import NotFiniteError, ProxyResult, ProxyTask
+from tests.fast.against_reference import every_device
 
 SETTINGS = RandomSettings(trials=25, branches=2)
 
@@ -159,8 +161,8 @@ PROXY = ProxySettings(iterations=3, batch_size=2, learning_rate=0.1, statistics_
 HEAD = HeadSettings(branch_channels=4)
 
 
-def create_task(settings: ProxySettings = PROXY) -> ProxyTask:
-    return ProxyTask(make_cache(0, 3), make_cache(1, 2), settings, HEAD)
+def create_task(settings: ProxySettings = PROXY, device: str = "cpu") -> ProxyTask:
+    return ProxyTask(make_cache(0, 3), make_cache(1, 2), settings, HEAD, device)
 
 
 JOBS = [Job(i, load_cell(name), (0, i)) for i, name in enumerate(("aspp", "dpc", "psp", "dpc"))]
@@ -209,15 +211,17 @@ def test_in_process_evaluates_in_order_and_tells_its_progress() -> None:
 # In turns
 
 
+@every_device
 @pytest.mark.parametrize("capacity", [2, 3, 5])
-def test_jobs_in_turns_give_the_same_results_as_one_after_the_other(capacity: int) -> None:
-    """To the last bit, heads included, whoever else draws random numbers meanwhile."""
-    alone = {job.key: evaluate(create_task(), job) for job in JOBS}
+def test_jobs_in_turns_give_the_same_results_as_one_after_the_other(capacity: int, device: str) -> None:
+    """To the last bit, heads included, whoever else draws random numbers meanwhile; on a GPU by replayed graphs."""
+    task = create_task(replace(PROXY, iterations=EAGER_ITERATIONS + 4), device)
+    alone = {job.key: evaluate(task, job) for job in JOBS}
 
     def draw(job: Job, iteration: int) -> None:
         torch.rand(iteration)
 
-    workers = InTurns(create_task(), capacity, torch.device("cpu"), draw)
+    workers = InTurns(task, capacity, torch.device(device), draw)
     together = {outcome.job.key: outcome for outcome in outcomes(workers, JOBS)}
     assert together.keys() == alone.keys()
     for key, outcome in together.items():
