@@ -250,14 +250,15 @@ def sum_gradients(grads: Sequence[NormedMap]) -> NormedMap:
     total, channels = _empty_map(raws[0]), raws[0].shape[1]
     scales, offsets = (tuple(part) for part in zip(*(grad[1:] for grad in grads), strict=True))
     is_normed = scales[0] is not None
-    sums = _empty(total, 2, channels) if is_normed else None
+    sums, block_c = _empty(total, 2, channels) if is_normed else None, 256
     launch = _map_launch("sum_gradients", total)
     _launch(
         sum_gradients_kernel,
-        _ceil_div(total.numel(), launch.block_p) + (_ceil_div(channels, launch.block_p) if is_normed else 0),
+        _ceil_div(total.numel(), launch.block_p) + (_ceil_div(channels, block_c) if is_normed else 0),
         launch,
         (raws, *((scales, offsets) if is_normed else (None, None)), total, sums, total.numel(), channels),
         BLOCK=launch.block_p,
+        BLOCK_C=block_c,
     )
     return NormedMap(total, *([] if sums is None else sums))
 

@@ -24,8 +24,9 @@ def sum_gradients_kernel(
     size,  # positions · C
     C,
     BLOCK: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
-    """Sum BLOCK values of the maps; the programs behind them BLOCK channels of the vectors."""
+    """Sum BLOCK values of the maps; the programs behind them BLOCK_C channels of the vectors."""
     programs = tl.cdiv(size, BLOCK)
     program = tl.program_id(0)
     if program < programs:
@@ -36,12 +37,12 @@ def sum_gradients_kernel(
             total += tl.load(grads[r] + place, mask=mask, other=0.0).to(tl.float32)
         tl.store(sum_ptr + place, total.to(sum_ptr.dtype.element_ty), mask=mask)
     elif sums_ptr is not None:
-        c = (program - programs) * BLOCK + tl.arange(0, BLOCK)
-        mask = c < C
-        scale = tl.load(grad_scales[0] + c, mask=mask, other=0.0)
-        offset = tl.load(grad_offsets[0] + c, mask=mask, other=0.0)
+        c = (program - programs) * BLOCK_C + tl.arange(0, BLOCK_C)
+        mask_c = c < C
+        scale = tl.load(grad_scales[0] + c, mask=mask_c, other=0.0)
+        offset = tl.load(grad_offsets[0] + c, mask=mask_c, other=0.0)
         for r in tl.static_range(1, len(grads)):
-            scale += tl.load(grad_scales[r] + c, mask=mask, other=0.0)
-            offset += tl.load(grad_offsets[r] + c, mask=mask, other=0.0)
-        tl.store(sums_ptr + c, scale, mask=mask)
-        tl.store(sums_ptr + C + c, offset, mask=mask)
+            scale += tl.load(grad_scales[r] + c, mask=mask_c, other=0.0)
+            offset += tl.load(grad_offsets[r] + c, mask=mask_c, other=0.0)
+        tl.store(sums_ptr + c, scale, mask=mask_c)
+        tl.store(sums_ptr + C + c, offset, mask=mask_c)
