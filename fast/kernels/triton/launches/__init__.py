@@ -71,9 +71,9 @@ _COUNTED = {
     ("normalise_backward", 4): (Launch(32, 64, 0, 4, 1), Launch(64, 64, 0, 4, 1)),
     ("sum_gradients", 2): (Launch(2048, 0, 0, 4, 1), Launch(2048, 0, 0, 4, 1)),  # 16 values a thread: two loads of 16 bytes
     ("sum_gradients", 4): (Launch(1024, 0, 0, 4, 1), Launch(1024, 0, 0, 4, 1)),
-    ("fold", 4): (Launch(1024, 4, 0, 4, 1), Launch(1024, 4, 0, 4, 1)),
+    ("fold", 4): (Launch(512, 4, 0, 4, 1), Launch(512, 4, 0, 4, 1)),
     ("unfold", 4): (Launch(0, 128, 0, 4, 1), Launch(0, 128, 0, 4, 1)),
-    ("sum_partials", 4): (Launch(512, 8, 0, 4, 1), Launch(16, 128, 0, 4, 1)),
+    ("sum_partials", 4): (Launch(256, 8, 0, 4, 1), Launch(16, 128, 0, 4, 1)),
     ("cell_gradients", 4): (
         Launch(64, 0, 0, 1, 1),
         Launch(64, 0, 0, 1, 1),
