@@ -66,7 +66,7 @@ class RandomSettings:
     workers: int = changes_no_score(1)
     """Cells evaluated at a time; above 1 by Ray (install the extra `workers`), on CUDA with one GPU each."""
     cells_per_gpu: int = changes_no_score(1)
-    """Cells trained at a time on one GPU, which one alone does not fill; the scores are the same. Not with several workers."""
+    """Cells trained at a time on one GPU, which one alone does not fill; scores are the same. It gains nothing on a CPU."""
     proxy: Flat[ProxySettings] = ProxySettings(iterations=80, learning_rate=0.2)
     head: Flat[HeadSettings] = HeadSettings(branch_channels=64)
     data: Flat[DataSettings] = DataSettings()

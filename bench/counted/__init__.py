@@ -1,7 +1,7 @@
 """What an iteration should take on a GPU that is not here: every launch counted in the code that Triton compiles for it.
 
-    python -m bench.counted               # write bench/predictions/ anew
-    python -m bench.counted --cell aspp   # print one iteration, launch by launch
+    python -m bench.counted           # write bench/predictions/ anew
+    python -m bench.counted --check   # compare with it
 
     iteration.py   every launch of an iteration in order, with its arguments
     sass.py        the instructions that a launch executes: straight code once, loops by their trips (trips.py)

@@ -21,11 +21,22 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--check", action="store_true", help="compare with the tables instead of writing them")
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES), metavar="TABLE", help=" ".join(TABLES))
     options = parser.parse_args(arguments)
+    try:
+        return count(options.tables, only_check=options.check)
+    except KeyboardInterrupt:
+        return 130
+    except OSError as error:
+        print(f"{error.filename or PREDICTIONS}: {error.strerror or error}; `git checkout bench/predictions` restores tables")
+        return 1
+
+
+def count(tables: Sequence[str], *, only_check: bool) -> int:
+    """Count these tables; write them, or compare; returns the exit code. Raises OSError."""
     counter, found = Counter(architecture=90), dict[str, list[Row]]()
-    for name in options.tables:
+    for name in tables:
         found[name] = counted(name, counter)
         print(f"{name}: {sum_of(found[name])}", flush=True)
-    if options.check:
+    if only_check:
         return check(found)
     for name, rows in found.items():
         write_table(path_of(name), Row._fields, rows)
@@ -42,6 +53,8 @@ def check(found: Mapping[str, list[Row]]) -> int:
         print(line)
     if lines:
         print("If this is meant to be so, write the tables anew: python -m bench.counted")
+    else:
+        print("as the tables say")
     return 1 if lines else 0
 
 

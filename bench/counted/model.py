@@ -1,4 +1,4 @@
-"""Microseconds of a launch on an H200, from what its warps execute. Counts are exact, rates and shares are guesses.
+"""Microseconds of a launch on an H200, from what its warps execute: counts of compiled code, guessed rates and shares.
 
     t = max(busiest unit / share, bytes loaded / L2 rate, bytes that must move / HBM rate, latency) + gap
 

@@ -33,6 +33,7 @@ TABLES = (*ITERATIONS, OPERATIONS_TABLE)
 TOLERANCE = 0.05  # change of a kernel's instructions that is no difference
 TOLERANCE_OF_VERSIONS = 0.25  # the same, if another version of Triton compiled the table; less than 1 % of all is none either
 PART_THAT_MATTERS = 0.01
+TOLERANCE_OF_TIME = 0.02  # change of the whole predicted time, by the model or by how launches are made
 
 
 class Row(NamedTuple):
@@ -205,13 +206,17 @@ def differences(table: list[Row], now: list[Row]) -> Iterator[str]:
         old, new = before[kernel].million_warp_instructions, after[kernel].million_warp_instructions
         matters = same_version or abs(new - old) > PART_THAT_MATTERS * sum_of(table).million_warp_instructions
         if abs(new - old) > tolerance * old and matters:
-            yield f"{kernel}: {new:.2f} M warp instructions, the table has {old:.2f} (more than {tolerance:.0%} apart)"
+            yield f"{kernel}: {new:.3g} M warp instructions, the table has {old:.3g} (more than {tolerance:.0%} apart)"
+    us, us_now = sum_of(table).predicted_us, sum_of(now).predicted_us
+    if same_version and abs(us_now - us) > TOLERANCE_OF_TIME * us:
+        yield f"the model makes {us_now:.0f} us of it, the table has {us:.0f}"
 
 
 def summary(tables: Mapping[str, list[Row]]) -> str:
     """What people read first: a line for each iteration, the kernels of each, and the operations."""
     iterations = {name: rows for name, rows in tables.items() if name in ITERATIONS}
     lines = ["# Counted iterations, Triton " + next(iter(tables.values()))[0].triton, ""]
+    lines += ["Instructions are counted, times are a model: [how](README.md). *Blocks*: programs a multiprocessor holds.", ""]
     columns: tuple[str, ...] = ("nodes", "of Triton", "M warp instructions", "of these alone, us", "busy, us", "predicted, us")
     lines += header("iteration", *columns)
     for name, rows in iterations.items():
@@ -235,7 +240,7 @@ def of_operations(rows: list[Row]) -> Iterator[str]:
     for operation in dict.fromkeys(row.of for row in rows):
         own = [row for row in rows if row.of == operation]
         s = sum_of(own)
-        copy_us = 1e12 * min(row.moved_mb for row in own) / model.HBM_BYTES_PER_S
+        copy_us = 1e12 * max(row.moved_mb for row in own) / model.HBM_BYTES_PER_S  # of several launches each moves two maps
         yield f"| {operation} | {s.nodes} | {s.million_warp_instructions:.2f} | {s.predicted_us:.1f} | {copy_us:.1f} |"
 
 

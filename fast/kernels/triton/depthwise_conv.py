@@ -26,8 +26,8 @@ Versions (not measured: no GPU was at hand; instructions of all warps at 8Ã—256Ã
   3. backward of input and weight in one pass: 4 instead of 7 maps of traffic; nine loads and norms per output: 18.0 M
      instructions forward; 29.6 M backward, which adds up over positions after every tile, behind 54 barriers; 12 and 8
      warps per multiprocessor
-  4. this: 6.3 to 7.0 M forward, 10.9 to 13.9 M backward, by rate; no barrier in a loop over rows, 20 and 16 warps; 98 partial
-     sums instead of 301
+  4. this: 6.3 to 7.0 M forward, 10.9 to 13.9 M backward, by rate, without branches that programs skip; no barrier in a loop
+     over rows, 20 and 16 warps; 98 partial sums instead of 301
   5. not taken: loading a row ahead forward too, 8 % more instructions and spills at 20 warps; four channels per thread
      backward instead of two, 12 % fewer instructions but 8 warps
 """
@@ -164,10 +164,10 @@ def depthwise_forward_kernel(
     width,
     rate_h,
     rate_w,
-    segment_rows,
-    program_phases,
-    phase_groups,
-    groups,
+    segment_rows,  # of one phase, in each group of rows; these four are the host's `_RowPlan`
+    program_phases,  # that a group has
+    phase_groups,  # that share out the phases of the same segment
+    groups,  # in all: phase_groups for each segment
     C,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -293,10 +293,10 @@ def depthwise_backward_kernel(
     width,
     rate_h,
     rate_w,
-    segment_rows,
-    program_phases,
-    phase_groups,
-    groups,
+    segment_rows,  # of one phase, in each group of rows; these four are the host's `_RowPlan`
+    program_phases,  # that a group has
+    phase_groups,  # that share out the phases of the same segment
+    groups,  # in all: phase_groups for each segment
     C,
     ROWS: tl.constexpr,
     BLOCK_P: tl.constexpr,

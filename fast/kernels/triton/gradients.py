@@ -3,7 +3,8 @@
     ∂x = Σ_r ∂x_r      ∂scale = Σ_r ∂scale_r      ∂offset = Σ_r ∂offset_r
 
 Autograd adds two at a time: for R readers 3·(R - 1) launches, and 3·(R - 1) maps of traffic. Here it is one launch that moves
-R + 1 maps and rounds once. Operations: R - 1 per value, never the limit.
+R + 1 maps and rounds once. Operations: R - 1 per value, never the limit. The vectors of the norm are summed by a program of
+their own, in blocks that fit them.
 
 Versions (not measured: no GPU was at hand)
   1. autograd's additions: in the published cell, whose branches have up to four readers, 16 launches

@@ -32,7 +32,7 @@ gradient of the weight, gradient of the maps.
   3. weights and g rounded once: 109 M + 102 M + 67 M, 0.69 + 0.80 + 0.65 GB
   4. this, with larger tiles, 64-bit products in Philox, moments from values whose threads hold columns, no masks where sizes
      are multiples of the tiles, epilogues by halves: 40 M + 51 M + 55 M, 0.59 + 0.61 + 0.65 GB; on a multiprocessor two
-     programs of 4 warps forward, one of 8 for the weight, two (branch) or one (projection) of 8 for the maps
+     programs of 4 warps forward, one of 8 for the weight, two (256 channels) or one (more) of 8 for the maps
   5. the mask of dropout as bits, written by one kernel and read by the others: expected to save 5 M, not done
   6. gradient of all maps from one program that holds g: expected to save B - 1 reads of g from the L2 cache, not done
 """

@@ -5,7 +5,8 @@
     ∂l_c[k] = (1 / |L|) Σ_{p ∈ L} weight_c(p) · (softmax(z_p)[k] - [k = label])
 
 A cell is the label pixels from a logit to the next along both axes: 16×16 at output stride 16. A program computes CELLS cells;
-a thread has COLUMNS columns of pixels of one cell, ROWS rows at a time. A second kernel adds up the loss and counts the
+a thread, a lane of its cell, has COLUMNS columns of
+its pixels, ROWS rows at a time: a chunk. A second kernel adds up the loss and counts the
 labelled pixels, in a fixed order; a third adds the up to four contributions of each logit. The position within a cell is a
 quotient of integers, so it is exact at any size.
 
