@@ -144,7 +144,9 @@ def _check(settings: RandomSettings) -> None:
     for field in ("workers", "cells_per_gpu"):
         count = getattr(settings, field)
         if settings.sampler == "paper" and count > settings.lag + 1:
-            raise InputError(f"`{field}` {count} needs `lag` {count - 1} or more, or some would never work")
+            raise InputError(
+                f"`{field}` {count} needs `lag` {count - 1} or more: the paper's sampler waits for all but so many cells"
+            )
 
 
 def _identity(settings: RandomSettings, head: HeadSettings, caches: dict[str, FeatureCache]) -> dict[str, Any]:

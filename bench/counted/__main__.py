@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 
 os.environ["TRITON_INTERPRET"] = "0"  # read when Triton is imported: here kernels are compiled
 
-from bench.counted.table import PREDICTIONS, TABLES, Counter, Row, counted, differences, path_of, read_rows, sum_of, summary
+from bench.counted.table import TABLES, Counter, Row, counted, differences, path_of, read_rows, sum_of, summary
+from bench.profiles import PREDICTIONS
 from bench.results import write_table
 from search.files import write_text
 

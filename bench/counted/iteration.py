@@ -1,7 +1,8 @@
 """Every launch of a training iteration, in order, as a GPU would get it: traced on CPU tensors, with nothing computed."""
 
+import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
@@ -59,18 +60,25 @@ _VIEWS = re.compile(
 def iteration(case: ProxyCase, dtype: DType) -> list[Node]:
     """The launches of a second iteration, when momentum is there. Needs a process in which Triton compiles, not interprets."""
     nodes: list[Node] = []
-
-    def launched(kernel: Any, programs: int, launch: Launch, arguments: tuple[Any, ...], **constants: Any) -> None:
-        if programs > 0:
-            nodes.append(TritonLaunch(kernel, programs, launch, arguments, constants))
-
-    with kernels.using(triton_backend), precision_of_a_gpu(), launched_by(launched):
+    with kernels.using(triton_backend), recorded(nodes):
         step = _step_of(case, dtype)
         step._iterate()
         nodes.clear()
         with _Recorded(nodes):
             step._iterate()
     return nodes
+
+
+@contextlib.contextmanager
+def recorded(nodes: list[Any]) -> Iterator[None]:
+    """Inside, the backend's launches are added to the list instead of being made, with float32 products as on a GPU."""
+
+    def launched(kernel: Any, programs: int, launch: Launch, arguments: tuple[Any, ...], **constants: Any) -> None:
+        if programs > 0:
+            nodes.append(TritonLaunch(kernel, programs, launch, arguments, constants))
+
+    with precision_of_a_gpu(), launched_by(launched):
+        yield
 
 
 def _step_of(case: ProxyCase, dtype: DType) -> TrainStep:

@@ -1,13 +1,11 @@
 """Single operations at the sizes of the benchmark, as launches: their cost beside a copy of the maps they read and write."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 
-from bench.counted.iteration import TritonLaunch
+from bench.counted.iteration import TritonLaunch, recorded
 from bench.kernel_calls import CHANNELS, MAP_SIZES, RATE, KernelCalls
-from bench.launch_trial import launched_by, precision_of_a_gpu
 from fast.kernels import NormedMap
 from fast.kernels import triton as kernels
 
@@ -36,17 +34,7 @@ def operations() -> Iterator[tuple[str, TritonLaunch]]:
         for dtype in (torch.bfloat16, torch.float32):
             for size in MAP_SIZES.values():
                 name = f"{operation}, {str(dtype).removeprefix('torch.')}, {size[0]}×{CHANNELS}×{size[1]}×{size[2]}"
-                for launch in launches_of(call, KernelCalls(dtype, size, "cpu", drawn=False)):
-                    yield name, launch
-
-
-def launches_of(call: Callable[[KernelCalls], None], calls: KernelCalls) -> list[TritonLaunch]:
-    """What the backend launches in this call."""
-    found: list[TritonLaunch] = []
-
-    def launched(kernel: Any, programs: int, launch: Any, arguments: tuple[Any, ...], **constants: Any) -> None:
-        found.append(TritonLaunch(kernel, programs, launch, arguments, constants))
-
-    with launched_by(launched), precision_of_a_gpu():
-        call(calls)
-    return found
+                launches: list[TritonLaunch] = []
+                with recorded(launches):
+                    call(KernelCalls(dtype, size, "cpu", drawn=False))
+                yield from ((name, launch) for launch in launches)

@@ -17,10 +17,10 @@ from bench.counted.model import Code
 from bench.counted.operations import operations
 from bench.counted.trips import trips_of
 from bench.plans import PAPER
+from bench.profiles import PREDICTIONS
 from fast.kernels.triton import compilation
 from search.cells.space import load_cell
 
-PREDICTIONS = Path(__file__).parents[1] / "predictions"
 # The cells and dtypes whose iterations are counted; `float32` is TF32, as PyTorch sets it for convolutions.
 ITERATIONS: dict[str, tuple[str, DType]] = {
     "dpc-bfloat16": ("dpc", "bfloat16"),
