@@ -11,7 +11,7 @@ The exchange format is the authors' JSON, unchanged
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeAlias, assert_never
@@ -199,9 +199,14 @@ def _all_ints(value: Any) -> bool:
     return all(map(_is_int, value if isinstance(value, list) else [value]))
 
 
+def operations_of(rates: Sequence[int], grid_sizes: Sequence[int]) -> tuple[Operation, ...]:
+    """The 1×1 convolution, and the atrous convolutions and poolings of all pairs of these rates and grid sizes."""
+    return (
+        Conv1x1(),
+        *(AtrousSeparableConv(rate=(h, w)) for h in rates for w in rates),
+        *(PyramidPooling(grid_size=(h, w)) for h in grid_sizes for w in grid_sizes),
+    )
+
+
 # The 81 operations of the paper (section 3.1): 1 + 8·8 + 4·4, in the order that the search's indices refer to.
-OPERATIONS: tuple[Operation, ...] = (
-    Conv1x1(),
-    *(AtrousSeparableConv(rate=(h, w)) for h in RATES for w in RATES),
-    *(PyramidPooling(grid_size=(h, w)) for h in GRID_SIZES for w in GRID_SIZES),
-)
+OPERATIONS = operations_of(RATES, GRID_SIZES)

@@ -7,6 +7,7 @@ from search.cells.space import load_cell
 from search.cli import run_command
 from search.errors import InputError
 from search.reports.diagram import cell_and_receptive_field_figure, save_figure
+from search.settings import require
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,8 @@ class DiagramSettings:
     """dpc, aspp, psp, or the path of a cell's JSON file."""
     out: Path = Path("cell.svg")
     """Picture to write; the suffix says how: .svg, .png or .pdf."""
+    feature_size: tuple[int, int] = (65, 65)
+    """Height and width of the features whose paths to the centre are drawn: (pixels - 1) / output stride + 1."""
 
 
 def main(settings: DiagramSettings) -> None:
@@ -24,7 +27,8 @@ def main(settings: DiagramSettings) -> None:
     cell = load_cell(settings.cell)
     if settings.out.suffix not in (".svg", ".png", ".pdf"):
         raise InputError(f"`out` {settings.out}: give a file that ends in .svg, .png or .pdf")
-    figure = cell_and_receptive_field_figure(cell)
+    require("feature_size", settings.feature_size, min(settings.feature_size) >= 1, "at least 1 each")
+    figure = cell_and_receptive_field_figure(cell, settings.feature_size)
     try:
         save_figure(figure, settings.out, settings.out.suffix[1:])
     except OSError as error:

@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 from search.errors import InputError
 from search.files import write_json
 
+NO_DEFAULTS: Mapping[str, Any] = {}
 _FORMAT = 3  # version of settings.json and of the results; the first one had no number
 
 
@@ -42,22 +43,26 @@ class Folder:
         finally:
             lock.release()
 
-    def begin(self, identity: Mapping[str, Any], command: str, **description: Any) -> None:
+    def begin(
+        self, identity: Mapping[str, Any], command: str, *, defaults: Mapping[str, Any] = NO_DEFAULTS, **description: Any
+    ) -> None:
         """Begin, or continue: `identity` maps the settings that all results in the folder depend on to their values.
 
-        It is kept in `settings.json`, with the command and the `description`, which may change. Raises InputError, naming
-        each difference, if the folder was begun with another identity.
+        It is kept in `settings.json`, with the command and the `description`, which may change. Raises InputError as `check`.
         """
-        self.check(identity)
+        self.check(identity, defaults)
         content = {"format": _FORMAT, "kind": self.kind, "identity": identity, "command": command, **description}
         write_json(self.path / "settings.json", content)
 
-    def check(self, identity: Mapping[str, Any]) -> None:
-        """Raise InputError, naming each difference, if the folder was begun with another identity."""
+    def check(self, identity: Mapping[str, Any], defaults: Mapping[str, Any] = NO_DEFAULTS) -> None:
+        """Raise InputError, naming each difference, if the folder was begun with another identity.
+
+        `defaults` are those of settings: one that did not exist yet when the folder was begun is taken to have had its own.
+        """
         plain = json.loads(json.dumps(identity))
         before = self.description()
         typed = f" ({before['command']})" if before and before["command"] else ""
-        if before is not None and (different := differences(before["identity"], plain)):
+        if before is not None and (different := differences(before["identity"], plain, defaults)):
             raise InputError(
                 f"{self.kind} {self.path} was started with {different}: use the same values{typed}, "
                 f"{self.remedy}, or delete that folder"
@@ -104,17 +109,24 @@ class Folder:
         return InputError(f"{self.result_path(job)} is damaged ({error}): delete it and run the same command again")
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], defaults: Mapping[str, Any] = NO_DEFAULTS) -> str:
     """Which settings are not what they were, as fields; "" if all are. A name with a space in it is said as it is.
 
     >>> before, now = {"top_k": 3, "`weights` (content)": "ab" * 32}, {"top_k": 5, "`weights` (content)": "cd" * 32}
     >>> differences({"top": 1} | before, {"top": 1} | now)
     '`weights` (content) abababababab…, now it is cdcdcdcdcdcd…, and `top_k` 3, now it is 5'
+
+    A setting that is new has its default in `before`; one of a group, such as `large.top_k`, the default by its own name.
+
+    >>> differences({}, {"top_k": 3, "large.top_k": 4}, {"top_k": 3})
+    '`large.top_k` 3, now it is 4'
     """
+    added = {name: defaults[field] for name in now.keys() - before.keys() if (field := name.rpartition(".")[2]) in defaults}
+    earlier = {**before, **added}
     return ", and ".join(
-        f"{_as_field(name)} {_brief(before.get(name, 'unknown'))}, now it is {_brief(now.get(name, 'unknown'))}"
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name)
+        f"{_as_field(name)} {_brief(earlier.get(name, 'unknown'))}, now it is {_brief(now.get(name, 'unknown'))}"
+        for name in sorted(earlier.keys() | now.keys())
+        if earlier.get(name) != now.get(name)
     )
 
 

@@ -6,15 +6,16 @@ command continues an interrupted run, and adds cells to a finished one if --tria
 Run this file as a module from the repository's root: inside this folder, its name would hide Python's own `random`.
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fast.checkpoint import save_head
 from fast.segmentation import SegmentationHead
-from reference.cell import NUM_BRANCHES
+from reference.cell import GRID_SIZES, NUM_BRANCHES, RATES
 from search.cells.sampler import LAG, create_sampler
-from search.cells.space import SearchSpace, load_cells
+from search.cells.space import ASCENDING, SearchSpace, is_ascending, load_cells
 from search.cli import Flat, run_command, this_command
 from search.devices import resolve_device
 from search.errors import InputError
@@ -30,11 +31,12 @@ from search.settings import (
     MachineSettings,
     ProxySettings,
     changes_no_score,
+    declared,
     require,
     scored,
 )
 from search.tasks.feature_cache import MEAN, STD, WEIGHTS, FeatureCache, facts_of, open_cache, prepare_caches
-from search.tasks.proxy import ProxyTask, crop_in_features
+from search.tasks.proxy import ProxyTask, feature_maps
 
 KNOWN_CELLS = ("aspp", "dpc")
 _PROG = "python -m search.random"
@@ -53,6 +55,10 @@ class RandomSettings:
     """Number of cells to try in all, those of earlier runs of this command included."""
     branches: int = NUM_BRANCHES
     """Branches per cell."""
+    rates: tuple[int, ...] = RATES
+    """Rates that atrous convolutions may have in height and width, as at output stride 16. None given: no such ones."""
+    grids: tuple[int, ...] = GRID_SIZES
+    """Grids that pyramid poolings may have in height and width. None given: no poolings."""
     sampler: str = "paper"
     """How cells are proposed: paper (uniform, and near the best so far), random, tpe or evolution."""
     lag: int = LAG
@@ -79,12 +85,13 @@ def main(settings: RandomSettings) -> None:
     """Search, compare, report."""
     _check(settings)
     device = resolve_device(settings.machine.device)
-    head, space = settings.head.completed(settings.data.dataset), SearchSpace(settings.branches)
-    sampler = create_sampler(settings.sampler, space, settings.seed, lag=settings.lag)
+    head = settings.head.completed(settings.data.dataset)
     plan = SearchPlan(settings.trials, load_cells(settings.compare), settings.comparison_seeds, settings.seed)
     command = this_command(_PROG)
     caches = prepare_caches(settings.data, settings.backbone, settings.features, settings.machine, command)
-    crop_in_features(settings.proxy, caches["train"])  # refuses a wrong crop size before the run begins
+    maps = feature_maps(settings.proxy, head, **caches)  # refuses a wrong crop size before the run begins
+    space = SearchSpace(settings.branches, settings.rates, settings.grids, maps)
+    print(f"search space: {'; '.join(space.describe())}", file=sys.stderr)
     origin, task = caches["train"].identity, caches["train"].task
     directory = settings.out or Path("runs") / origin["dataset"]
     to_open = [(caches[role].directory, caches[role].identity) for role in ("train", "val")]  # workers copy no arrays
@@ -102,11 +109,13 @@ def main(settings: RandomSettings) -> None:
     run = open_run(
         directory,
         _identity(settings, head, caches),
-        sampler,
+        create_sampler(settings.sampler, space, settings.seed, lag=settings.lag),
         storage=settings.storage,
         command=command,
         task=task,
         settings=RunSettings(settings.data, settings.backbone, settings.features, head, settings.machine),
+        space=space,
+        defaults=declared(*map(type, _groups(settings, head))),
     )
     with (
         run as study,
@@ -131,8 +140,11 @@ def _check(settings: RandomSettings) -> None:
     settings.proxy.check()
     settings.head.check()
     settings.backbone.check()
+    create_sampler(settings.sampler, SearchSpace(), settings.seed)  # refuses what it would only later
     require("trials", settings.trials, settings.trials >= 1, "at least 1")
     require("branches", settings.branches, settings.branches >= 1, "at least 1")
+    require("rates", _spaced(settings.rates), is_ascending(settings.rates), ASCENDING)
+    require("grids", _spaced(settings.grids), is_ascending(settings.grids), ASCENDING)
     require("comparison_seeds", settings.comparison_seeds, settings.comparison_seeds >= 1, "at least 1")
     require("workers", settings.workers, settings.workers >= 1, "at least 1")
     require("cells_per_gpu", settings.cells_per_gpu, settings.cells_per_gpu >= 1, "at least 1")
@@ -151,8 +163,15 @@ def _check(settings: RandomSettings) -> None:
 
 def _identity(settings: RandomSettings, head: HeadSettings, caches: dict[str, FeatureCache]) -> dict[str, Any]:
     """The settings that all scores of a run depend on: other values are refused in the same folder."""
-    groups = (settings, settings.data, settings.backbone, settings.features, head, settings.proxy)
-    return scored(*groups) | facts_of(caches)
+    return scored(*_groups(settings, head)) | facts_of(caches)
+
+
+def _groups(settings: RandomSettings, head: HeadSettings) -> tuple[Any, ...]:
+    return settings, settings.data, settings.backbone, settings.features, head, settings.proxy
+
+
+def _spaced(numbers: tuple[int, ...]) -> str:
+    return " ".join(map(str, numbers))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ files are or who does the work. All other fields affect the scores, and so belon
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, get_args, get_type_hints
 
@@ -43,6 +43,16 @@ def scored(*groups: Any) -> dict[str, Any]:
         assert not found.keys() & own.keys(), "two settings of one name: one of them would go unnoticed"
         found |= own
     return dict(plain(found))
+
+
+def declared(*groups: Any) -> dict[str, Any]:
+    """The defaults of all fields of these groups, as JSON has them: what `scored` gives where nothing was given.
+
+    >>> declared(HeadSettings)
+    {'branch_channels': None, 'pooling': 'sliding_window', 'dropout': 0.1}
+    """
+    found = {f.name: f.default for group in groups for f in fields(group) if f.default is not MISSING}
+    return dict(plain({name: default for name, default in found.items() if not is_dataclass(default)}))
 
 
 def fingerprints(train: str, val: str) -> dict[str, str]:

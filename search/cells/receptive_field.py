@@ -31,22 +31,21 @@ from reference.cell import BACKBONE_FEATURE, AtrousSeparableConv, Cell, Conv1x1,
 from reference.dense_prediction_cell import BranchOptions, BranchWeights, rate_multiplier_for
 from reference.pointwise_conv import ConvNorm
 from reference.pyramid_pooling import pooling_matrix
-
-FIELD_SIZE = 65  # features of 1024 pixels at output stride 16
+from search.cells.reach import Size
 
 _SAMPLES = 8  # draws of all ReLUs, each with a random direction of the output
 _FROZEN = BranchOptions(training=False)
 
 
-def structural_receptive_field(cell: Cell, size: int, options: BranchOptions = _FROZEN) -> NDArray[np.float64]:
-    """How much each input position adds to the centre output, summed over branches, on a map of size × size: (size, size).
+def structural_receptive_field(cell: Cell, size: Size, options: BranchOptions = _FROZEN) -> NDArray[np.float64]:
+    """How much each input position adds to the centre output, summed over branches, on a map of (h, w) = `size`: (h, w).
 
     All weights are one, so a value counts the paths from the input position to the centre output; a path through a pooling
     counts as its share of the mean. Zeros beyond the map's border cut paths, as in the cell. This is the gradient of the
-    cell with unit weights and no batch norm or ReLU. Raises ValueError for a size without a centre.
+    cell with unit weights and no batch norm or ReLU. Raises ValueError for a size below 1.
 
     >>> cell = Cell.from_json('[{"op": "conv", "kernel": 3, "rate": [1, 2], "input": -1}]')
-    >>> structural_receptive_field(cell, 5)
+    >>> structural_receptive_field(cell, (5, 5))
     array([[0., 0., 0., 0., 0.],
            [1., 0., 1., 0., 1.],
            [1., 0., 1., 0., 1.],
@@ -54,8 +53,8 @@ def structural_receptive_field(cell: Cell, size: int, options: BranchOptions = _
            [0., 0., 0., 0., 0.]])
     """
     _check_size(size)
-    impulse = np.zeros((1, 1, size, size))
-    impulse[0, 0, size // 2, size // 2] = 1.0
+    impulse = np.zeros((1, 1, *size))
+    impulse[0, 0, *centre_of(size)] = 1.0
     grads = {BACKBONE_FEATURE: np.zeros_like(impulse), **dict.fromkeys(range(len(cell.branches)), impulse)}
     for i, branch in reversed(list(enumerate(cell.branches))):  # all readers of branch i come after it
         grads[branch.input_index] = grads[branch.input_index] + _spread(grads[i], branch.operation, options)
@@ -63,21 +62,22 @@ def structural_receptive_field(cell: Cell, size: int, options: BranchOptions = _
     return field
 
 
-def effective_receptive_field(context: DensePredictionCell, size: int, *, seed: int = 0) -> NDArray[np.float64]:
-    """The gradient's field of the centre output on a map of size × size: (size, size), at least 0.
+def effective_receptive_field(context: DensePredictionCell, size: Size, *, seed: int = 0) -> NDArray[np.float64]:
+    """The gradient's field of the centre output on a map of (h, w) = `size`: (h, w), at least 0.
 
     The expectation is estimated from a few draws of all ReLUs. ‖·‖² is estimated by the squared gradient of the output's
-    product with a vector of random signs, which equals it on average. Raises ValueError for a size without a centre.
+    product with a vector of random signs, which equals it on average. Raises ValueError for a size below 1.
     """
     _check_size(size)
     generator = torch.Generator().manual_seed(seed)
-    squares = torch.zeros(size, size, dtype=torch.float64)
+    squares = torch.zeros(size, dtype=torch.float64)
+    row, column = centre_of(size)
     with torch.inference_mode(False), torch.enable_grad():
         linear = _Gated(context, generator)
         for _ in range(_SAMPLES):
-            x = torch.zeros(1, context.in_channels, size, size, requires_grad=True)  # the same gradient at all positions
+            x = torch.zeros(1, context.in_channels, *size, requires_grad=True)  # the same gradient at all positions
             signs = torch.randint(0, 2, (context.cell_channels,), generator=generator) * 2.0 - 1.0
-            centre = linear(x)[0, :, size // 2, size // 2]
+            centre = linear(x)[0, :, row, column]
             (gradient,) = torch.autograd.grad(centre @ signs, x)
             squares += gradient[0].double().square().sum(dim=0)
     return (squares / _SAMPLES).sqrt().numpy()
@@ -88,38 +88,37 @@ def options_of(context: DensePredictionCell) -> BranchOptions:
     return BranchOptions(False, rate_multiplier_for(context.output_stride), context.pooling, context.pooling_size)
 
 
-def field_size_for(options: BranchOptions) -> int:
-    """`FIELD_SIZE`, or more where rates are multiplied or pooling windows are pinned to a larger map."""
-    size = (FIELD_SIZE - 1) * options.rate_multiplier + 1
-    return max(size, *(2 * (extent // 2) + 1 for extent in options.pooling_size or (1, 1)))
+def centre_of(size: Size) -> tuple[int, int]:
+    """Row and column of the centre output; of the two in the middle of an even number, the second."""
+    return size[0] // 2, size[1] // 2
 
 
-def _check_size(size: int) -> None:
-    if size < 1 or size % 2 == 0:
-        raise ValueError(f"size must be odd and at least 1, so that the map has a centre, got {size}")
+def _check_size(size: Size) -> None:
+    if min(size) < 1:
+        raise ValueError(f"size must be (height, width) of at least 1 each, got {size}")
 
 
 def _spread(grad_output: NDArray[np.float64], operation: Operation, options: BranchOptions) -> NDArray[np.float64]:
-    """The gradient of one operation with unit weights, (1, 1, size, size) to the same."""
+    """The gradient of one operation with unit weights, (1, 1, h, w) to the same."""
     match operation:
         case Conv1x1():
             return grad_output
         case AtrousSeparableConv():  # nine equal taps: convolution and its gradient are the same
             return depthwise_conv(grad_output, np.ones((1, 1, 3, 3)), rate=operation.rate_times(options.rate_multiplier))
         case PyramidPooling(grid_size):
-            rows, columns = _pooling(grad_output.shape[2], grid_size, options)
+            rows, columns = _pooling((grad_output.shape[2], grad_output.shape[3]), grid_size, options)
             grad_means = bilinear_resize_backward(grad_output, (rows.shape[0], columns.shape[0]))
             return rows.T @ grad_means @ columns
         case _:
             assert_never(operation)
 
 
-def _pooling(size: int, grid_size: tuple[int, int], options: BranchOptions) -> list[NDArray[np.float64]]:
-    """The matrices of means along either axis, (out, size) each."""
+def _pooling(size: Size, grid_size: tuple[int, int], options: BranchOptions) -> list[NDArray[np.float64]]:
+    """The matrices of means along either axis, (out, extent) each."""
     pins = options.pooling_size or (None, None)
     return [
-        pooling_matrix(size, grid, variant=options.pooling, pooling_size=pin)
-        for grid, pin in zip(grid_size, pins, strict=True)
+        pooling_matrix(extent, grid, variant=options.pooling, pooling_size=pin)
+        for extent, grid, pin in zip(size, grid_size, pins, strict=True)
     ]
 
 
@@ -154,11 +153,10 @@ class _Gated:
                 assert_never(operation)
 
     def _pyramid_pooling(self, x: Tensor, grid_size: tuple[int, int], weights: ConvNorm[Tensor]) -> Tensor:
-        rows, columns = (torch.from_numpy(matrix).float() for matrix in _pooling(x.shape[2], grid_size, self.options))
+        size = (x.shape[2], x.shape[3])
+        rows, columns = (torch.from_numpy(matrix).float() for matrix in _pooling(size, grid_size, self.options))
         means = self._pointwise(rows @ x @ columns.T, weights)
-        up, across = (
-            torch.from_numpy(interpolation_matrix(extent, x.shape[2])).float() for extent in (means.shape[2], means.shape[3])
-        )
+        up, across = (torch.from_numpy(interpolation_matrix(means.shape[2 + axis], size[axis])).float() for axis in (0, 1))
         resized: Tensor = up @ means @ across.T
         return resized
 

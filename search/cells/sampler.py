@@ -18,16 +18,14 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState
 
-from reference.cell import BACKBONE_FEATURE, OPERATIONS, Branch, Cell
-from search.cells.space import SearchSpace, canonical_form
+from reference.cell import BACKBONE_FEATURE, Branch, Cell, Operation
+from search.cells.space import SearchSpace
 from search.errors import InputError
 
 LAG = 4  # enough for five workers, and few enough for a study of a dozen trials to use its best cells
 MAX_DRAWS = 1000
 EVOLUTION_POPULATION = 20
 SAMPLER_NAMES = ("paper", "random", "tpe", "evolution")
-
-_OPERATION_BY_NAME = {str(operation): operation for operation in OPERATIONS}
 
 
 def suggest_cell(trial: optuna.trial.BaseTrial, space: SearchSpace) -> Cell:
@@ -49,7 +47,8 @@ def params_of_cell(cell: Cell) -> dict[str, str | int]:
 def cell_from_params(params: Mapping[str, Any], space: SearchSpace) -> Cell:
     """The cell that a trial's parameters describe; others in `params` are ignored. Raises ValueError for one that is bad."""
     inputs = (params[f"branch{i}_input"] if i > 0 else BACKBONE_FEATURE for i in range(space.num_branches))
-    operations = (_OPERATION_BY_NAME[params[f"branch{i}_operation"]] for i in range(space.num_branches))
+    by_name = _operations_by_name(space)
+    operations = (by_name[params[f"branch{i}_operation"]] for i in range(space.num_branches))
     try:
         return Cell(tuple(map(Branch, inputs, operations)))
     except KeyError as error:
@@ -62,8 +61,9 @@ class PaperSampler(optuna.samplers.BaseSampler):
     """Random search as in Vizier (paper, section 3.2): cells uniformly at random, and some near the best observed so far.
 
     With `near_best_probability` trial n is a neighbour of one of the `best_k` best distinct cells among the *visible* trials,
-    uniformly chosen; otherwise, and while none is complete, it is uniform over the space. A graph that an earlier trial has
-    proposed is drawn again, at most `MAX_DRAWS` times. Only complete trials are parents. One objective, either direction.
+    uniformly chosen; otherwise, and while none is complete, it is uniform over the space. A cell of the canonical form of an
+    earlier one (`SearchSpace.canonical_form`) is drawn again, at most `MAX_DRAWS` times. Only complete trials are parents. One
+    objective, either direction.
 
     Trial n is a function of `seed`, n, the cells of all earlier trials and the results of the visible ones: those numbered
     below `visible_before(n)` = n − `lag`. So the same seed gives the same cells with any number of workers up to `lag` + 1, if
@@ -101,7 +101,7 @@ class PaperSampler(optuna.samplers.BaseSampler):
         rng = np.random.default_rng([self.seed, trial.number])
         for _ in range(MAX_DRAWS):
             cell = self._draw(parents, rng)
-            if canonical_form(cell).to_json() not in proposed:
+            if self.space.canonical_form(cell).to_json() not in proposed:
                 break
         return params_of_cell(cell)
 
@@ -196,19 +196,24 @@ def _trial_seed(*entropy: int) -> int:
 
 
 @cache
+def _operations_by_name(space: SearchSpace) -> dict[str, Operation]:
+    return {str(operation): operation for operation in space.operations}
+
+
+@cache
 def _choices(space: SearchSpace) -> dict[str, tuple[str | int, ...]]:
     choices: dict[str, tuple[str | int, ...]] = {}
     for i in range(space.num_branches):
         if i > 0:
             choices[f"branch{i}_input"] = tuple(range(BACKBONE_FEATURE, i))
-        choices[f"branch{i}_operation"] = tuple(_OPERATION_BY_NAME)
+        choices[f"branch{i}_operation"] = tuple(_operations_by_name(space))
     return choices
 
 
 class _KnownCell(NamedTuple):
     trial: FrozenTrial
     cell: Cell
-    form: str  # JSON of the canonical form
+    form: str  # JSON of the space's canonical form
 
 
 def _known_cells(study: optuna.Study, before: int, space: SearchSpace) -> Iterator[_KnownCell]:
@@ -223,4 +228,4 @@ def _known_cells(study: optuna.Study, before: int, space: SearchSpace) -> Iterat
 @cache  # cached, because a long study is scanned at every trial and its cells do not change
 def _cell_and_form(values: tuple[Any, ...], space: SearchSpace) -> tuple[Cell, str]:
     cell = cell_from_params(dict(zip(_choices(space), values, strict=True)), space)
-    return cell, canonical_form(cell).to_json()
+    return cell, space.canonical_form(cell).to_json()

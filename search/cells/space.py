@@ -3,13 +3,18 @@
 A cell is written as a sequence of branches, but their order does not matter, because the 1×1 projection behind the
 concatenation is learned. `canonical_form` picks one sequence for all orders of the same graph, so that no graph is
 evaluated twice.
+
+A space may have other rates and grids, and it may know the maps that its cells are evaluated on. Then also cells of which
+all operations do the same there count as one (`SearchSpace.canonical_form`). A cell stays as it was drawn wherever it is
+shown or kept, because on larger maps it is a cell of its own.
 """
 
 import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import assert_never
 
@@ -19,7 +24,6 @@ from reference.cell import (
     BACKBONE_FEATURE,
     GRID_SIZES,
     NUM_BRANCHES,
-    OPERATIONS,
     RATES,
     AtrousSeparableConv,
     Branch,
@@ -27,60 +31,96 @@ from reference.cell import (
     Conv1x1,
     Operation,
     PyramidPooling,
+    operations_of,
 )
+from search.cells.reach import FeatureMaps, size_text
 from search.errors import InputError
 
 CELLS_DIRECTORY = Path(__file__).parent
-OPERATION_SET = frozenset(OPERATIONS)
+ASCENDING = "different integers of at least 1, in ascending order"  # what rates and grid sizes must be
 
 
 @dataclass(frozen=True)
 class SearchSpace:
     """All cells of `num_branches` branches: branch i reads one of i + 1 maps (the backbone's or an earlier branch's).
 
+    The operations are the 1×1 convolution, the atrous convolutions of all pairs of `rates` and the poolings of all pairs of
+    `grid_sizes`, none if there are none. `maps` are those that cells are evaluated on. Raises ValueError, naming the field.
+
     >>> f"{SearchSpace(5).size():.1e} cells, {SearchSpace(5).canonical_size():.1e} up to the order of branches"
     '4.2e+11 cells, 3.8e+10 up to the order of branches'
+    >>> f"{SearchSpace(5, maps=FeatureMaps((17, 17), (17, 17))).canonical_size():.1e} on a 17×17 map"
+    '1.4e+10 on a 17×17 map'
     """
 
     num_branches: int = NUM_BRANCHES
+    rates: tuple[int, ...] = RATES
+    grid_sizes: tuple[int, ...] = GRID_SIZES
+    maps: FeatureMaps | None = None
 
     def __post_init__(self) -> None:
         if self.num_branches < 1:
             raise ValueError(f"num_branches must be at least 1, got {self.num_branches}")
+        for name in ("rates", "grid_sizes"):
+            if not is_ascending(getattr(self, name)):
+                raise ValueError(f"{name} must be {ASCENDING}, got {getattr(self, name)}")
+
+    @cached_property
+    def operations(self) -> tuple[Operation, ...]:
+        """The operations of a branch, in the order of the paper's 81."""
+        return operations_of(self.rates, self.grid_sizes)
 
     def size(self) -> int:
-        """B!·81^B, exactly."""
-        return math.prod((i + 1) * len(OPERATIONS) for i in range(self.num_branches))
+        """The number of cells as they are drawn, exactly: B!·81^B for 81 operations."""
+        return math.prod((i + 1) * len(self.operations) for i in range(self.num_branches))
 
     def canonical_size(self) -> int:
-        """The number of different canonical forms, exactly.
+        """The number of different canonical forms, exactly: of cells that differ on the maps, if there are any.
 
         A cell is a forest with an operation at each node, and a tree is an operation with a forest below. The Euler transform
         counts the forests: n·forests[n] = Σ_k (Σ_{d | k} d·trees[d])·forests[n − k].
         """
+        different = len(set(map(self._smallest, self.operations)))
         forests, trees = [1], [0]
         for n in range(1, self.num_branches + 1):
-            trees.append(len(OPERATIONS) * forests[n - 1])
+            trees.append(different * forests[n - 1])
             weights = [sum(d * trees[d] for d in range(1, k + 1) if k % d == 0) for k in range(1, n + 1)]
             forests.append(sum(weights[k - 1] * forests[n - k] for k in range(1, n + 1)) // n)
         return forests[-1]
 
+    def canonical_form(self, cell: Cell) -> Cell:
+        """A cell that is equal for two cells exactly if they are the same graph of operations that do the same on the maps.
+
+        Each operation is replaced by the smallest that does the same, be it in the space or not; without maps, by none.
+        """
+        branches = (replace(branch, operation=self._smallest(branch.operation)) for branch in cell.branches)
+        return canonical_form(Cell(tuple(branches)))
+
+    def describe(self) -> list[str]:
+        """How many cells there are, how many of them differ on the maps, and which rates and grids are out of reach."""
+        counted = f"{_count_text(self.size())} cells, {_count_text(self.canonical_size())} of them different"
+        if self.maps is None:
+            return [counted]
+        rates = [(f"rate {rate}", AtrousSeparableConv((rate, rate))) for rate in self.rates]
+        grids = [(f"grid {grid}", PyramidPooling((grid, grid))) for grid in self.grid_sizes]
+        return [f"{counted} on a {size_text(self.maps.validation)} map", *self.maps.remarks([*rates, *grids])]
+
     def sample(self, rng: np.random.Generator) -> Cell:
         """Draw a cell, uniformly among all `size()` of them."""
         inputs = [int(rng.integers(BACKBONE_FEATURE, i)) for i in range(self.num_branches)]
-        operations = [OPERATIONS[k] for k in rng.integers(len(OPERATIONS), size=self.num_branches)]
+        operations = [self.operations[k] for k in rng.integers(len(self.operations), size=self.num_branches)]
         return Cell(tuple(map(Branch, inputs, operations)))
 
     def contains(self, cell: Cell) -> bool:
-        return len(cell.branches) == self.num_branches and all(b.operation in OPERATION_SET for b in cell.branches)
+        return len(cell.branches) == self.num_branches and all(b.operation in self.operations for b in cell.branches)
 
     def check(self, cell: Cell) -> None:
         """Raise ValueError, naming the branch and the field, for a cell outside the space."""
         if len(cell.branches) != self.num_branches:
             raise ValueError(f"a cell of this search space has {self.num_branches} branches, got {len(cell.branches)}")
         for i, branch in enumerate(cell.branches):
-            if branch.operation not in OPERATION_SET:
-                raise ValueError(f"branch {i}: {_outside(branch.operation)}")
+            if branch.operation not in self.operations:
+                raise ValueError(f"branch {i}: {self._outside(branch.operation)}")
 
     def neighbours(self, cell: Cell) -> Iterator[Cell]:
         """Every cell that differs from `cell` in one input or one operation, once: B·(B − 1)/2 + 80·B cells.
@@ -99,8 +139,27 @@ class SearchSpace:
         changes = []
         for i, branch in enumerate(cell.branches):
             changes += [(i, Branch(j, branch.operation)) for j in range(BACKBONE_FEATURE, i) if j != branch.input_index]
-            changes += [(i, Branch(branch.input_index, op)) for op in OPERATIONS if op != branch.operation]
+            changes += [(i, Branch(branch.input_index, op)) for op in self.operations if op != branch.operation]
         return changes
+
+    def _smallest(self, operation: Operation) -> Operation:
+        return operation if self.maps is None else self.maps.smallest(operation)
+
+    def _outside(self, operation: Operation) -> str:
+        match operation:
+            case Conv1x1():
+                return f"operation must be one that a search proposes, got {operation}"
+            case AtrousSeparableConv(rate):
+                return f"rate must be two of {', '.join(map(str, self.rates))}, got {rate}"
+            case PyramidPooling(grid_size):
+                return f"grid_size must be two of {', '.join(map(str, self.grid_sizes))}, got {grid_size}"
+            case _:
+                assert_never(operation)
+
+
+def is_ascending(numbers: Sequence[int]) -> bool:
+    """Whether they are what rates and grid sizes must be: `ASCENDING`."""
+    return all(number >= 1 for number in numbers) and list(numbers) == sorted(set(numbers))
 
 
 def canonical_form(cell: Cell) -> Cell:
@@ -179,13 +238,5 @@ def _with_branch(cell: Cell, i: int, branch: Branch) -> Cell:
     return Cell((*cell.branches[:i], branch, *cell.branches[i + 1 :]))
 
 
-def _outside(operation: Operation) -> str:
-    match operation:
-        case Conv1x1():
-            return f"operation must be one that a search proposes, got {operation}"
-        case AtrousSeparableConv(rate):
-            return f"rate must be two of {', '.join(map(str, RATES))}, got {rate}"
-        case PyramidPooling(grid_size):
-            return f"grid_size must be two of {', '.join(map(str, GRID_SIZES))}, got {grid_size}"
-        case _:
-            assert_never(operation)
+def _count_text(count: int) -> str:
+    return f"{count:,}" if count < 10**7 else f"{count:.1e}"

@@ -16,10 +16,11 @@ from markupsafe import Markup
 from fast.checkpoint import load_context
 from fast.dense_prediction_cell import DensePredictionCell
 from reference.cell import Cell
-from reference.dense_prediction_cell import BranchOptions
+from reference.dense_prediction_cell import BranchOptions, rate_multiplier_for
 from reference.pyramid_pooling import PoolingVariant
 from search.cells.cost import CellCost, module_cost
-from search.cells.receptive_field import field_size_for, options_of, structural_receptive_field
+from search.cells.reach import FeatureMaps, Size
+from search.cells.receptive_field import options_of, structural_receptive_field
 from search.cells.space import load_cell
 from search.errors import InputError
 from search.reports.diagram import branch_weights, branch_weights_svg, cell_svg, effective_field_svg, paths_svg
@@ -29,10 +30,11 @@ from search.reports.page import write_page
 
 @dataclass(frozen=True)
 class Pictures:
-    """SVG elements of one cell; the last two need trained weights."""
+    """SVG elements of one cell, of which the last two need trained weights, and what lies out of reach on the map drawn."""
 
     diagram: Markup
     paths: Markup
+    remarks: list[str]
     branch_weights: Markup | None = None
     effective_field: Markup | None = None
 
@@ -46,8 +48,7 @@ class ShownCell:
     is_trained: bool
     cost: CellCost
     pictures: Pictures
-    positions: int  # number of features that are read at all,
-    field_size: int  # of a map with this many rows and columns
+    positions: int  # number of features that are read at all
     latency: Latency
 
     @property
@@ -55,12 +56,14 @@ class ShownCell:
         return branch_weights(self.context) if self.is_trained else None
 
 
-def draw_pictures(cell: Cell, options: BranchOptions, trained: DensePredictionCell | None = None) -> Pictures:
-    """Draw the pictures of a cell, and of its weights if there are trained ones."""
-    diagram, paths = Markup(cell_svg(cell)), Markup(paths_svg(cell, options))
+def draw_pictures(cell: Cell, maps: FeatureMaps, trained: DensePredictionCell | None = None) -> Pictures:
+    """Draw the pictures of a cell on the validation map, and of its weights if there are trained ones."""
+    size, options = maps.validation, BranchOptions(False, maps.rate_multiplier, maps.pooling, maps.pooling_size)
+    diagram, paths, remarks = Markup(cell_svg(cell)), Markup(paths_svg(cell, size, options)), maps.cell_remarks(cell)
     if trained is None:
-        return Pictures(diagram, paths)
-    return Pictures(diagram, paths, Markup(branch_weights_svg(trained)), Markup(effective_field_svg(trained)))
+        return Pictures(diagram, paths, remarks)
+    field = Markup(effective_field_svg(trained, size))
+    return Pictures(diagram, paths, remarks, Markup(branch_weights_svg(trained)), field)
 
 
 def write_cell_report(
@@ -71,7 +74,7 @@ def write_cell_report(
     branch_channels: int,
     output_stride: int,
     pooling: PoolingVariant,
-    feature_size: tuple[int, int],
+    feature_size: Size,
     device: str,
 ) -> None:
     """Write the page of the named cells: names of known ones, JSON files, head and network files.
@@ -95,10 +98,9 @@ def write_cell_report(
             is_trained=_has_weights(name),
             cost=costs[name],
             pictures=draw_pictures(
-                contexts[name].cell, options_of(contexts[name]), contexts[name] if _has_weights(name) else None
+                contexts[name].cell, _maps(contexts[name], feature_size), contexts[name] if _has_weights(name) else None
             ),
-            positions=_positions(contexts[name]),
-            field_size=field_size_for(options_of(contexts[name])),
+            positions=_positions(contexts[name], feature_size),
             latency=latencies.by_name[name],
         )
         for name, label in _labels(names).items()
@@ -117,7 +119,7 @@ def _trained_cell(path: Path) -> DensePredictionCell:
         raise InputError(f"{error}; give a head or network file of this project") from error
 
 
-def _cost(name: str, context: DensePredictionCell, feature_size: tuple[int, int]) -> CellCost:
+def _cost(name: str, context: DensePredictionCell, feature_size: Size) -> CellCost:
     try:
         return module_cost(context, feature_size)
     except ValueError as error:
@@ -130,6 +132,11 @@ def _labels(names: Sequence[str]) -> dict[str, str]:
     return {name: Path(name).stem if stems[Path(name).stem] == 1 else name for name in names}
 
 
-def _positions(context: DensePredictionCell) -> int:
-    options = options_of(context)
-    return int(np.count_nonzero(structural_receptive_field(context.cell, field_size_for(options), options)))
+def _maps(context: DensePredictionCell, feature_size: Size) -> FeatureMaps:
+    """The one map of the page, as the cell reads it."""
+    multiplier = rate_multiplier_for(context.output_stride)
+    return FeatureMaps(feature_size, feature_size, multiplier, context.pooling, context.pooling_size)
+
+
+def _positions(context: DensePredictionCell, feature_size: Size) -> int:
+    return int(np.count_nonzero(structural_receptive_field(context.cell, feature_size, options_of(context))))

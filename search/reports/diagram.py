@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 from fast.dense_prediction_cell import DensePredictionCell
 from reference.cell import BACKBONE_FEATURE, AtrousSeparableConv, Cell, Conv1x1, Operation, PyramidPooling
 from reference.dense_prediction_cell import BranchOptions
-from search.cells.receptive_field import effective_receptive_field, field_size_for, options_of, structural_receptive_field
+from search.cells.reach import Size
+from search.cells.receptive_field import centre_of, effective_receptive_field, structural_receptive_field
 
 INK = "#20242c"  # text and axes; the page's own text colour where a picture stands in a page
 _SEARCHED = BranchOptions(training=False)  # output stride 16, the authors' pooling
@@ -193,9 +194,9 @@ def _draw_box(axes: Axes, box: Box, label: str, colours: tuple[str, str], scale:
     )  # always dark, because the boxes are light
 
 
-def draw_paths(cell: Cell, axes: Axes, options: BranchOptions = _SEARCHED) -> None:
-    """Draw `structural_receptive_field` on a logarithmic colour scale; black is never read."""
-    field = structural_receptive_field(cell, field_size_for(options), options)
+def draw_paths(cell: Cell, axes: Axes, size: Size, options: BranchOptions = _SEARCHED) -> None:
+    """Draw `structural_receptive_field` on a map of (h, w) = `size`, on a logarithmic colour scale; black is never read."""
+    field = structural_receptive_field(cell, size, options)
     floor = field[field > 0].min()
     bar = _draw_field(field, axes, floor, "paths to the centre output")
     if field.max() < 50 * floor:  # only a few powers of ten are marked
@@ -203,26 +204,26 @@ def draw_paths(cell: Cell, axes: Axes, options: BranchOptions = _SEARCHED) -> No
         bar.set_ticks(ticks, labels=[str(tick) for tick in ticks])
 
 
-def draw_effective_field(context: DensePredictionCell, axes: Axes) -> None:
+def draw_effective_field(context: DensePredictionCell, axes: Axes, size: Size) -> None:
     """Draw `effective_receptive_field` by its largest value, on a logarithmic colour scale; black is never read."""
-    field = effective_receptive_field(context, field_size_for(options_of(context)))
+    field = effective_receptive_field(context, size)
     largest = field.max()
     _draw_field(field / largest if largest > 0 else field, axes, _FAINTEST, "gradient, by its largest")
 
 
 def _draw_field(field: NDArray[np.float64], axes: Axes, floor: float, label: str) -> Colorbar:
-    reach = len(field) / 2
+    height, width = field.shape
+    row, column = centre_of((height, width))
     image = axes.imshow(
         np.ma.masked_where(field == 0.0, np.maximum(field, floor)),
         norm=LogNorm(floor / 4, max(field.max(), 2 * floor)),  # the least value stands out against black
         cmap=matplotlib.colormaps["inferno"].with_extremes(bad="black"),
         interpolation="nearest",
-        extent=(-reach, reach, reach, -reach),
+        extent=(-column - 0.5, width - column - 0.5, height - row - 0.5, -row - 0.5),
     )
-    step = 15 * max(1, round(reach / 32))
-    marks = range(-int(reach // step) * step, int(reach) + 1, step)
-    axes.set_xticks(marks)
-    axes.set_yticks(marks)
+    step = _mark_step(max(row, column))
+    axes.set_xticks(range(-(column // step) * step, width - column, step))
+    axes.set_yticks(range(-(row // step) * step, height - row, step))
     axes.set_xlabel("offset in features", fontsize=FONT_SIZE, color=INK)
     axes.tick_params(labelsize=FONT_SIZE - 1, colors=INK, length=2)
     axes.spines[:].set_visible(False)
@@ -232,6 +233,11 @@ def _draw_field(field: NDArray[np.float64], axes: Axes, floor: float, label: str
     bar.ax.minorticks_off()
     bar.outline.set_visible(False)
     return bar
+
+
+def _mark_step(reach: int) -> int:
+    """Features between the marks of an axis on which so many lie to each side of the centre."""
+    return next((step for step in (1, 2, 5, 10) if reach < 4 * step), 15 * max(1, round(reach / 32)))
 
 
 def branch_weights(context: DensePredictionCell) -> list[float]:
@@ -266,17 +272,17 @@ def cell_svg(cell: Cell) -> str:
     return figure_svg(_cell_figure(cell), f"Diagram of the cell {cell}")
 
 
-def paths_svg(cell: Cell, options: BranchOptions = _SEARCHED) -> str:
+def paths_svg(cell: Cell, size: Size, options: BranchOptions = _SEARCHED) -> str:
     """The paths to the centre as an SVG element for a page."""
     figure, axes = _field_figure()
-    draw_paths(cell, axes, options)
+    draw_paths(cell, axes, size, options)
     return figure_svg(figure, f"Paths to the centre through the cell {cell}")
 
 
-def effective_field_svg(context: DensePredictionCell) -> str:
+def effective_field_svg(context: DensePredictionCell, size: Size) -> str:
     """The effective receptive field as an SVG element for a page."""
     figure, axes = _field_figure()
-    draw_effective_field(context, axes)
+    draw_effective_field(context, axes, size)
     return figure_svg(figure, f"Effective receptive field of the trained cell {context.cell}")
 
 
@@ -332,8 +338,8 @@ def _cell_figure(cell: Cell) -> Figure:
     return figure
 
 
-def cell_and_receptive_field_figure(cell: Cell) -> Figure:
-    """The graph, and the paths from the backbone's feature beside it."""
+def cell_and_receptive_field_figure(cell: Cell, size: Size) -> Figure:
+    """The graph, and the paths from the backbone's feature beside it, on a map of (h, w) = `size`."""
     layout = layout_cell(cell)
     field_width, field_height, gap = 3.9, 3.4, 0.55
     width, height = layout.width + gap + field_width, max(layout.height, field_height) + 2 * MARGIN
@@ -344,5 +350,5 @@ def cell_and_receptive_field_figure(cell: Cell) -> Figure:
         return figure.add_axes((left / width, bottom / height, axes_width / width, axes_height / height))
 
     draw_cell(cell, axes_at(MARGIN, layout.width, layout.height))
-    draw_paths(cell, axes_at(layout.width + gap, field_width - 0.5, field_height - 0.8))
+    draw_paths(cell, axes_at(layout.width + gap, field_width - 0.5, field_height - 0.8), size)
     return figure

@@ -20,7 +20,6 @@ from PIL import Image
 from fast.checkpoint import load_context
 from fast.dense_prediction_cell import DensePredictionCell
 from reference.cell import Cell
-from reference.dense_prediction_cell import BranchOptions, rate_multiplier_for
 from search.dense_tasks import DenseTask, Label, details_beside, mean_details, measures_beside
 from search.errors import InputError
 from search.reports.cells import draw_pictures
@@ -29,6 +28,7 @@ from search.reports.latency import Latencies, measure_latencies
 from search.reports.page import percent, write_page
 from search.runs.search import BEST_HEAD, head_name
 from search.runs.study import FOUND, Run, TrialRecord, comparison_label, ranked
+from search.settings import known
 from search.tasks.proxy import ProxyResult
 
 _TOP, _DRAWN_BEST, _DRAWN_WORST = 10, 3, 2
@@ -174,8 +174,7 @@ def _trained_cells(run: Run, best: Sequence[TrialRecord], groups: Sequence[Group
 def _drawings(
     run: Run, best: Sequence[TrialRecord], groups: Sequence[Group], trained: Mapping[str, DensePredictionCell]
 ) -> Iterator[dict[str, Any]]:
-    multiplier = rate_multiplier_for(run.identity.get("output_stride", 16))
-    options = BranchOptions(False, multiplier, run.identity.get("pooling", "sliding_window"))
+    maps = known(run.space.maps)
     worst_from = max(_DRAWN_BEST, len(best) - _DRAWN_WORST)
     for rank, record in enumerate(best):
         if record.result and (rank < _DRAWN_BEST or rank >= worst_from):
@@ -184,7 +183,7 @@ def _drawings(
                 "heading": percent(record.result.score),
                 "place": place,
                 "name": f"trial {record.number}",
-                "pictures": draw_pictures(record.cell, options, trained.get("best") if rank == 0 else None),
+                "pictures": draw_pictures(record.cell, maps, trained.get("best") if rank == 0 else None),
             }
     for group in groups:
         if best and group.name in trained and group.name != f"trial {best[0].number}":
@@ -192,7 +191,7 @@ def _drawings(
                 "heading": percent(group.results[0].score),
                 "place": f"{group.label}, seed 0",
                 "name": "beside the search",
-                "pictures": draw_pictures(group.cell, options, trained[group.name]),
+                "pictures": draw_pictures(group.cell, maps, trained[group.name]),
             }
 
 
@@ -211,8 +210,7 @@ def _latencies(run: Run, rows: Sequence[Row], trained: Mapping[str, DensePredict
         )
         for row in rows
     }
-    height, width = (-(-extent // one.output_stride) for extent in run.identity["image_size"])
-    return measure_latencies(cells, (height, width), device=device)
+    return measure_latencies(cells, known(run.space.maps).validation, device=device)
 
 
 def _detail_columns(best: Sequence[TrialRecord], groups: Sequence[Group]) -> list[dict[str, Any]]:

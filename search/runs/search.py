@@ -10,7 +10,7 @@ from tqdm import tqdm
 from fast.segmentation import SegmentationHead
 from reference.cell import Cell
 from search.cells.sampler import PaperSampler, suggest_cell
-from search.cells.space import SearchSpace, canonical_form
+from search.cells.space import SearchSpace
 from search.dense_tasks import Measure
 from search.interrupts import ctrl_c_waits
 from search.runs.study import FOUND, Study, ranked
@@ -57,7 +57,7 @@ class Search:
         self.plan = plan
         self.measure = measure  # what a score is, for people
         self._keep_head = keep_head
-        self.scored: dict[Cell, tuple[int, ProxyResult]] = {}  # canonical form -> number and result of its trial
+        self.scored: dict[Cell, tuple[int, ProxyResult]] = {}  # form in the space -> its trial's number and result
 
     def run(self) -> None:
         """Score the known cells, then the search's, then its best cell again, because the best of many is partly luck."""
@@ -97,7 +97,7 @@ class Search:
         running: set[int] = set()
         for record in records:
             if record.result:
-                self.scored.setdefault(canonical_form(record.cell), (record.number, record.result))
+                self.scored.setdefault(self.space.canonical_form(record.cell), (record.number, record.result))
         best = max((result.score for _, result in self.scored.values()), default=_NO_SCORE)
         failed = sum(record.failure is not None for record in records)
         with tqdm(total=self.plan.trials, initial=len(finished), desc="search", unit="cell") as bar:
@@ -135,7 +135,7 @@ class Search:
     def _start(self, trial: optuna.Trial, finished: set[int]) -> set[int]:
         """Submit the trial's cell, or copy the score of an equal cell; returns the numbers of trials that it started."""
         cell = suggest_cell(trial, self.space)
-        if twin := self.scored.get(canonical_form(cell)):
+        if twin := self.scored.get(self.space.canonical_form(cell)):
             number, result = twin
             self.study.tell(self.study.search, trial.number, cell, result, duplicate_of=number)
             finished.add(trial.number)
@@ -153,7 +153,7 @@ class Search:
         if score > best:
             self._save(outcome, BEST_HEAD)
         self.study.tell(self.study.search, number, outcome.job.cell, outcome.result)
-        self.scored.setdefault(canonical_form(outcome.job.cell), (number, outcome.result))
+        self.scored.setdefault(self.space.canonical_form(outcome.job.cell), (number, outcome.result))
         return score
 
     def _save(self, outcome: Outcome[ProxyResult], name: str) -> None:

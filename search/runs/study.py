@@ -20,8 +20,10 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
-from reference.cell import Cell
-from search.cells.space import canonical_form
+from reference.cell import GRID_SIZES, RATES, Cell
+from reference.dense_prediction_cell import rate_multiplier_for
+from search.cells.reach import FeatureMaps
+from search.cells.space import SearchSpace, canonical_form
 from search.dense_tasks import DenseTask, Scores, restored_task
 from search.errors import InputError
 from search.folder import Folder
@@ -82,6 +84,7 @@ class Run:
     command: str
     task: DenseTask
     settings: RunSettings
+    space: SearchSpace
     trials: list[TrialRecord]  # finished ones, by number
     baselines: list[BaselineRecord]
 
@@ -178,8 +181,13 @@ def open_run(
     command: str,
     task: DenseTask,
     settings: RunSettings,
+    space: SearchSpace,
+    defaults: Mapping[str, Any],
 ) -> Iterator[Study]:
-    """Begin a run or continue it. Raises InputError for other settings, a second process, or an unwritable folder."""
+    """Begin a run or continue it; `defaults` as in `Folder.check`.
+
+    Raises InputError for other settings, a second process, or an unwritable folder.
+    """
     url = _storage_url(directory, storage)
     folder = Folder(directory)
     try:
@@ -187,8 +195,8 @@ def open_run(
             before = folder.description()
             run_id = _run_id(folder, before) if before else uuid.uuid4().hex  # names its studies, also in a shared database
             description = {"id": run_id, "storage": storage, "settings": plain(asdict(settings))}
-            description |= task.describe()
-            folder.begin(identity, command, **description)
+            description |= task.describe() | {"space": plain(asdict(space))}
+            folder.begin(identity, command, defaults=defaults, **description)
             yield Study(directory, url, run_id, sampler)
     except (SQLAlchemyError, optuna.exceptions.OptunaError, ImportError) as error:
         raise InputError(f"the study {url} cannot be used ({_first_line(error)}): check `storage` and the disk") from error
@@ -206,6 +214,7 @@ def load_run(directory: Path) -> Run:
         identity, command = dict(description["identity"]), str(description["command"])
         task = restored_task(description)
         settings = RunSettings.restored(description["settings"])
+        space = _restored_space(description["space"]) if "space" in description else _earlier_space(identity)
     except (OSError, ValueError, KeyError, TypeError) as error:
         path = directory / "settings.json"
         raise InputError(f"{path} is damaged ({error}): delete the run {directory} and start it again") from error
@@ -214,7 +223,24 @@ def load_run(directory: Path) -> Run:
         trials, baselines = study.records(), study.baselines()
     except (SQLAlchemyError, optuna.exceptions.OptunaError, ImportError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"the study of {directory} cannot be read: {_first_line(error)}") from error
-    return Run(directory, identity, command, task, settings, trials, baselines)
+    return Run(directory, identity, command, task, settings, space, trials, baselines)
+
+
+def _restored_space(content: dict[str, Any]) -> SearchSpace:
+    """Read what `plain` made of a space."""
+    maps = content["maps"] and restored(FeatureMaps, content["maps"])
+    return SearchSpace(content["num_branches"], tuple(content["rates"]), tuple(content["grid_sizes"]), maps)
+
+
+def _earlier_space(identity: Mapping[str, Any]) -> SearchSpace:
+    """The space of a run that was begun before spaces were written down: the paper's, on maps of these sizes."""
+    stride = identity["output_stride"]
+    whole, crop = (
+        ((height - 1) // stride + 1, (width - 1) // stride + 1)
+        for height, width in (identity["image_size"], identity["crop_size"] or identity["image_size"])
+    )
+    maps = FeatureMaps(whole, crop, rate_multiplier_for(stride), identity["pooling"])
+    return SearchSpace(identity["branches"], RATES, GRID_SIZES, maps)
 
 
 def _run_id(folder: Folder, description: dict[str, Any]) -> str:

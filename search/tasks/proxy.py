@@ -22,7 +22,9 @@ from fast.dense_prediction_cell import DensePredictionCell
 from fast.segmentation import SegmentationHead
 from fast.train_step import TrainStep
 from reference.cell import Cell
+from reference.dense_prediction_cell import rate_multiplier_for
 from search.cells.cost import module_cost
+from search.cells.reach import FeatureMaps
 from search.dense_tasks import Scores, totals_of_nothing
 from search.errors import InputError
 from search.settings import HeadSettings, ProxySettings
@@ -184,6 +186,16 @@ def crop_in_features(settings: ProxySettings, cache: FeatureCache) -> tuple[int,
         raise InputError(f"`crop_size` {given} must be {stride}·k + 1 each, at most {most}, the cached images' size")
     height, width = ((extent - 1) // stride + 1 for extent in settings.crop_size)
     return height, width
+
+
+def feature_maps(settings: ProxySettings, head: HeadSettings, train: FeatureCache, val: FeatureCache) -> FeatureMaps:
+    """The maps that cells see in this task. Raises InputError for a crop that does not fit."""
+    return FeatureMaps(
+        validation=(val.features.shape[2], val.features.shape[3]),
+        training=crop_in_features(settings, train),
+        rate_multiplier=rate_multiplier_for(train.output_stride),
+        pooling=head.pooling,
+    )
 
 
 def _reset_peak_memory(device: torch.device) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from search.cells.reach import FeatureMaps
 from search.cells.space import SearchSpace, load_cell
 from search.dense_tasks import Scores
 from search.dense_tasks.segmentation import Segmentation
@@ -19,6 +20,7 @@ from search.runs.study import BaselineRecord, Run, RunSettings, TrialRecord
 from search.settings import BackboneSettings, DataSettings, FeatureSettings, HeadSettings, MachineSettings
 from search.tasks.proxy import ProxyResult
 
+MAPS = FeatureMaps(validation=(17, 33), training=(13, 33))
 CLASS_NAMES = ("road", "car & <b>van</b>", "sky")
 FAILURE = "the loss was nan at iteration 3 <script>"
 
@@ -31,7 +33,7 @@ def make_result(score: float, *, multiply_adds: int = 600_000_000) -> ProxyResul
 def make_run(directory: Path, scores: list[float | None], baselines: dict[str, list[float]] | None = None) -> Run:
     """A run with one trial per score, None for a failed one, and each baseline's scores by seed."""
     rng = np.random.default_rng(0)
-    space = SearchSpace()
+    space = SearchSpace(maps=MAPS)
     trials = [
         TrialRecord(i, space.sample(rng), None if score is None else make_result(score), None if score else FAILURE, None)
         for i, score in enumerate(scores)
@@ -45,7 +47,7 @@ def make_run(directory: Path, scores: list[float | None], baselines: dict[str, l
     palette = np.array([[128, 64, 128], [0, 0, 142], [70, 130, 180]], dtype=np.uint8)
     command = "python -m search.random --dataset shapes"
     settings = RunSettings(DataSettings(), BackboneSettings(), FeatureSettings(), HeadSettings(), MachineSettings())
-    return Run(directory, identity, command, Segmentation(CLASS_NAMES, palette), settings, trials, compared)
+    return Run(directory, identity, command, Segmentation(CLASS_NAMES, palette), settings, space, trials, compared)
 
 
 def read_report(run: Run) -> str:

@@ -1,5 +1,7 @@
 """What a cell sees: paths by hand, and gradients against PyTorch's of the cell itself."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -13,24 +15,23 @@ from reference.cell import RATES, AtrousSeparableConv, Branch, Cell, PyramidPool
 from reference.dense_prediction_cell import BranchOptions
 from search.cells.receptive_field import (
     effective_receptive_field,
-    field_size_for,
     options_of,
     structural_receptive_field,
 )
 from search.cells.space import load_cell
-from tests.strategies import cells, rng_seeds
+from tests.strategies import cells, map_sizes, rng_seeds
 
 
 @given(st.sampled_from(RATES), st.sampled_from(RATES))
 def test_one_atrous_convolution_reads_nine_positions(rate_h: int, rate_w: int) -> None:
-    field = structural_receptive_field(Cell((Branch(-1, AtrousSeparableConv(rate=(rate_h, rate_w))),)), 43)
+    field = structural_receptive_field(Cell((Branch(-1, AtrousSeparableConv(rate=(rate_h, rate_w))),)), (43, 43))
     expected = {(21 + i * rate_h, 21 + j * rate_w) for i in (-1, 0, 1) for j in (-1, 0, 1)}
     assert set(map(tuple, np.argwhere(field).tolist())) == expected
     assert set(field[field > 0]) == {1.0}
 
 
 def test_published_cell_sees_25_rows_and_27_columns_around() -> None:
-    field = structural_receptive_field(load_cell("dpc"), 65)
+    field = structural_receptive_field(load_cell("dpc"), (65, 65))
     rows, columns = np.nonzero(field)
     assert (rows.min() - 32, rows.max() - 32) == (-25, 25)  # 1 + 18 + 6
     assert (columns.min() - 32, columns.max() - 32) == (-27, 27)  # 6 + 21
@@ -39,27 +40,27 @@ def test_published_cell_sees_25_rows_and_27_columns_around() -> None:
 
 
 def test_global_pooling_sees_everything_equally() -> None:
-    field = structural_receptive_field(Cell((Branch(-1, PyramidPooling(grid_size=(1, 1))),)), 9)
+    field = structural_receptive_field(Cell((Branch(-1, PyramidPooling(grid_size=(1, 1))),)), (9, 9))
     np.testing.assert_allclose(field, 1 / 81, rtol=1e-12)
 
 
 def test_paths_end_at_the_border_of_the_map() -> None:
     conv = AtrousSeparableConv(rate=(2, 2))
-    field = structural_receptive_field(Cell((Branch(-1, conv), Branch(0, conv))), 3)  # only the centre tap stays inside
+    field = structural_receptive_field(Cell((Branch(-1, conv), Branch(0, conv))), (3, 3))  # only the centre tap stays inside
     np.testing.assert_array_equal(field, [[0, 0, 0], [0, 2, 0], [0, 0, 0]])
 
 
-@pytest.mark.parametrize("size", [0, 4, -1])
-def test_a_map_without_a_centre_is_refused(size: int) -> None:
-    with pytest.raises(ValueError, match=f"size must be odd and at least 1, so that the map has a centre, got {size}"):
+@pytest.mark.parametrize("size", [(0, 3), (4, -1)])
+def test_a_map_without_a_centre_is_refused(size: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"size must be (height, width) of at least 1 each, got {size}")):
         structural_receptive_field(load_cell("dpc"), size)
 
 
 def test_rates_double_at_output_stride_8() -> None:
     cell = Cell((Branch(-1, AtrousSeparableConv(rate=(1, 3))),))
     twice = Cell((Branch(-1, AtrousSeparableConv(rate=(2, 6))),))
-    at_8 = structural_receptive_field(cell, 15, BranchOptions(training=False, rate_multiplier=2))
-    np.testing.assert_array_equal(at_8, structural_receptive_field(twice, 15))
+    at_8 = structural_receptive_field(cell, (15, 15), BranchOptions(training=False, rate_multiplier=2))
+    np.testing.assert_array_equal(at_8, structural_receptive_field(twice, (15, 15)))
 
 
 @pytest.mark.parametrize(
@@ -71,8 +72,8 @@ def test_pooling_reads_as_its_variant_does(options: BranchOptions) -> None:
     module = DensePredictionCell(
         cell, 1, branch_channels=1, cell_channels=1, pooling=options.pooling, pooling_size=options.pooling_size
     )
-    field = structural_receptive_field(cell, 9, options)
-    np.testing.assert_array_equal(field > 1e-12, exact_field(opened(module), 9) > 1e-12)
+    field = structural_receptive_field(cell, (9, 12), options)
+    np.testing.assert_array_equal(field > 1e-12, exact_field(opened(module), (9, 12)) > 1e-12)
 
 
 def opened(module: DensePredictionCell) -> DensePredictionCell:
@@ -84,30 +85,32 @@ def opened(module: DensePredictionCell) -> DensePredictionCell:
     return module.eval()
 
 
-def exact_field(module: DensePredictionCell, size: int) -> NDArray[np.float64]:
+def exact_field(module: DensePredictionCell, size: tuple[int, int]) -> NDArray[np.float64]:
     """The norm of the gradient of each output channel at the centre, added up: no random direction."""
-    x = torch.zeros(1, module.in_channels, size, size, requires_grad=True)
-    centre = module(x)[0, :, size // 2, size // 2]
+    x = torch.zeros(1, module.in_channels, *size, requires_grad=True)
+    centre = module(x)[0, :, size[0] // 2, size[1] // 2]
     gradients = [torch.autograd.grad(channel, x, retain_graph=True)[0][0] for channel in centre]
     squares = torch.stack(gradients).double().square().sum(dim=(0, 1))
     return squares.sqrt().numpy()
 
 
-@given(cell=cells(max_branches=4), seed=rng_seeds(), output_stride=st.sampled_from((8, 16)))
-def test_without_chance_the_field_is_the_modules_own_gradient(cell: Cell, seed: int, output_stride: int) -> None:
+@given(cell=cells(max_branches=4), seed=rng_seeds(), output_stride=st.sampled_from((8, 16)), size=map_sizes())
+def test_without_chance_the_field_is_the_modules_own_gradient(
+    cell: Cell, seed: int, output_stride: int, size: tuple[int, int]
+) -> None:
     """One output channel, so a sign is all that is left of the random direction."""
     torch.manual_seed(seed)
     module = opened(DensePredictionCell(cell, 3, branch_channels=4, cell_channels=1, output_stride=output_stride))
-    expected = exact_field(module, 11)
+    expected = exact_field(module, size)
     # float32 through up to ten convolutions, in another order
-    np.testing.assert_allclose(effective_receptive_field(module, 11), expected, rtol=0, atol=1e-4 * expected.max())
+    np.testing.assert_allclose(effective_receptive_field(module, size), expected, rtol=0, atol=1e-4 * expected.max())
 
 
 def test_random_directions_give_the_norm_over_all_channels() -> None:
     torch.manual_seed(0)
     module = opened(DensePredictionCell(load_cell("dpc"), 8, branch_channels=32, cell_channels=64))
-    expected = exact_field(module, 65)
-    fields = [effective_receptive_field(module, 65, seed=seed) for seed in range(4)]
+    expected = exact_field(module, (65, 65))
+    fields = [effective_receptive_field(module, (65, 65), seed=seed) for seed in range(4)]
     actual = np.sqrt(np.mean(np.square(fields), axis=0))
     # 32 directions: the squared norm, summed over the map, deviates by √(2 / 32) at most, if the rank were one
     assert np.square(actual).sum() == pytest.approx(np.square(expected).sum(), rel=0.25)
@@ -131,7 +134,7 @@ def test_gates_open_as_often_as_the_norms_say() -> None:
     x.requires_grad_()
     (gradients,) = torch.autograd.grad(module(x)[:, 0, 4, 4].sum(), x)
     expected = gradients.double().square().sum(dim=1).mean(dim=0).sqrt().numpy()
-    fields = [effective_receptive_field(module, 9, seed=seed) for seed in range(8)]
+    fields = [effective_receptive_field(module, (9, 9), seed=seed) for seed in range(8)]
     actual = np.sqrt(np.mean(np.square(fields), axis=0))
     assert np.sqrt(np.square(actual).sum() / np.square(expected).sum()) == pytest.approx(1.0, abs=0.2)
     np.testing.assert_array_equal(actual > 0, expected > 0)
@@ -142,28 +145,24 @@ def test_closed_gates_hand_on_nothing_and_the_module_stays_as_it_is() -> None:
     with torch.no_grad():
         module.projection.norm.bias.fill_(-1e4)
     before = {key: value.clone() for key, value in module.state_dict().items()}
-    assert not effective_receptive_field(module, 9).any()
+    assert not effective_receptive_field(module, (9, 9)).any()
     assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
     assert module.training
 
 
 def test_the_same_seed_gives_the_same_field() -> None:
     module = DensePredictionCell(load_cell("aspp"), 3, branch_channels=4, cell_channels=4)
-    np.testing.assert_array_equal(effective_receptive_field(module, 9), effective_receptive_field(module, 9))
+    np.testing.assert_array_equal(effective_receptive_field(module, (9, 9)), effective_receptive_field(module, (9, 9)))
 
 
-def test_the_map_has_room_for_pinned_windows() -> None:
+def test_a_modules_options_are_its_own() -> None:
     options = options_of(DensePredictionCell(load_cell("aspp"), 3, output_stride=8, pooling_size=(198, 30)))
     assert options == BranchOptions(False, 2, "sliding_window", (198, 30))
-    assert field_size_for(options) == 199
-    assert field_size_for(BranchOptions(False)) == 65
-    assert structural_receptive_field(load_cell("aspp"), 199, options).shape == (199, 199)
 
 
-def test_the_map_has_room_for_doubled_rates() -> None:
-    fields = []
-    for multiplier in (1, 2):
-        options = BranchOptions(False, multiplier)
-        fields.append(structural_receptive_field(load_cell("dpc"), field_size_for(options), options))
-    assert [field.shape[0] for field in fields] == [65, 129]
+def test_doubled_rates_take_as_many_paths_on_a_map_of_twice_the_size() -> None:
+    fields = [
+        structural_receptive_field(load_cell("dpc"), (size, size), BranchOptions(False, multiplier))
+        for size, multiplier in ((65, 1), (129, 2))
+    ]
     assert np.count_nonzero(fields[0]) == np.count_nonzero(fields[1]) == 513  # a path of doubled steps for each path

@@ -11,6 +11,7 @@ from hypothesis import given
 from optuna.trial import FixedTrial, TrialState
 
 from reference.cell import OPERATIONS, AtrousSeparableConv, Cell
+from search.cells.reach import FeatureMaps
 from search.cells.sampler import (
     EVOLUTION_POPULATION,
     SAMPLER_NAMES,
@@ -156,6 +157,32 @@ def test_no_graph_is_proposed_twice_until_all_were(name: str) -> None:
     study = create_study(create_sampler(name, space, 0))
     assert len(set(drive(study, 81, workers=5, space=space))) == 81
     assert space.contains(drive(study, 82, space=space)[-1])  # and then the search still goes on
+
+
+def test_cells_that_do_the_same_on_the_map_are_proposed_once() -> None:
+    """On 17×17, rates 18 and 21 are one: 15 of the 81 operations (those with a rate of 21) have a twin."""
+    space = SearchSpace(1, maps=FeatureMaps((17, 17), (17, 17)))
+    cells = drive(create_study(create_sampler("paper", space, 0)), space.canonical_size(), workers=5, space=space)
+    assert len(set(map(space.canonical_form, cells))) == space.canonical_size() == 66
+    assert any(space.canonical_form(cell) != cell for cell in cells)  # they stay as they were drawn
+
+
+def test_a_map_on_which_all_cells_differ_changes_no_proposal() -> None:
+    for name in ("paper", "random"):
+        on_a_map = SearchSpace(maps=FeatureMaps((22, 22), (22, 22)))
+        expected = drive(create_study(create_sampler(name, SPACE, 0)), 20)
+        assert drive(create_study(create_sampler(name, on_a_map, 0)), 20, space=on_a_map) == expected
+
+
+@pytest.mark.parametrize("name", SAMPLER_NAMES)
+def test_samplers_keep_to_a_restricted_space(name: str) -> None:
+    space = SearchSpace(2, rates=(1, 2, 5), grid_sizes=(3,), maps=FeatureMaps((5, 5), (5, 5)))
+    study = create_study(create_sampler(name, space, 0))
+    study.optimize(lambda trial: score(suggest_cell(trial, space)), n_trials=25)
+    cells = proposals(study, space)
+    assert all(map(space.contains, cells))
+    assert all(suggest_cell(FixedTrial(params_of_cell(cell)), space) == cell for cell in cells)
+    assert not all(map(SPACE.contains, cells))
 
 
 def test_a_graph_is_not_proposed_again_in_another_branch_order() -> None:

@@ -1,14 +1,26 @@
 import json
+import math
 from itertools import permutations, product
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
+from hypothesis import strategies as st
 from scipy import stats
 
-import search.cells.space
-from reference.cell import BACKBONE_FEATURE, OPERATIONS, AtrousSeparableConv, Branch, Cell, Operation, PyramidPooling
+from reference.cell import (
+    BACKBONE_FEATURE,
+    GRID_SIZES,
+    OPERATIONS,
+    RATES,
+    AtrousSeparableConv,
+    Branch,
+    Cell,
+    Operation,
+    PyramidPooling,
+)
+from search.cells.reach import FeatureMaps
 from search.cells.space import SearchSpace, canonical_form, cell_hash, load_cell, load_cells
 from search.errors import InputError
 from tests.strategies import cells, rng_seeds
@@ -48,12 +60,9 @@ def random_order(cell: Cell, rng: np.random.Generator) -> tuple[int, ...]:
     return tuple(order)
 
 
-@pytest.fixture
-def two_operations(monkeypatch: pytest.MonkeyPatch) -> tuple[Operation, ...]:
-    operations = (OPERATIONS[0], POOL)
-    monkeypatch.setattr(search.cells.space, "OPERATIONS", operations)
-    monkeypatch.setattr(search.cells.space, "OPERATION_SET", frozenset(operations))
-    return operations
+def of_two_operations(num_branches: int) -> SearchSpace:
+    """Cells of 1×1 convolutions and global poolings."""
+    return SearchSpace(num_branches, rates=(), grid_sizes=(1,))
 
 
 @pytest.mark.parametrize(
@@ -72,16 +81,99 @@ def test_sizes_count_every_cell(num_branches: int) -> None:
 
 
 @pytest.mark.parametrize("num_branches", [1, 2, 3, 4, 5])
-def test_canonical_forms_are_equal_exactly_for_isomorphic_cells(
-    num_branches: int, two_operations: tuple[Operation, ...]
-) -> None:
+def test_canonical_forms_are_equal_exactly_for_isomorphic_cells(num_branches: int) -> None:
+    space = of_two_operations(num_branches)
     cells_of_form: dict[Cell, set[Cell]] = {}
-    for cell in all_cells(num_branches, two_operations):
+    for cell in all_cells(num_branches, space.operations):
         cells_of_form.setdefault(canonical_form(cell), set()).add(cell)
     for form, same in cells_of_form.items():
         assert same == isomorphic_cells(form)
-    assert len(cells_of_form) == SearchSpace(num_branches).canonical_size()
-    assert sum(map(len, cells_of_form.values())) == SearchSpace(num_branches).size()
+    assert len(cells_of_form) == space.canonical_size()
+    assert sum(map(len, cells_of_form.values())) == space.size()
+
+
+SMALL_MAPS = [
+    FeatureMaps((17, 17), (17, 17)),
+    FeatureMaps((3, 4), (3, 4), rate_multiplier=2),
+    FeatureMaps((2, 17), (13, 9)),
+    FeatureMaps((8, 8), (8, 8), pooling="grid_cells"),
+]
+
+
+@pytest.mark.parametrize("maps", SMALL_MAPS, ids=str)
+@pytest.mark.parametrize(
+    ("num_branches", "rates", "grid_sizes"), [(1, RATES, GRID_SIZES), (3, (2, 18, 21), ()), (2, (1,), (1, 8))]
+)
+def test_sizes_on_a_map_count_every_cell(
+    maps: FeatureMaps, num_branches: int, rates: tuple[int, ...], grid_sizes: tuple[int, ...]
+) -> None:
+    space = SearchSpace(num_branches, rates, grid_sizes, maps)
+    cells = all_cells(num_branches, space.operations)
+    assert len(set(cells)) == space.size()
+    assert len(set(map(space.canonical_form, cells))) == space.canonical_size()
+    assert all(map(space.contains, cells))
+
+
+@pytest.mark.parametrize(("extent", "different"), [(1, 2), (2, 8), (17, 66), (22, 81)])
+def test_operations_that_differ_on_a_square_map(extent: int, different: int) -> None:
+    """Extent 1: 1×1 and a rate. 2: rates of 1 or more (4), and windows of 1 or 2 (4, of which one is 1×1). 17: 1 + 7² + 4²."""
+    assert SearchSpace(1, maps=FeatureMaps((extent, extent), (extent, extent))).canonical_size() == different
+
+
+@given(cell=cells(max_branches=6), maps=st.sampled_from(SMALL_MAPS), seed=rng_seeds())
+def test_cells_that_do_the_same_have_one_canonical_form(cell: Cell, maps: FeatureMaps, seed: int) -> None:
+    space = SearchSpace(maps=maps)
+    form = space.canonical_form(cell)
+    assert space.canonical_form(form) == form == canonical_form(form)
+    rng = np.random.default_rng(seed)
+    larger = [Branch(b.input_index, as_good(b.operation, maps, rng)) for b in cell.branches]
+    assert space.canonical_form(renumbered(Cell(tuple(larger)), random_order(cell, rng))) == form
+    assert sorted(map(str, (maps.smallest(b.operation) for b in cell.branches))) == sorted(
+        str(b.operation) for b in form.branches
+    )
+
+
+def as_good(operation: Operation, maps: FeatureMaps, rng: np.random.Generator) -> Operation:
+    """One of the paper's operations that does the same, or itself."""
+    same = [other for other in OPERATIONS if maps.smallest(other) == maps.smallest(operation)] or [operation]
+    return same[rng.integers(len(same))]
+
+
+@given(cell=cells(max_branches=6))
+def test_without_a_map_only_the_order_of_branches_does_not_count(cell: Cell) -> None:
+    assert SearchSpace().canonical_form(cell) == canonical_form(cell)
+
+
+@pytest.mark.parametrize(
+    ("restriction", "message"),
+    [
+        ({"rates": (3, 1)}, r"rates must be different integers of at least 1, in ascending order, got \(3, 1\)"),
+        ({"rates": (0, 1)}, r"rates must be .*, got \(0, 1\)"),
+        ({"grid_sizes": (2, 2)}, r"grid_sizes must be .*, got \(2, 2\)"),
+    ],
+)
+def test_a_restriction_names_the_field(restriction: dict[str, tuple[int, ...]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SearchSpace(2, **restriction)  # type: ignore[arg-type]  # the fields are tuples
+
+
+def test_a_restricted_space_proposes_nothing_else() -> None:
+    space, rng = SearchSpace(4, rates=(1, 2), grid_sizes=()), np.random.default_rng(4)
+    assert space.size() == math.factorial(4) * 5**4
+    drawn = [space.sample(rng) for _ in range(50)]
+    drawn += [space.mutate(cell, rng) for cell in drawn]
+    assert {branch.operation for cell in drawn for branch in cell.branches} == set(space.operations)
+    assert all(map(space.contains, drawn))
+    assert not space.contains(Cell((Branch(-1, POOL),) * 4))
+
+
+def test_a_space_says_how_many_cells_differ_and_what_is_out_of_reach() -> None:
+    assert SearchSpace(2).describe() == ["13,122 cells, 9,882 of them different"]
+    assert SearchSpace(maps=FeatureMaps((17, 17), (13, 17))).describe() == [
+        "4.2e+11 cells, 1.4e+10 of them different on a 17×17 map",
+        "out of reach on the 17×17 map: rate 18, rate 21 (height and width)",
+        "out of reach in the 13×17 training crops: rate 15 (height)",
+    ]
 
 
 @given(cell=cells(), seed=rng_seeds())
@@ -110,9 +202,9 @@ def test_samples_are_uniform_in_each_choice() -> None:
     assert min(stats.chisquare(count).pvalue for count in counts) > FALSE_ALARM_RATE / len(counts)
 
 
-def test_samples_are_uniform_over_whole_cells(two_operations: tuple[Operation, ...]) -> None:
-    space, rng = SearchSpace(3), np.random.default_rng(1)
-    cells = all_cells(3, two_operations)
+def test_samples_are_uniform_over_whole_cells() -> None:
+    space, rng = of_two_operations(3), np.random.default_rng(1)
+    cells = all_cells(3, space.operations)
     counts = dict.fromkeys(cells, 0)
     for _ in range(100 * len(cells)):
         counts[space.sample(rng)] += 1

@@ -40,7 +40,9 @@ def page_of(settings: ReportSettings) -> str:
 
 @pytest.mark.parametrize(("in_channels", "parameters"), [(320, "356,160"), (2048, "814,080")])
 def test_parameters_are_those_of_table_1(tmp_path: Path, in_channels: int, parameters: str) -> None:
-    text = visible_text(page_of(changed(SETTINGS, in_channels=in_channels, out=tmp_path / "cells.html")))
+    text = visible_text(
+        page_of(changed(SETTINGS, in_channels=in_channels, feature_size=(65, 65), out=tmp_path / "cells.html"))
+    )
     assert f"{in_channels} → 256 {parameters}" in text
     assert "327,680" in text  # the projection
     assert "3×3 sep, rate 18×15" in text

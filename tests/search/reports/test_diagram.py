@@ -14,7 +14,7 @@ from matplotlib.path import Path as Curve
 from numpy.typing import NDArray
 
 from fast.dense_prediction_cell import DensePredictionCell
-from reference.cell import Cell, Conv1x1, PyramidPooling
+from reference.cell import BACKBONE_FEATURE, Branch, Cell, Conv1x1, PyramidPooling
 from reference.dense_prediction_cell import BranchOptions
 from search.cells.receptive_field import structural_receptive_field
 from search.cells.space import SearchSpace, load_cell
@@ -126,11 +126,23 @@ def test_every_bar_has_its_branch_and_value() -> None:
 
 
 def test_drawn_fields_are_black_exactly_where_nothing_is_read() -> None:
-    cell = load_cell("dpc")
+    cell, size = load_cell("dpc"), (129, 64)
     axes = Figure().add_subplot()
-    draw_paths(cell, axes, BranchOptions(training=False, rate_multiplier=2))
+    draw_paths(cell, axes, size, BranchOptions(training=False, rate_multiplier=2))
     drawn = np.ma.getmaskarray(np.ma.asarray(axes.images[0].get_array()))
-    np.testing.assert_array_equal(~drawn, structural_receptive_field(cell, 129, BranchOptions(False, 2)) > 0)
+    np.testing.assert_array_equal(~drawn, structural_receptive_field(cell, size, BranchOptions(False, 2)) > 0)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (17, 24), (65, 129)])
+def test_drawn_fields_have_the_centre_output_at_zero(size: tuple[int, int]) -> None:
+    axes = Figure().add_subplot()
+    draw_paths(Cell((Branch(BACKBONE_FEATURE, Conv1x1()),)), axes, size)
+    (image,) = axes.images
+    left, right, bottom, top = image.get_extent()
+    row, column = np.argwhere(~np.ma.getmaskarray(np.ma.asarray(image.get_array())))[0]  # the only one that is read
+    assert (top + row + 0.5, left + column + 0.5) == (0, 0)
+    assert (bottom - top, right - left) == size
+    assert 0 in axes.get_xticks()
 
 
 def test_a_cell_that_hands_on_nothing_is_drawn_black() -> None:
@@ -138,14 +150,19 @@ def test_a_cell_that_hands_on_nothing_is_drawn_black() -> None:
     with torch.no_grad():
         context.weights().projection.weight.zero_()
     axes = Figure().add_subplot()
-    draw_effective_field(context, axes)
+    draw_effective_field(context, axes, (17, 17))
     assert np.ma.getmaskarray(np.ma.asarray(axes.images[0].get_array())).all()
 
 
 def test_svg_stands_alone_and_is_reproducible() -> None:
     cell = load_cell("aspp")
     context = DensePredictionCell(cell, 3, branch_channels=4, cell_channels=4)
-    for svg in (cell_svg(cell), paths_svg(cell), effective_field_svg(context), branch_weights_svg(context)):
+    for svg in (
+        cell_svg(cell),
+        paths_svg(cell, (17, 33)),
+        effective_field_svg(context, (17, 33)),
+        branch_weights_svg(context),
+    ):
         assert svg.startswith('<svg role="img" aria-label="')
         assert "<metadata" not in svg
         assert not re.search(r'(href|src)="(?!data:|#)', svg)

@@ -55,6 +55,8 @@ def begin(
         command=command,
         task=Segmentation(names, palette),
         settings=SETTINGS,
+        space=SPACE,
+        defaults={},
     )
 
 
