@@ -323,6 +323,20 @@ def draw_depthwise_conv() -> Figure:
     return figure
 
 
+def draw_out_of_reach() -> Figure:
+    """How many taps stay inside a map of 17 × 17 as the rate grows: from rate 17 on it is one everywhere."""
+    ones = np.ones((1, 1, 17, 17))
+    rates = (1, 6, 12, 15, 18, 21)
+    figure = Figure(figsize=(WIDTH, 1.85), layout="constrained")
+    for axes, rate in zip(figure.subplots(1, len(rates)), rates, strict=True):
+        taps = depthwise_conv(ones, np.ones((1, 1, 3, 3)), rate=(rate, rate))[0, 0]
+        show(axes, taps, cmap="Blues", vmin=0, vmax=13)
+        axes.set_title(f"rate {rate} × {rate}")
+        axes.text(8, 8, f"{taps[8, 8]:.0f}", ha="center", va="center", fontweight="bold")
+        axes.set_xlabel(f"in a corner: {taps[0, 0]:.0f}")
+    return figure
+
+
 def draw_separable_conv() -> Figure:
     """The six steps of the separable pair, three channels through two."""
     image, _ = street(66, 98)
@@ -670,6 +684,7 @@ PICTURES: dict[str, Callable[[], Figure]] = {
     "batch_norm": draw_batch_norm,
     "pointwise_conv": draw_pointwise_conv,
     "depthwise_conv": draw_depthwise_conv,
+    "out_of_reach": draw_out_of_reach,
     "separable_conv": draw_separable_conv,
     "bilinear_resize": draw_bilinear_resize,
     "pyramid_pooling": draw_pyramid_pooling,

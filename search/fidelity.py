@@ -21,7 +21,7 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, combinations
@@ -44,6 +44,7 @@ from search.reports.fidelity import Score, load_scores, score_name, write_report
 from search.runs.workers import Job, Outcome, Task, open_workers, outcomes
 from search.settings import (
     SHAPES,
+    TRAINING_DEFAULTS,
     BackboneSettings,
     DataSettings,
     FeatureSettings,
@@ -52,8 +53,10 @@ from search.settings import (
     ProxySettings,
     RecipeSettings,
     TrainingSettings,
+    declared,
     field_names,
     given,
+    known,
     plain,
     require,
     scored,
@@ -146,6 +149,7 @@ class Protocol:
     measure: Measure  # what its scores are
     iterations: int
     identity: dict[str, Any]
+    defaults: Mapping[str, Any]  # as in `Folder.check`
 
 
 class TrainingKey(NamedTuple):
@@ -182,9 +186,10 @@ def main(settings: FidelitySettings) -> None:
     measure = protocols[0].measure
     with Folder(directory).locked():
         for protocol in protocols:
-            _folder(directory, protocol.name).check(protocol.identity)
+            _folder(directory, protocol.name).check(protocol.identity, protocol.defaults)
         for protocol in protocols:
-            _folder(directory, protocol.name).begin(protocol.identity, this_command(_PROG))
+            folder = _folder(directory, protocol.name)
+            folder.begin(protocol.identity, this_command(_PROG), defaults=protocol.defaults)
         try:
             _run(settings, protocols, directory)
         finally:  # also after Ctrl-C: what there is, is shown
@@ -257,10 +262,12 @@ def _cached(
     facts = facts_of(caches)
     if name == "large":
         facts = {_of_large(name): fact for name, fact in facts.items()}
-    identity = scored(settings.data, settings.features, settings.head, proxy) | facts | {"seed": settings.seed}
+    groups = settings.data, settings.features, settings.head, proxy
+    identity = scored(*groups) | facts | {"seed": settings.seed}
     if name == "long":
         identity["long_iterations"] = identity.pop("iterations")
-    return Protocol(name, create_task, caches["train"].task.score, proxy.iterations, plain(identity))
+    measure, defaults = caches["train"].task.score, declared(*map(type, groups))
+    return Protocol(name, create_task, measure, proxy.iterations, plain(identity), defaults)
 
 
 def _of_large(name: str) -> str:
@@ -295,7 +302,8 @@ def _end_to_end(settings: FidelitySettings, directory: Path, device: str) -> Pro
     task = create_task()
     parts = task.identity()
     identity = {f"end_to_end.{name}" if name in own else name: value for name, value in parts.items()}
-    return Protocol("end_to_end", create_task, task.dense_task.score, training.recipe.iterations or 0, plain(identity))
+    measure, iterations = task.dense_task.score, known(training.recipe.iterations)
+    return Protocol("end_to_end", create_task, measure, iterations, plain(identity), TRAINING_DEFAULTS)
 
 
 def _run(settings: FidelitySettings, protocols: list[Protocol], directory: Path) -> None:

@@ -30,7 +30,7 @@ class ReportSettings:
     output_stride: int = 16
     """Pixels per feature, 8 or 16, for cells without weights; at 8 the rates double."""
     feature_size: tuple[int, int] = (65, 129)
-    """Height and width of the features for --cells. Default: a Cityscapes image's at output stride 16."""
+    """Height and width of the map of --cells, for cost, latency and pictures. Default: a Cityscapes image's at stride 16."""
     cell: Flat[CellSettings] = CellSettings(branch_channels=256)
     device: Flat[DeviceSettings] = DeviceSettings()
 

@@ -24,6 +24,7 @@ from search.reports.reranking import Candidate, Failed, Reranked, Trainings, fin
 from search.runs.study import Run, load_run, ranked
 from search.runs.workers import Job, Outcome, Workers, open_workers, outcomes
 from search.settings import (
+    TRAINING_DEFAULTS,
     BackboneSettings,
     DataSettings,
     DeviceSettings,
@@ -151,7 +152,7 @@ def main(settings: RerankSettings) -> None:
     identity = task.identity()  # builds a network, so that one that cannot be built leaves no folder behind
     workers = open_workers(create_task, settings.workers, settings.device.device, known(training.recipe.iterations))
     with folder.locked():
-        folder.begin(identity, this_command(_PROG))
+        folder.begin(identity, this_command(_PROG), defaults=TRAINING_DEFAULTS)
         with workers as opened:
             try:
                 _train(task, opened, candidates, settings)

@@ -381,3 +381,7 @@ class TrainingSettings:
         self.head.check()
         self.recipe.check(self.backbone.stride)
         require("seed", self.seed, self.seed >= 0, "at least 0")
+
+
+# What a training that was begun before one of these fields existed was made with.
+TRAINING_DEFAULTS = declared(DataSettings, BackboneSettings, HeadSettings, RecipeSettings)

@@ -20,6 +20,7 @@ from search.errors import InputError
 from search.folder import Folder
 from search.settings import (
     SHAPES,
+    TRAINING_DEFAULTS,
     BackboneSettings,
     DataSettings,
     HeadSettings,
@@ -107,7 +108,7 @@ def _train(
     folder = Folder(directory, "training")
     with folder.locked() if devices.rank == 0 else nullcontext():  # only the first process writes
         if devices.rank == 0:
-            folder.begin(identity, this_command(_PROG))
+            folder.begin(identity, this_command(_PROG), defaults=TRAINING_DEFAULTS)
         return Training(training, network, train, val, directory, devices, source=plain(settings) | plain(training)).run()
 
 

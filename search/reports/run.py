@@ -75,12 +75,13 @@ class Group:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table of cells. `beside` are details that belong in it."""
+    """One line of the table of cells. `beside` are details that belong in it, `remarks` say what is out of reach."""
 
     label: str
     score: str
     beside: list[str]
     cell: Cell
+    remarks: list[str]
     result: ProxyResult
     is_compared: bool
 
@@ -99,7 +100,7 @@ def write_report(run: Run, device: str | None = None) -> Path:
 def _content(run: Run, device: str | None) -> dict[str, Any]:
     best, groups = ranked(run.trials), _groups(run)
     trained = _trained_cells(run, best, groups)
-    rows = list(_rows(run.task, best, groups))
+    rows = list(_rows(run, best, groups))
     maps = _example_maps(run)
     fair = next((group for group in groups if best and group.name == f"trial {best[0].number}"), None)
     return {
@@ -135,15 +136,18 @@ def _spread(group: Group) -> str:
     return f"{100 * group.mean:.2f}{std} %"
 
 
-def _rows(task: DenseTask, best: Sequence[TrialRecord], groups: Sequence[Group]) -> Iterator[Row]:
+def _rows(run: Run, best: Sequence[TrialRecord], groups: Sequence[Group]) -> Iterator[Row]:
+    task, maps = run.task, known(run.space.maps)
     for record in best[:_TOP]:
         result = record.result
         assert result is not None  # it is ranked
         beside = _beside(task, [result])
-        yield Row(f"trial {record.number}", percent(result.score), beside, record.cell, result, False)
+        remarks = maps.cell_remarks(record.cell)
+        yield Row(f"trial {record.number}", percent(result.score), beside, record.cell, remarks, result, False)
     for group in groups:
         label = f"{group.label} (n\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{len(group.results)})"
-        yield Row(label, _spread(group), _beside(task, group.results), group.cell, group.results[0], True)
+        beside, remarks = _beside(task, group.results), maps.cell_remarks(group.cell)
+        yield Row(label, _spread(group), beside, group.cell, remarks, group.results[0], True)
 
 
 def _beside(task: DenseTask, results: Sequence[ProxyResult]) -> list[str]:

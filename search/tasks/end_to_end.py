@@ -21,7 +21,7 @@ from search.dense_tasks import DenseTask, Scores
 from search.devices import Devices
 from search.files import write_text
 from search.folder import Folder
-from search.settings import TrainingSettings
+from search.settings import TRAINING_DEFAULTS, TrainingSettings
 from search.tasks.proxy import NotFiniteError
 from search.training.loop import NotFiniteTrainingError, Training, TrainingResult
 from search.training.network import create_network, training_identity
@@ -97,7 +97,7 @@ class EndToEndTask:
             identity = training_identity(settings, network, self.train, self.val, self.devices)
             training = Folder(folder, "training")
             with training.locked():
-                training.begin(identity, command="")
+                training.begin(identity, command="", defaults=TRAINING_DEFAULTS)
                 try:
                     result = Training(settings, network, self.train, self.val, folder, self.devices).run(on_step)
                 except NotFiniteTrainingError as error:

@@ -9,7 +9,17 @@ import pytest
 
 from search.errors import InputError
 from search.folder import Folder, differences
-from search.settings import BackboneSettings, DataSettings, ProxySettings, RecipeSettings, plain, restored, scored
+from search.settings import (
+    BackboneSettings,
+    DataSettings,
+    HeadSettings,
+    ProxySettings,
+    RecipeSettings,
+    declared,
+    plain,
+    restored,
+    scored,
+)
 
 IDENTITY = {"iterations": 3, "`weights` (content)": "ab", "crop_size": (33, 49), "cell": [{"op": "conv"}]}
 
@@ -48,6 +58,17 @@ def test_a_setting_that_is_new_or_gone_differs() -> None:
     assert (
         differences({"a": 1, "number of devices": 1}, {"a": 1, "number of devices": 2}) == "number of devices 1, now it is 2"
     )
+
+
+def test_a_setting_that_did_not_exist_yet_had_its_default(tmp_path: Path) -> None:
+    folder, defaults = begun(tmp_path), declared(HeadSettings)
+    assert defaults == scored(HeadSettings())
+    folder.begin(IDENTITY | {"dropout": 0.1, "branch_channels": None}, "", defaults=defaults)
+    folder.begin(IDENTITY | {"dropout": 0.1, "branch_channels": None}, "")  # now it is written down
+    with pytest.raises(InputError, match=r"was started with `dropout` 0\.1, now it is 0\.2: use the same values"):
+        begun(tmp_path / "other").begin(IDENTITY | {"dropout": 0.2}, "", defaults=defaults)
+    with pytest.raises(InputError, match="was started with `something` unknown, now it is 1"):
+        begun(tmp_path / "third").begin(IDENTITY | {"something": 1}, "", defaults=defaults)
 
 
 def test_a_folder_of_another_kind_is_named(tmp_path: Path) -> None:

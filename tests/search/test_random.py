@@ -26,7 +26,8 @@ from fast.train_step import TrainStep
 from reference.cell import Branch, Cell, Conv1x1, PyramidPooling
 from reference.mean_iou import mean_iou
 from search.backbones import create_backbone
-from search.cells.space import canonical_form, load_cell
+from search.cells.reach import FeatureMaps
+from search.cells.space import SearchSpace, canonical_form, load_cell
 from search.datasets import SPLITS
 from search.errors import InputError
 from search.random import RandomSettings
@@ -368,6 +369,51 @@ def test_an_equal_graph_is_not_evaluated_twice(settings: RandomSettings, monkeyp
     assert len(list((run.directory / "best_cells").iterdir())) == 1
 
 
+def test_cells_that_do_the_same_on_the_map_are_evaluated_once(
+    settings: RandomSettings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The map has 3×4 features: rates 3 and 4 differ in width alone, rates 4 and 6 in nothing."""
+    evaluated, original = [], ProxyTask.evaluate
+
+    def evaluate(self: ProxyTask, cell: Cell, *rest: Any) -> Any:
+        evaluated.append(cell)
+        return original(self, cell, *rest)
+
+    monkeypatch.setattr(ProxyTask, "evaluate", evaluate)
+    run = run_search(changed(settings, rates=(4, 6), grids=(), branches=1, trials=5, compare=()))
+    said = "5 cells, 2 of them different on a 3×4 map; out of reach on the 3×4 map: rate 4, rate 6 (height and width)"
+    assert f"search space: {said}\n" in capsys.readouterr().err
+    assert len(evaluated) == 2 + 1  # and the best once more
+    assert [record.duplicate_of is None for record in run.trials] == [True, True, False, False, False]
+    assert {str(record.cell) for record in run.trials} <= {str(cell) for cell in all_of(run.space)}  # as they were drawn
+    assert len({record.result for record in run.trials}) == 2
+    assert run.space == SearchSpace(1, (4, 6), (), FeatureMaps((3, 4), (3, 4)))
+
+
+def all_of(space: SearchSpace) -> list[Cell]:
+    return [Cell((Branch(-1, operation),)) for operation in space.operations]
+
+
+def test_a_run_that_was_begun_before_spaces_were_written_down_goes_on(
+    settings: RandomSettings, uninterrupted: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_search(changed(settings, trials=2))
+    path = run.directory / "settings.json"
+    content = json.loads(path.read_text())
+    content["identity"] = {name: value for name, value in content["identity"].items() if name not in ("rates", "grids")}
+    del content["space"]
+    path.write_text(json.dumps(content))
+    assert load_run(run.directory).space == run.space
+    with pytest.raises(InputError, match=r"was started with `rates` \[1, 3, 6, 9, 12, 15, 18, 21\], now it is \[1, 2\]: use"):
+        search.random.main(changed(settings, rates=(1, 2)))
+    assert trials(run_search(settings)) == trials(uninterrupted)
+
+
+def test_a_crop_is_a_map_of_its_own(settings: RandomSettings) -> None:
+    run = run_search(changed(settings, crop_size=(17, 33), pooling="grid_cells", trials=1, compare=()))
+    assert run.space.maps == FeatureMaps(validation=(3, 4), training=(2, 3), pooling="grid_cells")
+
+
 # Refusals; those that features and search have in common are in test_cli.py
 
 
@@ -380,6 +426,10 @@ def test_an_equal_graph_is_not_evaluated_twice(settings: RandomSettings, monkeyp
         ("cells_per_gpu", 0, "`cells_per_gpu` must be at least 1"),
         ("cells_per_gpu", 6, "`cells_per_gpu` 6 needs `lag` 5 or more"),
         ("lag", -1, "`lag` must be at least 0"),
+        ("rates", (3, 1), "`rates` must be different integers of at least 1, in ascending order, got 3 1"),
+        ("rates", (0,), "`rates` must be different integers of at least 1, in ascending order, got 0"),
+        ("grids", (2, 2), "`grids` must be different integers of at least 1, in ascending order, got 2 2"),
+        ("sampler", "grid", "`sampler` grid is unknown"),
         ("weight_decay", -1.0, "`weight_decay` must be at least 0"),
         ("learning_rate", 0.0, "`learning_rate` must be above 0"),
         ("learning_rate", float("nan"), "`learning_rate` must be above 0"),

@@ -8,6 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fast.checkpoint import save_head
+from fast.dense_prediction_cell import DensePredictionCell
+from fast.segmentation import SegmentationHead
 from search.cells.reach import FeatureMaps
 from search.cells.space import SearchSpace, load_cell
 from search.dense_tasks import Scores
@@ -76,6 +79,19 @@ def test_the_numbers_are_in_the_page(tmp_path: Path) -> None:
     assert "crop_size None" in text
     assert "1,500 training steps" in text
     assert FAILURE in text
+
+
+def test_the_page_says_what_is_out_of_reach(tmp_path: Path) -> None:
+    run = make_run(tmp_path, [0.30, 0.45], BASELINES)
+    for path in ("aspp", "dpc"):  # are drawn if the run has their heads
+        context = DensePredictionCell(load_cell(path), 3, branch_channels=4, cell_channels=4)
+        save_head(tmp_path / "heads" / f"{path}_seed0.safetensors", SegmentationHead(context, 3), task={}, backbone={})
+    text = visible_text(read_report(run))
+    assert "4.2e+11 cells, 2.3e+10 of them different on a 17×33 map; out of reach on the 17×33 map: rate 18" in text
+    assert "out of reach in the 13×33 training crops: rate 15 (height)." in text
+    assert "out of reach on the 17×33 map: rate 18×18 of branch 3 (height)" in text  # ASPP
+    for sentence in MAPS.cell_remarks(run.trials[0].cell):
+        assert sentence in text
 
 
 def test_own_cells_are_compared_by_their_names(tmp_path: Path) -> None:

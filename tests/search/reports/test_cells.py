@@ -70,6 +70,16 @@ def test_names_files_and_heads_stand_side_by_side(tmp_path: Path) -> None:
     assert not re.search(r'(href|src)="(?!data:|#)', page)
 
 
+def test_the_page_is_of_cells_on_the_given_map(tmp_path: Path) -> None:
+    settings = changed(SETTINGS, in_channels=4, branch_channels=4, out=tmp_path / "cells.html")
+    text = visible_text(page_of(changed(settings, feature_size=(17, 33))))
+    assert "out of reach on the 17×33 map: rate 18×15 of branch 1 (height)" in text
+    assert "positions read of 17 × 33" in text
+    page = page_of(changed(settings, feature_size=(65, 129)))
+    assert "on the 65×129 map" not in visible_text(page)
+    assert "513 positions read of 65 × 129" in visible_text(page)
+
+
 def test_equal_names_are_told_apart_by_their_folders(tmp_path: Path) -> None:
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()
@@ -113,14 +123,13 @@ def test_windows_pinned_larger_than_the_map_are_refused(tmp_path: Path) -> None:
 
 def test_a_runs_page_shows_what_its_heads_have_learned(tmp_path: Path) -> None:
     run = make_run(tmp_path, [0.30, 0.45, None, 0.25], BASELINES | {"trial 1": [0.44]})
-    run.identity["image_size"] = [33, 49]
     for file, cell in {"best": run.trials[1].cell, "aspp_seed0": load_cell("aspp"), "dpc_seed0": load_cell("psp")}.items():
         save_trained(tmp_path / "heads" / f"{file}.safetensors", cell)
     page = write_report(run, "cpu").read_text(encoding="utf-8")
     assert page.count("Effective receptive field of the trained cell") == 2  # dpc's head is not of that cell
     text = visible_text(page)
     assert "ASPP, seed 0" in text
-    assert "one image's features of 5 × 7, float32" in text
+    assert "one image's features of 17 × 33, float32" in text
     # trials 1, 0 and 3, ASPP, DPC, and trial 1 again: a median and its spread in each row
     assert len(re.findall(r"\d+ (?:K|M) [\d.]+ [\d.]+–[\d.]+ 12\.3", text)) == 6
 
