@@ -44,10 +44,10 @@ class FeatureMaps:
             case AtrousSeparableConv(rate):
                 return AtrousSeparableConv((self._smallest_rate(rate[0], 0), self._smallest_rate(rate[1], 1)))
             case PyramidPooling(grid_size):
-                if all(self._is_single(grid_size, size) == (True, True) for size in self._sizes):
-                    return Conv1x1()
                 if self.pooling == "grid_cells":
-                    return operation
+                    return Conv1x1() if all(grid_size == size for size in self._sizes) else operation
+                if all(all(self._is_single(grid_size, size)) for size in self._sizes):
+                    return Conv1x1()
                 return PyramidPooling((self._smallest_grid(grid_size[0], 0), self._smallest_grid(grid_size[1], 1)))
             case _:
                 assert_never(operation)
@@ -94,9 +94,9 @@ class FeatureMaps:
         return window_size((self.pooling_size or size)[axis], grid)
 
     def _is_single(self, grid_size: tuple[int, int], size: Size) -> tuple[bool, bool]:
-        """Along height and width: whether each feature is averaged with no other, and each of them once."""
+        """Along height and width: whether no feature is averaged with another."""
         if self.pooling == "grid_cells":
-            return grid_size[0] == size[0], grid_size[1] == size[1]
+            return grid_size[0] % size[0] == 0, grid_size[1] % size[1] == 0
         return self._window(grid_size[0], size, 0) == 1, self._window(grid_size[1], size, 1) == 1
 
     def _out_of_reach(self, operation: Operation, size: Size) -> tuple[bool, bool]:

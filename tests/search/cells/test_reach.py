@@ -171,3 +171,6 @@ def test_remarks_name_the_branch_and_the_axes() -> None:
         "rate 15×21 of branch 2 (height and width)"
     ]
     assert FeatureMaps((33, 33), (33, 33)).cell_remarks(cell) == []
+    assert FeatureMaps((4, 33), (4, 33), pooling="grid_cells").remarks([("grid 8", PyramidPooling((8, 8)))]) == [
+        "out of reach on the 4×33 map: grid 8 (height)"  # each feature is a mean, twice
+    ]

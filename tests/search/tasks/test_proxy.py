@@ -14,7 +14,7 @@ from fast.batch_norm import recompute_statistics
 from fast.kernels import using
 from fast.mean_iou import confusion_matrix
 from fast.segmentation import SegmentationHead
-from reference.cell import BACKBONE_FEATURE, Branch, Cell, PyramidPooling
+from reference.cell import BACKBONE_FEATURE, AtrousSeparableConv, Branch, Cell, Conv1x1, PyramidPooling
 from reference.mean_iou import class_iou, mean_iou
 from reference.pyramid_pooling import PoolingVariant
 from search.cells.cost import cell_cost
@@ -93,6 +93,16 @@ def test_earlier_evaluations_do_not_matter() -> None:
     task.evaluate(load_cell("aspp"), (6,))
     again, _ = task.evaluate(CELL, (5,))
     assert measured(again) == measured(first)
+
+
+def test_cells_that_do_the_same_on_the_map_have_the_same_result() -> None:
+    """The map has 4×5 features."""
+    twins = [
+        Cell((Branch(BACKBONE_FEATURE, AtrousSeparableConv(rate)), Branch(0, AtrousSeparableConv((1, 3))), Branch(0, pool)))
+        for rate, pool in (((4, 21), PyramidPooling((8, 8))), ((18, 6), Conv1x1()))
+    ]
+    results = [measured(make_task().evaluate(cell, (0,))[0]) for cell in twins]
+    assert results[0] == results[1]
 
 
 # Learning
