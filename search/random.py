@@ -91,7 +91,6 @@ def main(settings: RandomSettings) -> None:
     caches = prepare_caches(settings.data, settings.backbone, settings.features, settings.machine, command)
     maps = feature_maps(settings.proxy, head, **caches)  # refuses a wrong crop size before the run begins
     space = SearchSpace(settings.branches, settings.rates, settings.grids, maps)
-    print(f"search space: {'; '.join(space.describe())}", file=sys.stderr)
     origin, task = caches["train"].identity, caches["train"].task
     directory = settings.out or Path("runs") / origin["dataset"]
     to_open = [(caches[role].directory, caches[role].identity) for role in ("train", "val")]  # workers copy no arrays
@@ -127,6 +126,7 @@ def main(settings: RandomSettings) -> None:
             in_turns=settings.cells_per_gpu,
         ) as workers,
     ):
+        print(f"search space: {'; '.join(space.describe())}", file=sys.stderr)
         timed_on = None
         try:
             Search(study, workers, space, plan, task.score, keep_head).run()
