@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.colorbar import Colorbar
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch
 from matplotlib.path import Path as Curve
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
@@ -33,11 +33,12 @@ _FAINTEST = 1e-3  # of the largest gradient: smaller values have one colour
 
 # All in inches at natural size.
 BOX_WIDTH, BOX_HEIGHT, BAR_HEIGHT = 1.16, 0.46, 0.34
-COLUMN_GAP, LAYER_GAP, LANE_WIDTH, MARGIN = 0.18, 0.38, 0.2, 0.04
+COLUMN_GAP, LAYER_GAP, LANE_WIDTH, MARGIN = 0.18, 0.38, 0.2, 0.08  # a number stands out of its box by 0.06
 FONT_SIZE = 9.0
 
 _BAR_COLOURS = ("#e6e8ec", "#7a828f")
 _ARROW_COLOUR = "#7a828f"
+_ON_BOXES = "#1b1f27"  # always dark, because the boxes are light
 
 
 class Box(NamedTuple):
@@ -158,7 +159,10 @@ def _arrow(source: Box, start: float, x: float, y: float) -> Curve:
 
 
 def draw_cell(cell: Cell, axes: Axes) -> None:
-    """Draw the cell's graph, top to bottom, as large as `axes` allows. The figure must have its final size."""
+    """Draw the cell's graph, top to bottom, as large as `axes` allows. The figure must have its final size.
+
+    Branches have the numbers by which a cell's JSON names them as `input`; there −1 is the feature F.
+    """
     layout = layout_cell(cell)
     axes.set(xlim=(0, layout.width), ylim=(0, layout.height), aspect="equal")
     axes.set_axis_off()
@@ -170,9 +174,10 @@ def draw_cell(cell: Cell, axes: Axes) -> None:
         )
         axes.add_patch(arrow)
     _draw_box(axes, layout.feature, "feature F", _BAR_COLOURS, scale)
-    for branch, box in zip(cell.branches, layout.branches, strict=True):
+    for i, (branch, box) in enumerate(zip(cell.branches, layout.branches, strict=True)):
         label = operation_label(branch.operation).replace(", ", "\n")
         _draw_box(axes, box, label, operation_colours(branch.operation), scale)
+        _draw_number(axes, i, box, operation_colours(branch.operation), scale)
     _draw_box(axes, layout.projection, "concat + 1×1", _BAR_COLOURS, scale)
 
 
@@ -188,9 +193,16 @@ def _draw_box(axes: Axes, box: Box, label: str, colours: tuple[str, str], scale:
         linewidth=1.1 * scale,
     )
     axes.add_patch(shape)
-    axes.text(
-        box.x, box.y, label, ha="center", va="center", fontsize=FONT_SIZE * scale, color="#1b1f27", linespacing=1.25
-    )  # always dark, because the boxes are light
+    size = FONT_SIZE * scale
+    axes.text(box.x, box.y, label, ha="center", va="center", fontsize=size, color=_ON_BOXES, linespacing=1.25)
+
+
+def _draw_number(axes: Axes, number: int, box: Box, colours: tuple[str, str], scale: float) -> None:
+    """The branch's number on a corner of its box, where it meets no arrow."""
+    x, y, (_, edge) = box.x - box.width / 2 + 0.03, box.top + 0.02, colours
+    axes.add_patch(Circle((x, y), 0.085, facecolor="white", edgecolor=edge, linewidth=1.1 * scale))
+    size = (FONT_SIZE - 2) * scale
+    axes.text(x, y, f"{number}", ha="center", va="center_baseline", fontsize=size, fontweight="bold", color=_ON_BOXES)
 
 
 def draw_paths(cell: Cell, axes: Axes, options: BranchOptions = _SEARCHED) -> None:
