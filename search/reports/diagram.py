@@ -6,6 +6,7 @@ lane to their left for its own arrow to the concatenation. So no arrows cross, f
 """
 
 import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, Literal, NamedTuple, assert_never
 
 import matplotlib
 import numpy as np
+from markupsafe import escape
 from matplotlib.axes import Axes
 from matplotlib.colorbar import Colorbar
 from matplotlib.colors import LogNorm
@@ -26,6 +28,8 @@ from fast.dense_prediction_cell import DensePredictionCell
 from reference.cell import BACKBONE_FEATURE, AtrousSeparableConv, Cell, Conv1x1, Operation, PyramidPooling
 from reference.dense_prediction_cell import BranchOptions
 from search.cells.receptive_field import effective_receptive_field, field_size_for, options_of, structural_receptive_field
+
+Titles = Mapping[str, Sequence[str]]  # of dots, by the `gid` of their artist
 
 INK = "#20242c"  # text and axes; the page's own text colour where a picture stands in a page
 _SEARCHED = BranchOptions(training=False)  # output stride 16, the authors' pooling
@@ -320,14 +324,42 @@ def show_grid(axes: Axes, axis: Literal["both", "x", "y"] = "both") -> None:
     axes.grid(axis=axis, color=INK, alpha=0.12, linewidth=0.6)
 
 
-def figure_svg(figure: Figure, description: str) -> str:
-    """A figure as an SVG element that can stand in an HTML page: no prolog, no metadata, ink in the page's text colour."""
+def figure_svg(figure: Figure, description: str, titles: Titles | None = None) -> str:
+    """A figure as an SVG element that can stand in an HTML page: no prolog, no metadata, ink in the page's text colour.
+
+    `titles` are shown on hover, see `with_titles`.
+    """
     buffer = StringIO()
     save_figure(figure, buffer, "svg", transparent=True)
-    svg = buffer.getvalue()
+    svg = with_titles(buffer.getvalue(), titles or {})
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    quoted = description.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
-    return svg.replace("<svg ", f'<svg role="img" aria-label="{quoted}" ', 1).replace(INK, "currentColor")
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(description)}" ', 1).replace(INK, "currentColor")
+
+
+def with_titles(svg: str, titles: Titles) -> str:
+    """A figure's SVG in which dots have titles, which are shown on hover.
+
+    The keys are the `gid` of artists; the values have a title for each marker, in the order in which they are drawn.
+    """
+    for gid, names in titles.items():
+        start = svg.index(f'<g id="{gid}">')
+        left = iter(names)
+
+        def titled(use: re.Match[str], left: Iterator[str] = left) -> str:
+            return f"<g><title>{escape(next(left))}</title>{use[0]}</g>"
+
+        svg = svg[:start] + re.sub(r"<use [^>]*/>", titled, svg[start:], count=len(names))
+    return svg
+
+
+def shortened(name: str, limit: int = 28) -> str:
+    """A name that fits: of a long one the middle is left out.
+
+    >>> shortened("mobilenetv2_100.ra_in1k_on_camvid", 20), shortened("aspp")
+    ('mobilenetv2…n_camvid', 'aspp')
+    """
+    tail = 2 * limit // 5
+    return name if len(name) <= limit else f"{name[: limit - tail - 1]}…{name[-tail:]}"
 
 
 def save_figure(figure: Figure, target: Path | StringIO, suffix: str, **options: Any) -> None:
