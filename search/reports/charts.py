@@ -141,7 +141,7 @@ def _draw_progress(axes: Axes, run: Run, best: Sequence[TrialRecord], groups: Se
     for group in groups:
         axes.axhline(100 * group.mean, color=group.colour, linewidth=1.5, linestyle=group.dashes, label=group.label)
     axes.plot(numbers, scores, "o", color=_SEARCH_COLOUR, alpha=0.6, markersize=4.5, markeredgewidth=0, gid="trials", zorder=3)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set(xlim=(-0.03 * last - 0.5, 1.03 * last + 0.5), xlabel="trial", ylabel=f"{run.task.score.name} (%)")
     label_best(axes, [(record.number, 100 * record.result.score, f"{record.number}") for record in best if record.result])
     return {"trials": [_title(run, record) for record in run.trials if record.result]}

@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO, StringIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
+from matplotlib.text import Annotation
 
 from search.files import write_text, write_whole
 from search.reports.diagram import INK, save_figure, shortened, show_grid, style_axes, with_titles
@@ -86,8 +88,11 @@ def draw_scatter(axes: Axes, scatter: Scatter, prefix: str = "") -> dict[str, li
         _draw_point(axes, point, gid)
         x, y = point.place
         titles[gid] = [f"{point.name or point.label or 'cell'}: {x:.2f} %, {y:.2f} %"]
-    named = [(*point.place, shortened(point.name, 20)) for point in points if point.label is None and point.name]
-    label_best(axes, named)
+    for point in points:
+        if point.label is not None:
+            name = _write_beside(axes, shortened(point.label), point.place, below=9, fontsize=8, color=_MARKED_COLOUR)
+            name.set_path_effects([withStroke(linewidth=1.5, foreground="white")])  # legible among dots, and covers few
+    label_best(axes, [(*point.place, shortened(point.name)) for point in points if point.label is None and point.name])
     title = scatter.title
     if title is None and len(points) >= MIN_POINTS:
         title = str(rank_correlation(*zip(*(point.place for point in scatter.points), strict=True)))
@@ -103,7 +108,15 @@ def label_best(axes: Axes, dots: Sequence[tuple[float, float, str]], count: int 
         width = 0.03 + 0.018 * len(name)  # of the axes'; a line of text is 0.06 high
         if all(abs(x - other_x) * scale[0] > width or abs(y - other_y) * scale[1] > 0.06 for other_x, other_y in written):
             written.append((x, y))
-            axes.annotate(name, (x, y), (4, 3), textcoords="offset points", fontsize=7.5, color=INK, zorder=5)
+            _write_beside(axes, name, (x, y), below=-3, fontsize=7.5, color=INK)
+
+
+def _write_beside(axes: Axes, name: str, dot: tuple[float, float], *, below: float, **look: Any) -> Annotation:
+    """A name to the right of a dot, or to its left where the picture would end."""
+    low, high = axes.get_xlim()
+    is_right = (dot[0] - low) / (high - low) > 0.6
+    offset, side = (-5 if is_right else 5, -below), "right" if is_right else "left"
+    return axes.annotate(name, dot, offset, textcoords="offset points", ha=side, zorder=5, **look)
 
 
 def _draw_point(axes: Axes, point: Point, gid: str) -> None:
@@ -123,7 +136,3 @@ def _draw_point(axes: Axes, point: Point, gid: str) -> None:
         markeredgewidth=0,
         gid=gid,
     )
-    if point.label is not None:
-        label = shortened(point.label)
-        text = axes.annotate(label, (x, y), (5, -9), textcoords="offset points", fontsize=8, color=colour, zorder=5)
-        text.set_path_effects([withStroke(linewidth=1.5, foreground="white")])  # legible among dots, and covers few
