@@ -12,7 +12,7 @@ import tempfile
 import time
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,13 +25,16 @@ import torch
 from bench.accuracy import Error, budget, error_of
 from bench.cases import DTYPES, EAGER, OURS, Case, Job, Provider, Workload
 from bench.costs import Cost
-from bench.results import FAILED, OK, WRONG, Row, with_ratio
+from bench.estimates import median_interval
+from bench.load import Others
+from bench.results import ABOVE_ROOF, FAILED, OK, WRONG, Row, with_ratio
 from bench.roofline import Roofs
 from bench.timing import CacheFlush, Clock, FirstCall, Samples, first_call, interleaved, prepared, warm_up_calls
 from bench.worker import OutOfTime, Say, Worker, WorkerLost, WorkFailed, has_lost_its_device
 from search.reports.turns import Summary, back_to_back_ms, in_turns, synchronise
 
 BACK_TO_BACK_MS = 300.0  # how long a provider's calls without a wait between them last, together
+_BACK_TO_BACK_ROUNDS = 7  # the fewest with an interval
 
 
 @dataclass(frozen=True)
@@ -155,12 +158,15 @@ class Attempt:
         running = {provider.name: self.rows[provider] for provider in self.workloads}
         calls = {provider.name: workload for provider, workload in self.workloads.items()}
         clock = Clock(self._device, launches_count=self._case.launches_count)
-        for name, samples in interleaved(calls, rounds, clock, CacheFlush(self._device), rng, self._say).items():
-            note_times(running[name], samples, roofs)
+        with Others() as others:
+            samples = interleaved(calls, rounds, clock, CacheFlush(self._device), rng, self._say)
+        uses_processor = self._device.type == "cpu" or self._case.launches_count
+        for name, row in running.items():
+            note_times(row, samples[name], roofs, others.percent if uses_processor else None)
         if self._device.type == "cuda" and self._case.repeats:
             turns = {name: self._many(name, call, running[name].median_ms or 0.0) for name, call in calls.items()}
-            for name, milliseconds in in_turns(turns, 3, rng).items():
-                running[name].back_to_back_ms = statistics.median(milliseconds)
+            for name, milliseconds in in_turns(turns, _BACK_TO_BACK_ROUNDS, rng).items():
+                note_steps(running[name], milliseconds)
 
     def _many(self, name: str, call: Callable[[], None], cold_ms: float) -> Callable[[], float]:
         """Calls with no wait between them, as many as last for a while -> milliseconds a call."""
@@ -181,8 +187,10 @@ class Attempt:
                 self._say(name)
                 worker(_hold, self._case, running[name], self._dtype, str(self._device), torch.get_num_threads())
             remote = {name: functools.partial(worker, _time_held) for name, worker in workers.items()}
-            for name, samples in interleaved(remote, rounds, _own_milliseconds, lambda: None, rng, self._say).items():
-                note_times(self.rows[running[name]], samples, roofs)
+            with Others() as others:
+                samples = interleaved(remote, rounds, _own_milliseconds, lambda: None, rng, self._say)
+            for name, provider in running.items():
+                note_times(self.rows[provider], samples[name], roofs, others.percent)
 
     def measure_first_calls(self) -> None:
         """Theirs who are to be measured in a fresh process. Where that fails, first call and memory stay empty."""
@@ -285,11 +293,24 @@ def empty_row(job: Job, provider: Provider, device: torch.device) -> Row:
     )
 
 
-def note_times(row: Row, samples: Samples, roofs: Roofs) -> None:
-    """Write into the row what a provider's turns took."""
+def note_times(row: Row, samples: Samples, roofs: Roofs, others_percent: float | None) -> None:
+    """Write into the row what a provider's turns took, and how much of the processor others used meanwhile."""
     cold = Summary.of(samples.cold)
     row.rounds, (row.median_ms, row.p20_ms, row.p80_ms) = len(samples.cold), cold
+    row.median_low_ms, row.median_high_ms = median_interval(samples.cold) or (None, None)
+    row.others_percent = others_percent
     if samples.warm and (warm := Summary.of(samples.warm)).differs_from(cold):
         row.warm_median_ms = warm.median
-    if row.status == OK and row.bytes is not None and row.flops is not None:
-        row.percent_of_roof = roofs.percent(Cost(row.bytes, row.flops), row.dtype, cold.median)
+    if row.status == OK and row.bytes is not None and row.flops is not None and not row.is_disturbed:
+        cost = Cost(row.bytes, row.flops)
+        percent = roofs.percent(cost, row.dtype, cold.median)
+        if (least := roofs.percent(cost, row.dtype, row.median_high_ms or cold.p80)) and least > 100:
+            row.note = f"{ABOVE_ROOF} ({percent:.0f} %)"
+        else:
+            row.percent_of_roof = percent
+
+
+def note_steps(row: Row, milliseconds: Sequence[float]) -> None:
+    """Write into the row what a call takes where calls do not wait for each other, measured several times."""
+    row.back_to_back_ms = statistics.median(milliseconds)
+    row.back_to_back_low_ms, row.back_to_back_high_ms = median_interval(milliseconds) or (None, None)

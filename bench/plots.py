@@ -26,7 +26,7 @@ _COLOURS = {
     COMPILE_MAX.name: "#b998e0",
     OURS_WITHOUT_KERNELS.name: "#d9822b",
 }
-_MODES = {"inference": ("#4a7fd0", -0.17), "training": ("#cf3f4f", 0.17)}  # colour of a dot, and how far below its line
+_MODES = {"inference": ("#4a7fd0", -0.17), "training": ("#e69f00", 0.17)}  # colour of a dot, and how far below its line
 _DTYPES = ("bfloat16", "float16", "float32")  # the first of these dtypes that a suite has is drawn
 _MANY_RATES = 16  # with at least this many rates, they are drawn as a map
 
@@ -107,7 +107,7 @@ def _dots(ax: Axes, groups: list[Group]) -> float:
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_formatter("{x:g}×")
     ax.margins(x=0.12)
-    ax.set_xlabel("right: ours is quicker (blue: inference, red: training)")
+    ax.set_xlabel("right: ours is quicker (blue: inference, orange: training)")
     show_grid(ax, "x")
     return 1.1 + 0.24 * len(names)
 

@@ -6,12 +6,17 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench.results import DONE, NOT_SUPPORTED, OK, Results, Row, ours, ratio, right
+from bench.load import LIMIT_PERCENT
+from bench.results import ABOVE_ROOF, DONE, NOT_SUPPORTED, OK, Results, Row, ours, ratio, right
 from bench.targets import extrapolation, judged_targets
 from search.files import write_text
 
+BUSY = "busy"  # in the place of a ratio
 Group = list[Row]  # the rows of one case
-_LONG = ("bytes", "flops", "memory_format", "p20_ms", "p80_ms", "warm_median_ms", "rounds", "suite")  # to be read in files
+_LONG = (  # to be read in files
+    *("bytes", "flops", "memory_format", "p20_ms", "p80_ms", "median_low_ms", "median_high_ms", "back_to_back_low_ms"),
+    *("back_to_back_high_ms", "ratio_low", "ratio_high", "warm_median_ms", "rounds", "suite"),
+)
 _BELOW = {"back to back, ms": "back_to_back_ms", "first call, s": "first_call_s", "peak memory, MB": "peak_memory_mb"}
 
 
@@ -41,6 +46,19 @@ def _heading(results: Results, picture: str) -> Iterator[str]:
     yield f"- roofs of this run: copy {roofs.copy_gb_per_s:,.1f} GB/s read and written; matrix product {matrix}"
 
 
+def _doubts(results: Results) -> Iterator[str]:
+    """Why parts of this run are not judged."""
+    disturbed = [row for row in results.rows if row.is_disturbed]
+    if disturbed:
+        most = max(row.others_percent or 0.0 for row in disturbed)
+        cases = len({row.key for row in disturbed})
+        yield f"\n**Busy machine.** Others used up to {most:.0f} % of the processor during {cases} of the cases. Above"
+        yield f"{LIMIT_PERCENT:g} % a case has no ratio, no share of the roof and no verdict."
+    for name, reason in results.roofs.unstable.items():
+        roof = "copy" if name == "copy" else f"matrix product in {name}"
+        yield f"\n**Unstable roof**, {roof}: {reason}. There is no share of it."
+
+
 def tables_of(results: Results) -> dict[str, dict[tuple[str, str], list[Group]]]:
     """Cases by suite, shape and dtype (the title of a table), then by kind and mode; all rates are one kind."""
     tables: dict[str, dict[tuple[str, str], list[Group]]] = {}
@@ -57,7 +75,9 @@ def tables_of(results: Results) -> dict[str, dict[tuple[str, str], list[Group]]]
 def _times(results: Results) -> Iterator[str]:
     """The tables, with a column for each provider; below each, every row that is not right."""
     yield "\nTimes are medians in ms; a line of several cases has the median of theirs. Ratio: time of the quickest other"
-    yield "provider / ours, least to largest. Roof: the share of the machine's limit that ours reaches.\n"
+    yield "provider / ours, least to largest. Roof: the share of the machine's limit that ours reaches."
+    yield from _doubts(results)
+    yield ""
     for title, kinds in tables_of(results).items():
         rows = [row for cases in kinds.values() for case in cases for row in case]
         providers = list(dict.fromkeys(row.provider for row in rows))
@@ -76,17 +96,25 @@ def _lines(kind: str, cases: Sequence[Group], providers: Sequence[str]) -> Itera
     by_provider = [[row for rows in cases for row in rows if row.provider == provider] for provider in providers]
     in_all = [rows if len(rows) == len(cases) else [] for rows in by_provider]  # medians of other cases are no comparison
     ratios = [f"{value:.2f}" for value in sorted(filter(None, map(ratio, cases)))]
-    roofs = [row.percent_of_roof for row in map(ours, cases) if row and row.percent_of_roof]
+    mine = [row for row in map(ours, cases) if row]
+    is_busy = any(row.is_disturbed for rows in cases for row in right(rows))
     yield (
         f"{kind} ({len(cases)})" if others else first.case,
         first.mode,
         *(_median(rows, "median_ms") for rows in in_all),
-        "-".join(dict.fromkeys([ratios[0], ratios[-1]])) + "×" if ratios else "",
-        f"{median(roofs):.0f} %" if roofs else "",
+        BUSY if is_busy else "-".join(dict.fromkeys([ratios[0], ratios[-1]])) + "×" if ratios else "",
+        BUSY if is_busy else _share_of_roof(mine),
     )
     for name, field in () if others else _BELOW.items():
         if any(cells := [_median(rows, field) for rows in in_all]):
             yield (f"· {name}", "", *cells, "", "")
+
+
+def _share_of_roof(rows: Sequence[Row]) -> str:
+    shares = [row.percent_of_roof for row in rows if row.percent_of_roof]
+    if any(row.note.startswith(ABOVE_ROOF) for row in rows):
+        return "unstable"
+    return f"{median(shares):.0f} %" if shares else ""
 
 
 def _median(rows: Sequence[Row], field: str) -> str:

@@ -19,12 +19,14 @@ import torch
 
 from bench.cases import EAGER, OURS, OURS_WITHOUT_KERNELS, Suite
 from bench.costs import Mode
+from bench.estimates import Estimate
 from bench.roofline import Roofs
 from search.files import write_text
 from search.reports.latency import device_label
 
 OK, WRONG, FAILED, NOT_SUPPORTED = "ok", "WRONG", "failed", "not supported here"
 NOT_CHECKED = "not checked"  # timed; another stage compares the result, if the time allows
+ABOVE_ROOF = "quicker than the roof, which is not stable"  # a row's note
 _WORSE = (NOT_CHECKED, OK, FAILED, WRONG)  # of two rows of a case and provider, the status later in this list is kept
 DONE, OUT_OF_TIME, NO_TIME = "done", "out of time", "no time left"  # a stage ended by itself, its limit, or the run's
 ROOT = Path(__file__).parents[1]
@@ -61,8 +63,12 @@ class Row:
     median_ms: float | None = None
     p20_ms: float | None = None
     p80_ms: float | None = None
+    median_low_ms: float | None = None  # the interval of the median
+    median_high_ms: float | None = None
     warm_median_ms: float | None = None
     back_to_back_ms: float | None = None
+    back_to_back_low_ms: float | None = None
+    back_to_back_high_ms: float | None = None
     first_call_s: float | None = None
     peak_memory_mb: float | None = None
     bytes: int | None = None
@@ -71,13 +77,31 @@ class Row:
     max_error: float | None = None
     rms_error: float | None = None
     ratio_to_best_other: float | None = None
+    ratio_low: float | None = None
+    ratio_high: float | None = None
     rounds: int = 0
+    others_percent: float | None = None  # of the processor, while it was timed
     note: str = ""
 
     @property
-    def step_ms(self) -> float | None:
-        """Time of a step in a long training: back to back, if that was measured."""
-        return self.back_to_back_ms or self.median_ms
+    def time(self) -> Estimate | None:
+        """The cold time, in milliseconds."""
+        if self.median_ms is None:
+            return None
+        return Estimate(self.median_ms, self.median_low_ms, self.median_high_ms, self.others_percent or 0.0)
+
+    @property
+    def step(self) -> Estimate | None:
+        """Time of a step in a long training, in milliseconds: back to back, if that was measured."""
+        if self.back_to_back_ms is None:
+            return self.time
+        ends = self.back_to_back_low_ms, self.back_to_back_high_ms
+        return Estimate(self.back_to_back_ms, *ends, self.others_percent or 0.0)
+
+    @property
+    def is_disturbed(self) -> bool:
+        """Whether others used so much of the processor that nothing is concluded from its time."""
+        return self.time is not None and self.time.is_disturbed
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -165,17 +189,26 @@ def eager(rows: Iterable[Row]) -> Row | None:
     return next((row for row in right(rows) if row.provider in (EAGER.name, OURS_WITHOUT_KERNELS.name)), None)
 
 
-def ratio(rows: Iterable[Row]) -> float | None:
-    """Time of the best other provider divided by ours."""
+def speed(rows: Iterable[Row]) -> Estimate | None:
+    """Time of the best other provider divided by ours, also where others disturbed one of them."""
     group = list(rows)
-    mine, other = ours(group), best_other(group)
-    return other.median_ms / mine.median_ms if mine and other and mine.median_ms and other.median_ms else None
+    times = [row.time if row else None for row in (best_other(group), ours(group))]
+    return times[0].over(times[1]) if times[0] and times[1] else None
+
+
+def ratio(rows: Iterable[Row]) -> float | None:
+    """The value of `speed`; None where others disturbed it."""
+    found = speed(rows)
+    return None if found is None or found.is_disturbed else found.value
 
 
 def with_ratio(group: list[Row]) -> list[Row]:
     """The rows of one case; ours with its ratio to the best other."""
-    value = ratio(group)
-    return [replace(row, ratio_to_best_other=value) if row.provider == OURS.name else row for row in group]
+    found = speed(group)
+    known = (None, None, None) if found is None or found.is_disturbed else (found.value, found.low, found.high)
+    names = ("ratio_to_best_other", "ratio_low", "ratio_high")
+    changes: dict[str, Any] = dict(zip(names, known, strict=True))
+    return [replace(row, **changes) if row.provider == OURS.name else row for row in group]
 
 
 def write_csv(path: Path, results: Results) -> None:

@@ -8,6 +8,7 @@ import importlib.util
 import math
 import os
 import re
+import statistics
 import subprocess
 import sys
 import time
@@ -24,7 +25,8 @@ import torch
 import fast.train_step
 from bench.cases import OURS, Case, DType, Job, Workload, supported_dtypes
 from bench.launch_trial import launched_by, precision_of_a_gpu
-from bench.measure import Attempt, Run, empty_row, note_times
+from bench.load import Others
+from bench.measure import Attempt, Run, empty_row, note_steps, note_times
 from bench.results import NOT_CHECKED
 from bench.roofline import measure_roofs
 from bench.timing import CacheFlush, Clock, Samples, interleaved, last_level_cache_bytes, warm_up_calls
@@ -110,12 +112,17 @@ def iteration(run: Run, job: Job, say: Say) -> None:
     on_gpu = device.type == "cuda"
     workload, before = job.case.workload(OURS, job.dtype, device), torch.cuda.memory_allocated(device) if on_gpu else 0
     row = replace(empty_row(job, OURS, device), status=NOT_CHECKED)  # until the stage beside eager
-    row.first_call_s, row.back_to_back_ms = say_calls(workload, device, say)
+    with Others() as others:
+        row.first_call_s, steps = say_calls(workload, device, say)
+    note_steps(row, steps)
+    row.others_percent = others.percent
     if on_gpu:
         row.peak_memory_mb = (torch.cuda.max_memory_allocated(device) - before) / 1e6
         say({"peak_memory_mb": row.peak_memory_mb, "reserved_mb": torch.cuda.max_memory_reserved(device) / 1e6})
     say(replace(row))
-    note_times(row, cold_samples(workload, device, run.rounds, launches_count=True), run.roofs)
+    with Others() as others:
+        samples = cold_samples(workload, device, run.rounds, launches_count=True)
+    note_times(row, samples, run.roofs, max(filter(None, (row.others_percent, others.percent)), default=others.percent))
     say({"cold_ms_with_launches": row.median_ms})
     say(row)
     if on_gpu:
@@ -126,17 +133,20 @@ def iteration(run: Run, job: Job, say: Say) -> None:
         say({"while_it_runs": True, **gpu_state()})
 
 
-def say_calls(workload: Workload, device: torch.device, say: Say) -> tuple[float, float]:
-    """Seconds of the first call, and milliseconds of the many with no wait between them."""
+def say_calls(workload: Workload, device: torch.device, say: Say) -> tuple[float, list[float]]:
+    """Seconds of the first call, and milliseconds of the many with no wait between them, on a GPU ten times as many."""
     first_call_s = back_to_back_ms(workload, device, 1) / 1e3
     say({"first_call_s": first_call_s})
     for call in range(2, 2 + warm_up_calls(device)):  # on a GPU one of them captures the graph
         say({"call": call, "ms": back_to_back_ms(workload, device, 1)})
-    step_ms = 0.0
-    for calls in (50, 500) if device.type == "cuda" else (3,):
-        step_ms = back_to_back_ms(workload, device, calls)
-        say({"calls_back_to_back": calls, "ms": step_ms, "loss": float(workload.parts()["output"][0])})
-    return first_call_s, step_ms
+    calls, times = (50, 10) if device.type == "cuda" else (3, 1)
+    steps = list[float]()
+    for number in range(times):
+        steps.append(back_to_back_ms(workload, device, calls))
+        if number in (0, times - 1):
+            loss = float(workload.parts()["output"][0])
+            say({"calls_back_to_back": calls * len(steps), "ms": statistics.fmean(steps), "loss": loss})
+    return first_call_s, steps
 
 
 def cold_samples(workload: Workload, device: torch.device, rounds: int, *, launches_count: bool) -> Samples:

@@ -6,6 +6,7 @@ lane to their left for its own arrow to the concatenation. So no arrows cross, f
 """
 
 import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -13,11 +14,12 @@ from typing import Any, Literal, NamedTuple, assert_never
 
 import matplotlib
 import numpy as np
+from markupsafe import escape
 from matplotlib.axes import Axes
 from matplotlib.colorbar import Colorbar
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch
 from matplotlib.path import Path as Curve
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
@@ -28,17 +30,20 @@ from reference.dense_prediction_cell import BranchOptions
 from search.cells.reach import Size
 from search.cells.receptive_field import centre_of, effective_receptive_field, structural_receptive_field
 
+Titles = Mapping[str, Sequence[str]]  # of dots, by the `gid` of their artist
+
 INK = "#20242c"  # text and axes; the page's own text colour where a picture stands in a page
 _SEARCHED = BranchOptions(training=False)  # output stride 16, the authors' pooling
 _FAINTEST = 1e-3  # of the largest gradient: smaller values have one colour
 
 # All in inches at natural size.
 BOX_WIDTH, BOX_HEIGHT, BAR_HEIGHT = 1.16, 0.46, 0.34
-COLUMN_GAP, LAYER_GAP, LANE_WIDTH, MARGIN = 0.18, 0.38, 0.2, 0.04
+COLUMN_GAP, LAYER_GAP, LANE_WIDTH, MARGIN = 0.18, 0.38, 0.2, 0.08  # a number stands out of its box by 0.06
 FONT_SIZE = 9.0
 
 _BAR_COLOURS = ("#e6e8ec", "#7a828f")
 _ARROW_COLOUR = "#7a828f"
+_ON_BOXES = "#1b1f27"  # always dark, because the boxes are light
 
 
 class Box(NamedTuple):
@@ -159,7 +164,10 @@ def _arrow(source: Box, start: float, x: float, y: float) -> Curve:
 
 
 def draw_cell(cell: Cell, axes: Axes) -> None:
-    """Draw the cell's graph, top to bottom, as large as `axes` allows. The figure must have its final size."""
+    """Draw the cell's graph, top to bottom, as large as `axes` allows. The figure must have its final size.
+
+    Branches have the numbers by which a cell's JSON names them as `input`; there −1 is the feature F.
+    """
     layout = layout_cell(cell)
     axes.set(xlim=(0, layout.width), ylim=(0, layout.height), aspect="equal")
     axes.set_axis_off()
@@ -171,9 +179,10 @@ def draw_cell(cell: Cell, axes: Axes) -> None:
         )
         axes.add_patch(arrow)
     _draw_box(axes, layout.feature, "feature F", _BAR_COLOURS, scale)
-    for branch, box in zip(cell.branches, layout.branches, strict=True):
+    for i, (branch, box) in enumerate(zip(cell.branches, layout.branches, strict=True)):
         label = operation_label(branch.operation).replace(", ", "\n")
         _draw_box(axes, box, label, operation_colours(branch.operation), scale)
+        _draw_number(axes, i, box, operation_colours(branch.operation), scale)
     _draw_box(axes, layout.projection, "concat + 1×1", _BAR_COLOURS, scale)
 
 
@@ -189,9 +198,16 @@ def _draw_box(axes: Axes, box: Box, label: str, colours: tuple[str, str], scale:
         linewidth=1.1 * scale,
     )
     axes.add_patch(shape)
-    axes.text(
-        box.x, box.y, label, ha="center", va="center", fontsize=FONT_SIZE * scale, color="#1b1f27", linespacing=1.25
-    )  # always dark, because the boxes are light
+    size = FONT_SIZE * scale
+    axes.text(box.x, box.y, label, ha="center", va="center", fontsize=size, color=_ON_BOXES, linespacing=1.25)
+
+
+def _draw_number(axes: Axes, number: int, box: Box, colours: tuple[str, str], scale: float) -> None:
+    """The branch's number on a corner of its box, where it meets no arrow."""
+    x, y, (_, edge) = box.x - box.width / 2 + 0.03, box.top + 0.02, colours
+    axes.add_patch(Circle((x, y), 0.085, facecolor="white", edgecolor=edge, linewidth=1.1 * scale))
+    size = (FONT_SIZE - 2) * scale
+    axes.text(x, y, f"{number}", ha="center", va="center_baseline", fontsize=size, fontweight="bold", color=_ON_BOXES)
 
 
 def draw_paths(cell: Cell, axes: Axes, size: Size, options: BranchOptions = _SEARCHED) -> None:
@@ -314,14 +330,42 @@ def show_grid(axes: Axes, axis: Literal["both", "x", "y"] = "both") -> None:
     axes.grid(axis=axis, color=INK, alpha=0.12, linewidth=0.6)
 
 
-def figure_svg(figure: Figure, description: str) -> str:
-    """A figure as an SVG element that can stand in an HTML page: no prolog, no metadata, ink in the page's text colour."""
+def figure_svg(figure: Figure, description: str, titles: Titles | None = None) -> str:
+    """A figure as an SVG element that can stand in an HTML page: no prolog, no metadata, ink in the page's text colour.
+
+    `titles` are shown on hover, see `with_titles`.
+    """
     buffer = StringIO()
     save_figure(figure, buffer, "svg", transparent=True)
-    svg = buffer.getvalue()
+    svg = with_titles(buffer.getvalue(), titles or {})
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    quoted = description.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
-    return svg.replace("<svg ", f'<svg role="img" aria-label="{quoted}" ', 1).replace(INK, "currentColor")
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(description)}" ', 1).replace(INK, "currentColor")
+
+
+def with_titles(svg: str, titles: Titles) -> str:
+    """A figure's SVG in which dots have titles, which are shown on hover.
+
+    The keys are the `gid` of artists; the values have a title for each marker, in the order in which they are drawn.
+    """
+    for gid, names in titles.items():
+        start = svg.index(f'<g id="{gid}">')
+        left = iter(names)
+
+        def titled(use: re.Match[str], left: Iterator[str] = left) -> str:
+            return f"<g><title>{escape(next(left))}</title>{use[0]}</g>"
+
+        svg = svg[:start] + re.sub(r"<use [^>]*/>", titled, svg[start:], count=len(names))
+    return svg
+
+
+def shortened(name: str, limit: int = 28) -> str:
+    """A name that fits: of a long one the middle is left out.
+
+    >>> shortened("mobilenetv2_100.ra_in1k_on_camvid", 20), shortened("aspp")
+    ('mobilenetv2…n_camvid', 'aspp')
+    """
+    tail = 2 * limit // 5
+    return name if len(name) <= limit else f"{name[: limit - tail - 1]}…{name[-tail:]}"
 
 
 def save_figure(figure: Figure, target: Path | StringIO, suffix: str, **options: Any) -> None:

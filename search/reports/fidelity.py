@@ -143,7 +143,7 @@ def write_report(directory: Path, scores: Sequence[Score], protocols: Sequence[s
 
 def _scatter(scores: Sequence[Score], first: str, second: str, measure: Measure) -> Scatter:
     x, y = cell_scores(scores, first), cell_scores(scores, second)
-    points = [Point(x[name], y[name], _MARKED.get(name)) for name in x if name in y]
+    points = [Point(x[name], y[name], _MARKED.get(name), name) for name in x if name in y]
     return Scatter(points, measure.name, _LABELS[first], _LABELS[second])
 
 
@@ -196,7 +196,12 @@ def _page(
         columns = [_cell_column(name, by_protocol[protocol], means[protocol]) for protocol in protocols]
         rows.append(f"| {name} | {' | '.join(columns)} |")
     head = ["| cell | " + " | ".join(_LABELS[protocol] for protocol in protocols) + " |", "|---" * (len(protocols) + 1) + "|"]
-    figure = [f"![{measure.name} of each cell under each pair of protocols](fidelity.png)", ""] if has_figure else []
+    figure = [
+        f"![{measure.name} of each cell under each pair of protocols](fidelity.png)",
+        "",
+        "A dot of [fidelity.svg](fidelity.svg) says on hover which cell it is.",
+        "",
+    ]
     return "\n".join(
         [
             "# Fidelity",
@@ -207,7 +212,7 @@ def _page(
             summary,
             "```",
             "",
-            *figure,
+            *(figure if has_figure else []),
             f"{measure.name} in percent, ± one standard deviation over seeds, and the rank under that protocol:",
             "",
             *head,

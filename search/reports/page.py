@@ -5,10 +5,11 @@ from typing import Any
 
 import jinja2
 import numpy as np
+from markupsafe import Markup, escape
 
 from search.errors import InputError
 from search.files import write_text
-from search.reports.diagram import operation_colours, operation_label
+from search.reports.diagram import operation_colours, operation_label, shortened
 
 
 def write_page(path: Path, template: str, content: dict[str, Any]) -> None:
@@ -26,12 +27,23 @@ def write_page(path: Path, template: str, content: dict[str, Any]) -> None:
         "operation_label": operation_label,
         "operation_colours": operation_colours,
         "milliseconds": milliseconds,
+        "name": name_in_page,
     }
     page = environment.get_template(template).render(content)
     try:
         write_text(path, page)
     except OSError as error:
         raise InputError(f"cannot write {path} ({error.strerror}): make its folder writable, or give another place") from error
+
+
+def name_in_page(name: str) -> Markup:
+    """A name somebody gave, so that a long one does not stretch the page: its middle is left out, and hovering shows it all.
+
+    >>> name_in_page("R&D")
+    Markup('R&amp;D')
+    """
+    short = shortened(name)
+    return escape(name) if short == name else Markup('<span title="{}">{}</span>').format(name, short)
 
 
 def percent(fraction: float, digits: int = 2) -> str:

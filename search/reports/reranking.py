@@ -144,7 +144,7 @@ def finish_reranking(directory: Path, rows: list[Reranked], seeds: int, task: De
         print(f"\nSpearman's rho of proxy and final score takes {MIN_POINTS} cells of the search; here are {len(found)}")
     else:
         print(f"\nproxy and final score, {rho.count} cells: Spearman's {rho}, with its 95 % bootstrap interval")
-    print(f"\nranks: {directory / 'ranks.csv'}\npicture: {directory / 'scatter.png'}")
+    print(f"\nranks: {directory / 'ranks.csv'}\npicture: {directory / 'scatter.png'} (scatter.svg names each dot)")
     print(f"best cell: {directory / 'best_cell.json'}, {found[0].candidate.name}")
     print(f"its network: {found[0].folder / 'last.safetensors'}")
 
@@ -201,7 +201,12 @@ def _write_csv(path: Path, rows: list[Reranked], task: DenseTask) -> None:
 def _draw(path: Path, rows: list[Reranked], rho: RankCorrelation | None, score: Measure) -> None:
     """Draw figure 4b: a dot for each cell, the known ones marked, and the ρ of the others above."""
     points = [
-        Point(row.candidate.proxy_scores, row.scores, None if row.candidate.proxy_rank else row.candidate.name)
+        Point(
+            row.candidate.proxy_scores,
+            row.scores,
+            None if row.candidate.proxy_rank else row.candidate.name,
+            row.candidate.name,
+        )
         for row in rows
         if row.candidate.proxy_scores and row.is_scored
     ]

@@ -10,10 +10,6 @@ from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
-from markupsafe import Markup
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -23,54 +19,17 @@ from reference.cell import Cell
 from search.dense_tasks import DenseTask, Label, details_beside, mean_details, measures_beside
 from search.errors import InputError
 from search.reports.cells import draw_pictures
-from search.reports.diagram import INK, figure_svg, show_grid, style_axes
+from search.reports.charts import Group, draw_charts, groups_of
 from search.reports.latency import Latencies, measure_latencies
 from search.reports.page import percent, write_page
 from search.runs.search import BEST_HEAD, head_name
-from search.runs.study import FOUND, Run, TrialRecord, comparison_label, ranked
+from search.runs.study import Run, TrialRecord, ranked
 from search.settings import known
 from search.tasks.proxy import ProxyResult
 
 _TOP, _DRAWN_BEST, _DRAWN_WORST = 10, 3, 2
-_TRIAL_COLOUR, _BEST_COLOUR = "#4a7fd0", "#cf3f4f"
-_GROUP_COLOURS, _OWN_COLOUR = {"aspp": "#d9822b", "dpc": "#8e62c8"}, "#3d8f5f"
 _EXAMPLE_SIDE = 640  # pixels, at most
 _COLOURS_SHARE = 0.65  # of a map's colours, where they are laid over the picture
-
-
-@dataclass(frozen=True)
-class Group:
-    """One cell with its proxy scores, one per seed."""
-
-    name: str
-    cell: Cell
-    results: tuple[ProxyResult, ...]
-
-    @property
-    def label(self) -> str:
-        return comparison_label(self.name, {"aspp": "ASPP", "dpc": "Published DPC"})
-
-    @property
-    def is_found(self) -> bool:
-        """Whether it is the search's best cell, scored again."""
-        return self.name.startswith(FOUND)
-
-    @property
-    def colour(self) -> str:
-        return _BEST_COLOUR if self.is_found else _GROUP_COLOURS.get(self.name, _OWN_COLOUR)
-
-    @property
-    def scores(self) -> list[float]:
-        return [result.score for result in self.results]
-
-    @property
-    def mean(self) -> float:
-        return float(np.mean(self.scores))
-
-    @property
-    def std(self) -> float | None:
-        """Sample standard deviation over seeds; None for a single seed."""
-        return float(np.std(self.scores, ddof=1)) if len(self.scores) > 1 else None
 
 
 @dataclass(frozen=True)
@@ -98,7 +57,7 @@ def write_report(run: Run, device: str | None = None) -> Path:
 
 
 def _content(run: Run, device: str | None) -> dict[str, Any]:
-    best, groups = ranked(run.trials), _groups(run)
+    best, groups = ranked(run.trials), groups_of(run)
     trained = _trained_cells(run, best, groups)
     rows = list(_rows(run, best, groups))
     maps = _example_maps(run)
@@ -113,7 +72,7 @@ def _content(run: Run, device: str | None) -> dict[str, Any]:
         "fair": fair,  # the best of many is partly luck; its second score is not
         "compared_score": fair.mean if fair else best[0].result.score if best and best[0].result else None,
         "spread": _spread,
-        "charts": list(_charts(run, best, groups)),
+        "charts": list(draw_charts(run, best, groups)),
         "drawings": list(_drawings(run, best, groups, trained)),
         "rows": rows,
         "latencies": _latencies(run, rows, trained, device) if device and trained and rows else None,
@@ -123,12 +82,6 @@ def _content(run: Run, device: str | None) -> dict[str, Any]:
         "legend": run.task.legend([each for example in maps for each in example.maps.values()]) if maps else [],
         "hexadecimal": "#{:02x}{:02x}{:02x}".format,
     }
-
-
-def _groups(run: Run) -> list[Group]:
-    names = dict.fromkeys(record.name for record in run.baselines)
-    records = {name: [record for record in run.baselines if record.name == name] for name in names}
-    return [Group(name, same[0].cell, tuple(record.result for record in same)) for name, same in records.items()]
 
 
 def _spread(group: Group) -> str:
@@ -225,119 +178,6 @@ def _detail_columns(best: Sequence[TrialRecord], groups: Sequence[Group]) -> lis
     for group in groups:
         columns.append({"label": group.label, "details": mean_details([result.scores for result in group.results])})
     return columns
-
-
-def _charts(run: Run, best: Sequence[TrialRecord], groups: Sequence[Group]) -> Iterator[dict[str, Any]]:
-    if not best:
-        return
-    has_spread = any(group.std is not None for group in groups)
-    charts = (
-        (
-            "Scores of all cells",
-            _draw_distribution,
-            "Each distinct cell once" + ("; bands show ± one standard deviation over seeds." if has_spread else "."),
-        ),
-        ("Progress of the search", _draw_progress, "Dots are trials, the line is the best so far."),
-        (
-            "Score against cost",
-            _draw_cost,
-            "Multiply-adds of the cell for one validation image; the line joins the Pareto front.",
-        ),
-        ("Training loss", _draw_loss, "The best cell, and every seed of the cells beside it; running means."),
-    )
-    for heading, draw, caption in charts:
-        figure = Figure(figsize=(5.2, 3.3), layout="constrained")
-        axes = figure.add_subplot()
-        style_axes(axes)
-        show_grid(axes)
-        draw(axes, run, best, groups)
-        handles, labels = axes.get_legend_handles_labels()
-        figure.legend(
-            handles, labels, loc="outside upper left", ncols=4, fontsize=8, frameon=False, labelcolor=INK, columnspacing=1.2
-        )
-        yield {"heading": heading, "caption": caption, "svg": Markup(figure_svg(figure, heading))}
-
-
-def _draw_distribution(axes: Axes, run: Run, best: Sequence[TrialRecord], groups: Sequence[Group]) -> None:
-    scores = [100 * record.result.score for record in best if record.result]
-    bins = np.histogram_bin_edges(scores, bins=int(np.clip(2 * np.sqrt(len(scores)), 1, 60)))
-    axes.hist(scores, bins=list(bins), color=_TRIAL_COLOUR, edgecolor="none", rwidth=0.94, label="search")
-    for group in groups:
-        axes.axvline(100 * group.mean, color=group.colour, linewidth=1.8, label=group.label)
-        if group.std is not None:
-            axes.axvspan(100 * (group.mean - group.std), 100 * (group.mean + group.std), color=group.colour, alpha=0.15, lw=0)
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set(xlabel=f"{run.task.score.name} (%)", ylabel="cells")
-
-
-def _draw_progress(axes: Axes, run: Run, best: Sequence[TrialRecord], groups: Sequence[Group]) -> None:
-    scored = [(record.number, 100 * record.result.score) for record in run.trials if record.result]
-    numbers, scores = zip(*scored, strict=True)
-    axes.plot(numbers, scores, "o", color=_TRIAL_COLOUR, alpha=0.6, markersize=4, markeredgewidth=0)
-    last = max(record.number for record in run.trials)
-    best_so_far = np.maximum.accumulate(scores)
-    axes.step(
-        [*numbers, last], [*best_so_far, best_so_far[-1]], where="post", color=_TRIAL_COLOUR, lw=1.8, label="best so far"
-    )
-    for group in groups:
-        axes.axhline(100 * group.mean, color=group.colour, linewidth=1.5, linestyle=(0, (4, 2)), label=group.label)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set(xlabel="trial", ylabel=f"{run.task.score.name} (%)")
-
-
-def _draw_cost(axes: Axes, run: Run, best: Sequence[TrialRecord], groups: Sequence[Group]) -> None:
-    points = sorted((record.result.multiply_adds / 1e9, 100 * record.result.score) for record in best if record.result)
-    costs, scores = zip(*points, strict=True)
-    axes.plot(costs, scores, "o", color=_TRIAL_COLOUR, alpha=0.6, markersize=4.5, markeredgewidth=0, label="search")
-    front = pareto_front(points)
-    axes.plot(*zip(*front, strict=True), "o-", color=_TRIAL_COLOUR, markersize=4.5, linewidth=1.2)
-    for group in groups:
-        axes.errorbar(
-            group.results[0].multiply_adds / 1e9,
-            100 * group.mean,
-            yerr=None if group.std is None else 100 * group.std,
-            fmt="D",
-            color=group.colour,
-            markersize=6,
-            capsize=3,
-            label=group.label,
-        )
-    axes.set(xlabel="multiply-adds (10⁹)", ylabel=f"{run.task.score.name} (%)")
-
-
-def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Points (cost, score), by cost, for which no other point is as cheap and better, or cheaper and as good.
-
-    >>> pareto_front([(2.0, 0.5), (1.0, 0.4), (3.0, 0.5), (1.0, 0.3)])
-    [(1.0, 0.4), (2.0, 0.5)]
-    """
-    front: list[tuple[float, float]] = []
-    for cost, score in sorted(points, key=lambda point: (point[0], -point[1])):
-        if not front or score > front[-1][1]:
-            front.append((cost, score))
-    return front
-
-
-def _draw_loss(axes: Axes, run: Run, best: Sequence[TrialRecord], groups: Sequence[Group]) -> None:
-    for group in groups:
-        for k, result in enumerate(group.results):
-            axes.plot(
-                *_smooth(result.loss_curve), color=group.colour, lw=1.1, label=group.label if k == 0 else None, alpha=0.8
-            )
-    for record in best[:1]:
-        assert record.result is not None  # it is ranked
-        axes.plot(*_smooth(record.result.loss_curve), color=_TRIAL_COLOUR, lw=2, label=f"best, trial {record.number}")
-    axes.set(xlabel="iteration", ylabel="loss (per pixel)")
-
-
-def _smooth(curve: Sequence[tuple[int, float]]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Running mean over 1/25 of the curve: iterations and losses."""
-    points = np.array(curve, dtype=np.float64).reshape(-1, 2)
-    window = max(1, len(points) // 25)
-    if not len(points):
-        return points[:, 0], points[:, 1]
-    kernel = np.full(window, 1.0 / window)
-    return np.convolve(points[:, 0], kernel, "valid"), np.convolve(points[:, 1], kernel, "valid")
 
 
 @dataclass(frozen=True)

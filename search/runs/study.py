@@ -2,13 +2,14 @@
 
 Its folder holds `settings.json`, and an Optuna storage (`study.db`, SQLite, or any database by URL) with two studies: the
 search, one trial per cell, and the comparison, one trial per known or winning cell and seed. Each trial has its cell and its
-result as attributes, so the run is complete without any other file. One process writes; a file lock, which ends with its
-process, keeps a second one out. A trial that was interrupted is still RUNNING in the study and is evaluated again, as the
-same trial.
+result as attributes, so the run is complete without any other file: whole as system attributes, which dashboards do not show,
+and what people look for as user attributes. One process writes; a file lock, which ends with its process, keeps a second one
+out. A trial that was interrupted is still RUNNING in the study and is evaluated again, as the same trial.
 """
 
 import json
 import uuid
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -24,7 +25,7 @@ from reference.cell import GRID_SIZES, RATES, Cell
 from reference.dense_prediction_cell import rate_multiplier_for
 from search.cells.reach import FeatureMaps
 from search.cells.space import SearchSpace, canonical_form
-from search.dense_tasks import DenseTask, Scores, restored_task
+from search.dense_tasks import DenseTask, Scores, details_beside, measures_beside, restored_task
 from search.errors import InputError
 from search.folder import Folder
 from search.interrupts import ctrl_c_waits
@@ -101,15 +102,23 @@ class Study:
     """The two Optuna studies of a run, for the process that writes. They must exist if no sampler is given."""
 
     @ctrl_c_waits()
-    def __init__(self, directory: Path, url: str, run_id: str, sampler: optuna.samplers.BaseSampler | None = None) -> None:
+    def __init__(
+        self, directory: Path, url: str, run_id: str, task: DenseTask, sampler: optuna.samplers.BaseSampler | None = None
+    ) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.directory = directory
+        self._task = task
         self._storage = optuna.storages.RDBStorage(url)
         create = partial(optuna.create_study, direction="maximize", load_if_exists=True)
         opened: Callable[..., optuna.Study] = optuna.load_study if sampler is None else create
         self.search = opened(storage=self._storage, study_name=f"{run_id} search", sampler=sampler)
         random = optuna.samplers.RandomSampler()
         self.comparison = opened(storage=self._storage, study_name=f"{run_id} comparison", sampler=random)
+        if sampler is not None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                for study in (self.search, self.comparison):  # also of a run that was begun without
+                    study.set_metric_names([task.score.name])
 
     @ctrl_c_waits()
     def unfinished(self) -> list[optuna.Trial]:
@@ -119,14 +128,15 @@ class Study:
     @ctrl_c_waits()
     def tell(self, study: optuna.Study, number: int, cell: Cell, result: ProxyResult, **attributes: Any) -> None:
         """Record a result: all attributes first, the state last, so that a trial is either complete or will be done again."""
-        attributes |= {"cell": json.loads(cell.to_json()), "result": asdict(result)}
-        self._set_attributes(study, number, attributes)
+        whole = {"cell": json.loads(cell.to_json()), "result": asdict(result)}
+        self._set_attributes(study, number, attributes | self._shown(cell, result), whole)
         study.tell(number, result.score)
 
     @ctrl_c_waits()
     def tell_failure(self, number: int, cell: Cell, reason: str) -> None:
         """Record that a cell of the search has no score, and why."""
-        self._set_attributes(self.search, number, {"cell": json.loads(cell.to_json()), "failure": reason})
+        shown, whole = {"cell": str(cell), "failure": reason}, {"cell": json.loads(cell.to_json())}
+        self._set_attributes(self.search, number, shown, whole)
         self.search.tell(number, state=TrialState.FAIL)
 
     @ctrl_c_waits()
@@ -138,8 +148,9 @@ class Study:
     @ctrl_c_waits()
     def compared(self, name: str) -> set[int]:
         """The seeds with which `name` was scored or has failed; an interrupted comparison does not count."""
-        told = [frozen.user_attrs for frozen in _with_state(self.comparison, TrialState.COMPLETE)]
-        told += [f.user_attrs for f in _with_state(self.comparison, TrialState.FAIL) if "failure" in f.user_attrs]
+        told = [_attributes(frozen) for frozen in _with_state(self.comparison, TrialState.COMPLETE)]
+        failed = map(_attributes, _with_state(self.comparison, TrialState.FAIL))
+        told += [attributes for attributes in failed if "failure" in attributes]
         return {attributes["seed"] for attributes in told if attributes["name"] == name}
 
     @ctrl_c_waits()
@@ -151,13 +162,13 @@ class Study:
     @ctrl_c_waits()
     def records(self) -> list[TrialRecord]:
         finished = _with_state(self.search, TrialState.COMPLETE, TrialState.FAIL)
-        return [_trial_record(frozen) for frozen in finished if "cell" in frozen.user_attrs]
+        return [_trial_record(frozen) for frozen in finished if "cell" in _attributes(frozen)]
 
     @ctrl_c_waits()
     def baselines(self) -> list[BaselineRecord]:
         records = []
         for frozen in _with_state(self.comparison, TrialState.COMPLETE):
-            attributes = frozen.user_attrs
+            attributes = _attributes(frozen)
             cell, result = _cell(attributes), _result(attributes["result"])
             records.append(BaselineRecord(attributes["name"], attributes["seed"], cell, result))
         return records
@@ -165,10 +176,21 @@ class Study:
     def _revive(self, study: optuna.Study, frozen: FrozenTrial) -> optuna.Trial:
         return optuna.Trial(study, frozen._trial_id)  # parameters that its sampler had not proposed yet are proposed now
 
-    def _set_attributes(self, study: optuna.Study, number: int, attributes: dict[str, Any]) -> None:
+    def _shown(self, cell: Cell, result: ProxyResult) -> dict[str, Any]:
+        """What a dashboard shows of a scored cell, beside the score."""
+        measures, values = measures_beside(self._task), details_beside(self._task, [result.scores])
+        beside = {measure.heading: value for measure, value in zip(measures, values, strict=True)}
+        cost = {"parameters": result.parameters, "multiply-adds": result.multiply_adds}
+        return {"cell": str(cell), **beside, **cost, "seconds": round(result.seconds, 1)}
+
+    def _set_attributes(
+        self, study: optuna.Study, number: int, shown: Mapping[str, Any], whole: Mapping[str, Any] | None = None
+    ) -> None:
         trial_id = self._storage.get_trial_id_from_study_id_trial_number(study._study_id, number)
-        for key, value in attributes.items():
+        for key, value in shown.items():
             self._storage.set_trial_user_attr(trial_id, key, value)
+        for key, value in (whole or {}).items():
+            self._storage.set_trial_system_attr(trial_id, key, value)
 
 
 @contextmanager
@@ -193,11 +215,11 @@ def open_run(
     try:
         with folder.locked():
             before = folder.description()
-            run_id = _run_id(folder, before) if before else uuid.uuid4().hex  # names its studies, also in a shared database
+            run_id = _run_id(folder, before) if before else _new_id(directory)
             description = {"id": run_id, "storage": storage, "settings": plain(asdict(settings))}
             description |= task.describe() | {"space": plain(asdict(space))}
             folder.begin(identity, command, defaults=defaults, **description)
-            yield Study(directory, url, run_id, sampler)
+            yield Study(directory, url, run_id, task, sampler)
     except (SQLAlchemyError, optuna.exceptions.OptunaError, ImportError) as error:
         raise InputError(f"the study {url} cannot be used ({_first_line(error)}): check `storage` and the disk") from error
     except OSError as error:
@@ -219,7 +241,7 @@ def load_run(directory: Path) -> Run:
         path = directory / "settings.json"
         raise InputError(f"{path} is damaged ({error}): delete the run {directory} and start it again") from error
     try:
-        study = _study_of(directory, url, run_id)
+        study = _study_of(directory, url, run_id, task)
         trials, baselines = study.records(), study.baselines()
     except (SQLAlchemyError, optuna.exceptions.OptunaError, ImportError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"the study of {directory} cannot be read: {_first_line(error)}") from error
@@ -243,18 +265,23 @@ def _earlier_space(identity: Mapping[str, Any]) -> SearchSpace:
     return SearchSpace(identity["branches"], RATES, GRID_SIZES, maps)
 
 
+def _new_id(directory: Path) -> str:
+    """The name of a run's studies: that of its folder, for people, and what tells it apart in a shared database."""
+    return f"{directory.absolute().name} {uuid.uuid4().hex[:8]}"
+
+
 def _run_id(folder: Folder, description: dict[str, Any]) -> str:
     if "id" not in description:
         raise InputError(f"{folder.path / 'settings.json'} is damaged ('id'): delete the run {folder.path} and start it again")
     return str(description["id"])
 
 
-def _study_of(directory: Path, url: str, run_id: str) -> Study:
+def _study_of(directory: Path, url: str, run_id: str, task: DenseTask) -> Study:
     """Open the existing study. Opening an absent SQLite file would create it, so that is refused."""
     file = url.removeprefix("sqlite:///")
     if file != url and not Path(file).is_file():
         raise InputError(f"the study of {directory} is not at {file}: copy that file too, or begin where it is named from")
-    return Study(directory, url, run_id)
+    return Study(directory, url, run_id, task)
 
 
 def ranked(records: list[TrialRecord]) -> list[TrialRecord]:
@@ -276,9 +303,14 @@ def _with_state(study: optuna.Study, *states: TrialState) -> list[FrozenTrial]:
 
 
 def _trial_record(frozen: FrozenTrial) -> TrialRecord:
-    attributes = frozen.user_attrs
+    attributes = _attributes(frozen)
     result = _result(attributes["result"]) if frozen.state == TrialState.COMPLETE else None
     return TrialRecord(frozen.number, _cell(attributes), result, attributes.get("failure"), attributes.get("duplicate_of"))
+
+
+def _attributes(frozen: FrozenTrial) -> dict[str, Any]:
+    """All attributes of a trial; the whole cell and result are user attributes of runs that an earlier version began."""
+    return frozen.user_attrs | frozen.system_attrs
 
 
 def _cell(attributes: dict[str, Any]) -> Cell:

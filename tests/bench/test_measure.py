@@ -7,6 +7,7 @@ from unittest import mock
 import pytest
 import torch
 
+import bench.load
 import bench.measure
 from bench.cases import EAGER, EAGER_CHANNELS_LAST, OURS, SUITES, Case, Job, Provider, Suite
 from bench.measure import measure
@@ -24,6 +25,7 @@ def measure_tiny(case: Case = SEPARABLE, **changes: Any) -> list[Row]:
     with (
         mock.patch.object(bench.measure, "in_fresh_process", return_value=FirstCall(1.5, 3_000_000)),
         mock.patch.object(bench.measure, "CacheFlush"),
+        mock.patch.object(bench.load, "_cpu_times", return_value=None),  # tests also run on busy machines
     ):
         return measure(job, CPU, 2, ROOFS)
 
@@ -103,6 +105,17 @@ def test_kernels_are_off_for_the_provider_without(monkeypatch: pytest.MonkeyPatc
     without = Provider("without", is_ours=True, uses_kernels=False)
     assert measure_tiny(providers=(without,))[0].status == "ok"
     assert seen == {None}
+
+
+@pytest.mark.parametrize("percent", [1.0, 48.0])
+def test_what_others_use_meanwhile_is_noted(monkeypatch: pytest.MonkeyPatch, percent: float) -> None:
+    monkeypatch.setattr(bench.load, "percent_between", lambda before, after, cores: percent)
+    with mock.patch.object(bench.measure, "CacheFlush"):
+        rows = measure(Job(SEPARABLE, "float32", (OURS, EAGER)), CPU, 7, ROOFS)
+    assert [row.others_percent for row in rows] == [percent, percent]
+    assert all((row.percent_of_roof is None) == (percent > 5) for row in rows)
+    assert [row.ratio_to_best_other is None for row in rows] == [percent > 5, True]
+    assert all((row.median_low_ms or 9e9) <= (row.median_ms or 0) <= (row.median_high_ms or 0) for row in rows)
 
 
 @pytest.mark.parametrize("suite", SUITES)

@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import subprocess
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,15 @@ import bench.run
 import bench.runner
 from bench.cases import COMPILE, EAGER, OURS, Job
 from bench.costs import Cost
-from bench.measure import Run, measure
+from bench.measure import Run, measure, note_times
 from bench.plans import NEW_CELL
 from bench.plots import draw
 from bench.report import table
-from bench.results import Environment, Results, Row, environment, ratio, write_csv
+from bench.results import Environment, Results, Row, environment, ratio, with_ratio, write_csv
 from bench.roofline import NO_ROOFS, Roofs, measure_roofs
 from bench.run import SUMMARY, BenchSettings, main, write
 from bench.targets import extrapolation, judged_targets
+from bench.timing import Samples
 from fast.atrous_separable_conv import atrous_separable_conv
 from search.errors import InputError
 from tests.bench.tiny_runs import CPU, ENVIRONMENT, ROOFS, SEPARABLE, plan_of, row, tiny_results
@@ -142,6 +144,97 @@ def test_targets_are_met_missed_or_not_measured() -> None:
     assert len(found) == 4
 
 
+ITERATION = "proxy iteration: at least 4× as quick as the best of PyTorch"
+
+
+def judged(ours_ms: Sequence[float], other_ms: Sequence[float], **changes: Any) -> str:
+    """The verdict on an iteration from the times of its rounds, with a roof that allows 1 ms."""
+    rows = []
+    for provider, times in (("ours", ours_ms), ("eager", other_ms)):
+        made = row(provider, None, status="ok", bytes=10**7, flops=1)
+        note_times(made, Samples(list(times), []), ROOFS, changes.get("others_percent"))
+        rows.append(made)
+    return verdicts(results_of(*rows))[ITERATION]
+
+
+TEN = [100.0, 99.0, 101.0, 98.0, 102.0, 97.0, 103.0, 96.0, 104.0, 95.0]  # the interval of the median: 96 to 103
+
+
+@pytest.mark.parametrize(
+    ("ratio", "verdict"),
+    [
+        (4.5, "met: 4.50× (4.35× to 4.66×)"),
+        (4.1, "undecided: 4.10× (3.96× to 4.25×)"),
+        (3.9, "undecided: 3.90× (3.77× to 4.04×)"),
+        (3.6, "missed: 3.60× (3.48× to 3.73×)"),
+    ],
+)
+def test_a_verdict_holds_for_the_whole_interval(ratio: float, verdict: str) -> None:
+    assert judged(TEN, [ratio * 99.5] * 10) == verdict
+
+
+def test_one_slow_round_changes_no_verdict() -> None:
+    assert judged([*TEN[:9], 5000.0], [450.0] * 9 + [9.0]) == "met: 4.48× (4.33× to 4.64×)"
+
+
+def test_three_rounds_decide_nothing() -> None:
+    assert judged([100.0] * 3, [900.0] * 3) == "undecided: 9.00× (too few rounds)"
+
+
+@pytest.mark.parametrize(("others", "verdict"), [(4.9, "met: 15.00×"), (48.0, "no verdict: 15.00× (busy machine)")])
+def test_a_busy_machine_gets_no_verdict(others: float, verdict: str) -> None:
+    assert judged([100.0] * 10, [1500.0] * 10, others_percent=others) == verdict
+
+
+def test_a_busy_machine_is_named_in_the_table_and_the_files(tmp_path: Path) -> None:
+    busy = {"others_percent": 48.0}
+    rows = [row("ours", 100.0, **busy), row("eager", 1505.0, **busy), row("ours", 1.0, case=NEW_CELL, others_percent=1.0)]
+    results = results_of()
+    for each in rows:
+        results.add(each)
+    cells = cells_of(results)
+    assert (cells["iteration"]["ours"], cells["iteration"]["ratio"], cells["iteration"]["roof"]) == ("100", "busy", "busy")
+    assert cells[NEW_CELL]["ratio"] == ""
+    write(results, tmp_path, SUMMARY)
+    for text in (table(results), (tmp_path / "summary.md").read_text()):
+        assert "**Busy machine.** Others used up to 48 % of the processor during 1 of the cases." in text
+        assert "(the paper: 2,590 GPU-days), on a busy machine" in text
+        assert "15.05" not in text.replace("no verdict: 15.05× (busy machine)", "")
+    with (tmp_path / "rows.csv").open(newline="") as file:
+        read = list(csv.DictReader(file))
+    assert [(line["others_percent"], line["ratio_to_best_other"]) for line in read] == [("48", ""), ("48", ""), ("1", "")]
+
+
+def test_the_ends_of_a_ratio_are_in_the_file() -> None:
+    mine, other = row("ours", 2.0, median_low_ms=1.0, median_high_ms=4.0), row("eager", 10.0, median_low_ms=8.0)
+    first, _ = with_ratio([mine, other])
+    assert (first.ratio_low, first.ratio_to_best_other, first.ratio_high) == (2.0, 5.0, 10.0)
+
+
+def test_an_unstable_roof_is_said_and_nothing_is_measured_by_it(tmp_path: Path) -> None:
+    results = results_of()
+    results.hear(
+        "roofs", {"roof": "copy", "gb_per_s": 1.0, "unstable": "the best of 7 calls is 35 % quicker than their median"}
+    )
+    made = row("ours", 1.0, bytes=10**6, flops=1)
+    note_times(made, Samples([1.0] * 10, []), results.roofs, None)
+    results.add(made)
+    assert made.percent_of_roof is None
+    write(results, tmp_path, SUMMARY)
+    said = "**Unstable roof**, copy: the best of 7 calls is 35 % quicker than their median."
+    assert said in table(results)
+    assert said in (tmp_path / "summary.md").read_text()
+
+
+def test_who_is_quicker_than_the_roof_has_no_share_of_it() -> None:
+    made = row("ours", 1.0, bytes=10**7, flops=1)  # 1 ms at 10 GB/s
+    note_times(made, Samples([0.1355] * 10, []), ROOFS, None)
+    assert (made.percent_of_roof, made.note) == (None, "quicker than the roof, which is not stable (738 %)")
+    assert cells_of(results_of(made))["iteration"]["roof"] == "unstable"
+    note_times(made, Samples([0.9, 1.1] * 5, []), ROOFS, None)  # it may be as quick as that
+    assert made.percent_of_roof == pytest.approx(100.0)
+
+
 def test_gpu_targets_are_judged_on_a_gpu_only() -> None:
     rows = [row("ours", 0.5), row("eager", 5.0), row("ours", 40.0, case=NEW_CELL)]
     found = verdicts(results_of(*rows, cuda="13.0"))
@@ -181,7 +274,7 @@ def test_measured_roofs_are_those_of_a_computer(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("bench.roofline.last_level_cache_bytes", lambda device: 1 << 20)
     roofs = NO_ROOFS
     for number in measure_roofs(CPU, ["float32"]):
-        roofs = roofs.with_number(number)
+        roofs = roofs.with_number(number)  # also one that is not stable, as on a busy machine
     assert 0.1 < roofs.copy_gb_per_s < 10_000  # a slip of units would be a factor of a thousand
     assert 0.1 < roofs.matrix_gflops["float32"] < 100_000
 

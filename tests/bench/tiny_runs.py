@@ -96,5 +96,7 @@ def row(provider: str, median_ms: float | None, **changes: Any) -> Row:
         median_ms=median_ms,
         p20_ms=median_ms,
         p80_ms=median_ms,
+        median_low_ms=median_ms,
+        median_high_ms=median_ms,
     )
     return replace(made, **changes)

@@ -17,8 +17,9 @@ from search.dense_tasks import Scores
 from search.dense_tasks.segmentation import Segmentation
 from search.errors import InputError
 from search.report import ReportSettings, main
+from search.reports.charts import groups_of, pareto_front
 from search.reports.page import percent, quantity
-from search.reports.run import pareto_front, write_report
+from search.reports.run import write_report
 from search.runs.study import BaselineRecord, Run, RunSettings, TrialRecord
 from search.settings import BackboneSettings, DataSettings, FeatureSettings, HeadSettings, MachineSettings
 from search.tasks.proxy import ProxyResult
@@ -99,6 +100,44 @@ def test_own_cells_are_compared_by_their_names(tmp_path: Path) -> None:
     assert "mine 42.00 % ± 1.41, n = 2 best cell again +2.00 points" in text  # a tile
     assert "mine again" not in text
     assert "trial 1 again (n = 1)" in text
+
+
+def test_every_dot_says_whose_it_is(tmp_path: Path) -> None:
+    """In each of the two charts with dots, in the place of its trial's score."""
+    run = make_run(tmp_path, [0.30, None, 0.45, 0.35], BASELINES | {'"mine" & <more>': [0.43]})
+    page = read_report(run)
+    dots = re.findall(r'<title>([^<]+)</title><use [^>]*y="([\d.]+)"', page)
+    of_trials = [(title, float(y)) for title, y in dots if title.startswith("trial")]
+    assert [title.splitlines()[0] for title, _ in of_trials] == [
+        f"trial {number}: mIOU {score} %, 600 M multiply-adds"
+        for number, score in ((0, "30.00"), (2, "45.00"), (3, "35.00"), (2, "45.00"), (3, "35.00"), (0, "30.00"))
+    ]
+    for chart in (of_trials[:3], of_trials[3:]):
+        assert sorted(chart, key=lambda dot: dot[1]) == sorted(chart, key=lambda dot: dot[0].split("mIOU")[1], reverse=True)
+    compared = [html.unescape(title).splitlines()[0] for title, _ in dots if not title.startswith("trial")]
+    assert compared == ["ASPP: 42.00 %", "Published DPC: 42.00 %", '"mine" & <more>: 43.00 %']
+
+
+def test_no_two_compared_cells_look_alike(tmp_path: Path) -> None:
+    """Also the search's best of an earlier and of a later day, and more cells than there are colours."""
+    names = ["aspp", "dpc", "trial 0", "trial 1", *(f"mine {k}" for k in range(8))]
+    groups = groups_of(make_run(tmp_path, [0.3, 0.4], {name: [0.4] for name in names}))
+    assert [group.name for group in groups] == names
+    assert len({(group.colour, group.dashes) for group in groups}) == len(names)
+    assert len({(group.colour, group.marker) for group in groups}) == len(names)
+    assert len({group.colour for group in groups[:5]}) == 5
+
+
+def test_long_names_are_short_in_the_page_and_whole_on_hover(tmp_path: Path) -> None:
+    long_name, long_class = "cell_" * 40, "class_" * 40
+    run = make_run(tmp_path, [0.3, 0.4], {long_name: [0.4]})
+    run = replace(run, task=Segmentation((long_class, "car", "sky"), np.zeros((3, 3), np.uint8)))
+    write_examples(run)
+    page = read_report(run)
+    shown = re.sub(r'title="[^"]*"|<title>[^<]*</title>', "", page)
+    assert not re.search(r"(cell_){6}|(class_){6}", shown)
+    assert page.count(f'title="{long_name}"') == 2  # its tile and the table of classes; one of cells adds the seeds
+    assert f'title="{long_class}"' in page
 
 
 def test_a_run_keeps_its_report_in_its_folder(tmp_path: Path) -> None:

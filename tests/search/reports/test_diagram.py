@@ -24,6 +24,7 @@ from search.reports.diagram import (
     branch_weights_svg,
     cell_svg,
     draw_branch_weights,
+    draw_cell,
     draw_effective_field,
     draw_paths,
     effective_field_svg,
@@ -94,9 +95,22 @@ def test_arrows_out_of_the_cell_never_share_a_lane(num_branches: int, seed: int)
 
 
 @given(cells)
-def test_every_branch_is_labelled_once(cell: Cell) -> None:
+def test_every_branch_is_labelled_and_numbered_once(cell: Cell) -> None:
+    numbers = map(str, range(len(cell.branches)))
     labels = [line for branch in cell.branches for line in operation_label(branch.operation).split(", ")]
-    assert texts(cell_svg(cell)) == Counter([*labels, "feature F", "concat + 1×1"])
+    assert texts(cell_svg(cell)) == Counter([*numbers, *labels, "feature F", "concat + 1×1"])
+
+
+def test_each_number_stands_at_its_own_box() -> None:
+    cell = load_cell("dpc")
+    axes = Figure(figsize=(5, 5)).add_axes((0, 0, 1, 1))
+    draw_cell(cell, axes)
+    boxes = layout_cell(cell).branches
+    places = {int(text.get_text()): text.get_position() for text in axes.texts if text.get_text().isdigit()}
+    for number, (x, y) in places.items():
+        nearest = min(boxes, key=lambda box: abs(box.x - box.width / 2 - x) + abs(box.top - y))
+        assert nearest == boxes[number]
+    assert sorted(places) == list(range(5))
 
 
 def test_labels() -> None:

@@ -1,14 +1,16 @@
 """Scatters of scores: what is drawn where, and that the file is whole."""
 
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
-import pytest
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from PIL import Image
 
-from search.reports.scatter import Point, Scatter, draw_scatter, write_scatters
+from search.reports.scatter import Point, Scatter, draw_scatter, label_best, write_scatters
 
 POINTS = [Point([0.1], [0.5]), Point([0.2, 0.4], [0.5, 0.7], "aspp"), Point([0.4], [0.9]), Point([0.5], [0.8])]
 
@@ -43,16 +45,35 @@ def test_two_points_have_no_rank_correlation() -> None:
     assert axes.get_title() == ""
 
 
-@pytest.mark.parametrize("suffix", [".png", ".svg"])
-def test_the_file_is_whole_and_alone(tmp_path: Path, suffix: str) -> None:
-    path = tmp_path / "new" / f"scatter{suffix}"
+def test_the_file_is_whole_and_alone_but_for_the_svg(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "scatter.png"
     write_scatters(path, [Scatter(POINTS, "mIOU", "proxy", "end to end")])
-    assert [file.name for file in path.parent.iterdir()] == [path.name]
-    if suffix == ".png":
-        with Image.open(path) as picture:
-            picture.verify()
-    else:
-        assert path.read_text(encoding="utf-8").rstrip().endswith("</svg>")
+    assert sorted(file.name for file in path.parent.iterdir()) == ["scatter.png", "scatter.svg"]
+    with Image.open(path) as picture:
+        picture.verify()
+    assert path.with_suffix(".svg").read_text(encoding="utf-8").rstrip().endswith("</svg>")
+
+
+def test_dots_of_the_svg_say_whose_they_are(tmp_path: Path) -> None:
+    named = [replace(point, name=name) for point, name in zip(POINTS, ("r6 & r12", "aspp", "pool", "1x1"), strict=True)]
+    write_scatters(tmp_path / "s.png", [Scatter(named, "mIOU", "proxy", "end to end")] * 2)
+    svg = ElementTree.parse(tmp_path / "s.svg")
+    titles = [title.text for title in svg.iter("{http://www.w3.org/2000/svg}title")]
+    expected = ["r6 & r12: 10.00 %, 50.00 %", "aspp: 30.00 %, 60.00 %", "pool: 40.00 %, 90.00 %", "1x1: 50.00 %, 80.00 %"]
+    assert Counter(titles) == Counter(2 * expected)
+
+
+def test_the_best_are_named_and_names_do_not_meet() -> None:
+    axes = Figure().add_subplot()
+    axes.set(xlim=(0, 100), ylim=(0, 100))
+    label_best(axes, [(10, 20, "d"), (90, 90, "a"), (89, 89, "b"), (20, 80, "c")], count=3)
+    assert [text.get_text() for text in axes.texts] == ["a", "c"]
+
+
+def test_a_long_name_is_shortened_in_the_picture() -> None:
+    axes = Figure().add_subplot()
+    draw_scatter(axes, Scatter([Point([0.1], [0.2], "a" * 200)], "mIOU", "proxy", "end to end"))
+    assert [len(text.get_text()) for text in axes.texts] == [28]
 
 
 def test_four_scatters_take_two_rows(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ import search.runs.study
 from reference.cell import OPERATIONS, Branch, Cell, Conv1x1
 from search.cells.sampler import create_sampler, suggest_cell
 from search.cells.space import SearchSpace, load_cell
-from search.dense_tasks import Scores
+from search.dense_tasks import DenseTask, Scores
+from search.dense_tasks.depth import Depth
 from search.dense_tasks.segmentation import Segmentation
 from search.errors import InputError
 from search.runs.study import RunSettings, Study, TrialRecord, load_run, open_run, ranked
@@ -41,7 +43,11 @@ def make_result(score: float = 0.5) -> ProxyResult:
 
 
 def begin(
-    directory: Path, changes: dict[str, object] | None = None, *, storage: str | None = None
+    directory: Path,
+    changes: dict[str, object] | None = None,
+    *,
+    storage: str | None = None,
+    task: DenseTask | None = None,
 ) -> AbstractContextManager[Study]:
     command = "python -m search.random --data-dir 'my pictures'"
     palette = np.array([[1, 2, 3], [4, 5, 6], [255, 0, 9]], np.uint8)
@@ -53,7 +59,7 @@ def begin(
         sampler,
         storage=storage,
         command=command,
-        task=Segmentation(names, palette),
+        task=task or Segmentation(names, palette),
         settings=SETTINGS,
         space=SPACE,
         defaults={},
@@ -107,6 +113,64 @@ def test_what_was_told_is_read_back(directory: Path) -> None:
 def test_the_cells_read_back_are_those_proposed(directory: Path) -> None:
     proposed = optuna.create_study(sampler=create_sampler("paper", SPACE, 0), direction="maximize")
     assert load_run(directory).trials[0].cell == suggest_cell(proposed.ask(), SPACE)
+
+
+def stored(directory: Path) -> dict[str, Any]:
+    """Metric names, and the user attributes of each trial, as any program that reads the database finds them."""
+    storage = optuna.storages.RDBStorage(f"sqlite:///{directory / 'study.db'}")
+    studies = [optuna.load_study(study_name=name, storage=storage) for name in optuna.get_all_study_names(storage)]
+    kinds = {study.study_name.rsplit(" ", 1)[-1]: study for study in studies}
+    return {
+        kind: (study.study_name, study.metric_names, [trial.user_attrs for trial in study.get_trials()])
+        for kind, study in kinds.items()
+    }
+
+
+def test_a_dashboard_shows_names_and_what_matters_of_each_trial(directory: Path) -> None:
+    found = stored(directory)
+    cost = {"parameters": 356_160, "multiply-adds": 3 * 10**9, "seconds": 1.2}
+    proposed = [str(record.cell) for record in load_run(directory).trials]
+    name, metrics, trials = found["search"]
+    assert name.startswith("run ")
+    assert metrics == ["mIOU"]
+    assert trials == [
+        {"cell": proposed[0]} | cost,
+        {"cell": proposed[1], "failure": "the loss was nan"},
+        {"cell": proposed[2], "duplicate_of": 0} | cost,
+        {},
+    ]
+    _, metrics, trials = found["comparison"]
+    assert metrics == ["mIOU"]
+    assert trials == [{"name": "dpc", "seed": 3, "cell": str(CELL)} | cost, {}]
+
+
+def test_a_dashboard_shows_the_errors_of_depth(tmp_path: Path) -> None:
+    with begin(tmp_path / "run", task=Depth(1.0)) as study:
+        scores = Scores(0.5, (1.5, 0.25, 0.75, None))
+        result = replace(make_result(), scores=scores)
+        study.tell(study.comparison, study.comparison.ask().number, CELL, result, name="dpc", seed=0)
+        assert study.baselines()[0].result == result
+    _, metrics, trials = stored(tmp_path / "run")["comparison"]
+    assert metrics == ["δ<1.25"]
+    assert trials[0]["RMSE m"] == 1.5
+
+
+def test_a_run_whose_results_are_user_attributes_goes_on(tmp_path: Path) -> None:
+    """Those of earlier versions, whose studies had no metric names."""
+    content = {"cell": json.loads(CELL.to_json()), "result": asdict(make_result(0.75))}
+    with begin(tmp_path / "run") as study:
+        for kind, names in ((study.search, {}), (study.comparison, {"name": "dpc", "seed": 3})):
+            number = kind.ask().number
+            study._set_attributes(kind, number, names | content)
+            kind.tell(number, 0.75)
+            study._storage.set_study_system_attr(kind._study_id, "study:metric_names", None)
+    before = load_run(tmp_path / "run")
+    assert [(record.cell, record.result) for record in before.trials] == [(CELL, make_result(0.75))]
+    assert [(b.name, b.seed, b.cell, b.result) for b in before.baselines] == [("dpc", 3, CELL, make_result(0.75))]
+    with begin(tmp_path / "run") as study:
+        assert study.records() == before.trials
+        assert study.compared("dpc") == {3}
+    assert stored(tmp_path / "run")["search"][1] == ["mIOU"]
 
 
 def test_a_run_can_be_read_while_it_is_written(directory: Path) -> None:

@@ -1,0 +1,212 @@
+"""The charts of a run's page: the scores of all cells, progress, cost and loss. A dot says on hover whose it is."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import cycle
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+from reference.cell import Cell
+from search.reports.diagram import INK, Titles, figure_svg, shortened, show_grid, style_axes
+from search.reports.page import quantity
+from search.reports.scatter import label_best
+from search.runs.study import FOUND, Run, TrialRecord, comparison_label
+from search.tasks.proxy import ProxyResult
+
+_SEARCH_COLOUR = "#4a7fd0"
+# Of compared cells, in turn. Okabe and Ito's colours differ for every kind of colour vision.
+_COLOURS = ("#e69f00", "#cc79a7", "#d55e00", "#009e73", "#8a8f98")
+_MARKERS = ("D", "s", "^", "v", "P", "X", "*")
+_DASHES: tuple[Any, ...] = ("-", (0, (4, 2)), (0, (1, 1.5)))  # of lines; the next one where the colours begin again
+_LEGEND_CHARACTERS = 76  # in a row, with six for each line or dot
+
+
+@dataclass(frozen=True)
+class Group:
+    """One cell with its proxy scores, one per seed, and how it is drawn."""
+
+    name: str
+    cell: Cell
+    results: tuple[ProxyResult, ...]
+    colour: str
+    marker: str
+    dashes: Any  # a line style of matplotlib
+
+    @property
+    def label(self) -> str:
+        return comparison_label(self.name, {"aspp": "ASPP", "dpc": "Published DPC"})
+
+    @property
+    def is_found(self) -> bool:
+        """Whether it is the search's best cell, scored again."""
+        return self.name.startswith(FOUND)
+
+    @property
+    def scores(self) -> list[float]:
+        return [result.score for result in self.results]
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(self.scores))
+
+    @property
+    def std(self) -> float | None:
+        """Sample standard deviation over seeds; None for a single seed."""
+        return float(np.std(self.scores, ddof=1)) if len(self.scores) > 1 else None
+
+
+def groups_of(run: Run) -> list[Group]:
+    """The compared cells, in the order in which they were first scored."""
+    names = dict.fromkeys(record.name for record in run.baselines)
+    looks = zip(cycle(_COLOURS), cycle(_MARKERS), cycle([dashes for dashes in _DASHES for _ in _COLOURS]), strict=False)
+    groups = []
+    for name, look in zip(names, looks, strict=False):
+        same = [record for record in run.baselines if record.name == name]
+        groups.append(Group(name, same[0].cell, tuple(record.result for record in same), *look))
+    return groups
+
+
+def draw_charts(run: Run, best: Sequence[TrialRecord], groups: Sequence[Group]) -> Iterator[dict[str, Any]]:
+    """Draw the distinct cells, best first, and the compared ones: heading, caption and SVG element of each chart."""
+    if not best:
+        return
+    has_spread = any(group.std is not None for group in groups)
+    charts = (
+        (
+            "Scores of all cells",
+            _draw_distribution,
+            "Each distinct cell once" + ("; bands show ± one standard deviation over seeds." if has_spread else "."),
+        ),
+        (
+            "Progress of the search",
+            _draw_progress,
+            "Dots are trials, the best with their numbers; the line is the best so far. Point at a dot to see its cell.",
+        ),
+        (
+            "Score against cost",
+            _draw_cost,
+            "Multiply-adds of the cell for one validation image; the line joins the Pareto front. Dots name their cells, too.",
+        ),
+        ("Training loss", _draw_loss, "The best cell, and every seed of the cells beside it; running means."),
+    )
+    for heading, draw, caption in charts:
+        figure = Figure(figsize=(5.2, 3.3), layout="constrained")
+        axes = figure.add_subplot()
+        style_axes(axes)
+        show_grid(axes)
+        titles = draw(axes, run, best, groups)
+        _draw_legend(figure, axes)
+        yield {"heading": heading, "caption": caption, "svg": Markup(figure_svg(figure, heading, titles))}
+
+
+def _draw_legend(figure: Figure, axes: Axes) -> None:
+    """As many columns as the longest name allows; each further row makes the picture higher."""
+    handles, names = axes.get_legend_handles_labels()
+    labels = [shortened(name) for name in names]
+    columns = int(np.clip(_LEGEND_CHARACTERS // (max(map(len, labels)) + 6), 1, 4))
+    rows = -(-len(labels) // columns)
+    figure.set_size_inches(5.2, 3.3 + 0.17 * (rows - 1))
+    figure.legend(
+        handles, labels, loc="outside upper left", ncols=columns, fontsize=8, frameon=False, labelcolor=INK, columnspacing=1.2
+    )
+
+
+def _draw_distribution(axes: Axes, run: Run, best: Sequence[TrialRecord], groups: Sequence[Group]) -> Titles:
+    scores = [100 * record.result.score for record in best if record.result]
+    bins = np.histogram_bin_edges(scores, bins=int(np.clip(2 * np.sqrt(len(scores)), 1, 60)))
+    axes.hist(scores, bins=list(bins), color=_SEARCH_COLOUR, edgecolor="none", rwidth=0.94, label="search")
+    for group in groups:
+        axes.axvline(100 * group.mean, color=group.colour, linewidth=1.8, linestyle=group.dashes, label=group.label)
+        if group.std is not None:
+            axes.axvspan(100 * (group.mean - group.std), 100 * (group.mean + group.std), color=group.colour, alpha=0.15, lw=0)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set(xlabel=f"{run.task.score.name} (%)", ylabel="cells")
+    return {}
+
+
+def _draw_progress(axes: Axes, run: Run, best: Sequence[TrialRecord], groups: Sequence[Group]) -> Titles:
+    scored = [(record.number, 100 * record.result.score) for record in run.trials if record.result]
+    numbers, scores = zip(*scored, strict=True)
+    last = max(record.number for record in run.trials)
+    best_so_far = np.maximum.accumulate(scores)
+    axes.step(
+        [*numbers, last], [*best_so_far, best_so_far[-1]], where="post", color=_SEARCH_COLOUR, lw=1.8, label="best so far"
+    )
+    for group in groups:
+        axes.axhline(100 * group.mean, color=group.colour, linewidth=1.5, linestyle=group.dashes, label=group.label)
+    axes.plot(numbers, scores, "o", color=_SEARCH_COLOUR, alpha=0.6, markersize=4.5, markeredgewidth=0, gid="trials", zorder=3)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.set(xlim=(-0.03 * last - 0.5, 1.03 * last + 0.5), xlabel="trial", ylabel=f"{run.task.score.name} (%)")
+    label_best(axes, [(record.number, 100 * record.result.score, f"{record.number}") for record in best if record.result])
+    return {"trials": [_title(run, record) for record in run.trials if record.result]}
+
+
+def _draw_cost(axes: Axes, run: Run, best: Sequence[TrialRecord], groups: Sequence[Group]) -> Titles:
+    dots = {record.number: _cost_and_score(record.result) for record in best if record.result}
+    front = pareto_front(list(dots.values()))
+    costs, scores = zip(*dots.values(), strict=True)
+    look: dict[str, Any] = {"color": _SEARCH_COLOUR, "alpha": 0.6, "markersize": 4.5, "markeredgewidth": 0, "gid": "trials"}
+    axes.plot(*zip(*front, strict=True), "-", color=_SEARCH_COLOUR, linewidth=1.2)
+    axes.plot(costs, scores, "o", label="search", zorder=3, **look)
+    titles = {"trials": [_title(run, record) for record in best if record.result]}
+    for number, group in enumerate(groups):
+        cost, score = group.results[0].multiply_adds / 1e9, 100 * group.mean
+        spread = None if group.std is None else 100 * group.std
+        gid, look = f"compared{number}", {"color": group.colour, "markersize": 6, "capsize": 3, "zorder": 4}
+        axes.errorbar(cost, score, yerr=spread, fmt=group.marker, label=group.label, gid=gid, **look)
+        titles[gid] = [f"{group.label}: {score:.2f} %\n{group.cell}"]
+    axes.set(xlabel="multiply-adds (10⁹)", ylabel=f"{run.task.score.name} (%)")
+    label_best(axes, [(*dot, f"{number}") for number, dot in dots.items()])
+    return titles
+
+
+def _cost_and_score(result: ProxyResult) -> tuple[float, float]:
+    return result.multiply_adds / 1e9, 100 * result.score
+
+
+def _title(run: Run, record: TrialRecord) -> str:
+    """What a trial's dot says on hover."""
+    assert record.result is not None  # it has a dot
+    score, cost = run.task.score.text(record.result.score), quantity(record.result.multiply_adds)
+    return f"trial {record.number}: {run.task.score.name} {score}, {cost} multiply-adds\n{record.cell}"
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Points (cost, score), by cost, for which no other point is as cheap and better, or cheaper and as good.
+
+    >>> pareto_front([(2.0, 0.5), (1.0, 0.4), (3.0, 0.5), (1.0, 0.3)])
+    [(1.0, 0.4), (2.0, 0.5)]
+    """
+    front: list[tuple[float, float]] = []
+    for cost, score in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not front or score > front[-1][1]:
+            front.append((cost, score))
+    return front
+
+
+def _draw_loss(axes: Axes, run: Run, best: Sequence[TrialRecord], groups: Sequence[Group]) -> Titles:
+    for group in groups:
+        for k, result in enumerate(group.results):
+            label = group.label if k == 0 else None
+            axes.plot(*_smooth(result.loss_curve), linestyle=group.dashes, color=group.colour, lw=1.1, label=label, alpha=0.8)
+    for record in best[:1]:
+        assert record.result is not None  # it is ranked
+        axes.plot(*_smooth(record.result.loss_curve), color=_SEARCH_COLOUR, lw=2, label=f"best, trial {record.number}")
+    axes.set(xlabel="iteration", ylabel="loss (per pixel)")
+    return {}
+
+
+def _smooth(curve: Sequence[tuple[int, float]]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Running mean over 1/25 of the curve: iterations and losses."""
+    points = np.array(curve, dtype=np.float64).reshape(-1, 2)
+    window = max(1, len(points) // 25)
+    if not len(points):
+        return points[:, 0], points[:, 1]
+    kernel = np.full(window, 1.0 / window)
+    return np.convolve(points[:, 0], kernel, "valid"), np.convolve(points[:, 1], kernel, "valid")
