@@ -26,7 +26,7 @@ def test_predictions_are_label_ids_in_the_servers_places(tmp_path: Path) -> None
 
     class City(Made):
         name = "cityscapes"
-        task = Segmentation(cityscapes.CLASS_NAMES, cityscapes.PALETTE, cityscapes.LABEL_IDS)
+        task = Segmentation(cityscapes.CLASS_NAMES, cityscapes.PALETTE, cityscapes.LABEL_IDS, grey_files=True)
 
     path = prediction_path(tmp_path, City(), "bonn_000000_000019")
     assert path == tmp_path / "bonn_000000_000019.png"
@@ -51,7 +51,8 @@ def test_predictions_are_label_ids_in_the_servers_places(tmp_path: Path) -> None
 def test_an_overlay_shows_prediction_and_label_side_by_side() -> None:
     sample = Sample(np.full((20, 480, 3), 100, np.uint8), np.full((20, 480), 2, np.uint8), "x")
     sample.label[:, :240] = IGNORE_INDEX
-    page = np.array(overlay(sample, np.zeros((20, 480), np.uint8), Made.task)).astype(int)
+    maps = {"prediction of x": np.zeros((20, 480), np.uint8), "label": sample.label}
+    page = np.array(overlay(sample.image, maps, Made.task)).astype(int)
     row = 22 + 10  # a heading, then the pictures
     blended = [np.round(0.4 * 100 + 0.6 * np.array(colour)) for colour in ((0, 0, 255), (255, 255, 255), (255, 0, 0))]
     for column, colour in zip((8 + 240, 8 + 488 + 120, 8 + 488 + 360), blended, strict=True):
@@ -78,7 +79,7 @@ def test_the_command_prints_and_writes_everything(
     search.evaluate.main(settings)
     table = capsys.readouterr().out
     scores = json.loads((tmp_path / "scores.json").read_text())
-    dataset = open_dataset("camvid", "val", tiny.data.data_dir)
+    dataset = open_dataset("camvid", "val", tiny.data_dir)
     assert all(f"\n{name} " in table for name in dataset.task.outputs)
     assert f"mIOU {100 * scores['mean_iou']:>20.2f}".split() == table[table.index("mIOU") :].split()[:2]
     confusion = np.zeros((11, 11), np.int64)
