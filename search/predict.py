@@ -57,9 +57,8 @@ def main(settings: PredictSettings) -> None:
         write_json(settings.out / "task.json", {"task": predictor.task.name, **predictor.task.describe()})
         failures = _predict(predictor, pictures, settings.out)
     done = len(pictures) - failures
-    print(
-        f"{done} picture{'' if done == 1 else 's'}: {settings.out}/masks, overlays, shares.csv; task.json explains the masks"
-    )
+    counted = f"{done} picture{'' if done == 1 else 's'}"
+    print(f"{counted}: masks, overlays and shares.csv in {settings.out}; task.json says what the masks' values mean")
     if failures:
         print(f"{failures} of {len(pictures)} pictures could not be predicted, as said above", file=sys.stderr)
         sys.exit(1)

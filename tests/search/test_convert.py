@@ -176,10 +176,10 @@ def test_pooling_is_pinned_to_the_crop_of_the_training() -> None:
     with torch.no_grad():
         # The authors' code at this crop: windows of 5 × 5 in a map of 7 × 7.
         features = pinned.backbone(images)
-        (branch,) = (b for b in pinned.head.context.branches if hasattr(b, "pooling"))
+        branch: Any = next(branch for branch in pinned.head.context.branches if hasattr(branch, "pooling"))
         means = torch.nn.functional.avg_pool2d(features, 5, stride=1)
-        conv, norm = branch.pointwise.weight, branch.pointwise.norm
-        expected = bilinear_resize(norm(torch.nn.functional.conv2d(means, conv)).relu(), (7, 7))
+        conv: Any = branch.pointwise
+        expected = bilinear_resize(conv.norm(torch.nn.functional.conv2d(means, conv.weight)).relu(), (7, 7))
         actual = branch(NormedMap(features)).raw
         np.testing.assert_allclose(actual, expected, rtol=0, atol=MADE_BOUND)
         assert (free(images) - pinned(images)).abs().max() > 1e-4
@@ -201,7 +201,7 @@ def test_the_file_says_how_the_authors_evaluate(tmp_path: Path, classes: int, ev
     weights = variables["logits/semantic/weights"]
     variables["logits/semantic/weights"] = np.zeros((*weights.shape[:3], classes), np.float32)
     variables["logits/semantic/biases"] = np.zeros(classes, np.float32)
-    np.savez(tmp_path / "variables.npz", **variables)
+    np.savez(tmp_path / "variables.npz", **variables)  # type: ignore[arg-type]  # it has no argument of such a name
     main(ConvertSettings(checkpoint=tmp_path / "variables.npz", out=tmp_path / "n.safetensors"))
     assert load_network(tmp_path / "n.safetensors")[1]["evaluation"] == evaluation
     (tmp_path / "broken.npz").write_bytes(b"PK")
