@@ -135,10 +135,14 @@ class Segmentation:
         return [(name, colour) for name, colour in shown if colour is not None] + unlabelled
 
     def encoded(self, prediction: Label) -> Image.Image:
-        """One 8-bit label id per pixel, with a palette of the classes' colours unless the data set's files have none."""
-        picture = Image.fromarray(np.array(self.label_ids, np.uint8)[prediction])
-        if not self.grey_files:
-            colours = np.zeros((max(self.label_ids) + 1, 3), np.uint8)
+        """One label id per pixel, with a palette of the classes' colours unless the data set's files have none.
+
+        Ids above 255 need 16 bits, which have no palette.
+        """
+        largest = max(self.label_ids)
+        picture = Image.fromarray(np.array(self.label_ids, np.uint8 if largest < 256 else np.uint16)[prediction])
+        if not self.grey_files and largest < 256:
+            colours = np.zeros((largest + 1, 3), np.uint8)
             colours[list(self.label_ids)] = self.palette
             picture.putpalette(colours.tobytes())  # turns it into mode P; the numbers stay
         return picture

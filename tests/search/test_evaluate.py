@@ -177,6 +177,13 @@ def test_predictions_of_own_data_are_label_ids_in_the_classes_colours(tmp_path: 
         assert [picture.convert("RGB").getpixel((x, 0)) for x in (0, 1)] == [(1, 2, 3), (4, 5, 60)]
 
 
+def test_label_ids_above_255_have_16_bits(tmp_path: Path) -> None:
+    write_prediction(tmp_path / "a.png", np.array([[0, 1]], np.uint8), Segmentation(("soil", "crop"), label_ids=(9, 300)))
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.mode == "I;16"
+        np.testing.assert_array_equal(np.array(picture), [[9, 300]])
+
+
 def test_a_legend_has_what_occurs_and_room_for_it() -> None:
     names = ("a class whose name is as long as a sentence", *(f"class {i}" for i in range(1, 9)))
     task = Segmentation(names)
