@@ -10,6 +10,7 @@ From Python:
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
-from torch import Tensor
+from torch import Tensor, nn
 
 from fast.checkpoint import load_network
 from fast.segmentation import SegmentationNetwork
@@ -110,10 +111,30 @@ class Predictor:
         if self.network.backbone.mean.device.type != "cpu" or not _MEMORY.is_file():
             return
         free = 1024 * int(_MEMORY.read_text().split("MemAvailable:")[1].split()[0])
-        needed = 4 * len(self.task.outputs) * size[0] * size[1]  # the outputs at the picture's size, in float32
+        pixels = size[0] * size[1] * max(1.0, *self.settings.scales) ** 2
+        # The picture before and after normalisation, with the widest layer or the outputs, either twice: libraries of
+        # convolutions copy their maps (MobileNet-v2 was measured to take 1.6 times its widest layer), and softmax does.
+        needed = 4 * pixels * (6 + 2 * max(self._widest_layer, len(self.task.outputs)))
         if needed > free:
-            have = f"{needed / 1e9:.1f} GB for its outputs alone, {free / 1e9:.1f} are free"
-            raise _too_large(name, size, have)
+            raise _too_large(name, size, f"about {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} are free")
+
+    @cached_property
+    def _widest_layer(self) -> float:
+        """How many numbers for each pixel the widest layer of the backbone reads and gives, counted on a small picture."""
+        side, counts = 129, [0]
+
+        def count(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            counts.append(sum(each.numel() for each in (*inputs, output) if isinstance(each, Tensor)))
+
+        layers = (module for module in self.network.backbone.body.modules() if not list(module.children()))
+        handles = [layer.register_forward_hook(count) for layer in layers]
+        try:
+            with torch.no_grad():
+                self.network.backbone(torch.zeros(1, 3, side, side))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return max(counts) / side**2
 
 
 def read_picture(path: str | Path) -> NDArray[np.uint8]:

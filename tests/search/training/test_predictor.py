@@ -11,9 +11,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import search.training.predictor
+from fast.backbone import timm_backbone
 from fast.batch_norm import recompute_statistics
 from fast.checkpoint import load_network, save_network
-from fast.segmentation import SegmentationNetwork
+from fast.dense_prediction_cell import DensePredictionCell
+from fast.segmentation import SegmentationHead, SegmentationNetwork
+from search.cells.space import load_cell
 from search.dense_tasks.segmentation import voc_palette
 from search.errors import InputError
 from search.settings import PredictionSettings
@@ -170,11 +173,18 @@ def test_what_needs_more_memory_than_there_is_is_refused(file: Path, tmp_path: P
     memory = tmp_path / "meminfo"
     monkeypatch.setattr(search.training.predictor, "_MEMORY", memory)
     predictor = Predictor.load(file, device="cpu")
-    memory.write_text("MemTotal:  9 kB\nMemAvailable:  24 kB\n")  # 33 × 65 × 3 outputs take 25.7 kB
-    with pytest.raises(InputError, match=r"picture a\.png of 33 × 65 pixels needs .* GB for its outputs alone"):
+    # 33 × 65 pixels take some 14 numbers each: a picture twice, and twice the widest layer, with 3 channels before it and 4 at
+    # a quarter of the pixels after it.
+    memory.write_text("MemTotal:  900 kB\nMemAvailable:  117 kB\n")
+    with pytest.raises(InputError, match=r"picture a\.png of 33 × 65 pixels needs about 0\.0 GB of memory"):
         predictor.predict_pixels(pixels(), "a.png")
-    memory.write_text("MemTotal:  9 kB\nMemAvailable:  26 kB\n")
+    memory.write_text("MemTotal:  9 kB\nMemAvailable:  118 kB\n")
     assert predictor.predict(pixels()).shape == (20, 30)
+    larger = Predictor.load(file, PredictionSettings(scales=(0.5, 2.0)), device="cpu")
+    with pytest.raises(InputError, match="smaller `scales`"):
+        larger.predict(pixels())
+    memory.write_text("MemTotal:  9 kB\nMemAvailable:  472 kB\n")
+    assert larger.predict(pixels()).shape == (20, 30)
 
     def full(*arguments: Any, **options: Any) -> None:
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:119] DefaultCPUAllocator: can't allocate memory")
@@ -182,6 +192,15 @@ def test_what_needs_more_memory_than_there_is_is_refused(file: Path, tmp_path: P
     monkeypatch.setattr(predictor.network, "forward", full)
     with pytest.raises(InputError, match="of 20 × 30 pixels needs more memory than the device has: give a smaller one"):
         predictor.predict(pixels())
+
+
+def test_the_widest_layer_is_that_of_the_largest_maps() -> None:
+    mobilenet = timm_backbone("mobilenetv2_100", weights_origin="tensorflow")
+    head = SegmentationHead(DensePredictionCell(load_cell("dpc"), 320, branch_channels=4, cell_channels=4), 3)
+    widest = Predictor(SegmentationNetwork(mobilenet, head).eval(), Made.task)._widest_layer
+    # 96 channels at stride 2 before and after a norm: 65 × 65 of 129 × 129.
+    assert widest == 2 * 96 * (65 / 129) ** 2
+    assert not any(module._forward_hooks for module in mobilenet.modules())
 
 
 def test_files_that_are_no_networks_are_refused(tmp_path: Path) -> None:
