@@ -24,7 +24,7 @@ from fast.checkpoint import load_network
 from fast.segmentation import SegmentationNetwork
 from search.datasets import evaluation_size
 from search.dense_tasks import DenseTask, Label, restored_task
-from search.devices import resolve_device
+from search.devices import is_full_memory, resolve_device
 from search.errors import InputError
 from search.settings import PredictionSettings
 from search.training.scoring import fits, input_size, predict_picture
@@ -33,7 +33,6 @@ Picture = str | Path | Image.Image | NDArray[Any]
 
 _DEFAULTS = PredictionSettings()
 _MEMORY = Path("/proc/meminfo")  # of Linux
-_FULL = ("can't allocate memory", "not enough memory", "out of memory")  # PyTorch has no exception type for a CPU
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ class Predictor:
         grey. A file is turned as its EXIF orientation says. Raises InputError for what cannot be read or is too large.
         """
         image = read_picture(picture) if isinstance(picture, str | Path) else _rgb(_opened(picture))
-        prediction = self.predict_pixels(image, str(picture) if isinstance(picture, str | Path) else "")
+        prediction = self.predict_pixels(image, str(picture) if isinstance(picture, str | Path) else "in memory")
         return prediction.cpu().numpy().astype(self.task.label_dtype)
 
     def predict_pixels(self, image: NDArray[np.uint8], name: str) -> Tensor:
@@ -102,7 +101,7 @@ class Predictor:
                     self.network, image, self.task, scales=self.settings.scales, flip=self.settings.flip, pad_to=pad_to
                 )
         except (RuntimeError, MemoryError) as error:
-            if not (isinstance(error, MemoryError) or any(words in str(error).lower() for words in _FULL)):
+            if not is_full_memory(error):
                 raise
             raise _too_large(name, picture, "more memory than the device has") from error
 

@@ -134,7 +134,7 @@ def test_settings_come_before_the_file_and_larger_pictures_keep_their_size(file:
     assert seen(PredictionSettings(), (34, 30)) == (49, 33)
     assert seen(PredictionSettings(pad_to="own"), (20, 30)) == (33, 33)
     assert seen(PredictionSettings(pad_to=(49, 49)), (20, 30)) == (49, 49)
-    with pytest.raises(InputError, match=r"picture  is \(50, 30\), larger than `pad_to` \(49, 49\)"):
+    with pytest.raises(InputError, match=r"picture in memory is \(50, 30\), larger than `pad_to` \(49, 49\)"):
         seen(PredictionSettings(pad_to=(49, 49)), (50, 30))
 
 
