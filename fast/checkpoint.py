@@ -55,10 +55,16 @@ def load_context(path: Path) -> DensePredictionCell:
 
 
 def save_network(
-    path: Path, network: SegmentationNetwork, *, task: Mapping[str, Any], source: dict[str, Any] | None = None
+    path: Path,
+    network: SegmentationNetwork,
+    *,
+    task: Mapping[str, Any],
+    source: dict[str, Any] | None = None,
+    evaluation: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write atomically; `task` says what the outputs mean, as in `save_head`, and `source` where the weights come from
-    (training settings, a converted file, and so on).
+    """Write atomically; `task` says what the outputs mean, as in `save_head`, `source` where the weights come from
+    (training settings, a converted file, and so on), and `evaluation` how it is evaluated unless told otherwise: `dataset`,
+    and the size `pad_to` that pictures are padded to.
 
     Raises ValueError for a backbone that is neither from timm nor plain, and so could not be built again from the file, and
     for class names that are not as many as the outputs.
@@ -68,6 +74,7 @@ def save_network(
         "backbone": _describe_backbone(network.backbone),
         "decoder": None if network.decoder is None else {"projected_channels": network.decoder.projected_channels},
         "source": source or {},
+        "evaluation": dict(evaluation or {}),
     }
     _write(path, network, NETWORK_FORMAT, description)
 

@@ -81,6 +81,14 @@ class DensePredictionCell(nn.Module):
         branches = [maps[i].pop() for i in range(len(self.branches))]
         return operations.pointwise_conv(branches, *self.projection.live(), dropout_rate=dropout_rate)
 
+    def pin_pooling(self, pooling_size: tuple[int, int] | None) -> None:
+        """Change `pooling_size`: the windows of pyramid pooling are those of a map of this size, or with None of each map."""
+        _check_pooling(self.pooling, pooling_size)
+        self.pooling_size = pooling_size
+        for branch in self.branches:
+            if isinstance(branch, _PoolingBranch):
+                branch.pooling["pooling_size"] = pooling_size
+
     def weights(self) -> CellWeights[Tensor]:
         """The live parameters and statistics, in the reference's containers."""
         branches = (cast(_BranchModule, branch) for branch in self.branches)

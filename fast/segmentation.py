@@ -1,6 +1,7 @@
 """Class scores from features (the cell with its classifier) or from images (with a backbone)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -110,7 +111,8 @@ def predict_scales(
     For another task than segmentation, `to_average(outputs, scale)` says what to average instead.
     This follows `predict_labels_multi_scale` of research/deeplab/model.py: the image is resized to int((H − 1)·scale + 1)
     rows, its logits to the size they have at scale 1 (larger for larger scales), then to the image's, and softmax is
-    averaged. The best class is the argmax over dimension 1. Raises ValueError for scales that are not above 0.
+    averaged. A pinned `pooling_size` of the cell is scaled as the image is (`multi_scale_logits` in the same file). The best
+    class is the argmax over dimension 1. Raises ValueError for scales that are not above 0.
     """
     if not scales or not all(scale > 0 for scale in scales):
         raise ValueError(f"scales must be numbers above 0, at least one, got {scales}")
@@ -119,13 +121,25 @@ def predict_scales(
     for scale in scales:
         scaled = bilinear_resize(images.float(), _scaled(size, scale)) if scale != 1.0 else images.float()
         for mirrored in (False, True) if flip else (False,):
-            logits = network(scaled.flip(3) if mirrored else scaled).float()
+            with _pooling_scaled(network.head.context, scale):
+                logits = network(scaled.flip(3) if mirrored else scaled).float()
             # For scales below 1, one resize to the image's size would give another result.
             logits = bilinear_resize(logits, _scaled(size, max(1.0, scale) / network.logits_stride))
             summand = to_average(bilinear_resize(logits.flip(3) if mirrored else logits, size), scale)
             total = summand if total is None else total + summand
     assert total is not None  # at least one scale
     return total / (len(scales) * (2 if flip else 1))
+
+
+@contextmanager
+def _pooling_scaled(context: DensePredictionCell, scale: float) -> Iterator[None]:
+    pinned = context.pooling_size
+    if pinned is not None:
+        context.pin_pooling(_scaled(pinned, scale))
+    try:
+        yield
+    finally:
+        context.pin_pooling(pinned)
 
 
 def _scaled(size: tuple[int, int], scale: float) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from typing import TypeVar, get_type_hints
 import tyro
 from tyro.conf import OmitArgPrefixes as Flat
 
+from search.devices import is_full_memory
 from search.errors import InputError, as_flag, with_fields
 
 # Flat: a group of settings whose fields are flags by their own names, `data: Flat[DataSettings]`. Without it the group's name
@@ -42,7 +43,7 @@ def run_command(
     except OSError as error:
         sys.exit(_fail(f"{error}: check the path, its permissions and the disk"))
     except (MemoryError, RuntimeError) as error:
-        if not _is_full_memory(error):
+        if not is_full_memory(error):
             raise
         sys.exit(_fail(f"the memory is full ({str(error).strip().splitlines()[0]}): give smaller sizes"))
     except KeyboardInterrupt:
@@ -73,12 +74,6 @@ def flags_of(settings_type: type) -> dict[str, str]:
 def this_command(prog: str) -> str:
     """The command line as it was typed, so that a user can repeat it."""
     return shlex.join([*prog.split(), *sys.argv[1:]])
-
-
-def _is_full_memory(error: Exception) -> bool:
-    """Whether the error means a full memory. PyTorch has an exception type for a full GPU, but only words for a CPU."""
-    words = ("can't allocate memory", "not enough memory", "out of memory")
-    return isinstance(error, MemoryError) or any(each in str(error).lower() for each in words)
 
 
 def _fail(message: str) -> int:

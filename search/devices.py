@@ -30,6 +30,12 @@ def resolve_device(device: str) -> str:
         raise InputError(f"`device` {device} cannot be used ({reason}): give cpu, or leave it out") from error
 
 
+def is_full_memory(error: Exception) -> bool:
+    """Whether the error means a full memory. PyTorch has an exception type for a full GPU, but only words for a CPU."""
+    words = ("can't allocate memory", "not enough memory", "out of memory")
+    return isinstance(error, MemoryError) or any(each in str(error).lower() for each in words)
+
+
 class Devices:
     """This is process `rank` of `count`; `device` is its device."""
 

@@ -339,6 +339,28 @@ class RecipeSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PredictionSettings:
+    """How whole pictures are predicted."""
+
+    scales: tuple[float, ...] = (1.0,)
+    """Scales of the picture over which predictions are averaged, such as 0.75 1.0 1.25."""
+    flip: bool = False
+    """Average over the mirror images too."""
+    pad_to: tuple[int, int] | Literal["own"] | None = None
+    """Height and width that every picture is padded to, such as 513 513; own: its own, rounded up to stride·k + 1.
+    None: what the network's file or the data set says (513 513 for pascal_voc), else own."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Number format of the products in the network: float32 or bfloat16."""
+
+    def check(self) -> None:
+        """Raises InputError for numbers that cannot work."""
+        has_scales = bool(self.scales) and all(0 < scale < math.inf for scale in self.scales)
+        require("scales", self.scales, has_scales, "numbers above 0, at least one")
+        if isinstance(self.pad_to, tuple):
+            require("pad_to", self.pad_to, min(self.pad_to) >= 1, "at least 1 each, or own")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DeviceSettings:
     """The device."""
 

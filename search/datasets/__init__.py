@@ -2,7 +2,8 @@
 
 A data set called `x` is the module `search/datasets/x.py`, listed in `DATASETS`, with `LENGTHS` (its splits and how many
 pictures each officially has) and a function `open_split(split, data_dir)`. One with labels for more tasks than one has the
-others' functions in `OTHER_TASKS`, by the task's name. Modules are imported on first use, so a reader's
+others' functions in `OTHER_TASKS`, by the task's name, and one whose pictures are to be padded to one size for evaluation has
+that size as `PAD_TO`. Modules are imported on first use, so a reader's
 dependencies are needed only for that data set. Any other folder is described by a TOML file (`described.py`).
 `python -m search.datasets check` verifies a folder; docs/datasets.md says where to get each data set.
 """
@@ -67,6 +68,14 @@ def split_names(name: str) -> tuple[str, ...]:
             f"`dataset` {name} is unknown; choose one of: {', '.join(DATASETS)}, or a TOML file that describes yours"
         )
     return tuple(importlib.import_module(f"search.datasets.{name}").LENGTHS)
+
+
+def evaluation_size(name: str | None) -> tuple[int, int] | None:
+    """Height and width that pictures of data set `name` are padded to for evaluation; None: each has its own size."""
+    if name not in DATASETS:
+        return None
+    size: tuple[int, int] | None = getattr(importlib.import_module(f"search.datasets.{name}"), "PAD_TO", None)
+    return size
 
 
 def open_unchecked(name: str, split: str, data_dir: Path | None, task: TaskName | None = None) -> Dataset:

@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from search.datasets import IGNORE_INDEX
-from search.datasets.files import DepthReader, FileDataset, LabelReader, Pair, read_lines, repeated, spans
+from search.datasets.files import DepthReader, FileDataset, LabelReader, Pair, label_colours, read_lines, repeated, spans
 from search.dense_tasks import DenseTask
 from search.dense_tasks.depth import Depth
-from search.dense_tasks.segmentation import Segmentation, voc_palette
+from search.dense_tasks.segmentation import Segmentation, default_palette
 from search.errors import InputError
 
 _FIELDS = ("classes", "depth_scale", "images", "labels", "splits", "name", "colours", "ignore", "label_ids")
@@ -42,13 +42,17 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class Description:
-    """A TOML file's content, checked. `recipe` is what the labels depend on besides their files."""
+    """A TOML file's content, checked. `recipe` is what the labels depend on besides their files.
+
+    Without `has_colours`, the palette of the label files comes before that of the task.
+    """
 
     path: Path
     name: str
     task: DenseTask
     read_label: LabelReader | DepthReader
     recipe: str
+    has_colours: bool
     images: str
     labels: str | None
     splits: Mapping[str, Split]
@@ -87,7 +91,7 @@ def open_split(path: Path, split: str, data_dir: Path | None) -> FileDataset:
     return FileDataset(
         name=description.name,
         split=split,
-        task=description.task,
+        task=_coloured(description, root),
         pairs=tuple(
             Pair(
                 name,
@@ -102,6 +106,20 @@ def open_split(path: Path, split: str, data_dir: Path | None) -> FileDataset:
         official_lengths=() if wanted.count is None else (wanted.count,),
         recipe=description.recipe,
     )
+
+
+def _coloured(description: Description, root: Path) -> DenseTask:
+    """The task in the colours of the first label file, unless the TOML file has others or that has none.
+
+    It is the same file for all splits, so that a class has one colour.
+    """
+    task = description.task
+    labelled = next((split.folder for split in description.splits.values() if split.labelled), None)
+    if not isinstance(task, Segmentation) or description.has_colours or description.labels is None or labelled is None:
+        return task
+    paths = sorted(_index(root, description.labels, labelled)[0].values())
+    colours = label_colours(paths[0], task.label_ids) if paths else None
+    return task if colours is None else Segmentation(task.class_names, colours, task.label_ids)
 
 
 def load_description(path: Path) -> Description:
@@ -131,6 +149,7 @@ def load_description(path: Path) -> Description:
         task=task,
         read_label=read_label,
         recipe=recipe,
+        has_colours="colours" in content,
         images=images,
         labels=labels,
         splits=splits,
@@ -184,7 +203,7 @@ def _name(fields: _Fields) -> str:
 def _classes(fields: _Fields) -> tuple[Segmentation, LabelReader, str]:
     """The task of a file with `classes`, who reads its labels, and what they depend on."""
     class_names = _class_names(fields)
-    palette, train_ids = _palette(fields, len(class_names)), _train_ids(fields, class_names)
+    palette, train_ids = _palette(fields, class_names), _train_ids(fields, class_names)
     reader = LabelReader(train_ids, remedy=f"correct the file, or ignore and label_ids in {fields.path}")
     return Segmentation(class_names, palette, _label_ids(train_ids, len(class_names))), reader, repr(sorted(train_ids.items()))
 
@@ -216,10 +235,10 @@ def _class_names(fields: _Fields) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _palette(fields: _Fields, classes: int) -> NDArray[np.uint8]:
+def _palette(fields: _Fields, class_names: tuple[str, ...]) -> NDArray[np.uint8]:
     if "colours" not in fields.content:
-        return voc_palette(classes)
-    colours = fields.list("colours")
+        return default_palette(class_names)
+    colours, classes = fields.list("colours"), len(class_names)
     if len(colours) != classes:
         raise fields.error(
             "colours", f"has {len(colours)} colours for {classes} classes", "give one for each, or leave it out"

@@ -48,6 +48,7 @@ CLASS_NAMES = (
     "tv monitor",
 )
 PALETTE = voc_palette(len(CLASS_NAMES))
+PAD_TO = (513, 513)  # the authors' evaluation; no picture is larger than 500 × 500
 LENGTHS = {"train": (1464,), "train_aug": (10582,), "val": (1449,), "trainval": (2913,), "test": (1456,)}
 
 _ORIGIN = "VOCtrainval_11-May-2012.tar (host.robots.ox.ac.uk/pascal/VOC/voc2012)"

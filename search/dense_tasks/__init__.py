@@ -156,7 +156,7 @@ class DenseTask(Protocol):
         """Labels or predictions as pictures (H, W, 3), the same colour for the same value in all of them."""
 
     def legend(self, maps: Sequence[Label]) -> list[tuple[str, RGB]]:
-        """What the colours of these maps mean."""
+        """What the colours of these maps mean, as far as they occur."""
 
     def encoded(self, prediction: Label) -> Image.Image:
         """A prediction as a label file of the data set would have it."""
@@ -165,6 +165,10 @@ class DenseTask(Protocol):
 
     def describe(self) -> dict[str, Any]:
         """What `restored_task` needs, as JSON has it."""
+
+    @property
+    def only_drawn(self) -> tuple[str, ...]:
+        """Fields of `describe` on which nothing but pictures depends."""
 
 
 def restored_task(description: Mapping[str, Any]) -> DenseTask:

@@ -53,6 +53,7 @@ class Depth:
     )
     details_heading = "More scores"
     is_transparent = False
+    only_drawn = ()
 
     def unlabelled(self, size: tuple[int, int]) -> Label:
         return np.full(size, np.nan, np.float32)
@@ -125,7 +126,8 @@ class Depth:
         colours = _painted(ticks, low, high).tolist()
         names = [f"{depth:.2g} m" if depth < 10 else f"{depth:.0f} m" for depth in ticks]
         shown = {name: (red, green, blue) for name, (red, green, blue) in zip(names, colours, strict=True)}
-        return [*shown.items(), ("not measured", UNLABELLED_COLOUR)]  # depths that read the same are one
+        unmeasured = [("not measured", UNLABELLED_COLOUR)] if any(np.isnan(each).any() for each in maps) else []
+        return [*shown.items(), *unmeasured]  # depths that read the same are one
 
     def encoded(self, prediction: Label) -> Image.Image:
         """16 bits per pixel, in the scale of the data set's own files; 0 would mean that nothing was measured."""

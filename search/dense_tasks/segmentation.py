@@ -23,7 +23,7 @@ class Segmentation:
     """Labels are uint8 classes 0 to K − 1, or 255 where a pixel does not count. Outputs are logits, one a class.
 
     `palette` (K, 3) uint8 RGB has the classes' colours, by default PASCAL VOC's. `label_ids` has the value of each class in
-    the data set's own label files, by default its number.
+    the data set's own label files, by default its number; if `grey_files`, these files must have no palette.
     """
 
     name: TaskName = "segmentation"
@@ -32,16 +32,20 @@ class Segmentation:
     score = Measure("mIOU", "mean_iou")
     details_heading = "IoU of each class"
     is_transparent = True
+    only_drawn = ("palette",)
 
     def __init__(
         self,
         class_names: tuple[str, ...],
         palette: NDArray[np.uint8] | None = None,
         label_ids: tuple[int, ...] | None = None,
+        *,
+        grey_files: bool = False,
     ) -> None:
         self.class_names = class_names
         self.palette = voc_palette(len(class_names)) if palette is None else palette
         self.label_ids = tuple(range(len(class_names))) if label_ids is None else label_ids
+        self.grey_files = grey_files
 
     def unlabelled(self, size: tuple[int, int]) -> Label:
         return np.full(size, IGNORE_INDEX, np.uint8)
@@ -125,19 +129,38 @@ class Segmentation:
 
     def legend(self, maps: Sequence[Label]) -> list[tuple[str, RGB]]:
         """The classes that occur."""
-        occurring = {int(value) for each in maps for value in np.unique(each)} - {IGNORE_INDEX}
+        occurring = {int(value) for each in maps for value in np.unique(each)}
         shown = [(measure.name, measure.colour) for k, measure in enumerate(self.details) if k in occurring]
-        return [(name, colour) for name, colour in shown if colour is not None] + [("not labelled", UNLABELLED_COLOUR)]
+        unlabelled = [("not labelled", UNLABELLED_COLOUR)] if IGNORE_INDEX in occurring else []
+        return [(name, colour) for name, colour in shown if colour is not None] + unlabelled
 
     def encoded(self, prediction: Label) -> Image.Image:
-        """One 8-bit label id per pixel: as a palette picture if ids are classes (VOC's own form), or else in grey."""
-        picture = Image.fromarray(np.array(self.label_ids, np.uint8)[prediction])
-        if self.label_ids == tuple(range(len(self.label_ids))):
-            picture.putpalette(self.palette.tobytes())  # turns it into mode P; the numbers stay
+        """One label id per pixel, with a palette of the classes' colours unless the data set's files have none.
+
+        Ids above 255 need 16 bits, which have no palette.
+        """
+        largest = max(self.label_ids)
+        picture = Image.fromarray(np.array(self.label_ids, np.uint8 if largest < 256 else np.uint16)[prediction])
+        if not self.grey_files and largest < 256:
+            colours = np.zeros((largest + 1, 3), np.uint8)
+            colours[list(self.label_ids)] = self.palette
+            picture.putpalette(colours.tobytes())  # turns it into mode P; the numbers stay
         return picture
 
     def describe(self) -> dict[str, Any]:
         return {"class_names": list(self.class_names), "palette": self.palette.tolist()}
+
+
+def default_palette(class_names: tuple[str, ...]) -> NDArray[np.uint8]:
+    """Colours for classes that bring none, (K, 3): PASCAL VOC's, whose first one, black, is for a class named background.
+
+    Over a picture, black looks like nothing.
+
+    >>> default_palette(("background", "weed")).tolist(), default_palette(("crop", "weed")).tolist()
+    ([[0, 0, 0], [128, 0, 0]], [[128, 0, 0], [0, 128, 0]])
+    """
+    begins_black = class_names[0].lower() == "background"
+    return voc_palette(len(class_names)) if begins_black else voc_palette(len(class_names) + 1)[1:]
 
 
 def voc_palette(classes: int) -> NDArray[np.uint8]:

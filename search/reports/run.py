@@ -22,6 +22,7 @@ from search.reports.cells import draw_pictures
 from search.reports.charts import Group, draw_charts, groups_of
 from search.reports.latency import Latencies, measure_latencies
 from search.reports.page import percent, write_page
+from search.reports.predictions import laid_over
 from search.runs.search import BEST_HEAD, head_name
 from search.runs.study import Run, TrialRecord, ranked
 from search.settings import known
@@ -29,7 +30,6 @@ from search.tasks.proxy import ProxyResult
 
 _TOP, _DRAWN_BEST, _DRAWN_WORST = 10, 3, 2
 _EXAMPLE_SIDE = 640  # pixels, at most
-_COLOURS_SHARE = 0.65  # of a map's colours, where they are laid over the picture
 
 
 @dataclass(frozen=True)
@@ -215,15 +215,13 @@ def _examples(arrays: dict[str, NDArray[Any]]) -> Iterator[Example]:
 def _example_pictures(examples: Sequence[Example], task: DenseTask) -> Iterator[list[dict[str, str]]]:
     """For each example its picture, and its maps in colours that mean the same in all examples."""
     coloured = iter(task.colours([each for example in examples for each in example.maps.values()]))
-    share = _COLOURS_SHARE if task.is_transparent else 1.0
     for example in examples:
-        drawn = {title: ((1 - share) * example.image + share * next(coloured)).astype(np.uint8) for title in example.maps}
-        pictures = {"image": example.image, **drawn}
-        yield [{"title": title, "uri": _data_uri(pixels)} for title, pixels in pictures.items()]
+        drawn = {title: laid_over(example.image, next(coloured), task) for title in example.maps}
+        pictures = {"image": Image.fromarray(example.image), **drawn}
+        yield [{"title": title, "uri": _data_uri(picture)} for title, picture in pictures.items()]
 
 
-def _data_uri(pixels: NDArray[np.uint8]) -> str:
-    picture = Image.fromarray(pixels)
+def _data_uri(picture: Image.Image) -> str:
     picture.thumbnail((_EXAMPLE_SIDE, _EXAMPLE_SIDE))
     buffer = BytesIO()
     picture.save(buffer, format="JPEG", quality=90, subsampling=0)

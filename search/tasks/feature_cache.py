@@ -188,12 +188,19 @@ def _folder(directory: Path) -> Folder:
     return Folder(directory, "feature cache", "give another `cache_dir`")
 
 
+def _as_begun(folder: Folder, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The identity with the colours that the cache was begun with, if it was: it does not depend on them."""
+    before = folder.description()
+    drawn = restored_task(identity).only_drawn
+    return {**identity, **{name: before["identity"].get(name) for name in drawn if before is not None}}
+
+
 def _done(folder: Folder, identity: Mapping[str, Any]) -> int:
     """How many images are finished. Raises InputError if the folder is damaged, or they were not made from `identity`."""
     description, progress = folder.description(), folder.result("progress")
     if description is None or progress is None:  # no image is finished, so other settings may replace these
         return 0
-    folder.check(identity)
+    folder.check(_as_begun(folder, identity))
     done, count = progress.get("done"), identity[_IMAGES]
     if not (isinstance(done, int) and 0 <= done <= count):
         raise folder.damaged("progress", ValueError(f"{done} of {count} images done"))
@@ -212,7 +219,7 @@ def _fill(folder: Folder, dataset: Dataset, backbone: Backbone, identity: dict[s
     if not done:  # nothing may count what the arrays held, because they are about to be overwritten
         for name in ("progress.json", "settings.json", "manifest.json"):  # earlier versions had the last
             (folder.path / name).unlink(missing_ok=True)
-    folder.begin(identity, command)
+    folder.begin(_as_begun(folder, identity), command)
     features, labels = (np.memmap(path, dtype, "r+" if done else "w+", shape=shape) for path, dtype, shape in arrays)
     bar = tqdm(total=count, initial=done, desc=f"features of {dataset.name} {dataset.split}", unit="image")
     with bar, torch.inference_mode():

@@ -67,17 +67,22 @@ def convert(
     cell: Cell,
     atrous_rates: tuple[int, ...] = (6, 12, 18),
     output_stride: int = 16,
+    image_pooling_crop_size: tuple[int, int] | None = None,
     moving_averages: bool = False,
 ) -> Conversion:
     """The network of a checkpoint with variables of these `shapes`, whose values `read` gives by name.
 
-    `cell` is used if the checkpoint holds a cell, `atrous_rates` if it holds ASPP. Raises InputError naming the variable that
-    is missing, unknown, of another shape or not finite.
+    `cell` is used if the checkpoint holds a cell, `atrous_rates` if it holds ASPP. `image_pooling_crop_size` pins the windows
+    of pyramid pooling to those of pictures of this size. Raises InputError naming the variable that is missing, unknown, of
+    another shape or not finite.
     """
     sources, skipped = _sources(shapes, moving_averages)
     scope = _backbone_scope(sources)
     context = _context(sources, cell, atrous_rates)
     network = _build(scope, context.cell, sources, shapes, output_stride)
+    if image_pooling_crop_size is not None:
+        height, width = (-(-extent // output_stride) for extent in image_pooling_crop_size)  # the authors' scale_dimension
+        network.head.context.pin_pooling((height, width))
     targets = _targets(network, scope, context)
     _check(targets, network, sources, shapes)
     state = network.state_dict()

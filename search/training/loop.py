@@ -27,7 +27,7 @@ from fast.batch_norm import recompute_statistics
 from fast.checkpoint import save_network
 from fast.hard_example_mining import mined_share
 from fast.segmentation import SegmentationNetwork
-from search.datasets import Dataset
+from search.datasets import Dataset, evaluation_size
 from search.dense_tasks import DenseTask, Scores
 from search.devices import Devices
 from search.errors import InputError
@@ -84,6 +84,7 @@ class Training:
     ) -> None:
         self.settings, self.recipe = settings, settings.recipe
         self.source = plain(settings if source is None else source)
+        self._evaluation = {"dataset": settings.data.dataset, "pad_to": evaluation_size(val.name)}
         self.task, self.val, self.directory, self.devices = train.task, val, directory, devices
         self.iterations = known(self.recipe.iterations)
         augmentation = create_augmentation(self.recipe, network, self.task)
@@ -252,7 +253,7 @@ class Training:
         }
         for name in ("last", "best") if is_best else ("last",):
             path = self.directory / f"{name}.safetensors"
-            save_network(path, network, task=self.task.describe(), source=source)
+            save_network(path, network, task=self.task.describe(), source=source, evaluation=self._evaluation)
 
     def _restore(self) -> None:
         state = load_state(self.directory, self.devices.device)

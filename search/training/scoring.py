@@ -1,7 +1,8 @@
 """Predictions of a network for whole pictures, and what their scores on a split follow from.
 
-Every picture is predicted whole, at its own size, padded at the bottom and right with the mean pixel to stride·k + 1 pixels,
-as the authors pad 1024 × 2048 to 1025 × 2049. Padded pixels are not scored.
+Every picture is predicted whole, padded at the bottom and right with the mean pixel: to the size that the data set is
+evaluated at (513 × 513 for PASCAL VOC), or else from its own size to stride·k + 1 pixels, as the authors pad 1024 × 2048 to
+1025 × 2049. Padded pixels are not scored.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,9 +14,8 @@ from torch import Tensor
 
 from fast.bilinear_resize import bilinear_resize
 from fast.segmentation import SegmentationNetwork, predict_scales
-from search.datasets import Dataset, Sample
+from search.datasets import Dataset, Sample, evaluation_size
 from search.dense_tasks import DenseTask, totals_of_nothing
-from search.errors import InputError
 
 
 @torch.no_grad()
@@ -28,11 +28,12 @@ def predict_picture(
     flip: bool = False,
     pad_to: tuple[int, int] | None = None,
 ) -> Tensor:
-    """The prediction per pixel: image (H, W, 3) -> (H, W), in the values of labels, on the network's device."""
+    """The prediction per pixel: image (H, W, 3) -> (H, W), in the values of labels, on the network's device.
+
+    `pad_to` is for pictures that fit into it; larger ones keep their own size.
+    """
     height, width = image.shape[:2]
-    mean, stride = network.backbone.mean, network.backbone.output_stride
-    rounded = tuple(-(-(extent - 1) // stride) * stride + 1 for extent in (height, width))
-    size = pad_to or (rounded[0], rounded[1])
+    size, mean = input_size(network, (height, width), pad_to), network.backbone.mean
     padded = mean.expand(1, 3, *size).clone()
     padded[0, :, :height, :width] = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).to(mean.device)
     if tuple(scales) == (1.0,) and not flip:  # there is nothing to average
@@ -42,27 +43,32 @@ def predict_picture(
     return task.predict(outputs)[0, :height, :width]
 
 
-def predict_split(
-    network: SegmentationNetwork,
-    dataset: Dataset,
-    indices: Sequence[int],
-    *,
-    scales: Sequence[float] = (1.0,),
-    flip: bool = False,
-    pad_to: tuple[int, int] | None = None,
-) -> Iterator[tuple[Sample, Tensor, Tensor]]:
-    """Of each picture the sample, the prediction (H, W), and what its task counts of it, on the network's device.
+def input_size(
+    network: SegmentationNetwork, picture: tuple[int, int], pad_to: tuple[int, int] | None = None
+) -> tuple[int, int]:
+    """Height and width that a picture of this height and width is padded to before the network sees it."""
+    stride = network.backbone.output_stride
+    height, width = (-(-(extent - 1) // stride) * stride + 1 for extent in picture)
+    if pad_to is not None and fits(picture, pad_to):
+        height, width = pad_to
+    pinned = network.head.context.pooling_size or (1, 1)  # a window must not exceed the map
+    return max(height, stride * (pinned[0] - 1) + 1), max(width, stride * (pinned[1] - 1) + 1)
 
-    Raises InputError for a picture that is larger than `pad_to`.
-    """
-    task = dataset.task
+
+def fits(picture: tuple[int, int], room: tuple[int, int]) -> bool:
+    """Whether a picture of this height and width is nowhere larger than `room`."""
+    return picture[0] <= room[0] and picture[1] <= room[1]
+
+
+def predict_split(
+    predict: Callable[[Sample], Tensor], dataset: Dataset, indices: Sequence[int]
+) -> Iterator[tuple[Sample, Tensor, Tensor]]:
+    """Of each picture the sample, what `predict` makes of it (H, W), and what its task counts of that, on the same device."""
     for index in indices:
         sample = dataset[index]
-        if pad_to and any(have > room for have, room in zip(sample.label.shape, pad_to, strict=True)):
-            raise InputError(f"picture {sample.name} is {sample.label.shape}, larger than `pad_to` {pad_to}")
-        prediction = predict_picture(network, sample.image, task, scales=scales, flip=flip, pad_to=pad_to)
+        prediction = predict(sample)
         label = torch.from_numpy(sample.label).to(prediction.device)
-        yield sample, prediction, task.count(prediction[None], label[None])
+        yield sample, prediction, dataset.task.count(prediction[None], label[None])
 
 
 def count_split(
@@ -74,7 +80,12 @@ def count_split(
 ) -> Tensor:
     """The sum of what the task counts of the pictures, on the network's device."""
     total = totals_of_nothing(dataset.task).to(network.backbone.mean.device)  # one of several devices may have no picture
-    for _, _, counted in predict_split(network, dataset, indices):
+    pad_to = evaluation_size(dataset.name)
+
+    def predict(sample: Sample) -> Tensor:
+        return predict_picture(network, sample.image, dataset.task, pad_to=pad_to)
+
+    for _, _, counted in predict_split(predict, dataset, indices):
         total += counted
         on_picture()
     return total

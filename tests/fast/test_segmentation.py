@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from fast import Decoder, DensePredictionCell, SegmentationHead, SegmentationNetwork, predict_scales
 from fast.backbone import Backbone, LowLevel, timm_backbone
 from fast.batch_norm import recompute_statistics
+from fast.bilinear_resize import bilinear_resize as resize
 from reference.batch_norm import Array
 from reference.bilinear_resize import bilinear_resize
-from reference.cell import BACKBONE_FEATURE, Branch, Cell, Conv1x1
+from reference.cell import BACKBONE_FEATURE, Branch, Cell, Conv1x1, PyramidPooling
 
 CELL = Cell((Branch(BACKBONE_FEATURE, Conv1x1()),))
 
@@ -211,6 +212,45 @@ def test_one_scale_predicts_as_the_network_does() -> None:
     top = probabilities.topk(2, dim=1).values
     differs = probabilities.argmax(dim=1) != network.predict(images)
     assert (top[:, 0] - top[:, 1])[differs].lt(1e-6).all()  # only where softmax rounds two classes to one value
+
+
+def pooling_network(pooling_size: tuple[int, int] | None) -> SegmentationNetwork:
+    torch.manual_seed(0)
+    cell = Cell((Branch(BACKBONE_FEATURE, PyramidPooling((2, 2))), Branch(BACKBONE_FEATURE, PyramidPooling((1, 1)))))
+    context = DensePredictionCell(cell, 3, branch_channels=4, cell_channels=4, pooling_size=pooling_size)
+    network = SegmentationNetwork(backbone(), SegmentationHead(context, 5)).eval()
+    nn.init.normal_(network.head.classifier.weight, std=3.0)
+    return network
+
+
+@pytest.mark.parametrize(("scale", "scaled"), [(0.5, (2, 3)), (0.75, (2, 4)), (1.0, (3, 5)), (2.0, (5, 9))])
+def test_a_pinned_pooling_window_is_scaled_with_the_picture(scale: float, scaled: tuple[int, int]) -> None:
+    images = torch.randint(256, (1, 3, 65, 97), generator=torch.Generator().manual_seed(0)).float()
+    network = pooling_network((3, 5))
+    actual = predict_scales(network, images, scales=(scale,), flip=True)
+    assert network.head.context.pooling_size == (3, 5)
+    # The network alone, at the scaled size with the window of the scaled size.
+    network.head.context.pin_pooling(scaled)
+    pictures = resize(images, _at((65, 97), scale)) if scale != 1 else images
+    with torch.no_grad():
+        pair = [network(pictures), network(pictures.flip(3)).flip(3)]
+    at = _at((65, 97), max(1.0, scale) / 16)
+    expected = sum(resize(resize(each, at), (65, 97)).softmax(dim=1) for each in pair) / 2
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5)  # sums in another order
+    if scale != 1:
+        network.head.context.pin_pooling((3, 5) if scale > 1 else (1, 1))
+        with torch.no_grad():
+            other = network(pictures)
+        assert (other - pair[0]).abs().max() > 1e-3  # the window matters
+
+
+def test_a_window_that_does_not_fit_leaves_the_pin_as_it_was() -> None:
+    network = pooling_network((9, 9))
+    with pytest.raises(ValueError, match="pooling window of 9"):
+        predict_scales(network, torch.zeros(1, 3, 65, 65), scales=(1.0, 2.0))
+    assert network.head.context.pooling_size == (9, 9)
+    with torch.no_grad(), pytest.raises(ValueError, match="pooling window of 9"):
+        network(torch.zeros(1, 3, 65, 65))
 
 
 @pytest.mark.parametrize("scales", [(), (1.0, 0.0), (-1.0,)])

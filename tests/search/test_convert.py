@@ -1,5 +1,6 @@
 """Held to the authors' own run in ../shared/golden/models, and to `authors_deeplab`, a second writing of their graph."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,17 +10,22 @@ import numpy as np
 import pytest
 import torch
 
+import search.evaluate
 from fast.bilinear_resize import bilinear_resize
 from fast.checkpoint import load_network
+from fast.kernels import NormedMap
 from fast.segmentation import SegmentationNetwork, predict_scales
 from reference.cell import Cell
 from search.cells.space import load_cell
 from search.convert import ConvertSettings, main
 from search.errors import InputError
+from search.evaluate import EvaluateSettings
 from search.tensorflow.deeplab import Conversion, convert
 from search.tensorflow.tensor_bundle import TensorBundle
 from tests.golden.authors_dumps import SHARED
+from tests.search import dataset_folders as made
 from tests.search.authors_deeplab import AuthorsDeepLab, Variables, random_variables, variable_shapes
+from tests.search.composed import composed
 from tests.search.made_bundle import slots, write_bundle
 
 GOLDEN = SHARED / "models" / "mnv2_dpc_os16"
@@ -160,6 +166,72 @@ def test_moving_averages_are_taken_on_demand(mobilenet: Variables) -> None:
     assert f"{averaged}/ExponentialMovingAverage" in average.used
     with pytest.raises(InputError, match="holds no moving averages"):
         convert_variables(mobilenet, moving_averages=True)
+
+
+def test_pooling_is_pinned_to_the_crop_of_the_training() -> None:
+    variables = random_variables(variable_shapes("MobilenetV2", context="image_pooling", decoder=False))
+    free, pinned = (convert_variables(variables, image_pooling_crop_size=crop).network for crop in (None, (65, 66)))
+    assert pinned.head.context.pooling_size == (5, 5)  # ceil(66 / 16)
+    images = torch.randint(256, (1, 3, 97, 97), generator=torch.Generator().manual_seed(0)).float()
+    with torch.no_grad():
+        # The authors' code at this crop: windows of 5 × 5 in a map of 7 × 7.
+        features = pinned.backbone(images)
+        branch: Any = next(branch for branch in pinned.head.context.branches if hasattr(branch, "pooling"))
+        means = torch.nn.functional.avg_pool2d(features, 5, stride=1)
+        conv: Any = branch.pointwise
+        expected = bilinear_resize(conv.norm(torch.nn.functional.conv2d(means, conv.weight)).relu(), (7, 7))
+        actual = branch(NormedMap(features)).raw
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=MADE_BOUND)
+        assert (free(images) - pinned(images)).abs().max() > 1e-4
+        assert torch.equal(free(images[..., :65, :66]), pinned(images[..., :65, :66]))
+    with pytest.raises(InputError, match="`image_pooling_crop_size` must be"):
+        main(ConvertSettings(checkpoint=Path("x"), out=Path("y"), image_pooling_crop_size=(513, 0)))
+
+
+@pytest.mark.parametrize(
+    ("classes", "evaluation"),
+    [
+        (21, {"dataset": "pascal_voc", "pad_to": [513, 513]}),
+        (19, {"dataset": "cityscapes", "pad_to": None}),
+        (5, {}),
+    ],
+)
+def test_the_file_says_how_the_authors_evaluate(tmp_path: Path, classes: int, evaluation: dict[str, Any]) -> None:
+    variables = random_variables(variable_shapes("MobilenetV2", context="image_pooling", decoder=False))
+    weights = variables["logits/semantic/weights"]
+    variables["logits/semantic/weights"] = np.zeros((*weights.shape[:3], classes), np.float32)
+    variables["logits/semantic/biases"] = np.zeros(classes, np.float32)
+    np.savez(tmp_path / "variables.npz", **variables)  # type: ignore[arg-type]  # it has no argument of such a name
+    main(ConvertSettings(checkpoint=tmp_path / "variables.npz", out=tmp_path / "n.safetensors"))
+    assert load_network(tmp_path / "n.safetensors")[1]["evaluation"] == evaluation
+    (tmp_path / "broken.npz").write_bytes(b"PK")
+    with pytest.raises(InputError, match=r"`checkpoint` .*broken\.npz cannot be read"):
+        main(ConvertSettings(checkpoint=tmp_path / "broken.npz", out=tmp_path / "n.safetensors"))
+
+
+TRAINED = made.SHARED / "weights" / "deeplabv3_mnv2_pascal_float.npz"
+SAMPLES = made.SHARED / "samples" / "pascal_voc" / "VOCdevkit" / "VOC2012"
+
+
+@pytest.mark.skipif(not TRAINED.is_file(), reason="the authors' trained weights of ../shared are not on this machine")
+def test_a_trained_network_of_the_authors_scores_as_it_did_there(tmp_path: Path) -> None:
+    """Google's DeepLabv3 with MobileNet-v2, trained for VOC: mIOU on five of VOC's validation pictures."""
+    voc = tmp_path / "VOCdevkit" / "VOC2012"
+    made.write_list(
+        voc / "ImageSets" / "Segmentation" / "val.txt",
+        (SAMPLES / "ImageSets" / "Segmentation" / "sample.txt").read_text().split(),
+    )
+    for folder in ("JPEGImages", "SegmentationClass"):
+        (voc / folder).symlink_to(SAMPLES / folder)
+    path = tmp_path / "voc.safetensors"
+    main(ConvertSettings(checkpoint=TRAINED, out=path))
+    scores = []
+    for pad_to in (None, "own", (513, 513)):
+        out = tmp_path / "scores.json"
+        search.evaluate.main(composed(EvaluateSettings, network=path, data_dir=tmp_path, pad_to=pad_to, out=out, device="cpu"))
+        scores.append(100 * json.loads(out.read_text())["mean_iou"])
+    # Two hundredths of a percent: a few pixels of five pictures, which another order of sums may decide otherwise.
+    assert scores == pytest.approx([46.29, 43.50, 46.29], abs=0.02)
 
 
 def changed(variables: Variables, change: str) -> Variables:

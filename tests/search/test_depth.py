@@ -209,6 +209,16 @@ def test_evaluation_writes_depths_in_the_data_sets_own_form(
     assert scores["rmse"] == pytest.approx(np.sqrt(squares / count), abs=2 / 256)
 
 
+def test_a_network_is_evaluated_on_its_own_data_unless_told_otherwise(network: Path, folder: Path, tmp_path: Path) -> None:
+    scores = []
+    for dataset in (None, str(folder / "rooms.toml")):
+        settings = composed(EvaluateSettings, network=network, dataset=dataset, out=tmp_path / "scores.json", device="cpu")
+        search.evaluate.main(settings)
+        scores.append(json.loads((tmp_path / "scores.json").read_text()))
+    assert scores[0] == scores[1]
+    assert scores[0]["dataset"] == "rooms"
+
+
 def test_other_labels_are_refused(network: Path, run: Run, tmp_path: Path) -> None:
     camvid = write_camvid(tmp_path / "camvid")
     with pytest.raises(InputError, match=r"predicts depth, the labels of camvid are for segmentation: give the `dataset`"):

@@ -6,15 +6,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch import Tensor
 
 import search.evaluate
-from fast.checkpoint import save_network
+from fast.checkpoint import load_network, save_network
+from fast.segmentation import SegmentationNetwork
 from search.datasets import IGNORE_INDEX, Sample, cityscapes, open_dataset, pascal_voc
 from search.dense_tasks.segmentation import Segmentation
 from search.errors import InputError
 from search.evaluate import EvaluateSettings
 from search.reports.predictions import overlay, prediction_path, write_prediction
+from search.training.scoring import count_split
+from tests.search import dataset_folders as made
 from tests.search.composed import changed, composed
 from tests.search.test_random import write_camvid
 from tests.search.test_train import small_network
@@ -26,7 +31,7 @@ def test_predictions_are_label_ids_in_the_servers_places(tmp_path: Path) -> None
 
     class City(Made):
         name = "cityscapes"
-        task = Segmentation(cityscapes.CLASS_NAMES, cityscapes.PALETTE, cityscapes.LABEL_IDS)
+        task = Segmentation(cityscapes.CLASS_NAMES, cityscapes.PALETTE, cityscapes.LABEL_IDS, grey_files=True)
 
     path = prediction_path(tmp_path, City(), "bonn_000000_000019")
     assert path == tmp_path / "bonn_000000_000019.png"
@@ -51,7 +56,8 @@ def test_predictions_are_label_ids_in_the_servers_places(tmp_path: Path) -> None
 def test_an_overlay_shows_prediction_and_label_side_by_side() -> None:
     sample = Sample(np.full((20, 480, 3), 100, np.uint8), np.full((20, 480), 2, np.uint8), "x")
     sample.label[:, :240] = IGNORE_INDEX
-    page = np.array(overlay(sample, np.zeros((20, 480), np.uint8), Made.task)).astype(int)
+    maps = {"prediction of x": np.zeros((20, 480), np.uint8), "label": sample.label}
+    page = np.array(overlay(sample.image, maps, Made.task)).astype(int)
     row = 22 + 10  # a heading, then the pictures
     blended = [np.round(0.4 * 100 + 0.6 * np.array(colour)) for colour in ((0, 0, 255), (255, 255, 255), (255, 0, 0))]
     for column, colour in zip((8 + 240, 8 + 488 + 120, 8 + 488 + 360), blended, strict=True):
@@ -78,7 +84,7 @@ def test_the_command_prints_and_writes_everything(
     search.evaluate.main(settings)
     table = capsys.readouterr().out
     scores = json.loads((tmp_path / "scores.json").read_text())
-    dataset = open_dataset("camvid", "val", tiny.data.data_dir)
+    dataset = open_dataset("camvid", "val", tiny.data_dir)
     assert all(f"\n{name} " in table for name in dataset.task.outputs)
     assert f"mIOU {100 * scores['mean_iou']:>20.2f}".split() == table[table.index("mIOU") :].split()[:2]
     confusion = np.zeros((11, 11), np.int64)
@@ -109,3 +115,81 @@ def test_the_command_prints_and_writes_everything(
 def test_what_cannot_work_is_refused(tiny: EvaluateSettings, change: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         search.evaluate.main(changed(tiny, **change))
+
+
+@pytest.mark.parametrize(
+    "said", [{"evaluation": {"dataset": "camvid"}}, {"source": {"training": {"data": {"dataset": "camvid"}}}}]
+)
+def test_the_networks_own_data_set_is_the_default(tiny: EvaluateSettings, tmp_path: Path, said: dict[str, Any]) -> None:
+    network, description = load_network(tiny.network)
+    path = tmp_path / "n.safetensors"
+    save_network(path, network, task={"class_names": description["class_names"]}, **said)
+    search.evaluate.main(changed(tiny, network=path, dataset=None))
+    search.evaluate.main(changed(tiny, out=tmp_path / "given.json"))
+    ours, given = (json.loads(file.read_text()) for file in (tmp_path / "n-camvid-val.json", tmp_path / "given.json"))
+    assert ours["confusion"] == given["confusion"]
+    with pytest.raises(InputError, match="`dataset` camvid needs `data_dir`"):
+        search.evaluate.main(changed(tiny, network=path, dataset=None, data_dir=None))
+
+
+def test_a_data_set_that_is_not_known_or_not_there_is_asked_for(tiny: EvaluateSettings, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"n\.safetensors does not say what it was trained on: give the `dataset`"):
+        search.evaluate.main(changed(tiny, dataset=None))
+    network, description = load_network(tiny.network)
+    path = tmp_path / "n.safetensors"
+    task = {"class_names": description["class_names"]}
+    save_network(path, network, task=task, evaluation={"dataset": "gone/street.toml"})
+    with pytest.raises(InputError, match=r"was trained on gone/street\.toml, which is not there: give that file as `dataset`"):
+        search.evaluate.main(changed(tiny, network=path, dataset=None))
+
+
+def test_voc_is_padded_as_the_authors_do_unless_told_otherwise(tmp_path: Path) -> None:
+    voc = tmp_path / "VOCdevkit" / "VOC2012"
+    made.write_image(voc / "JPEGImages" / "a.jpg", size=(20, 30))
+    made.write_label(voc / "SegmentationClass" / "a.png", np.zeros((20, 30), np.uint8))
+    made.write_list(voc / "ImageSets" / "Segmentation" / "val.txt", ["a"])
+    seen: list[tuple[int, ...]] = []
+
+    def watched(self: SegmentationNetwork, images: Tensor) -> Tensor:
+        seen.append(tuple(images.shape[2:]))
+        return torch.zeros(1, 21, 1, 1)
+
+    path = tmp_path / "n.safetensors"
+    save_network(path, small_network(21), task={"class_names": pascal_voc.CLASS_NAMES})
+    settings = composed(EvaluateSettings, network=path, dataset="pascal_voc", data_dir=tmp_path, device="cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SegmentationNetwork, "forward", watched)
+        search.evaluate.main(settings)
+        assert json.loads((tmp_path / "n-pascal_voc-val.json").read_text())["pad_to"] == [513, 513]
+        search.evaluate.main(changed(settings, pad_to="own"))
+        assert json.loads((tmp_path / "n-pascal_voc-val.json").read_text())["pad_to"] == "own"
+        search.evaluate.main(changed(settings, pad_to=(65, 49)))
+        count_split(small_network(21), open_dataset("pascal_voc", "val", tmp_path), indices=[0])  # as a training validates
+    assert seen == [(513, 513), (33, 33), (65, 49), (513, 513)]
+
+
+def test_predictions_of_own_data_are_label_ids_in_the_classes_colours(tmp_path: Path) -> None:
+    task = Segmentation(("soil", "crop"), np.array([(1, 2, 3), (4, 5, 60)], np.uint8), (9, 4))
+    write_prediction(tmp_path / "a.png", np.array([[0, 1]], np.uint8), task)
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.mode == "P"
+        np.testing.assert_array_equal(np.array(picture), [[9, 4]])
+        assert [picture.convert("RGB").getpixel((x, 0)) for x in (0, 1)] == [(1, 2, 3), (4, 5, 60)]
+
+
+def test_label_ids_above_255_have_16_bits(tmp_path: Path) -> None:
+    write_prediction(tmp_path / "a.png", np.array([[0, 1]], np.uint8), Segmentation(("soil", "crop"), label_ids=(9, 300)))
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.mode == "I;16"
+        np.testing.assert_array_equal(np.array(picture), [[9, 300]])
+
+
+def test_a_legend_has_what_occurs_and_room_for_it() -> None:
+    names = ("a class whose name is as long as a sentence", *(f"class {i}" for i in range(1, 9)))
+    task = Segmentation(names)
+    image, label = np.zeros((20, 480, 3), np.uint8), np.zeros((20, 480), np.uint8)
+    one = overlay(image, {"x": label}, task)
+    nine = overlay(image, {"x": (np.arange(9600) % 9).reshape(20, 480).astype(np.uint8)}, task)
+    assert one.size == (496, 22 + 20 + 8 + 22 + 8)
+    assert nine.size == (496, one.height + 8 * 22)  # one column, because the longest name leaves no room for two
+    assert nine.getpixel((8 + 4, one.height - 8 - 22 + 22 + 4)) == task.details[1].colour

@@ -2,6 +2,7 @@
 
 import re
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
@@ -101,7 +102,7 @@ def test_split_folders(tmp_path: Path, elsewhere: bool) -> None:
         np.testing.assert_array_equal(label, made.values_up_to(3, void=True))
         assert image.dtype == label.dtype == np.uint8
         assert made.classes_of(dataset).label_ids == (0, 1, 2)
-        np.testing.assert_array_equal(made.classes_of(dataset).palette, voc_palette(3))
+        np.testing.assert_array_equal(made.classes_of(dataset).palette, voc_palette(4)[1:])  # soil is no background
 
 
 def test_lists_give_the_order_and_any_file_that_fits_counts(tmp_path: Path) -> None:
@@ -161,6 +162,57 @@ def test_name_colours_and_count(tmp_path: Path) -> None:
     path = write_folders(tmp_path, f'name = "my-fields"\ncolours = {colours}\n{FOLDERS}'.replace("[splits.val]", "count = 7"))
     dataset = open_first(path)
     assert (dataset.name, made.classes_of(dataset).palette.tolist(), dataset.official_lengths) == ("my-fields", colours, (7,))
+
+
+COLOURS = [(9, 60, 9), (80, 200, 30), (200, 40, 90)]
+
+
+def write_palette(path: Path, colours: Sequence[tuple[int, int, int]]) -> None:
+    """Give a label file these colours, from value 0 on; it then holds no other values."""
+    with Image.open(path) as picture:
+        values = np.array(picture)
+    label = Image.fromarray(np.where(values < len(colours), values, 0).astype(np.uint8))
+    label.putpalette([value for colour in colours for value in colour])
+    label.save(path)
+
+
+def test_label_files_bring_their_colours(tmp_path: Path) -> None:
+    path = write_folders(tmp_path, FOLDERS + "[splits.test]\nlabelled = false\n")
+    made.write_image(tmp_path / "test" / "images" / "z.png")
+    write_palette(tmp_path / "train" / "labels" / "a.png", [*COLOURS, (1, 1, 1)])
+    write_palette(tmp_path / "val" / "labels" / "a.png", COLOURS[::-1])
+    for split in ("train", "val", "test"):  # a class has one colour in all of them
+        dataset = open_dataset(str(path), split, None)
+        assert made.classes_of(dataset).palette.tolist() == [list(colour) for colour in COLOURS]
+    colours = [[1, 2, 3], [4, 5, 6], [7, 8, 255]]
+    write_description(tmp_path, f"colours = {colours}\n{FOLDERS}")
+    assert made.classes_of(open_first(path)).palette.tolist() == colours
+
+
+def test_label_files_colour_the_classes_by_their_label_ids(tmp_path: Path) -> None:
+    path = write_folders(tmp_path, f'{FOLDERS}[label_ids]\n0 = "weed"\n1 = "soil"\n2 = "crop"\n')
+    write_palette(tmp_path / "train" / "labels" / "a.png", COLOURS)
+    dataset = open_first(path)
+    assert made.classes_of(dataset).label_ids == (1, 2, 0)
+    assert made.classes_of(dataset).palette.tolist() == [list(COLOURS[value]) for value in (1, 2, 0)]
+
+
+@pytest.mark.parametrize(
+    "colours",
+    [[(value, value, value) for value in range(3)], COLOURS[:2], [COLOURS[0], COLOURS[1], COLOURS[1]]],
+    ids=["ramp of greys", "too few", "two alike"],
+)
+def test_a_palette_that_tells_no_classes_apart_is_no_palette(tmp_path: Path, colours: Sequence[tuple[int, int, int]]) -> None:
+    path = write_folders(tmp_path)
+    write_palette(tmp_path / "train" / "labels" / "a.png", colours)
+    assert made.classes_of(open_first(path)).palette.tolist() == voc_palette(4)[1:].tolist()
+
+
+def test_only_a_background_is_black_by_default(tmp_path: Path) -> None:
+    path = write_folders(tmp_path, FOLDERS.replace('"soil"', '"Background"'))
+    assert made.classes_of(open_first(path)).palette.tolist() == voc_palette(3).tolist()
+    (tmp_path / "train" / "labels" / "a.png").write_bytes(b"no picture")
+    assert made.classes_of(cast(FileDataset, open_dataset(str(path), "val", None))).palette.tolist() == voc_palette(3).tolist()
 
 
 def test_fingerprint_follows_the_files_and_the_meaning_of_labels(tmp_path: Path) -> None:

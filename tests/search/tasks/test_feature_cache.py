@@ -447,3 +447,15 @@ def test_a_file_in_place_of_the_caches_is_refused(tmp_path: Path, asked: list[st
     machine = MachineSettings(cache_dir=tmp_path / "file", device="cpu")
     with pytest.raises(InputError, match=r"cannot write .*file/pictures-train-.*give another `cache_dir`"):
         prepare_caches(DataSettings(dataset="pictures"), BackboneSettings(), FeatureSettings(), machine, COMMAND)
+
+
+def test_a_cache_does_not_depend_on_the_colours_of_classes(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "cache", replace(TWENTY, broken=17))
+    colours = np.array([[1, 2, 3], [4, 5, 6]], np.uint8)
+    cache = build(tmp_path / "cache", replace(TWENTY, task=Segmentation(("even", "odd"), colours)))
+    before = contents(tmp_path / "cache")
+    assert cache.task.describe()["palette"] == [[1, 2, 3], [4, 5, 6]]
+    again = reopen(tmp_path / "cache")
+    assert again.task.describe()["palette"] == [[0, 0, 0]] * 2
+    assert contents(tmp_path / "cache") == before

@@ -1,0 +1,193 @@
+"""A trained network's file as a function from pictures to predictions, for `search.predict` and `search.evaluate`.
+
+From Python:
+
+    from search.training.predictor import Predictor
+    predictor = Predictor.load("best.safetensors")
+    mask = predictor.predict("street.jpg")  # (H, W) class numbers, whose names are predictor.task.outputs
+"""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+
+from fast.checkpoint import load_network
+from fast.segmentation import SegmentationNetwork
+from search.datasets import evaluation_size
+from search.dense_tasks import DenseTask, Label, restored_task
+from search.devices import is_full_memory, resolve_device
+from search.errors import InputError
+from search.settings import PredictionSettings
+from search.training.scoring import fits, input_size, predict_picture
+
+Picture = str | Path | Image.Image | NDArray[Any]
+
+_DEFAULTS = PredictionSettings()
+_MEMORY = Path("/proc/meminfo")  # of Linux
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A network that predicts whole pictures by its settings.
+
+    `dataset` is what it was trained on, as commands take it, None if its file does not say; `pad_to` is the size that pictures
+    are padded to where the settings do not say, None for their own.
+    """
+
+    network: SegmentationNetwork
+    task: DenseTask
+    settings: PredictionSettings = _DEFAULTS
+    dataset: str | None = None
+    pad_to: tuple[int, int] | None = None
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        settings: PredictionSettings = _DEFAULTS,
+        *,
+        device: str = "auto",
+        dataset: str | None = None,
+    ) -> "Predictor":
+        """Load a network's file. `dataset` is for files that do not say theirs. Raises InputError."""
+        settings.check()
+        place = resolve_device(device)
+        try:
+            network, description = load_network(Path(path))
+            task = restored_task(description)
+        except ValueError as error:
+            raise InputError(f"{error}; `network` takes what search.train writes, a head has no backbone") from error
+        except KeyError as error:
+            raise InputError(f"network {path} does not say what its outputs are: train or convert it again") from error
+        dataset = _trained_on(description) or dataset
+        size = _evaluation(description).get("pad_to", evaluation_size(dataset))
+        return cls(network.to(place), task, settings, dataset, (size[0], size[1]) if size else None)
+
+    @property
+    def padding(self) -> tuple[int, int] | None:
+        """The size that pictures are padded to if they fit into it, None for their own."""
+        asked = self.settings.pad_to
+        return self.pad_to if asked is None else asked if isinstance(asked, tuple) else None
+
+    def predict(self, picture: Picture) -> Label:
+        """The prediction of a picture: (H, W), class numbers as uint8, or what else labels of the task hold.
+
+        Takes a file, a Pillow picture, or an array (H, W, 3) of RGB, (H, W, 4) with alpha, which does not count, or (H, W) of
+        grey. A file is turned as its EXIF orientation says. Raises InputError for what cannot be read or is too large.
+        """
+        image = read_picture(picture) if isinstance(picture, str | Path) else _rgb(_opened(picture))
+        prediction = self.predict_pixels(image, str(picture) if isinstance(picture, str | Path) else "in memory")
+        return prediction.cpu().numpy().astype(self.task.label_dtype)
+
+    def predict_pixels(self, image: NDArray[np.uint8], name: str) -> Tensor:
+        """The prediction of RGB pixels (H, W, 3) -> (H, W), on the device; `name` is the picture's in error messages."""
+        picture, pad_to = (image.shape[0], image.shape[1]), self.padding
+        if self.settings.pad_to is not None and pad_to is not None and not fits(picture, pad_to):
+            raise InputError(f"picture {name} is {picture}, larger than `pad_to` {pad_to}: give more, or own")
+        self._require_memory(input_size(self.network, picture, pad_to), name)
+        device = self.network.backbone.mean.device.type
+        try:
+            with torch.autocast(device, torch.bfloat16, enabled=self.settings.precision == "bfloat16"):
+                return predict_picture(
+                    self.network, image, self.task, scales=self.settings.scales, flip=self.settings.flip, pad_to=pad_to
+                )
+        except (RuntimeError, MemoryError) as error:
+            if not is_full_memory(error):
+                raise
+            raise _too_large(name, picture, "more memory than the device has") from error
+
+    def _require_memory(self, size: tuple[int, int], name: str) -> None:
+        """Refuse what cannot fit: where memory is promised before it is there, the system would end the process instead."""
+        if self.network.backbone.mean.device.type != "cpu" or not _MEMORY.is_file():
+            return
+        free = 1024 * int(_MEMORY.read_text().split("MemAvailable:")[1].split()[0])
+        pixels = size[0] * size[1] * max(1.0, *self.settings.scales) ** 2
+        # The picture before and after normalisation, with the widest layer or the outputs, either twice: libraries of
+        # convolutions copy their maps (MobileNet-v2 was measured to take 1.6 times its widest layer), and softmax does.
+        needed = 4 * pixels * (6 + 2 * max(self._widest_layer, len(self.task.outputs)))
+        if needed > free:
+            raise _too_large(name, size, f"about {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} are free")
+
+    @cached_property
+    def _widest_layer(self) -> float:
+        """How many numbers for each pixel the widest layer of the backbone reads and gives, counted on a small picture."""
+        side, counts = 129, [0]
+
+        def count(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            counts.append(sum(each.numel() for each in (*inputs, output) if isinstance(each, Tensor)))
+
+        layers = (module for module in self.network.backbone.body.modules() if not list(module.children()))
+        handles = [layer.register_forward_hook(count) for layer in layers]
+        try:
+            with torch.no_grad():
+                self.network.backbone(torch.zeros(1, 3, side, side))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return max(counts) / side**2
+
+
+def read_picture(path: str | Path) -> NDArray[np.uint8]:
+    """Read a picture of any common kind as it is to be looked at: (H, W, 3) RGB. Raises InputError naming the file.
+
+    16 bits become 8, transparency is left out, and the EXIF orientation is followed.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the user's own picture, from 90 megapixels on
+            with Image.open(path) as picture:
+                return _rgb(picture)
+    except Image.DecompressionBombError as error:
+        raise InputError(f"picture {path} has too many pixels ({error}): cut it into parts, or make it smaller") from error
+    except InputError as error:
+        raise InputError(f"picture {path}: {error}") from error
+    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for damaged files
+        raise InputError(f"picture {path} cannot be read ({error}): save it anew, as PNG or JPEG") from error
+
+
+def _opened(picture: Image.Image | NDArray[Any]) -> Image.Image:
+    if isinstance(picture, Image.Image):
+        return picture
+    try:
+        return Image.fromarray(picture)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        got = f"{getattr(picture, 'shape', '')} {getattr(picture, 'dtype', type(picture).__name__)}".strip()
+        raise InputError(f"a picture must be a path, a Pillow picture or an array (H, W, 3) of uint8, got {got}") from error
+
+
+def _rgb(picture: Image.Image) -> NDArray[np.uint8]:
+    upright = ImageOps.exif_transpose(picture)
+    if upright.mode == "F":
+        raise InputError("floating-point pixels have no known range; save them with 8 or 16 bits")
+    if not upright.mode.startswith("I"):
+        return np.array(upright.convert("RGB"), np.uint8)
+    values = np.array(upright)  # Pillow would cut off 16 bits at 255
+    if values.min() < 0 or values.max() > 65535:
+        raise InputError(f"it holds values from {values.min()} to {values.max()}; save it with 8 or 16 bits")
+    return np.repeat((values // 257).astype(np.uint8)[..., None], 3, axis=2)
+
+
+def _evaluation(description: Mapping[str, Any]) -> Mapping[str, Any]:
+    return description.get("evaluation") or {}
+
+
+def _trained_on(description: Mapping[str, Any]) -> str | None:
+    """The data set, which files of earlier versions say among the settings of their training."""
+    training = (description.get("source") or {}).get("training") or {}
+    name = _evaluation(description).get("dataset") or training.get("data", {}).get("dataset")
+    return None if name is None else str(name)
+
+
+def _too_large(name: str, size: tuple[int, int], needs: str) -> InputError:
+    return InputError(
+        f"picture {name} of {size[0]} × {size[1]} pixels needs {needs}: give a smaller one, or fewer or smaller `scales`"
+    )

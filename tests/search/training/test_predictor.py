@@ -1,0 +1,218 @@
+"""Pictures of every common kind, what a network's file says of its evaluation, and what cannot be predicted."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+import search.training.predictor
+from fast.backbone import timm_backbone
+from fast.batch_norm import recompute_statistics
+from fast.checkpoint import load_network, save_network
+from fast.dense_prediction_cell import DensePredictionCell
+from fast.segmentation import SegmentationHead, SegmentationNetwork
+from search.cells.space import load_cell
+from search.dense_tasks.segmentation import voc_palette
+from search.errors import InputError
+from search.settings import PredictionSettings
+from search.training.predictor import Predictor, read_picture
+from tests.search.test_train import small_network
+from tests.search.training.test_scoring import Made, Reader
+
+NAMES = ("sky", "road", "car")
+
+
+def pixels(seed: int = 0, size: tuple[int, int] = (20, 30)) -> NDArray[np.uint8]:
+    """A picture of large patches with noise, in which a network sees several classes."""
+    rng = np.random.default_rng(seed)
+    patches = np.kron(rng.integers(8, 248, (3, 4, 3)), np.ones((-(-size[0] // 3), -(-size[1] // 4), 1), np.int64))
+    return (patches[: size[0], : size[1]] + rng.integers(-8, 8, (*size, 3))).astype(np.uint8)
+
+
+def varied_network(outputs: int, seed: int = 0) -> SegmentationNetwork:
+    """A network whose predictions depend on the picture."""
+    torch.manual_seed(seed)
+    network = small_network(outputs)
+    recompute_statistics(network, [torch.rand(4, 3, 33, 33) * 255])
+    torch.nn.init.normal_(network.head.classifier.weight, std=3.0)
+    return network.eval()
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("network") / "n.safetensors"
+    save_network(path, varied_network(3), task=Made.task.describe(), evaluation={"dataset": "camvid", "pad_to": (33, 65)})
+    return path
+
+
+# Pictures
+
+
+def saved(picture: Image.Image, path: Path, **options: Any) -> Path:
+    picture.save(path, **options)
+    return path
+
+
+def test_pictures_of_every_kind_are_read(tmp_path: Path) -> None:
+    image = pixels()
+    rgb = Image.fromarray(image)
+    grey = np.array(rgb.convert("L"))
+    assert (read_picture(saved(rgb, tmp_path / "a.png")) == image).all()
+    assert (read_picture(saved(rgb.convert("RGBA"), tmp_path / "b.webp", lossless=True)) == image).all()
+    thrice = np.repeat(grey[..., None], 3, axis=2)
+    assert (read_picture(saved(Image.fromarray(grey), tmp_path / "c.bmp")) == thrice).all()
+    deep = Image.fromarray(grey.astype(np.uint16) * 257)
+    assert (read_picture(saved(deep, tmp_path / "d.png")) == thrice).all()
+    assert (read_picture(saved(deep, tmp_path / "e.tif")) == thrice).all()
+    palette = rgb.convert("P")
+    assert (read_picture(saved(palette, tmp_path / "f.png")) == np.array(palette.convert("RGB"))).all()
+    one = rgb.convert("1")
+    assert (read_picture(saved(one, tmp_path / "g.png")) == np.array(one.convert("RGB"))).all()
+
+
+@pytest.mark.parametrize(("orientation", "turned_by"), [(1, 0), (3, 180), (6, 90), (8, 270)])
+def test_exif_orientation_is_followed(tmp_path: Path, orientation: int, turned_by: int) -> None:
+    upright = Image.fromarray(pixels())
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    path = saved(upright.rotate(turned_by, expand=True), tmp_path / "a.png", exif=exif)
+    assert (read_picture(path) == np.array(upright)).all()
+
+
+def test_what_is_no_picture_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = saved(Image.fromarray(pixels(size=(90, 90))), tmp_path / "a.jpg")
+    (tmp_path / "cut.jpg").write_bytes(whole.read_bytes()[:900])
+    with pytest.raises(InputError, match=r"picture .*cut\.jpg cannot be read \(.*\): save it anew"):
+        read_picture(tmp_path / "cut.jpg")
+    with pytest.raises(InputError, match=r"absent\.jpg cannot be read"):
+        read_picture(tmp_path / "absent.jpg")
+    floats = saved(Image.fromarray(np.zeros((3, 4), np.float32)), tmp_path / "f.tif")
+    with pytest.raises(InputError, match=r"f\.tif: floating-point pixels have no known range"):
+        read_picture(floats)
+    large = saved(Image.fromarray(np.full((3, 4), 70_000, np.int32)), tmp_path / "i.tif")
+    with pytest.raises(InputError, match=r"i\.tif: it holds values from 70000 to 70000"):
+        read_picture(large)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(InputError, match=r"a\.jpg has too many pixels .*cut it into parts"):
+        read_picture(whole)
+
+
+# Predictions
+
+
+def test_a_path_a_picture_and_an_array_are_predicted_alike(file: Path, tmp_path: Path) -> None:
+    predictor = Predictor.load(file, device="cpu")
+    assert (predictor.task.outputs, predictor.dataset) == (NAMES, "camvid")
+    image = pixels()
+    path = saved(Image.fromarray(image), tmp_path / "a.png")
+    network, mean = load_network(file)[0], predictor.network.backbone.mean
+    padded = mean.expand(1, 3, 33, 65).clone()
+    padded[0, :, :20, :30] = torch.from_numpy(image).permute(2, 0, 1)
+    expected = network.predict(padded)[0, :20, :30].numpy()
+    assert len(np.unique(expected)) > 1
+    for picture in (path, str(path), Image.fromarray(image), image, np.dstack([image, image[..., 0]])):
+        mask = predictor.predict(picture)
+        assert mask.dtype == np.uint8
+        assert (mask == expected).all()
+    assert predictor.predict(image[..., 0]).shape == (20, 30)
+    with pytest.raises(InputError, match=r"array \(H, W, 3\) of uint8, got \(20, 30, 3\) float64"):
+        predictor.predict(image / 255)
+
+
+def test_settings_come_before_the_file_and_larger_pictures_keep_their_size(file: Path) -> None:
+    def seen(settings: PredictionSettings, size: tuple[int, int]) -> tuple[int, ...]:
+        loaded, network = Predictor.load(file, settings, device="cpu"), Reader()
+        Predictor(network, Made.task, settings, loaded.dataset, loaded.pad_to).predict(pixels(size=size))
+        return network.seen[0][2:]
+
+    assert seen(PredictionSettings(), (20, 30)) == (33, 65)
+    assert seen(PredictionSettings(), (34, 30)) == (49, 33)
+    assert seen(PredictionSettings(pad_to="own"), (20, 30)) == (33, 33)
+    assert seen(PredictionSettings(pad_to=(49, 49)), (20, 30)) == (49, 49)
+    with pytest.raises(InputError, match=r"picture in memory is \(50, 30\), larger than `pad_to` \(49, 49\)"):
+        seen(PredictionSettings(pad_to=(49, 49)), (50, 30))
+
+
+def test_a_picture_smaller_than_a_pinned_window_is_padded_to_it() -> None:
+    network = Reader()
+    network.head.context.pin_pooling((3, 5))
+    Predictor(network, Made.task, PredictionSettings(pad_to="own")).predict(pixels(size=(20, 90)))
+    assert network.seen == [(1, 3, 33, 97)]
+    Predictor(network, Made.task).predict(pixels(size=(50, 30)))
+    assert network.seen[1] == (1, 3, 65, 65)
+
+
+@pytest.mark.parametrize(
+    ("source", "evaluation", "dataset", "pad_to"),
+    [
+        ({}, None, None, None),
+        ({"training": {"data": {"dataset": "pascal_voc"}}}, None, "pascal_voc", (513, 513)),  # as earlier versions wrote it
+        ({"training": {"data": {"dataset": "shapes"}}}, None, "shapes", None),
+        ({}, {"dataset": "pascal_voc", "pad_to": None}, "pascal_voc", None),
+        ({}, {"dataset": "mine.toml"}, "mine.toml", None),
+    ],
+)
+def test_the_file_says_what_it_was_trained_on(
+    tmp_path: Path, source: dict[str, Any], evaluation: Any, dataset: str | None, pad_to: tuple[int, int] | None
+) -> None:
+    path = tmp_path / "n.safetensors"
+    save_network(path, small_network(3), task={"class_names": NAMES}, source=source, evaluation=evaluation)
+    predictor = Predictor.load(path, device="cpu")
+    assert (predictor.dataset, predictor.padding) == (dataset, pad_to)
+    assert predictor.task.describe()["palette"] == voc_palette(3).tolist()
+    if dataset is None:
+        assert Predictor.load(path, device="cpu", dataset="pascal_voc").padding == (513, 513)
+
+
+def test_what_needs_more_memory_than_there_is_is_refused(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = tmp_path / "meminfo"
+    monkeypatch.setattr(search.training.predictor, "_MEMORY", memory)
+    predictor = Predictor.load(file, device="cpu")
+    # 33 × 65 pixels take some 14 numbers each: a picture twice, and twice the widest layer, with 3 channels before it and 4 at
+    # a quarter of the pixels after it.
+    memory.write_text("MemTotal:  900 kB\nMemAvailable:  117 kB\n")
+    with pytest.raises(InputError, match=r"picture a\.png of 33 × 65 pixels needs about 0\.0 GB of memory"):
+        predictor.predict_pixels(pixels(), "a.png")
+    memory.write_text("MemTotal:  9 kB\nMemAvailable:  118 kB\n")
+    assert predictor.predict(pixels()).shape == (20, 30)
+    larger = Predictor.load(file, PredictionSettings(scales=(0.5, 2.0)), device="cpu")
+    with pytest.raises(InputError, match="smaller `scales`"):
+        larger.predict(pixels())
+    memory.write_text("MemTotal:  9 kB\nMemAvailable:  472 kB\n")
+    assert larger.predict(pixels()).shape == (20, 30)
+
+    def full(*arguments: Any, **options: Any) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:119] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(predictor.network, "forward", full)
+    with pytest.raises(InputError, match="of 20 × 30 pixels needs more memory than the device has: give a smaller one"):
+        predictor.predict(pixels())
+
+
+def test_the_widest_layer_is_that_of_the_largest_maps() -> None:
+    mobilenet = timm_backbone("mobilenetv2_100", weights_origin="tensorflow")
+    head = SegmentationHead(DensePredictionCell(load_cell("dpc"), 320, branch_channels=4, cell_channels=4), 3)
+    widest = Predictor(SegmentationNetwork(mobilenet, head).eval(), Made.task)._widest_layer
+    # 96 channels at stride 2 before and after a norm: 65 × 65 of 129 × 129.
+    assert widest == 2 * 96 * (65 / 129) ** 2
+    assert not any(module._forward_hooks for module in mobilenet.modules())
+
+
+def test_files_that_are_no_networks_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"absent\.safetensors.*`network` takes what search\.train writes"):
+        Predictor.load(tmp_path / "absent.safetensors")
+    save_network(tmp_path / "n.safetensors", small_network(3), task={})
+    with pytest.raises(InputError, match="does not say what its outputs are: train or convert it again"):
+        Predictor.load(tmp_path / "n.safetensors")
+    with pytest.raises(InputError, match="`scales` must be numbers above 0"):
+        Predictor.load(tmp_path / "n.safetensors", PredictionSettings(scales=(0.0,)))
+
+
+def test_the_description_is_plain_json(file: Path) -> None:
+    description = load_network(file)[1]
+    assert json.loads(json.dumps(description["evaluation"])) == {"dataset": "camvid", "pad_to": [33, 65]}
