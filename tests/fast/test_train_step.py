@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 import fast.train_step
 from fast.dense_prediction_cell import DensePredictionCell, decays
-from fast.kernels import using
+from fast.kernels import backend_for, using
 from fast.segmentation import SegmentationHead
 from fast.train_step import Precision, TrainStep
 from reference.cell import Cell
@@ -143,7 +143,7 @@ def test_one_operation_counts_the_batch_for_all_norms() -> None:
     """On a GPU a launch; nothing else reads or writes the counts, so no iteration waits for the device."""
     head = make_head()
     step = make_step(head, *random_data())
-    with Touching(counters(head)) as touching:
+    with using(backend_for(head.classifier.weight)), Touching(counters(head)) as touching:
         for _ in range(3):
             step()
     assert touching.seen == 3 * ["aten._foreach_add_.Scalar"]

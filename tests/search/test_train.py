@@ -58,7 +58,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TrainSettings:
         # Statistics and a classifier with which the scores depend on the picture, also with frozen norms.
         recompute_statistics(network, [torch.rand(4, 3, 33, 33) * 255])
         nn.init.normal_(network.head.classifier.weight, std=0.3)
-        nn.init.constant_(network.head.classifier.bias[:4], 2.0)  # the four classes that occur
+        nn.init.constant_(network.head.classifier.get_parameter("bias")[:4], 2.0)  # the four classes that occur
         save_network(folder / "init.safetensors", network, task={"class_names": names})
     return composed(
         TrainSettings,
