@@ -15,6 +15,16 @@ from fast import kernels
 
 Parts = Mapping[str, nn.Module | None]  # submodules by name, as in `nn.Module._modules`
 
+_BUILT: dict[str, type[nn.Module]] = {  # what stands under each name; else it is a cell or a branch, which can be `lazy`
+    "branches": nn.ModuleList,
+    "refinement": nn.ModuleList,
+    "depthwise": nn.Conv2d,
+    "pointwise": nn.Conv2d,
+    "projection": nn.Conv2d,
+    "classifier": nn.Conv2d,
+    "norm": nn.BatchNorm2d,
+    "dropout": nn.Dropout,
+}
 _PLAIN_TENSORS = (Tensor, nn.Parameter)
 
 
@@ -84,13 +94,12 @@ def _obstacle(name: str, part: nn.Module) -> str | None:
     if "forward" in vars(part):
         return "has had its forward replaced"
     kind = type(part)
+    is_built = kind is _BUILT[name] if name in _BUILT else "lazy" in vars(kind)
+    if not is_built:
+        return f"is a {kind.__name__}"
     if kind is nn.Conv2d:
-        return _obstacle_of_conv(name, part)  # type: ignore[arg-type]  # of this very type
-    if kind is nn.BatchNorm2d:
-        return _obstacle_of_norm(part)  # type: ignore[arg-type]
-    if kind in (nn.Dropout, nn.ModuleList) or "lazy" in vars(kind):  # ours, which say themselves how they fuse
-        return None
-    return f"is a {kind.__name__}"
+        return _obstacle_of_conv(name, part)  # type: ignore[arg-type]  # it is of this very type
+    return _obstacle_of_norm(part) if kind is nn.BatchNorm2d else None  # type: ignore[arg-type]
 
 
 def _obstacle_of_conv(name: str, conv: nn.Conv2d) -> str | None:

@@ -1,6 +1,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chi2
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -122,6 +123,16 @@ def test_a_graph_trains_as_the_same_calls_do(precision: Precision, layout: torch
 
 def counters(head: SegmentationHead) -> list[Tensor]:
     return [buffer for name, buffer in head.named_buffers() if name.endswith("num_batches_tracked")]
+
+
+def test_an_iteration_calls_no_submodule(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cell and classifier are fused, on kernels as on PyTorch's operations."""
+    step = make_step(make_head(dropout_rate=0.1), *random_data())
+    for kind in (nn.Conv2d, nn.BatchNorm2d, nn.Dropout):
+        monkeypatch.setattr(kind, "forward", mock.Mock(side_effect=AssertionError("called")))
+    step()
+    with using(None):
+        step()
 
 
 class Touching(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -17,7 +17,7 @@ import search.training.augmentation
 import search.training.loop
 import search.training.state
 from fast.backbone import plain_backbone
-from fast.batch_norm import recompute_statistics
+from fast.batch_norm import MOMENTUM, recompute_statistics
 from fast.checkpoint import load_network, save_network
 from fast.decoder import Decoder
 from fast.dense_prediction_cell import DensePredictionCell
@@ -386,6 +386,7 @@ def test_other_classes_begin_with_a_new_classifier(tiny: TrainSettings, capsys: 
     training = changed(tiny, dataset="shapes", data_dir=None).training()
     network = initial_network(training, tiny.init, dataset.task)
     assert network.head.classifier.out_channels == len(dataset.task.outputs)
+    assert {norm.momentum for norm in network.head.modules() if isinstance(norm, nn.BatchNorm2d)} == {MOMENTUM}
     assert "other outputs (sky, building, pole, ...): the last layer begins anew" in capsys.readouterr().err
     expected = load_network(tiny.init)[0].backbone.state_dict()
     assert all(torch.equal(value, expected[key]) for key, value in network.backbone.state_dict().items())
