@@ -36,6 +36,7 @@ def fuses(x: Tensor, parts: Parts) -> bool:
 def explain(module: nn.Module, x: Tensor) -> str:
     """How a cell, a head or a decoder computes from maps like x at present: fused, on what kernels, or not, and why not.
 
+    >>> import torch
     >>> from fast import DensePredictionCell
     >>> from reference.cell import Cell
     >>> cell = DensePredictionCell(Cell.from_json('[{"op": "conv", "kernel": 1, "input": -1}]'), in_channels=8)
