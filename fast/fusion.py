@@ -113,10 +113,16 @@ def _obstacle_of_conv(name: str, conv: nn.Conv2d) -> str | None:
         return "is another convolution than the one built here"
     if conv.bias is not None and name != "classifier":
         return "has a bias"
-    return None if type(conv.weight) in _PLAIN_TENSORS else f"has a weight of type {type(conv.weight).__name__}"
+    return _obstacle_of_weight(conv.weight)
 
 
 def _obstacle_of_norm(norm: nn.BatchNorm2d) -> str | None:
     if norm.affine and norm.track_running_stats and norm.running_mean is not None:
-        return None if type(norm.weight) in _PLAIN_TENSORS else f"has a weight of type {type(norm.weight).__name__}"
+        return _obstacle_of_weight(norm.weight)
     return "lacks scale and offset, or running statistics"
+
+
+def _obstacle_of_weight(weight: Tensor) -> str | None:
+    if type(weight) in _PLAIN_TENSORS or kernels.observer(weight) is None:
+        return None
+    return f"has a weight of type {type(weight).__name__}"

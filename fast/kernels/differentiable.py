@@ -28,7 +28,7 @@ def differentiable_once(remedy: str) -> Callable[[Backward], Backward]:
     def decorate(backward: Backward) -> Backward:
         @functools.wraps(backward)
         def checked(ctx: Any, *grads: Tensor | None) -> Any:
-            if torch.is_grad_enabled() or _are_batched(grads):
+            if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or _are_batched(grads)):
                 raise RuntimeError(f"this is differentiable once, without create_graph=True or batched gradients: {remedy}")
             return backward(ctx, *grads)
 

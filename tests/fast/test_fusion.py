@@ -148,6 +148,19 @@ def test_another_rate_is_used_and_stays_fused() -> None:
     assert not torch.allclose(ours(features()), before)
 
 
+class Wrapped(Tensor):
+    """As sharded and quantised weights are: a tensor of another type."""
+
+
+def test_weights_of_another_type_are_left_to_pytorch() -> None:
+    module, x = cell(), features(dtype=torch.float32)
+    expected = module(x)
+    for conv in (module.projection, module.get_submodule("branches.1.pointwise.norm")):
+        conv.weight = nn.Parameter(conv.get_parameter("weight").detach().as_subclass(Wrapped))
+    assert explain(module, x) == "each submodule by itself: branches.1.pointwise.norm has a weight of type Wrapped"
+    assert torch.allclose(module(x).as_subclass(Tensor), expected, rtol=0, atol=1e-5)
+
+
 def parts(module: nn.Module) -> dict[str, nn.Module]:
     """All that a forward pass calls: everything but lists."""
     return {name: part for name, part in module.named_modules() if name and not isinstance(part, nn.ModuleList)}
