@@ -30,7 +30,7 @@ _PLAIN_TENSORS = (Tensor, nn.Parameter)
 
 def fuses(x: Tensor, parts: Parts) -> bool:
     """Whether what computes from a map like x may go past the calls of these submodules, and of all below them."""
-    return kernels.observer(x) is None and not _all_modules_are_hooked() and next(_obstacles(parts), None) is None
+    return _reason_against(x, parts) is None
 
 
 def explain(module: nn.Module, x: Tensor) -> str:
@@ -47,11 +47,7 @@ def explain(module: nn.Module, x: Tensor) -> str:
     >>> explain(cell, torch.zeros(1, 8, 5, 5))
     'each submodule by itself: dropout is a Dropout2d'
     """
-    reason = kernels.observer(x)
-    if reason is None and _all_modules_are_hooked():
-        reason = "there is a hook on all modules"
-    if reason is None:
-        reason = next(_obstacles(module._modules), None)
+    reason = _reason_against(x, module._modules)
     return f"fused, on {kernels.explain(x)}" if reason is None else f"each submodule by itself: {reason}"
 
 
@@ -67,6 +63,13 @@ def check_traceable(x: Tensor) -> None:
 def refuse_script(module: nn.Module) -> NoReturn:
     """For `torch.jit.script`, which asks every module it is given for `__prepare_scriptable__`."""
     raise TypeError(f"torch.jit.script cannot compile {type(module).__name__}: use torch.export.export, or torch.jit.trace")
+
+
+def _reason_against(x: Tensor, parts: Parts) -> str | None:
+    observer = kernels.observer(x)
+    if observer is not None:
+        return observer
+    return "there is a hook on all modules" if _all_modules_are_hooked() else next(_obstacles(parts), None)
 
 
 def _all_modules_are_hooked() -> bool:
