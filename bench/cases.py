@@ -13,6 +13,7 @@ from bench.costs import Cost, MapSize, Mode, cell_cost, depthwise_cost, loss_cos
 from bench.plain_torch import PlainBranch, PlainCell, randomise, upsampled_confusion, upsampled_loss
 from fast import kernels
 from fast.atrous_separable_conv import atrous_separable_conv, depthwise_conv
+from fast.batch_norm import authors_norm
 from fast.dense_prediction_cell import DensePredictionCell
 from fast.mean_iou import upsampled_confusion_matrix
 from fast.pointwise_conv import conv1x1
@@ -334,7 +335,7 @@ class CellCase(MapCase):
 def our_cell(cell: Cell, in_channels: int, channels: int, dropout_rate: float, plain: nn.Module) -> DensePredictionCell:
     """With the baseline's weights."""
     module = DensePredictionCell(
-        cell, in_channels, branch_channels=channels, cell_channels=channels, dropout_rate=dropout_rate
+        cell, in_channels, branch_channels=channels, cell_channels=channels, dropout_rate=dropout_rate, norm_layer=authors_norm
     )
     module.load_state_dict(plain.state_dict())
     return module

@@ -76,8 +76,10 @@ class Backbone(nn.Module):
             _keep_unchanged(body, low_level.module)
             body.get_submodule(low_level.module).register_forward_hook(self._tap)
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self._maps(images)[-1]
+    def forward(self, images: Tensor, with_low_level: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """The last map, or with the low-level map before it, as `with_low_level` gives them."""
+        maps = self._maps(images)
+        return (maps[0], maps[-1]) if with_low_level else maps[-1]
 
     def with_low_level(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The map for a decoder (N, low_level.channels, ceil(H / 4), ceil(W / 4)), and the last one.
@@ -86,8 +88,8 @@ class Backbone(nn.Module):
         """
         if self.low_level is None:
             raise ValueError(f"backbone {self.name} was built without the map at stride 4 that a decoder reads")
-        maps = self._maps(images)
-        return maps[0], maps[-1]
+        maps: tuple[Tensor, Tensor] = self(images, with_low_level=True)  # as a call, so that hooks run
+        return maps
 
     def _maps(self, images: Tensor) -> list[Tensor]:
         self._tapped.clear()

@@ -25,16 +25,16 @@ class LiveNorm(NamedTuple):
     batches: Tensor | None = None  # (), int64: how many batches are in the running statistics
 
 
+def authors_norm(channels: int) -> nn.BatchNorm2d:
+    """A norm with the authors' momentum, for trainings that recompute the running statistics before using them."""
+    return nn.BatchNorm2d(channels, eps=EPS, momentum=MOMENTUM)
+
+
 def live(norm: nn.Module) -> LiveNorm:
     """The tensors and the present mode of an `nn.BatchNorm2d`.
 
     Raises TypeError for another kind of norm, ValueError for one without scale and offset, or without running statistics.
     """
-    if isinstance(norm, nn.SyncBatchNorm) and norm.training:
-        raise TypeError(
-            "SyncBatchNorm cannot train here, the kernels take the statistics of one process alone: keep nn.BatchNorm2d in "
-            "cell and decoder (convert_sync_batchnorm(network.backbone) converts the backbone), or freeze the norm by eval()"
-        )
     if not isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm)):
         raise TypeError(f"the norm of a convolution must be nn.BatchNorm2d, got {type(norm).__name__}")
     if not (norm.affine and norm.track_running_stats):

@@ -5,7 +5,7 @@ The format is safetensors; its metadata hold a JSON description. Nothing in it i
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,11 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from fast.backbone import Backbone, PlainBody, plain_backbone, timm_backbone
+from fast.conv_norm import NormLayer
 from fast.decoder import Decoder
 from fast.dense_prediction_cell import DensePredictionCell
 from fast.segmentation import SegmentationHead, SegmentationNetwork
+from reference.batch_norm import EPS
 from reference.cell import Cell
 
 FORMAT = "dense-prediction-cell head 1"
@@ -29,16 +31,22 @@ def save_head(path: Path, head: SegmentationHead, *, task: Mapping[str, Any], ba
     """Write atomically; `task` says what the outputs mean, such as {"class_names": ("road", "car")}, and `backbone` which
     features the head was trained on (name, weights hash, and so on).
 
-    Raises ValueError for class names that are not as many as the outputs.
+    Raises ValueError for class names that are not as many as the outputs, and for a head that a file cannot describe, such as
+    one with other norms than batch norms.
     """
-    _write(path, head, FORMAT, {**_describe_head(head, task), "backbone": backbone})
+    description = _describe_head(head, task)
+    _check_described(head, lambda: _build_head(description))
+    _write(path, head, FORMAT, {**description, "backbone": backbone})
 
 
-def load_head(path: Path) -> tuple[SegmentationHead, dict[str, Any]]:
-    """Load a head: the module in evaluation mode, and its description. Raises ValueError naming the file."""
+def load_head(path: Path, *, norm_layer: NormLayer = nn.BatchNorm2d) -> tuple[SegmentationHead, dict[str, Any]]:
+    """Load a head: the module in evaluation mode, and its description. Raises ValueError naming the file.
+
+    For a training that goes on, `norm_layer` says with what momentum: PyTorch's, or by `authors_norm` the authors'.
+    """
     description, state = _read(path, "head", FORMAT)
     with _building(path, "head"):
-        head = _build_head(description)
+        head = _build_head(description, norm_layer)
     _fill(head, state, path, "head")
     return head, description
 
@@ -66,8 +74,8 @@ def save_network(
     (training settings, a converted file, and so on), and `evaluation` how it is evaluated unless told otherwise: `dataset`,
     and the size `pad_to` that pictures are padded to.
 
-    Raises ValueError for a backbone that is neither from timm nor plain, and so could not be built again from the file, and
-    for class names that are not as many as the outputs.
+    Raises ValueError for a backbone that is neither from timm nor plain, and so could not be built again from the file, for
+    class names that are not as many as the outputs, and for a head or decoder that a file cannot describe.
     """
     description = {
         **_describe_head(network.head, task),
@@ -76,18 +84,26 @@ def save_network(
         "source": source or {},
         "evaluation": dict(evaluation or {}),
     }
+    _check_described(network.head, lambda: _build_head(description))
+    decoder = network.decoder
+    if decoder is not None:
+        low_level_channels = decoder.low_level_channels
+        _check_described(decoder, lambda: _build_decoder(description, low_level_channels))
     _write(path, network, NETWORK_FORMAT, description)
 
 
-def load_network(path: Path) -> tuple[SegmentationNetwork, dict[str, Any]]:
-    """Load a network: the module in evaluation mode, and its description. Raises ValueError naming the file."""
+def load_network(path: Path, *, norm_layer: NormLayer = nn.BatchNorm2d) -> tuple[SegmentationNetwork, dict[str, Any]]:
+    """Load a network: the module in evaluation mode, and its description. Raises ValueError naming the file.
+
+    `norm_layer`, of head and decoder, is as in `load_head`.
+    """
     description, state = _read(path, "network", NETWORK_FORMAT)
     with _building(path, "network"):
         backbone = _build_backbone(description["backbone"], low_level=description["decoder"] is not None)
         decoder = None
         if description["decoder"] is not None and backbone.low_level is not None:
-            decoder = Decoder(backbone.low_level.channels, channels=description["cell_channels"], **description["decoder"])
-        network = SegmentationNetwork(backbone, _build_head(description), decoder)
+            decoder = _build_decoder(description, backbone.low_level.channels, norm_layer)
+        network = SegmentationNetwork(backbone, _build_head(description, norm_layer), decoder)
     _fill(network, state, path, "network")
     return network, description
 
@@ -104,13 +120,13 @@ def _describe_head(head: SegmentationHead, task: Mapping[str, Any]) -> dict[str,
         "branch_channels": context.branch_channels,
         "cell_channels": context.cell_channels,
         "output_stride": context.output_stride,
-        "dropout_rate": context.dropout.p,
+        "dropout_rate": getattr(context.dropout, "p", 0.0),  # it may have been replaced, by Dropout2d or Identity
         "pooling": context.pooling,
         "pooling_size": context.pooling_size,
     }
 
 
-def _build_head(description: dict[str, Any]) -> SegmentationHead:
+def _build_head(description: dict[str, Any], norm_layer: NormLayer = nn.BatchNorm2d) -> SegmentationHead:
     pooling_size = description["pooling_size"]
     context = DensePredictionCell(
         Cell.from_json(json.dumps(description["cell"])),
@@ -121,9 +137,31 @@ def _build_head(description: dict[str, Any]) -> SegmentationHead:
         dropout_rate=description["dropout_rate"],
         pooling=description["pooling"],
         pooling_size=tuple(pooling_size) if pooling_size else None,
+        norm_layer=norm_layer,
     )
     outputs = description["outputs"] if "outputs" in description else len(description["class_names"])  # as in earlier files
     return SegmentationHead(context, outputs)
+
+
+def _check_described(module: nn.Module, build: Callable[[], nn.Module]) -> None:
+    """Raises ValueError for a part of a head or decoder that is another one in what `build` makes of its description."""
+    with torch.device("meta"):
+        built = build()
+    ours, theirs = ({(key, tensor.shape) for key, tensor in part.state_dict().items()} for part in (module, built))
+    others = sorted(key.rpartition(".")[0] for key, _ in ours ^ theirs)
+    if not others:  # then all norms can be looked up
+        norms = (name for name, child in built.named_modules() if isinstance(child, nn.BatchNorm2d))
+        others = [name for name in norms if getattr(module.get_submodule(name), "eps", EPS) != EPS]
+    if others:
+        raise ValueError(
+            f"a file cannot describe {others[0]} of this {type(module).__name__}: it is read back with plain convolutions and "
+            f"nn.BatchNorm2d of eps {EPS}, and so would be another one; keep its state_dict() instead"
+        )
+
+
+def _build_decoder(description: dict[str, Any], low_level_channels: int, norm_layer: NormLayer = nn.BatchNorm2d) -> Decoder:
+    channels = description["cell_channels"]
+    return Decoder(low_level_channels, channels=channels, **description["decoder"], norm_layer=norm_layer)
 
 
 def _describe_backbone(backbone: Backbone) -> dict[str, Any]:

@@ -11,7 +11,9 @@ convolution.
 import torch
 from torch import Tensor, nn
 
-from fast.dense_prediction_cell import ConvNormLayer, SeparableBranch
+from fast.conv_norm import NormLayer, conv_norm, conv_norm_relu, live_conv
+from fast.dense_prediction_cell import SeparableBranch
+from fast.fusion import check_traceable, fuses, refuse_script
 from fast.kernels import NormedMap, operations_for, value
 
 OUTPUT_STRIDE = 4
@@ -21,23 +23,39 @@ LOW_LEVEL_CHANNELS = 48  # after the projection
 class Decoder(nn.Module):
     """Context (N, channels, h, w) and a low-level map (N, low_level_channels, H, W) -> (N, channels, H, W), any sizes.
 
+    `norm_layer` is that of `DensePredictionCell`.
+
     >>> decoder = Decoder(low_level_channels=144)
     >>> decoder(torch.zeros(2, 256, 9, 9), torch.zeros(2, 144, 33, 33)).shape
     torch.Size([2, 256, 33, 33])
     """
 
-    def __init__(self, low_level_channels: int, *, channels: int = 256, projected_channels: int = LOW_LEVEL_CHANNELS) -> None:
+    def __init__(
+        self,
+        low_level_channels: int,
+        *,
+        channels: int = 256,
+        projected_channels: int = LOW_LEVEL_CHANNELS,
+        norm_layer: NormLayer = nn.BatchNorm2d,
+    ) -> None:
         super().__init__()
         self.low_level_channels, self.channels, self.projected_channels = low_level_channels, channels, projected_channels
-        self.projection = ConvNormLayer((projected_channels, low_level_channels, 1, 1))
+        self.projection = conv_norm(low_level_channels, projected_channels, norm_layer)
         self.refinement = nn.ModuleList(
-            SeparableBranch(in_channels, channels, (1, 1)) for in_channels in (channels + projected_channels, channels)
+            SeparableBranch(in_channels, channels, (1, 1), norm_layer)
+            for in_channels in (channels + projected_channels, channels)
         )
 
+    __prepare_scriptable__ = refuse_script
+
     def forward(self, context: Tensor, low_level: Tensor) -> Tensor:
-        low = value(operations_for(low_level).pointwise_conv([NormedMap(low_level)], *self.projection.live()))
+        check_traceable(low_level)
+        if fuses(low_level, {"projection": self.projection}):
+            low = value(operations_for(low_level).pointwise_conv([NormedMap(low_level)], *live_conv(self.projection)))
+        else:
+            low = conv_norm_relu(low_level, self.projection)
         resized = operations_for(context).resize(NormedMap(context), (low.shape[2], low.shape[3]))
         x = torch.cat((resized, low), dim=1)  # (N, 256 + 48, H, W)
         for branch in self.refinement:
-            x = value(branch(NormedMap(x)))
+            x = branch(x)
         return x

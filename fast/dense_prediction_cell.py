@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fast.batch_norm import MOMENTUM, live
-from fast.kernels import LiveConv, NormedMap, operations_for, value
+from fast.conv_norm import NormLayer, conv_norm, conv_norm_relu, conv_weights, live_conv
+from fast.fusion import check_traceable, fuses, refuse_script
+from fast.kernels import NormedMap, operations_for, value
 from fast.pyramid_pooling import pool
 from reference.atrous_separable_conv import SeparableConv
-from reference.batch_norm import EPS, Array, BatchNorm
+from reference.batch_norm import Array
 from reference.cell import BACKBONE_FEATURE, AtrousSeparableConv, Cell, Conv1x1, Operation, PyramidPooling
 from reference.concat_project import DROPOUT_RATE
 from reference.dense_prediction_cell import CellWeights, rate_multiplier_for
@@ -25,7 +26,10 @@ class DensePredictionCell(nn.Module):
 
     Rates are as searched at output stride 16 and double at 8 (`output_stride`). `pooling` and `pooling_size` are those of
     `reference/pyramid_pooling.py`. Initial weights follow the authors (research/deeplab/core/dense_prediction_cell.py).
-    Raises ValueError for an argument that no forward pass could use, naming it and its value.
+    `norm_layer` makes the norm of each convolution from its channels: `nn.BatchNorm2d` with PyTorch's momentum,
+    `fast.batch_norm.authors_norm` with the authors', or any other. Submodules may be hooked, replaced and frozen as in any
+    module; they are then called one by one, and `fast.explain(cell, features)` says so. Raises ValueError for an argument that
+    no forward pass could use, naming it and its value.
 
     >>> from reference.cell import Cell
     >>> cell = Cell.from_json('[{"op": "conv", "kernel": 3, "rate": [1, 6], "input": -1}]')
@@ -44,6 +48,7 @@ class DensePredictionCell(nn.Module):
         dropout_rate: float = DROPOUT_RATE,
         pooling: PoolingVariant = "sliding_window",
         pooling_size: tuple[int, int] | None = None,
+        norm_layer: NormLayer = nn.BatchNorm2d,
     ) -> None:
         super().__init__()
         if not 0.0 <= dropout_rate < 1.0:
@@ -61,25 +66,35 @@ class DensePredictionCell(nn.Module):
         self.branches = nn.ModuleList()
         for branch in cell.branches:
             channels = in_channels if branch.input_index == BACKBONE_FEATURE else branch_channels
-            self.branches.append(_branch(branch.operation, channels, branch_channels, multiplier, pooling, pooling_size))
+            self.branches.append(
+                _branch(branch.operation, channels, branch_channels, multiplier, pooling, pooling_size, norm_layer)
+            )
         self.dropout = nn.Dropout(dropout_rate)
-        self.projection = ConvNormLayer((cell_channels, len(cell.branches) * branch_channels, 1, 1))
+        self.projection = conv_norm(len(cell.branches) * branch_channels, cell_channels, norm_layer)
+
+    __prepare_scriptable__ = refuse_script
 
     def forward(self, features: Tensor) -> Tensor:
-        return value(self.lazy(features))
+        check_traceable(features)
+        self._check_shape(features)
+        if fuses(features, self._modules):
+            return value(self.lazy(features))
+        maps = {BACKBONE_FEATURE: features}
+        for i, (branch, module) in enumerate(zip(self.cell.branches, self.branches, strict=True)):
+            maps[i] = module(maps[branch.input_index])
+        return conv_norm_relu(self.dropout(torch.cat([maps[i] for i in range(len(self.branches))], dim=1)), self.projection)
 
     def lazy(self, features: Tensor) -> NormedMap:
-        """The output with its norm not yet applied, for callers that apply it on load."""
-        if features.ndim != 4 or features.shape[1] != self.in_channels:
-            raise ValueError(f"cell needs features: (N, {self.in_channels}, H, W), got {tuple(features.shape)}")
+        """The output of the submodules, fused, with its norm not yet applied, for callers that apply it on load."""
+        self._check_shape(features)
         operations = operations_for(features)
         x = operations.dense(NormedMap(features))  # here once, not in every branch that reads it
         maps = {BACKBONE_FEATURE: operations.fan_out(x, self._readers[BACKBONE_FEATURE])}  # each as often as it is read
         for i, (branch, module) in enumerate(zip(self.cell.branches, self.branches, strict=True)):
-            maps[i] = operations.fan_out(module(maps[branch.input_index].pop()), self._readers[i])
+            maps[i] = operations.fan_out(cast(_BranchModule, module).lazy(maps[branch.input_index].pop()), self._readers[i])
         dropout_rate = self.dropout.p if self.dropout.training else 0.0
         branches = [maps[i].pop() for i in range(len(self.branches))]
-        return operations.pointwise_conv(branches, *self.projection.live(), dropout_rate=dropout_rate)
+        return operations.pointwise_conv(branches, *live_conv(self.projection), dropout_rate=dropout_rate)
 
     def pin_pooling(self, pooling_size: tuple[int, int] | None) -> None:
         """Change `pooling_size`: the windows of pyramid pooling are those of a map of this size, or with None of each map."""
@@ -92,17 +107,22 @@ class DensePredictionCell(nn.Module):
     def weights(self) -> CellWeights[Tensor]:
         """The live parameters and statistics, in the reference's containers."""
         branches = (cast(_BranchModule, branch) for branch in self.branches)
-        return CellWeights(tuple(branch.weights() for branch in branches), self.projection.weights())
+        return CellWeights(tuple(branch.weights() for branch in branches), conv_weights(self.projection))
+
+    def _check_shape(self, features: Tensor) -> None:
+        if features.ndim != 4 or features.shape[1] != self.in_channels:
+            raise ValueError(f"cell needs features: (N, {self.in_channels}, H, W), got {tuple(features.shape)}")
 
     def extra_repr(self) -> str:
         return f"{self.cell}, output_stride={self.output_stride}"
 
 
 def decays(module: nn.Module) -> dict[str, bool]:
-    """Names of all parameters, each with whether it decays: all but depthwise weights, batch norms and biases (deeplab)."""
+    """Names of all parameters, each with whether it decays: all but depthwise weights, norms and biases (deeplab)."""
     exempt = {name for name, child in module.named_modules() if isinstance(child, nn.BatchNorm2d)}
     exempt |= {f"{name}.depthwise" for name, child in module.named_modules() if isinstance(child, SeparableBranch)}
     convolutions = {name: child for name, child in module.named_modules() if isinstance(child, nn.Conv2d)}
+    exempt |= {f"{name}.norm" for name, conv in convolutions.items() if hasattr(conv, "norm")}  # of any kind
     exempt |= {name for name, conv in convolutions.items() if 1 < conv.groups == conv.in_channels}  # a backbone's depthwise
     return {
         name: not name.endswith(".bias") and name.rpartition(".")[0] not in exempt for name, _ in module.named_parameters()
@@ -122,63 +142,64 @@ def load_reference_weights(module: DensePredictionCell, weights: CellWeights[Arr
             tensor.copy_(torch.from_numpy(np.ascontiguousarray(array)))
 
 
-class ConvNormLayer(nn.Module):
-    """Holds the weights of a convolution and of its batch norm; the functions of `fast/` compute."""
-
-    def __init__(self, shape: tuple[int, int, int, int], truncated_normal_std: float | None = None) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(shape))
-        if truncated_normal_std is None:
-            nn.init.xavier_uniform_(self.weight)
-        else:  # TensorFlow truncates at two standard deviations
-            std = truncated_normal_std
-            nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
-        self.norm = nn.BatchNorm2d(shape[0], eps=EPS, momentum=MOMENTUM)
-
-    def weights(self) -> ConvNorm[Tensor]:
-        mean, var = cast(Tensor, self.norm.running_mean), cast(Tensor, self.norm.running_var)  # always tracked
-        return ConvNorm(self.weight, BatchNorm(self.norm.weight, self.norm.bias, mean, var))
-
-    def live(self) -> LiveConv:
-        """The weights with the norm's own mode: it can be frozen while the rest trains, or the other way round."""
-        return LiveConv(self.weight, live(self.norm))
-
-
 class _Conv1x1Branch(nn.Module):
-    def __init__(self, in_channels: int, channels: int) -> None:
+    def __init__(self, in_channels: int, channels: int, norm_layer: NormLayer) -> None:
         super().__init__()
-        self.pointwise = ConvNormLayer((channels, in_channels, 1, 1))
+        self.pointwise = conv_norm(in_channels, channels, norm_layer)
 
     def weights(self) -> ConvNorm[Tensor]:
-        return self.pointwise.weights()
+        return conv_weights(self.pointwise)
 
-    def forward(self, x: NormedMap) -> NormedMap:
-        return operations_for(x.raw).pointwise_conv([x], *self.pointwise.live())
+    def forward(self, x: Tensor) -> Tensor:
+        if fuses(x, self._modules):
+            return value(self.lazy(NormedMap(x)))
+        return conv_norm_relu(x, self.pointwise)
+
+    def lazy(self, x: NormedMap) -> NormedMap:
+        return operations_for(x.raw).pointwise_conv([x], *live_conv(self.pointwise))
 
 
-class _PoolingBranch(_Conv1x1Branch):
-    def __init__(self, in_channels: int, channels: int, **pooling: Any) -> None:
-        super().__init__(in_channels, channels)
+class _PoolingBranch(nn.Module):
+    def __init__(self, in_channels: int, channels: int, norm_layer: NormLayer, **pooling: Any) -> None:
+        super().__init__()
+        self.pointwise = conv_norm(in_channels, channels, norm_layer)
         self.pooling = pooling
 
-    def forward(self, x: NormedMap) -> NormedMap:
-        return NormedMap(pool(x, self.pointwise.live(), **self.pooling))
+    def weights(self) -> ConvNorm[Tensor]:
+        return conv_weights(self.pointwise)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if fuses(x, self._modules):
+            return value(self.lazy(NormedMap(x)))
+        operations = operations_for(x)
+        means = operations.pooling_means(NormedMap(x), **self.pooling)
+        return operations.resize(NormedMap(conv_norm_relu(means, self.pointwise)), (x.shape[2], x.shape[3]))
+
+    def lazy(self, x: NormedMap) -> NormedMap:
+        return NormedMap(pool(x, live_conv(self.pointwise), **self.pooling))
 
 
 class SeparableBranch(nn.Module):
-    """Holds the weights of an atrous separable convolution at a fixed rate."""
+    """An atrous separable convolution at a fixed rate: (N, in_channels, H, W) -> (N, channels, H, W)."""
 
-    def __init__(self, in_channels: int, channels: int, rate: tuple[int, int]) -> None:
+    def __init__(self, in_channels: int, channels: int, rate: tuple[int, int], norm_layer: NormLayer) -> None:
         super().__init__()
-        self.rate = rate
-        self.depthwise = ConvNormLayer((in_channels, 1, 3, 3), truncated_normal_std=0.33)
-        self.pointwise = ConvNormLayer((channels, in_channels, 1, 1), truncated_normal_std=0.06)
+        self.depthwise = conv_norm(in_channels, in_channels, norm_layer, rate=rate, truncated_normal_std=0.33)
+        self.pointwise = conv_norm(in_channels, channels, norm_layer, truncated_normal_std=0.06)
 
     def weights(self) -> SeparableConv[Tensor]:
-        return SeparableConv(self.depthwise.weights(), self.pointwise.weights())
+        return SeparableConv(conv_weights(self.depthwise), conv_weights(self.pointwise))
 
-    def forward(self, x: NormedMap) -> NormedMap:
-        return operations_for(x.raw).separable_conv(x, self.depthwise.live(), self.pointwise.live(), rate=self.rate)
+    def forward(self, x: Tensor) -> Tensor:
+        if fuses(x, self._modules):
+            return value(self.lazy(NormedMap(x)))
+        return conv_norm_relu(conv_norm_relu(x, self.depthwise), self.pointwise)
+
+    def lazy(self, x: NormedMap) -> NormedMap:
+        """The same of a map whose norm may not yet be applied, fused."""
+        convs = live_conv(self.depthwise), live_conv(self.pointwise)
+        rate = cast(tuple[int, int], self.depthwise.dilation)
+        return operations_for(x.raw).separable_conv(x, *convs, rate=rate)
 
 
 _BranchModule: TypeAlias = _Conv1x1Branch | _PoolingBranch | SeparableBranch
@@ -191,14 +212,16 @@ def _branch(
     multiplier: int,
     variant: PoolingVariant,
     pooling_size: tuple[int, int] | None,
+    norm_layer: NormLayer,
 ) -> _BranchModule:
     match operation:
         case Conv1x1():
-            return _Conv1x1Branch(in_channels, channels)
+            return _Conv1x1Branch(in_channels, channels, norm_layer)
         case AtrousSeparableConv():
-            return SeparableBranch(in_channels, channels, operation.rate_times(multiplier))
+            return SeparableBranch(in_channels, channels, operation.rate_times(multiplier), norm_layer)
         case PyramidPooling(grid_size):
-            return _PoolingBranch(in_channels, channels, grid_size=grid_size, variant=variant, pooling_size=pooling_size)
+            pooling = {"grid_size": grid_size, "variant": variant, "pooling_size": pooling_size}
+            return _PoolingBranch(in_channels, channels, norm_layer, **pooling)
         case _:
             assert_never(operation)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -11,24 +12,16 @@ from fast.bilinear_resize import bilinear_resize
 from fast.decoder import OUTPUT_STRIDE as DECODER_STRIDE
 from fast.decoder import Decoder
 from fast.dense_prediction_cell import DensePredictionCell
+from fast.fusion import check_traceable, fuses, refuse_script
 from fast.kernels import NormedMap, operations_for
 
 
-class Classifier(nn.Conv2d):
-    """A 1×1 convolution with bias that also reads a map whose norm is not yet applied."""
-
-    def __init__(self, channels: int, num_classes: int) -> None:
-        super().__init__(channels, num_classes, kernel_size=1)
-        self.bias: nn.Parameter  # as it was asked for
-        nn.init.trunc_normal_(self.weight, std=0.01, a=-0.02, b=0.02)
-        nn.init.zeros_(self.bias)
-
-    def forward(self, x: Tensor | NormedMap) -> Tensor:
-        x = NormedMap(x) if isinstance(x, Tensor) else x
-        return operations_for(x.raw).pointwise_conv([x], self.weight, None).raw + self.bias[:, None, None]
-
-
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+def _classifier(channels: int, num_classes: int) -> nn.Conv2d:
+    """A 1×1 convolution with bias."""
+    conv = nn.Conv2d(channels, num_classes, kernel_size=1)
+    nn.init.trunc_normal_(conv.weight, std=0.01, a=-0.02, b=0.02)
+    nn.init.zeros_(cast(Tensor, conv.bias))
+    return conv
 
 
 class SegmentationHead(nn.Module):
@@ -40,12 +33,26 @@ class SegmentationHead(nn.Module):
     def __init__(self, context: DensePredictionCell, num_classes: int) -> None:
         super().__init__()
         self.context = context
-        self.classifier = Classifier(context.cell_channels, num_classes)
+        self.classifier = _classifier(context.cell_channels, num_classes)
 
-    def forward(self, features: Tensor) -> Tensor:
-        hooked = any(getattr(self.context, hooks) for hooks in _HOOKS)  # only these compute, and need values
-        logits: Tensor = self.classifier(self.context(features) if hooked else self.context.lazy(features))
+    __prepare_scriptable__ = refuse_script
+
+    def forward(self, features: Tensor, refine: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """With `refine` the classifier reads what that makes of the context."""
+        check_traceable(features)
+        if refine is None and fuses(features, self._modules):
+            return _classified(self.context.lazy(features), self.classifier)
+        context = self.context(features) if refine is None else refine(self.context(features))
+        if fuses(context, {"classifier": self.classifier}):
+            return _classified(NormedMap(context), self.classifier)
+        logits: Tensor = self.classifier(context)
         return logits
+
+
+def _classified(x: NormedMap, classifier: nn.Conv2d) -> Tensor:
+    """The classifier, fused, of a map whose norm may not yet be applied."""
+    logits = operations_for(x.raw).pointwise_conv([x], classifier.weight, None).raw
+    return logits if classifier.bias is None else logits + classifier.bias[:, None, None]
 
 
 class SegmentationNetwork(nn.Module):
@@ -78,12 +85,17 @@ class SegmentationNetwork(nn.Module):
     def logits_stride(self) -> int:
         return self.backbone.output_stride if self.decoder is None else DECODER_STRIDE
 
+    __prepare_scriptable__ = refuse_script
+
     def forward(self, images: Tensor) -> Tensor:
-        if self.decoder is None:
-            logits: Tensor = self.head(self.backbone(images))
-            return logits
-        low_level, features = self.backbone.with_low_level(images)
-        logits = self.head.classifier(self.decoder(self.head.context(features), low_level))
+        check_traceable(images)
+        decoder = self.decoder
+        logits: Tensor
+        if decoder is None:
+            logits = self.head(self.backbone(images))
+        else:
+            low_level, features = self.backbone.with_low_level(images)
+            logits = self.head(features, lambda context: decoder(context, low_level))
         return logits
 
     @torch.no_grad()

@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fast.kernels import operations_for
+from fast.kernels.differentiable import differentiable_once
 from reference.upsampled_cross_entropy import IGNORE_INDEX
 
 
@@ -41,7 +41,7 @@ class _UpsampledCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("take F.cross_entropy of logits that F.interpolate has resized")
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None]:
         (grad,) = ctx.saved_tensors
         return grad * grad_loss, None, None

@@ -29,7 +29,7 @@ import fast.kernels
 from fast.bilinear_resize import bilinear_resize
 from fast.checkpoint import load_head, load_network, write_whole
 from fast.dense_prediction_cell import DensePredictionCell
-from fast.segmentation import Classifier
+from fast.segmentation import SegmentationHead
 from reference.cell import AtrousSeparableConv, Conv1x1, Operation, PyramidPooling
 from search.cli import run_command
 from search.errors import InputError
@@ -176,8 +176,8 @@ def _load(settings: ExportSettings) -> tuple[nn.Module, dict[str, Any], int]:
 
 
 def _outputs(module: nn.Module) -> int:
-    (classifier,) = (child for child in module.modules() if isinstance(child, Classifier))
-    return classifier.out_channels
+    (head,) = (child for child in module.modules() if isinstance(child, SegmentationHead))
+    return head.classifier.out_channels
 
 
 def _what_fixes_the_size(module: nn.Module) -> str | None:

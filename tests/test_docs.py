@@ -121,11 +121,28 @@ def test_lines_of_the_readme_are_short() -> None:
     assert [line for line in lines if len(line) > 100] == []
 
 
-def test_cell_serves_as_a_decoder_of_segmentation_models_pytorch() -> None:
-    pytest.importorskip("segmentation_models_pytorch")
+def example_of_export(package: str) -> dict[str, Any]:
+    """The names that the example with this package in docs/export.md leaves behind."""
     text = (ROOT / "docs" / "export.md").read_text(encoding="utf-8")
-    (example,) = (block for block in re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE) if "smp" in block)
+    (example,) = (block for block in re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE) if package in block)
     names: dict[str, Any] = {}
     exec(example, names)
+    return names
+
+
+def test_cell_serves_as_a_decoder_of_segmentation_models_pytorch() -> None:
+    pytest.importorskip("segmentation_models_pytorch")
+    names = example_of_export("segmentation_models_pytorch")
     with torch.no_grad():
         assert names["network"].eval()(torch.zeros(1, 3, 64, 96)).shape == (1, 19, 64, 96)
+
+
+@pytest.mark.filterwarnings("ignore")  # of torchao
+def test_an_exported_cell_is_quantised() -> None:
+    pytest.importorskip("torchao")
+    names = example_of_export("torchao")
+    operations = {str(node.target) for node in names["quantized"].graph.nodes}
+    assert "quantized_decomposed.dequantize_per_channel.default" in operations  # the weights of convolutions
+    with torch.no_grad():
+        expected, actual = (names[name](names["features"]) for name in ("context", "quantized"))
+    assert (actual - expected).abs().max() < 0.1 * expected.abs().max()  # 8 bits through nine convolutions

@@ -3,7 +3,7 @@
 `interface.py` says what is computed, and how a map travels whose norm is not yet applied; `choose.py` who computes it.
 """
 
-from fast.kernels.choose import backend_for, explain, iteration_kernels_for, operations_for, using, value
+from fast.kernels.choose import backend_for, explain, iteration_kernels_for, observer, operations_for, using, value
 from fast.kernels.interface import (
     Backend,
     Dropout,
@@ -29,6 +29,7 @@ __all__ = [
     "explain",
     "in_mode",
     "iteration_kernels_for",
+    "observer",
     "operations_for",
     "using",
     "value",

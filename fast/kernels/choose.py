@@ -6,6 +6,7 @@ from contextvars import ContextVar
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from fast.kernels import library
 from fast.kernels.differentiable import OnKernels
@@ -64,21 +65,38 @@ def explain(x: Tensor) -> str:
     return f"PyTorch: {chosen}" if isinstance(chosen, str) else chosen.name
 
 
-def _choose(x: Tensor) -> Backend | str:
-    """The kernels, or the reason why there are none for maps like x."""
+def observer(x: Tensor) -> str | None:
+    """Who has to see each of PyTorch's operations on maps like x, and would see none of ours; None if nobody has.
+
+    What `using` names computes whoever looks on.
+    """
     if torch.compiler.is_compiling():  # asked first: torch.compile of torch 2.11 cannot trace a ContextVar
         return "torch.compile or torch.export is tracing"
+    if not isinstance(_chosen.get(), str):
+        return None
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit.trace or torch.onnx is tracing"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "torch.func or vmap is transforming"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "derivatives are taken in forward mode"
+    if torch._C._len_torch_dispatch_stack():
+        return f"{type(_get_current_dispatch_mode()).__name__} watches PyTorch's operations"
+    if type(x) not in (Tensor, torch.nn.Parameter):
+        return f"kernels read plain tensors, this one is a {type(x).__name__}"
+    return None
+
+
+def _choose(x: Tensor) -> Backend | str:
+    """The kernels, or the reason why there are none for maps like x."""
+    observed = observer(x)
+    if observed is not None:
+        return observed
     chosen = _chosen.get()
     if chosen is None:
         return "`using(None)` says so"
     if not isinstance(chosen, str):
         return chosen
-    if torch._C._get_tracing_state() is not None:
-        return "torch.jit.trace or torch.onnx is tracing"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return "torch.func or vmap is transforming"
-    if type(x) not in (Tensor, torch.nn.Parameter):
-        return f"kernels read plain tensors, this one is a {type(x).__name__}"
     if x.numel() == 0:
         return "the map is empty"
     backend = _of_device(x.device.type)

@@ -1,18 +1,48 @@
 """`Operations` on the kernels of any `Backend`, differentiable once: maps stay raw until they are loaded."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fast.batch_norm import LiveNorm, start
 from fast.kernels.interface import Backend, Dropout, Folded, GradientSums, LiveConv, NormedMap, Unfolded, check_dropout_rate
 from fast.kernels.matrices import pooling_matrix, resize_matrix
 from reference.pyramid_pooling import PoolingVariant
+
+_REMEDY = "run the forward pass within `fast.kernels.using(None)`, whose operations can be differentiated again"
+
+Backward = Callable[..., Any]
+
+
+def differentiable_once(remedy: str) -> Callable[[Backward], Backward]:
+    """For the backward pass of an autograd function that gives one first derivative at a time.
+
+    PyTorch's `once_differentiable` leaves out second derivatives without a word where the incoming gradient is a constant.
+    """
+
+    def decorate(backward: Backward) -> Backward:
+        @functools.wraps(backward)
+        def checked(ctx: Any, *grads: Tensor | None) -> Any:
+            if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or _are_batched(grads)):
+                raise RuntimeError(f"this is differentiable once, without create_graph=True or batched gradients: {remedy}")
+            return backward(ctx, *grads)
+
+        return checked
+
+    return decorate
+
+
+def _are_batched(grads: Sequence[Tensor | None]) -> bool:
+    """Whether vmap, or `torch.autograd.functional.jacobian(vectorize=True)`, wants many gradients at once."""
+    functorch = torch._C._functorch
+    if functorch.peek_interpreter_stack() is not None:
+        return True
+    return any(grad is not None and functorch.is_legacy_batchedtensor(grad) for grad in grads)
 
 
 class OnKernels:
@@ -190,7 +220,7 @@ class _ConvNorm(torch.autograd.Function):
         return raw, folded.scale, folded.offset
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once(_REMEDY)
     def backward(
         ctx: Any, grad_raw: Tensor | None, grad_scale: Tensor | None = None, grad_offset: Tensor | None = None
     ) -> Any:
@@ -248,7 +278,7 @@ class _FanOut(torch.autograd.Function):
         return tuple(None if tensor is None else tensor.detach() for _ in range(readers) for tensor in tensors)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once(_REMEDY)
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         given = [grad for grad in _maps(grads) if grad.raw is not None]  # a reader gives all three, or came to nothing
         if len(given) < 2:
@@ -265,7 +295,7 @@ class _PlaneProduct(torch.autograd.Function):
         return backend.plane_product(x, rows, columns)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once(_REMEDY)
     def backward(ctx: Any, grad: Tensor) -> Any:
         backend, rows, columns = ctx.plan
         (x,) = _maps(ctx.saved_tensors)
@@ -283,7 +313,7 @@ class _Normalise(torch.autograd.Function):
         return backend.normalise(x)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once(_REMEDY)
     def backward(ctx: Any, grad: Tensor) -> Any:
         (x,) = _maps(ctx.saved_tensors)
         grad = grad.contiguous(memory_format=ctx.backend.memory_format)

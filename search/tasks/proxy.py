@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fast.batch_norm import recompute_statistics
+from fast.batch_norm import authors_norm, recompute_statistics
 from fast.dense_prediction_cell import DensePredictionCell
 from fast.segmentation import SegmentationHead
 from fast.train_step import TrainStep
@@ -120,6 +120,7 @@ class ProxyTask:
             output_stride=self.output_stride,
             dropout_rate=settings.dropout,
             pooling=settings.pooling,
+            norm_layer=authors_norm,
         )
         return SegmentationHead(context, len(self.dense_task.outputs))
 

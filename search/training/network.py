@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fast.batch_norm import authors_norm
 from fast.checkpoint import load_network
 from fast.decoder import Decoder
 from fast.dense_prediction_cell import DensePredictionCell
@@ -35,8 +36,11 @@ def create_network(settings: TrainingSettings, cell: Cell, task: DenseTask) -> S
         output_stride=backbone.output_stride,
         dropout_rate=settings.head.dropout,
         pooling=settings.head.pooling,
+        norm_layer=authors_norm,
     )
-    decoder = Decoder(backbone.low_level.channels, channels=channels) if backbone.low_level is not None else None
+    decoder = None
+    if backbone.low_level is not None:
+        decoder = Decoder(backbone.low_level.channels, channels=channels, norm_layer=authors_norm)
     return SegmentationNetwork(backbone, SegmentationHead(context, len(task.outputs)), decoder)
 
 
@@ -44,7 +48,7 @@ def initial_network(settings: TrainingSettings, path: Path, task: DenseTask) -> 
     """Load the network of a file, with its architecture; with other outputs the last layer begins anew. Raises InputError."""
     torch.manual_seed(settings.seed)
     try:
-        network, description = load_network(path)
+        network, description = load_network(path, norm_layer=authors_norm)
         before = restored_task(description)
     except ValueError as error:
         raise InputError(f"{error}; correct `init`") from error

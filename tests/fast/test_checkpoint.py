@@ -1,14 +1,19 @@
 import json
 import os
+import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from fast import Decoder, DensePredictionCell, SegmentationHead, SegmentationNetwork
 from fast.backbone import Backbone, timm_backbone
+from fast.batch_norm import MOMENTUM, authors_norm
 from fast.checkpoint import FORMAT, NETWORK_FORMAT, load_context, load_head, load_network, save_head, save_network
 from reference.cell import BACKBONE_FEATURE, AtrousSeparableConv, Branch, Cell, Conv1x1, PyramidPooling
 from reference.pyramid_pooling import PoolingVariant
@@ -67,6 +72,54 @@ def test_round_trip(tmp_path: Path, arguments: dict[str, Any]) -> None:
         assert torch.equal(value, state[key]), key
     features = torch.randn(1, 3, 7, 6)
     assert torch.equal(loaded(features), head.eval()(features))
+    for build, momentum in ((nn.BatchNorm2d, 0.1), (authors_norm, MOMENTUM)):
+        norms = [part for part in load_head(path, norm_layer=build)[0].modules() if isinstance(part, nn.BatchNorm2d)]
+        assert {norm.momentum for norm in norms} == {momentum}
+
+
+def with_another_epsilon(head: SegmentationHead) -> None:
+    cast(nn.BatchNorm2d, head.context.projection.norm).eps = 1e-3
+
+
+UNDESCRIBED: dict[str, tuple[Callable[[SegmentationHead], Any], str]] = {
+    "norm": (lambda head: setattr(head.context.projection, "norm", nn.GroupNorm(1, 5)), "context.projection.norm"),
+    "no norm": (lambda head: setattr(head.context.projection, "norm", nn.Identity()), "context.projection.norm"),
+    "branch": (lambda head: head.context.set_submodule("branches.1", nn.Identity()), "context.branches.1.pointwise"),
+    "weight norm": (lambda head: weight_norm(head.classifier), "classifier"),
+    "epsilon": (with_another_epsilon, "context.projection.norm"),
+}
+
+
+@pytest.mark.parametrize("change", UNDESCRIBED)
+def test_what_a_file_cannot_describe_is_not_saved(tmp_path: Path, change: str) -> None:
+    head, path = trained_head(), tmp_path / "head.safetensors"
+    apply, name = UNDESCRIBED[change]
+    apply(head)
+    with pytest.raises(ValueError, match=f"a file cannot describe {re.escape(name)} of this SegmentationHead"):
+        save_head(path, head, task={"class_names": CLASSES}, backbone=BACKBONE)
+    assert not path.exists()
+
+
+def test_a_network_with_an_undescribed_decoder_is_not_saved(tmp_path: Path) -> None:
+    network = trained_network(decoder=True)
+    assert network.decoder is not None
+    network.decoder.projection.norm = nn.GroupNorm(1, 3)
+    with pytest.raises(ValueError, match=r"a file cannot describe projection\.norm of this Decoder"):
+        save_network(tmp_path / "network.safetensors", network, task={"class_names": CLASSES})
+
+
+@pytest.mark.parametrize("dropout", [nn.Identity(), nn.Dropout2d(0.2)])
+def test_what_computes_the_same_is_saved(tmp_path: Path, dropout: nn.Module) -> None:
+    """Norms that were synchronised, and another dropout, are no others once the training is over."""
+    head, path = trained_head().eval(), tmp_path / "head.safetensors"
+    features = torch.randn(1, 3, 7, 6)
+    expected = head(features)
+    head.context.set_submodule("dropout", dropout)
+    synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(head)  # type: ignore[no-untyped-call]
+    save_head(path, synchronised, task={"class_names": CLASSES}, backbone=BACKBONE)
+    loaded, _ = load_head(path)
+    assert torch.equal(loaded(features), expected)
+    assert loaded.context.dropout.p == getattr(dropout, "p", 0.0)
 
 
 def test_nothing_but_the_file_is_left(tmp_path: Path) -> None:

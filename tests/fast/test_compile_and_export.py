@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fast import DensePredictionCell
+from fast.upsampled_cross_entropy import upsampled_cross_entropy
 from reference.cell import BACKBONE_FEATURE, AtrousSeparableConv, Branch, Cell, Conv1x1, PyramidPooling
 
 ROOT = Path(__file__).parents[2]
@@ -48,6 +49,20 @@ def test_compiled_step_is_the_same(backend: str) -> None:
     torch._dynamo.reset()
     features = torch.randn(2, 3, 7, 9, generator=torch.Generator().manual_seed(0))
     assert_same(train_step(build(), features, backend), train_step(build(), features))
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")  # of a constant matrix
+def test_a_compiled_loss_has_its_gradient() -> None:
+    torch._dynamo.reset()
+    logits = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    labels = torch.ones(2, 49, 49, dtype=torch.int64)
+    gradients = []
+    for loss in (upsampled_cross_entropy, torch.compile(upsampled_cross_entropy, backend="aot_eager", fullgraph=True)):
+        x = logits.clone().requires_grad_()
+        loss(x, labels).backward()  # type: ignore[no-untyped-call]
+        assert x.grad is not None
+        gradients.append(x.grad)
+    assert torch.allclose(gradients[0], gradients[1], rtol=0, atol=ROUNDING)
 
 
 def test_compiled_dropout_draws_afresh() -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from fast.batch_norm import MOMENTUM
+from fast.batch_norm import MOMENTUM, authors_norm
 from fast.dense_prediction_cell import DensePredictionCell, decays, load_reference_weights, reference_weights
 from reference.atrous_separable_conv import SeparableConv
 from reference.batch_norm import Array
@@ -68,6 +68,7 @@ def small_cell(cell: Cell, options: BranchOptions) -> DensePredictionCell:
         dropout_rate=0.0,
         pooling=options.pooling,
         pooling_size=options.pooling_size,
+        norm_layer=authors_norm,
     )
     return module.train(options.training)
 

@@ -1,6 +1,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -9,13 +10,13 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chi2
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fast.train_step
 from fast.dense_prediction_cell import DensePredictionCell, decays
-from fast.kernels import using
+from fast.kernels import backend_for, using
 from fast.segmentation import SegmentationHead
 from fast.train_step import Precision, TrainStep
 from reference.cell import Cell
@@ -124,6 +125,16 @@ def counters(head: SegmentationHead) -> list[Tensor]:
     return [buffer for name, buffer in head.named_buffers() if name.endswith("num_batches_tracked")]
 
 
+def test_an_iteration_calls_no_submodule(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cell and classifier are fused, on kernels as on PyTorch's operations."""
+    step = make_step(make_head(dropout_rate=0.1), *random_data())
+    for kind in (nn.Conv2d, nn.BatchNorm2d, nn.Dropout):
+        monkeypatch.setattr(kind, "forward", mock.Mock(side_effect=AssertionError("called")))
+    step()
+    with using(None):
+        step()
+
+
 class Touching(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes the operations that take one of these tensors."""
 
@@ -143,7 +154,7 @@ def test_one_operation_counts_the_batch_for_all_norms() -> None:
     """On a GPU a launch; nothing else reads or writes the counts, so no iteration waits for the device."""
     head = make_head()
     step = make_step(head, *random_data())
-    with Touching(counters(head)) as touching:
+    with using(backend_for(head.classifier.weight)), Touching(counters(head)) as touching:
         for _ in range(3):
             step()
     assert touching.seen == 3 * ["aten._foreach_add_.Scalar"]

@@ -17,7 +17,7 @@ import search.training.augmentation
 import search.training.loop
 import search.training.state
 from fast.backbone import plain_backbone
-from fast.batch_norm import recompute_statistics
+from fast.batch_norm import MOMENTUM, recompute_statistics
 from fast.checkpoint import load_network, save_network
 from fast.decoder import Decoder
 from fast.dense_prediction_cell import DensePredictionCell
@@ -58,7 +58,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TrainSettings:
         # Statistics and a classifier with which the scores depend on the picture, also with frozen norms.
         recompute_statistics(network, [torch.rand(4, 3, 33, 33) * 255])
         nn.init.normal_(network.head.classifier.weight, std=0.3)
-        nn.init.constant_(network.head.classifier.bias[:4], 2.0)  # the four classes that occur
+        nn.init.constant_(network.head.classifier.get_parameter("bias")[:4], 2.0)  # the four classes that occur
         save_network(folder / "init.safetensors", network, task={"class_names": names})
     return composed(
         TrainSettings,
@@ -386,6 +386,7 @@ def test_other_classes_begin_with_a_new_classifier(tiny: TrainSettings, capsys: 
     training = changed(tiny, dataset="shapes", data_dir=None).training()
     network = initial_network(training, tiny.init, dataset.task)
     assert network.head.classifier.out_channels == len(dataset.task.outputs)
+    assert {norm.momentum for norm in network.head.modules() if isinstance(norm, nn.BatchNorm2d)} == {MOMENTUM}
     assert "other outputs (sky, building, pole, ...): the last layer begins anew" in capsys.readouterr().err
     expected = load_network(tiny.init)[0].backbone.state_dict()
     assert all(torch.equal(value, expected[key]) for key, value in network.backbone.state_dict().items())

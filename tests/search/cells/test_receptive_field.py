@@ -128,7 +128,7 @@ def test_gates_open_as_often_as_the_norms_say() -> None:
         for norm in (child for child in module.modules() if isinstance(child, torch.nn.BatchNorm2d)):
             norm.bias.normal_(0.0, 0.7)
         module.weights().projection.norm.scale.fill_(1.0)
-        module.projection.norm.bias.fill_(1e4)  # the one output is open: fewer draws will do
+        module.weights().projection.norm.offset.fill_(1e4)  # the one output is open: fewer draws will do
     x = torch.randn(64, 16, 9, 9)
     recompute_statistics(module, [x])
     x.requires_grad_()
@@ -143,7 +143,7 @@ def test_gates_open_as_often_as_the_norms_say() -> None:
 def test_closed_gates_hand_on_nothing_and_the_module_stays_as_it_is() -> None:
     module = DensePredictionCell(load_cell("dpc"), 3, branch_channels=4, cell_channels=4)
     with torch.no_grad():
-        module.projection.norm.bias.fill_(-1e4)
+        module.weights().projection.norm.offset.fill_(-1e4)
     before = {key: value.clone() for key, value in module.state_dict().items()}
     assert not effective_receptive_field(module, (9, 9)).any()
     assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())

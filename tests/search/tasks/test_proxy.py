@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
+from torch import nn
 
 import search.tasks.proxy
-from fast.batch_norm import recompute_statistics
+from fast.batch_norm import MOMENTUM, recompute_statistics
 from fast.kernels import using
 from fast.mean_iou import confusion_matrix
 from fast.segmentation import SegmentationHead
@@ -62,6 +63,11 @@ def make_task(train: FeatureCache = TRAIN, val: FeatureCache = VAL, **changes: A
 
 def measured(result: ProxyResult) -> dict[str, Any]:
     return {key: value for key, value in asdict(result).items() if key not in ("seconds", "peak_memory_bytes")}
+
+
+def test_norms_have_the_authors_momentum() -> None:
+    head = make_task()._create_head(load_cell("dpc"))
+    assert {norm.momentum for norm in head.modules() if isinstance(norm, nn.BatchNorm2d)} == {MOMENTUM}
 
 
 # What a score depends on

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from fast.batch_norm import MOMENTUM
 from search.cells.space import load_cell
 from search.datasets import open_dataset
 from search.devices import Devices
@@ -55,6 +56,8 @@ def test_a_training_that_had_ended_gives_the_same_result_again(tmp_path: Path) -
 
     def run() -> TrainingResult:
         network = create_network(settings, load_cell("dpc"), train.task)
+        norms = [part for part in network.head.modules() if isinstance(part, nn.BatchNorm2d)]
+        assert {norm.momentum for norm in norms} == {MOMENTUM}
         return Training(settings, network, train, val, out, Devices("cpu")).run(told.append)
 
     first = run()
