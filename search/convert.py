@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fast.checkpoint import save_network
 from search.cells.space import load_cell
-from search.cli import in_flags, run_command
+from search.cli import in_flags, run_command, spelled
 from search.datasets import cityscapes, pascal_voc
 from search.dense_tasks.segmentation import Segmentation
 from search.errors import InputError
@@ -81,4 +81,4 @@ def _task(count: int, given: tuple[str, ...]) -> Segmentation:
 
 
 if __name__ == "__main__":
-    run_command(ConvertSettings, main, prog="python -m search.convert")
+    run_command(ConvertSettings, main, prog=spelled("convert"))

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from fast.checkpoint import load_network
 from fast.segmentation import SegmentationNetwork
-from search.cli import Flat, run_command
+from search.cli import Flat, run_command, spelled
 from search.datasets import Dataset, open_dataset
 from search.dense_tasks import restored_task, totals_of_nothing
 from search.devices import resolve_device
@@ -33,7 +33,7 @@ class EvaluateSettings:
     """Score a trained network on whole pictures: mIOU and IoU per class, or errors of depth."""
 
     network: Path
-    """The network's file, as search.train and search.convert write it."""
+    """The network's file, as training and conversion write it."""
     split: str = "val"
     """Split to predict; one without labels (test) has no score."""
     scales: tuple[float, ...] = (1.0,)
@@ -62,7 +62,7 @@ def main(settings: EvaluateSettings) -> None:
         network, description = load_network(settings.network)
         task = restored_task(description)
     except ValueError as error:
-        raise InputError(f"{error}; `network` takes what search.train writes, a head has no backbone") from error
+        raise InputError(f"{error}; `network` takes what {spelled('train')} writes, a head has no backbone") from error
     except KeyError as error:
         raise InputError(f"network {settings.network} does not say what its outputs are: train or convert it again") from error
     dataset = open_dataset(settings.data.dataset, settings.split, settings.data.data_dir, task.name)
@@ -132,4 +132,4 @@ def _check(settings: EvaluateSettings) -> None:
 
 
 if __name__ == "__main__":
-    run_command(EvaluateSettings, main, prog="python -m search.evaluate", renamed={"--json": "--out"})
+    run_command(EvaluateSettings, main, prog=spelled("evaluate"), renamed={"--json": "--out"})

@@ -31,7 +31,7 @@ from fast.checkpoint import load_head, load_network, write_whole
 from fast.dense_prediction_cell import DensePredictionCell
 from fast.segmentation import Classifier
 from reference.cell import AtrousSeparableConv, Conv1x1, Operation, PyramidPooling
-from search.cli import run_command
+from search.cli import run_command, spelled, to_install
 from search.errors import InputError
 
 ExportFormat = Literal["torch-export", "onnx"]
@@ -204,7 +204,7 @@ def _windows_follow_the_size(operation: Operation) -> bool:
 def _require_packages() -> None:
     lacking = [package for package in _ONNX_PACKAGES if find_spec(package) is None]
     if lacking:
-        raise InputError(f"--format onnx needs {', '.join(lacking)}: pip install -e '.[export]', or use torch-export")
+        raise InputError(f"--format onnx needs {', '.join(lacking)}: {to_install('export')}, or use torch-export")
 
 
 def _onnx(program: ExportedProgram, input_name: str, output_name: str, description: str) -> tuple[bytes, Run]:
@@ -269,4 +269,4 @@ def _quiet() -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    run_command(ExportSettings, main, prog="python -m search.export")
+    run_command(ExportSettings, main, prog=spelled("export"))

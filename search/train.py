@@ -13,7 +13,7 @@ import torch
 
 from reference.cell import Cell
 from search.cells.space import load_cell
-from search.cli import Flat, run_command, this_command
+from search.cli import Flat, run_command, spelled, this_command
 from search.datasets import Dataset, open_splits
 from search.devices import Devices, join_devices
 from search.errors import InputError
@@ -31,7 +31,7 @@ from search.settings import (
 from search.training.loop import NotFiniteTrainingError, Training, TrainingResult
 from search.training.network import create_network, initial_network, training_identity
 
-_PROG = "python -m search.train"
+_PROG = spelled("train")
 _RENAMED = {"--workers": "--loading-processes"}
 
 
