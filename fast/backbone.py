@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 WeightsOrigin = Literal["timm", "tensorflow"]
@@ -195,7 +194,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise ValueError(f"weights file {path} does not exist")
     try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+        state = (
+            _load_safetensors(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
     except Exception as error:  # an unknown file can fail to load in any way
         # torch's own message would advise weights_only=False, which runs code from the file
         raise ValueError(f"weights file {path} cannot be read as safetensors or as a PyTorch state dict") from error
@@ -203,6 +206,12 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"weights file {path} holds no state dict (a mapping from names to tensors)")
     return state
+
+
+def _load_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file  # imported here: the modules themselves need PyTorch and NumPy alone
+
+    return load_file(path)
 
 
 def _create_body(name: str, output_stride: int, pretrained: bool, *, stride_4: bool, options: dict[str, Any]) -> Any:

@@ -1,6 +1,7 @@
 """A trained head or network as one file: weights beside the architecture they belong to, so that loading needs the file alone.
 
-The format is safetensors; its metadata hold a JSON description. Nothing in it is ever executed.
+The format is safetensors; its metadata hold a JSON description. Nothing in it is ever executed. The package `safetensors` is
+imported when a file is read or written, because the modules themselves need PyTorch and NumPy alone.
 """
 
 import json
@@ -11,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from fast.backbone import Backbone, PlainBody, plain_backbone, timm_backbone
@@ -21,8 +20,10 @@ from fast.dense_prediction_cell import DensePredictionCell
 from fast.segmentation import SegmentationHead, SegmentationNetwork
 from reference.cell import Cell
 
+CONTEXT_FORMAT = "dense-prediction-cell context 1"
 FORMAT = "dense-prediction-cell head 1"
 NETWORK_FORMAT = "dense-prediction-cell network 1"
+_CONTEXT_IN = {CONTEXT_FORMAT: "", FORMAT: "context.", NETWORK_FORMAT: "head.context."}  # what its weights' names begin with
 
 
 def save_head(path: Path, head: SegmentationHead, *, task: Mapping[str, Any], backbone: dict[str, Any]) -> None:
@@ -36,21 +37,30 @@ def save_head(path: Path, head: SegmentationHead, *, task: Mapping[str, Any], ba
 
 def load_head(path: Path) -> tuple[SegmentationHead, dict[str, Any]]:
     """Load a head: the module in evaluation mode, and its description. Raises ValueError naming the file."""
-    description, state = _read(path, "head", FORMAT)
+    _, description, state = _read(path, "head", FORMAT)
     with _building(path, "head"):
         head = _build_head(description)
     _fill(head, state, path, "head")
     return head, description
 
 
+def save_context(path: Path, context: DensePredictionCell) -> None:
+    """Write the cell alone, atomically."""
+    _write(path, context, CONTEXT_FORMAT, _describe_context(context))
+
+
 def load_context(path: Path) -> DensePredictionCell:
-    """Load the cell alone from a head or network file, with weights, in evaluation mode. Raises ValueError naming the file."""
-    description, state = _read(path, "head or network", FORMAT, NETWORK_FORMAT)
-    with _building(path, "head or network"):
-        context = _build_head(description).context
-    by_head_key = {key.removeprefix("head."): tensor for key, tensor in state.items()}
-    inner = {key.removeprefix("context."): tensor for key, tensor in by_head_key.items() if key.startswith("context.")}
-    _fill(context, inner, path, "head or network")
+    """Load the cell alone, with weights, in evaluation mode, from its own file or from that of a head or network.
+
+    Raises ValueError naming the file.
+    """
+    kind = "cell, head or network"
+    file_format, description, state = _read(path, kind, *_CONTEXT_IN)
+    with _building(path, kind):
+        context = _build_context(description) if file_format == CONTEXT_FORMAT else _build_head(description).context
+    prefix = _CONTEXT_IN[file_format]
+    inner = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
+    _fill(context, inner, path, kind)
     return context
 
 
@@ -74,7 +84,7 @@ def save_network(
 
 def load_network(path: Path) -> tuple[SegmentationNetwork, dict[str, Any]]:
     """Load a network: the module in evaluation mode, and its description. Raises ValueError naming the file."""
-    description, state = _read(path, "network", NETWORK_FORMAT)
+    _, description, state = _read(path, "network", NETWORK_FORMAT)
     with _building(path, "network"):
         backbone = _build_backbone(description["backbone"], low_level=description["decoder"] is not None)
         decoder = None
@@ -89,9 +99,11 @@ def _describe_head(head: SegmentationHead, task: Mapping[str, Any]) -> dict[str,
     context, outputs = head.context, head.classifier.out_channels
     if "class_names" in task and len(task["class_names"]) != outputs:
         raise ValueError(f"the classifier has {outputs} classes, got {len(task['class_names'])} class names")
+    return {**task, "outputs": outputs, **_describe_context(context)}
+
+
+def _describe_context(context: DensePredictionCell) -> dict[str, Any]:
     return {
-        **task,
-        "outputs": outputs,
         "cell": json.loads(context.cell.to_json()),
         "in_channels": context.in_channels,
         "branch_channels": context.branch_channels,
@@ -103,9 +115,9 @@ def _describe_head(head: SegmentationHead, task: Mapping[str, Any]) -> dict[str,
     }
 
 
-def _build_head(description: dict[str, Any]) -> SegmentationHead:
+def _build_context(description: dict[str, Any]) -> DensePredictionCell:
     pooling_size = description["pooling_size"]
-    context = DensePredictionCell(
+    return DensePredictionCell(
         Cell.from_json(json.dumps(description["cell"])),
         description["in_channels"],
         branch_channels=description["branch_channels"],
@@ -115,8 +127,11 @@ def _build_head(description: dict[str, Any]) -> SegmentationHead:
         pooling=description["pooling"],
         pooling_size=tuple(pooling_size) if pooling_size else None,
     )
+
+
+def _build_head(description: dict[str, Any]) -> SegmentationHead:
     outputs = description["outputs"] if "outputs" in description else len(description["class_names"])  # as in earlier files
-    return SegmentationHead(context, outputs)
+    return SegmentationHead(_build_context(description), outputs)
 
 
 def _describe_backbone(backbone: Backbone) -> dict[str, Any]:
@@ -153,6 +168,8 @@ def _build_backbone(description: dict[str, Any], *, low_level: bool) -> Backbone
 
 
 def _write(path: Path, module: nn.Module, file_format: str, description: dict[str, Any]) -> None:
+    from safetensors.torch import save
+
     state = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
     content = save(state, metadata={"format": file_format, "description": json.dumps(description)})
     write_whole(path, content)  # not save_file: only their owner could read its files, whatever the umask
@@ -174,7 +191,9 @@ def write_whole(path: Path, content: bytes) -> None:
         raise
 
 
-def _read(path: Path, kind: str, *formats: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read(path: Path, kind: str, *formats: str) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -185,7 +204,7 @@ def _read(path: Path, kind: str, *formats: str) -> tuple[dict[str, Any], dict[st
         wanted = " or ".join(map(repr, formats))
         raise ValueError(f"{kind} {path} is not in the format {wanted}, got {metadata.get('format')!r}")
     with _building(path, kind):
-        return json.loads(metadata["description"]), state
+        return metadata["format"], json.loads(metadata["description"]), state
 
 
 @contextmanager

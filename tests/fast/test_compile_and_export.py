@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fast import DensePredictionCell
+import fast
+from fast import DensePredictionCell, checkpoint, mean_iou, upsampled_cross_entropy
 from reference.cell import BACKBONE_FEATURE, AtrousSeparableConv, Branch, Cell, Conv1x1, PyramidPooling
 
 ROOT = Path(__file__).parents[2]
@@ -66,8 +67,7 @@ def test_exported_program_is_the_same(training: bool) -> None:
 
 
 def test_import_without_triton() -> None:
-    code = (
-        "import sys; sys.modules['triton'] = None; import fast, fast.checkpoint, fast.mean_iou, fast.upsampled_cross_entropy"
-    )
+    modules = ", ".join(module.__name__ for module in (fast, checkpoint, mean_iou, upsampled_cross_entropy))
+    code = f"import sys; sys.modules['triton'] = None; import {modules}"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
