@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fast.backbone import Backbone, PlainBody, plain_backbone, timm_backbone
 from fast.decoder import Decoder
 from fast.dense_prediction_cell import DensePredictionCell
+from fast.hub import HubModule
 from fast.segmentation import SegmentationHead, SegmentationNetwork
 from reference.cell import Cell
 
@@ -24,6 +25,40 @@ CONTEXT_FORMAT = "dense-prediction-cell context 1"
 FORMAT = "dense-prediction-cell head 1"
 NETWORK_FORMAT = "dense-prediction-cell network 1"
 _CONTEXT_IN = {CONTEXT_FORMAT: "", FORMAT: "context.", NETWORK_FORMAT: "head.context."}  # what its weights' names begin with
+
+
+Module = TypeVar("Module", bound=HubModule)
+
+
+def save(path: Path, module: HubModule) -> None:
+    """Write a cell, head or network atomically; its `description` says what is to be known besides.
+
+    Raises ValueError as `save_head` and `save_network`.
+    """
+    _write(path, module, *describe(module))
+
+
+def load(path: Path, kind: type[Module]) -> Module:
+    """Load a module of this kind, in evaluation mode. Raises ValueError naming the file."""
+    module: HubModule
+    if issubclass(kind, SegmentationNetwork):
+        module, _ = load_network(path)
+    else:
+        module = load_head(path)[0] if issubclass(kind, SegmentationHead) else load_context(path)
+    assert isinstance(module, kind)
+    return module
+
+
+def describe(module: HubModule) -> tuple[str, dict[str, Any]]:
+    """The format and the description of the module's file. Raises ValueError as `save_head` and `save_network`."""
+    match module:
+        case SegmentationNetwork(description=given):
+            return NETWORK_FORMAT, _describe_network(module, given, given.get("source"))
+        case SegmentationHead(description=given):
+            return FORMAT, {**_describe_head(module, given), "backbone": given.get("backbone", {})}
+        case DensePredictionCell():
+            return CONTEXT_FORMAT, _describe_context(module)
+    raise TypeError(f"a file holds a cell, a head or a network, not a {type(module).__name__}")
 
 
 def save_head(path: Path, head: SegmentationHead, *, task: Mapping[str, Any], backbone: dict[str, Any]) -> None:
@@ -41,6 +76,7 @@ def load_head(path: Path) -> tuple[SegmentationHead, dict[str, Any]]:
     with _building(path, "head"):
         head = _build_head(description)
     _fill(head, state, path, "head")
+    head.description = description
     return head, description
 
 
@@ -73,13 +109,7 @@ def save_network(
     Raises ValueError for a backbone that is neither from timm nor plain, and so could not be built again from the file, and
     for class names that are not as many as the outputs.
     """
-    description = {
-        **_describe_head(network.head, task),
-        "backbone": _describe_backbone(network.backbone),
-        "decoder": None if network.decoder is None else {"projected_channels": network.decoder.projected_channels},
-        "source": source or {},
-    }
-    _write(path, network, NETWORK_FORMAT, description)
+    _write(path, network, NETWORK_FORMAT, _describe_network(network, task, source))
 
 
 def load_network(path: Path) -> tuple[SegmentationNetwork, dict[str, Any]]:
@@ -92,7 +122,25 @@ def load_network(path: Path) -> tuple[SegmentationNetwork, dict[str, Any]]:
             decoder = Decoder(backbone.low_level.channels, channels=description["cell_channels"], **description["decoder"])
         network = SegmentationNetwork(backbone, _build_head(description), decoder)
     _fill(network, state, path, "network")
+    network.description = description
     return network, description
+
+
+def read_description(path: Path) -> tuple[str, dict[str, Any]]:
+    """The format and the description of a cell, head or network, without its weights. Raises ValueError naming the file."""
+    file_format, description, _ = _read(path, "cell, head or network", *_CONTEXT_IN, with_weights=False)
+    return file_format, description
+
+
+def _describe_network(
+    network: SegmentationNetwork, task: Mapping[str, Any], source: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    return {
+        **_describe_head(network.head, task),
+        "backbone": _describe_backbone(network.backbone),
+        "decoder": None if network.decoder is None else {"projected_channels": network.decoder.projected_channels},
+        "source": dict(source or {}),
+    }
 
 
 def _describe_head(head: SegmentationHead, task: Mapping[str, Any]) -> dict[str, Any]:
@@ -168,10 +216,10 @@ def _build_backbone(description: dict[str, Any], *, low_level: bool) -> Backbone
 
 
 def _write(path: Path, module: nn.Module, file_format: str, description: dict[str, Any]) -> None:
-    from safetensors.torch import save
+    from safetensors.torch import save as to_bytes
 
     state = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
-    content = save(state, metadata={"format": file_format, "description": json.dumps(description)})
+    content = to_bytes(state, metadata={"format": file_format, "description": json.dumps(description)})
     write_whole(path, content)  # not save_file: only their owner could read its files, whatever the umask
 
 
@@ -191,13 +239,14 @@ def write_whole(path: Path, content: bytes) -> None:
         raise
 
 
-def _read(path: Path, kind: str, *formats: str) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
+def _read(path: Path, kind: str, *formats: str, with_weights: bool = True) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a dict, has no iterator
+            keys = file.keys() if with_weights else ()
+            state = {key: file.get_tensor(key) for key in keys}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{kind} {path} cannot be read as safetensors: {error}") from error
     if metadata.get("format") not in formats:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fast.batch_norm import MOMENTUM, live
+from fast.hub import HubModule
 from fast.kernels import LiveConv, NormedMap, operations_for, value
 from fast.pyramid_pooling import pool
 from reference.atrous_separable_conv import SeparableConv
@@ -20,7 +21,7 @@ from reference.pointwise_conv import ConvNorm
 from reference.pyramid_pooling import PoolingVariant
 
 
-class DensePredictionCell(nn.Module):
+class DensePredictionCell(HubModule):
     """A cell with weights: features (N, in_channels, H, W) -> (N, cell_channels, H, W), any H and W from 1 up.
 
     Rates are as searched at output stride 16 and double at 8 (`output_stride`). `pooling` and `pooling_size` are those of

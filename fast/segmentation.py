@@ -10,6 +10,7 @@ from fast.bilinear_resize import bilinear_resize
 from fast.decoder import OUTPUT_STRIDE as DECODER_STRIDE
 from fast.decoder import Decoder
 from fast.dense_prediction_cell import DensePredictionCell
+from fast.hub import HubModule
 from fast.kernels import NormedMap, operations_for
 
 
@@ -30,7 +31,7 @@ class Classifier(nn.Conv2d):
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
-class SegmentationHead(nn.Module):
+class SegmentationHead(HubModule):
     """A cell and a 1×1 classifier with bias: features (N, C, h, w) -> logits (N, num_classes, h, w).
 
     This is all that the proxy task trains (paper, section 3.3).
@@ -47,7 +48,7 @@ class SegmentationHead(nn.Module):
         return logits
 
 
-class SegmentationNetwork(nn.Module):
+class SegmentationNetwork(HubModule):
     """Backbone and head, with or without a decoder between context and classifier.
 
     Images (N, 3, H, W) with values 0 to 255 -> logits (N, K, ceil(H / s), ceil(W / s)), where s is `logits_stride`: 4 with a

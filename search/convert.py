@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fast.checkpoint import save_network
+from fast.model_card import write_card
 from search.cells.space import load_cell
 from search.cli import in_flags, run_command, spelled
 from search.datasets import cityscapes, pascal_voc
@@ -69,7 +70,7 @@ def main(settings: ConvertSettings) -> None:
         print(f"{count:6d}  {in_flags(reason, ConvertSettings)}")
     if settings.show_skipped:
         print(*(f"{name}: {in_flags(reason, ConvertSettings)}" for name, reason in skipped.items()), sep="\n")
-    print(f"wrote {settings.out}")
+    print(f"wrote {settings.out} and its model card, {write_card(settings.out)}")
 
 
 def _task(count: int, given: tuple[str, ...]) -> Segmentation:

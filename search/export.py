@@ -27,8 +27,9 @@ from torch.export import ExportedProgram
 
 import fast.kernels
 from fast.bilinear_resize import bilinear_resize
-from fast.checkpoint import load_head, load_network, write_whole
+from fast.checkpoint import FORMAT, NETWORK_FORMAT, load_head, load_network, write_whole
 from fast.dense_prediction_cell import DensePredictionCell
+from fast.model_card import write_card_for
 from fast.segmentation import Classifier
 from reference.cell import AtrousSeparableConv, Conv1x1, Operation, PyramidPooling
 from search.cli import run_command, spelled, to_install
@@ -88,10 +89,12 @@ def main(settings: ExportSettings) -> None:
     result = export(
         module, (channels, *size), settings.out, export_format=settings.format, is_dynamic=is_dynamic, description=description
     )
+    card = write_card_for(result.path, FORMAT if settings.head else NETWORK_FORMAT, description)
     sizes = "any batch and size" if is_dynamic else f"fixed: batch 1, {size[0]} × {size[1]} ({reason})"
     print(f"wrote {result.path}, {result.path.stat().st_size / 1e6:.1f} MB; input {description['input']['name']}: {sizes}")
     shapes = " and ".join("×".join(map(str, shape)) for shape in result.checked)
     print(f"checked on {shapes}: deviates by {result.deviation:.1e} of the largest logit, at most {TOLERANCE:.0e} is allowed")
+    print(f"its model card: {card}")
 
 
 def export(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from fast.model_card import write_card
 from reference.cell import Cell
 from search.cells.space import load_cell
 from search.cli import Flat, run_command, spelled, this_command
@@ -83,6 +84,7 @@ def main(settings: TrainSettings) -> None:
             score = val.task.score
             print(f"best {score.name} on {val.name} {val.split}: {score.text(result.best)}")
             print(f"network: {directory / 'best.safetensors'}")
+            print(f"its model card: {write_card(directory / 'best.safetensors')}")
     except NotFiniteTrainingError as error:
         raise InputError(
             f"{error}: begin again with a lower `learning_rate` or more `slow_start_iterations`, and another `out`; "

@@ -327,6 +327,8 @@ def test_words_of_one_task_are_noticed(source: str, found: list[str]) -> None:
         ("search.tasks.proxy, search.training.loop", "tyro"),
         ("fast.dense_prediction_cell, fast", "timm"),
         ("fast", "torchvision"),
+        ("dense_prediction_cell", "timm"),
+        ("dense_prediction_cell", "safetensors"),
     ],
 )
 def test_who_wants_a_part_does_not_load_the_rest(modules: str, absent: str) -> None:
