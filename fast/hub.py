@@ -56,15 +56,36 @@ class HubModule(nn.Module, PyTorchModelHubMixin):
 
     @classmethod
     def _from_pretrained(
-        cls, *, model_id: str, revision: str | None, map_location: str | torch.device = "cpu", **of_the_hub: Any
+        cls,
+        *,
+        model_id: str,
+        revision: str | None,
+        cache_dir: str | Path | None,
+        force_download: bool,
+        local_files_only: bool,
+        token: str | bool | None,
+        map_location: str | torch.device = "cpu",
+        **unknown: Any,
     ) -> Self:
         from huggingface_hub import hf_hub_download
 
         from fast import checkpoint
 
+        if unknown:
+            raise TypeError(f"from_pretrained does not take {', '.join(unknown)}: the file alone says what is built from it")
         path = Path(model_id) / FILE
         if not Path(model_id).is_dir():
-            path = Path(hf_hub_download(model_id, FILE, revision=revision, **of_the_hub))
+            path = Path(
+                hf_hub_download(
+                    model_id,
+                    FILE,
+                    revision=revision,
+                    cache_dir=cache_dir,
+                    force_download=force_download,
+                    local_files_only=local_files_only,
+                    token=token,
+                )
+            )
         return checkpoint.load(path, cls).to(map_location)
 
     def generate_model_card(self, *arguments: Any, **options: Any) -> "ModelCard":

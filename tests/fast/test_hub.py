@@ -2,8 +2,10 @@
 
 import copy
 import json
+import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
@@ -95,10 +97,34 @@ def test_a_repository_is_asked_for_by_the_hubs_own_arguments(tmp_path: Path, mon
     ]
 
 
+def test_what_is_uploaded_is_such_a_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    network = build_network()
+    network.description = TASK
+
+    class Hub:
+        """Keeps what it is given in a folder."""
+
+        def __init__(self, token: str | None) -> None:
+            pass
+
+        def create_repo(self, repo_id: str, **options: Any) -> Any:
+            return SimpleNamespace(repo_id=repo_id)
+
+        def upload_folder(self, repo_id: str, folder_path: Path, **options: Any) -> str:
+            return str(shutil.copytree(folder_path, tmp_path / repo_id))
+
+    monkeypatch.setattr(huggingface_hub.hub_mixin, "HfApi", Hub)
+    loaded = SegmentationNetwork.from_pretrained(network.push_to_hub("someone/network"))
+    assert_same(loaded, network)
+    assert loaded.description["class_names"] == TASK["class_names"]
+
+
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     build_network().head.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"network .*model\.safetensors is not in the format"):
         SegmentationNetwork.from_pretrained(tmp_path)
+    with pytest.raises(TypeError, match="strict"):
+        SegmentationHead.from_pretrained(tmp_path, strict=False)
     (tmp_path / FILE).unlink()
     with pytest.raises(ValueError, match=r"head .*model\.safetensors cannot be read"):
         SegmentationHead.from_pretrained(tmp_path)
