@@ -39,13 +39,14 @@ def save(path: Path, module: HubModule) -> None:
 
 
 def load(path: Path, kind: type[Module]) -> Module:
-    """Load a module of this kind, in evaluation mode. Raises ValueError naming the file."""
+    """Load a module of this kind, in evaluation mode. Raises ValueError naming the file, TypeError for a subclass."""
     module: HubModule
     if issubclass(kind, SegmentationNetwork):
         module, _ = load_network(path)
     else:
         module = load_head(path)[0] if issubclass(kind, SegmentationHead) else load_context(path)
-    assert isinstance(module, kind)
+    if not isinstance(module, kind):
+        raise TypeError(f"{path} holds a {type(module).__name__}, which is no {kind.__name__}")
     return module
 
 

@@ -123,6 +123,12 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     build_network().head.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"network .*model\.safetensors is not in the format"):
         SegmentationNetwork.from_pretrained(tmp_path)
+
+    class Other(SegmentationHead):
+        pass
+
+    with pytest.raises(TypeError, match="holds a SegmentationHead, which is no Other"):
+        Other.from_pretrained(tmp_path)
     with pytest.raises(TypeError, match="strict"):
         SegmentationHead.from_pretrained(tmp_path, strict=False)
     (tmp_path / FILE).unlink()
