@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 WeightsOrigin = Literal["timm", "tensorflow"]
@@ -197,7 +196,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise ValueError(f"weights file {path} does not exist")
     try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+        state = _read_state(path)
+    except ImportError:  # of safetensors
+        raise
     except Exception as error:  # an unknown file can fail to load in any way
         # torch's own message would advise weights_only=False, which runs code from the file
         raise ValueError(f"weights file {path} cannot be read as safetensors or as a PyTorch state dict") from error
@@ -205,6 +206,14 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"weights file {path} holds no state dict (a mapping from names to tensors)")
     return state
+
+
+def _read_state(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file  # imported here: the modules themselves need PyTorch and NumPy alone
+
+        return load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _create_body(name: str, output_stride: int, pretrained: bool, *, stride_4: bool, options: dict[str, Any]) -> Any:

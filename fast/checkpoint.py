@@ -1,30 +1,67 @@
 """A trained head or network as one file: weights beside the architecture they belong to, so that loading needs the file alone.
 
-The format is safetensors; its metadata hold a JSON description. Nothing in it is ever executed.
+The format is safetensors; its metadata hold a JSON description. Nothing in it is ever executed. The package `safetensors` is
+imported when a file is read or written, because the modules themselves need PyTorch and NumPy alone.
 """
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from fast.backbone import Backbone, PlainBody, plain_backbone, timm_backbone
 from fast.conv_norm import NormLayer
 from fast.decoder import Decoder
 from fast.dense_prediction_cell import DensePredictionCell
+from fast.hub import HubModule
 from fast.segmentation import SegmentationHead, SegmentationNetwork
 from reference.batch_norm import EPS
 from reference.cell import Cell
 
+CONTEXT_FORMAT = "dense-prediction-cell context 1"
 FORMAT = "dense-prediction-cell head 1"
 NETWORK_FORMAT = "dense-prediction-cell network 1"
+_CONTEXT_IN = {CONTEXT_FORMAT: "", FORMAT: "context.", NETWORK_FORMAT: "head.context."}  # what its weights' names begin with
+
+
+Module = TypeVar("Module", bound=HubModule)
+
+
+def save(path: Path, module: HubModule) -> None:
+    """Write a cell, head or network atomically; its `description` says what is to be known besides.
+
+    Raises ValueError as `save_head` and `save_network`.
+    """
+    _write(path, module, *describe(module))
+
+
+def load(path: Path, kind: type[Module]) -> Module:
+    """Load a module of this kind, in evaluation mode. Raises ValueError naming the file, TypeError for a subclass."""
+    module: HubModule
+    if issubclass(kind, SegmentationNetwork):
+        module, _ = load_network(path)
+    else:
+        module = load_head(path)[0] if issubclass(kind, SegmentationHead) else load_context(path)
+    if not isinstance(module, kind):
+        raise TypeError(f"{path} holds a {type(module).__name__}, which is no {kind.__name__}")
+    return module
+
+
+def describe(module: HubModule) -> tuple[str, dict[str, Any]]:
+    """The format and the description of the module's file. Raises ValueError as `save_head` and `save_network`."""
+    match module:
+        case SegmentationNetwork(description=given):
+            return NETWORK_FORMAT, _describe_network(module, given, given.get("source"), given.get("evaluation"))
+        case SegmentationHead(description=given):
+            return FORMAT, {**_describe_head(module, given), "backbone": given.get("backbone", {})}
+        case DensePredictionCell():
+            return CONTEXT_FORMAT, _describe_context(module)
+    raise TypeError(f"a file holds a cell, a head or a network, not a {type(module).__name__}")
 
 
 def save_head(path: Path, head: SegmentationHead, *, task: Mapping[str, Any], backbone: dict[str, Any]) -> None:
@@ -34,9 +71,7 @@ def save_head(path: Path, head: SegmentationHead, *, task: Mapping[str, Any], ba
     Raises ValueError for class names that are not as many as the outputs, and for a head that a file cannot describe, such as
     one with other norms than batch norms.
     """
-    description = _describe_head(head, task)
-    _check_described(head, lambda: _build_head(description))
-    _write(path, head, FORMAT, {**description, "backbone": backbone})
+    _write(path, head, FORMAT, {**_describe_head(head, task), "backbone": backbone})
 
 
 def load_head(path: Path, *, norm_layer: NormLayer = nn.BatchNorm2d) -> tuple[SegmentationHead, dict[str, Any]]:
@@ -44,21 +79,31 @@ def load_head(path: Path, *, norm_layer: NormLayer = nn.BatchNorm2d) -> tuple[Se
 
     For a training that goes on, `norm_layer` says with what momentum: PyTorch's, or by `authors_norm` the authors'.
     """
-    description, state = _read(path, "head", FORMAT)
+    _, description, state = _read(path, "head", FORMAT)
     with _building(path, "head"):
         head = _build_head(description, norm_layer)
     _fill(head, state, path, "head")
+    head.description = description
     return head, description
 
 
+def save_context(path: Path, context: DensePredictionCell) -> None:
+    """Write the cell alone, atomically."""
+    _write(path, context, CONTEXT_FORMAT, _describe_context(context))
+
+
 def load_context(path: Path) -> DensePredictionCell:
-    """Load the cell alone from a head or network file, with weights, in evaluation mode. Raises ValueError naming the file."""
-    description, state = _read(path, "head or network", FORMAT, NETWORK_FORMAT)
-    with _building(path, "head or network"):
-        context = _build_head(description).context
-    by_head_key = {key.removeprefix("head."): tensor for key, tensor in state.items()}
-    inner = {key.removeprefix("context."): tensor for key, tensor in by_head_key.items() if key.startswith("context.")}
-    _fill(context, inner, path, "head or network")
+    """Load the cell alone, with weights, in evaluation mode, from its own file or from that of a head or network.
+
+    Raises ValueError naming the file.
+    """
+    kind = "cell, head or network"
+    file_format, description, state = _read(path, kind, *_CONTEXT_IN)
+    with _building(path, kind):
+        context = _build_context(description) if file_format == CONTEXT_FORMAT else _build_head(description).context
+    prefix = _CONTEXT_IN[file_format]
+    inner = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
+    _fill(context, inner, path, kind)
     return context
 
 
@@ -77,19 +122,7 @@ def save_network(
     Raises ValueError for a backbone that is neither from timm nor plain, and so could not be built again from the file, for
     class names that are not as many as the outputs, and for a head or decoder that a file cannot describe.
     """
-    description = {
-        **_describe_head(network.head, task),
-        "backbone": _describe_backbone(network.backbone),
-        "decoder": None if network.decoder is None else {"projected_channels": network.decoder.projected_channels},
-        "source": source or {},
-        "evaluation": dict(evaluation or {}),
-    }
-    _check_described(network.head, lambda: _build_head(description))
-    decoder = network.decoder
-    if decoder is not None:
-        low_level_channels = decoder.low_level_channels
-        _check_described(decoder, lambda: _build_decoder(description, low_level_channels))
-    _write(path, network, NETWORK_FORMAT, description)
+    _write(path, network, NETWORK_FORMAT, _describe_network(network, task, source, evaluation))
 
 
 def load_network(path: Path, *, norm_layer: NormLayer = nn.BatchNorm2d) -> tuple[SegmentationNetwork, dict[str, Any]]:
@@ -97,7 +130,7 @@ def load_network(path: Path, *, norm_layer: NormLayer = nn.BatchNorm2d) -> tuple
 
     `norm_layer`, of head and decoder, is as in `load_head`.
     """
-    description, state = _read(path, "network", NETWORK_FORMAT)
+    _, description, state = _read(path, "network", NETWORK_FORMAT)
     with _building(path, "network"):
         backbone = _build_backbone(description["backbone"], low_level=description["decoder"] is not None)
         decoder = None
@@ -105,16 +138,40 @@ def load_network(path: Path, *, norm_layer: NormLayer = nn.BatchNorm2d) -> tuple
             decoder = _build_decoder(description, backbone.low_level.channels, norm_layer)
         network = SegmentationNetwork(backbone, _build_head(description, norm_layer), decoder)
     _fill(network, state, path, "network")
+    network.description = description
     return network, description
+
+
+def read_description(path: Path) -> tuple[str, dict[str, Any]]:
+    """The format and the description of a cell, head or network, without its weights. Raises ValueError naming the file."""
+    file_format, description, _ = _read(path, "cell, head or network", *_CONTEXT_IN, with_weights=False)
+    return file_format, description
+
+
+def _describe_network(
+    network: SegmentationNetwork,
+    task: Mapping[str, Any],
+    source: Mapping[str, Any] | None,
+    evaluation: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    return {
+        **_describe_head(network.head, task),
+        "backbone": _describe_backbone(network.backbone),
+        "decoder": None if network.decoder is None else {"projected_channels": network.decoder.projected_channels},
+        "source": dict(source or {}),
+        "evaluation": dict(evaluation or {}),
+    }
 
 
 def _describe_head(head: SegmentationHead, task: Mapping[str, Any]) -> dict[str, Any]:
     context, outputs = head.context, head.classifier.out_channels
     if "class_names" in task and len(task["class_names"]) != outputs:
         raise ValueError(f"the classifier has {outputs} classes, got {len(task['class_names'])} class names")
+    return {**task, "outputs": outputs, **_describe_context(context)}
+
+
+def _describe_context(context: DensePredictionCell) -> dict[str, Any]:
     return {
-        **task,
-        "outputs": outputs,
         "cell": json.loads(context.cell.to_json()),
         "in_channels": context.in_channels,
         "branch_channels": context.branch_channels,
@@ -126,9 +183,9 @@ def _describe_head(head: SegmentationHead, task: Mapping[str, Any]) -> dict[str,
     }
 
 
-def _build_head(description: dict[str, Any], norm_layer: NormLayer = nn.BatchNorm2d) -> SegmentationHead:
+def _build_context(description: dict[str, Any], norm_layer: NormLayer = nn.BatchNorm2d) -> DensePredictionCell:
     pooling_size = description["pooling_size"]
-    context = DensePredictionCell(
+    return DensePredictionCell(
         Cell.from_json(json.dumps(description["cell"])),
         description["in_channels"],
         branch_channels=description["branch_channels"],
@@ -139,14 +196,29 @@ def _build_head(description: dict[str, Any], norm_layer: NormLayer = nn.BatchNor
         pooling_size=tuple(pooling_size) if pooling_size else None,
         norm_layer=norm_layer,
     )
+
+
+def _build_head(description: dict[str, Any], norm_layer: NormLayer = nn.BatchNorm2d) -> SegmentationHead:
     outputs = description["outputs"] if "outputs" in description else len(description["class_names"])  # as in earlier files
-    return SegmentationHead(context, outputs)
+    return SegmentationHead(_build_context(description, norm_layer), outputs)
 
 
-def _check_described(module: nn.Module, build: Callable[[], nn.Module]) -> None:
-    """Raises ValueError for a part of a head or decoder that is another one in what `build` makes of its description."""
+def _check_described(module: nn.Module, description: dict[str, Any]) -> None:
+    """Raises ValueError for a cell, head or decoder that the description would be read back as another one."""
     with torch.device("meta"):
-        built = build()
+        match module:
+            case SegmentationNetwork(head=head, decoder=decoder):
+                _check_same(head, _build_head(description))
+                if decoder is not None:
+                    _check_same(decoder, _build_decoder(description, decoder.low_level_channels))
+            case SegmentationHead():
+                _check_same(module, _build_head(description))
+            case DensePredictionCell():
+                _check_same(module, _build_context(description))
+
+
+def _check_same(module: nn.Module, built: nn.Module) -> None:
+    """Raises ValueError for a part of the module that is another one in what was built of its description."""
     ours, theirs = ({(key, tensor.shape) for key, tensor in part.state_dict().items()} for part in (module, built))
     others = sorted(key.rpartition(".")[0] for key, _ in ours ^ theirs)
     if not others:  # then all norms can be looked up
@@ -198,8 +270,11 @@ def _build_backbone(description: dict[str, Any], *, low_level: bool) -> Backbone
 
 
 def _write(path: Path, module: nn.Module, file_format: str, description: dict[str, Any]) -> None:
+    from safetensors.torch import save as to_bytes
+
+    _check_described(module, description)
     state = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
-    content = save(state, metadata={"format": file_format, "description": json.dumps(description)})
+    content = to_bytes(state, metadata={"format": file_format, "description": json.dumps(description)})
     write_whole(path, content)  # not save_file: only their owner could read its files, whatever the umask
 
 
@@ -219,18 +294,21 @@ def write_whole(path: Path, content: bytes) -> None:
         raise
 
 
-def _read(path: Path, kind: str, *formats: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read(path: Path, kind: str, *formats: str, with_weights: bool = True) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a dict, has no iterator
+            keys = file.keys() if with_weights else ()
+            state = {key: file.get_tensor(key) for key in keys}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{kind} {path} cannot be read as safetensors: {error}") from error
     if metadata.get("format") not in formats:
         wanted = " or ".join(map(repr, formats))
         raise ValueError(f"{kind} {path} is not in the format {wanted}, got {metadata.get('format')!r}")
     with _building(path, kind):
-        return json.loads(metadata["description"]), state
+        return metadata["format"], json.loads(metadata["description"]), state
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fast.conv_norm import NormLayer, conv_norm, conv_norm_relu, conv_weights, live_conv
 from fast.fusion import check_traceable, fuses, refuse_script
+from fast.hub import HubModule
 from fast.kernels import NormedMap, operations_for, value
 from fast.pyramid_pooling import pool
 from reference.atrous_separable_conv import SeparableConv
@@ -21,7 +22,7 @@ from reference.pointwise_conv import ConvNorm
 from reference.pyramid_pooling import PoolingVariant
 
 
-class DensePredictionCell(nn.Module):
+class DensePredictionCell(HubModule):
     """A cell with weights: features (N, in_channels, H, W) -> (N, cell_channels, H, W), any H and W from 1 up.
 
     Rates are as searched at output stride 16 and double at 8 (`output_stride`). `pooling` and `pooling_size` are those of

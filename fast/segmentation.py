@@ -13,6 +13,7 @@ from fast.decoder import OUTPUT_STRIDE as DECODER_STRIDE
 from fast.decoder import Decoder
 from fast.dense_prediction_cell import DensePredictionCell
 from fast.fusion import check_traceable, fuses, refuse_script
+from fast.hub import HubModule
 from fast.kernels import NormedMap, operations_for
 
 
@@ -24,7 +25,7 @@ def _classifier(channels: int, num_classes: int) -> nn.Conv2d:
     return conv
 
 
-class SegmentationHead(nn.Module):
+class SegmentationHead(HubModule):
     """A cell and a 1×1 classifier with bias: features (N, C, h, w) -> logits (N, num_classes, h, w).
 
     This is all that the proxy task trains (paper, section 3.3).
@@ -55,7 +56,7 @@ def _classified(x: NormedMap, classifier: nn.Conv2d) -> Tensor:
     return logits if classifier.bias is None else logits + classifier.bias[:, None, None]
 
 
-class SegmentationNetwork(nn.Module):
+class SegmentationNetwork(HubModule):
     """Backbone and head, with or without a decoder between context and classifier.
 
     Images (N, 3, H, W) with values 0 to 255 -> logits (N, K, ceil(H / s), ceil(W / s)), where s is `logits_stride`: 4 with a

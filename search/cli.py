@@ -9,12 +9,13 @@ from typing import TypeVar, get_type_hints
 import tyro
 from tyro.conf import OmitArgPrefixes as Flat
 
+from search.commands import spelled, to_install
 from search.devices import is_full_memory
 from search.errors import InputError, as_flag, with_fields
 
 # Flat: a group of settings whose fields are flags by their own names, `data: Flat[DataSettings]`. Without it the group's name
 # comes first, as in --large.backbone, for a command that has two groups of one kind.
-__all__ = ["Flat", "flags_of", "in_flags", "run_command", "this_command"]
+__all__ = ["Flat", "flags_of", "in_flags", "run_command", "spelled", "this_command", "to_install"]
 
 Settings = TypeVar("Settings")
 

@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fast.checkpoint import save_network
+from fast.model_card import write_card
 from search.cells.space import load_cell
-from search.cli import in_flags, run_command
+from search.cli import in_flags, run_command, spelled
 from search.datasets import cityscapes, evaluation_size, pascal_voc
 from search.dense_tasks.segmentation import Segmentation
 from search.errors import InputError
@@ -86,7 +87,7 @@ def main(settings: ConvertSettings) -> None:
         print(f"{count:6d}  {in_flags(reason, ConvertSettings)}")
     if settings.show_skipped:
         print(*(f"{name}: {in_flags(reason, ConvertSettings)}" for name, reason in skipped.items()), sep="\n")
-    print(f"wrote {settings.out}")
+    print(f"wrote {settings.out} and its model card, {write_card(settings.out)}")
 
 
 def _variables(path: Path) -> tuple[str, Mapping[str, tuple[int, ...]], Callable[[str], NDArray[Any]]]:
@@ -114,4 +115,4 @@ def _known(count: int, given: tuple[str, ...]) -> tuple[str | None, Segmentation
 
 
 if __name__ == "__main__":
-    run_command(ConvertSettings, main, prog="python -m search.convert")
+    run_command(ConvertSettings, main, prog=spelled("convert"))

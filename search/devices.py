@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from search.commands import to_install
 from search.errors import InputError
 
 
@@ -71,7 +72,7 @@ class AcceleratedDevices(Devices):
             from accelerate import Accelerator
         except ImportError as error:
             raise InputError(
-                "several processes need Accelerate: pip install -e '.[devices]', or start without torchrun"
+                f"several processes need Accelerate: {to_install('devices')}, or start without torchrun"
             ) from error
         self._accelerator = Accelerator(cpu=device == "cpu")
         self.device = self._accelerator.device

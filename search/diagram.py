@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from search.cells.space import load_cell
-from search.cli import run_command
+from search.cli import run_command, spelled
 from search.errors import InputError
 from search.reports.diagram import cell_and_receptive_field_figure, save_figure
 from search.settings import require
@@ -37,4 +37,4 @@ def main(settings: DiagramSettings) -> None:
 
 
 if __name__ == "__main__":
-    run_command(DiagramSettings, main, prog="python -m search.diagram", renamed={"--output": "--out"})
+    run_command(DiagramSettings, main, prog=spelled("diagram"), renamed={"--output": "--out"})

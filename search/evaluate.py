@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from search.cli import Flat, run_command
+from search.cli import Flat, run_command, spelled
 from search.datasets import Dataset, Sample, open_dataset
 from search.dense_tasks import totals_of_nothing
 from search.errors import InputError
@@ -29,7 +29,7 @@ class EvaluateSettings:
     """Score a trained network on whole pictures: mIOU and IoU per class, or errors of depth."""
 
     network: Path
-    """The network's file, as search.train and search.convert write it."""
+    """The network's file, as training and conversion write it."""
     dataset: str | None = None
     """Data set: shapes, camvid, cityscapes, pascal_voc, pascal_person_part, or a TOML file. None: what it was trained on."""
     data_dir: Path | None = None
@@ -118,4 +118,4 @@ def _scores(settings: EvaluateSettings, predictor: Predictor, dataset: Dataset, 
 
 
 if __name__ == "__main__":
-    run_command(EvaluateSettings, main, prog="python -m search.evaluate", renamed={"--json": "--out"})
+    run_command(EvaluateSettings, main, prog=spelled("evaluate"), renamed={"--json": "--out"})

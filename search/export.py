@@ -27,11 +27,12 @@ from torch.export import ExportedProgram
 
 import fast.kernels
 from fast.bilinear_resize import bilinear_resize
-from fast.checkpoint import load_head, load_network, write_whole
+from fast.checkpoint import FORMAT, NETWORK_FORMAT, load_head, load_network, write_whole
 from fast.dense_prediction_cell import DensePredictionCell
+from fast.model_card import write_card_for
 from fast.segmentation import SegmentationHead
 from reference.cell import AtrousSeparableConv, Conv1x1, Operation, PyramidPooling
-from search.cli import run_command
+from search.cli import run_command, spelled, to_install
 from search.errors import InputError
 
 ExportFormat = Literal["torch-export", "onnx"]
@@ -88,10 +89,12 @@ def main(settings: ExportSettings) -> None:
     result = export(
         module, (channels, *size), settings.out, export_format=settings.format, is_dynamic=is_dynamic, description=description
     )
+    card = write_card_for(result.path, FORMAT if settings.head else NETWORK_FORMAT, description)
     sizes = "any batch and size" if is_dynamic else f"fixed: batch 1, {size[0]} × {size[1]} ({reason})"
     print(f"wrote {result.path}, {result.path.stat().st_size / 1e6:.1f} MB; input {description['input']['name']}: {sizes}")
     shapes = " and ".join("×".join(map(str, shape)) for shape in result.checked)
     print(f"checked on {shapes}: deviates by {result.deviation:.1e} of the largest logit, at most {TOLERANCE:.0e} is allowed")
+    print(f"its model card: {card}")
 
 
 def export(
@@ -204,7 +207,7 @@ def _windows_follow_the_size(operation: Operation) -> bool:
 def _require_packages() -> None:
     lacking = [package for package in _ONNX_PACKAGES if find_spec(package) is None]
     if lacking:
-        raise InputError(f"--format onnx needs {', '.join(lacking)}: pip install -e '.[export]', or use torch-export")
+        raise InputError(f"--format onnx needs {', '.join(lacking)}: {to_install('export')}, or use torch-export")
 
 
 def _onnx(program: ExportedProgram, input_name: str, output_name: str, description: str) -> tuple[bytes, Run]:
@@ -269,4 +272,4 @@ def _quiet() -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    run_command(ExportSettings, main, prog="python -m search.export")
+    run_command(ExportSettings, main, prog=spelled("export"))

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-from search.cli import Flat, run_command, this_command
+from search.cli import Flat, run_command, spelled, this_command
 from search.settings import BackboneSettings, DataSettings, FeatureSettings, MachineSettings
 from search.tasks.feature_cache import prepare_caches
 
-_PROG = "python -m search.features"
+_PROG = spelled("features")
 
 
 @dataclass(frozen=True, kw_only=True)

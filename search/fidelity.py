@@ -34,7 +34,7 @@ from tqdm import tqdm
 from reference.cell import Cell
 from search.backbones.shapes import WIDE_BACKBONE
 from search.cells.space import canonical_form, load_cell
-from search.cli import Flat, run_command, this_command
+from search.cli import Flat, run_command, spelled, this_command
 from search.datasets import Dataset, open_dataset
 from search.dense_tasks import Measure
 from search.devices import resolve_device
@@ -67,7 +67,7 @@ from search.tasks.proxy import ProxyTask, crop_in_features
 
 ProtocolName = Literal["proxy", "long", "large", "end_to_end"]
 PROTOCOLS: tuple[ProtocolName, ...] = ("proxy", "long", "large", "end_to_end")
-_PROG = "python -m search.fidelity"
+_PROG = spelled("fidelity")
 _RENAMED = {
     "--name": "--out FOLDER",
     "--runs-dir": "--out FOLDER",

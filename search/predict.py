@@ -20,7 +20,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from search.cli import Flat, in_flags, run_command, this_command
+from search.cli import Flat, in_flags, run_command, spelled, this_command
 from search.dense_tasks import DenseTask
 from search.errors import InputError
 from search.files import write_json, write_text
@@ -29,7 +29,7 @@ from search.reports.predictions import overlay, write_picture, write_prediction
 from search.settings import DeviceSettings, PredictionSettings, scored
 from search.training.predictor import Predictor, read_picture
 
-_PROG = "python -m search.predict"
+_PROG = spelled("predict")
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif"}
 
 
@@ -38,7 +38,7 @@ class PredictSettings:
     """Predict pictures by a trained network: masks, overlays, and the share of each class."""
 
     network: Path
-    """The network's file, as search.train and search.convert write it."""
+    """The network's file, as training and conversion write it."""
     pictures: tuple[Path, ...]
     """Pictures, and folders that are searched for pictures, with all folders in them."""
     out: Path

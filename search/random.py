@@ -7,8 +7,15 @@ Run this file as a module from the repository's root: inside this folder, its na
 """
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
+
+if not __package__:  # started as a file, or taken for Python's own, by Python itself: the folder of a started file comes first
+    _started = Path(sys.argv[0]).resolve()
+    _is_here = _started.is_file() and _started.parent == Path(__file__).resolve().parent
+    _command = _started.stem if _is_here else "random"
+    sys.exit(f"error: start it in the repository's root by python -m search.{_command}: here, random.py hides Python's own")
+
+from dataclasses import dataclass
 from typing import Any
 
 from fast.checkpoint import save_head
@@ -16,7 +23,7 @@ from fast.segmentation import SegmentationHead
 from reference.cell import GRID_SIZES, NUM_BRANCHES, RATES
 from search.cells.sampler import LAG, create_sampler
 from search.cells.space import ASCENDING, SearchSpace, is_ascending, load_cells
-from search.cli import Flat, run_command, this_command
+from search.cli import Flat, run_command, spelled, this_command
 from search.devices import resolve_device
 from search.errors import InputError
 from search.reports.run_files import finish_run
@@ -39,7 +46,7 @@ from search.tasks.feature_cache import MEAN, STD, WEIGHTS, FeatureCache, facts_o
 from search.tasks.proxy import ProxyTask, feature_maps
 
 KNOWN_CELLS = ("aspp", "dpc")
-_PROG = "python -m search.random"
+_PROG = spelled("random")
 _RENAMED = {"--cells": "--trials", "--name": "--out FOLDER", "--runs-dir": "--out FOLDER"}
 
 

@@ -6,7 +6,7 @@ With `--cells dpc mine.json head.safetensors` the page is of these cells: pictur
 from dataclasses import dataclass
 from pathlib import Path
 
-from search.cli import Flat, run_command
+from search.cli import Flat, run_command, spelled
 from search.devices import resolve_device
 from search.errors import InputError
 from search.reports.cells import write_cell_report
@@ -68,4 +68,4 @@ def _check(settings: ReportSettings) -> None:
 
 
 if __name__ == "__main__":
-    run_command(ReportSettings, main, prog="python -m search.report")
+    run_command(ReportSettings, main, prog=spelled("report"))

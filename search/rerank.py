@@ -15,7 +15,7 @@ from tqdm import tqdm
 from fast.backbone import WeightsOrigin
 from reference.pyramid_pooling import PoolingVariant
 from search.cells.space import canonical_form, load_cells
-from search.cli import Flat, run_command, this_command
+from search.cli import Flat, run_command, spelled, this_command
 from search.dense_tasks import Scores
 from search.devices import resolve_device
 from search.errors import InputError
@@ -39,7 +39,7 @@ from search.settings import (
 )
 from search.tasks.end_to_end import EndToEndResult, EndToEndTask
 
-_PROG = "python -m search.rerank"
+_PROG = spelled("rerank")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class RunOverrides:
     """Settings that default to those of the search. Another data set or backbone brings its own folder, splits, weights."""
 
     dataset: str | None = None
-    """Data set, as in search.train. None: the run's, with its --data-dir and --train-split."""
+    """Data set, as in training. None: the run's, with its --data-dir and --train-split."""
     data_dir: Path | None = None
     """Folder of the data set. None: the run's."""
     task: TaskName | None = None
@@ -146,7 +146,7 @@ def main(settings: RerankSettings) -> None:
     if task.dense_task.name != run.task.name:
         raise InputError(
             f"`dataset` {task.train.name} has labels for {task.dense_task.name}, and `run` {settings.run} was scored by "
-            f"{run.task.name}: give data of the same task; a cell can be trained on any by `python -m search.train`"
+            f"{run.task.name}: give data of the same task; a cell can be trained on any by `{spelled('train')}`"
         )
     candidates = candidates_of(run, settings)
     identity = task.identity()  # builds a network, so that one that cannot be built leaves no folder behind

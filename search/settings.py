@@ -283,7 +283,7 @@ class RecipeSettings:
     statistics_batches: int = 16
     """Batches from which batch norm statistics are computed before validation; 0 takes the moving averages."""
     validate_every: int | None = None
-    """Iterations between validations. None: a tenth of all; in search.rerank and search.fidelity, only after the last."""
+    """Iterations between validations. None: a tenth of all; in re-ranking and fidelity, only after the last."""
     checkpoint_every: int = changes_no_score(200)
     """Iterations between checkpoints, besides those at validations."""
     loading_processes: int = changes_no_score(2)

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 
+from fast.model_card import write_card
 from reference.cell import Cell
 from search.cells.space import load_cell
-from search.cli import Flat, run_command, this_command
+from search.cli import Flat, run_command, spelled, this_command
 from search.datasets import Dataset, open_splits
 from search.devices import Devices, join_devices
 from search.errors import InputError
@@ -32,7 +33,7 @@ from search.settings import (
 from search.training.loop import NotFiniteTrainingError, Training, TrainingResult
 from search.training.network import create_network, initial_network, training_identity
 
-_PROG = "python -m search.train"
+_PROG = spelled("train")
 _RENAMED = {"--workers": "--loading-processes"}
 
 
@@ -84,6 +85,7 @@ def main(settings: TrainSettings) -> None:
             score = val.task.score
             print(f"best {score.name} on {val.name} {val.split}: {score.text(result.best)}")
             print(f"network: {directory / 'best.safetensors'}")
+            print(f"its model card: {write_card(directory / 'best.safetensors')}")
     except NotFiniteTrainingError as error:
         raise InputError(
             f"{error}: begin again with a lower `learning_rate` or more `slow_start_iterations`, and another `out`; "

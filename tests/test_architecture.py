@@ -31,7 +31,7 @@ FLOORS: list[set[str]] = [
     {"datasets", "cells"},
     {"dense_tasks"},
     {"settings", "devices", "folder"},
-    {"errors", "files", "interrupts"},
+    {"errors", "files", "interrupts", "commands"},
 ]
 CLI_LIBRARY, CLI = "tyro", "search.cli"
 KNOW_A_TASK = ("dense_tasks", "datasets", "tensorflow", "convert")  # the last two read networks for segmentation
@@ -98,7 +98,7 @@ def upward_imports(tree: ast.AST, path: Path) -> list[str]:
 
 
 def flags_in_strings(tree: ast.AST) -> list[str]:
-    """Flags in the words of a module, but for whole commands to be typed; parts speak of fields, `crop_size`."""
+    """Flags in the words of a module, but for commands that are `spelled` with them; parts speak of fields, `crop_size`."""
     docstrings = {
         id(node.body[0].value)
         for node in ast.walk(tree)
@@ -108,10 +108,10 @@ def flags_in_strings(tree: ast.AST) -> list[str]:
     texts = [
         "".join(str(part.value) for part in getattr(node, "values", [node]) if isinstance(part, ast.Constant))
         for node in ast.walk(tree)
-        if isinstance(node, ast.JoinedStr)
+        if (isinstance(node, ast.JoinedStr) and "spelled" not in map(called_name, ast.walk(node)))
         or (isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings | parts)
     ]
-    return [flag for text in texts if "python -m" not in text for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)]
+    return [flag for text in texts for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)]
 
 
 def words_of_one_task(tree: ast.AST) -> list[str]:
@@ -296,7 +296,7 @@ def test_upward_imports_are_noticed(path: str, source: str, found: list[str]) ->
         ('raise InputError(f"--crop-size {size} is too large")', ["--crop-size"]),
         ('raise InputError("`crop_size` is too large")', []),
         ('def f():\n    """Flags such as --crop-size."""', []),
-        ('text = "`python -m search.datasets check --data-dir x`"', []),
+        ("text = f'`{spelled(\"datasets check\")} --data-dir {folder}`'", []),
         ('text = "|---|---|"', []),
     ],
 )
@@ -327,6 +327,8 @@ def test_words_of_one_task_are_noticed(source: str, found: list[str]) -> None:
         ("search.tasks.proxy, search.training.loop", "tyro"),
         ("fast.dense_prediction_cell, fast", "timm"),
         ("fast", "torchvision"),
+        ("dense_prediction_cell", "timm"),
+        ("dense_prediction_cell", "safetensors"),
     ],
 )
 def test_who_wants_a_part_does_not_load_the_rest(modules: str, absent: str) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reference.upsampled_cross_entropy import IGNORE_INDEX as IGNORE_INDEX
+from search.commands import spelled
 from search.dense_tasks import DenseTask, Label
 from search.errors import InputError
 from search.settings import DataSettings, TaskName
@@ -62,12 +63,12 @@ class Dataset(Protocol):
 def split_names(name: str) -> tuple[str, ...]:
     """Names of the splits of data set `name`. Raises InputError for an unknown name and for a bad description."""
     if name.endswith(".toml"):
-        return tuple(importlib.import_module("search.datasets.described").load_description(Path(name)).splits)
+        return tuple(importlib.import_module(".described", __name__).load_description(Path(name)).splits)
     if name not in DATASETS:
         raise InputError(
             f"`dataset` {name} is unknown; choose one of: {', '.join(DATASETS)}, or a TOML file that describes yours"
         )
-    return tuple(importlib.import_module(f"search.datasets.{name}").LENGTHS)
+    return tuple(importlib.import_module(f".{name}", __name__).LENGTHS)
 
 
 def evaluation_size(name: str | None) -> tuple[int, int] | None:
@@ -88,9 +89,9 @@ def open_unchecked(name: str, split: str, data_dir: Path | None, task: TaskName 
         raise InputError(f"split {split!r} of {name} is unknown; choose one of: {', '.join(splits)}")
     dataset: Dataset
     if name.endswith(".toml"):
-        dataset = importlib.import_module("search.datasets.described").open_split(Path(name), split, data_dir)
+        dataset = importlib.import_module(".described", __name__).open_split(Path(name), split, data_dir)
     else:
-        module = importlib.import_module(f"search.datasets.{name}")
+        module = importlib.import_module(f".{name}", __name__)
         dataset = getattr(module, "OTHER_TASKS", {}).get(task, module.open_split)(split, data_dir)
     return dataset
 
@@ -109,9 +110,9 @@ def open_dataset(name: str, split: str, data_dir: Path | None, task: TaskName | 
     dataset = open_unchecked(name, split, data_dir, task)
     first, *others = dataset.problems() or [""]
     if others:
-        check = f"python -m search.datasets check {name}"
+        check = f"{spelled('datasets check')} {name}"
         if data_dir is not None:
-            check = f"python -m search.datasets check {name} --data-dir {data_dir}"
+            check = f"{spelled('datasets check')} {name} --data-dir {data_dir}"
         first += f" ({len(others)} more: `{check}` lists them)"
     if first:
         raise InputError(first)

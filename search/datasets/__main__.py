@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from search.cli import in_flags, run_command
+from search.cli import in_flags, run_command, spelled
 from search.datasets.check import check_folder
 from search.settings import TaskName, require
 
@@ -46,4 +46,4 @@ def main(settings: CheckSettings) -> None:
 
 
 if __name__ == "__main__":
-    run_command(CheckSettings, main, prog="python -m search.datasets")
+    run_command(CheckSettings, main, prog=spelled("datasets"))

@@ -25,6 +25,7 @@ from reference.cell import GRID_SIZES, RATES, Cell
 from reference.dense_prediction_cell import rate_multiplier_for
 from search.cells.reach import FeatureMaps
 from search.cells.space import SearchSpace, canonical_form
+from search.commands import spelled
 from search.dense_tasks import DenseTask, Scores, details_beside, measures_beside, restored_task
 from search.errors import InputError
 from search.folder import Folder
@@ -230,7 +231,7 @@ def load_run(directory: Path) -> Run:
     """Read a run, also while another process writes it. Raises InputError for a folder that is none."""
     description = Folder(directory, remedy="give the folder of a search that this version began").description()
     if description is None:
-        raise InputError(f"{directory} is not a run (no settings.json): give the folder of a run of `python -m search.random`")
+        raise InputError(f"{directory} is not a run (no settings.json): give the folder of a run of `{spelled('random')}`")
     try:
         run_id, url = str(description["id"]), _storage_url(directory, description["storage"])
         identity, command = dict(description["identity"]), str(description["command"])

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from fast.segmentation import SegmentationHead
 from reference.cell import Cell
+from search.commands import to_install
 from search.devices import resolve_device
 from search.errors import InputError
 from search.tasks.proxy import NotFiniteError
@@ -226,7 +227,7 @@ class RayWorkers(Generic[Result]):
         try:
             import ray
         except ImportError as error:
-            raise InputError("`workers` above 1 needs Ray: pip install -e '.[workers]'") from error
+            raise InputError(f"`workers` above 1 needs Ray: {to_install('workers')}") from error
         self._ray: Any = ray
         self.capacity = count
         errors = ("RayActorError", "ObjectLostError", "OutOfMemoryError")  # the last is raised by Ray's memory monitor

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from fast.backbone import Backbone
 from search.backbones import create_backbone
+from search.commands import spelled
 from search.datasets import Dataset, open_splits
 from search.dense_tasks import DenseTask, restored_task
 from search.devices import resolve_device
@@ -69,7 +70,7 @@ def open_cache(directory: Path, identity: dict[str, Any]) -> FeatureCache:
     if done < identity[_IMAGES]:
         raise HalfWrittenError(
             f"{directory} holds the features of {done} of {identity[_IMAGES]} images: "
-            "finish it by running `python -m search.features` with the same flags"
+            f"finish it by running `{spelled('features')}` with the same flags"
         )
     arrays = _arrays(directory, identity)
     for array in arrays:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from search.commands import to_install
 from search.errors import InputError
 
 _FOOTER_BYTES, _MAGIC = 48, 0xDB4775248B80FB57
@@ -173,6 +174,6 @@ def _crc(data: bytes) -> int:
     try:
         import google_crc32c
     except ModuleNotFoundError as error:
-        raise InputError("reading TensorFlow checkpoints needs google-crc32c: pip install -e '.[convert]'") from error
+        raise InputError(f"reading TensorFlow checkpoints needs google-crc32c: {to_install('convert')}") from error
     crc: int = google_crc32c.value(data)
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from fast.checkpoint import load_network
 from fast.segmentation import SegmentationNetwork
+from search.commands import spelled
 from search.datasets import evaluation_size
 from search.dense_tasks import DenseTask, Label, restored_task
 from search.devices import is_full_memory, resolve_device
@@ -65,7 +66,7 @@ class Predictor:
             network, description = load_network(Path(path))
             task = restored_task(description)
         except ValueError as error:
-            raise InputError(f"{error}; `network` takes what search.train writes, a head has no backbone") from error
+            raise InputError(f"{error}; `network` takes what {spelled('train')} writes, a head has no backbone") from error
         except KeyError as error:
             raise InputError(f"network {path} does not say what its outputs are: train or convert it again") from error
         dataset = _trained_on(description) or dataset

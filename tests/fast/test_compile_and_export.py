@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fast import DensePredictionCell
-from fast.upsampled_cross_entropy import upsampled_cross_entropy
+import fast
+from fast import DensePredictionCell, checkpoint, mean_iou, upsampled_cross_entropy
 from reference.cell import BACKBONE_FEATURE, AtrousSeparableConv, Branch, Cell, Conv1x1, PyramidPooling
 
 ROOT = Path(__file__).parents[2]
@@ -57,7 +57,8 @@ def test_a_compiled_loss_has_its_gradient() -> None:
     logits = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     labels = torch.ones(2, 49, 49, dtype=torch.int64)
     gradients = []
-    for loss in (upsampled_cross_entropy, torch.compile(upsampled_cross_entropy, backend="aot_eager", fullgraph=True)):
+    eager = upsampled_cross_entropy.upsampled_cross_entropy
+    for loss in (eager, torch.compile(eager, backend="aot_eager", fullgraph=True)):
         x = logits.clone().requires_grad_()
         loss(x, labels).backward()  # type: ignore[no-untyped-call]
         assert x.grad is not None
@@ -81,8 +82,7 @@ def test_exported_program_is_the_same(training: bool) -> None:
 
 
 def test_import_without_triton() -> None:
-    code = (
-        "import sys; sys.modules['triton'] = None; import fast, fast.checkpoint, fast.mean_iou, fast.upsampled_cross_entropy"
-    )
+    modules = ", ".join(module.__name__ for module in (fast, checkpoint, mean_iou, upsampled_cross_entropy))
+    code = f"import sys; sys.modules['triton'] = None; import {modules}"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr

@@ -1,5 +1,4 @@
 import re
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from reference.dense_prediction_cell import (
 )
 from reference.pointwise_conv import ConvNorm
 from reference.pyramid_pooling import PoolingVariant
+from search.cells.space import load_cell
 from tests.fast.against_reference import (
     LAYOUTS,
     Layout,
@@ -40,7 +40,6 @@ from tests.reference.directional_derivative import leaves
 from tests.strategies import cells, map_sizes, random_cell_weights, rng_seeds
 
 IN_CHANNELS, BRANCH_CHANNELS, CELL_CHANNELS = 3, 4, 5
-PUBLISHED = Path(__file__).parents[2] / "search" / "cells"
 VARIANTS = st.sampled_from(("sliding_window", "grid_cells"))
 
 KINDS = (  # one operation of each kind and each shape that differs in its code or its numbers
@@ -189,7 +188,7 @@ def test_momentum_of_the_norms_is_used(operation: Operation) -> None:
 @pytest.mark.parametrize("name", ["dpc", "aspp", "psp"])
 @pytest.mark.parametrize("training", [False, True])
 def test_published_cells_equal_reference(device: str, name: str, training: bool) -> None:
-    check(Cell.load(PUBLISHED / f"{name}.json"), (9, 13), 2, BranchOptions(training), "contiguous", device, seed=0)
+    check(load_cell(name), (9, 13), 2, BranchOptions(training), "contiguous", device, seed=0)
 
 
 @every_device
@@ -213,7 +212,7 @@ def test_low_precision_is_within_budget(
 
 
 def test_weights_round_trip() -> None:
-    cell = Cell.load(PUBLISHED / "dpc.json")
+    cell = load_cell("dpc")
     _, weights, _ = draw(cell, (1, 1), 1, seed=0)
     module = small_cell(cell, BranchOptions(training=False)).double()
     load_reference_weights(module, weights)

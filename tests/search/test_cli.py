@@ -22,9 +22,10 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+import search.commands
 import search.features
 import search.random
-from search.cli import Flat, flags_of, run_command
+from search.cli import Flat, flags_of, run_command, spelled, to_install
 from search.errors import InputError
 from search.features import FeaturesSettings
 from search.interrupts import ctrl_c_waits
@@ -397,3 +398,55 @@ def test_ctrl_c_waits_where_no_handler_can_be_set() -> None:
 def _pass_through() -> None:
     with ctrl_c_waits():
         pass
+
+
+# How a command is started
+
+
+def command_files() -> list[Path]:
+    """The files of all commands but `datasets`, which is a folder."""
+    return sorted(path for path in (ROOT / "search").glob("*.py") if "\n    run_command(" in path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("path", command_files(), ids=lambda path: path.stem)
+def test_a_command_that_is_started_as_a_file_says_how_to_start_it(tmp_path: Path, path: Path) -> None:
+    """Python's own `random` is then hidden, which PyTorch needs."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, path], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert f"by python -m search.{path.stem}: here" in done.stderr
+
+
+def test_a_missing_package_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "optuna.py").write_text("import a_package_that_nobody_has.part")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    command = [sys.executable, "-m", "search.random", "--help"]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "error: the Python package a_package_that_nobody_has is missing: pip install -e '.[search]'\n"
+
+
+def test_commands_and_extras_are_spelled_as_they_are_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [spelled("train"), spelled("datasets check")] == ["python -m search.train", "python -m search.datasets check"]
+    assert to_install("export") == "pip install -e '.[export]'"
+    monkeypatch.setattr(search.commands, "IS_INSTALLED", True)
+    assert [spelled("random"), spelled("train"), spelled("datasets check")] == [
+        "dpc-search",
+        "dpc-train",
+        "dpc-datasets check",
+    ]
+    assert to_install("export") == "pip install 'dense-prediction-cell[export]'"
+
+
+@pytest.mark.parametrize(("script", "module"), [("dpc-search", "random"), ("dpc-diagram", "diagram")])
+def test_a_script_runs_its_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], script: str, module: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", [f"/bin/{script}", "--help"])
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # restored afterwards
+    monkeypatch.delitem(sys.modules, f"search.{module}", raising=False)  # else runpy warns
+    with pytest.raises(SystemExit) as end:
+        search.commands.run_script()
+    assert end.value.code == 0
+    assert f"usage: python -m search.{module} " in capsys.readouterr().out

@@ -73,8 +73,16 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
     assert (actual - expected).abs().max() <= TOLERANCE * expected.abs().max()
 
 
+def run_card(card: Path, **names: Any) -> dict[str, Any]:
+    """Run the lines of a model card that say how the file is used; return all names that they leave."""
+    exec(card.read_text(encoding="utf-8").split("```python\n")[1].split("```")[0], names)
+    return names
+
+
 @pytest.mark.parametrize("decoder", [False, True])
-def test_a_network_at_other_sizes(tmp_path: Path, decoder: bool, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_network_at_other_sizes(
+    tmp_path: Path, decoder: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     path, out = network_file(tmp_path, decoder=decoder), tmp_path / "new" / "network.pt2"
     main(ExportSettings(network=path, out=out, size=(65, 97)))
     assert re.search(
@@ -90,7 +98,10 @@ def test_a_network_at_other_sizes(tmp_path: Path, decoder: bool, capsys: pytest.
     assert {key: told[key] for key in description} == description
     assert told["class_names"] == list(CLASSES)
     assert told["backbone"]["mean"] == network.backbone.mean.flatten().tolist()
-    assert [each.name for each in out.parent.iterdir()] == ["network.pt2"]
+    assert sorted(each.name for each in out.parent.iterdir()) == ["network.md", "network.pt2"]
+    monkeypatch.chdir(out.parent)
+    names = run_card(Path("network.md"), images=images)
+    assert_close(names["logits"], network(images))
 
 
 def test_logits_of_the_images_size(tmp_path: Path) -> None:
@@ -103,7 +114,7 @@ def test_logits_of_the_images_size(tmp_path: Path) -> None:
 
 @needs_onnx
 @pytest.mark.parametrize("fixed_size", [False, True])
-def test_onnx_runs_in_onnxruntime(tmp_path: Path, fixed_size: bool) -> None:
+def test_onnx_runs_in_onnxruntime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fixed_size: bool) -> None:
     onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
     path, out = head_file(tmp_path), tmp_path / "head.onnx"
     main(ExportSettings(head=path, out=out, format="onnx", size=(17, 21), fixed_size=fixed_size))
@@ -116,6 +127,9 @@ def test_onnx_runs_in_onnxruntime(tmp_path: Path, fixed_size: bool) -> None:
     told = json.loads(session.get_modelmeta().custom_metadata_map["description"])
     assert (told["class_names"], told["cell"]) == (list(CLASSES), description["cell"])
     onnx.checker.check_model(onnx.load(out))
+    monkeypatch.chdir(tmp_path)
+    names = run_card(Path("head.md"), features=features.numpy())
+    assert_close(torch.from_numpy(names["logits"]), head(features))
     assert [each.name for each in tmp_path.iterdir() if "onnx" in each.name] == ["head.onnx"]  # weights included
 
 

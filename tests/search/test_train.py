@@ -112,6 +112,9 @@ def test_a_training_leaves_its_curve_and_whole_networks(tiny: TrainSettings, uni
     assert source["recipe"]["min_scale"] == 0.5  # as completed
     assert description["source"]["mean_iou"] == best == mean_iou(count_split(network, val, indices=range(len(val))).numpy())
     assert tuple(description["class_names"]) == val.task.outputs
+    card = (uninterrupted / "best.md").read_text(encoding="utf-8")
+    assert f"| mean_iou | {best:.4f} |" in card
+    assert "| data set | camvid |" in card
     assert not list(uninterrupted.glob("*.partial"))
 
 
