@@ -130,8 +130,12 @@ class Segmentation:
         return [(name, colour) for name, colour in shown if colour is not None] + [("not labelled", UNLABELLED_COLOUR)]
 
     def encoded(self, prediction: Label) -> Image.Image:
-        """One 8-bit label id per pixel: as a palette picture if ids are classes (VOC's own form), or else in grey."""
-        picture = Image.fromarray(np.array(self.label_ids, np.uint8)[prediction])
+        """One label id per pixel: as a palette picture if ids are classes (VOC's own form), or else in grey.
+
+        It has 8 bits, or 16 where the largest id needs them.
+        """
+        ids = np.array(self.label_ids, np.uint8 if max(self.label_ids) < 256 else np.uint16)
+        picture = Image.fromarray(ids[prediction])
         if self.label_ids == tuple(range(len(self.label_ids))):
             picture.putpalette(self.palette.tobytes())  # turns it into mode P; the numbers stay
         return picture

@@ -120,11 +120,19 @@ def prepare_caches(
             caches[role] = open_cache(directory, identity)
         except HalfWrittenError:
             caches[role] = build_cache(directory, dataset, network, identity, device, command)
-    val = caches["val"]
-    if not any(val.task.is_labelled(label).any() for label in val.labels):  # the first one that has any ends it
-        name = f"{datasets['val'].name} {datasets['val'].split}"
-        raise InputError(f"no pixel of {name} has a label to score by: give another `val_split`, or correct its labels")
+    _require_labels(caches["val"], f"{datasets['val'].name} {datasets['val'].split}")
     return caches
+
+
+def _require_labels(val: FeatureCache, name: str) -> None:
+    """Refuse a split to score on in which nothing can be told apart; the first picture with two labels ends the look."""
+    found: set[float] = set()
+    for label in val.labels:
+        found |= set(label[val.task.is_labelled(label)].unique().tolist())
+        if len(found) > 1:
+            return
+    complaint = "no pixel of {} has a label to score by" if not found else "all labelled pixels of {} have the same label"
+    raise InputError(f"{complaint.format(name)}: give another `val_split`, or correct its labels")
 
 
 def facts_of(caches: Mapping[str, FeatureCache]) -> dict[str, Any]:
