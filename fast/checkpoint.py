@@ -129,7 +129,10 @@ def _describe_backbone(backbone: Backbone) -> dict[str, Any]:
             "std": backbone.std.flatten().tolist(),
         }
     if not backbone.from_timm:
-        raise ValueError(f"backbone {backbone.name} is not from timm, so a file could not tell how to build it again")
+        raise ValueError(
+            f"backbone {backbone.name} is not from timm, so a file could not tell how to build it again: save the head by "
+            "`save_head`, and the backbone as your own module"
+        )
     return {
         "name": backbone.name,
         "output_stride": backbone.output_stride,

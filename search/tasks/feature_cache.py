@@ -107,11 +107,22 @@ def prepare_caches(
     """The caches of the splits "train" and "val", opened if they exist and computed if not, by the typed `command`."""
     backbone.check()
     features.check(backbone.stride)
-    device = resolve_device(machine.device)
-    datasets = dict(zip(("train", "val"), open_splits(data), strict=True))
+    resolve_device(machine.device)  # refuses an absent one before a backbone is trained
+    train, val = open_splits(data)
     network = create_backbone(backbone, data.dataset, machine.cache_dir)
+    return caches_of(train, val, network, features, machine, command)
+
+
+def caches_of(
+    train: Dataset, val: Dataset, network: Backbone, features: FeatureSettings, machine: MachineSettings, command: str
+) -> dict[str, FeatureCache]:
+    """The caches "train" and "val" of these pictures, opened if they exist and computed if not, by the typed `command`.
+
+    Raises InputError for unusable pictures, and where nothing can be scored.
+    """
+    device = resolve_device(machine.device)
     caches = {}
-    for role, dataset in datasets.items():
+    for role, dataset in (("train", train), ("val", val)):
         mirrored = features.mirrored and role == "train"
         identity = _identity(features, dataset, network, mirrored)
         name = f"{dataset.name}-{dataset.split}-{network.name}-os{network.output_stride}" + ("-mirrored" if mirrored else "")
@@ -120,7 +131,7 @@ def prepare_caches(
             caches[role] = open_cache(directory, identity)
         except HalfWrittenError:
             caches[role] = build_cache(directory, dataset, network, identity, device, command)
-    _require_labels(caches["val"], f"{datasets['val'].name} {datasets['val'].split}")
+    _require_labels(caches["val"], f"{val.name} {val.split}")
     return caches
 
 
