@@ -65,7 +65,7 @@ def save_network(
     """
     description = {
         **_describe_head(network.head, task),
-        "backbone": _describe_backbone(network.backbone),
+        "backbone": describe_backbone(network.backbone),
         "decoder": None if network.decoder is None else {"projected_channels": network.decoder.projected_channels},
         "source": source or {},
     }
@@ -119,7 +119,8 @@ def _build_head(description: dict[str, Any]) -> SegmentationHead:
     return SegmentationHead(context, outputs)
 
 
-def _describe_backbone(backbone: Backbone) -> dict[str, Any]:
+def describe_backbone(backbone: Backbone) -> dict[str, Any]:
+    """What builds the backbone again, but for its weights. Raises ValueError for one that is neither from timm nor plain."""
     if isinstance(backbone.body, PlainBody):
         return {
             "name": backbone.name,

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from search.datasets import open_dataset
     from search.datasets.from_torch import TorchDataset
     from search.errors import InputError
-    from search.pipeline import Found, SearchSettings, load_found, search_cells
-    from search.settings import FeatureSettings, HeadSettings, MachineSettings, ProxySettings
+    from search.pipeline import Found, SearchSettings, Trained, load_found, search_cells, train_network
+    from search.settings import FeatureSettings, HeadSettings, MachineSettings, ProxySettings, RecipeSettings
 
 __all__ = [
     "FeatureSettings",
@@ -23,24 +23,29 @@ __all__ = [
     "InputError",
     "MachineSettings",
     "ProxySettings",
+    "RecipeSettings",
     "SearchSettings",
     "TorchDataset",
+    "Trained",
     "backbone_from_module",
     "load_cell",
     "load_found",
     "open_dataset",
     "search_cells",
+    "train_network",
 ]
 
 if not TYPE_CHECKING:
+    _PIPELINE = ("Found", "SearchSettings", "Trained", "load_found", "search_cells", "train_network")
+    _SETTINGS = ("FeatureSettings", "HeadSettings", "MachineSettings", "ProxySettings", "RecipeSettings")
     _PLACES = {
         "backbone_from_module": ".backbones.from_module",
         "load_cell": ".cells.space",
         "open_dataset": ".datasets",
         "TorchDataset": ".datasets.from_torch",
         "InputError": ".errors",
-        **dict.fromkeys(("Found", "SearchSettings", "load_found", "search_cells"), ".pipeline"),
-        **dict.fromkeys(("FeatureSettings", "HeadSettings", "MachineSettings", "ProxySettings"), ".settings"),
+        **dict.fromkeys(_PIPELINE, ".pipeline"),
+        **dict.fromkeys(_SETTINGS, ".settings"),
     }
 
     def __getattr__(name: str) -> Any:

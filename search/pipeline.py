@@ -1,21 +1,23 @@
 """A whole search, from features to the report, for the command `search.random` and for who has a data set and a backbone as
-objects in Python: `search_cells`. docs/python.md shows it.
+objects in Python: `search_cells`, and `train_network` for what it has found. docs/python.md shows both.
 """
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fast.backbone import Backbone
-from fast.checkpoint import load_head, save_head
+from fast.checkpoint import describe_backbone, load_head, load_network, save_head
 from fast.segmentation import SegmentationHead, SegmentationNetwork
 from reference.cell import NUM_BRANCHES, Cell
 from search.cells.sampler import LAG, create_sampler
 from search.cells.space import SearchSpace, load_cells
 from search.datasets import Dataset
-from search.devices import resolve_device
+from search.devices import Devices, resolve_device
 from search.errors import InputError
+from search.folder import Folder
 from search.reports.run_files import finish_run
 from search.runs.search import BEST_HEAD, Search, SearchPlan
 from search.runs.study import Run, RunSettings, load_run, open_run, ranked
@@ -27,6 +29,8 @@ from search.settings import (
     HeadSettings,
     MachineSettings,
     ProxySettings,
+    RecipeSettings,
+    TrainingSettings,
     changes_no_score,
     given,
     require,
@@ -34,6 +38,8 @@ from search.settings import (
 )
 from search.tasks.feature_cache import MEAN, STD, WEIGHTS, FeatureCache, caches_of, facts_of, open_cache
 from search.tasks.proxy import ProxyTask, crop_in_features
+from search.training.loop import Training
+from search.training.network import training_identity, weights_sum
 
 KNOWN_CELLS = ("aspp", "dpc")
 QUICK_PROXY, SMALL_HEAD = ProxySettings(iterations=80, learning_rate=0.2), HeadSettings(branch_channels=64)
@@ -134,16 +140,64 @@ def search_cells(
     head = head.completed(train.name)
     directory, command = Path(out), f"search_cells(train, val, backbone, {str(out)!r}, ...) in Python"
     caches = caches_of(train, val, backbone, features, machine, command)
-    settings = RunSettings(
-        DataSettings(dataset=train.name, train_split=train.split, val_split=val.split),
-        BackboneSettings(backbone=backbone.name, output_stride=backbone.output_stride, weights_origin=backbone.weights_origin),
-        features,
-        head,
-        machine,
-    )
+    settings = RunSettings(_data_of(train, val), _settings_of(backbone), features, head, machine)
     identity = scored(search, features, head, proxy) | facts_of(caches)
     run_search(directory, search, proxy, settings, caches, val, identity=identity, command=command)
     return load_found(directory)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training has come to: the best of the validated networks, in evaluation mode, its score in 0..1, its folder."""
+
+    directory: Path
+    score: float
+    network: SegmentationNetwork
+
+
+def train_network(
+    network: SegmentationNetwork,
+    train: Dataset,
+    val: Dataset,
+    out: Path | str,
+    *,
+    recipe: RecipeSettings | None = None,
+    machine: MachineSettings | None = None,
+    seed: int = 0,
+) -> Trained:
+    """Train a copy of the network end to end, as `python -m search.train` does on one device, in the folder `out`.
+
+    It begins with the network's weights. The same call goes on after an interruption; the folder has the best network as
+    `best.safetensors`. Raises InputError for what cannot be used, also for a backbone that no file could build again.
+    """
+    machine = given(machine, MachineSettings())
+    settings = _training_settings(network, train, val, given(recipe, RecipeSettings()), machine, seed)
+    settings.check()
+    try:
+        describe_backbone(network.backbone)
+    except ValueError as error:
+        raise InputError(f"{error}; train it in a loop of your own") from error
+    devices, folder = Devices(machine.device), Folder(Path(out), "training")
+    identity = training_identity(settings, network, train, val, devices) | {"`network` (content)": str(weights_sum(network))}
+    with folder.locked():
+        folder.begin(identity, f"train_network(network, train, val, {str(out)!r}, ...) in Python")
+        result = Training(settings, copy.deepcopy(network), train, val, folder.path, devices).run()
+    return Trained(folder.path, result.best, load_network(folder.path / "best.safetensors")[0])
+
+
+def _training_settings(
+    network: SegmentationNetwork, train: Dataset, val: Dataset, recipe: RecipeSettings, machine: MachineSettings, seed: int
+) -> TrainingSettings:
+    """The settings that a command would have been given for these objects, completed."""
+    context = network.head.context
+    return TrainingSettings(
+        data=_data_of(train, val),
+        backbone=_settings_of(network.backbone),
+        head=HeadSettings(branch_channels=context.branch_channels, pooling=context.pooling, dropout=context.dropout.p),
+        recipe=recipe,
+        machine=machine,
+        seed=seed,
+    ).completed()
 
 
 def load_found(directory: Path | str) -> Found:
@@ -208,6 +262,15 @@ def run_search(
             timed_on = device
         finally:  # also after Ctrl-C: report what there is, without latencies, which would take seconds
             finish_run(directory, caches["val"], val, plan.compare, timed_on)
+
+
+def _data_of(train: Dataset, val: Dataset) -> DataSettings:
+    return DataSettings(dataset=train.name, train_split=train.split, val_split=val.split)
+
+
+def _settings_of(backbone: Backbone) -> BackboneSettings:
+    name, stride, origin = backbone.name, backbone.output_stride, backbone.weights_origin
+    return BackboneSettings(backbone=name, output_stride=stride, weights_origin=origin)
 
 
 def _first_failure(run: Run) -> str:

@@ -136,14 +136,21 @@ def caches_of(
 
 
 def _require_labels(val: FeatureCache, name: str) -> None:
-    """Refuse a split to score on in which nothing can be told apart; the first picture with two labels ends the look."""
+    """Refuse a split to score on without labels, and one that has the same of several everywhere: any cell could score 100 %.
+
+    The first picture that is good enough ends the look.
+    """
+    enough = min(2, len(val.task.outputs))
     found: set[float] = set()
     for label in val.labels:
         found |= set(label[val.task.is_labelled(label)].unique().tolist())
-        if len(found) > 1:
+        if len(found) >= enough:
             return
-    complaint = "no pixel of {} has a label to score by" if not found else "all labelled pixels of {} have the same label"
-    raise InputError(f"{complaint.format(name)}: give another `val_split`, or correct its labels")
+    complaint = (
+        f"all labelled pixels of {name} have the same label" if found else f"no pixel of {name} has a label to score by"
+    )
+    counts = "`python -m search.datasets check` counts them"
+    raise InputError(f"{complaint}: give another `val_split`, or correct its labels; {counts}")
 
 
 def facts_of(caches: Mapping[str, FeatureCache]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """A search from Python, with a data set and a backbone as objects: what it finds, and how it goes on."""
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,22 +11,30 @@ from torch import nn
 
 import search
 import search.pipeline
+from fast.backbone import timm_backbone
 from fast.bilinear_resize import bilinear_resize
+from fast.dense_prediction_cell import DensePredictionCell
+from fast.segmentation import SegmentationHead, SegmentationNetwork
 from search import (
     Found,
     HeadSettings,
     InputError,
     MachineSettings,
     ProxySettings,
+    RecipeSettings,
     SearchSettings,
     TorchDataset,
+    Trained,
     backbone_from_module,
+    load_cell,
     load_found,
     search_cells,
+    train_network,
 )
 from search.datasets import Dataset
 from search.runs.study import load_run
 from search.tasks.proxy import ProxyTask
+from search.training.loop import Training
 from tests.search.python_parts import CLASS_NAMES, Strided, Strips
 
 SETTINGS: dict[str, Any] = {
@@ -118,6 +127,58 @@ def test_the_same_call_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_other_parts_are_refused_in_the_same_folder(folder: Path, changes: dict[str, Any], sentence: str) -> None:
     with pytest.raises(InputError, match=sentence):
         find(folder, **changes)
+
+
+RECIPE = RecipeSettings(crop_size=(33, 33), batch_size=2, iterations=4, statistics_batches=1, loading_processes=0)
+
+
+def train(folder: Path, network: SegmentationNetwork, recipe: RecipeSettings = RECIPE) -> Trained:
+    machine = MachineSettings(device="cpu")
+    return train_network(network, strips("train"), strips("val", seed=1), folder / "run", recipe=recipe, machine=machine)
+
+
+def timm_network(seed: int = 0) -> SegmentationNetwork:
+    """A network that has its backbone from timm, with random weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        backbone = timm_backbone("test_efficientnet")
+        cell = DensePredictionCell(load_cell("aspp"), backbone.channels, branch_channels=4, cell_channels=4, output_stride=16)
+        return SegmentationNetwork(backbone, SegmentationHead(cell, len(CLASS_NAMES)))
+
+
+def test_our_loop_trains_a_network_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = timm_network()
+    before = copy.deepcopy(network.state_dict())
+    whole = train(tmp_path / "whole", network)
+    torch.testing.assert_close(network.state_dict(), before, rtol=0, atol=0)  # a copy is trained
+    assert 0 <= whole.score <= 1
+    assert whole.network.predict(torch.zeros(1, 3, 33, 49)).shape == (1, 33, 49)
+    assert not torch.equal(whole.network.head.classifier.weight, network.head.classifier.weight)
+
+    step = Training._step
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "_step", lambda self, batches: step(self, batches) or self.progress.iteration == 2)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "stopped", network)
+    again = train(tmp_path / "stopped", network)
+    assert again.score == whole.score
+    torch.testing.assert_close(again.network.state_dict(), whole.network.state_dict(), rtol=0, atol=0)
+
+    for other, recipe, sentence in (
+        (timm_network(seed=1), RECIPE, "was started with .*`network` \\(content\\)"),
+        (network, replace(RECIPE, momentum=0.5), "was started with `momentum` 0.9, now it is 0.5: use .* in Python"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            train(tmp_path / "whole", other, recipe)
+
+
+def test_our_loop_refuses_what_it_could_not_save(folder: Path, tmp_path: Path) -> None:
+    network = load_found(folder / "run").network(backbone_of(Strided(4)))
+    with pytest.raises(InputError, match=r"^backbone strided is not from timm, .*; train it in a loop of your own"):
+        train(tmp_path, network)
+    with pytest.raises(InputError, match=r"`crop_size` 32 33 must be 16·k \+ 1 each"):
+        train(tmp_path, network, replace(RECIPE, crop_size=(32, 33)))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
