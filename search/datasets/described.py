@@ -101,17 +101,8 @@ def open_split(path: Path, split: str, data_dir: Path | None) -> FileDataset:
     if not root.is_dir():
         raise InputError(f"`data_dir` {root} is not a folder; give the one that {path} describes")
     images, faults = _index(root, description.images, wanted.folder)
-    listing = root / (wanted.list or _fixed_part(description.images, wanted.folder))
-    names = sorted(images)
-    if wanted.list is not None:
-        lines = read_lines(listing, f"correct {path}, field splits.{split}.list, or restore the list")
-        names = _names_of((line for _, line in lines), images, root)
-        faults += repeated(names, listing)
-    if not names:
-        raise InputError(f"no file in {root} fits {path}, field images: {description.images!r}; correct it or `data_dir`")
-    if wanted.share is not None and not (names := [name for name in names if name in wanted.share]):
-        remedy = "give another split_seed, or lists where pictures are few"
-        raise InputError(f"{path}, field splits.{split}.share: no picture falls to it; {remedy}")
+    names, listing = _names(description, split, root, images)
+    faults += repeated(names, listing)
     labels: dict[str, Path] = {}
     if description.labels is not None and wanted.labelled:
         labels, double = _index(root, description.labels, wanted.folder)
@@ -141,6 +132,22 @@ def open_split(path: Path, split: str, data_dir: Path | None) -> FileDataset:
         official_lengths=() if wanted.count is None else (wanted.count,),
         recipe=description.recipe,
     )
+
+
+def _names(description: Description, split: str, root: Path, images: Mapping[str, Path]) -> tuple[list[str], Path]:
+    """The names of a split's pictures, of all `images`, and the list or folder that they come from."""
+    path, wanted = description.path, description.splits[split]
+    listing = root / (wanted.list or _fixed_part(description.images, wanted.folder))
+    names = sorted(images)
+    if wanted.list is not None:
+        lines = read_lines(listing, f"correct {path}, field splits.{split}.list, or restore the list")
+        names = _names_of((line for _, line in lines), images, root)
+    if not names:
+        raise InputError(f"no file in {root} fits {path}, field images: {description.images!r}; correct it or `data_dir`")
+    if wanted.share is not None and not (names := [name for name in names if name in wanted.share]):
+        remedy = "give another split_seed, or lists where pictures are few"
+        raise InputError(f"{path}, field splits.{split}.share: no picture falls to it; {remedy}")
+    return names, listing
 
 
 def load_description(path: Path) -> Description:
