@@ -156,7 +156,7 @@ def _describe_network(
 ) -> dict[str, Any]:
     return {
         **_describe_head(network.head, task),
-        "backbone": _describe_backbone(network.backbone),
+        "backbone": describe_backbone(network.backbone),
         "decoder": None if network.decoder is None else {"projected_channels": network.decoder.projected_channels},
         "source": dict(source or {}),
         "evaluation": dict(evaluation or {}),
@@ -236,7 +236,8 @@ def _build_decoder(description: dict[str, Any], low_level_channels: int, norm_la
     return Decoder(low_level_channels, channels=channels, **description["decoder"], norm_layer=norm_layer)
 
 
-def _describe_backbone(backbone: Backbone) -> dict[str, Any]:
+def describe_backbone(backbone: Backbone) -> dict[str, Any]:
+    """What builds the backbone again, but for its weights. Raises ValueError for one that is neither from timm nor plain."""
     if isinstance(backbone.body, PlainBody):
         return {
             "name": backbone.name,
@@ -246,7 +247,10 @@ def _describe_backbone(backbone: Backbone) -> dict[str, Any]:
             "std": backbone.std.flatten().tolist(),
         }
     if not backbone.from_timm:
-        raise ValueError(f"backbone {backbone.name} is not from timm, so a file could not tell how to build it again")
+        raise ValueError(
+            f"backbone {backbone.name} is not from timm, so a file could not tell how to build it again: save the head by "
+            "`save_head`, and the backbone as your own module"
+        )
     return {
         "name": backbone.name,
         "output_stride": backbone.output_stride,

@@ -23,6 +23,7 @@ MAY_IMPORT = {  # of the project's own folders
 # The rooms of search/, from the top: each may import those below it and itself, and whatever stands on the same floor.
 # Files that lie directly in search/ are commands, which nobody imports, unless they are named as the ground floor.
 FLOORS: list[set[str]] = [
+    {"pipeline"},
     {"reports"},
     {"runs"},
     {"tasks"},
@@ -324,6 +325,9 @@ def test_words_of_one_task_are_noticed(source: str, found: list[str]) -> None:
     ("modules", "absent"),
     [
         ("search.cells.space", "tyro"),
+        ("search, search.settings", "optuna"),
+        ("search.pipeline", "tyro"),
+        ("search", "torch"),
         ("search.tasks.proxy, search.training.loop", "tyro"),
         ("fast.dense_prediction_cell, fast", "timm"),
         ("fast", "torchvision"),

@@ -23,6 +23,7 @@ from search.settings import DataSettings, TaskName
 
 DATASETS = ("shapes", "camvid", "cityscapes", "pascal_voc", "pascal_person_part")
 SPLITS = ("train", "val")  # what a search needs; a data set may have more
+VALIDATION = ("val", "valid", "validation")  # what data sets call the second one
 
 
 class Sample(NamedTuple):
@@ -79,14 +80,21 @@ def evaluation_size(name: str | None) -> tuple[int, int] | None:
     return size
 
 
+def known_split(split: str, name: str) -> str:
+    """The name that data set `name` has for the split: `val` may be called `valid`. Raises InputError for an unknown one."""
+    splits = split_names(name)
+    for known in VALIDATION if split == "val" else (split,):
+        if known in splits:
+            return known
+    raise InputError(f"split {split!r} of {name} is unknown; choose one of: {', '.join(splits)}")
+
+
 def open_unchecked(name: str, split: str, data_dir: Path | None, task: TaskName | None = None) -> Dataset:
     """Like `open_dataset`, but without raising the first of the data set's `problems()`.
 
     Raises InputError for an unknown name or split, and for a folder without anything to list.
     """
-    splits = split_names(name)
-    if split not in splits:
-        raise InputError(f"split {split!r} of {name} is unknown; choose one of: {', '.join(splits)}")
+    split = known_split(split, name)
     dataset: Dataset
     if name.endswith(".toml"):
         dataset = importlib.import_module(".described", __name__).open_split(Path(name), split, data_dir)

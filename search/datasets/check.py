@@ -2,7 +2,8 @@
 
 Reads every picture of every split and lists all that is wrong: files that are missing or unreadable, images and labels of
 different sizes, label values without a meaning, a number of pictures that is not the official one, pictures in more than
-one split. Then it lists each class's share of the labelled pixels.
+one split, palettes whose colours have another order in every file, labels of one class alone. Then it lists each class's
+share of the labelled pixels.
 """
 
 import signal
@@ -19,12 +20,15 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from search.datasets import SPLITS, Dataset, open_unchecked, split_names
-from search.datasets.files import FileDataset
+from search.datasets import VALIDATION, Dataset, open_unchecked, split_names
+from search.datasets.files import FileDataset, LabelReader, shown_as
+from search.dense_tasks import RGB
+from search.dense_tasks.segmentation import Segmentation
 from search.errors import InputError
 from search.settings import TaskName
 
 Place = tuple[int, int]  # (number of the split, index of the picture)
+_NEEDED = ("train", *VALIDATION)  # splits, as far as a data set has them
 _CHUNK = 8  # pictures per request to a process
 
 
@@ -36,11 +40,14 @@ class Verdict(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """The result of reading one picture: its (H, W), its pixels by the task's bins, and the problem, if any."""
+    """The result of reading one picture: its (H, W), its pixels by the task's bins, the problem, if any, and its label's
+    values by the colours that a palette shows them in.
+    """
 
     size: tuple[int, int] | None
     pixels: NDArray[np.int64]
     problem: str
+    shown_as: dict[RGB, int]
 
 
 def check_folder(
@@ -57,6 +64,8 @@ def check_folder(
     findings = _read_all(datasets, processes)
     problems += dict.fromkeys(finding.problem for row in findings for finding in row if finding.problem)
     problems += _unlabelled(datasets, findings)
+    problems += _of_one_class(datasets, findings)
+    problems += _palettes(datasets, findings)
     tables = [_split_table(datasets, findings), _class_table(datasets, findings)] if datasets else []
     return Verdict("\n\n".join([*tables, *notes]), list(dict.fromkeys(problems)))  # each shared picture once
 
@@ -73,7 +82,7 @@ def _open_splits(
         try:
             datasets.append(open_unchecked(name, split, data_dir, task))
         except InputError as error:
-            if split in (asked or SPLITS):
+            if split in (asked or _NEEDED):
                 problems.append(str(error))
             else:
                 notes.append(f"{split} is not there ({error})")
@@ -112,8 +121,39 @@ def _unlabelled(datasets: list[Dataset], findings: list[list[Finding]]) -> list[
     return [
         f"no pixel of {dataset.split} is labelled: correct its labels, or what says what their values mean"
         for dataset, of_split in zip(datasets, findings, strict=True)
-        if dataset.split in SPLITS and any(f.size for f in of_split) and not sum(int(f.pixels[:-1].sum()) for f in of_split)
+        if dataset.split in _NEEDED and any(f.size for f in of_split) and not sum(int(f.pixels[:-1].sum()) for f in of_split)
     ]
+
+
+def _of_one_class(datasets: list[Dataset], findings: list[list[Finding]]) -> list[str]:
+    """A data set whose splits to train and to score on have one of several classes alone: every cell would score 100 %."""
+    counted = [f.pixels for d, of_split in zip(datasets, findings, strict=True) if d.split in _NEEDED for f in of_split]
+    task = datasets[0].task if datasets else None
+    if not (isinstance(task, Segmentation) and len(task.class_names) > 1 and counted):
+        return []
+    *pixels, void = np.sum(counted, axis=0).tolist()
+    present = [name for name, count in zip(task.class_names, pixels, strict=True) if count]
+    if len(present) != 1:
+        return []
+    remedy = "correct the labels, or what says what their values mean"
+    if void:
+        remedy += " (255 does not count, unless label_ids of a TOML file gives it a class)"
+    return [f"every labelled pixel is {present[0]}, {100 * void / (sum(pixels) + void):.2f} % are not labelled: {remedy}"]
+
+
+def _palettes(datasets: list[Dataset], findings: list[list[Finding]]) -> list[str]:
+    """Palette pictures of which one shows a value in the colour that another one has for another value."""
+    first: dict[RGB, tuple[int, Path | None]] = {}
+    for dataset, of_split in zip(datasets, findings, strict=True):
+        for index, colour, value in ((i, *item) for i, finding in enumerate(of_split) for item in finding.shown_as.items()):
+            label = _label_path(dataset, index)
+            before, other = first.setdefault(colour, (value, label))
+            if before != value:
+                return [
+                    f"label {label} shows the value {value} in the colour {list(colour)}, which is {before} in {other}: the "
+                    "palettes have different orders; save all labels with one palette, or give label_colours in a TOML file"
+                ]
+    return []
 
 
 def _read_all(datasets: list[Dataset], processes: int) -> list[list[Finding]]:
@@ -169,8 +209,20 @@ def _examine(dataset: Dataset, index: int) -> Finding:
     try:
         label = dataset[index].label
     except InputError as error:
-        return Finding(None, np.zeros(len(dataset.task.bins) + 1, np.int64), str(error))
-    return Finding((label.shape[0], label.shape[1]), dataset.task.histogram(label), "")
+        return Finding(None, np.zeros(len(dataset.task.bins) + 1, np.int64), str(error), {})
+    return Finding((label.shape[0], label.shape[1]), dataset.task.histogram(label), "", _shown_as(dataset, index))
+
+
+def _shown_as(dataset: Dataset, index: int) -> dict[RGB, int]:
+    """What the label's palette shows its values in, where values are what counts."""
+    path = _label_path(dataset, index)
+    if path is None or not (isinstance(dataset, FileDataset) and isinstance(dataset.read_label, LabelReader)):
+        return {}
+    return shown_as(path)
+
+
+def _label_path(dataset: Dataset, index: int) -> Path | None:
+    return dataset.pairs[index].label if isinstance(dataset, FileDataset) else None
 
 
 def _split_table(datasets: list[Dataset], findings: list[list[Finding]]) -> str:

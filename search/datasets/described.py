@@ -2,13 +2,17 @@
 
 `images` and `labels` are path patterns in the folder: `{name}` is the picture's name, `{split}` the split's (or the folder
 that the split's table names), `*` any text without a slash. A split's pictures are those in its list, or else all images
-that match the pattern. Label values are classes 0, 1, ... in the order of `classes`, unless `label_ids` gives other values.
-With `depth_scale` instead of `classes`, labels are depths.
+that match the pattern; or, with a `share`, those of them that fall to it by a hash of their names. Label values are classes 0,
+1, ... in the order of `classes`, unless `label_ids` gives other values, or `label_colours` colours. With `depth_scale`
+instead of `classes`, labels are depths.
 """
 
+import hashlib
+import math
 import re
 import tomllib
-from collections.abc import Mapping
+import unicodedata
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -17,27 +21,60 @@ import numpy as np
 from numpy.typing import NDArray
 
 from search.datasets import IGNORE_INDEX
-from search.datasets.files import DepthReader, FileDataset, LabelReader, Pair, label_colours, read_lines, repeated, spans
-from search.dense_tasks import DenseTask
+from search.datasets.files import (
+    MOST_VALUES,
+    ColourReader,
+    DepthReader,
+    FileDataset,
+    LabelReader,
+    Pair,
+    label_colours,
+    read_lines,
+    repeated,
+    spans,
+)
+from search.dense_tasks import RGB, DenseTask
 from search.dense_tasks.depth import Depth
 from search.dense_tasks.segmentation import Segmentation, default_palette
 from search.errors import InputError
 
-_FIELDS = ("classes", "depth_scale", "images", "labels", "splits", "name", "colours", "ignore", "label_ids")
-_OF_CLASSES = ("classes", "colours", "ignore", "label_ids")
-_SPLIT_FIELDS = ("list", "folder", "labelled", "count")
+_OF_CLASSES = ("classes", "colours", "ignore", "label_ids", "label_colours")
+_FIELDS = ("classes", "depth_scale", "images", "labels", "splits", "name", *_OF_CLASSES[1:], "split_seed")
+_SPLIT_FIELDS = ("list", "folder", "labelled", "count", "share")
+_OTHERS = "others"  # what `ignore` is if all values that mean no class do not count
 _SCALES = (1e-3, 1e6)  # label values for a metre: from kilometres to micrometres
 _MOST_CLASSES = IGNORE_INDEX  # 0 to 254; 255 is ignored
 
 
 @dataclass(frozen=True)
+class Share:
+    """The part of the pictures whose names' hashes, with this seed, are in [start, stop)."""
+
+    start: float
+    stop: float
+    seed: int
+
+    def __contains__(self, name: str) -> bool:
+        """Whether a picture belongs to it: its name decides, in one form of Unicode, and no other picture.
+
+        >>> [name for name in ("a", "e", "i", "z") if name in Share(0.0, 0.5, seed=0)]
+        ['e', 'i']
+        """
+        text = f"{self.seed} {unicodedata.normalize('NFC', name)}"
+        return self.start <= int.from_bytes(hashlib.sha256(text.encode()).digest()[:6]) / 2**48 < self.stop
+
+
+@dataclass(frozen=True)
 class Split:
-    """A split's list of names (None: all images that match), the value of `{split}`, and its number of pictures, if given."""
+    """A split's list of names (None: all images that match), the value of `{split}`, its number of pictures, if given, and
+    its share of the pictures, if they are divided.
+    """
 
     list: str | None
     folder: str
     labelled: bool
     count: int | None
+    share: Share | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +87,7 @@ class Description:
     path: Path
     name: str
     task: DenseTask
-    read_label: LabelReader | DepthReader
+    read_label: LabelReader | ColourReader | DepthReader
     recipe: str
     has_colours: bool
     images: str
@@ -69,14 +106,8 @@ def open_split(path: Path, split: str, data_dir: Path | None) -> FileDataset:
     if not root.is_dir():
         raise InputError(f"`data_dir` {root} is not a folder; give the one that {path} describes")
     images, faults = _index(root, description.images, wanted.folder)
-    if wanted.list is None:
-        names, listing = sorted(images), root / _fixed_part(description.images, wanted.folder)
-    else:
-        listing = root / wanted.list
-        names = [line for _, line in read_lines(listing, f"correct {path}, field splits.{split}.list, or restore the list")]
-        faults += repeated(names, listing)
-    if not names:
-        raise InputError(f"no file in {root} fits {path}, field images: {description.images!r}; correct it or `data_dir`")
+    names, listing = _names(description, split, root, images)
+    faults += repeated(names, listing)
     labels: dict[str, Path] = {}
     if description.labels is not None and wanted.labelled:
         labels, double = _index(root, description.labels, wanted.folder)
@@ -122,10 +153,26 @@ def _coloured(description: Description, root: Path) -> DenseTask:
     return task if colours is None else Segmentation(task.class_names, colours, task.label_ids)
 
 
+def _names(description: Description, split: str, root: Path, images: Mapping[str, Path]) -> tuple[list[str], Path]:
+    """The names of a split's pictures, of all `images`, and the list or folder that they come from."""
+    path, wanted = description.path, description.splits[split]
+    listing = root / (wanted.list or _fixed_part(description.images, wanted.folder))
+    names = sorted(images)
+    if wanted.list is not None:
+        lines = read_lines(listing, f"correct {path}, field splits.{split}.list, or restore the list")
+        names = _names_of((line for _, line in lines), images, root)
+    if not names:
+        raise InputError(f"no file in {root} fits {path}, field images: {description.images!r}; correct it or `data_dir`")
+    if wanted.share is not None and not (names := [name for name in names if name in wanted.share]):
+        remedy = "give another split_seed, or lists where pictures are few"
+        raise InputError(f"{path}, field splits.{split}.share: no picture falls to it; {remedy}")
+    return names, listing
+
+
 def load_description(path: Path) -> Description:
     """Read a TOML file. Raises InputError that names the file, the field and what to do."""
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin a text with a mark
     except (FileNotFoundError, IsADirectoryError) as error:
         raise InputError(f"`dataset` {path} does not exist; give the TOML file that describes your data set") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -136,20 +183,21 @@ def load_description(path: Path) -> Description:
     splits = _splits(fields)
     images = _pattern(fields, "images")
     labels = _pattern(fields, "labels") if any(split.labelled for split in splits.values()) else None
-    unlisted = [name for name, split in splits.items() if split.list is None]
+    unlisted = [name for name, split in splits.items() if split.list is None and split.share is None]
     if len(unlisted) > 1 and "{split}" not in images:
         raise fields.error(
             "images",
             f"must contain {{split}}, or {' and '.join(unlisted)} hold the same pictures",
-            "add it, or give them lists",
+            "add it, or give them lists or shares",
         )
+    _require_one_source(fields, splits, images)
     return Description(
         path=path,
         name=_name(fields),
         task=task,
         read_label=read_label,
         recipe=recipe,
-        has_colours="colours" in content,
+        has_colours="colours" in content or "label_colours" in content,
         images=images,
         labels=labels,
         splits=splits,
@@ -200,12 +248,49 @@ def _name(fields: _Fields) -> str:
     return name
 
 
-def _classes(fields: _Fields) -> tuple[Segmentation, LabelReader, str]:
+def _classes(fields: _Fields) -> tuple[Segmentation, LabelReader | ColourReader, str]:
     """The task of a file with `classes`, who reads its labels, and what they depend on."""
     class_names = _class_names(fields)
+    if "label_colours" in fields.content:
+        return _colour_coded(fields, class_names)
     palette, train_ids = _palette(fields, class_names), _train_ids(fields, class_names)
-    reader = LabelReader(train_ids, remedy=f"correct the file, or ignore and label_ids in {fields.path}")
-    return Segmentation(class_names, palette, _label_ids(train_ids, len(class_names))), reader, repr(sorted(train_ids.items()))
+    remedy = f"correct the file, or ignore and label_ids in {fields.path}, or give label_colours there if colours are classes"
+    ignores_others = fields.content.get("ignore") == _OTHERS
+    reader = LabelReader(train_ids, remedy=remedy, ignores_others=ignores_others)
+    recipe = repr(sorted(train_ids.items())) + _OTHERS * ignores_others
+    return Segmentation(class_names, palette, _label_ids(train_ids, len(class_names))), reader, recipe
+
+
+def _colour_coded(fields: _Fields, class_names: tuple[str, ...]) -> tuple[Segmentation, ColourReader, str]:
+    """The same of a file with `label_colours`; a class is drawn in the first colour of its labels, if not told otherwise."""
+    if "label_ids" in fields.content:
+        raise fields.error("label_ids", "is for labels of numbers, and label_colours for colours", "leave one of them out")
+    table = {name: _colours(fields, f"label_colours.{name}", value) for name, value in fields.table("label_colours").items()}
+    if strange := [name for name in table if name not in class_names]:
+        remedy = "add it to `classes`, or give its colour as `ignore`"
+        raise fields.error(f"label_colours.{strange[0]}", "is no class", remedy)
+    if absent := [name for name in class_names if not table.get(name)]:
+        raise fields.error("label_colours", f"gives no colour to {', '.join(absent)}", "add one for each class")
+    ignores_others = fields.content.get("ignore") == _OTHERS
+    void = [] if ignores_others else _colours(fields, "ignore", fields.list("ignore", []))
+    meanings = [(colour, class_names.index(name)) for name, colours in table.items() for colour in colours]
+    train_ids: dict[RGB, int] = {}
+    for colour, meaning in [*meanings, *((colour, IGNORE_INDEX) for colour in void)]:
+        if train_ids.setdefault(colour, meaning) != meaning:
+            raise fields.error("label_colours", f"{list(colour)} has two meanings", "leave it out of one class, or of ignore")
+    remedy = f"correct the file, or add the colour to label_colours or ignore in {fields.path}"
+    palette = _palette(fields, class_names, [table[name][0] for name in class_names])
+    recipe = repr(sorted(train_ids.items())) + _OTHERS * ignores_others
+    return Segmentation(class_names, palette), ColourReader(train_ids, remedy, ignores_others), recipe
+
+
+def _colours(fields: _Fields, field: str, value: object) -> list[RGB]:
+    """One colour, or a list of them."""
+    colours = [value] if _is_colour(value) else value
+    if not isinstance(colours, list) or not all(_is_colour(colour) for colour in colours):
+        complaint = f"must be a colour or a list of them, got {value!r}"
+        raise fields.error(field, complaint, "give [red, green, blue], 0 to 255 each")
+    return [(red, green, blue) for red, green, blue in colours]
 
 
 def _depths(fields: _Fields) -> tuple[Depth, DepthReader, str]:
@@ -235,16 +320,16 @@ def _class_names(fields: _Fields) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _palette(fields: _Fields, class_names: tuple[str, ...]) -> NDArray[np.uint8]:
-    if "colours" not in fields.content:
+def _palette(fields: _Fields, class_names: tuple[str, ...], of_labels: list[RGB] | None = None) -> NDArray[np.uint8]:
+    if "colours" not in fields.content and of_labels is None:
         return default_palette(class_names)
-    colours, classes = fields.list("colours"), len(class_names)
+    colours, classes = fields.list("colours", of_labels), len(class_names)
     if len(colours) != classes:
         raise fields.error(
             "colours", f"has {len(colours)} colours for {classes} classes", "give one for each, or leave it out"
         )
     for colour in colours:
-        if not (isinstance(colour, list) and len(colour) == 3 and all(_is_byte(value) for value in colour)):
+        if not _is_colour(colour):
             raise fields.error("colours", f"{colour!r} is no colour", "give [red, green, blue], 0 to 255 each")
     palette = np.array(colours, np.uint8)
     palette.flags.writeable = False
@@ -252,14 +337,12 @@ def _palette(fields: _Fields, class_names: tuple[str, ...]) -> NDArray[np.uint8]
 
 
 def _train_ids(fields: _Fields, class_names: tuple[str, ...]) -> dict[int, int]:
-    ignored = fields.list("ignore", [IGNORE_INDEX])
-    if not all(_is_byte(value) for value in ignored):
-        raise fields.error("ignore", f"must be label values, 0 to 255, got {ignored!r}", "correct it")
     table = fields.table("label_ids") or {str(index): index for index in range(len(class_names))}
+    ignored = _ignored(fields, [] if str(IGNORE_INDEX) in table else [IGNORE_INDEX])
     train_ids = {}
     for value, meaning in table.items():
-        if not value.isdecimal() or int(value) > 255:
-            raise fields.error(f"label_ids.{value}", "is no label value", "give a number from 0 to 255")
+        if not value.isdecimal() or int(value) >= MOST_VALUES:
+            raise fields.error(f"label_ids.{value}", "is no label value", f"give a number from 0 to {MOST_VALUES - 1}")
         train_ids[int(value)] = _train_id(fields, value, meaning, class_names)
     if unmapped := sorted(set(range(len(class_names))) - set(train_ids.values())):
         names = ", ".join(class_names[index] for index in unmapped)
@@ -267,6 +350,17 @@ def _train_ids(fields: _Fields, class_names: tuple[str, ...]) -> dict[int, int]:
     if both := train_ids.keys() & set(ignored):
         raise fields.error("ignore", f"{spans(both)} also means a class", "say which by label_ids, or take it out")
     return train_ids | dict.fromkeys(ignored, IGNORE_INDEX)
+
+
+def _ignored(fields: _Fields, default: list[int]) -> list[int]:
+    """The label values that do not count; with "others" there are none to name."""
+    if fields.content.get("ignore") == _OTHERS:
+        return []
+    ignored = fields.list("ignore", default)
+    if not all(type(value) is int and 0 <= value < MOST_VALUES for value in ignored):
+        complaint = f'must be label values, 0 to {MOST_VALUES - 1}, or "{_OTHERS}", got {ignored!r}'
+        raise fields.error("ignore", complaint, "correct it")
+    return ignored
 
 
 def _train_id(fields: _Fields, value: str, meaning: object, class_names: tuple[str, ...]) -> int:
@@ -288,6 +382,7 @@ def _splits(fields: _Fields) -> dict[str, Split]:
     tables = fields.table("splits")
     if not tables:
         raise fields.error("splits", "is missing", "add [splits.train] and [splits.val], as docs/datasets.md shows")
+    shares = _shares(fields, tables)
     splits = {}
     for name, table in tables.items():
         if not isinstance(table, dict):
@@ -301,8 +396,35 @@ def _splits(fields: _Fields) -> dict[str, Split]:
             raise split.error("count", f"must be a number of pictures, got {count!r}", "correct it, or leave it out")
         folder = split.text("folder", name)
         _require_inside(split, "folder", folder)
-        splits[name] = Split(split.text("list") if "list" in table else None, folder, labelled, count)
+        listed = split.text("list") if "list" in table else None
+        splits[name] = Split(listed, folder, labelled, count, shares.get(name))
     return splits
+
+
+def _shares(fields: _Fields, tables: Mapping[str, Any]) -> dict[str, Share]:
+    """The shares of the splits that have one: neighbours in 0..1, so that every picture falls to exactly one of them."""
+    seed = fields.content.get("split_seed", 0)
+    if type(seed) is not int:
+        raise fields.error("split_seed", f"must be a whole number, got {seed!r}", "correct it, or leave it out")
+    given = {name: table["share"] for name, table in tables.items() if isinstance(table, dict) and "share" in table}
+    for name, share in given.items():
+        if type(share) not in (int, float) or not 0 < share < 1:
+            raise fields.error(f"splits.{name}.share", f"must be above 0 and below 1, got {share!r}", "give such as 0.8")
+    if given and not math.isclose(sum(given.values()), 1):
+        complaint = f"{' and '.join(given)} have {sum(given.values()):g} of the pictures in all, not 1"
+        raise fields.error("splits", complaint, "give each of them a share, such as 0.8 and 0.2")
+    bounds = [0.0, *(sum(list(given.values())[:count]) for count in range(1, len(given))), math.inf]
+    return {name: Share(bounds[i], bounds[i + 1], seed) for i, name in enumerate(given)}
+
+
+def _require_one_source(fields: _Fields, splits: Mapping[str, Split], images: str) -> None:
+    """Refuse shares of different pictures: what is divided must be the same for all."""
+    divided = {name: split for name, split in splits.items() if split.share is not None}
+    if len({split.list for split in divided.values()}) > 1:
+        raise fields.error("splits", f"{' and '.join(divided)} divide different lists", "give them the same one, or none")
+    if "{split}" in images and len({split.folder for split in divided.values()}) > 1:
+        complaint = f"must not contain {{split}}, because {' and '.join(divided)} divide the same pictures"
+        raise fields.error("images", complaint, "take it out, or give them the same folder")
 
 
 def _pattern(fields: _Fields, field: str) -> str:
@@ -332,6 +454,25 @@ def _index(root: Path, pattern: str, folder: str) -> tuple[dict[str, Path], list
     return found, faults
 
 
+def _names_of(lines: Iterable[str], images: Mapping[str, Path], root: Path) -> list[str]:
+    """The pictures that the lines of a list mean, by name, in any form of Unicode.
+
+    A line may also be a file name or path of an image, and more columns may follow, such as the path of its label.
+    """
+    meant: dict[str, str] = {}
+    for name, path in images.items():
+        relative = path.relative_to(root).as_posix()
+        for form in (name, relative, relative[max(0, relative.rfind(name)) :]):
+            meant.setdefault(unicodedata.normalize("NFC", form), name)
+
+    def name_of(line: str) -> str:
+        written = line, re.split(r"[\s,;]+", line)[0]
+        forms = (unicodedata.normalize("NFC", form.replace("\\", "/").removeprefix(".").removeprefix("/")) for form in written)
+        return next((meant[form] for form in forms if form in meant), line)
+
+    return [name_of(line) for line in lines]
+
+
 def _fixed_part(pattern: str, folder: str) -> Path:
     """The folders of a pattern that come before its first `{name}` or `*`."""
     parts = PurePosixPath(pattern.replace("{split}", folder)).parts[:-1]
@@ -341,6 +482,10 @@ def _fixed_part(pattern: str, folder: str) -> Path:
 
 def _fill(pattern: str, folder: str, name: str) -> str:
     return pattern.replace("{split}", folder).replace("{name}", name)
+
+
+def _is_colour(value: object) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 3 and all(_is_byte(part) for part in value)
 
 
 def _is_byte(value: object) -> bool:

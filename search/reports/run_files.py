@@ -14,24 +14,24 @@ from numpy.typing import NDArray
 
 from fast.bilinear_resize import bilinear_resize
 from fast.checkpoint import load_head
-from search.datasets import open_dataset
+from search.datasets import Dataset
 from search.dense_tasks import DenseTask, details_beside, measures_beside
 from search.files import write_text, write_whole
 from search.reports.rank_correlation import ties
 from search.reports.run import write_report
 from search.runs.search import BEST_HEAD, head_name
 from search.runs.study import BaselineRecord, TrialRecord, comparison_label, load_run, ranked
-from search.settings import DataSettings
 from search.tasks.feature_cache import FeatureCache
 
 _EXAMPLES = 4
 _TOP = 10  # cells in the table and in best_cells/
 
 
-def finish_run(
-    directory: Path, val: FeatureCache, data: DataSettings, compared: Collection[str], timed_on: str | None
-) -> None:
-    """Write best cells, table, examples and report, with latencies if a device is given; print the table."""
+def finish_run(directory: Path, val: FeatureCache, pictures: Dataset, compared: Collection[str], timed_on: str | None) -> None:
+    """Write best cells, table, examples and report, with latencies if a device is given; print the table.
+
+    `pictures` are those whose features are `val`.
+    """
     run = load_run(directory)
     best = ranked(run.trials)[:_TOP]
     if not best:
@@ -42,7 +42,7 @@ def finish_run(
     for rank, record in enumerate(best, start=1):
         write_text(directory / "best_cells" / f"rank_{rank:02d}.json", record.cell.to_json())
     _write_csv(directory / "cells.csv", run.trials, run.task)
-    _write_examples(directory, val, data, compared)
+    _write_examples(directory, val, pictures, compared)
     report = write_report(run, timed_on)
     print(_table(best, run.baselines, run.task))
     if warning := ties([record.result.score for record in ranked(run.trials) if record.result]):
@@ -85,9 +85,8 @@ def _write_csv(path: Path, records: list[TrialRecord], task: DenseTask) -> None:
 
 
 @torch.inference_mode()
-def _write_examples(directory: Path, val: FeatureCache, data: DataSettings, compared: Collection[str]) -> None:
+def _write_examples(directory: Path, val: FeatureCache, dataset: Dataset, compared: Collection[str]) -> None:
     """Predictions of the best cell's and the known cells' heads on a few validation images, for the report."""
-    dataset = open_dataset(data.dataset, data.val_split, data.data_dir, data.task)
     files = {BEST_HEAD: BEST_HEAD} | {name: head_name(name) for name in compared}
     heads = {
         name: load_head(path)[0]

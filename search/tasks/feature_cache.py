@@ -108,11 +108,22 @@ def prepare_caches(
     """The caches of the splits "train" and "val", opened if they exist and computed if not, by the typed `command`."""
     backbone.check()
     features.check(backbone.stride)
-    device = resolve_device(machine.device)
-    datasets = dict(zip(("train", "val"), open_splits(data), strict=True))
+    resolve_device(machine.device)  # refuses an absent one before a backbone is trained
+    train, val = open_splits(data)
     network = create_backbone(backbone, data.dataset, machine.cache_dir)
+    return caches_of(train, val, network, features, machine, command)
+
+
+def caches_of(
+    train: Dataset, val: Dataset, network: Backbone, features: FeatureSettings, machine: MachineSettings, command: str
+) -> dict[str, FeatureCache]:
+    """The caches "train" and "val" of these pictures, opened if they exist and computed if not, by the typed `command`.
+
+    Raises InputError for unusable pictures, and where nothing can be scored.
+    """
+    device = resolve_device(machine.device)
     caches = {}
-    for role, dataset in datasets.items():
+    for role, dataset in (("train", train), ("val", val)):
         mirrored = features.mirrored and role == "train"
         identity = _identity(features, dataset, network, mirrored)
         name = f"{dataset.name}-{dataset.split}-{network.name}-os{network.output_stride}" + ("-mirrored" if mirrored else "")
@@ -121,11 +132,26 @@ def prepare_caches(
             caches[role] = open_cache(directory, identity)
         except HalfWrittenError:
             caches[role] = build_cache(directory, dataset, network, identity, device, command)
-    val = caches["val"]
-    if not any(val.task.is_labelled(label).any() for label in val.labels):  # the first one that has any ends it
-        name = f"{datasets['val'].name} {datasets['val'].split}"
-        raise InputError(f"no pixel of {name} has a label to score by: give another `val_split`, or correct its labels")
+    _require_labels(caches["val"], f"{val.name} {val.split}")
     return caches
+
+
+def _require_labels(val: FeatureCache, name: str) -> None:
+    """Refuse a split to score on without labels, and one that has the same of several everywhere: any cell could score 100 %.
+
+    The first picture that is good enough ends the look.
+    """
+    enough = min(2, len(val.task.outputs))
+    found: set[float] = set()
+    for label in val.labels:
+        found |= set(label[val.task.is_labelled(label)].unique().tolist())
+        if len(found) >= enough:
+            return
+    complaint = (
+        f"all labelled pixels of {name} have the same label" if found else f"no pixel of {name} has a label to score by"
+    )
+    counts = "`python -m search.datasets check` counts them"
+    raise InputError(f"{complaint}: give another `val_split`, or correct its labels; {counts}")
 
 
 def facts_of(caches: Mapping[str, FeatureCache]) -> dict[str, Any]:

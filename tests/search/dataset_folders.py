@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +33,7 @@ def write_image(path: Path, seed: int = 0, size: tuple[int, int] = SIZE) -> NDAr
     return pixels
 
 
-def write_label(path: Path, values: NDArray[np.uint8], *, palette: bool = False) -> None:
+def write_label(path: Path, values: NDArray[Any], *, palette: bool = False) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     picture = Image.fromarray(values)
     if palette:

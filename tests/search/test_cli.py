@@ -12,6 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import get_type_hints
 
@@ -25,6 +26,7 @@ from PIL import Image
 import search.commands
 import search.features
 import search.random
+from search import TorchDataset, backbone_from_module, search_cells, train_network
 from search.cli import Flat, flags_of, run_command, spelled, to_install
 from search.errors import InputError
 from search.features import FeaturesSettings
@@ -127,8 +129,13 @@ def test_flags_of_documented_commands_are_there() -> None:
 
 
 def test_every_field_in_an_error_is_a_flag_of_some_command() -> None:
-    """So that a field which is renamed is renamed in what is said of it."""
+    """So that a field which is renamed is renamed in what is said of it. What is for Python has parameters, not flags."""
     known = {name for settings in settings_types() for name in flags_of(settings)}
+    known |= {
+        name
+        for each in (TorchDataset, backbone_from_module, search_cells, train_network)
+        for name in signature(each).parameters
+    }
     assert {"crop_size", "large.weights", "end_to_end.iterations", "processes", "atrous_rates"} <= known
     said = {
         field

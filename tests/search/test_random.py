@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 import search.folder
+import search.pipeline
 import search.random
 import search.reports.run_files
 import search.runs.search
@@ -239,10 +240,10 @@ DEATHS: dict[str, tuple[object, str, int]] = {
     "before the first features of a cache are counted": (search.folder, "write_json", 2),
     "before a comparison is told": (optuna.Study, "tell", 2),
     "in the middle of a training": (TrainStep, "draw", 4 * 10 + 3),  # 10 batches each: the fifth job
-    "before a head is saved": (search.random, "save_head", 3),
+    "before a head is saved": (search.pipeline, "save_head", 3),
     "after the result, before the trial is finished": (optuna.Study, "tell", 6),
     "in the last comparison": (ProxyTask, "evaluate", 2 + 6 + 1),
-    "before the report": (search.random, "finish_run", 1),
+    "before the report": (search.pipeline, "finish_run", 1),
 }
 
 

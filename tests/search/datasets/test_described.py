@@ -47,6 +47,24 @@ list = "val.txt"
 """
 
 
+SHARES = """
+classes = ["soil", "crop", "weed"]
+images = "images/{name}.png"
+labels = "labels/{name}.png"
+
+[splits.train]
+share = 0.7
+[splits.val]
+share = 0.3
+"""
+COLOURS = """
+[label_colours]
+soil = [10, 20, 30]
+crop = [[0, 0, 255], [0, 255, 0]]
+weed = [255, 0, 0]
+"""
+
+
 def write_folders(folder: Path, description: str = FOLDERS) -> Path:
     """Two pictures in each of train/ and val/, values 0 to 2 and 255; returns the TOML file."""
     for split in ("train", "val"):
@@ -164,7 +182,7 @@ def test_name_colours_and_count(tmp_path: Path) -> None:
     assert (dataset.name, made.classes_of(dataset).palette.tolist(), dataset.official_lengths) == ("my-fields", colours, (7,))
 
 
-COLOURS = [(9, 60, 9), (80, 200, 30), (200, 40, 90)]
+PALETTE = [(9, 60, 9), (80, 200, 30), (200, 40, 90)]
 
 
 def write_palette(path: Path, colours: Sequence[tuple[int, int, int]]) -> None:
@@ -179,11 +197,11 @@ def write_palette(path: Path, colours: Sequence[tuple[int, int, int]]) -> None:
 def test_label_files_bring_their_colours(tmp_path: Path) -> None:
     path = write_folders(tmp_path, FOLDERS + "[splits.test]\nlabelled = false\n")
     made.write_image(tmp_path / "test" / "images" / "z.png")
-    write_palette(tmp_path / "train" / "labels" / "a.png", [*COLOURS, (1, 1, 1)])
-    write_palette(tmp_path / "val" / "labels" / "a.png", COLOURS[::-1])
+    write_palette(tmp_path / "train" / "labels" / "a.png", [*PALETTE, (1, 1, 1)])
+    write_palette(tmp_path / "val" / "labels" / "a.png", PALETTE[::-1])
     for split in ("train", "val", "test"):  # a class has one colour in all of them
         dataset = open_dataset(str(path), split, None)
-        assert made.classes_of(dataset).palette.tolist() == [list(colour) for colour in COLOURS]
+        assert made.classes_of(dataset).palette.tolist() == [list(colour) for colour in PALETTE]
     colours = [[1, 2, 3], [4, 5, 6], [7, 8, 255]]
     write_description(tmp_path, f"colours = {colours}\n{FOLDERS}")
     assert made.classes_of(open_first(path)).palette.tolist() == colours
@@ -191,15 +209,15 @@ def test_label_files_bring_their_colours(tmp_path: Path) -> None:
 
 def test_label_files_colour_the_classes_by_their_label_ids(tmp_path: Path) -> None:
     path = write_folders(tmp_path, f'{FOLDERS}[label_ids]\n0 = "weed"\n1 = "soil"\n2 = "crop"\n')
-    write_palette(tmp_path / "train" / "labels" / "a.png", COLOURS)
+    write_palette(tmp_path / "train" / "labels" / "a.png", PALETTE)
     dataset = open_first(path)
     assert made.classes_of(dataset).label_ids == (1, 2, 0)
-    assert made.classes_of(dataset).palette.tolist() == [list(COLOURS[value]) for value in (1, 2, 0)]
+    assert made.classes_of(dataset).palette.tolist() == [list(PALETTE[value]) for value in (1, 2, 0)]
 
 
 @pytest.mark.parametrize(
     "colours",
-    [[(value, value, value) for value in range(3)], COLOURS[:2], [COLOURS[0], COLOURS[1], COLOURS[1]]],
+    [[(value, value, value) for value in range(3)], PALETTE[:2], [PALETTE[0], PALETTE[1], PALETTE[1]]],
     ids=["ramp of greys", "too few", "two alike"],
 )
 def test_a_palette_that_tells_no_classes_apart_is_no_palette(tmp_path: Path, colours: Sequence[tuple[int, int, int]]) -> None:
@@ -229,17 +247,259 @@ def documented_examples() -> list[str]:
 
 
 def test_the_documented_example_is_complete_and_works(tmp_path: Path) -> None:
-    example, _ = documented_examples()
+    example, *others = documented_examples()
     path = tmp_path / "street.toml"
     path.write_text(example)
     description = described.load_description(path)
-    assert set(tomllib.loads(example)) == set(described._FIELDS) - {"depth_scale"}
+    elsewhere = {"depth_scale", "label_colours", "split_seed"}
+    assert set(tomllib.loads(example)) == set(described._FIELDS) - elsewhere
+    assert elsewhere <= {field for other in others for field in tomllib.loads(other)}
     fields = {field for split in tomllib.loads(example)["splits"].values() for field in split}
-    assert fields == set(described._SPLIT_FIELDS)
+    assert fields == set(described._SPLIT_FIELDS) - {"share"}
     assert isinstance(description.task, Segmentation)
     assert isinstance(description.read_label, LabelReader)
     meanings = {*description.read_label.train_ids.values()}
     assert meanings == {*range(len(description.task.class_names)), IGNORE_INDEX}
+
+
+# Labels of more than a byte, and in colours
+
+
+def test_labels_of_sixteen_bits_are_read_exactly(tmp_path: Path) -> None:
+    meaning = "[label_ids]\n7001 = 'soil'\n256 = 'crop'\n65535 = 'weed'\n"
+    path = write_folders(tmp_path, FOLDERS + meaning)
+    values = np.resize(np.array([7001, 256, 65535, 255], np.uint16), made.SIZE)
+    made.write_label(tmp_path / "train" / "labels" / "a.png", values)
+    dataset = open_first(path)
+    np.testing.assert_array_equal(dataset[0].label, np.resize(np.array([0, 1, 2, 255], np.uint8), made.SIZE))
+
+    dataset.task.encoded(np.array([[0, 1, 2]], np.uint8)).save(tmp_path / "p.png")  # as predictions are written
+    np.testing.assert_array_equal(dataset.read_label(tmp_path / "p.png"), [[0, 1, 2]])
+
+    made.write_label(tmp_path / "train" / "labels" / "a.png", np.full(made.SIZE, 7002, np.uint16))
+    with pytest.raises(
+        InputError, match=r"a\.png holds the value 7002; allowed are 256, 7001, 65535 for the classes and 255 f"
+    ):
+        dataset[0]
+    before = dataset.fingerprint()
+    path.write_text(f'ignore = "others"\n{FOLDERS}{meaning}')
+    others = open_first(path)
+    assert (others[0].label == IGNORE_INDEX).all()
+    assert others.fingerprint() != before
+
+
+def test_a_label_of_32_bits_is_refused(tmp_path: Path) -> None:
+    path = write_folders(tmp_path, FOLDERS.replace("labels/{name}.png", "labels/{name}.*"))
+    (tmp_path / "train" / "labels" / "a.png").unlink()
+    Image.fromarray(np.full(made.SIZE, 70_000, np.int32)).save(tmp_path / "train" / "labels" / "a.tif")
+    with pytest.raises(InputError, match=r"a\.tif holds values from 70000 to 70000; allowed are 0 to 65535: correct the file"):
+        open_first(path)
+
+
+def test_255_is_a_class_where_label_ids_say_so(tmp_path: Path) -> None:
+    path = write_folders(tmp_path, f"{FOLDERS}[label_ids]\n0 = 'soil'\n1 = 'crop'\n2 = 'weed'\n255 = 'weed'\n")
+    label = open_first(path)[1].label
+    assert label[-1].tolist() == [2] * made.SIZE[1]
+
+
+def write_colours(path: Path, colours: list[tuple[int, ...]]) -> None:
+    """A label of these colours, in turn."""
+    Image.fromarray(np.resize(np.array(colours, np.uint8), (*made.SIZE, len(colours[0])))).save(path)
+
+
+@pytest.mark.parametrize("form", ["RGB", "RGBA", "palette"])
+def test_colours_of_labels_mean_classes(tmp_path: Path, form: str) -> None:
+    path = write_folders(tmp_path, f"ignore = [[255, 255, 255]]\n{FOLDERS}{COLOURS}")
+    label = tmp_path / "train" / "labels" / "a.png"
+    colours = [(255, 0, 0), (10, 20, 30), (0, 0, 255), (0, 255, 0), (255, 255, 255)]
+    if form == "RGBA":  # what is transparent has no colour
+        write_colours(label, [*((*colour, 255) for colour in colours[:-1]), (255, 0, 0, 0)])
+    else:
+        write_colours(label, [*colours])
+    if form == "palette":
+        Image.open(label).convert("P", palette=Image.Palette.ADAPTIVE).save(label)
+    dataset = open_first(path)
+    expected = np.resize(np.array([2, 0, 1, 1, 255], np.uint8), made.SIZE)
+    np.testing.assert_array_equal(dataset[0].label, expected)
+    assert made.classes_of(dataset).palette.tolist() == [[10, 20, 30], [0, 0, 255], [255, 0, 0]]
+
+
+def test_a_colour_without_a_meaning_is_named_with_its_place(tmp_path: Path) -> None:
+    path = write_folders(tmp_path, f"{FOLDERS}{COLOURS}")
+    label = tmp_path / "train" / "labels" / "a.png"
+    pixels = np.full((*made.SIZE, 3), (255, 0, 0), np.uint8)
+    pixels[2, 5] = pixels[3, 1] = 7, 8, 9
+    Image.fromarray(pixels).save(label)
+    sentence = (
+        r"^label .*a\.png has the colour \[7, 8, 9\] in row 2, column 5, which means no class \(2 such pixels, 1 such colour\)"
+        "; "
+        r"correct the file, or add the colour to label_colours or ignore in .*fields\.toml$"
+    )
+    with pytest.raises(InputError, match=sentence):
+        open_first(path)
+    assert any(re.match(sentence, problem) for problem in check_folder(str(path), None, (), 1).problems)
+    before = open_dataset(str(path), "train", None).fingerprint()
+    path.write_text(f'ignore = "others"\n{FOLDERS}{COLOURS}')
+    assert open_dataset(str(path), "train", None).fingerprint() != before
+    expected = np.full(made.SIZE, 2, np.uint8)
+    expected[2, 5] = expected[3, 1] = IGNORE_INDEX
+    np.testing.assert_array_equal(open_first(path)[0].label, expected)
+
+
+def test_smoothed_labels_are_recognised(tmp_path: Path) -> None:
+    path = write_folders(tmp_path, f"{FOLDERS}{COLOURS}")
+    made.write_image(tmp_path / "train" / "labels" / "a.png")
+    with pytest.raises(
+        InputError, match=r"such colours\), as smoothed edges and JPEG have them: save labels as PNG, unsmoothed"
+    ):
+        open_first(path)
+    Image.fromarray(np.zeros(made.SIZE, np.uint16)).save(tmp_path / "train" / "labels" / "a.png")
+    with pytest.raises(InputError, match=r"a\.png has numbers in place of colours \(mode I;16\); correct the file"):
+        open_first(path)
+
+
+# Shares of the pictures
+
+
+def write_shares(folder: Path, names: list[str], description: str = SHARES) -> Path:
+    for name in names:
+        made.write_image(folder / "images" / f"{name}.png")
+        made.write_label(folder / "labels" / f"{name}.png", made.values_up_to(3))
+    return write_description(folder, description)
+
+
+def test_shares_divide_the_pictures_and_added_ones_move_none(tmp_path: Path) -> None:
+    names = [f"field {number}" for number in range(40)]
+    path = write_shares(tmp_path, names)
+    train, val = ({pair.name for pair in open_first(path, split=split).pairs} for split in ("train", "val"))
+    assert train | val == set(names)
+    assert not train & val
+    assert len(train) == 30  # the same on every machine; 28 would be 0.7 of them
+
+    write_shares(tmp_path, [f"other {number}" for number in range(10)])
+    assert train < {pair.name for pair in open_first(path).pairs}
+    assert val < {pair.name for pair in open_first(path, split="val").pairs}
+
+    path.write_text(f"split_seed = 1\n{SHARES}")
+    assert not train <= {pair.name for pair in open_first(path).pairs}
+
+
+def test_a_list_can_be_divided(tmp_path: Path) -> None:
+    path = write_shares(tmp_path, [f"{number}" for number in range(20)], SHARES.replace("share", 'list = "all.txt"\nshare'))
+    made.write_list(tmp_path / "all.txt", map(str, range(10)))
+    parts = [{pair.name for pair in open_first(path, split=split).pairs} for split in ("train", "val")]
+    assert sorted([*parts[0], *parts[1]]) == [str(number) for number in range(10)]
+
+
+def test_a_share_without_a_picture_is_refused(tmp_path: Path) -> None:
+    path = write_shares(tmp_path, ["e"])  # which falls to train
+    assert len(open_first(path)) == 1
+    with pytest.raises(
+        InputError, match=r"fields\.toml, field splits\.val\.share: no picture falls to it; give another split_s"
+    ):
+        open_first(path, split="val")
+
+
+# Lists and descriptions as editors and tools write them
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "\ufefffield/c\r\n\r\na\r\n",
+        "field/c.png\na.jpg\n",
+        "images/field/c.png labels/field/c_mask.png\n./images/a.jpg\tlabels/a_mask.png",
+        "/images/field/c.png,/labels/field/c_mask.png\nimages\\a.jpg",
+    ],
+    ids=["mark and CR", "file names", "pairs", "other separators"],
+)
+def test_a_list_may_name_pictures_in_several_ways(tmp_path: Path, content: str) -> None:
+    path = write_lists(tmp_path)
+    (tmp_path / "train.txt").write_bytes(content.encode())
+    assert [pair.name for pair in open_first(path).pairs] == ["field/c", "a"]
+
+
+def test_accents_are_the_same_in_every_form_of_unicode(tmp_path: Path) -> None:
+    path = write_lists(tmp_path)
+    made.write_image(tmp_path / "images" / "Mu\u0308ller 0.jpg")
+    made.write_label(tmp_path / "labels" / "Mu\u0308ller 0_mask.png", made.values_up_to(3))
+    made.write_list(tmp_path / "train.txt", ["M\u00fcller 0"])
+    assert len(open_first(path)) == 1
+
+
+def test_a_description_may_begin_with_a_mark(tmp_path: Path) -> None:
+    path = write_folders(tmp_path)
+    path.write_bytes(b"\xef\xbb\xbf" + FOLDERS.replace("\n", "\r\n").encode())
+    assert len(open_first(path)) == 2
+
+
+def test_the_validation_split_may_be_called_valid(tmp_path: Path) -> None:
+    path = write_folders(tmp_path, FOLDERS.replace("[splits.val]", '[splits.valid]\nfolder = "val"'))
+    assert [dataset.split for dataset in open_splits(DataSettings(dataset=str(path)))] == ["train", "valid"]
+    (tmp_path / "val" / "labels" / "a.png").unlink()
+    assert len(check_folder(str(path), None, (), 1).problems) == 1
+    with pytest.raises(InputError, match=r"split 'trainval' of .* is unknown; choose one of: train, valid"):
+        open_dataset(str(path), "trainval", None)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_are_turned_as_viewers_show_them(tmp_path: Path, orientation: int) -> None:
+    path = write_folders(tmp_path)
+    image = tmp_path / "train" / "images" / "a.png"
+    pixels = np.random.default_rng(0).integers(0, 256, (*made.SIZE, 3), np.uint8)
+    tag = Image.Exif()
+    tag[0x0112] = orientation
+    stored = {  # by the standard: what the sensor wrote, of what is seen
+        1: pixels,
+        2: pixels[:, ::-1],
+        3: pixels[::-1, ::-1],
+        4: pixels[::-1],
+        5: pixels.transpose(1, 0, 2),
+        6: np.rot90(pixels, 1),
+        7: pixels[::-1, ::-1].transpose(1, 0, 2),
+        8: np.rot90(pixels, -1),
+    }
+    Image.fromarray(np.ascontiguousarray(stored[orientation])).save(image, exif=tag)
+    np.testing.assert_array_equal(open_first(path)[0].image, pixels)
+
+    made.write_label(tmp_path / "train" / "labels" / "a.png", made.values_up_to(3).T.copy())
+    with pytest.raises(InputError, match=r"must be equal: .* \(an image is turned as its orientation tag, EXIF, says\)"):
+        open_first(path)
+
+
+# What the check finds in the values of labels
+
+
+def test_the_check_finds_palettes_of_different_orders(tmp_path: Path) -> None:
+    path = write_folders(tmp_path)
+    palette = voc_palette(3)
+    for name, order in (("a", [0, 1, 2]), ("b", [0, 2, 1])):
+        picture = Image.fromarray(made.values_up_to(3))
+        picture.putpalette(palette[order].tobytes())
+        picture.save(tmp_path / "train" / "labels" / f"{name}.png")
+    (problem,) = check_folder(str(path), None, (), 1).problems
+    assert re.match(
+        r"label .*b\.png shows the value \d in the colour \[\d+, \d+, \d+\], which is \d in .*a\.png: .* give label_colours",
+        problem,
+    )
+    named = "".join(f"{name} = {colour}\n" for name, colour in zip(("soil", "crop", "weed"), palette.tolist(), strict=True))
+    made.write_label(tmp_path / "val" / "labels" / "a.png", made.values_up_to(3), palette=True)
+    made.write_label(tmp_path / "val" / "labels" / "b.png", made.values_up_to(3), palette=True)
+    path.write_text(f"{FOLDERS}[label_colours]\n{named}")
+    assert not check_folder(str(path), None, (), 1).problems
+    train = open_first(path)
+    swapped = np.array([0, 2, 1], np.uint8)
+    np.testing.assert_array_equal(train[1].label, swapped[train[0].label])
+
+
+def test_the_check_finds_masks_of_0_and_255(tmp_path: Path) -> None:
+    path = write_folders(tmp_path, FOLDERS.replace(', "weed"', ""))
+    for label in tmp_path.glob("*/labels/*.png"):
+        made.write_label(label, np.repeat(np.array([[0], [255]], np.uint8), 3, axis=0).repeat(8, axis=1))
+    (problem,) = check_folder(str(path), None, (), 1).problems
+    assert problem.startswith("every labelled pixel is soil, 50.00 % are not labelled: correct the labels")
+    path.write_text(path.read_text() + "[label_ids]\n0 = 'soil'\n255 = 'crop'\n")
+    assert not check_folder(str(path), None, (), 1).problems
 
 
 # Depths
@@ -251,7 +511,7 @@ def write_depths(folder: Path, description: str | None = None) -> Path:
         for seed, name in enumerate(("b", "a")):
             made.write_image(folder / split / "rgb" / f"{name}.jpg", seed)
             write_depth(folder / split / "depth" / f"{name}.png", DEPTHS)
-    return write_description(folder, documented_examples()[1] if description is None else description)
+    return write_description(folder, documented_examples()[3] if description is None else description)
 
 
 def write_depth(path: Path, metres: NDArray[np.float32]) -> None:
@@ -348,14 +608,56 @@ BAD_DESCRIPTIONS: dict[str, tuple[str, str]] = {
     "no colour": (f"colours = [[0, 0, 0], [0, 0], [0, 0, 0]]\n{FOLDERS}", r"field colours: \[0, 0\] is no colour; give"),
     "colour too large": (f"colours = [[0, 0, 0], [0, 0, 256], [0, 0, 0]]\n{FOLDERS}", r"\[0, 0, 256\] is no colour"),
     "bad name": (f'name = "a/b"\n{FOLDERS}', r"field name: 'a/b' cannot be part of a file name; use letters"),
-    "ignore too large": (f"ignore = [256]\n{FOLDERS}", r"field ignore: must be label values, 0 to 255, got \[256\]"),
+    "ignore too large": (
+        f"ignore = [65536]\n{FOLDERS}",
+        r"field ignore: must be label values, 0 to 65535, or .*, got \[65536\]",
+    ),
     "ignore a class": (f"ignore = [1, 255]\n{FOLDERS}", r"field ignore: 1 also means a class; say which by label_ids"),
     "label id no number": (f"{FOLDERS}[label_ids]\nsoil = 0", r"field label_ids\.soil: is no label value; give a number"),
-    "label id too large": (f"{FOLDERS}[label_ids]\n256 = 0", r"field label_ids\.256: is no label value"),
+    "label id too large": (f"{FOLDERS}[label_ids]\n65536 = 0", r"field label_ids\.65536: is no label value; give .* to 65535"),
     "label id of no class": (f'{FOLDERS}[label_ids]\n7 = "tree"', r"field label_ids\.7: 'tree' is no class; give one of"),
     "label id of a bad number": (f"{FOLDERS}[label_ids]\n7 = 3", r"field label_ids\.7: 3 is no class"),
     "label ids missing": (f"{FOLDERS}[label_ids]\n7 = 0", r"field label_ids: gives no value to crop, weed; add one for each"),
     "label ids no table": (f"label_ids = 3\n{FOLDERS}", r"field label_ids: must be a table, got 3; write \[label_ids\] above"),
+    "colours of no class": (f"{FOLDERS}[label_colours]\ntree = [0, 0, 0]", r"label_colours\.tree: is no class; add it to"),
+    "no label colour": (
+        f"{FOLDERS}[label_colours]\nsoil = [0, 0]",
+        r"label_colours\.soil: must be a colour or a list of them",
+    ),
+    "label colours missing": (
+        f"{FOLDERS}[label_colours]\nsoil = [0, 0, 0]\ncrop = []",
+        r"label_colours: gives no colour to crop, weed; add one for each class",
+    ),
+    "label colour twice": (
+        f"{FOLDERS}[label_colours]\nsoil = [0, 0, 0]\ncrop = [0, 0, 0]\nweed = [1, 0, 0]",
+        r"label_colours: \[0, 0, 0\] has two meanings; leave it out of one class",
+    ),
+    "label colour void": (
+        f"ignore = [[9, 0, 0]]\n{FOLDERS}[label_colours]\nsoil = [9, 0, 0]\ncrop = [2, 0, 0]\nweed = [1, 0, 0]",
+        r"label_colours: \[9, 0, 0\] has two meanings",
+    ),
+    "void value of colours": (
+        f"ignore = [255]\n{FOLDERS}[label_colours]\nsoil = [9, 0, 0]\ncrop = [2, 0, 0]\nweed = [1, 0, 0]",
+        r"field ignore: must be a colour or a list of them, got \[255\]; give \[red",
+    ),
+    "values and colours": (
+        f"{FOLDERS}[label_ids]\n0 = 0\n[label_colours]\nsoil = [0, 0, 0]",
+        r"label_ids: is for labels of num",
+    ),
+    "share too large": (
+        f"{FOLDERS}share = 1.5",
+        r"field splits\.val\.share: must be above 0 and below 1, got 1\.5; give such",
+    ),
+    "shares of less": (
+        f"{FOLDERS}share = 0.5",
+        r"field splits: val have 0\.5 of the pictures in all, not 1; give each of them",
+    ),
+    "seed no number": (f"split_seed = 'a'\n{FOLDERS}", r"field split_seed: must be a whole number, got 'a'"),
+    "shares of folders": (
+        SHARES.replace("images/{name}", "{split}/{name}"),
+        r"field images: must not contain \{split\}, because",
+    ),
+    "shares of lists": (SHARES + "list = 'a.txt'", r"field splits: train and val divide different lists; give them the same"),
     "no images": (FOLDERS.replace("images =", "name ="), r"field images: is missing; add it"),
     "no labels": (FOLDERS.replace("labels =", "name ="), r"field labels: is missing; add it"),
     "images no text": (
@@ -379,7 +681,7 @@ BAD_DESCRIPTIONS: dict[str, tuple[str, str]] = {
     "count no number": (f"{FOLDERS}count = 0", r"field splits\.val\.count: must be a number of pictures, got 0"),
     "splits the same": (
         FOLDERS.replace("{split}/images", "images"),
-        r"field images: must contain \{split\}, or train and val hold the same pictures; add it, or give them lists",
+        r"field images: must contain \{split\}, or train and val hold the same pictures; add it, or give them lists or shares",
     ),
 }
 

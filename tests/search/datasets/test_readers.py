@@ -279,8 +279,13 @@ BAD_FILES: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "label truncated": (LABEL, truncate, r"trainannot/0001TP_0\.png is truncated or unreadable .* restore"),
     "label value": (LABEL, save(np.full((6, 8), 12, np.uint8)), r"holds the value 12; allowed are 0 to 10 .* 11 for void"),
     "label size": (LABEL, save(np.zeros((5, 8), np.uint8)), r"trainannot/0001TP_0\.png is 5×8, its image .* is 6×8 .* equal"),
-    "label in colour": (LABEL, save(np.zeros((6, 8, 3), np.uint8)), r"must be an 8-bit picture with one channel .* mode RGB"),
-    "label of 16 bits": (LABEL, save(np.zeros((6, 8), np.uint16)), r"must be an 8-bit picture with one channel .* mode I;16"),
+    "label in colour": (
+        LABEL,
+        save(np.zeros((6, 8, 3), np.uint8)),
+        r"must be a picture of 8 or 16 bits with one channel .* mode RGB",
+    ),
+    "label of 16 bits": (LABEL, save(np.full((6, 8), 300, np.uint16)), r"holds the value 300; allowed are 0 to 10 for the"),
+    "label of 1 bit": (LABEL, save(np.zeros((6, 8), np.bool_)), r"must be a picture of 8 or 16 bits .* mode 1"),
 }
 
 

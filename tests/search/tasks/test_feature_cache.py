@@ -442,6 +442,25 @@ def test_caches_are_made_once_for_both_splits(tmp_path: Path, asked: list[str], 
         assert (settings["identity"], settings["command"]) == (again[split].identity, COMMAND)
 
 
+@pytest.mark.parametrize(
+    ("labels", "complaint"),
+    [({1}, "all labelled pixels of pictures val have the same label"), (set(), "no pixel of pictures val has a label to")],
+)
+def test_labels_that_tell_nothing_apart_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: list[str], labels: set[int], complaint: str
+) -> None:
+    whole = Pictures.__getitem__
+
+    def spoilt(self: Pictures, index: int) -> Sample:
+        sample = whole(self, index)
+        return sample._replace(label=np.where(np.isin(sample.label, list(labels)), sample.label, 255).astype(np.uint8))
+
+    monkeypatch.setattr(Pictures, "__getitem__", spoilt)
+    machine = MachineSettings(cache_dir=tmp_path, device="cpu")
+    with pytest.raises(InputError, match=rf"^{complaint}.*: give another `val_split`, or correct its labels"):
+        prepare_caches(DataSettings(dataset="pictures"), BackboneSettings(), FeatureSettings(), machine, COMMAND)
+
+
 def test_a_file_in_place_of_the_caches_is_refused(tmp_path: Path, asked: list[str]) -> None:
     (tmp_path / "file").write_text("in the way")
     machine = MachineSettings(cache_dir=tmp_path / "file", device="cpu")

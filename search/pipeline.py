@@ -1,0 +1,297 @@
+"""A whole search, from features to the report, for the command `search.random` and for who has a data set and a backbone as
+objects in Python: `search_cells`, and `train_network` for what it has found. docs/python.md shows both.
+"""
+
+import copy
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fast.backbone import Backbone
+from fast.checkpoint import describe_backbone, load_head, load_network, save_head
+from fast.segmentation import SegmentationHead, SegmentationNetwork
+from reference.cell import GRID_SIZES, NUM_BRANCHES, RATES, Cell
+from search.cells.sampler import LAG, create_sampler
+from search.cells.space import ASCENDING, SearchSpace, is_ascending, load_cells
+from search.datasets import Dataset
+from search.devices import Devices, resolve_device
+from search.errors import InputError
+from search.folder import Folder
+from search.reports.run_files import finish_run
+from search.runs.search import BEST_HEAD, Search, SearchPlan
+from search.runs.study import Run, RunSettings, load_run, open_run, ranked
+from search.runs.workers import open_workers
+from search.settings import (
+    BackboneSettings,
+    DataSettings,
+    FeatureSettings,
+    HeadSettings,
+    MachineSettings,
+    ProxySettings,
+    RecipeSettings,
+    TrainingSettings,
+    changes_no_score,
+    declared,
+    given,
+    require,
+    scored,
+)
+from search.tasks.feature_cache import MEAN, STD, WEIGHTS, FeatureCache, caches_of, facts_of, open_cache
+from search.tasks.proxy import ProxyTask, feature_maps
+from search.training.loop import Training
+from search.training.network import training_identity, weights_sum
+
+KNOWN_CELLS = ("aspp", "dpc")
+QUICK_PROXY, SMALL_HEAD = ProxySettings(iterations=80, learning_rate=0.2), HeadSettings(branch_channels=64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchSettings:
+    """Which cells are tried, and beside which ones they are compared."""
+
+    storage: str | None = None
+    """Database URL of the study, such as postgresql://host/name. None: a SQLite file in the run's folder."""
+    trials: int = changes_no_score(12)
+    """Number of cells to try in all, those of earlier runs of this command included."""
+    branches: int = NUM_BRANCHES
+    """Branches per cell."""
+    rates: tuple[int, ...] = RATES
+    """Rates that atrous convolutions may have in height and width, as at output stride 16. None given: no such ones."""
+    grids: tuple[int, ...] = GRID_SIZES
+    """Grids that pyramid poolings may have in height and width. None given: no poolings."""
+    sampler: str = "paper"
+    """How cells are proposed: paper (uniform, and near the best so far), random, tpe or evolution."""
+    lag: int = LAG
+    """The paper's sampler ignores this many latest results, so its cells are the same with up to lag + 1 workers."""
+    seed: int = 0
+    """Seed of everything: the cells, their initial weights, crops and dropout."""
+    compare: tuple[str, ...] = changes_no_score(KNOWN_CELLS)
+    """Cells to score beside the search: aspp, dpc, psp, or paths of cell JSON files."""
+    comparison_seeds: int = changes_no_score(1)
+    """Seeds with which these and the best cell found are scored."""
+    workers: int = changes_no_score(1)
+    """Cells evaluated at a time; above 1 by Ray (install the extra `workers`), on CUDA with one GPU each."""
+    cells_per_gpu: int = changes_no_score(1)
+    """Cells trained at a time on one GPU, which one alone does not fill; scores are the same. It gains nothing on a CPU."""
+
+    def check(self) -> None:
+        """Raise InputError for what cannot work."""
+        require("trials", self.trials, self.trials >= 1, "at least 1")
+        require("branches", self.branches, self.branches >= 1, "at least 1")
+        require("rates", _spaced(self.rates), is_ascending(self.rates), ASCENDING)
+        require("grids", _spaced(self.grids), is_ascending(self.grids), ASCENDING)
+        require("comparison_seeds", self.comparison_seeds, self.comparison_seeds >= 1, "at least 1")
+        require("workers", self.workers, self.workers >= 1, "at least 1")
+        require("cells_per_gpu", self.cells_per_gpu, self.cells_per_gpu >= 1, "at least 1")
+        require("lag", self.lag, self.lag >= 0, "at least 0")
+        if self.workers > 1 and self.cells_per_gpu > 1:
+            raise InputError(
+                f"`cells_per_gpu` {self.cells_per_gpu} needs `workers` 1: with more, each trains one cell at a time"
+            )
+        for field in ("workers", "cells_per_gpu"):
+            count = getattr(self, field)
+            if self.sampler == "paper" and count > self.lag + 1:
+                raise InputError(
+                    f"`{field}` {count} needs `lag` {count - 1} or more: the paper's sampler waits for all but so many cells"
+                )
+        create_sampler(self.sampler, SearchSpace(self.branches, self.rates, self.grids), self.seed, lag=self.lag)
+        load_cells(self.compare)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search has found: the best cell, its score in 0..1, and its briefly trained head, in evaluation mode."""
+
+    directory: Path
+    cell: Cell
+    score: float
+    head: SegmentationHead
+
+    @property
+    def report(self) -> Path:
+        """The page that shows all cells."""
+        return self.directory / "report.html"
+
+    def network(self, backbone: Backbone) -> SegmentationNetwork:
+        """Backbone and head: images (N, 3, H, W), values 0 to 255 -> outputs (N, K, h, w) at the backbone's output stride.
+
+        `network.predict(images)` gives the best class per pixel.
+        """
+        return SegmentationNetwork(backbone, self.head)
+
+
+def search_cells(
+    train: Dataset,
+    val: Dataset,
+    backbone: Backbone,
+    out: Path | str,
+    *,
+    search: SearchSettings | None = None,
+    proxy: ProxySettings = QUICK_PROXY,
+    head: HeadSettings = SMALL_HEAD,
+    features: FeatureSettings | None = None,
+    machine: MachineSettings | None = None,
+) -> Found:
+    """Search cells for these pictures on this backbone, as `python -m search.random` does, in the folder `out`.
+
+    It trains every cell on features of `train` and scores it on `val`. The same call goes on after an interruption, and adds
+    cells if `trials` is raised; another data set, backbone or setting is refused in the same folder. The backbone is moved to
+    the machine's device and put in evaluation mode. Raises InputError for what cannot be used.
+    """
+    search, features = given(search, SearchSettings()), given(features, FeatureSettings())
+    machine = given(machine, MachineSettings())
+    for group in (search, proxy, head):
+        group.check()
+    features.check(backbone.output_stride)
+    head = head.completed(train.name)
+    directory, command = Path(out), f"search_cells(train, val, backbone, {str(out)!r}, ...) in Python"
+    caches = caches_of(train, val, backbone, features, machine, command)
+    settings = RunSettings(_data_of(train, val), _settings_of(backbone), features, head, machine)
+    identity = scored(search, features, head, proxy) | facts_of(caches)
+    defaults = declared(SearchSettings, FeatureSettings, HeadSettings, ProxySettings)
+    run_search(directory, search, proxy, settings, caches, val, identity=identity, defaults=defaults, command=command)
+    return load_found(directory)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training has come to: the best of the validated networks, in evaluation mode, its score in 0..1, its folder."""
+
+    directory: Path
+    score: float
+    network: SegmentationNetwork
+
+
+def train_network(
+    network: SegmentationNetwork,
+    train: Dataset,
+    val: Dataset,
+    out: Path | str,
+    *,
+    recipe: RecipeSettings | None = None,
+    machine: MachineSettings | None = None,
+    seed: int = 0,
+) -> Trained:
+    """Train a copy of the network end to end, as `python -m search.train` does on one device, in the folder `out`.
+
+    It begins with the network's weights. The same call goes on after an interruption; the folder has the best network as
+    `best.safetensors`. Raises InputError for what cannot be used, also for a backbone that no file could build again.
+    """
+    machine = given(machine, MachineSettings())
+    settings = _training_settings(network, train, val, given(recipe, RecipeSettings()), machine, seed)
+    settings.check()
+    try:
+        describe_backbone(network.backbone)
+    except ValueError as error:
+        raise InputError(f"{error}; train it in a loop of your own") from error
+    devices, folder = Devices(machine.device), Folder(Path(out), "training")
+    identity = training_identity(settings, network, train, val, devices) | {"`network` (content)": str(weights_sum(network))}
+    with folder.locked():
+        folder.begin(identity, f"train_network(network, train, val, {str(out)!r}, ...) in Python")
+        result = Training(settings, copy.deepcopy(network), train, val, folder.path, devices).run()
+    return Trained(folder.path, result.best, load_network(folder.path / "best.safetensors")[0])
+
+
+def _training_settings(
+    network: SegmentationNetwork, train: Dataset, val: Dataset, recipe: RecipeSettings, machine: MachineSettings, seed: int
+) -> TrainingSettings:
+    """The settings that a command would have been given for these objects, completed."""
+    context = network.head.context
+    return TrainingSettings(
+        data=_data_of(train, val),
+        backbone=_settings_of(network.backbone),
+        head=HeadSettings(branch_channels=context.branch_channels, pooling=context.pooling, dropout=context.dropout.p),
+        recipe=recipe,
+        machine=machine,
+        seed=seed,
+    ).completed()
+
+
+def load_found(directory: Path | str) -> Found:
+    """What the search in this folder has found so far. Raises InputError for a folder that is none, or without a score."""
+    run = load_run(Path(directory))
+    best = next(iter(ranked(run.trials)), None)
+    if best is None or best.result is None:
+        raise InputError(f"no cell of {directory} has a score{_first_failure(run)}")
+    head, _ = load_head(run.directory / "heads" / f"{BEST_HEAD}.safetensors")
+    return Found(run.directory, best.cell, best.result.score, head)
+
+
+def run_search(
+    directory: Path,
+    search: SearchSettings,
+    proxy: ProxySettings,
+    settings: RunSettings,
+    caches: Mapping[str, FeatureCache],
+    val: Dataset,
+    *,
+    identity: dict[str, Any],
+    defaults: dict[str, Any],
+    command: str,
+) -> None:
+    """Search cells on these features, compare and report; `settings` have a completed head, `val` has the cached pictures.
+
+    `identity` is all that scores depend on, `defaults` are those of settings that a run begun earlier may lack, and `command`
+    is what the user typed.
+    """
+    device = resolve_device(settings.machine.device)
+    plan = SearchPlan(search.trials, load_cells(search.compare), search.comparison_seeds, search.seed)
+    maps = feature_maps(proxy, settings.head, **caches)  # refuses a wrong crop size before the run begins
+    space = SearchSpace(search.branches, search.rates, search.grids, maps)
+    origin, task = caches["train"].identity, caches["train"].task
+    to_open = [(caches[role].directory, caches[role].identity) for role in ("train", "val")]  # workers copy no arrays
+
+    def create_task() -> ProxyTask:
+        of_train, of_val = (open_cache(*each) for each in to_open)
+        return ProxyTask(of_train, of_val, proxy, settings.head, device)
+
+    def keep_head(name: str, trained: SegmentationHead) -> None:
+        backbone = {key: origin[key] for key in ("backbone", "weights_origin", "output_stride", "dataset")}
+        backbone |= {"weights_hash": origin[WEIGHTS], "mean": origin[MEAN], "std": origin[STD]}
+        path = directory / "heads" / f"{name}.safetensors"
+        save_head(path, trained, task=task.describe(), backbone=backbone)
+
+    run = open_run(
+        directory,
+        identity,
+        create_sampler(search.sampler, space, search.seed, lag=search.lag),
+        storage=search.storage,
+        command=command,
+        task=task,
+        settings=settings,
+        space=space,
+        defaults=defaults,
+    )
+    with (
+        run as study,
+        open_workers(
+            create_task, search.workers, settings.machine.device, proxy.iterations, in_turns=search.cells_per_gpu
+        ) as workers,
+    ):
+        print(f"search space: {'; '.join(space.describe())}", file=sys.stderr)
+        timed_on = None
+        try:
+            Search(study, workers, space, plan, task.score, keep_head).run()
+            timed_on = device
+        finally:  # also after Ctrl-C: report what there is, without latencies, which would take seconds
+            finish_run(directory, caches["val"], val, plan.compare, timed_on)
+
+
+def _data_of(train: Dataset, val: Dataset) -> DataSettings:
+    return DataSettings(dataset=train.name, train_split=train.split, val_split=val.split)
+
+
+def _settings_of(backbone: Backbone) -> BackboneSettings:
+    name, stride, origin = backbone.name, backbone.output_stride, backbone.weights_origin
+    return BackboneSettings(backbone=name, output_stride=stride, weights_origin=origin)
+
+
+def _spaced(numbers: tuple[int, ...]) -> str:
+    return " ".join(map(str, numbers))
+
+
+def _first_failure(run: Run) -> str:
+    failure = next((record.failure for record in run.trials if record.failure), None)
+    return f" ({len(run.trials)} failed: {failure})" if failure else " yet: let it go on"

@@ -1,0 +1,120 @@
+"""Any module as a backbone: what its features are is measured, and a grid that the cells cannot read is refused."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fast.checkpoint import save_network
+from search import InputError, backbone_from_module
+from search.pipeline import Found
+from tests.search.python_parts import Strided, found_head
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def backbone_of(module: nn.Module, **changes: Any) -> Any:
+    return backbone_from_module(module, **({"name": "mine", "mean": MEAN, "std": STD} | changes))
+
+
+class Several(nn.Module):
+    """A module that gives its maps in one of the usual ways."""
+
+    def __init__(self, pack: Callable[[Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.inner, self.pack = Strided(4), pack
+
+    def forward(self, images: Tensor) -> Any:
+        return self.pack(images, self.inner(images))
+
+
+@pytest.mark.parametrize(
+    "pack",
+    [
+        lambda early, last: last,
+        lambda early, last: [early, last],
+        lambda early, last: (early, last),
+        lambda early, last: {"early": early, "out": last},
+    ],
+    ids=["map", "list", "tuple", "mapping"],
+)
+def test_the_last_map_counts(pack: Callable[[Tensor, Tensor], Any]) -> None:
+    module = Several(pack)
+    backbone = backbone_of(module).eval()
+    assert (backbone.name, backbone.channels, backbone.output_stride) == ("mine", 8, 16)
+    images = torch.randint(256, (2, 3, 33, 49)).float()
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
+    expected = module.inner((images / 255 - mean) / std)
+    torch.testing.assert_close(backbone(images), expected, rtol=0, atol=1e-5)  # float32, in another order
+    assert backbone.body.module is module
+
+
+@pytest.mark.parametrize(("halvings", "stride"), [(3, 8), (4, 16)])
+def test_the_output_stride_is_measured(halvings: int, stride: int) -> None:
+    assert backbone_of(Strided(halvings)).output_stride == stride
+
+
+def test_measuring_changes_nothing() -> None:
+    module = Strided(4).train()
+    module.norm.eval()
+    before = copy.deepcopy(module.state_dict())
+    backbone_of(module)
+    torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)
+    assert module.training
+    assert not module.norm.training
+
+
+class LeansToOneSide(nn.Sequential):
+    """Its maps have the right sizes, but a window of 2×2 begins at each feature's pixel."""
+
+    def __init__(self) -> None:
+        super().__init__(*(nn.MaxPool2d(2, ceil_mode=True) for _ in range(4)))
+
+
+class Raises(nn.Module):
+    """A module for pictures of one size."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        raise ValueError("224×224 only\nin any case")
+
+
+MISFITS: dict[str, tuple[nn.Module, str]] = {
+    "output stride 32": (
+        Strided(5),
+        r"gives 5×6 features of 129×161 pixels, an output stride of 32 .*: change strides to dil",
+    ),
+    "output stride 4": (Strided(2), r"gives 33×41 features .*, an output stride of 4 in place of 8 or 16"),
+    "patches": (nn.Conv2d(3, 8, 16, stride=16), r"gives 8×10 features .*; at output stride 16 it would be 9×11, .*: pad each"),
+    "even windows": (LeansToOneSide(), r"has no feature on every corner of a picture, .* leave out even kernels"),
+    "a classifier": (
+        nn.Sequential(Strided(4), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+        r"must give a map .*, got \(1, 8\): cut",
+    ),
+    "no tensor": (Several(lambda early, last: "maps"), r"must give a map \(N, channels, h, w\), or several, got str"),
+    "an error": (Raises(), r"gives no features of images \(1, 3, 129, 161\) \(224×224 only\): correct it"),
+}
+
+
+@pytest.mark.parametrize(("module", "sentence"), MISFITS.values(), ids=MISFITS.keys())
+def test_other_grids_are_refused(module: nn.Module, sentence: str) -> None:
+    with pytest.raises(InputError, match=rf"^`module` mine {sentence}"):
+        backbone_of(module)
+
+
+@pytest.mark.parametrize("mean", [(123.7, 116.3, 103.5), (0.5,)])
+def test_a_mean_of_other_pixels_is_refused(mean: tuple[float, ...]) -> None:
+    with pytest.raises(InputError, match=r"`mean` must be three numbers for pixels from 0 to 1, got \("):
+        backbone_of(Strided(4), mean=mean)
+
+
+def test_a_network_with_it_is_not_saved_but_told_how(tmp_path: Any) -> None:
+    backbone = backbone_of(Strided(4))
+    network = Found(tmp_path, found_head().context.cell, 0.5, found_head()).network(backbone)
+    with pytest.raises(
+        ValueError, match=r"backbone mine is not from timm, .*: save the head by `save_head`, and the backbone"
+    ):
+        save_network(tmp_path / "network.safetensors", network, task={})
+    assert not list(tmp_path.iterdir())

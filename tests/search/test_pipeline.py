@@ -1,0 +1,211 @@
+"""A search from Python, with a data set and a backbone as objects: what it finds, and how it goes on."""
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import search
+import search.pipeline
+from fast.backbone import timm_backbone
+from fast.bilinear_resize import bilinear_resize
+from fast.dense_prediction_cell import DensePredictionCell
+from fast.segmentation import SegmentationHead, SegmentationNetwork
+from search import (
+    Found,
+    HeadSettings,
+    InputError,
+    MachineSettings,
+    ProxySettings,
+    RecipeSettings,
+    SearchSettings,
+    TorchDataset,
+    Trained,
+    backbone_from_module,
+    load_cell,
+    load_found,
+    search_cells,
+    train_network,
+)
+from search.datasets import Dataset
+from search.runs.study import load_run
+from search.tasks.proxy import ProxyTask
+from search.training.loop import Training
+from tests.search.python_parts import CLASS_NAMES, Strided, Strips
+
+SETTINGS: dict[str, Any] = {
+    "search": SearchSettings(trials=2, branches=2, compare=("aspp",)),
+    "proxy": ProxySettings(iterations=8, learning_rate=0.5, batch_size=4, statistics_batches=2),
+    "head": HeadSettings(branch_channels=8),
+}
+
+
+def strips(split: str, seed: int = 0) -> TorchDataset:
+    count = 6 if split == "train" else 3
+    return TorchDataset(Strips(count, seed), CLASS_NAMES, name="strips", split=split, ignore_index=-1)
+
+
+def backbone_of(module: nn.Module) -> Any:
+    return backbone_from_module(module, name="strided", mean=(0.5,) * 3, std=(0.25,) * 3)
+
+
+def find(folder: Path, train: Dataset | None = None, module: nn.Module | None = None, **changes: Any) -> Found:
+    """A search in `folder`/run, or its continuation."""
+    machine = MachineSettings(device="cpu", cache_dir=folder / "cache")
+    backbone = backbone_of(module or Strided(4))
+    options = SETTINGS | {"machine": machine} | changes
+    return search_cells(train or strips("train"), strips("val", seed=1), backbone, folder / "run", **options)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished search."""
+    folder = tmp_path_factory.mktemp("python")
+    find(folder)
+    return folder
+
+
+def test_a_search_ends_in_a_network(folder: Path) -> None:
+    found, module = load_found(folder / "run"), Strided(4)
+    run = load_run(folder / "run")
+    assert found.score == max(record.result.score for record in run.trials if record.result)
+    assert found.head.context.cell == found.cell
+    assert {record.name for record in run.baselines} >= {"aspp"}
+    assert found.report.read_text().startswith("<!DOCTYPE html>")
+
+    network = found.network(backbone_of(module))
+    sample = strips("val")[0]
+    images = torch.from_numpy(sample.image).permute(2, 0, 1)[None].float()
+    assert network(images).shape == (1, 3, 3, 4)
+    assert network.predict(images).shape == (1, 33, 49)
+
+
+def test_the_network_learns_in_a_plain_loop(folder: Path) -> None:
+    train = strips("train")
+    network = load_found(folder / "run").network(backbone_of(Strided(4))).train()
+    images = torch.stack([torch.from_numpy(train[i].image).permute(2, 0, 1) for i in range(len(train))]).float()
+    labels = torch.stack([torch.from_numpy(train[i].label) for i in range(len(train))])
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
+    losses = []
+    for _ in range(40):
+        logits = bilinear_resize(network(images), (33, 49))
+        loss = nn.functional.cross_entropy(logits, labels.long(), ignore_index=255)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 2
+
+
+def test_the_same_call_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = load_run(folder / "run")
+
+    def evaluate(*_: object) -> None:
+        raise AssertionError("nothing is left to evaluate")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ProxyTask, "evaluate", evaluate)
+        find(folder)
+    find(folder, search=replace(SETTINGS["search"], trials=3))
+    assert load_run(folder / "run").trials[:2] == before.trials
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"module": Strided(4, seed=1)}, r"was started with `weights` \(content\) "),
+        ({"train": strips("train", seed=5)}, r"was started with `data_dir` \(pictures\) "),
+        ({"proxy": replace(SETTINGS["proxy"], iterations=9)}, r"was started with `iterations` 8, now it is 9.*in Python"),
+        ({"search": replace(SETTINGS["search"], branches=3)}, r"was started with `branches` 2, now it is 3"),
+    ],
+    ids=["weights", "pictures", "iterations", "branches"],
+)
+def test_other_parts_are_refused_in_the_same_folder(folder: Path, changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
+        find(folder, **changes)
+
+
+RECIPE = RecipeSettings(crop_size=(33, 33), batch_size=2, iterations=4, statistics_batches=1, loading_processes=0)
+
+
+def train(folder: Path, network: SegmentationNetwork, recipe: RecipeSettings = RECIPE) -> Trained:
+    machine = MachineSettings(device="cpu")
+    return train_network(network, strips("train"), strips("val", seed=1), folder / "run", recipe=recipe, machine=machine)
+
+
+def timm_network(seed: int = 0) -> SegmentationNetwork:
+    """A network that has its backbone from timm, with random weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        backbone = timm_backbone("test_efficientnet")
+        cell = DensePredictionCell(load_cell("aspp"), backbone.channels, branch_channels=4, cell_channels=4, output_stride=16)
+        return SegmentationNetwork(backbone, SegmentationHead(cell, len(CLASS_NAMES)))
+
+
+def test_our_loop_trains_a_network_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = timm_network()
+    before = copy.deepcopy(network.state_dict())
+    whole = train(tmp_path / "whole", network)
+    torch.testing.assert_close(network.state_dict(), before, rtol=0, atol=0)  # a copy is trained
+    assert 0 <= whole.score <= 1
+    assert whole.network.predict(torch.zeros(1, 3, 33, 49)).shape == (1, 33, 49)
+    assert not torch.equal(whole.network.head.classifier.weight, network.head.classifier.weight)
+
+    step = Training._step
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "_step", lambda self, batches: step(self, batches) or self.progress.iteration == 2)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "stopped", network)
+    again = train(tmp_path / "stopped", network)
+    assert again.score == whole.score
+    torch.testing.assert_close(again.network.state_dict(), whole.network.state_dict(), rtol=0, atol=0)
+
+    for other, recipe, sentence in (
+        (timm_network(seed=1), RECIPE, "was started with .*`network` \\(content\\)"),
+        (network, replace(RECIPE, momentum=0.5), "was started with `momentum` 0.9, now it is 0.5: use .* in Python"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            train(tmp_path / "whole", other, recipe)
+
+
+def test_our_loop_refuses_what_it_could_not_save(folder: Path, tmp_path: Path) -> None:
+    network = load_found(folder / "run").network(backbone_of(Strided(4)))
+    with pytest.raises(InputError, match=r"^backbone strided is not from timm, .*; train it in a loop of your own"):
+        train(tmp_path, network)
+    with pytest.raises(InputError, match=r"`crop_size` 32 33 must be 16·k \+ 1 each"):
+        train(tmp_path, network, replace(RECIPE, crop_size=(32, 33)))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"search": SearchSettings(trials=0)}, "`trials` must be at least 1, got 0"),
+        ({"search": SearchSettings(sampler="best")}, "`sampler` .*best"),
+        ({"search": SearchSettings(compare=("nothing",))}, "there is no cell 'nothing'"),
+        ({"proxy": ProxySettings(batch_size=0)}, "`batch_size` must be at least 1, got 0"),
+        ({"head": HeadSettings(dropout=1.0)}, "`dropout` must be at least 0 and below 1, got 1"),
+    ],
+)
+def test_settings_are_checked_before_anything_is_written(tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
+        find(tmp_path, **changes)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_without_a_score_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match="is not a run"):
+        load_found(tmp_path)
+    with pytest.raises(InputError, match=r"no cell of .*run has a score \(2 failed: the loss was"):
+        find(tmp_path, proxy=replace(SETTINGS["proxy"], learning_rate=1e30))
+
+
+def test_all_names_are_there_and_no_others() -> None:
+    assert {name for name in search.__all__ if getattr(search, name).__name__ == name} == set(search.__all__)
+    assert set(search.__all__) <= set(dir(search))
+    with pytest.raises(AttributeError, match="module 'search' has no attribute 'nothing'"):
+        _ = getattr(search, "nothing")  # noqa: B009  # what mypy would not let through
