@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from fast.checkpoint import load_network
 from fast.segmentation import SegmentationNetwork
-from search.cli import Flat, run_command
+from search.cli import Flat, print_next, run_command, uses_of_network
 from search.datasets import Dataset, open_dataset
 from search.dense_tasks import restored_task, totals_of_nothing
 from search.devices import resolve_device
@@ -85,6 +85,7 @@ def main(settings: EvaluateSettings) -> None:
     path = settings.out or settings.network.with_name(f"{settings.network.stem}-{dataset.name}-{dataset.split}.json")
     write_json(path, _scores(settings, dataset, totals))
     print(f"scores: {path}")
+    print_next(*uses_of_network(settings.network, settings.data, dataset)[1:])
 
 
 def _some(names: Sequence[str]) -> str:

@@ -11,6 +11,7 @@ The same holds for a backbone that pads as TensorFlow does, such as MobileNet-v2
 
 import contextlib
 import json
+import shlex
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from fast.checkpoint import load_head, load_network, write_whole
 from fast.dense_prediction_cell import DensePredictionCell
 from fast.segmentation import Classifier
 from reference.cell import AtrousSeparableConv, Conv1x1, Operation, PyramidPooling
-from search.cli import run_command
+from search.cli import print_next, run_command
 from search.errors import InputError
 
 ExportFormat = Literal["torch-export", "onnx"]
@@ -92,6 +93,22 @@ def main(settings: ExportSettings) -> None:
     print(f"wrote {result.path}, {result.path.stat().st_size / 1e6:.1f} MB; input {description['input']['name']}: {sizes}")
     shapes = " and ".join("×".join(map(str, shape)) for shape in result.checked)
     print(f"checked on {shapes}: deviates by {result.deviation:.1e} of the largest logit, at most {TOLERANCE:.0e} is allowed")
+    print_next(_loading(settings, (1, channels, *size)))
+
+
+def _loading(settings: ExportSettings, shape: tuple[int, ...]) -> str:
+    """A command that runs the exported program on an input of zeros."""
+    match settings.format:
+        case "torch-export":
+            code = f"import torch; program = torch.export.load('{settings.out}').module()"
+            code += f"; print(program(torch.zeros{shape}).shape)"
+        case "onnx":
+            code = f"import numpy, onnxruntime; session = onnxruntime.InferenceSession('{settings.out}')"
+            code += f"; inputs = {{session.get_inputs()[0].name: numpy.zeros({shape}, 'float32')}}"
+            code += "; print(session.run(None, inputs)[0].shape)"
+        case _:
+            assert_never(settings.format)
+    return shlex.join(["python", "-c", code])
 
 
 def export(

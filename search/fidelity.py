@@ -32,10 +32,11 @@ from zlib import crc32
 from tqdm import tqdm
 
 from reference.cell import Cell
+from search.backbones import completed_backbone
 from search.backbones.shapes import WIDE_BACKBONE
 from search.cells.space import canonical_form, load_cell
-from search.cli import Flat, run_command, this_command
-from search.datasets import Dataset, open_dataset
+from search.cli import Flat, arguments_of, print_next, run_command, this_command, to_type
+from search.datasets import Dataset, open_dataset, training_pictures
 from search.dense_tasks import Measure
 from search.devices import resolve_device
 from search.errors import InputError, fields_in, with_fields
@@ -54,6 +55,7 @@ from search.settings import (
     TrainingSettings,
     field_names,
     given,
+    known,
     plain,
     require,
     scored,
@@ -175,7 +177,8 @@ def fidelity_cells() -> dict[str, Cell]:
 
 def main(settings: FidelitySettings) -> None:
     """Score what is not scored yet, then report how the protocols agree."""
-    settings = replace(settings, head=settings.head.completed(settings.data.dataset))
+    head, backbone = settings.head.completed(settings.data.dataset), completed_backbone(settings.backbone)
+    settings = replace(settings, head=head, backbone=backbone)
     _check(settings)
     directory = settings.out or Path("runs") / "fidelity" / _dataset(settings.data).name
     protocols = prepare_protocols(settings, directory)
@@ -192,12 +195,14 @@ def main(settings: FidelitySettings) -> None:
             found = {score.protocol for score in scores}
             shown = [protocol for protocol in PROTOCOLS if protocol in found or protocol in settings.protocols]
             print(write_report(directory, scores, shown, this_command(_PROG), measure))
+    print_next(to_type("random", *arguments_of(settings.data, settings.backbone, settings.features, settings.machine)))
 
 
 def prepare_protocols(settings: FidelitySettings, directory: Path) -> list[Protocol]:
     """Prepare the protocols to be run and their caches, so that what cannot work is refused before the first training."""
     device = resolve_device(settings.machine.device)
-    large = settings.large
+    with _fields_of("large"):
+        large = completed_backbone(settings.large)
     if large.backbone is None:
         large = replace(large, backbone=WIDE_BACKBONE if settings.data.dataset == SHAPES else "xception65")
     if large.output_stride is None:
@@ -260,7 +265,7 @@ def _cached(
     identity = scored(settings.data, settings.features, settings.head, proxy) | facts | {"seed": settings.seed}
     if name == "long":
         identity["long_iterations"] = identity.pop("iterations")
-    return Protocol(name, create_task, caches["train"].task.score, proxy.iterations, plain(identity))
+    return Protocol(name, create_task, caches["train"].task.score, proxy.steps, plain(identity))
 
 
 def _of_large(name: str) -> str:
@@ -286,16 +291,16 @@ def _end_to_end(settings: FidelitySettings, directory: Path, device: str) -> Pro
         machine=replace(settings.machine, device=device),
         seed=settings.seed,
     )
-    training = training.completed().validated_last()
 
     def create_task() -> EndToEndTask:
         return EndToEndTask(training, directory)
 
-    own = scored(training.recipe)
     task = create_task()
+    completed = task.settings.recipe
+    own = scored(completed)
     parts = task.identity()
     identity = {f"end_to_end.{name}" if name in own else name: value for name, value in parts.items()}
-    return Protocol("end_to_end", create_task, task.dense_task.score, training.recipe.iterations or 0, plain(identity))
+    return Protocol("end_to_end", create_task, task.dense_task.score, known(completed.iterations), plain(identity))
 
 
 def _run(settings: FidelitySettings, protocols: list[Protocol], directory: Path) -> None:
@@ -384,8 +389,10 @@ def _check(settings: FidelitySettings) -> None:
         with _fields_of("large"):
             settings.large.check()
     if "end_to_end" in settings.protocols:
+        pictures = training_pictures(settings.data, _dataset(settings.data))
         with _fields_of("end_to_end"):
-            settings.end_to_end.completed(settings.data.dataset).check(settings.backbone.stride)
+            stride = settings.backbone.stride
+            settings.end_to_end.completed(pictures, stride).check(stride)
 
 
 if __name__ == "__main__":

@@ -6,23 +6,25 @@ command continues an interrupted run, and adds cells to a finished one if --tria
 Run this file as a module from the repository's root: inside this folder, its name would hide Python's own `random`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fast.checkpoint import save_head
 from fast.segmentation import SegmentationHead
 from reference.cell import NUM_BRANCHES
+from search.backbones import completed_backbone
 from search.cells.sampler import LAG, create_sampler
 from search.cells.space import SearchSpace, load_cells
-from search.cli import Flat, run_command, this_command
+from search.cli import Flat, print_defaults, print_next, run_command, this_command, uses_of_run
 from search.devices import resolve_device
 from search.errors import InputError
 from search.reports.run_files import finish_run
-from search.runs.search import Search, SearchPlan
+from search.runs.search import HEADS, Search, SearchPlan
 from search.runs.study import RunSettings, open_run
 from search.runs.workers import open_workers
 from search.settings import (
+    SHAPES,
     BackboneSettings,
     DataSettings,
     FeatureSettings,
@@ -30,6 +32,8 @@ from search.settings import (
     MachineSettings,
     ProxySettings,
     changes_no_score,
+    given,
+    known,
     require,
     scored,
 )
@@ -49,8 +53,8 @@ class RandomSettings:
     """Folder of the run. None: runs/ and the data set's name."""
     storage: str | None = None
     """Database URL of the study, such as postgresql://host/name. None: a SQLite file in the run's folder."""
-    trials: int = changes_no_score(12)
-    """Number of cells to try in all, those of earlier runs of this command included."""
+    trials: int | None = changes_no_score(None)
+    """Number of cells to try in all, those of earlier runs of this command included. None: 100; 12 for shapes."""
     branches: int = NUM_BRANCHES
     """Branches per cell."""
     sampler: str = "paper"
@@ -67,23 +71,33 @@ class RandomSettings:
     """Cells evaluated at a time; above 1 by Ray (install the extra `workers`), on CUDA with one GPU each."""
     cells_per_gpu: int = changes_no_score(1)
     """Cells trained at a time on one GPU, which one alone does not fill; scores are the same. It gains nothing on a CPU."""
-    proxy: Flat[ProxySettings] = ProxySettings(iterations=80, learning_rate=0.2)
-    head: Flat[HeadSettings] = HeadSettings(branch_channels=64)
+    proxy: Flat[ProxySettings] = ProxySettings()
+    head: Flat[HeadSettings] = HeadSettings()
     data: Flat[DataSettings] = DataSettings()
     backbone: Flat[BackboneSettings] = BackboneSettings()
     features: Flat[FeatureSettings] = FeatureSettings()
     machine: Flat[MachineSettings] = MachineSettings()
 
+    def completed(self, features: FeatureCache) -> "RandomSettings":
+        """With what follows from the data, and from a network whose file is given as `weights`."""
+        pictures = features.pictures._replace(dataset=self.data.dataset)  # as it was given: shapes for both of its tasks
+        return replace(
+            self,
+            trials=given(self.trials, 12 if self.data.dataset == SHAPES else 100),
+            proxy=self.proxy.completed(pictures),
+            head=self.head.completed(self.data.dataset),
+            backbone=completed_backbone(self.backbone),
+        )
+
 
 def main(settings: RandomSettings) -> None:
     """Search, compare, report."""
     _check(settings)
-    device = resolve_device(settings.machine.device)
-    head, space = settings.head.completed(settings.data.dataset), SearchSpace(settings.branches)
+    device, space = resolve_device(settings.machine.device), SearchSpace(settings.branches)
     sampler = create_sampler(settings.sampler, space, settings.seed, lag=settings.lag)
-    plan = SearchPlan(settings.trials, load_cells(settings.compare), settings.comparison_seeds, settings.seed)
-    command = this_command(_PROG)
+    compare, command = load_cells(settings.compare), this_command(_PROG)
     caches = prepare_caches(settings.data, settings.backbone, settings.features, settings.machine, command)
+    settings, typed = settings.completed(caches["train"]), settings
     crop_in_features(settings.proxy, caches["train"])  # refuses a wrong crop size before the run begins
     origin, task = caches["train"].identity, caches["train"].task
     directory = settings.out or Path("runs") / origin["dataset"]
@@ -91,22 +105,22 @@ def main(settings: RandomSettings) -> None:
 
     def create_task() -> ProxyTask:
         train, val = (open_cache(*each) for each in to_open)
-        return ProxyTask(train, val, settings.proxy, head, device)
+        return ProxyTask(train, val, settings.proxy, settings.head, device)
 
     def keep_head(name: str, trained: SegmentationHead) -> None:
         backbone = {key: origin[key] for key in ("backbone", "weights_origin", "output_stride", "dataset")}
         backbone |= {"weights_hash": origin[WEIGHTS], "mean": origin[MEAN], "std": origin[STD]}
-        path = directory / "heads" / f"{name}.safetensors"
+        path = directory / HEADS / f"{name}.safetensors"
         save_head(path, trained, task=task.describe(), backbone=backbone)
 
     run = open_run(
         directory,
-        _identity(settings, head, caches),
+        _identity(settings, caches),
         sampler,
         storage=settings.storage,
         command=command,
         task=task,
-        settings=RunSettings(settings.data, settings.backbone, settings.features, head, settings.machine),
+        settings=RunSettings(settings.data, settings.backbone, settings.features, settings.head, settings.machine),
     )
     with (
         run as study,
@@ -114,16 +128,26 @@ def main(settings: RandomSettings) -> None:
             create_task,
             settings.workers,
             settings.machine.device,
-            settings.proxy.iterations,
+            settings.proxy.steps,
             in_turns=settings.cells_per_gpu,
         ) as workers,
     ):
         timed_on = None
+        plan = SearchPlan(known(settings.trials), compare, settings.comparison_seeds, settings.seed)
+        groups = ((typed, settings), (typed.proxy, settings.proxy), (typed.head, settings.head))
+        print_defaults(caches["train"].pictures, *groups)
         try:
             Search(study, workers, space, plan, task.score, keep_head).run()
             timed_on = device
         finally:  # also after Ctrl-C: report what there is, without latencies, which would take seconds
             finish_run(directory, caches["val"], settings.data, plan.compare, timed_on)
+    _print_next(settings, directory)
+
+
+def _print_next(settings: RandomSettings, directory: Path) -> None:
+    best = directory / "best_cells" / "rank_01.json"
+    if best.exists():  # unless every cell has failed
+        print_next(*uses_of_run(directory, settings.data, settings.backbone))
 
 
 def _check(settings: RandomSettings) -> None:
@@ -131,7 +155,7 @@ def _check(settings: RandomSettings) -> None:
     settings.proxy.check()
     settings.head.check()
     settings.backbone.check()
-    require("trials", settings.trials, settings.trials >= 1, "at least 1")
+    require("trials", settings.trials, given(settings.trials, 1) >= 1, "at least 1")
     require("branches", settings.branches, settings.branches >= 1, "at least 1")
     require("comparison_seeds", settings.comparison_seeds, settings.comparison_seeds >= 1, "at least 1")
     require("workers", settings.workers, settings.workers >= 1, "at least 1")
@@ -149,9 +173,9 @@ def _check(settings: RandomSettings) -> None:
             )
 
 
-def _identity(settings: RandomSettings, head: HeadSettings, caches: dict[str, FeatureCache]) -> dict[str, Any]:
+def _identity(settings: RandomSettings, caches: dict[str, FeatureCache]) -> dict[str, Any]:
     """The settings that all scores of a run depend on: other values are refused in the same folder."""
-    groups = (settings, settings.data, settings.backbone, settings.features, head, settings.proxy)
+    groups = (settings, settings.data, settings.backbone, settings.features, settings.head, settings.proxy)
     return scored(*groups) | facts_of(caches)
 
 

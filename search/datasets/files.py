@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from search.datasets import IGNORE_INDEX, Sample
+from search.datasets import IGNORE_INDEX, Dataset, Sample
 from search.dense_tasks import DenseTask
 from search.errors import InputError
 
@@ -164,6 +164,11 @@ class FileDataset:
             f"{path}{self.alternative} is missing though {self.listing} names it; "
             "restore the file, or take the picture out of the split"
         )
+
+
+def example_picture(dataset: Dataset) -> Path | None:
+    """The file of the first picture; None if pictures are not in files."""
+    return dataset.pairs[0].image if isinstance(dataset, FileDataset) else None
 
 
 def read_image(path: Path) -> NDArray[np.uint8]:

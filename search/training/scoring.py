@@ -70,11 +70,12 @@ def count_split(
     dataset: Dataset,
     *,
     indices: Sequence[int],
+    pad_to: tuple[int, int] | None = None,
     on_picture: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """The sum of what the task counts of the pictures, on the network's device."""
     total = totals_of_nothing(dataset.task).to(network.backbone.mean.device)  # one of several devices may have no picture
-    for _, _, counted in predict_split(network, dataset, indices):
+    for _, _, counted in predict_split(network, dataset, indices, pad_to=pad_to):
         total += counted
         on_picture()
     return total

@@ -4,6 +4,7 @@ import csv
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -132,7 +133,7 @@ def test_a_run_leaves_what_it_is_for(
 ) -> None:
     folder = uninterrupted.directory
     assert all((folder / name).is_file() for name in OUTPUTS)
-    assert [record.number for record in uninterrupted.trials] == list(range(tiny.trials))
+    assert [record.number for record in uninterrupted.trials] == list(range(known(tiny.trials)))
     assert len({canonical_form(record.cell) for record in uninterrupted.trials}) == tiny.trials
     best = ranked(uninterrupted.trials)
     assert [record.result.score for record in best if record.result] == sorted(
@@ -326,7 +327,7 @@ def test_a_failed_trial_has_its_reason_and_the_search_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(ProxyTask, "evaluate", interrupted_at((0, 0, 1), error))
         run = run_search(settings)
-    assert [record.number for record in run.trials] == list(range(settings.trials))
+    assert [record.number for record in run.trials] == list(range(known(settings.trials)))
     assert {record.number: record.failure for record in run.trials if record.failure} == {1: str(error)}
     assert run.trials[1].result is None
     assert f"trial 1 failed: {error}" in capsys.readouterr().err
@@ -418,11 +419,22 @@ def test_a_run_with_other_settings_is_refused(
     assert files == {path: path.read_bytes() for path in files}
 
 
-def test_features_of_other_weights_are_refused(settings: RandomSettings, uninterrupted: Run, tmp_path: Path) -> None:
+def test_features_of_other_weights_lie_beside_and_their_run_is_another(
+    settings: RandomSettings, uninterrupted: Run, tmp_path: Path
+) -> None:
     state = timm.create_model(BACKBONE).state_dict()
-    torch.save({key: value + 1 for key, value in state.items()}, tmp_path / "other.pth")
-    with pytest.raises(InputError, match=r"feature cache .*camvid-train-.* was started with `weights` \(content\) \w+"):
-        search.random.main(changed(settings, weights=tmp_path / "other.pth"))
+    state["conv_stem.weight"] *= 2
+    torch.save(state, tmp_path / "other.pth")
+    cache_dir = tmp_path / "cache"
+    shutil.copytree(settings.machine.cache_dir, cache_dir)
+    before = {path: path.read_bytes() for path in cache_dir.rglob("*.*")}
+    other = changed(settings, weights=tmp_path / "other.pth", cache_dir=cache_dir)
+    with pytest.raises(InputError, match=r"run .* was started with `weights` \(content\) \w+…, now it is \w+…: "):
+        search.random.main(changed(other, out=uninterrupted.directory))
+    assert len(list(cache_dir.glob(f"camvid-train-{BACKBONE}-os16*"))) == 2
+    assert before == {path: path.read_bytes() for path in before}
+    search.random.main(changed(other, out=tmp_path / "other", trials=1))
+    assert len(list(cache_dir.iterdir())) == 4  # two of each split, not three
 
 
 def test_a_moved_folder_is_a_run_still(uninterrupted: Run, tmp_path: Path) -> None:
