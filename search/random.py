@@ -14,11 +14,13 @@ from fast.checkpoint import save_head
 from fast.segmentation import SegmentationHead
 from reference.cell import NUM_BRANCHES
 from search.backbones import completed_backbone
+from search.backbones.shapes import SHAPES_BACKBONES
 from search.cells.sampler import LAG, create_sampler
 from search.cells.space import SearchSpace, load_cells
 from search.cli import Flat, print_defaults, print_next, run_command, this_command, uses_of_run
 from search.devices import resolve_device
 from search.errors import InputError
+from search.folder import Folder
 from search.reports.run_files import finish_run
 from search.runs.search import HEADS, Search, SearchPlan
 from search.runs.study import RunSettings, open_run
@@ -113,6 +115,7 @@ def main(settings: RandomSettings) -> None:
         path = directory / HEADS / f"{name}.safetensors"
         save_head(path, trained, task=task.describe(), backbone=backbone)
 
+    _refuse_other_backbone(directory, origin)
     run = open_run(
         directory,
         _identity(settings, caches),
@@ -142,6 +145,18 @@ def main(settings: RandomSettings) -> None:
         finally:  # also after Ctrl-C: report what there is, without latencies, which would take seconds
             finish_run(directory, caches["val"], settings.data, plan.compare, timed_on)
     _print_next(settings, directory)
+
+
+def _refuse_other_backbone(directory: Path, origin: dict[str, Any]) -> None:
+    """Say what helps where a small backbone was trained anew, which is what no value of any flag brings back."""
+    before = Folder(directory).description()
+    if before is None or origin["backbone"] not in SHAPES_BACKBONES:
+        return
+    if before["identity"].get(WEIGHTS) != origin[WEIGHTS]:
+        raise InputError(
+            f"run {directory} was begun with another training of {origin['backbone']}, whose weights depend on machine and "
+            "threads: give the `cache_dir` that it was trained in, another `out`, or delete that folder"
+        )
 
 
 def _print_next(settings: RandomSettings, directory: Path) -> None:

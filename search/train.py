@@ -114,7 +114,8 @@ def _train(
         if devices.rank == 0:
             folder.begin(identity, this_command(_PROG))
             pictures = training_pictures(settings.data, train)
-            print_defaults(pictures, (settings.head, training.head), (settings.recipe, training.recipe))
+            head = [] if settings.init is not None else [(settings.head, training.head)]  # else it is in the file
+            print_defaults(pictures, *head, (settings.recipe, training.recipe))
         return Training(training, network, train, val, directory, devices, source=plain(settings) | plain(training)).run()
 
 

@@ -1,6 +1,7 @@
 """From a search to a network: the joined network has the search's score, wrong weights are refused, commands lead on."""
 
 import importlib
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -27,7 +28,9 @@ from search.settings import BackboneSettings, known
 from search.train import TrainSettings
 from search.training.network import join_head
 from search.training.scoring import count_split
+from tests.fast.test_backbone import IMAGENET
 from tests.search.composed import changed, composed
+from tests.search.datasets.test_readers import REAL_CAMVID
 from tests.search.tasks.test_end_to_end import write_backbone
 from tests.search.test_random import BACKBONE, write_camvid
 
@@ -99,6 +102,45 @@ def test_a_joined_network_has_the_searchs_score(
     said = capsys.readouterr().out
     assert f"mIOU on camvid val: {100 * description['source']['mean_iou']:.2f} %" in said
     assert f"in the search: {100 * expected:.2f} %" in said
+
+
+@pytest.mark.parametrize("dataset", ["shapes", "camvid"])
+def test_real_pictures_have_the_searchs_score_too(
+    dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The generated scenes; of CamVid a few pictures, with trained weights."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("search.reports.run_files.write_report", lambda run, device=None: run.directory / "report.html")
+    settings = composed(RandomSettings, dataset=dataset, device="cpu", trials=1, iterations=10, branch_channels=16, compare=())
+    if dataset == "camvid":
+        if not (REAL_CAMVID.is_dir() and IMAGENET.is_file()):
+            pytest.skip("CamVid and weights are not in ../shared/data beside the repository")
+        settings = changed(settings, data_dir=first_pictures(REAL_CAMVID, tmp_path / "CamVid"), weights=IMAGENET)
+    search.random.main(settings)
+    searched = known(ranked(load_run(Path("runs") / dataset).trials)[0].result).score
+    search.join.main(JoinSettings(run=Path("runs") / dataset))
+    source = load_network(Path("runs") / dataset / "network.safetensors")[1]["source"]
+    assert searched > 0.02
+    assert source["mean_iou"] == pytest.approx(searched, abs=2e-4)  # 16 bits: few pixels are so near to two classes
+    assert f"in the search: {100 * searched:.2f} %" in capsys.readouterr().out
+
+    if dataset == "shapes":  # its backbone, trained anew with other threads, would be another one
+        file = tmp_path / "runs" / "shapes" / "settings.json"
+        file.write_text(re.sub(r'(content\)": ")\w{12}', r"\g<1>0123456789ab", file.read_text()))
+        with pytest.raises(InputError, match=r"begun with another training of shapes_cnn.*: give the `cache_dir`"):
+            search.random.main(settings)
+
+
+def first_pictures(camvid: Path, folder: Path, number: int = 8) -> Path:
+    """A CamVid of the first pictures of each split."""
+    folder.mkdir()
+    for entry in camvid.iterdir():
+        if entry.suffix == ".txt":
+            lines = entry.read_text().splitlines(keepends=True)
+            (folder / entry.name).write_text("".join(lines[:number]))
+        else:
+            (folder / entry.name).symlink_to(entry)
+    return folder
 
 
 def test_any_head_of_the_run_can_be_joined_and_brings_its_run(run: Run, capsys: pytest.CaptureFixture[str]) -> None:

@@ -32,7 +32,7 @@ from search.datasets import SPLITS
 from search.errors import InputError
 from search.random import RandomSettings
 from search.runs.study import Run, load_run, ranked
-from search.settings import known
+from search.settings import TrainingPictures, known
 from search.tasks.feature_cache import open_cache
 from search.tasks.proxy import NotFiniteError, ProxyResult, ProxyTask
 from tests.search.composed import changed, composed
@@ -453,3 +453,18 @@ def test_settings_of_a_run_can_be_read(uninterrupted: Run, tiny: RandomSettings)
     assert described["identity"]["iterations"] == tiny.proxy.iterations
     assert described["command"].startswith("python -m search.random")
     assert len(described["class_names"]) == len(described["palette"]) == 11
+
+
+def test_defaults_of_a_search_follow_its_pictures(uninterrupted: Run, tiny: RandomSettings) -> None:
+    folder = known(tiny.machine.cache_dir) / f"camvid-train-{BACKBONE}-os16"
+    features = open_cache(folder, json.loads((folder / "settings.json").read_text())["identity"])
+
+    def numbers(**given: Any) -> tuple[object, ...]:
+        settings = composed(RandomSettings, **given).completed(features)
+        return settings.trials, settings.proxy.iterations, settings.proxy.learning_rate, settings.head.branch_channels
+
+    assert numbers() == (12, 80, 0.2, 64)  # the generated scenes
+    assert numbers(dataset="cityscapes") == (100, 30_000, 0.01, 256)
+    assert numbers(dataset="camvid") == (100, 200, 0.1, 256)  # 81 passes over five pictures would be 50
+    assert numbers(dataset="camvid", iterations=7, trials=3, branch_channels=9, learning_rate=0.5) == (3, 7, 0.5, 9)
+    assert TrainingPictures("mine.toml", 367, (1, 1)).steps(30_000, 8, batch=8, least=200) == 3700

@@ -445,3 +445,31 @@ def test_the_best_cell_of_a_search_on_other_data_is_trained_only_where_the_data_
         search.train.main(composed(TrainSettings, run=run, out=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
     assert search.train._cell(changed(tiny, run=run), "camvid") == load_cell("psp")  # whose data set is camvid too
+
+
+@pytest.mark.parametrize(
+    ("number", "size", "expected"),
+    [
+        (40, (224, 300), ((225, 305), 16, 1200)),
+        (367, (360, 480), ((369, 481), 16, 11_000)),
+        (2, (100, 1300), ((113, 769), 4, 1000)),
+        (100_000, (2160, 3840), ((769, 769), 16, 90_000)),
+    ],
+)
+def test_defaults_follow_the_pictures(number: int, size: tuple[int, int], expected: tuple[object, ...]) -> None:
+    recipe = composed(TrainSettings, dataset="mine.toml").training(TrainingPictures("mine.toml", number, size)).recipe
+    assert (recipe.crop_size, recipe.batch_size, recipe.iterations) == expected
+
+
+def test_defaults_are_printed_kept_and_asked_for_again(
+    tiny: TrainSettings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = changed(tiny, crop_size=None, batch_size=None, out=tmp_path)
+    search.train.main(settings)
+    said = "defaults for camvid, 5 pictures of 33×49: --crop-size 33 49 --min-scale 0.5 --max-scale 2.0 --batch-size 5 (docs/"
+    assert said in capsys.readouterr().err
+    identity = known(Folder(tmp_path, "training").description())["identity"]
+    assert (identity["crop_size"], identity["batch_size"]) == ([33, 49], 5)
+    search.train.main(changed(settings, crop_size=(33, 49)))  # it goes on
+    with pytest.raises(InputError, match="`batch_size` 5, now it is 4"):
+        search.train.main(changed(settings, batch_size=4))
