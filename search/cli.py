@@ -3,7 +3,7 @@
 import shlex
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -13,7 +13,14 @@ from tyro.conf import OmitArgPrefixes as Flat
 from search.datasets import Dataset
 from search.datasets.files import example_picture
 from search.errors import InputError, as_flag, with_fields
-from search.settings import BackboneSettings, DataSettings, PictureSettings, TrainingPictures
+from search.settings import (
+    BackboneSettings,
+    DataSettings,
+    HeadSettings,
+    MachineSettings,
+    PictureSettings,
+    TrainingPictures,
+)
 
 # Flat: a group of settings whose fields are flags by their own names, `data: Flat[DataSettings]`. Without it the group's name
 # comes first, as in --large.backbone, for a command that has two groups of one kind.
@@ -27,6 +34,7 @@ __all__ = [
     "run_command",
     "spelled",
     "this_command",
+    "to_train",
     "to_type",
     "uses_of_network",
     "uses_of_run",
@@ -102,9 +110,21 @@ def print_next(*commands: str) -> None:
     print("\n".join(f"{'or' if i else 'next'}: {command}" for i, command in enumerate(commands)))
 
 
-def uses_of_run(run: Path, data: DataSettings, backbone: BackboneSettings) -> list[str]:
+def uses_of_run(
+    run: Path, data: DataSettings, backbone: BackboneSettings, head: HeadSettings, machine: MachineSettings
+) -> list[str]:
     """Commands for a search's folder: to join its best head to the backbone, to train a network around its best cell."""
-    return [to_type("join", "--run", run), to_type("train", "--run", run, *arguments_of(data, backbone))]
+    return [to_type("join", "--run", run), to_train(data, backbone, head, machine, "--run", run)]
+
+
+def to_train(
+    data: DataSettings, backbone: BackboneSettings, head: HeadSettings, machine: MachineSettings, *arguments: object
+) -> str:
+    """A command that trains a whole network on what a search had."""
+    if head.branch_channels == HeadSettings().completed(data.dataset).branch_channels:
+        head = replace(head, branch_channels=None)  # what it is anyway
+    kept = MachineSettings(cache_dir=machine.cache_dir)
+    return to_type("train", *arguments, *arguments_of(data, backbone, head, kept))
 
 
 def uses_of_network(network: Path, data: PictureSettings, val: Dataset, *evaluation: str) -> list[str]:

@@ -100,10 +100,10 @@ def _loading(settings: ExportSettings, shape: tuple[int, ...]) -> str:
     """A command that runs the exported program on an input of zeros."""
     match settings.format:
         case "torch-export":
-            code = f"import torch; program = torch.export.load('{settings.out}').module()"
+            code = f"import torch; program = torch.export.load({str(settings.out)!r}).module()"
             code += f"; print(program(torch.zeros{shape}).shape)"
         case "onnx":
-            code = f"import numpy, onnxruntime; session = onnxruntime.InferenceSession('{settings.out}')"
+            code = f"import numpy, onnxruntime; session = onnxruntime.InferenceSession({str(settings.out)!r})"
             code += f"; inputs = {{session.get_inputs()[0].name: numpy.zeros({shape}, 'float32')}}"
             code += "; print(session.run(None, inputs)[0].shape)"
         case _:

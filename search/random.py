@@ -115,7 +115,7 @@ def main(settings: RandomSettings) -> None:
         path = directory / HEADS / f"{name}.safetensors"
         save_head(path, trained, task=task.describe(), backbone=backbone)
 
-    _refuse_other_backbone(directory, origin)
+    _refuse_other_backbone(directory, origin, settings.backbone.weights)
     run = open_run(
         directory,
         _identity(settings, caches),
@@ -147,10 +147,10 @@ def main(settings: RandomSettings) -> None:
     _print_next(settings, directory)
 
 
-def _refuse_other_backbone(directory: Path, origin: dict[str, Any]) -> None:
+def _refuse_other_backbone(directory: Path, origin: dict[str, Any], weights: Path | None) -> None:
     """Say what helps where a small backbone was trained anew, which is what no value of any flag brings back."""
     before = Folder(directory).description()
-    if before is None or origin["backbone"] not in SHAPES_BACKBONES:
+    if before is None or weights is not None or origin["backbone"] not in SHAPES_BACKBONES:
         return
     if before["identity"].get(WEIGHTS) != origin[WEIGHTS]:
         raise InputError(
@@ -162,7 +162,7 @@ def _refuse_other_backbone(directory: Path, origin: dict[str, Any]) -> None:
 def _print_next(settings: RandomSettings, directory: Path) -> None:
     best = directory / "best_cells" / "rank_01.json"
     if best.exists():  # unless every cell has failed
-        print_next(*uses_of_run(directory, settings.data, settings.backbone))
+        print_next(*uses_of_run(directory, settings.data, settings.backbone, settings.head, settings.machine))
 
 
 def _check(settings: RandomSettings) -> None:

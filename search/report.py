@@ -46,7 +46,8 @@ def main(settings: ReportSettings) -> None:
         run = load_run(settings.run)
         print(f"report: {write_report(run, device)}")
         if ranked(run.trials):
-            print_next(*uses_of_run(run.directory, run.settings.data, run.settings.backbone))
+            had = run.settings
+            print_next(*uses_of_run(run.directory, had.data, had.backbone, had.head, had.machine))
         return
     _check(settings)
     out = settings.out or Path("cells.html")

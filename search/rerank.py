@@ -16,7 +16,7 @@ from fast.backbone import WeightsOrigin
 from reference.pyramid_pooling import PoolingVariant
 from search.backbones import backbone_in
 from search.cells.space import canonical_form, load_cells
-from search.cli import Flat, arguments_of, print_defaults, print_next, run_command, this_command, to_type
+from search.cli import Flat, print_defaults, print_next, run_command, this_command, to_train
 from search.datasets import training_pictures
 from search.dense_tasks import Scores
 from search.devices import resolve_device
@@ -167,8 +167,8 @@ def main(settings: RerankSettings) -> None:
 def _print_next(task: EndToEndTask, directory: Path) -> None:
     best = directory / "best_cell.json"
     if best.exists():  # unless every cell has failed
-        of_run = arguments_of(task.settings.data, task.settings.backbone)
-        print_next(to_type("train", "--cell", best, *of_run))
+        had = task.settings
+        print_next(to_train(had.data, had.backbone, had.head, had.machine, "--cell", best))
 
 
 def candidates_of(run: Run, settings: RerankSettings) -> list[Candidate]:

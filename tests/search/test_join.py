@@ -233,25 +233,13 @@ def test_printed_commands_lead_from_a_search_to_an_exported_network(
     exec(load[2], {})
     assert capsys.readouterr().out == "torch.Size([1, 11, 33, 33])\n"
     assert train[:5] == [*spelled("train").split(), "--run", str(run.directory)]
-    small = (
-        "--iterations",
-        "1",
-        "--crop-size",
-        "33",
-        "33",
-        "--batch-size",
-        "2",
-        "--loading-processes",
-        "0",
-        "--device",
-        "cpu",
-    )
-    assert type_in([*train, *small, "--branch-channels", "4", "--out", str(run.directory / "train")], monkeypatch) == 0
-    assert [command[2] for command in printed(capsys.readouterr().out)] == [
-        "search.evaluate",
-        "search.predict",
-        "search.export",
-    ]
+    small = ["--iterations", "1", "--crop-size", "33", "33", "--batch-size", "2", "--loading-processes", "0"]
+    small += ["--device", "cpu", "--out", str(run.directory / "train")]
+    assert type_in([*train, *small], monkeypatch) == 0
+    trained = load_network(run.directory / "train" / "last.safetensors")[0].head.context
+    assert (trained.cell, trained.branch_channels) == (ranked(run.trials)[0].cell, 8)
+    after = [command[2] for command in printed(capsys.readouterr().out)]
+    assert after == ["search.evaluate", "search.predict", "search.export"]
 
 
 def test_a_networks_file_brings_its_backbone(searched: RandomSettings, tmp_path: Path) -> None:
