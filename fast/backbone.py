@@ -36,6 +36,10 @@ _AUTHORS_LOW_LEVEL = {
 }
 
 
+class WeightsFileError(ValueError):
+    """A file of weights is absent, or holds no state dict; no backbone is to blame."""
+
+
 _XCEPTIONS = ("xception41", "xception65", "xception71")  # with the authors' blocks
 
 
@@ -192,19 +196,19 @@ def timm_backbone(
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """A state dict from safetensors or a PyTorch file, without running code from it. Raises ValueError naming the file."""
+    """A state dict from safetensors or a PyTorch file, without running code from it. Raises WeightsFileError."""
     if not path.is_file():
-        raise ValueError(f"weights file {path} does not exist")
+        raise WeightsFileError(f"weights file {path} does not exist")
     try:
         state = _read_state(path)
     except ImportError:  # of safetensors
         raise
     except Exception as error:  # an unknown file can fail to load in any way
         # torch's own message would advise weights_only=False, which runs code from the file
-        raise ValueError(f"weights file {path} cannot be read as safetensors or as a PyTorch state dict") from error
+        raise WeightsFileError(f"weights file {path} cannot be read as safetensors or as a PyTorch state dict") from error
     state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"weights file {path} holds no state dict (a mapping from names to tensors)")
+        raise WeightsFileError(f"weights file {path} holds no state dict (a mapping from names to tensors)")
     return state
 
 

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -163,6 +163,42 @@ def _describe_network(
     }
 
 
+def describe_file(path: Path) -> tuple[Literal["head", "network"], dict[str, Any]] | None:
+    """Which of the two a file is, and its description; None for any other file, a state dict among them, or none at all.
+
+    Raises ValueError naming a file of this format whose description cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError):
+        return None
+    kinds: dict[str, Literal["head", "network"]] = {FORMAT: "head", NETWORK_FORMAT: "network"}
+    kind = kinds.get(metadata.get("format", ""))
+    if kind is None:
+        return None
+    with _building(path, kind):
+        return kind, dict(json.loads(metadata["description"]))
+
+
+def load_backbone(path: Path, *, output_stride: int | None = None, low_level: bool = False) -> Backbone:
+    """Load the backbone alone from a network file, with weights, in evaluation mode. Raises ValueError naming the file.
+
+    It may get another `output_stride` than in the network, and the map at stride 4 for a decoder, because the weights are the
+    same for both.
+    """
+    _, description, state = _read(path, "network", NETWORK_FORMAT)
+    with _building(path, "network"):
+        described = description["backbone"]
+        described |= {"output_stride": output_stride or described["output_stride"]}
+        backbone = _build_backbone(described, low_level=low_level)
+    inner = {key.removeprefix("backbone."): tensor for key, tensor in state.items() if key.startswith("backbone.")}
+    _fill(backbone, inner, path, "network")
+    return backbone
+
+
 def _describe_head(head: SegmentationHead, task: Mapping[str, Any]) -> dict[str, Any]:
     context, outputs = head.context, head.classifier.out_channels
     if "class_names" in task and len(task["class_names"]) != outputs:
@@ -301,6 +337,8 @@ def write_whole(path: Path, content: bytes) -> None:
 def _read(path: Path, kind: str, *formats: str, with_weights: bool = True) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
     from safetensors import SafetensorError, safe_open
 
+    if path.is_dir():  # whose error would speak of a device
+        raise ValueError(f"{kind} {path} is a folder: give a file in it, such as best.safetensors")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

@@ -3,19 +3,45 @@
 import shlex
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import fields, is_dataclass
-from typing import TypeVar, get_type_hints
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
 
 import tyro
 from tyro.conf import OmitArgPrefixes as Flat
 
 from search.commands import spelled, to_install
+from search.datasets import Dataset
+from search.datasets.files import example_picture
 from search.devices import is_full_memory
 from search.errors import InputError, as_flag, with_fields
+from search.settings import (
+    BackboneSettings,
+    DataSettings,
+    HeadSettings,
+    MachineSettings,
+    PictureSettings,
+    TrainingPictures,
+)
 
 # Flat: a group of settings whose fields are flags by their own names, `data: Flat[DataSettings]`. Without it the group's name
 # comes first, as in --large.backbone, for a command that has two groups of one kind.
-__all__ = ["Flat", "flags_of", "in_flags", "run_command", "spelled", "this_command", "to_install"]
+__all__ = [
+    "Flat",
+    "arguments_of",
+    "flags_of",
+    "in_flags",
+    "print_defaults",
+    "print_next",
+    "run_command",
+    "spelled",
+    "this_command",
+    "to_install",
+    "to_train",
+    "to_type",
+    "uses_of_network",
+    "uses_of_run",
+]
 
 Settings = TypeVar("Settings")
 
@@ -70,6 +96,76 @@ def flags_of(settings_type: type) -> dict[str, str]:
             is_positional = tyro.conf.Positional in getattr(annotated, "__metadata__", ())
             flags[name] = name if is_positional else as_flag(name)
     return flags
+
+
+def to_type(command: str, *arguments: object) -> str:
+    """A whole command as it can be typed: `to_type("join", "--run", Path("runs/x y"))`."""
+    return shlex.join([*spelled(command).split(), *map(str, arguments)])
+
+
+def print_next(*commands: str) -> None:
+    """Print what may be typed next; each command ends with this, once all is done."""
+    print("\n".join(f"{'or' if i else 'next'}: {command}" for i, command in enumerate(commands)))
+
+
+def uses_of_run(
+    run: Path, data: DataSettings, backbone: BackboneSettings, head: HeadSettings, machine: MachineSettings
+) -> list[str]:
+    """Commands for a search's folder: to join its best head to the backbone, to train a network around its best cell."""
+    return [to_type("join", "--run", run), to_train(data, backbone, head, machine, "--run", run)]
+
+
+def to_train(
+    data: DataSettings, backbone: BackboneSettings, head: HeadSettings, machine: MachineSettings, *arguments: object
+) -> str:
+    """A command that trains a whole network on what a search had."""
+    if head.branch_channels == HeadSettings().completed(data.dataset).branch_channels:
+        head = replace(head, branch_channels=None)  # what it is anyway
+    kept = MachineSettings(cache_dir=machine.cache_dir)
+    return to_type("train", *arguments, *arguments_of(data, backbone, head, kept))
+
+
+def uses_of_network(network: Path, data: PictureSettings, val: Dataset, *evaluation: str) -> list[str]:
+    """Commands for a network's file, scored on `val`: to evaluate it, to look at what it predicts, to export it.
+
+    `evaluation` are further flags for the first. The second has a picture of `val`, if that is in a file.
+    """
+    of_data = arguments_of(PictureSettings(dataset=data.dataset, data_dir=data.data_dir))
+    split = [] if val.split == "val" else ["--split", val.split]
+    commands = [to_type("evaluate", "--network", network, *of_data, *split, *evaluation)]
+    if (picture := example_picture(val)) is not None:
+        out = network.with_name(f"{network.stem}-predictions")
+        commands.append(to_type("predict", "--network", network, "--pictures", picture, "--out", out))
+    return [*commands, to_type("export", "--network", network, "--out", network.with_suffix(".pt2"))]
+
+
+def arguments_of(*groups: Any) -> list[str]:
+    """The flags with which the fields of these groups, which are `Flat`, are what they are; defaults are left out.
+
+    >>> from search.settings import BackboneSettings, DataSettings
+    >>> arguments_of(DataSettings(dataset="camvid", data_dir="CamVid"), BackboneSettings(pretrained=True))
+    ['--dataset', 'camvid', '--data-dir', 'CamVid', '--pretrained']
+    """
+    given = [(f.name, getattr(group, f.name), f.default) for group in groups for f in fields(group)]
+    return _arguments({name: value for name, value, default in given if value != default})
+
+
+def print_defaults(pictures: TrainingPictures, *groups: tuple[Any, Any]) -> None:
+    """Say which values the fields got that were not given; `groups` are pairs of settings, as given and as completed."""
+    names = [(given, completed, f.name) for given, completed in groups for f in fields(given)]
+    chosen = {name: getattr(completed, name) for given, completed, name in names if getattr(given, name) is None}
+    if flags := shlex.join(_arguments(chosen)):
+        print(f"defaults for {pictures}: {flags} (docs/training.md says why)", file=sys.stderr)
+
+
+def _arguments(values: Mapping[str, Any]) -> list[str]:
+    found = []
+    for name, value in values.items():
+        if value is None or value is False:
+            continue
+        parts = () if value is True else value if isinstance(value, tuple) else (value,)
+        found += [as_flag(name), *map(str, parts)]
+    return found
 
 
 def this_command(prog: str) -> str:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from fast.checkpoint import save_network
 from fast.model_card import write_card
 from search.cells.space import load_cell
-from search.cli import in_flags, run_command, spelled
+from search.cli import in_flags, print_next, run_command, spelled, to_type
 from search.datasets import cityscapes, evaluation_size, pascal_voc
 from search.dense_tasks.segmentation import Segmentation
 from search.errors import InputError
@@ -88,6 +88,16 @@ def main(settings: ConvertSettings) -> None:
     if settings.show_skipped:
         print(*(f"{name}: {in_flags(reason, ConvertSettings)}" for name, reason in skipped.items()), sep="\n")
     print(f"wrote {settings.out} and its model card, {write_card(settings.out)}")
+    print_next(*_next(settings.out, len(task.class_names)))
+
+
+def _next(network: Path, classes: int) -> list[str]:
+    """Export always; evaluate on the authors' data set of so many classes, where docs/datasets.md unpacks it."""
+    export = to_type("export", "--network", network, "--out", network.with_suffix(".pt2"))
+    data = {len(known.CLASS_NAMES): known.__name__.rpartition(".")[2] for known in (cityscapes, pascal_voc)}.get(classes)
+    if data is None:
+        return [export]
+    return [to_type("evaluate", "--network", network, "--dataset", data, "--data-dir", f"data/{data}"), export]
 
 
 def _variables(path: Path) -> tuple[str, Mapping[str, tuple[int, ...]], Callable[[str], NDArray[Any]]]:

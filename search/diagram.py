@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from search.cells.space import load_cell
-from search.cli import run_command, spelled
+from search.cli import print_next, run_command, spelled, to_type
 from search.errors import InputError
 from search.reports.diagram import cell_and_receptive_field_figure, save_figure
 from search.settings import require
@@ -34,6 +34,7 @@ def main(settings: DiagramSettings) -> None:
     except OSError as error:
         raise InputError(f"`out` {settings.out}: cannot be written ({error.strerror}); choose another place") from error
     print(f"picture: {settings.out}")
+    print_next(to_type("report", "--cells", settings.cell))
 
 
 if __name__ == "__main__":

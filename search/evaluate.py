@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from search.cli import Flat, run_command, spelled
+from search.cli import Flat, print_next, run_command, spelled, uses_of_network
 from search.datasets import Dataset, Sample, open_dataset
 from search.dense_tasks import totals_of_nothing
 from search.errors import InputError
 from search.files import write_json
 from search.reports.predictions import overlay, prediction_path, write_picture, write_prediction
-from search.settings import DeviceSettings, PredictionSettings, scored
+from search.settings import DeviceSettings, PictureSettings, PredictionSettings, known, scored
 from search.training.predictor import Predictor
 from search.training.scoring import predict_split
 
@@ -55,6 +55,8 @@ def main(settings: EvaluateSettings) -> None:
     path = settings.out or settings.network.with_name(f"{settings.network.stem}-{dataset.name}-{dataset.split}.json")
     write_json(path, _scores(settings, predictor, dataset, totals))
     print(f"scores: {path}")
+    data = PictureSettings(dataset=settings.dataset or known(predictor.dataset), data_dir=settings.data_dir)
+    print_next(*uses_of_network(settings.network, data, dataset)[1:])
 
 
 def _open(settings: EvaluateSettings, predictor: Predictor) -> Dataset:

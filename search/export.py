@@ -11,6 +11,7 @@ The same holds for a backbone that pads as TensorFlow does, such as MobileNet-v2
 
 import contextlib
 import json
+import shlex
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ from fast.dense_prediction_cell import DensePredictionCell
 from fast.model_card import write_card_for
 from fast.segmentation import SegmentationHead
 from reference.cell import AtrousSeparableConv, Conv1x1, Operation, PyramidPooling
-from search.cli import run_command, spelled, to_install
+from search.cli import print_next, run_command, spelled, to_install
 from search.errors import InputError
 
 ExportFormat = Literal["torch-export", "onnx"]
@@ -95,6 +96,22 @@ def main(settings: ExportSettings) -> None:
     shapes = " and ".join("×".join(map(str, shape)) for shape in result.checked)
     print(f"checked on {shapes}: deviates by {result.deviation:.1e} of the largest logit, at most {TOLERANCE:.0e} is allowed")
     print(f"its model card: {card}")
+    print_next(_loading(settings, (1, channels, *size)))
+
+
+def _loading(settings: ExportSettings, shape: tuple[int, ...]) -> str:
+    """A command that runs the exported program on an input of zeros."""
+    match settings.format:
+        case "torch-export":
+            code = f"import torch; program = torch.export.load({str(settings.out)!r}).module()"
+            code += f"; print(program(torch.zeros{shape}).shape)"
+        case "onnx":
+            code = f"import numpy, onnxruntime; session = onnxruntime.InferenceSession({str(settings.out)!r})"
+            code += f"; inputs = {{session.get_inputs()[0].name: numpy.zeros({shape}, 'float32')}}"
+            code += "; print(session.run(None, inputs)[0].shape)"
+        case _:
+            assert_never(settings.format)
+    return shlex.join(["python", "-c", code])
 
 
 def export(

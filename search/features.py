@@ -1,8 +1,9 @@
 """Backbone features of a data set, computed once (paper, section 3.3): `python -m search.features`."""
 
+import sys
 from dataclasses import dataclass
 
-from search.cli import Flat, run_command, spelled, this_command
+from search.cli import Flat, print_next, run_command, spelled, this_command, to_type
 from search.settings import BackboneSettings, DataSettings, FeatureSettings, MachineSettings
 from search.tasks.feature_cache import prepare_caches
 
@@ -26,6 +27,7 @@ def main(settings: FeaturesSettings) -> None:
     for split, cache in caches.items():
         gigabytes = cache.features.numel() * cache.features.element_size() / 1e9
         print(f"{split}: {cache.directory}, features {tuple(cache.features.shape)} {cache.features.dtype}, {gigabytes:.2f} GB")
+    print_next(to_type("random", *sys.argv[1:]))  # whose flags include all of these
 
 
 if __name__ == "__main__":

@@ -32,10 +32,11 @@ from zlib import crc32
 from tqdm import tqdm
 
 from reference.cell import Cell
+from search.backbones import completed_backbone
 from search.backbones.shapes import WIDE_BACKBONE
 from search.cells.space import canonical_form, load_cell
-from search.cli import Flat, run_command, spelled, this_command
-from search.datasets import Dataset, open_dataset
+from search.cli import Flat, arguments_of, print_next, run_command, spelled, this_command, to_type
+from search.datasets import Dataset, open_dataset, training_pictures
 from search.dense_tasks import Measure
 from search.devices import resolve_device
 from search.errors import InputError, fields_in, with_fields
@@ -179,7 +180,8 @@ def fidelity_cells() -> dict[str, Cell]:
 
 def main(settings: FidelitySettings) -> None:
     """Score what is not scored yet, then report how the protocols agree."""
-    settings = replace(settings, head=settings.head.completed(settings.data.dataset))
+    head, backbone = settings.head.completed(settings.data.dataset), completed_backbone(settings.backbone)
+    settings = replace(settings, head=head, backbone=backbone)
     _check(settings)
     directory = settings.out or Path("runs") / "fidelity" / _dataset(settings.data).name
     protocols = prepare_protocols(settings, directory)
@@ -197,12 +199,14 @@ def main(settings: FidelitySettings) -> None:
             found = {score.protocol for score in scores}
             shown = [protocol for protocol in PROTOCOLS if protocol in found or protocol in settings.protocols]
             print(write_report(directory, scores, shown, this_command(_PROG), measure))
+    print_next(to_type("random", *arguments_of(settings.data, settings.backbone, settings.features, settings.machine)))
 
 
 def prepare_protocols(settings: FidelitySettings, directory: Path) -> list[Protocol]:
     """Prepare the protocols to be run and their caches, so that what cannot work is refused before the first training."""
     device = resolve_device(settings.machine.device)
-    large = settings.large
+    with _fields_of("large"):
+        large = completed_backbone(settings.large)
     if large.backbone is None:
         large = replace(large, backbone=WIDE_BACKBONE if settings.data.dataset == SHAPES else "xception65")
     if large.output_stride is None:
@@ -267,7 +271,7 @@ def _cached(
     if name == "long":
         identity["long_iterations"] = identity.pop("iterations")
     measure, defaults = caches["train"].task.score, declared(*map(type, groups))
-    return Protocol(name, create_task, measure, proxy.iterations, plain(identity), defaults)
+    return Protocol(name, create_task, measure, proxy.steps, plain(identity), defaults)
 
 
 def _of_large(name: str) -> str:
@@ -293,16 +297,16 @@ def _end_to_end(settings: FidelitySettings, directory: Path, device: str) -> Pro
         machine=replace(settings.machine, device=device),
         seed=settings.seed,
     )
-    training = training.completed().validated_last()
 
     def create_task() -> EndToEndTask:
         return EndToEndTask(training, directory)
 
-    own = scored(training.recipe)
     task = create_task()
+    completed = task.settings.recipe
+    own = scored(completed)
     parts = task.identity()
     identity = {f"end_to_end.{name}" if name in own else name: value for name, value in parts.items()}
-    measure, iterations = task.dense_task.score, known(training.recipe.iterations)
+    measure, iterations = task.dense_task.score, known(completed.iterations)
     return Protocol("end_to_end", create_task, measure, iterations, plain(identity), TRAINING_DEFAULTS)
 
 
@@ -392,8 +396,10 @@ def _check(settings: FidelitySettings) -> None:
         with _fields_of("large"):
             settings.large.check()
     if "end_to_end" in settings.protocols:
+        pictures = training_pictures(settings.data, _dataset(settings.data))
         with _fields_of("end_to_end"):
-            settings.end_to_end.completed(settings.data.dataset).check(settings.backbone.stride)
+            stride = settings.backbone.stride
+            settings.end_to_end.completed(pictures, stride).check(stride)
 
 
 if __name__ == "__main__":

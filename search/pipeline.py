@@ -5,9 +5,9 @@ objects in Python: `search_cells`, and `train_network` for what it has found. do
 import copy
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from fast.backbone import Backbone
 from fast.checkpoint import describe_backbone, load_head, load_network, save_head
@@ -15,15 +15,16 @@ from fast.segmentation import SegmentationHead, SegmentationNetwork
 from reference.cell import GRID_SIZES, NUM_BRANCHES, RATES, Cell
 from search.cells.sampler import LAG, create_sampler
 from search.cells.space import ASCENDING, SearchSpace, is_ascending, load_cells
-from search.datasets import Dataset
+from search.datasets import Dataset, training_pictures
 from search.devices import Devices, resolve_device
 from search.errors import InputError
 from search.folder import Folder
 from search.reports.run_files import finish_run
-from search.runs.search import BEST_HEAD, Search, SearchPlan
+from search.runs.search import BEST_HEAD, HEADS, Search, SearchPlan
 from search.runs.study import Run, RunSettings, load_run, open_run, ranked
 from search.runs.workers import open_workers
 from search.settings import (
+    SHAPES,
     BackboneSettings,
     DataSettings,
     FeatureSettings,
@@ -35,6 +36,7 @@ from search.settings import (
     changes_no_score,
     declared,
     given,
+    known,
     require,
     scored,
 )
@@ -44,7 +46,6 @@ from search.training.loop import Training
 from search.training.network import training_identity, weights_sum
 
 KNOWN_CELLS = ("aspp", "dpc")
-QUICK_PROXY, SMALL_HEAD = ProxySettings(iterations=80, learning_rate=0.2), HeadSettings(branch_channels=64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +54,8 @@ class SearchSettings:
 
     storage: str | None = None
     """Database URL of the study, such as postgresql://host/name. None: a SQLite file in the run's folder."""
-    trials: int = changes_no_score(12)
-    """Number of cells to try in all, those of earlier runs of this command included."""
+    trials: int | None = changes_no_score(None)
+    """Number of cells to try in all, those of earlier runs of this command included. None: 100; 12 for shapes."""
     branches: int = NUM_BRANCHES
     """Branches per cell."""
     rates: tuple[int, ...] = RATES
@@ -76,9 +77,13 @@ class SearchSettings:
     cells_per_gpu: int = changes_no_score(1)
     """Cells trained at a time on one GPU, which one alone does not fill; scores are the same. It gains nothing on a CPU."""
 
+    def completed(self, dataset: str) -> Self:
+        """With the defaults for a data set where nothing was given."""
+        return replace(self, trials=given(self.trials, 12 if dataset == SHAPES else 100))
+
     def check(self) -> None:
         """Raise InputError for what cannot work."""
-        require("trials", self.trials, self.trials >= 1, "at least 1")
+        require("trials", self.trials, given(self.trials, 1) >= 1, "at least 1")
         require("branches", self.branches, self.branches >= 1, "at least 1")
         require("rates", _spaced(self.rates), is_ascending(self.rates), ASCENDING)
         require("grids", _spaced(self.grids), is_ascending(self.grids), ASCENDING)
@@ -129,8 +134,8 @@ def search_cells(
     out: Path | str,
     *,
     search: SearchSettings | None = None,
-    proxy: ProxySettings = QUICK_PROXY,
-    head: HeadSettings = SMALL_HEAD,
+    proxy: ProxySettings | None = None,
+    head: HeadSettings | None = None,
     features: FeatureSettings | None = None,
     machine: MachineSettings | None = None,
 ) -> Found:
@@ -140,14 +145,15 @@ def search_cells(
     cells if `trials` is raised; another data set, backbone or setting is refused in the same folder. The backbone is moved to
     the machine's device and put in evaluation mode. Raises InputError for what cannot be used.
     """
-    search, features = given(search, SearchSettings()), given(features, FeatureSettings())
+    search, features = given(search, SearchSettings()).completed(train.name), given(features, FeatureSettings())
+    proxy, head = given(proxy, ProxySettings()), given(head, HeadSettings()).completed(train.name)
     machine = given(machine, MachineSettings())
     for group in (search, proxy, head):
         group.check()
     features.check(backbone.output_stride)
-    head = head.completed(train.name)
     directory, command = Path(out), f"search_cells(train, val, backbone, {str(out)!r}, ...) in Python"
     caches = caches_of(train, val, backbone, features, machine, command)
+    proxy = proxy.completed(caches["train"].pictures)
     settings = RunSettings(_data_of(train, val), _settings_of(backbone), features, head, machine)
     identity = scored(search, features, head, proxy) | facts_of(caches)
     defaults = declared(SearchSettings, FeatureSettings, HeadSettings, ProxySettings)
@@ -198,15 +204,15 @@ def _training_settings(
     network: SegmentationNetwork, train: Dataset, val: Dataset, recipe: RecipeSettings, machine: MachineSettings, seed: int
 ) -> TrainingSettings:
     """The settings that a command would have been given for these objects, completed."""
-    context = network.head.context
+    context, data = network.head.context, _data_of(train, val)
     return TrainingSettings(
-        data=_data_of(train, val),
+        data=data,
         backbone=_settings_of(network.backbone),
         head=HeadSettings(branch_channels=context.branch_channels, pooling=context.pooling, dropout=context.dropout.p),
         recipe=recipe,
         machine=machine,
         seed=seed,
-    ).completed()
+    ).completed(training_pictures(data, train))
 
 
 def load_found(directory: Path | str) -> Found:
@@ -215,7 +221,7 @@ def load_found(directory: Path | str) -> Found:
     best = next(iter(ranked(run.trials)), None)
     if best is None or best.result is None:
         raise InputError(f"no cell of {directory} has a score{_first_failure(run)}")
-    head, _ = load_head(run.directory / "heads" / f"{BEST_HEAD}.safetensors")
+    head, _ = load_head(run.directory / HEADS / f"{BEST_HEAD}.safetensors")
     return Found(run.directory, best.cell, best.result.score, head)
 
 
@@ -237,7 +243,7 @@ def run_search(
     is what the user typed.
     """
     device = resolve_device(settings.machine.device)
-    plan = SearchPlan(search.trials, load_cells(search.compare), search.comparison_seeds, search.seed)
+    plan = SearchPlan(known(search.trials), load_cells(search.compare), search.comparison_seeds, search.seed)
     maps = feature_maps(proxy, settings.head, **caches)  # refuses a wrong crop size before the run begins
     space = SearchSpace(search.branches, search.rates, search.grids, maps)
     origin, task = caches["train"].identity, caches["train"].task
@@ -250,7 +256,7 @@ def run_search(
     def keep_head(name: str, trained: SegmentationHead) -> None:
         backbone = {key: origin[key] for key in ("backbone", "weights_origin", "output_stride", "dataset")}
         backbone |= {"weights_hash": origin[WEIGHTS], "mean": origin[MEAN], "std": origin[STD]}
-        path = directory / "heads" / f"{name}.safetensors"
+        path = directory / HEADS / f"{name}.safetensors"
         save_head(path, trained, task=task.describe(), backbone=backbone)
 
     run = open_run(
@@ -267,7 +273,7 @@ def run_search(
     with (
         run as study,
         open_workers(
-            create_task, search.workers, settings.machine.device, proxy.iterations, in_turns=search.cells_per_gpu
+            create_task, search.workers, settings.machine.device, proxy.steps, in_turns=search.cells_per_gpu
         ) as workers,
     ):
         print(f"search space: {'; '.join(space.describe())}", file=sys.stderr)

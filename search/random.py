@@ -15,12 +15,16 @@ if not __package__:  # started as a file, or taken for Python's own, by Python i
     _command = _started.stem if _is_here else "random"
     sys.exit(f"error: start it in the repository's root by python -m search.{_command}: here, random.py hides Python's own")
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from search.cli import Flat, run_command, spelled, this_command
+from search.backbones import completed_backbone
+from search.backbones.shapes import SHAPES_BACKBONES
+from search.cli import Flat, print_defaults, print_next, run_command, spelled, this_command, uses_of_run
 from search.datasets import open_dataset
-from search.pipeline import QUICK_PROXY, SMALL_HEAD, SearchSettings, run_search
+from search.errors import InputError
+from search.folder import Folder
+from search.pipeline import SearchSettings, run_search
 from search.runs.study import RunSettings
 from search.settings import (
     BackboneSettings,
@@ -33,7 +37,7 @@ from search.settings import (
     declared,
     scored,
 )
-from search.tasks.feature_cache import FeatureCache, facts_of, prepare_caches
+from search.tasks.feature_cache import WEIGHTS, FeatureCache, facts_of, prepare_caches
 
 _PROG = spelled("random")
 _RENAMED = {"--cells": "--trials", "--name": "--out FOLDER", "--runs-dir": "--out FOLDER"}
@@ -45,8 +49,8 @@ class RandomSettings(SearchSettings):
 
     out: Path | None = changes_no_score(None)
     """Folder of the run. None: runs/ and the data set's name."""
-    proxy: Flat[ProxySettings] = QUICK_PROXY
-    head: Flat[HeadSettings] = SMALL_HEAD
+    proxy: Flat[ProxySettings] = ProxySettings()
+    head: Flat[HeadSettings] = HeadSettings()
     data: Flat[DataSettings] = DataSettings()
     backbone: Flat[BackboneSettings] = BackboneSettings()
     features: Flat[FeatureSettings] = FeatureSettings()
@@ -57,30 +61,50 @@ def main(settings: RandomSettings) -> None:
     """Search, compare, report."""
     for group in (settings.proxy, settings.head, settings.backbone, settings):
         group.check()
-    data, backbone, features, machine = settings.data, settings.backbone, settings.features, settings.machine
-    head, command = settings.head.completed(data.dataset), this_command(_PROG)
-    caches = prepare_caches(data, backbone, features, machine, command)
-    directory = settings.out or Path("runs") / caches["train"].identity["dataset"]
+    data, command = settings.data, this_command(_PROG)
+    caches = prepare_caches(data, settings.backbone, settings.features, settings.machine, command)
+    settings, typed = completed_for(caches["train"], settings), settings
+    origin = caches["train"].identity
+    directory = settings.out or Path("runs") / origin["dataset"]
+    _refuse_other_backbone(directory, origin, settings.backbone.weights)
+    print_defaults(caches["train"].pictures, (typed, settings), (typed.proxy, settings.proxy), (typed.head, settings.head))
+    groups = settings, data, settings.backbone, settings.features, settings.head, settings.proxy
     run_search(
         directory,
         settings,
         settings.proxy,
-        RunSettings(data, backbone, features, head, machine),
+        RunSettings(data, settings.backbone, settings.features, settings.head, settings.machine),
         caches,
         open_dataset(data.dataset, data.val_split, data.data_dir, data.task),
-        identity=_identity(settings, head, caches),
-        defaults=declared(*map(type, _groups(settings, head))),
+        identity=scored(*groups) | facts_of(caches),
+        defaults=declared(*map(type, groups)),
         command=command,
+    )
+    if (directory / "best_cells" / "rank_01.json").exists():  # unless every cell has failed
+        print_next(*uses_of_run(directory, data, settings.backbone, settings.head, settings.machine))
+
+
+def completed_for(features: FeatureCache, settings: RandomSettings) -> RandomSettings:
+    """The settings with what follows from the data, and from a network whose file is given as `weights`."""
+    dataset = settings.data.dataset  # as it was given: shapes for both of its tasks
+    return replace(
+        settings.completed(dataset),
+        proxy=settings.proxy.completed(features.pictures._replace(dataset=dataset)),
+        head=settings.head.completed(dataset),
+        backbone=completed_backbone(settings.backbone),
     )
 
 
-def _identity(settings: RandomSettings, head: HeadSettings, caches: dict[str, FeatureCache]) -> dict[str, Any]:
-    """The settings that all scores of a run depend on: other values are refused in the same folder."""
-    return scored(*_groups(settings, head)) | facts_of(caches)
-
-
-def _groups(settings: RandomSettings, head: HeadSettings) -> tuple[Any, ...]:
-    return settings, settings.data, settings.backbone, settings.features, head, settings.proxy
+def _refuse_other_backbone(directory: Path, origin: dict[str, Any], weights: Path | None) -> None:
+    """Say what helps where a small backbone was trained anew, which is what no value of any flag brings back."""
+    before = Folder(directory).description()
+    if before is None or weights is not None or origin["backbone"] not in SHAPES_BACKBONES:
+        return
+    if before["identity"].get(WEIGHTS) != origin[WEIGHTS]:
+        raise InputError(
+            f"run {directory} was begun with another training of {origin['backbone']}, whose weights depend on machine and "
+            "threads: give the `cache_dir` that it was trained in, another `out`, or delete that folder"
+        )
 
 
 if __name__ == "__main__":

@@ -6,12 +6,12 @@ With `--cells dpc mine.json head.safetensors` the page is of these cells: pictur
 from dataclasses import dataclass
 from pathlib import Path
 
-from search.cli import Flat, run_command, spelled
+from search.cli import Flat, print_next, run_command, spelled, to_type, uses_of_run
 from search.devices import resolve_device
 from search.errors import InputError
 from search.reports.cells import write_cell_report
 from search.reports.run import write_report
-from search.runs.study import load_run
+from search.runs.study import load_run, ranked
 from search.settings import CellSettings, DeviceSettings, require
 
 
@@ -43,7 +43,11 @@ def main(settings: ReportSettings) -> None:
     if settings.run is not None:
         if settings.out is not None:
             raise InputError(f"`out` is for `cells`: the report of a run is {settings.run / 'report.html'}")
-        print(f"report: {write_report(load_run(settings.run), device)}")
+        run = load_run(settings.run)
+        print(f"report: {write_report(run, device)}")
+        if ranked(run.trials):
+            had = run.settings
+            print_next(*uses_of_run(run.directory, had.data, had.backbone, had.head, had.machine))
         return
     _check(settings)
     out = settings.out or Path("cells.html")
@@ -58,6 +62,8 @@ def main(settings: ReportSettings) -> None:
         device=device,
     )
     print(f"report: {out}")
+    if cells := [cell for cell in settings.cells if not cell.endswith(".safetensors")]:
+        print_next(to_type("random", "--compare", *cells))
 
 
 def _check(settings: ReportSettings) -> None:

@@ -14,8 +14,10 @@ from tqdm import tqdm
 
 from fast.backbone import WeightsOrigin
 from reference.pyramid_pooling import PoolingVariant
+from search.backbones import backbone_in
 from search.cells.space import canonical_form, load_cells
-from search.cli import Flat, run_command, spelled, this_command
+from search.cli import Flat, print_defaults, print_next, run_command, spelled, this_command, to_train
+from search.datasets import training_pictures
 from search.dense_tasks import Scores
 from search.devices import resolve_device
 from search.errors import InputError
@@ -84,9 +86,10 @@ class RunOverrides:
         )
 
     def network(self, run: BackboneSettings) -> BackboneSettings:
-        """The backbone's settings; if other weights are given, only the name of the run's backbone is kept."""
+        """The backbone's settings; if other weights are given, only the name of the run's backbone is kept, if any."""
         is_another = self.backbone is not None or self.weights is not None or self.pretrained
-        before = BackboneSettings(backbone=run.backbone, output_stride=run.output_stride) if is_another else run
+        name = run.backbone if backbone_in(self.weights) is None else None  # a network's file has its own
+        before = BackboneSettings(backbone=name, output_stride=run.output_stride) if is_another else run
         return replace(
             before,
             backbone=given(self.backbone, before.backbone),
@@ -150,14 +153,23 @@ def main(settings: RerankSettings) -> None:
         )
     candidates = candidates_of(run, settings)
     identity = task.identity()  # builds a network, so that one that cannot be built leaves no folder behind
-    workers = open_workers(create_task, settings.workers, settings.device.device, known(training.recipe.iterations))
+    workers = open_workers(create_task, settings.workers, settings.device.device, known(task.settings.recipe.iterations))
     with folder.locked():
         folder.begin(identity, this_command(_PROG), defaults=TRAINING_DEFAULTS)
         with workers as opened:
+            print_defaults(training_pictures(training.data, task.train), (training.recipe, task.settings.recipe))
             try:
                 _train(task, opened, candidates, settings)
             finally:  # also after Ctrl-C: report what there is
                 finish_reranking(directory, ranks(task, candidates, settings), settings.seeds, task.dense_task)
+    _print_next(task, directory)
+
+
+def _print_next(task: EndToEndTask, directory: Path) -> None:
+    best = directory / "best_cell.json"
+    if best.exists():  # unless every cell has failed
+        had = task.settings
+        print_next(to_train(had.data, had.backbone, had.head, had.machine, "--cell", best))
 
 
 def candidates_of(run: Run, settings: RerankSettings) -> list[Candidate]:
@@ -178,10 +190,7 @@ def candidates_of(run: Run, settings: RerankSettings) -> list[Candidate]:
 
 
 def training_settings(settings: RerankSettings, run: Run) -> TrainingSettings:
-    """The settings of each training: what is given, else what the run was made with.
-
-    Unless told otherwise there is one validation, after the last iteration.
-    """
+    """The settings of each training: what is given, else what the run was made with."""
     overrides, of_run = settings.overrides, run.settings
     training = TrainingSettings(
         data=overrides.data(of_run.data),
@@ -194,7 +203,7 @@ def training_settings(settings: RerankSettings, run: Run) -> TrainingSettings:
         ),
         seed=settings.seed,
     )
-    return training.completed().validated_last()
+    return training
 
 
 def _train(

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar, get_args, get_type_hints
+from typing import Any, Literal, NamedTuple, Self, TypeVar, get_args, get_type_hints
 
 from fast.backbone import WeightsOrigin
 from fast.train_step import Precision
@@ -22,6 +22,14 @@ Value = TypeVar("Value")
 Group = TypeVar("Group")
 
 SHAPES = "shapes"  # the generated scenes
+
+# The authors' crops and numbers of steps in whole trainings, for the data sets that they trained on.
+_AUTHORS = {
+    "cityscapes": ((769, 769), 90_000),
+    "pascal_voc": ((513, 513), 30_000),
+    "pascal_person_part": ((513, 513), 30_000),
+}
+_CITYSCAPES_PICTURES = 2975
 
 
 def changes_no_score(default: Value) -> Value:
@@ -104,6 +112,46 @@ def given(value: Value | None, default: Value) -> Value:
     return default if value is None else value
 
 
+def rounded_up(size: tuple[int, int], stride: int) -> tuple[int, int]:
+    """The smallest height and width of the form stride·k + 1 that hold a picture of this size.
+
+    >>> rounded_up((224, 300), 16)
+    (225, 305)
+    """
+    height, width = (-(-(extent - 1) // stride) * stride + 1 for extent in size)
+    return height, width
+
+
+class TrainingPictures(NamedTuple):
+    """What defaults follow from: the data set as it was given, and how many pictures of which size are to be trained on."""
+
+    dataset: str
+    number: int
+    size: tuple[int, int]  # height and width in pixels of the first one
+
+    def __str__(self) -> str:
+        return f"{self.dataset}, {self.number} pictures of {self.size[0]}×{self.size[1]}"
+
+    def steps(self, paper: int, paper_batch: int, batch: int, least: int) -> int:
+        """As many passes over the pictures as the paper's number of steps makes over Cityscapes, with two digits.
+
+        >>> TrainingPictures("mine.toml", 40, (224, 300)).steps(90_000, 16, batch=16, least=1000)
+        1200
+        """
+        passes = paper * paper_batch / _CITYSCAPES_PICTURES
+        steps = float(f"{passes * self.number / batch:.2g}")
+        return int(min(max(steps, least), paper))
+
+    def crop(self, output_stride: int) -> tuple[int, int]:
+        """The size of the pictures, rounded up to stride·k + 1, at most the paper's 769.
+
+        >>> TrainingPictures("mine.toml", 40, (224, 300)).crop(16)
+        (225, 305)
+        """
+        height, width = rounded_up(self.size, output_stride)
+        return min(height, 769), min(width, 769)
+
+
 @dataclass(frozen=True, kw_only=True)
 class PictureSettings:
     """The data set."""
@@ -133,7 +181,8 @@ class BackboneSettings:
     backbone: str | None = None
     """Any timm model with feature maps. None: a small one trained on the spot for shapes, mobilenetv2_100 for other data."""
     weights: Path | None = changes_no_score(None)  # its content is checked by the hash of the weights
-    """Local file of the backbone's weights (safetensors or PyTorch state dict, in timm's key names)."""
+    """Local file of the backbone's weights (safetensors or PyTorch state dict, in timm's key names), or a network of this
+    project, whose backbone is then used."""
     weights_origin: WeightsOrigin = "timm"
     """Where the weights were trained; weights from tensorflow expect its padding, epsilon 1e-3 and inputs in -1..1."""
     pretrained: bool = changes_no_score(False)
@@ -211,12 +260,14 @@ class HeadSettings(CellSettings):
 class ProxySettings:
     """The short training on cached features. The paper: 30,000 iterations, learning rate 0.01, batch 8."""
 
-    iterations: int = 30_000
-    """Training steps per cell."""
+    iterations: int | None = None
+    """Training steps per cell. None: by the number of pictures (docs/training.md); the paper's 30,000 for its data, 80 for
+    shapes."""
     batch_size: int = 8
     """Crops per step."""
-    learning_rate: float = 0.01
-    """Initial learning rate; it falls to 0 by the power 0.9 of the remaining share of steps."""
+    learning_rate: float | None = None
+    """Initial learning rate; it falls to 0 by the power 0.9 of the remaining share of steps. None: 0.1; the paper's 0.01 for
+    its data, 0.2 for shapes."""
     momentum: float = 0.9
     """Momentum of stochastic gradient descent."""
     weight_decay: float = 4e-5
@@ -228,14 +279,29 @@ class ProxySettings:
     statistics_batches: int = 16
     """Training batches from which the batch norm statistics are recomputed before scoring."""
 
+    @property
+    def steps(self) -> int:
+        """Training steps per cell, after `completed`."""
+        return known(self.iterations)
+
+    def completed(self, pictures: TrainingPictures) -> Self:
+        """With defaults where nothing was given: the paper's for its data, small ones for shapes, else by the pictures."""
+        if pictures.dataset == SHAPES:
+            iterations, rate = 80, 0.2
+        elif pictures.dataset in _AUTHORS:
+            iterations, rate = 30_000, 0.01
+        else:
+            iterations, rate = pictures.steps(30_000, 8, batch=self.batch_size, least=200), 0.1
+        return replace(self, iterations=given(self.iterations, iterations), learning_rate=given(self.learning_rate, rate))
+
     def check(self) -> None:
         """Raises InputError for numbers that cannot work."""
-        require("iterations", self.iterations, self.iterations >= 1, "at least 1")
+        require("iterations", self.iterations, given(self.iterations, 1) >= 1, "at least 1")
         require("batch_size", self.batch_size, self.batch_size >= 1, "at least 1")
         require("statistics_batches", self.statistics_batches, self.statistics_batches >= 1, "at least 1")
         require("momentum", self.momentum, self.momentum >= 0, "at least 0")
         require("weight_decay", self.weight_decay, self.weight_decay >= 0, "at least 0")
-        require("learning_rate", self.learning_rate, self.learning_rate > 0, "above 0")
+        require("learning_rate", self.learning_rate, given(self.learning_rate, 1.0) > 0, "above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,7 +311,8 @@ class RecipeSettings:
     decoder: bool = False
     """Add DeepLabv3+'s decoder, which also reads a feature map at stride 4."""
     crop_size: tuple[int, int] | None = None
-    """Height and width in pixels of the training crops, stride·k + 1 each. None: 769 769; 257 257 for shapes."""
+    """Height and width in pixels of the training crops, stride·k + 1 each. None: the picture's, at most 769 769;
+    769 769 for cityscapes, 513 513 for pascal_voc and pascal_person_part, 257 257 for shapes."""
     min_scale: float | None = None
     """Smallest random scale of a training picture. None: 0.5."""
     max_scale: float | None = None
@@ -253,11 +320,12 @@ class RecipeSettings:
     scale_step: float = 0.25
     """Step between the scales that may be drawn; 0 allows any scale in the range."""
     batch_size: int | None = None
-    """Crops per iteration, of all devices together. None: 16; 8 for shapes."""
+    """Crops per iteration, of all devices together. None: 16, or fewer where there are fewer pictures; 8 for shapes."""
     accumulate: int = 1
     """Passes per iteration, among which its crops are divided; more passes take less memory."""
     iterations: int | None = None
-    """Steps of the optimiser. None: 90,000; 150 for shapes."""
+    """Steps of the optimiser. None: by the number of pictures (docs/training.md); 90,000 for cityscapes, 30,000 for pascal_voc
+    and pascal_person_part, 150 for shapes."""
     learning_rate: float | None = None
     """Initial learning rate; it falls to 0 by the power 0.9 of the remaining share. None: 0.01; 0.05 for shapes."""
     slow_start_iterations: int = 0
@@ -289,17 +357,23 @@ class RecipeSettings:
     loading_processes: int = changes_no_score(2)
     """Processes that load pictures, for each network in training; with 0, pictures are loaded between iterations."""
 
-    def completed(self, dataset: str) -> Self:
-        """With the defaults for a data set where nothing was given: the paper's, or small ones for the generated scenes."""
-        small = dataset == SHAPES
+    def completed(self, pictures: TrainingPictures, output_stride: int) -> Self:
+        """With defaults where nothing was given: the authors' for their data, small ones for shapes, else by the pictures."""
+        if pictures.dataset == SHAPES:
+            crop_size, batch_size, iterations, rate = (257, 257), 8, 150, 0.05
+        elif pictures.dataset in _AUTHORS:
+            (crop_size, iterations), batch_size, rate = _AUTHORS[pictures.dataset], 16, 0.01
+        else:
+            crop_size, batch_size, rate = pictures.crop(output_stride), min(16, max(4, pictures.number)), 0.01
+            iterations = pictures.steps(90_000, 16, batch=max(1, given(self.batch_size, batch_size)), least=1000)
         return replace(
             self,
-            crop_size=given(self.crop_size, (257, 257) if small else (769, 769)),
+            crop_size=given(self.crop_size, crop_size),
             min_scale=given(self.min_scale, 0.5),
             max_scale=given(self.max_scale, 2.0),
-            batch_size=given(self.batch_size, 8 if small else 16),
-            iterations=given(self.iterations, 150 if small else 90_000),
-            learning_rate=given(self.learning_rate, 0.05 if small else 0.01),
+            batch_size=given(self.batch_size, batch_size),
+            iterations=given(self.iterations, iterations),
+            learning_rate=given(self.learning_rate, rate),
         )
 
     def check(self, output_stride: int) -> None:
@@ -387,10 +461,10 @@ class TrainingSettings:
     machine: MachineSettings = MachineSettings()
     seed: int = 0
 
-    def completed(self) -> Self:
-        """With the defaults for the data set where nothing was given."""
-        dataset = self.data.dataset
-        return replace(self, head=self.head.completed(dataset), recipe=self.recipe.completed(dataset))
+    def completed(self, pictures: TrainingPictures) -> Self:
+        """With the defaults for the pictures where nothing was given."""
+        recipe = self.recipe.completed(pictures, self.backbone.stride)
+        return replace(self, head=self.head.completed(pictures.dataset), recipe=recipe)
 
     def validated_last(self) -> Self:
         """The completed settings with one validation, after the last iteration, unless told otherwise."""

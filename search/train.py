@@ -14,8 +14,8 @@ import torch
 from fast.model_card import write_card
 from reference.cell import Cell
 from search.cells.space import load_cell
-from search.cli import Flat, run_command, spelled, this_command
-from search.datasets import Dataset, open_splits
+from search.cli import Flat, print_defaults, print_next, run_command, spelled, this_command, uses_of_network
+from search.datasets import Dataset, open_splits, training_pictures
 from search.devices import Devices, join_devices
 from search.errors import InputError
 from search.folder import Folder
@@ -27,11 +27,12 @@ from search.settings import (
     HeadSettings,
     MachineSettings,
     RecipeSettings,
+    TrainingPictures,
     TrainingSettings,
     plain,
 )
 from search.training.loop import NotFiniteTrainingError, Training, TrainingResult
-from search.training.network import create_network, initial_network, training_identity
+from search.training.network import completed_training, create_network, initial_network, is_head, training_identity
 
 _PROG = spelled("train")
 _RENAMED = {"--workers": "--loading-processes"}
@@ -49,7 +50,8 @@ class TrainSettings:
     run: Path | None = None
     """Folder of a search (runs/x), to train its best cell."""
     init: Path | None = None
-    """Whole network to start from, with its architecture; with other outputs its last layer begins anew."""
+    """Network to start from, with its architecture; with other outputs its last layer begins anew. Or a head that a search has
+    kept, beside the backbone's flags."""
     seed: int = 0
     """Seed of everything: initial weights, order of the pictures, crops, dropout."""
     out: Path | None = None
@@ -60,25 +62,27 @@ class TrainSettings:
     recipe: Flat[RecipeSettings] = RecipeSettings()
     machine: Flat[MachineSettings] = MachineSettings()
 
-    def training(self) -> TrainingSettings:
-        """The settings that every training has, completed."""
-        return TrainingSettings(
+    def training(self, pictures: TrainingPictures) -> TrainingSettings:
+        """The settings that every training has, completed for the pictures to train on."""
+        settings = TrainingSettings(
             data=self.data,
             backbone=self.backbone,
             head=self.head,
             recipe=self.recipe,
             machine=self.machine,
             seed=self.seed,
-        ).completed()
+        )
+        return completed_training(settings, pictures, self.init)
 
 
 def main(settings: TrainSettings) -> None:
     """Train, or continue a training, then print where the network is."""
-    training = settings.training()
-    _check(settings, training)
+    _check(settings)
+    train, val = open_splits(settings.data)
+    training = settings.training(training_pictures(settings.data, train))
+    training.check()
     devices = join_devices(settings.machine.device)
     try:
-        train, val = open_splits(settings.data)
         directory = settings.out or Path("runs") / "train" / train.name
         result = _train(settings, training, train, val, directory, devices)
         if devices.rank == 0:
@@ -86,6 +90,7 @@ def main(settings: TrainSettings) -> None:
             print(f"best {score.name} on {val.name} {val.split}: {score.text(result.best)}")
             print(f"network: {directory / 'best.safetensors'}")
             print(f"its model card: {write_card(directory / 'best.safetensors')}")
+            print_next(*uses_of_network(directory / "best.safetensors", settings.data, val))
     except NotFiniteTrainingError as error:
         raise InputError(
             f"{error}: begin again with a lower `learning_rate` or more `slow_start_iterations`, and another `out`; "
@@ -111,6 +116,9 @@ def _train(
     with folder.locked() if devices.rank == 0 else nullcontext():  # only the first process writes
         if devices.rank == 0:
             folder.begin(identity, this_command(_PROG), defaults=TRAINING_DEFAULTS)
+            pictures = training_pictures(settings.data, train)
+            head = [] if settings.init is not None else [(settings.head, training.head)]  # else it is in the file
+            print_defaults(pictures, *head, (settings.recipe, training.recipe))
         return Training(training, network, train, val, directory, devices, source=plain(settings) | plain(training)).run()
 
 
@@ -135,22 +143,21 @@ def _cell(settings: TrainSettings, dataset: str) -> Cell:
     return load_cell(str(path))
 
 
-def _check(settings: TrainSettings, training: TrainingSettings) -> None:
-    training.check()
+def _check(settings: TrainSettings) -> None:
     if settings.cell is not None and settings.run is not None:
         raise InputError("`cell` and `run` both name a cell: leave one out")
     if settings.init is None:
         return
     backbone = settings.backbone
-    brought = {
-        "`cell`": settings.cell,
-        "`run`": settings.run,
-        "`backbone`": backbone.backbone,
-        "`weights`": backbone.weights,
-        "`pretrained`": backbone.pretrained,
-        "`output_stride`": backbone.output_stride,
-        "`decoder`": settings.recipe.decoder,
-    }
+    brought: dict[str, object] = {"`cell`": settings.cell, "`run`": settings.run}
+    if not is_head(settings.init):
+        brought |= {
+            "`backbone`": backbone.backbone,
+            "`weights`": backbone.weights,
+            "`pretrained`": backbone.pretrained,
+            "`output_stride`": backbone.output_stride,
+            "`decoder`": settings.recipe.decoder,
+        }
     if given := [field for field, value in brought.items() if value]:
         raise InputError(f"`init` brings its own architecture and weights: leave out {', '.join(given)}")
 

@@ -19,7 +19,7 @@ from reference.upsampled_cross_entropy import IGNORE_INDEX as IGNORE_INDEX
 from search.commands import spelled
 from search.dense_tasks import DenseTask, Label
 from search.errors import InputError
-from search.settings import DataSettings, TaskName
+from search.settings import DataSettings, TaskName, TrainingPictures
 
 DATASETS = ("shapes", "camvid", "cityscapes", "pascal_voc", "pascal_person_part")
 SPLITS = ("train", "val")  # what a search needs; a data set may have more
@@ -125,6 +125,12 @@ def open_dataset(name: str, split: str, data_dir: Path | None, task: TaskName | 
     if first:
         raise InputError(first)
     return dataset
+
+
+def training_pictures(data: DataSettings, train: Dataset) -> TrainingPictures:
+    """What the defaults of a training follow from. Raises InputError for a first picture that cannot be used."""
+    height, width = train[0].label.shape
+    return TrainingPictures(data.dataset, len(train), (height, width))
 
 
 def open_splits(data: DataSettings) -> tuple[Dataset, Dataset]:

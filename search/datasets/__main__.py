@@ -10,9 +10,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-from search.cli import in_flags, run_command, spelled
+from search.cli import arguments_of, in_flags, print_next, run_command, spelled, to_type
 from search.datasets.check import check_folder
-from search.settings import TaskName, require
+from search.settings import SHAPES, DataSettings, TaskName, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +43,8 @@ def main(settings: CheckSettings) -> None:
     print(in_flags("\n\n".join(filter(None, [text, "\n".join(problems or ["no problems"])])), CheckSettings))
     if problems:
         sys.exit(1)
+    data = DataSettings(dataset=settings.dataset, data_dir=settings.data_dir, task=settings.task)
+    print_next(to_type("random", *arguments_of(data), *(["--pretrained"] if settings.dataset != SHAPES else [])))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from search.datasets import IGNORE_INDEX, Sample
+from search.datasets import IGNORE_INDEX, Dataset, Sample
 from search.dense_tasks import RGB, DenseTask
 from search.errors import InputError
 
@@ -220,6 +220,11 @@ def shown_as(path: Path) -> dict[RGB, int]:
     values, first = np.unique(np.array(picture), return_index=True)
     colours = [(r, g, b) for r, g, b, _ in np.array(picture.convert("RGBA")).reshape(-1, 4)[first].tolist()]
     return {colour: value for colour, value in zip(colours, values.tolist(), strict=True) if colours.count(colour) == 1}
+
+
+def example_picture(dataset: Dataset) -> Path | None:
+    """The file of the first picture; None if pictures are not in files."""
+    return dataset.pairs[0].image if isinstance(dataset, FileDataset) else None
 
 
 def read_image(path: Path) -> NDArray[np.uint8]:

@@ -19,7 +19,7 @@ from search.dense_tasks import DenseTask, details_beside, measures_beside
 from search.files import write_text, write_whole
 from search.reports.rank_correlation import ties
 from search.reports.run import write_report
-from search.runs.search import BEST_HEAD, head_name
+from search.runs.search import BEST_HEAD, HEADS, head_name
 from search.runs.study import BaselineRecord, TrialRecord, comparison_label, load_run, ranked
 from search.tasks.feature_cache import FeatureCache
 
@@ -91,7 +91,7 @@ def _write_examples(directory: Path, val: FeatureCache, dataset: Dataset, compar
     heads = {
         name: load_head(path)[0]
         for name, file in files.items()
-        if (path := directory / "heads" / f"{file}.safetensors").exists()
+        if (path := directory / HEADS / f"{file}.safetensors").exists()
     }
     arrays: dict[str, NDArray[Any]] = {}
     for row, index in enumerate(np.linspace(0, len(dataset) - 1, min(_EXAMPLES, len(dataset))).round().astype(int)):

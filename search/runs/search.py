@@ -18,6 +18,7 @@ from search.runs.workers import Job, Outcome, Workers
 from search.tasks.proxy import ProxyResult
 
 _NO_SCORE = -1.0  # below all scores: the first one is the best, also if it is 0
+HEADS = "heads"  # folder in a run's for the heads that are kept
 BEST_HEAD = "best"  # name under which a run keeps the head of its best cell
 
 # Random streams are named (seed of the run, purpose, number); known cells and the search's best share one per comparison.

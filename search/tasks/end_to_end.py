@@ -16,7 +16,7 @@ from fast.segmentation import SegmentationNetwork
 from reference.cell import Cell
 from search.cells.cost import module_cost
 from search.cells.space import cell_hash, load_cell
-from search.datasets import open_splits
+from search.datasets import open_splits, training_pictures
 from search.dense_tasks import DenseTask, Scores
 from search.devices import Devices
 from search.files import write_text
@@ -24,7 +24,7 @@ from search.folder import Folder
 from search.settings import TRAINING_DEFAULTS, TrainingSettings
 from search.tasks.proxy import NotFiniteError
 from search.training.loop import NotFiniteTrainingError, Training, TrainingResult
-from search.training.network import create_network, training_identity
+from search.training.network import completed_training, create_network, training_identity
 
 
 @dataclass(frozen=True)
@@ -53,15 +53,17 @@ def training_folder(directory: Path, cell: Cell, seed: Sequence[int]) -> Path:
 class EndToEndTask:
     """Scores cells by whole trainings in folders below `directory`; each with random numbers of its own.
 
+    Unless told otherwise, each has one validation, after the last iteration.
+
     Raises InputError for settings that cannot work.
     """
 
     def __init__(self, settings: TrainingSettings, directory: Path) -> None:
-        self.settings = settings.completed()
-        self.settings.check()
         self.directory = directory
         self.devices = Devices(settings.machine.device)
         self.train, self.val = open_splits(settings.data)
+        self.settings = completed_training(settings, training_pictures(settings.data, self.train)).validated_last()
+        self.settings.check()
 
     @property
     def dense_task(self) -> DenseTask:

@@ -23,14 +23,23 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fast.backbone import Backbone
-from search.backbones import create_backbone
+from search.backbones import completed_backbone, create_backbone
 from search.commands import spelled
 from search.datasets import Dataset, open_splits
 from search.dense_tasks import DenseTask, restored_task
 from search.devices import resolve_device
 from search.errors import InputError
 from search.folder import Folder
-from search.settings import BackboneSettings, DataSettings, FeatureDtype, FeatureSettings, MachineSettings, fingerprints
+from search.settings import (
+    BackboneSettings,
+    DataSettings,
+    FeatureDtype,
+    FeatureSettings,
+    MachineSettings,
+    TrainingPictures,
+    fingerprints,
+    rounded_up,
+)
 
 _DTYPES: dict[FeatureDtype, torch.dtype] = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 _BATCH = 8  # images per pass of the backbone
@@ -58,6 +67,12 @@ class FeatureCache:
     @property
     def task(self) -> DenseTask:
         return restored_task(self.identity)
+
+    @property
+    def pictures(self) -> TrainingPictures:
+        """What the defaults of a training on these features follow from."""
+        number, height, width = self.labels.shape
+        return TrainingPictures(self.identity["dataset"], number, (height, width))
 
     @property
     def output_stride(self) -> int:
@@ -106,7 +121,7 @@ def prepare_caches(
     data: DataSettings, backbone: BackboneSettings, features: FeatureSettings, machine: MachineSettings, command: str
 ) -> dict[str, FeatureCache]:
     """The caches of the splits "train" and "val", opened if they exist and computed if not, by the typed `command`."""
-    backbone.check()
+    backbone = completed_backbone(backbone)
     features.check(backbone.stride)
     resolve_device(machine.device)  # refuses an absent one before a backbone is trained
     train, val = open_splits(data)
@@ -127,7 +142,7 @@ def caches_of(
         mirrored = features.mirrored and role == "train"
         identity = _identity(features, dataset, network, mirrored)
         name = f"{dataset.name}-{dataset.split}-{network.name}-os{network.output_stride}" + ("-mirrored" if mirrored else "")
-        directory = machine.cache_dir / name
+        directory = _place(machine.cache_dir, name, identity)
         try:
             caches[role] = open_cache(directory, identity)
         except HalfWrittenError:
@@ -163,8 +178,8 @@ def facts_of(caches: Mapping[str, FeatureCache]) -> dict[str, Any]:
 
 def padded_size(settings: FeatureSettings, dataset: Dataset, output_stride: int) -> tuple[int, int]:
     """Height and width in pixels that images are padded to: as given, or else so that the first image fits."""
-    height, width = (-(-(extent - 1) // output_stride) * output_stride + 1 for extent in dataset[0].label.shape)
-    return settings.image_size or (height, width)
+    height, width = dataset[0].label.shape
+    return settings.image_size or rounded_up((height, width), output_stride)
 
 
 def _identity(settings: FeatureSettings, dataset: Dataset, backbone: Backbone, mirrored: bool) -> dict[str, Any]:
@@ -185,6 +200,14 @@ def _identity(settings: FeatureSettings, dataset: Dataset, backbone: Backbone, m
         _IMAGES: len(dataset) * (2 if mirrored else 1),
         _CHANNELS: backbone.channels,
     }
+
+
+def _place(cache_dir: Path, name: str, identity: Mapping[str, Any]) -> Path:
+    """The folder `name`; if features of other weights are in it, the one that has the hash of these weights in its name."""
+    usual, own = cache_dir / name, cache_dir / f"{name}-{identity[WEIGHTS][:8]}"
+    description = None if own.exists() else _folder(usual).description()
+    is_taken = description is not None and description["identity"].get(WEIGHTS) != identity[WEIGHTS]
+    return own if own.exists() or is_taken else usual
 
 
 class _Array(NamedTuple):

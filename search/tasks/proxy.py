@@ -27,7 +27,7 @@ from search.cells.cost import module_cost
 from search.cells.reach import FeatureMaps
 from search.dense_tasks import Scores, totals_of_nothing
 from search.errors import InputError
-from search.settings import HeadSettings, ProxySettings
+from search.settings import HeadSettings, ProxySettings, known
 from search.tasks.feature_cache import FeatureCache
 
 _CURVE_POINTS = 100
@@ -59,7 +59,7 @@ class ProxyTask:
     def __init__(
         self, train: FeatureCache, val: FeatureCache, settings: ProxySettings, head: HeadSettings, device: str = "cpu"
     ) -> None:
-        self.settings = settings
+        self.settings = settings.completed(train.pictures)
         self.head = head.completed(train.identity["dataset"])
         self.device = torch.device(device)
         self.dense_task = train.task
@@ -133,15 +133,15 @@ class ProxyTask:
             output_stride=self.output_stride,
             crop=self.crop,
             batch_size=settings.batch_size,
-            iterations=settings.iterations,
-            learning_rate=settings.learning_rate,
+            iterations=settings.steps,
+            learning_rate=known(settings.learning_rate),
             momentum=settings.momentum,
             weight_decay=settings.weight_decay,
             precision=settings.precision,
         )
 
     def _train_head(self, step: TrainStep) -> Generator[int, None, tuple[tuple[int, float], ...]]:
-        iterations = self.settings.iterations
+        iterations = self.settings.steps
         curve = []
         every = max(1, iterations // _CURVE_POINTS)
         for iteration in range(1, iterations + 1):

@@ -1,24 +1,49 @@
 """Build a whole network from settings, with initial weights: backbone, cell, decoder if wanted, classifier."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from fast.batch_norm import authors_norm
-from fast.checkpoint import load_network
+from fast.checkpoint import describe_file, load_head, load_network
 from fast.decoder import Decoder
 from fast.dense_prediction_cell import DensePredictionCell
 from fast.segmentation import SegmentationHead, SegmentationNetwork
 from reference.cell import Cell
-from search.backbones import create_backbone
+from search.backbones import completed_backbone, create_backbone
 from search.datasets import Dataset
 from search.dense_tasks import DenseTask, restored_task
 from search.devices import Devices
 from search.errors import InputError
-from search.settings import TrainingSettings, fingerprints, known, scored
+from search.settings import BackboneSettings, TrainingPictures, TrainingSettings, fingerprints, given, known, scored
+
+
+def completed_training(settings: TrainingSettings, pictures: TrainingPictures, init: Path | None = None) -> TrainingSettings:
+    """The settings with what follows from the pictures to train on, and from the file that `weights` or `init` is."""
+    backbone = completed_backbone(settings.backbone)
+    found = _described(init)
+    if found is not None:
+        kind, description = found
+        stride = description["output_stride"] if kind == "head" else description["backbone"]["output_stride"]
+        backbone = replace(backbone, output_stride=given(backbone.output_stride, stride))
+    return replace(settings, backbone=backbone).completed(pictures)
+
+
+def is_head(path: Path | None) -> bool:
+    """Whether a file is a head, which has no backbone. Raises InputError for a damaged one."""
+    found = _described(path)
+    return found is not None and found[0] == "head"
+
+
+def _described(path: Path | None) -> tuple[Literal["head", "network"], dict[str, Any]] | None:
+    try:
+        return None if path is None else describe_file(path)
+    except ValueError as error:
+        raise InputError(f"{error}; give another file") from error
 
 
 def create_network(settings: TrainingSettings, cell: Cell, task: DenseTask) -> SegmentationNetwork:
@@ -44,15 +69,54 @@ def create_network(settings: TrainingSettings, cell: Cell, task: DenseTask) -> S
     return SegmentationNetwork(backbone, SegmentationHead(context, len(task.outputs)), decoder)
 
 
-def initial_network(settings: TrainingSettings, path: Path, task: DenseTask) -> SegmentationNetwork:
-    """Load the network of a file, with its architecture; with other outputs the last layer begins anew. Raises InputError."""
-    torch.manual_seed(settings.seed)
+def join_head(
+    path: Path, settings: BackboneSettings, cache_dir: Path, *, decoder: bool = False
+) -> tuple[SegmentationNetwork, dict[str, Any]]:
+    """A network of the head in a file and the backbone that it was trained on, in evaluation mode, and the head's description.
+
+    `settings` say where the backbone's weights are; its name, origin and output stride are in the file. A decoder begins anew.
+    Raises InputError for other weights than the head was trained on.
+    """
     try:
-        network, description = load_network(path, norm_layer=authors_norm)
-        before = restored_task(description)
+        head, description = load_head(path, norm_layer=authors_norm)
     except ValueError as error:
-        raise InputError(f"{error}; correct `init`") from error
-    except KeyError as error:
+        raise InputError(f"{error}; give another file") from error
+    described = description["backbone"]
+    if not {"backbone", "output_stride", "weights_origin", "weights_hash"} <= described.keys():
+        raise InputError(f"head {path} does not say which backbone it was trained on: give one that a search has kept")
+    name, stride = described["backbone"], described["output_stride"]
+    asked = completed_backbone(settings)
+    if (given(asked.backbone, name), given(asked.output_stride, stride)) != (name, stride):
+        raise InputError(
+            f"head {path} was trained on {name} at output stride {stride}: leave out `backbone` and `output_stride`, which "
+            "are in the file"
+        )
+    asked = replace(asked, backbone=name, output_stride=stride, weights_origin=described["weights_origin"])
+    backbone = create_backbone(asked, described.get("dataset", ""), cache_dir, low_level=decoder)
+    if backbone.weights_hash() != described["weights_hash"]:
+        hashes = [each[:12] for each in (described["weights_hash"], backbone.weights_hash())]
+        raise InputError(
+            f"head {path} was trained on {name} with the weights {hashes[0]}…, these are {hashes[1]}…: give the `weights`, "
+            "`pretrained` or `cache_dir` of its search"
+        )
+    low_level, channels = backbone.low_level, head.context.cell_channels
+    part = Decoder(low_level.channels, channels=channels, norm_layer=authors_norm) if low_level else None
+    return SegmentationNetwork(backbone, head, part).eval(), description
+
+
+def initial_network(settings: TrainingSettings, path: Path, task: DenseTask) -> SegmentationNetwork:
+    """The network of a file, with its architecture; with other outputs the last layer begins anew. Raises InputError.
+
+    A head's file brings all but the backbone, which is that of the settings.
+    """
+    torch.manual_seed(settings.seed)
+    if is_head(path):
+        network, description = join_head(path, settings.backbone, settings.machine.cache_dir, decoder=settings.recipe.decoder)
+    else:
+        network, description = _load_network(path)
+    try:
+        before = restored_task(description)
+    except (KeyError, ValueError) as error:
         raise InputError(f"network {path} does not say what its outputs are; correct `init`") from error
     if (before.name, before.outputs) != (task.name, task.outputs):
         names = ", ".join(before.outputs[:3]) + ", ..." * (len(before.outputs) > 3)
@@ -60,6 +124,13 @@ def initial_network(settings: TrainingSettings, path: Path, task: DenseTask) -> 
         network.head = SegmentationHead(network.head.context, len(task.outputs))
     network.head.context.dropout.p = settings.head.dropout
     return network
+
+
+def _load_network(path: Path) -> tuple[SegmentationNetwork, dict[str, Any]]:
+    try:
+        return load_network(path, norm_layer=authors_norm)
+    except ValueError as error:
+        raise InputError(f"{error}; correct `init`") from error
 
 
 def training_identity(

@@ -76,11 +76,15 @@ def count_split(
     dataset: Dataset,
     *,
     indices: Sequence[int],
-    on_picture: Callable[[], None] = lambda: None,
+    pad_to: tuple[int, int] | None = None,
+    on_picture: Callable[[], object] = lambda: None,
 ) -> Tensor:
-    """The sum of what the task counts of the pictures, on the network's device."""
+    """The sum of what the task counts of the pictures, on the network's device.
+
+    They are padded to `pad_to`, or else as the data set's are evaluated.
+    """
     total = totals_of_nothing(dataset.task).to(network.backbone.mean.device)  # one of several devices may have no picture
-    pad_to = evaluation_size(dataset.name)
+    pad_to = pad_to or evaluation_size(dataset.name)
 
     def predict(sample: Sample) -> Tensor:
         return predict_picture(network, sample.image, dataset.task, pad_to=pad_to)

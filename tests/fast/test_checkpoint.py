@@ -14,7 +14,16 @@ from torch.nn.utils.parametrizations import weight_norm
 from fast import Decoder, DensePredictionCell, SegmentationHead, SegmentationNetwork
 from fast.backbone import Backbone, timm_backbone
 from fast.batch_norm import MOMENTUM, authors_norm
-from fast.checkpoint import FORMAT, NETWORK_FORMAT, load_context, load_head, load_network, save_head, save_network
+from fast.checkpoint import (
+    FORMAT,
+    NETWORK_FORMAT,
+    describe_file,
+    load_context,
+    load_head,
+    load_network,
+    save_head,
+    save_network,
+)
 from reference.cell import BACKBONE_FEATURE, AtrousSeparableConv, Branch, Cell, Conv1x1, PyramidPooling
 from reference.pyramid_pooling import PoolingVariant
 
@@ -341,3 +350,18 @@ def test_weights_that_do_not_fit_the_network_are_refused(tmp_path: Path, change:
     save_file(state, path, metadata={"format": NETWORK_FORMAT, "description": description})
     with pytest.raises(ValueError, match=r"network\.safetensors does not hold the weights that its description names"):
         load_network(path)
+
+
+def test_a_folder_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"is a folder: give a file in it, such as best\.safetensors"):
+        load_network(tmp_path)
+
+
+def test_a_file_says_what_it_is(tmp_path: Path) -> None:
+    save(tmp_path / "head.safetensors")
+    found = describe_file(tmp_path / "head.safetensors")
+    assert found is not None
+    assert (found[0], found[1]["backbone"]) == ("head", BACKBONE)
+    assert describe_file(tmp_path / "absent.safetensors") is None
+    save_file({"weight": torch.zeros(1)}, tmp_path / "state.safetensors")
+    assert describe_file(tmp_path / "state.safetensors") is None

@@ -4,6 +4,7 @@ import csv
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -31,9 +32,9 @@ from search.cells.reach import FeatureMaps
 from search.cells.space import SearchSpace, canonical_form, load_cell
 from search.datasets import SPLITS
 from search.errors import InputError
-from search.random import RandomSettings
+from search.random import RandomSettings, completed_for
 from search.runs.study import Run, load_run, ranked
-from search.settings import known
+from search.settings import TrainingPictures, known
 from search.tasks.feature_cache import open_cache
 from search.tasks.proxy import NotFiniteError, ProxyResult, ProxyTask
 from tests.search.composed import changed, composed
@@ -134,7 +135,7 @@ def test_a_run_leaves_what_it_is_for(
 ) -> None:
     folder = uninterrupted.directory
     assert all((folder / name).is_file() for name in OUTPUTS)
-    assert [record.number for record in uninterrupted.trials] == list(range(tiny.trials))
+    assert [record.number for record in uninterrupted.trials] == list(range(known(tiny.trials)))
     assert len({canonical_form(record.cell) for record in uninterrupted.trials}) == tiny.trials
     best = ranked(uninterrupted.trials)
     assert [record.result.score for record in best if record.result] == sorted(
@@ -328,7 +329,7 @@ def test_a_failed_trial_has_its_reason_and_the_search_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(ProxyTask, "evaluate", interrupted_at((0, 0, 1), error))
         run = run_search(settings)
-    assert [record.number for record in run.trials] == list(range(settings.trials))
+    assert [record.number for record in run.trials] == list(range(known(settings.trials)))
     assert {record.number: record.failure for record in run.trials if record.failure} == {1: str(error)}
     assert run.trials[1].result is None
     assert f"trial 1 failed: {error}" in capsys.readouterr().err
@@ -469,11 +470,22 @@ def test_a_run_with_other_settings_is_refused(
     assert files == {path: path.read_bytes() for path in files}
 
 
-def test_features_of_other_weights_are_refused(settings: RandomSettings, uninterrupted: Run, tmp_path: Path) -> None:
+def test_features_of_other_weights_lie_beside_and_their_run_is_another(
+    settings: RandomSettings, uninterrupted: Run, tmp_path: Path
+) -> None:
     state = timm.create_model(BACKBONE).state_dict()
-    torch.save({key: value + 1 for key, value in state.items()}, tmp_path / "other.pth")
-    with pytest.raises(InputError, match=r"feature cache .*camvid-train-.* was started with `weights` \(content\) \w+"):
-        search.random.main(changed(settings, weights=tmp_path / "other.pth"))
+    state["conv_stem.weight"] *= 2
+    torch.save(state, tmp_path / "other.pth")
+    cache_dir = tmp_path / "cache"
+    shutil.copytree(settings.machine.cache_dir, cache_dir)
+    before = {path: path.read_bytes() for path in cache_dir.rglob("*.*")}
+    other = changed(settings, weights=tmp_path / "other.pth", cache_dir=cache_dir)
+    with pytest.raises(InputError, match=r"run .* was started with `weights` \(content\) \w+…, now it is \w+…: "):
+        search.random.main(changed(other, out=uninterrupted.directory))
+    assert len(list(cache_dir.glob(f"camvid-train-{BACKBONE}-os16*"))) == 2
+    assert before == {path: path.read_bytes() for path in before}
+    search.random.main(changed(other, out=tmp_path / "other", trials=1))
+    assert len(list(cache_dir.iterdir())) == 4  # two of each split, not three
 
 
 def test_a_moved_folder_is_a_run_still(uninterrupted: Run, tmp_path: Path) -> None:
@@ -492,3 +504,18 @@ def test_settings_of_a_run_can_be_read(uninterrupted: Run, tiny: RandomSettings)
     assert described["identity"]["iterations"] == tiny.proxy.iterations
     assert described["command"].startswith("python -m search.random")
     assert len(described["class_names"]) == len(described["palette"]) == 11
+
+
+def test_defaults_of_a_search_follow_its_pictures(uninterrupted: Run, tiny: RandomSettings) -> None:
+    folder = known(tiny.machine.cache_dir) / f"camvid-train-{BACKBONE}-os16"
+    features = open_cache(folder, json.loads((folder / "settings.json").read_text())["identity"])
+
+    def numbers(**given: Any) -> tuple[object, ...]:
+        settings = completed_for(features, composed(RandomSettings, **given))
+        return settings.trials, settings.proxy.iterations, settings.proxy.learning_rate, settings.head.branch_channels
+
+    assert numbers() == (12, 80, 0.2, 64)  # the generated scenes
+    assert numbers(dataset="cityscapes") == (100, 30_000, 0.01, 256)
+    assert numbers(dataset="camvid") == (100, 200, 0.1, 256)  # 81 passes over five pictures would be 50
+    assert numbers(dataset="camvid", iterations=7, trials=3, branch_channels=9, learning_rate=0.5) == (3, 7, 0.5, 9)
+    assert TrainingPictures("mine.toml", 367, (1, 1)).steps(30_000, 8, batch=8, least=200) == 3700

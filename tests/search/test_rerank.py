@@ -338,12 +338,12 @@ def test_two_ray_workers_give_the_same_as_one(
 # What is trained, and what comes of it
 
 
-def test_data_and_backbone_are_the_runs_unless_given(tiny: RerankSettings, run: Run) -> None:
+def test_data_and_backbone_are_the_runs_unless_given(tiny: RerankSettings, run: Run, tmp_path: Path) -> None:
     assert run.settings.data.data_dir is not None
     inherited = training_settings(tiny, run)
     assert (inherited.data.dataset, inherited.backbone.backbone, inherited.backbone.stride) == ("camvid", BACKBONE, 16)
     assert (inherited.data, inherited.backbone) == (run.settings.data, run.settings.backbone)
-    recipe = inherited.recipe
+    recipe = EndToEndTask(inherited, tmp_path).settings.recipe  # which completes it
     assert (inherited.head.branch_channels, recipe.iterations, recipe.validate_every) == (8, ITERATIONS, ITERATIONS)
 
     other = training_settings(changed(tiny, dataset="shapes", backbone="resnet18", validate_every=1, branch_channels=4), run)

@@ -27,7 +27,7 @@ from search.cells.space import load_cell
 from search.datasets import open_dataset
 from search.errors import InputError
 from search.folder import Folder
-from search.settings import known
+from search.settings import TrainingPictures, known
 from search.train import TrainSettings
 from search.training.loop import Training
 from search.training.network import initial_network
@@ -37,6 +37,8 @@ from tests.search.composed import changed, composed
 from tests.search.test_random import write_camvid
 
 ITERATIONS = 8
+SCENES = TrainingPictures("shapes", 240, (257, 257))
+CITYSCAPES = TrainingPictures("cityscapes", 2975, (1024, 2048))
 
 
 def small_network(classes: int, *, decoder: bool = False) -> SegmentationNetwork:
@@ -386,7 +388,7 @@ def test_a_network_on_plain_convolutions_is_one_file(tmp_path: Path, decoder: bo
 def test_other_classes_begin_with_a_new_classifier(tiny: TrainSettings, capsys: pytest.CaptureFixture[str]) -> None:
     dataset = open_dataset("shapes", "val", None)
     assert tiny.init is not None
-    training = changed(tiny, dataset="shapes", data_dir=None).training()
+    training = changed(tiny, dataset="shapes", data_dir=None).training(SCENES)
     network = initial_network(training, tiny.init, dataset.task)
     assert network.head.classifier.out_channels == len(dataset.task.outputs)
     assert {norm.momentum for norm in network.head.modules() if isinstance(norm, nn.BatchNorm2d)} == {MOMENTUM}
@@ -396,12 +398,12 @@ def test_other_classes_begin_with_a_new_classifier(tiny: TrainSettings, capsys: 
 
 
 def test_defaults_are_the_papers_but_for_shapes() -> None:
-    paper = composed(TrainSettings, dataset="cityscapes").training()
+    paper = composed(TrainSettings, dataset="cityscapes").training(CITYSCAPES)
     recipe = paper.recipe
     assert (recipe.crop_size, recipe.batch_size, recipe.iterations, recipe.learning_rate) == ((769, 769), 16, 90_000, 0.01)
     assert (recipe.min_scale, recipe.max_scale, paper.head.branch_channels) == (0.5, 2.0, 256)
-    assert composed(TrainSettings, dataset="cityscapes", batch_size=4).training().recipe.batch_size == 4
-    small = TrainSettings().training()
+    assert composed(TrainSettings, dataset="cityscapes", batch_size=4).training(CITYSCAPES).recipe.batch_size == 4
+    small = TrainSettings().training(SCENES)
     assert (small.recipe.iterations, small.head.branch_channels) == (150, 64)
 
 
@@ -432,8 +434,8 @@ def test_what_cannot_work_is_refused(tiny: TrainSettings, tmp_path: Path, change
 
 
 def test_all_defaults_pass_the_check() -> None:
-    for name in ("shapes", "cityscapes"):
-        composed(TrainSettings, dataset=name).training().check()
+    for pictures in (SCENES, CITYSCAPES, TrainingPictures("mine.toml", 1, (1, 2000))):
+        composed(TrainSettings, dataset=pictures.dataset).training(pictures).check()
 
 
 def test_the_best_cell_of_a_search_on_other_data_is_trained_only_where_the_data_are_named(
@@ -447,3 +449,31 @@ def test_the_best_cell_of_a_search_on_other_data_is_trained_only_where_the_data_
         search.train.main(composed(TrainSettings, run=run, out=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
     assert search.train._cell(changed(tiny, run=run), "camvid") == load_cell("psp")  # whose data set is camvid too
+
+
+@pytest.mark.parametrize(
+    ("number", "size", "expected"),
+    [
+        (40, (224, 300), ((225, 305), 16, 1200)),
+        (367, (360, 480), ((369, 481), 16, 11_000)),
+        (2, (100, 1300), ((113, 769), 4, 1000)),
+        (100_000, (2160, 3840), ((769, 769), 16, 90_000)),
+    ],
+)
+def test_defaults_follow_the_pictures(number: int, size: tuple[int, int], expected: tuple[object, ...]) -> None:
+    recipe = composed(TrainSettings, dataset="mine.toml").training(TrainingPictures("mine.toml", number, size)).recipe
+    assert (recipe.crop_size, recipe.batch_size, recipe.iterations) == expected
+
+
+def test_defaults_are_printed_kept_and_asked_for_again(
+    tiny: TrainSettings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = changed(tiny, crop_size=None, batch_size=None, out=tmp_path)
+    search.train.main(settings)
+    said = "defaults for camvid, 5 pictures of 33×49: --crop-size 33 49 --min-scale 0.5 --max-scale 2.0 --batch-size 5 (docs/"
+    assert said in capsys.readouterr().err
+    identity = known(Folder(tmp_path, "training").description())["identity"]
+    assert (identity["crop_size"], identity["batch_size"]) == ([33, 49], 5)
+    search.train.main(changed(settings, crop_size=(33, 49)))  # it goes on
+    with pytest.raises(InputError, match="`batch_size` 5, now it is 4"):
+        search.train.main(changed(settings, batch_size=4))

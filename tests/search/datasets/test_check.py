@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 import pytest
 
+from search.cli import to_type
 from search.datasets import camvid, cityscapes, pascal_person_part, pascal_voc, shapes
 from search.datasets.__main__ import CheckSettings, main
 from search.datasets.check import check_folder
@@ -53,6 +54,11 @@ def check(
     return 0, capsys.readouterr().out
 
 
+def begin(name: str, folder: Path) -> str:
+    """The command that follows."""
+    return to_type("random", "--dataset", name, "--data-dir", folder, "--pretrained")
+
+
 def write_whole_voc(folder: Path) -> None:
     made.add_converted_sbd(folder, made.write_voc(folder))
 
@@ -74,7 +80,7 @@ def test_a_whole_folder_has_no_problems(
     write(tmp_path)
     code, out = check(capsys, name, tmp_path)
     assert code == 0
-    assert out.endswith("\nno problems\n")
+    assert out.endswith(f"\nno problems\nnext: {begin(name, tmp_path)}\n")
     assert re.findall(r"^(\w+) +\d+ ", out, flags=re.MULTILINE) == splits
 
 
@@ -105,7 +111,7 @@ trainval         4      4 or 5      6–10 × 6–8      23.53
 
 no problems
 """
-    assert out == expected
+    assert out == f"{expected}next: {begin('pascal_person_part', tmp_path)}\n"
 
 
 def test_generated_scenes_can_be_checked(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ from fast.batch_norm import MOMENTUM
 from search.cells.space import load_cell
 from search.datasets import open_dataset
 from search.devices import Devices
-from search.settings import TrainingSettings
+from search.settings import TrainingPictures, TrainingSettings
 from search.training.loop import Training, TrainingResult, averaged
 from search.training.network import create_network
 from search.training.state import load_state
@@ -48,7 +48,7 @@ def test_a_training_that_had_ended_gives_the_same_result_again(tmp_path: Path) -
         branch_channels=4,
         loading_processes=0,
         device="cpu",
-    ).completed()
+    ).completed(TrainingPictures("camvid", 5, (33, 49)))
     data, out = settings.data, tmp_path / "out"
     train, val = (open_dataset("camvid", split, data.data_dir) for split in (data.train_split, data.val_split))
     out.mkdir()

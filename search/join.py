@@ -1,0 +1,137 @@
+"""The backbone and the found head of a search as one network: `python -m search.join --run runs/shapes`.
+
+Nothing is trained: a search keeps the heads of its best cell and of the known ones. The network is scored on the search's
+validation pictures, padded as they were there. The search had rounded the features to 16 bits, the network does not: where two
+classes are all but equal in score, a pixel may get the other one.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+from fast.checkpoint import save_network
+from fast.segmentation import SegmentationNetwork
+from search.cli import Flat, print_next, run_command, spelled, to_type, uses_of_network
+from search.datasets import Dataset, open_dataset
+from search.dense_tasks import Scores, restored_task
+from search.devices import resolve_device
+from search.errors import InputError
+from search.folder import differences
+from search.runs.search import BEST_HEAD, HEADS, head_name
+from search.runs.study import Run, load_run, ranked
+from search.settings import (
+    BackboneSettings,
+    DataSettings,
+    DeviceSettings,
+    MachineSettings,
+    fingerprints,
+    given,
+    known,
+    plain,
+)
+from search.training.network import join_head
+from search.training.scoring import count_split
+
+
+@dataclass(frozen=True, kw_only=True)
+class JoinSettings:
+    """Make one network of a search's backbone and the head that it found, and score it as the search did."""
+
+    run: Path | None = None
+    """Folder of the search, such as runs/shapes. None: the one that the head is in."""
+    head: Path | None = None
+    """Head to join, such as runs/shapes/heads/dpc_seed0.safetensors. None: that of the run's best cell."""
+    out: Path | None = None
+    """File to write. None: network.safetensors in the run's folder; for other heads their name comes first."""
+    data_dir: Path | None = None
+    """Folder of the data set. None: the run's."""
+    cache_dir: Path | None = None
+    """Where the small backbone for shapes is kept. None: the run's."""
+    backbone: Flat[BackboneSettings] = BackboneSettings()
+    device: Flat[DeviceSettings] = DeviceSettings()
+
+
+def main(settings: JoinSettings) -> None:
+    """Join, score if the head is in the folder of a run, and write the file."""
+    device = resolve_device(settings.device.device)
+    run, head = _found(settings)
+    network, description = join_head(head, _backbone(settings, run), _cache_dir(settings, run))
+    task, out = restored_task(description), settings.out or _default_out(run, head)
+    if run is None:
+        save_network(out, network, task=task.describe(), source={"head": str(head)})
+        print(f"{head} is in no run's folder, so its network was not scored")
+        print(f"network: {out}")
+        print_next(to_type("export", "--network", out, "--out", out.with_suffix(".pt2")))
+        return
+    data = replace(run.settings.data, data_dir=given(settings.data_dir, run.settings.data.data_dir))
+    val, padded = _validation(run, data), (run.identity["image_size"][0], run.identity["image_size"][1])
+    scores = _score(network.to(device), val, padded)
+    source = {"run": str(run.directory), "head": str(head), "data": plain(data), "image_size": padded} | task.named(scores)
+    evaluation = {"dataset": data.dataset, "pad_to": padded}
+    save_network(out, network, task=task.describe(), source=source, evaluation=evaluation)
+    print(f"{task.score.name} on {val.name} {val.split}: {task.score.text(scores.score)}")
+    if (recorded := _recorded(run, head)) is not None:
+        print(f"in the search: {task.score.text(recorded.score)}, with features rounded to {run.identity['feature_dtype']}")
+    print(f"network: {out}")
+    print_next(*uses_of_network(out, data, val))
+
+
+def _found(settings: JoinSettings) -> tuple[Run | None, Path]:
+    """The run, if there is one, and the head. Raises InputError where they are not to be found."""
+    if settings.run is None and settings.head is None:
+        raise InputError("give the folder of a search as `run`, or a head that it kept as `head`")
+    directory = settings.run
+    if directory is None and settings.head is not None:
+        folder = settings.head.absolute().parent
+        directory = folder.parent if folder.name == HEADS and (folder.parent / "settings.json").is_file() else None
+    run = None if directory is None else load_run(directory)
+    head = settings.head or known(directory) / HEADS / f"{BEST_HEAD}.safetensors"
+    if not head.is_file():
+        raise InputError(f"there is no head {head}: let the search score a cell first, or give another as `head`")
+    return run, head
+
+
+def _backbone(settings: JoinSettings, run: Run | None) -> BackboneSettings:
+    """What is given, if it says where weights are, else the run's."""
+    is_given = settings.backbone.weights is not None or settings.backbone.pretrained
+    return settings.backbone if run is None or is_given else run.settings.backbone
+
+
+def _cache_dir(settings: JoinSettings, run: Run | None) -> Path:
+    return settings.cache_dir or (MachineSettings() if run is None else run.settings.machine).cache_dir
+
+
+def _default_out(run: Run | None, head: Path) -> Path:
+    name = "network.safetensors" if head.stem == BEST_HEAD else f"{head.stem}-network.safetensors"
+    return (head.parent if run is None else run.directory) / name
+
+
+def _validation(run: Run, data: DataSettings) -> Dataset:
+    """The split that the search scored on. Raises InputError for other pictures than it had then."""
+    val = open_dataset(data.dataset, data.val_split, data.data_dir, data.task)
+    now = {name: value for name, value in fingerprints("", val.fingerprint()).items() if value}
+    if different := differences({name: run.identity.get(name) for name in now}, now):
+        raise InputError(f"{run.directory} was scored on other pictures: with {different}: give its `data_dir`")
+    return val
+
+
+def _score(network: SegmentationNetwork, val: Dataset, padded: tuple[int, int]) -> Scores:
+    """The scores on all pictures, padded to one size."""
+    with tqdm(total=len(val), desc=f"{val.name} {val.split}", unit="picture") as bar:
+        total = count_split(network, val, indices=range(len(val)), pad_to=padded, on_picture=bar.update)
+    return val.task.scores(total.cpu().numpy())
+
+
+def _recorded(run: Run, head: Path) -> Scores | None:
+    """The scores that the search has of a head that it kept."""
+    if head.absolute().parent != (run.directory / HEADS).absolute():
+        return None
+    results = {head_name(record.name): record.result for record in run.baselines if record.seed == 0}
+    best = ranked(run.trials)[:1]
+    result = best[0].result if best and head.stem == BEST_HEAD else results.get(head.stem)
+    return None if result is None else result.scores
+
+
+if __name__ == "__main__":
+    run_command(JoinSettings, main, prog=spelled("join"))
