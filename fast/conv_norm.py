@@ -6,7 +6,7 @@ the operations that run both at once.
 """
 
 from collections.abc import Callable
-from typing import TypeAlias, cast
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +54,7 @@ def conv_norm_relu(x: Tensor, conv: nn.Conv2d) -> Tensor:
     As in the operations that fuse them, a training `nn.BatchNorm2d` takes its running statistics where a map has one value a
     channel, at which its own forward raises ValueError.
     """
-    raw, norm = conv(x), cast(nn.Module, conv.norm)
+    raw, norm = conv(x), _norm_of(conv)
     if not (isinstance(norm, nn.BatchNorm2d) and norm.training) or uses_batch_statistics(raw, training=True):
         return F.relu(norm(raw))
     norm.eval()
@@ -66,10 +66,19 @@ def conv_norm_relu(x: Tensor, conv: nn.Conv2d) -> Tensor:
 
 def live_conv(conv: nn.Conv2d) -> LiveConv:
     """The weights with the norm's own mode: it can be frozen while the rest trains, or the other way round."""
-    return LiveConv(conv.weight, live(cast(nn.Module, conv.norm)))
+    return LiveConv(conv.weight, live(_norm_of(conv)))
 
 
 def conv_weights(conv: nn.Conv2d) -> ConvNorm[Tensor]:
     """The live tensors in the reference's container. Raises TypeError or ValueError for a norm that the reference lacks."""
     weight, norm = live_conv(conv)
     return ConvNorm(weight, norm.tensors)
+
+
+def _norm_of(conv: nn.Module) -> nn.Module:
+    norm = getattr(conv, "norm", None)
+    if not isinstance(norm, nn.Module):
+        raise TypeError(
+            f"a convolution must hold its norm as its child `norm`, nn.Identity() for none; this one has not: {conv}"
+        )
+    return norm

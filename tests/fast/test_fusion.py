@@ -148,6 +148,19 @@ def test_another_rate_is_used_and_stays_fused() -> None:
     assert not torch.allclose(ours(features()), before)
 
 
+@pytest.mark.parametrize("kernels", [backend_for(torch.zeros(1, 1, 1, 1)), None], ids=["kernels", "library"])
+def test_a_convolution_without_a_norm_is_refused(kernels: Any) -> None:
+    bare, emptied = cell(), cell()
+    bare.set_submodule("projection", nn.Conv2d(12, 6, 1, bias=False))
+    emptied.projection.norm = None  # type: ignore[assignment]
+    for module in (bare, emptied):
+        with (
+            using(kernels),
+            pytest.raises(TypeError, match=r"must hold its norm as its child `norm`, nn\.Identity\(\) for none"),
+        ):
+            module(features(dtype=torch.float32))
+
+
 class Wrapped(Tensor):
     """As sharded and quantised weights are: a tensor of another type."""
 
