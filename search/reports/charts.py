@@ -20,8 +20,8 @@ from search.runs.study import FOUND, Run, TrialRecord, comparison_label
 from search.tasks.proxy import ProxyResult
 
 _SEARCH_COLOUR = "#4a7fd0"
-# Of compared cells, in turn. Okabe and Ito's colours differ for every kind of colour vision.
-_COLOURS = ("#e69f00", "#cc79a7", "#d55e00", "#009e73", "#8a8f98")
+# Of compared cells, in turn: Okabe and Ito's colours, which differ for every kind of colour vision.
+_COLOURS = ("#e69f00", "#cc79a7", "#d55e00", "#009e73", INK)
 _MARKERS = ("D", "s", "^", "v", "P", "X", "*")
 _DASHES: tuple[Any, ...] = ("-", (0, (4, 2)), (0, (1, 1.5)))  # of lines; the next one where the colours begin again
 _LEGEND_CHARACTERS = 76  # in a row, with six for each line or dot

@@ -23,6 +23,7 @@ from reference.cell import Cell
 from search.cells.sampler import create_sampler
 from search.cells.space import SearchSpace, canonical_form, cell_hash, load_cell, load_cells
 from search.dense_tasks import Measure, Scores
+from search.dense_tasks.segmentation import Segmentation
 from search.errors import InputError
 from search.random import RandomSettings
 from search.runs.search import Search, SearchPlan
@@ -79,6 +80,7 @@ class InMemoryStudy(Study):
     def __init__(self, storage: optuna.storages.BaseStorage, sampler: optuna.samplers.BaseSampler) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._storage: Any = storage
+        self._task = Segmentation(("one", "two"))
         self.search, self.comparison = (
             optuna.create_study(storage=storage, study_name=part, direction="maximize", sampler=sampler, load_if_exists=True)
             for part in ("search", "comparison")
