@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from search.errors import InputError
     from search.pipeline import Found, SearchSettings, Trained, load_found, search_cells, train_network
     from search.settings import FeatureSettings, HeadSettings, MachineSettings, ProxySettings, RecipeSettings
+    from search.training.predictor import Predictor
 
 __all__ = [
     "FeatureSettings",
@@ -23,6 +24,7 @@ __all__ = [
     "HeadSettings",
     "InputError",
     "MachineSettings",
+    "Predictor",
     "ProxySettings",
     "RecipeSettings",
     "SearchSettings",
@@ -50,6 +52,7 @@ if not TYPE_CHECKING:
         "open_dataset": ".datasets",
         "TorchDataset": ".datasets.from_torch",
         "InputError": ".errors",
+        "Predictor": ".training.predictor",
         **dict.fromkeys(_PIPELINE, ".pipeline"),
         **dict.fromkeys(_SETTINGS, ".settings"),
     }
