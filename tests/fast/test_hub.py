@@ -136,6 +136,13 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
         SegmentationHead.from_pretrained(tmp_path)
 
 
+def test_what_the_hub_passes_on_without_a_value_is_no_option(tmp_path: Path) -> None:
+    """huggingface_hub below 1 does so with `proxies` and `resume_download`."""
+    head = build_network().head
+    head.save_pretrained(tmp_path)
+    assert_same(SegmentationHead.from_pretrained(tmp_path, proxies=None, resume_download=None), head)
+
+
 def test_class_names_of_another_number_are_refused(tmp_path: Path) -> None:
     network = build_network()
     network.description = {"class_names": ["sky"]}
