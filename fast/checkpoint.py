@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -148,21 +149,6 @@ def read_description(path: Path) -> tuple[str, dict[str, Any]]:
     return file_format, description
 
 
-def _describe_network(
-    network: SegmentationNetwork,
-    task: Mapping[str, Any],
-    source: Mapping[str, Any] | None,
-    evaluation: Mapping[str, Any] | None,
-) -> dict[str, Any]:
-    return {
-        **_describe_head(network.head, task),
-        "backbone": describe_backbone(network.backbone),
-        "decoder": None if network.decoder is None else {"projected_channels": network.decoder.projected_channels},
-        "source": dict(source or {}),
-        "evaluation": dict(evaluation or {}),
-    }
-
-
 def describe_file(path: Path) -> tuple[Literal["head", "network"], dict[str, Any]] | None:
     """Which of the two a file is, and its description; None for any other file, a state dict among them, or none at all.
 
@@ -197,6 +183,21 @@ def load_backbone(path: Path, *, output_stride: int | None = None, low_level: bo
     inner = {key.removeprefix("backbone."): tensor for key, tensor in state.items() if key.startswith("backbone.")}
     _fill(backbone, inner, path, "network")
     return backbone
+
+
+def _describe_network(
+    network: SegmentationNetwork,
+    task: Mapping[str, Any],
+    source: Mapping[str, Any] | None,
+    evaluation: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    return {
+        **_describe_head(network.head, task),
+        "backbone": describe_backbone(network.backbone),
+        "decoder": None if network.decoder is None else {"projected_channels": network.decoder.projected_channels},
+        "source": dict(source or {}),
+        "evaluation": dict(evaluation or {}),
+    }
 
 
 def _describe_head(head: SegmentationHead, task: Mapping[str, Any]) -> dict[str, Any]:
@@ -240,7 +241,7 @@ def _build_head(description: dict[str, Any], norm_layer: NormLayer = nn.BatchNor
 
 
 def _check_described(module: nn.Module, description: dict[str, Any]) -> None:
-    """Raises ValueError for a cell, head or decoder that the description would be read back as another one."""
+    """Raises ValueError for a cell, head or decoder that would be another one if it were built of its description."""
     with torch.device("meta"):
         match module:
             case SegmentationNetwork(head=head, decoder=decoder):
@@ -257,14 +258,24 @@ def _check_same(module: nn.Module, built: nn.Module) -> None:
     """Raises ValueError for a part of the module that is another one in what was built of its description."""
     ours, theirs = ({(key, tensor.shape) for key, tensor in part.state_dict().items()} for part in (module, built))
     others = sorted(key.rpartition(".")[0] for key, _ in ours ^ theirs)
-    if not others:  # then all norms can be looked up
-        norms = (name for name, child in built.named_modules() if isinstance(child, nn.BatchNorm2d))
-        others = [name for name in norms if getattr(module.get_submodule(name), "eps", EPS) != EPS]
+    if not others:  # then all parts can be looked up
+        others = [name for name, part in built.named_modules() if not _computes_as(part, module.get_submodule(name))]
     if others:
         raise ValueError(
-            f"a file cannot describe {others[0]} of this {type(module).__name__}: it is read back with plain convolutions and "
-            f"nn.BatchNorm2d of eps {EPS}, and so would be another one; keep its state_dict() instead"
+            f"a file cannot describe {others[0]} of this {type(module).__name__}: it is read back with convolutions as they "
+            f"are built here and nn.BatchNorm2d of eps {EPS}, and so would be another one; keep its state_dict() instead"
         )
+
+
+def _computes_as(built: nn.Module, part: nn.Module) -> bool:
+    """Whether a convolution or norm computes what the one that was built does, of the same weights."""
+    match built:
+        case nn.Conv2d():
+            geometry = attrgetter("stride", "padding", "dilation", "groups", "padding_mode")
+            return type(part) is nn.Conv2d and bool(geometry(part) == geometry(built))
+        case nn.BatchNorm2d():
+            return type(part) in (nn.BatchNorm2d, nn.SyncBatchNorm) and bool(part.eps == built.eps)
+    return True
 
 
 def _build_decoder(description: dict[str, Any], low_level_channels: int, norm_layer: NormLayer = nn.BatchNorm2d) -> Decoder:
