@@ -194,12 +194,14 @@ def test_what_a_card_says_of_loading_is_true(tmp_path: Path, monkeypatch: pytest
     module.description = TASK
     module.save_pretrained(tmp_path)
     monkeypatch.chdir(tmp_path)
-    text = ModelCard.load(tmp_path / "README.md").text
-    code = text.split("```python\n")[1].split("```")[0].replace("this folder, or its name on the Hub", str(tmp_path))
+    shutil.copyfile(FILE, "best.safetensors")
     x = torch.rand(1, 6, 5, 5)
-    names: dict[str, Any] = {"x": x, "images": 255 * torch.rand(1, 3, 33, 49)}
-    exec(code, names)
-    if kind is SegmentationNetwork:
-        assert names["classes"].shape == (1, 33, 49)
-    else:
-        assert torch.equal(names["y"], module(x))
+    for card in (tmp_path / "README.md", write_card(tmp_path / "best.safetensors")):
+        text = ModelCard.load(card).text
+        code = text.split("```python\n")[1].split("```")[0].replace("this folder, or its name on the Hub", str(tmp_path))
+        names: dict[str, Any] = {"x": x, "images": 255 * torch.rand(1, 3, 33, 49)}
+        exec(code, names)
+        if kind is SegmentationNetwork:
+            assert names["classes"].shape == (1, 33, 49)
+        else:
+            assert torch.equal(names["y"], module(x))
