@@ -11,7 +11,7 @@ torch.Size([2, 256, 33, 33])
 
 from importlib.metadata import PackageNotFoundError, version
 
-from fast import Decoder, DensePredictionCell, SegmentationHead, SegmentationNetwork, kernels, predict_scales
+from fast import Decoder, DensePredictionCell, SegmentationHead, SegmentationNetwork, explain, kernels, predict_scales
 from fast.checkpoint import load_context, load_head, load_network, save_context, save_head, save_network
 from reference.cell import Cell
 from search.cells.space import load_cell
@@ -25,6 +25,7 @@ __all__ = [
     "SegmentationHead",
     "SegmentationNetwork",
     "__version__",
+    "explain",
     "kernels",
     "load_cell",
     "load_context",

@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -32,7 +33,7 @@ _CONTEXT_IN = {CONTEXT_FORMAT: "", FORMAT: "context.", NETWORK_FORMAT: "head.con
 Module = TypeVar("Module", bound=HubModule)
 
 
-def save(path: Path, module: HubModule) -> None:
+def save(path: str | Path, module: HubModule) -> None:
     """Write a cell, head or network atomically; its `description` says what is to be known besides.
 
     Raises ValueError as `save_head` and `save_network`.
@@ -40,7 +41,7 @@ def save(path: Path, module: HubModule) -> None:
     _write(path, module, *describe(module))
 
 
-def load(path: Path, kind: type[Module]) -> Module:
+def load(path: str | Path, kind: type[Module]) -> Module:
     """Load a module of this kind, in evaluation mode. Raises ValueError naming the file, TypeError for a subclass."""
     module: HubModule
     if issubclass(kind, SegmentationNetwork):
@@ -64,7 +65,7 @@ def describe(module: HubModule) -> tuple[str, dict[str, Any]]:
     raise TypeError(f"a file holds a cell, a head or a network, not a {type(module).__name__}")
 
 
-def save_head(path: Path, head: SegmentationHead, *, task: Mapping[str, Any], backbone: dict[str, Any]) -> None:
+def save_head(path: str | Path, head: SegmentationHead, *, task: Mapping[str, Any], backbone: dict[str, Any]) -> None:
     """Write atomically; `task` says what the outputs mean, such as {"class_names": ("road", "car")}, and `backbone` which
     features the head was trained on (name, weights hash, and so on).
 
@@ -74,7 +75,7 @@ def save_head(path: Path, head: SegmentationHead, *, task: Mapping[str, Any], ba
     _write(path, head, FORMAT, {**_describe_head(head, task), "backbone": backbone})
 
 
-def load_head(path: Path, *, norm_layer: NormLayer = nn.BatchNorm2d) -> tuple[SegmentationHead, dict[str, Any]]:
+def load_head(path: str | Path, *, norm_layer: NormLayer = nn.BatchNorm2d) -> tuple[SegmentationHead, dict[str, Any]]:
     """Load a head: the module in evaluation mode, and its description. Raises ValueError naming the file.
 
     For a training that goes on, `norm_layer` says with what momentum: PyTorch's, or by `authors_norm` the authors'.
@@ -87,12 +88,12 @@ def load_head(path: Path, *, norm_layer: NormLayer = nn.BatchNorm2d) -> tuple[Se
     return head, description
 
 
-def save_context(path: Path, context: DensePredictionCell) -> None:
+def save_context(path: str | Path, context: DensePredictionCell) -> None:
     """Write the cell alone, atomically."""
     _write(path, context, CONTEXT_FORMAT, _describe_context(context))
 
 
-def load_context(path: Path) -> DensePredictionCell:
+def load_context(path: str | Path) -> DensePredictionCell:
     """Load the cell alone, with weights, in evaluation mode, from its own file or from that of a head or network.
 
     Raises ValueError naming the file.
@@ -108,7 +109,7 @@ def load_context(path: Path) -> DensePredictionCell:
 
 
 def save_network(
-    path: Path,
+    path: str | Path,
     network: SegmentationNetwork,
     *,
     task: Mapping[str, Any],
@@ -125,7 +126,7 @@ def save_network(
     _write(path, network, NETWORK_FORMAT, _describe_network(network, task, source, evaluation))
 
 
-def load_network(path: Path, *, norm_layer: NormLayer = nn.BatchNorm2d) -> tuple[SegmentationNetwork, dict[str, Any]]:
+def load_network(path: str | Path, *, norm_layer: NormLayer = nn.BatchNorm2d) -> tuple[SegmentationNetwork, dict[str, Any]]:
     """Load a network: the module in evaluation mode, and its description. Raises ValueError naming the file.
 
     `norm_layer`, of head and decoder, is as in `load_head`.
@@ -142,28 +143,13 @@ def load_network(path: Path, *, norm_layer: NormLayer = nn.BatchNorm2d) -> tuple
     return network, description
 
 
-def read_description(path: Path) -> tuple[str, dict[str, Any]]:
+def read_description(path: str | Path) -> tuple[str, dict[str, Any]]:
     """The format and the description of a cell, head or network, without its weights. Raises ValueError naming the file."""
     file_format, description, _ = _read(path, "cell, head or network", *_CONTEXT_IN, with_weights=False)
     return file_format, description
 
 
-def _describe_network(
-    network: SegmentationNetwork,
-    task: Mapping[str, Any],
-    source: Mapping[str, Any] | None,
-    evaluation: Mapping[str, Any] | None,
-) -> dict[str, Any]:
-    return {
-        **_describe_head(network.head, task),
-        "backbone": describe_backbone(network.backbone),
-        "decoder": None if network.decoder is None else {"projected_channels": network.decoder.projected_channels},
-        "source": dict(source or {}),
-        "evaluation": dict(evaluation or {}),
-    }
-
-
-def describe_file(path: Path) -> tuple[Literal["head", "network"], dict[str, Any]] | None:
+def describe_file(path: str | Path) -> tuple[Literal["head", "network"], dict[str, Any]] | None:
     """Which of the two a file is, and its description; None for any other file, a state dict among them, or none at all.
 
     Raises ValueError naming a file of this format whose description cannot be read.
@@ -183,7 +169,7 @@ def describe_file(path: Path) -> tuple[Literal["head", "network"], dict[str, Any
         return kind, dict(json.loads(metadata["description"]))
 
 
-def load_backbone(path: Path, *, output_stride: int | None = None, low_level: bool = False) -> Backbone:
+def load_backbone(path: str | Path, *, output_stride: int | None = None, low_level: bool = False) -> Backbone:
     """Load the backbone alone from a network file, with weights, in evaluation mode. Raises ValueError naming the file.
 
     It may get another `output_stride` than in the network, and the map at stride 4 for a decoder, because the weights are the
@@ -197,6 +183,21 @@ def load_backbone(path: Path, *, output_stride: int | None = None, low_level: bo
     inner = {key.removeprefix("backbone."): tensor for key, tensor in state.items() if key.startswith("backbone.")}
     _fill(backbone, inner, path, "network")
     return backbone
+
+
+def _describe_network(
+    network: SegmentationNetwork,
+    task: Mapping[str, Any],
+    source: Mapping[str, Any] | None,
+    evaluation: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    return {
+        **_describe_head(network.head, task),
+        "backbone": describe_backbone(network.backbone),
+        "decoder": None if network.decoder is None else {"projected_channels": network.decoder.projected_channels},
+        "source": dict(source or {}),
+        "evaluation": dict(evaluation or {}),
+    }
 
 
 def _describe_head(head: SegmentationHead, task: Mapping[str, Any]) -> dict[str, Any]:
@@ -240,7 +241,7 @@ def _build_head(description: dict[str, Any], norm_layer: NormLayer = nn.BatchNor
 
 
 def _check_described(module: nn.Module, description: dict[str, Any]) -> None:
-    """Raises ValueError for a cell, head or decoder that the description would be read back as another one."""
+    """Raises ValueError for a cell, head or decoder that would be another one if it were built of its description."""
     with torch.device("meta"):
         match module:
             case SegmentationNetwork(head=head, decoder=decoder):
@@ -257,14 +258,24 @@ def _check_same(module: nn.Module, built: nn.Module) -> None:
     """Raises ValueError for a part of the module that is another one in what was built of its description."""
     ours, theirs = ({(key, tensor.shape) for key, tensor in part.state_dict().items()} for part in (module, built))
     others = sorted(key.rpartition(".")[0] for key, _ in ours ^ theirs)
-    if not others:  # then all norms can be looked up
-        norms = (name for name, child in built.named_modules() if isinstance(child, nn.BatchNorm2d))
-        others = [name for name in norms if getattr(module.get_submodule(name), "eps", EPS) != EPS]
+    if not others:  # then all parts can be looked up
+        others = [name for name, part in built.named_modules() if not _computes_as(part, module.get_submodule(name))]
     if others:
         raise ValueError(
-            f"a file cannot describe {others[0]} of this {type(module).__name__}: it is read back with plain convolutions and "
-            f"nn.BatchNorm2d of eps {EPS}, and so would be another one; keep its state_dict() instead"
+            f"a file cannot describe {others[0]} of this {type(module).__name__}: it is read back with convolutions as they "
+            f"are built here and nn.BatchNorm2d of eps {EPS}, and so would be another one; keep its state_dict() instead"
         )
+
+
+def _computes_as(built: nn.Module, part: nn.Module) -> bool:
+    """Whether a convolution or norm computes what the one that was built does, of the same weights."""
+    match built:
+        case nn.Conv2d():
+            geometry = attrgetter("stride", "padding", "dilation", "groups", "padding_mode")
+            return type(part) is nn.Conv2d and bool(geometry(part) == geometry(built))
+        case nn.BatchNorm2d():
+            return type(part) in (nn.BatchNorm2d, nn.SyncBatchNorm) and bool(part.eps == built.eps)
+    return True
 
 
 def _build_decoder(description: dict[str, Any], low_level_channels: int, norm_layer: NormLayer = nn.BatchNorm2d) -> Decoder:
@@ -309,13 +320,13 @@ def _build_backbone(description: dict[str, Any], *, low_level: bool) -> Backbone
     return backbone
 
 
-def _write(path: Path, module: nn.Module, file_format: str, description: dict[str, Any]) -> None:
+def _write(path: str | Path, module: nn.Module, file_format: str, description: dict[str, Any]) -> None:
     from safetensors.torch import save as to_bytes
 
     _check_described(module, description)
     state = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
     content = to_bytes(state, metadata={"format": file_format, "description": json.dumps(description)})
-    write_whole(path, content)  # not save_file: only their owner could read its files, whatever the umask
+    write_whole(Path(path), content)  # not save_file: only their owner could read its files, whatever the umask
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -334,10 +345,12 @@ def write_whole(path: Path, content: bytes) -> None:
         raise
 
 
-def _read(path: Path, kind: str, *formats: str, with_weights: bool = True) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
+def _read(
+    path: str | Path, kind: str, *formats: str, with_weights: bool = True
+) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
     from safetensors import SafetensorError, safe_open
 
-    if path.is_dir():  # whose error would speak of a device
+    if Path(path).is_dir():  # whose error would speak of a device
         raise ValueError(f"{kind} {path} is a folder: give a file in it, such as best.safetensors")
     try:
         with safe_open(path, framework="pt") as file:
@@ -354,7 +367,7 @@ def _read(path: Path, kind: str, *formats: str, with_weights: bool = True) -> tu
 
 
 @contextmanager
-def _building(path: Path, kind: str) -> Iterator[None]:
+def _building(path: str | Path, kind: str) -> Iterator[None]:
     """Turn errors inside into a ValueError that names the file, and let nothing that is built draw random numbers."""
     try:
         with torch.random.fork_rng(devices=[]):
@@ -364,7 +377,7 @@ def _building(path: Path, kind: str) -> Iterator[None]:
         raise ValueError(f"{kind} {path} has a description that {reason}") from error
 
 
-def _fill(module: nn.Module, state: dict[str, Tensor], path: Path, kind: str) -> None:
+def _fill(module: nn.Module, state: dict[str, Tensor], path: str | Path, kind: str) -> None:
     try:
         module.load_state_dict(state)
     except RuntimeError as error:

@@ -71,8 +71,9 @@ class HubModule(nn.Module, PyTorchModelHubMixin):
 
         from fast import checkpoint
 
-        if unknown:
-            raise TypeError(f"from_pretrained does not take {', '.join(unknown)}: the file alone says what is built from it")
+        given = [name for name, value in unknown.items() if value is not None]  # huggingface_hub below 1 gives proxies=None
+        if given:
+            raise TypeError(f"from_pretrained does not take {', '.join(given)}: the file alone says what is built from it")
         path = Path(model_id) / FILE
         if not Path(model_id).is_dir():
             path = Path(

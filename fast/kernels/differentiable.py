@@ -14,7 +14,7 @@ from fast.kernels.interface import Backend, Dropout, Folded, GradientSums, LiveC
 from fast.kernels.matrices import pooling_matrix, resize_matrix
 from reference.pyramid_pooling import PoolingVariant
 
-_REMEDY = "run the forward pass within `fast.kernels.using(None)`, whose operations can be differentiated again"
+_REMEDY = f"run the forward pass within `{__package__}.using(None)`, whose operations can be differentiated again"
 
 Backward = Callable[..., Any]
 

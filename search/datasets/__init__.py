@@ -76,7 +76,7 @@ def evaluation_size(name: str | None) -> tuple[int, int] | None:
     """Height and width that pictures of data set `name` are padded to for evaluation; None: each has its own size."""
     if name not in DATASETS:
         return None
-    size: tuple[int, int] | None = getattr(importlib.import_module(f"search.datasets.{name}"), "PAD_TO", None)
+    size: tuple[int, int] | None = getattr(importlib.import_module(f".{name}", __name__), "PAD_TO", None)
     return size
 
 

@@ -165,7 +165,7 @@ def _require_labels(val: FeatureCache, name: str) -> None:
     complaint = (
         f"all labelled pixels of {name} have the same label" if found else f"no pixel of {name} has a label to score by"
     )
-    counts = "`python -m search.datasets check` counts them"
+    counts = f"`{spelled('datasets check')}` counts them"
     raise InputError(f"{complaint}: give another `val_split`, or correct its labels; {counts}")
 
 

@@ -90,12 +90,23 @@ def with_another_epsilon(head: SegmentationHead) -> None:
     cast(nn.BatchNorm2d, head.context.projection.norm).eps = 1e-3
 
 
+def with_another_rate(head: SegmentationHead) -> None:
+    conv = cast(nn.Conv2d, head.context.get_submodule("branches.0.depthwise"))
+    conv.dilation = conv.padding = (2, 2)
+
+
+class OwnNorm(nn.BatchNorm2d):
+    """With the weights of the norm that is built, of which a subclass may compute something else."""
+
+
 UNDESCRIBED: dict[str, tuple[Callable[[SegmentationHead], Any], str]] = {
     "norm": (lambda head: setattr(head.context.projection, "norm", nn.GroupNorm(1, 5)), "context.projection.norm"),
     "no norm": (lambda head: setattr(head.context.projection, "norm", nn.Identity()), "context.projection.norm"),
     "branch": (lambda head: head.context.set_submodule("branches.1", nn.Identity()), "context.branches.1.pointwise"),
     "weight norm": (lambda head: weight_norm(head.classifier), "classifier"),
     "epsilon": (with_another_epsilon, "context.projection.norm"),
+    "own norm": (lambda head: setattr(head.context.projection, "norm", OwnNorm(5)), "context.projection.norm"),
+    "rate": (with_another_rate, "context.branches.0.depthwise"),
 }
 
 

@@ -102,7 +102,7 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "branch": (replace("branches.2", lambda: nn.Conv2d(3, 4, 1, bias=False)), "branches.2 is a Conv2d"),
     "bias": (with_bias, "projection has a bias"),
     "forward": (with_another_forward, "dropout has had its forward replaced"),
-    "weight norm": (lambda module: weight_norm(module.projection), "projection is a ParametrizedConvNormReLU|Conv2d"),
+    "weight norm": (lambda module: weight_norm(module.projection), "projection is a ParametrizedConv2d"),
     "spectral norm": (lambda module: spectral_norm(module.get_submodule("branches.1.pointwise")), "is a Parametrized"),
     "pruned": (pruned, "projection has a hook"),
 }

@@ -136,6 +136,13 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
         SegmentationHead.from_pretrained(tmp_path)
 
 
+def test_what_the_hub_passes_on_without_a_value_is_no_option(tmp_path: Path) -> None:
+    """huggingface_hub below 1 does so with `proxies` and `resume_download`."""
+    head = build_network().head
+    head.save_pretrained(tmp_path)
+    assert_same(SegmentationHead.from_pretrained(tmp_path, proxies=None, resume_download=None), head)
+
+
 def test_class_names_of_another_number_are_refused(tmp_path: Path) -> None:
     network = build_network()
     network.description = {"class_names": ["sky"]}
@@ -187,12 +194,14 @@ def test_what_a_card_says_of_loading_is_true(tmp_path: Path, monkeypatch: pytest
     module.description = TASK
     module.save_pretrained(tmp_path)
     monkeypatch.chdir(tmp_path)
-    text = ModelCard.load(tmp_path / "README.md").text
-    code = text.split("```python\n")[1].split("```")[0].replace("this folder, or its name on the Hub", str(tmp_path))
+    shutil.copyfile(FILE, "best.safetensors")
     x = torch.rand(1, 6, 5, 5)
-    names: dict[str, Any] = {"x": x, "images": 255 * torch.rand(1, 3, 33, 49)}
-    exec(code, names)
-    if kind is SegmentationNetwork:
-        assert names["classes"].shape == (1, 33, 49)
-    else:
-        assert torch.equal(names["y"], module(x))
+    for card in (tmp_path / "README.md", write_card(tmp_path / "best.safetensors")):
+        text = ModelCard.load(card).text
+        code = text.split("```python\n")[1].split("```")[0].replace("this folder, or its name on the Hub", str(tmp_path))
+        names: dict[str, Any] = {"x": x, "images": 255 * torch.rand(1, 3, 33, 49)}
+        exec(code, names)
+        if kind is SegmentationNetwork:
+            assert names["classes"].shape == (1, 33, 49)
+        else:
+            assert torch.equal(names["y"], module(x))

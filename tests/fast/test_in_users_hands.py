@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 from bench.plain_torch import PlainCell, randomise
-from fast import Decoder, DensePredictionCell, SegmentationHead, explain
+from fast import Decoder, DensePredictionCell, SegmentationHead, explain, kernels
 from fast.batch_norm import MOMENTUM
 from fast.kernels import backend_for, using
 from fast.upsampled_cross_entropy import upsampled_cross_entropy
@@ -141,7 +141,7 @@ def test_an_ensemble_is_one_call() -> None:
 def test_a_second_derivative_of_kernels_is_refused_with_the_remedy(training: bool) -> None:
     """Also where the incoming gradient is constant, at which PyTorch would leave out what it adds without a word."""
     module, x = cell().train(training), features(dtype=torch.float32).requires_grad_()
-    remedy = "run the forward pass within `fast.kernels.using(None)`"
+    remedy = f"run the forward pass within `{kernels.__name__}.using(None)`"
     jacobian: Any = torch.autograd.functional.jacobian
     with pytest.raises(RuntimeError, match=re.escape(remedy)):
         torch.autograd.grad(module(x).sum(), x, create_graph=True)
