@@ -27,13 +27,16 @@ from search import (
     TorchDataset,
     Trained,
     backbone_from_module,
+    join,
     load_cell,
     load_found,
+    report,
     search_cells,
     train_network,
 )
 from search.datasets import Dataset
 from search.runs.study import load_run
+from search.settings import DeviceSettings
 from search.tasks.proxy import ProxyTask
 from search.training.loop import Training
 from tests.search.python_parts import CLASS_NAMES, Strided, Strips
@@ -228,6 +231,17 @@ def test_a_folder_without_a_score_is_refused(tmp_path: Path, monkeypatch: pytest
         load_found(tmp_path)
     with pytest.raises(InputError, match=r"no cell of .*run has a score \(2 failed: the loss was"):
         find(tmp_path, proxy=replace(SETTINGS["proxy"], learning_rate=1e30))
+
+
+def test_commands_do_not_go_on_from_objects(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report.main(report.ReportSettings(run=folder / "run", device=DeviceSettings(device="cpu")))
+    output = capsys.readouterr().out
+    assert "report.html" in output
+    assert "next:" not in output
+    with pytest.raises(
+        InputError, match=r"run was searched from Python, on objects that no command can open: join them there"
+    ):
+        join.main(join.JoinSettings(run=folder / "run"))
 
 
 def test_a_head_that_is_not_the_best_cells_is_refused(folder: Path, tmp_path: Path) -> None:
