@@ -125,11 +125,6 @@ def save_network(
     _write(path, network, NETWORK_FORMAT, _describe_network(network, task, source, evaluation))
 
 
-def check_network(network: SegmentationNetwork, task: Mapping[str, Any]) -> None:
-    """Raises ValueError for a network that `save_network` would refuse, before it is trained."""
-    _check_described(network, _describe_network(network, task, None, None))
-
-
 def load_network(path: Path, *, norm_layer: NormLayer = nn.BatchNorm2d) -> tuple[SegmentationNetwork, dict[str, Any]]:
     """Load a network: the module in evaluation mode, and its description. Raises ValueError naming the file.
 
@@ -299,6 +294,11 @@ def describe_backbone(backbone: Backbone) -> dict[str, Any]:
         "mean": backbone.mean.flatten().tolist(),
         "std": backbone.std.flatten().tolist(),
     }
+
+
+def check_network(network: SegmentationNetwork, task: Mapping[str, Any]) -> None:
+    """Raises ValueError for a network that `save_network` would refuse, before it is trained."""
+    _check_described(network, _describe_network(network, task, None, None))
 
 
 def _build_backbone(description: dict[str, Any], *, low_level: bool) -> Backbone:
