@@ -106,12 +106,17 @@ class Backbone(nn.Module):
 
     def weights_hash(self) -> str:
         """A hash of all weights and statistics, by which cached features are told from those of another backbone."""
-        digest = hashlib.sha256()
-        for key, value in sorted(self.state_dict().items()):
-            digest.update(key.encode() + value.detach().cpu().contiguous().numpy().tobytes())
-        for constant in (self.mean, self.std):
-            digest.update(constant.cpu().numpy().tobytes())
-        return digest.hexdigest()
+        return hash_of_weights(self, self.mean, self.std)
+
+
+def hash_of_weights(module: nn.Module, *constants: Tensor) -> str:
+    """A hash of the module's weights and statistics, and of the constants."""
+    digest = hashlib.sha256()
+    for key, value in sorted(module.state_dict().items()):
+        digest.update(key.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    for constant in constants:
+        digest.update(constant.cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 class PlainBody(nn.Module):

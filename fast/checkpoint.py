@@ -307,6 +307,11 @@ def describe_backbone(backbone: Backbone) -> dict[str, Any]:
     }
 
 
+def check_network(network: SegmentationNetwork, task: Mapping[str, Any]) -> None:
+    """Raises ValueError for a network that `save_network` would refuse, before it is trained."""
+    _check_described(network, _describe_network(network, task, None, None))
+
+
 def _build_backbone(description: dict[str, Any], *, low_level: bool) -> Backbone:
     name, output_stride = description["name"], description["output_stride"]
     if "plain_channels" in description:

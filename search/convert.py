@@ -88,16 +88,15 @@ def main(settings: ConvertSettings) -> None:
     if settings.show_skipped:
         print(*(f"{name}: {in_flags(reason, ConvertSettings)}" for name, reason in skipped.items()), sep="\n")
     print(f"wrote {settings.out} and its model card, {write_card(settings.out)}")
-    print_next(*_next(settings.out, len(task.class_names)))
+    print_next(*_next(settings.out, dataset))
 
 
-def _next(network: Path, classes: int) -> list[str]:
-    """Export always; evaluate on the authors' data set of so many classes, where docs/datasets.md unpacks it."""
+def _next(network: Path, dataset: str | None) -> list[str]:
+    """Evaluate on the data set that the file names, if it does, and export."""
     export = to_type("export", "--network", network, "--out", network.with_suffix(".pt2"))
-    data = {len(known.CLASS_NAMES): known.__name__.rpartition(".")[2] for known in (cityscapes, pascal_voc)}.get(classes)
-    if data is None:
+    if dataset is None:
         return [export]
-    return [to_type("evaluate", "--network", network, "--dataset", data, "--data-dir", f"data/{data}"), export]
+    return [to_type("evaluate", "--network", network, "--data-dir", f"data/{dataset}"), export]
 
 
 def _variables(path: Path) -> tuple[str, Mapping[str, tuple[int, ...]], Callable[[str], NDArray[Any]]]:

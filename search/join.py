@@ -13,7 +13,7 @@ from tqdm import tqdm
 from fast.checkpoint import save_network
 from fast.segmentation import SegmentationNetwork
 from search.cli import Flat, print_next, run_command, spelled, to_type, uses_of_network
-from search.datasets import Dataset, open_dataset
+from search.datasets import Dataset, is_named, open_dataset
 from search.dense_tasks import Scores, restored_task
 from search.devices import resolve_device
 from search.errors import InputError
@@ -86,6 +86,11 @@ def _found(settings: JoinSettings) -> tuple[Run | None, Path]:
         folder = settings.head.absolute().parent
         directory = folder.parent if folder.name == HEADS and (folder.parent / "settings.json").is_file() else None
     run = None if directory is None else load_run(directory)
+    if run is not None and not is_named(run.settings.data.dataset):
+        raise InputError(
+            f"{directory} was searched from Python, on objects that no command can open: join them there, by "
+            f'`load_found("{directory}").network(backbone)`'
+        )
     head = settings.head or known(directory) / HEADS / f"{BEST_HEAD}.safetensors"
     if not head.is_file():
         raise InputError(f"there is no head {head}: let the search score a cell first, or give another as `head`")

@@ -4,13 +4,13 @@ objects in Python: `search_cells`, and `train_network` for what it has found. do
 
 import copy
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from fast.backbone import Backbone
-from fast.checkpoint import describe_backbone, load_head, load_network, save_head
+from fast.backbone import Backbone, hash_of_weights
+from fast.checkpoint import check_network, load_head, load_network, save_head
 from fast.segmentation import SegmentationHead, SegmentationNetwork
 from reference.cell import GRID_SIZES, NUM_BRANCHES, RATES, Cell
 from search.cells.sampler import LAG, create_sampler
@@ -43,7 +43,7 @@ from search.settings import (
 from search.tasks.feature_cache import MEAN, STD, WEIGHTS, FeatureCache, caches_of, facts_of, open_cache
 from search.tasks.proxy import ProxyTask, feature_maps
 from search.training.loop import Training
-from search.training.network import training_identity, weights_sum
+from search.training.network import training_identity
 
 KNOWN_CELLS = ("aspp", "dpc")
 
@@ -122,9 +122,9 @@ class Found:
     def network(self, backbone: Backbone) -> SegmentationNetwork:
         """Backbone and head: images (N, 3, H, W), values 0 to 255 -> outputs (N, K, h, w) at the backbone's output stride.
 
-        `network.predict(images)` gives the best class per pixel.
+        `network.predict(images)` gives the best class per pixel. The head moves to the backbone's device.
         """
-        return SegmentationNetwork(backbone, self.head)
+        return SegmentationNetwork(backbone, self.head.to(backbone.mean.device))
 
 
 def search_cells(
@@ -151,6 +151,8 @@ def search_cells(
     for group in (search, proxy, head):
         group.check()
     features.check(backbone.output_stride)
+    _require_one_task(train, val)
+    backbone.to(resolve_device(machine.device)).eval()
     directory, command = Path(out), f"search_cells(train, val, backbone, {str(out)!r}, ...) in Python"
     caches = caches_of(train, val, backbone, features, machine, command)
     proxy = proxy.completed(caches["train"].pictures)
@@ -188,16 +190,26 @@ def train_network(
     machine = given(machine, MachineSettings())
     settings = _training_settings(network, train, val, given(recipe, RecipeSettings()), machine, seed)
     settings.check()
-    try:
-        describe_backbone(network.backbone)
-    except ValueError as error:
-        raise InputError(f"{error}; train it in a loop of your own") from error
+    _require_one_task(train, val)
+    _require_trainable(network, train)
     devices, folder = Devices(machine.device), Folder(Path(out), "training")
-    identity = training_identity(settings, network, train, val, devices) | {"`network` (content)": str(weights_sum(network))}
+    identity = training_identity(settings, network, train, val, devices) | {"`network` (content)": hash_of_weights(network)}
     with folder.locked():
         folder.begin(identity, f"train_network(network, train, val, {str(out)!r}, ...) in Python")
         result = Training(settings, copy.deepcopy(network), train, val, folder.path, devices).run()
     return Trained(folder.path, result.best, load_network(folder.path / "best.safetensors")[0])
+
+
+def _require_trainable(network: SegmentationNetwork, train: Dataset) -> None:
+    wanted, present = train.task.outputs, network.head.classifier.out_channels
+    if present != len(wanted):
+        raise InputError(
+            f"the network has {present} outputs, {train.name} needs {len(wanted)} ({', '.join(wanted)}): give another head"
+        )
+    try:
+        check_network(network, train.task.describe())
+    except ValueError as error:
+        raise InputError(f"{error}; train it in a loop of your own") from error
 
 
 def _training_settings(
@@ -208,8 +220,12 @@ def _training_settings(
     return TrainingSettings(
         data=data,
         backbone=_settings_of(network.backbone),
-        head=HeadSettings(branch_channels=context.branch_channels, pooling=context.pooling, dropout=context.dropout.p),
-        recipe=recipe,
+        head=HeadSettings(
+            branch_channels=context.branch_channels,
+            pooling=context.pooling,
+            dropout=getattr(context.dropout, "p", 0.0),  # it may have been replaced, by Identity
+        ),
+        recipe=replace(recipe, decoder=network.decoder is not None),
         machine=machine,
         seed=seed,
     ).completed(training_pictures(data, train))
@@ -221,7 +237,13 @@ def load_found(directory: Path | str) -> Found:
     best = next(iter(ranked(run.trials)), None)
     if best is None or best.result is None:
         raise InputError(f"no cell of {directory} has a score{_first_failure(run)}")
-    head, _ = load_head(run.directory / HEADS / f"{BEST_HEAD}.safetensors")
+    path = run.directory / HEADS / f"{BEST_HEAD}.safetensors"
+    try:
+        head, _ = load_head(path)
+    except ValueError as error:
+        raise InputError(f"{error}; copy that file too, or search in another folder") from error
+    if head.context.cell != best.cell:  # it is written before its score
+        raise InputError(f"{path} is of a cell whose score is yet to be written: let the search go on")
     return Found(run.directory, best.cell, best.result.score, head)
 
 
@@ -236,28 +258,22 @@ def run_search(
     identity: dict[str, Any],
     defaults: dict[str, Any],
     command: str,
+    on_begin: Callable[[], object] = lambda: None,
 ) -> None:
     """Search cells on these features, compare and report; `settings` have a completed head, `val` has the cached pictures.
 
     `identity` is all that scores depend on, `defaults` are those of settings that a run begun earlier may lack, and `command`
-    is what the user typed.
+    is what the user typed. `on_begin` is called once nothing is left to be refused.
     """
     device = resolve_device(settings.machine.device)
     plan = SearchPlan(known(search.trials), load_cells(search.compare), search.comparison_seeds, search.seed)
     maps = feature_maps(proxy, settings.head, **caches)  # refuses a wrong crop size before the run begins
     space = SearchSpace(search.branches, search.rates, search.grids, maps)
-    origin, task = caches["train"].identity, caches["train"].task
     to_open = [(caches[role].directory, caches[role].identity) for role in ("train", "val")]  # workers copy no arrays
 
     def create_task() -> ProxyTask:
         of_train, of_val = (open_cache(*each) for each in to_open)
         return ProxyTask(of_train, of_val, proxy, settings.head, device)
-
-    def keep_head(name: str, trained: SegmentationHead) -> None:
-        backbone = {key: origin[key] for key in ("backbone", "weights_origin", "output_stride", "dataset")}
-        backbone |= {"weights_hash": origin[WEIGHTS], "mean": origin[MEAN], "std": origin[STD]}
-        path = directory / HEADS / f"{name}.safetensors"
-        save_head(path, trained, task=task.describe(), backbone=backbone)
 
     run = open_run(
         directory,
@@ -265,7 +281,7 @@ def run_search(
         create_sampler(search.sampler, space, search.seed, lag=search.lag),
         storage=search.storage,
         command=command,
-        task=task,
+        task=val.task,
         settings=settings,
         space=space,
         defaults=defaults,
@@ -276,13 +292,33 @@ def run_search(
             create_task, search.workers, settings.machine.device, proxy.steps, in_turns=search.cells_per_gpu
         ) as workers,
     ):
+        on_begin()
         print(f"search space: {'; '.join(space.describe())}", file=sys.stderr)
         timed_on = None
         try:
-            Search(study, workers, space, plan, task.score, keep_head).run()
+            Search(study, workers, space, plan, val.task.score, _keeper(directory / HEADS, caches["train"])).run()
             timed_on = device
         finally:  # also after Ctrl-C: report what there is, without latencies, which would take seconds
             finish_run(directory, caches["val"], val, plan.compare, timed_on)
+
+
+def _keeper(folder: Path, features: FeatureCache) -> Callable[[str, SegmentationHead], None]:
+    """Writes a head that was trained on these features, by its name."""
+    origin = features.identity
+    backbone = {key: origin[key] for key in ("backbone", "weights_origin", "output_stride", "dataset")}
+    backbone |= {"weights_hash": origin[WEIGHTS], "mean": origin[MEAN], "std": origin[STD]}
+
+    def keep(name: str, head: SegmentationHead) -> None:
+        save_head(folder / f"{name}.safetensors", head, task=features.task.describe(), backbone=backbone)
+
+    return keep
+
+
+def _require_one_task(train: Dataset, val: Dataset) -> None:
+    of_train, of_val = ((each.task.name, each.task.outputs) for each in (train, val))
+    if of_train != of_val:
+        texts = [f"{name} ({', '.join(outputs)})" for name, outputs in (of_train, of_val)]
+        raise InputError(f"`train` is for {texts[0]} and `val` for {texts[1]}: give both the same, in one order")
 
 
 def _data_of(train: Dataset, val: Dataset) -> DataSettings:

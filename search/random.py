@@ -64,10 +64,10 @@ def main(settings: RandomSettings) -> None:
     data, command = settings.data, this_command(_PROG)
     caches = prepare_caches(data, settings.backbone, settings.features, settings.machine, command)
     settings, typed = completed_for(caches["train"], settings), settings
+    chosen = (typed, settings), (typed.proxy, settings.proxy), (typed.head, settings.head)
     origin = caches["train"].identity
     directory = settings.out or Path("runs") / origin["dataset"]
     _refuse_other_backbone(directory, origin, settings.backbone.weights)
-    print_defaults(caches["train"].pictures, (typed, settings), (typed.proxy, settings.proxy), (typed.head, settings.head))
     groups = settings, data, settings.backbone, settings.features, settings.head, settings.proxy
     run_search(
         directory,
@@ -79,6 +79,7 @@ def main(settings: RandomSettings) -> None:
         identity=scored(*groups) | facts_of(caches),
         defaults=declared(*map(type, groups)),
         command=command,
+        on_begin=lambda: print_defaults(caches["train"].pictures, *chosen),
     )
     if (directory / "best_cells" / "rank_01.json").exists():  # unless every cell has failed
         print_next(*uses_of_run(directory, data, settings.backbone, settings.head, settings.machine))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from search.cli import Flat, print_next, run_command, spelled, to_type, uses_of_run
+from search.datasets import is_named
 from search.devices import resolve_device
 from search.errors import InputError
 from search.reports.cells import write_cell_report
@@ -45,8 +46,8 @@ def main(settings: ReportSettings) -> None:
             raise InputError(f"`out` is for `cells`: the report of a run is {settings.run / 'report.html'}")
         run = load_run(settings.run)
         print(f"report: {write_report(run, device)}")
-        if ranked(run.trials):
-            had = run.settings
+        had = run.settings
+        if ranked(run.trials) and is_named(had.data.dataset):
             print_next(*uses_of_run(run.directory, had.data, had.backbone, had.head, had.machine))
         return
     _check(settings)

@@ -44,7 +44,7 @@ def backbone_from_module(module: nn.Module, *, name: str, mean: Sequence[float],
     features = _features(body, name, torch.rand(1, 3, *_PROBE, generator=torch.Generator().manual_seed(0)))
     stride = _output_stride(features, name)
     _require_corners(body, name)
-    return Backbone(
+    backbone = Backbone(
         name,
         body,
         channels=features.shape[1],
@@ -52,15 +52,15 @@ def backbone_from_module(module: nn.Module, *, name: str, mean: Sequence[float],
         mean=torch.tensor([255.0 * value for value in mean]),
         std=torch.tensor([255.0 * value for value in std]),
     )
+    return backbone.to(_device(body))
 
 
 @torch.no_grad()
 def _features(body: LastMap, name: str, images: Tensor) -> Tensor:
     """The features of these images, on the CPU, in evaluation mode; the mode that the module was in is kept."""
-    device = next((each.device for each in body.parameters()), torch.device("cpu"))
     modes = {each: each.training for each in body.modules()}
     try:
-        (features,) = body.eval()(images.to(device))
+        (features,) = body.eval()(images.to(_device(body)))
     except (RuntimeError, TypeError, ValueError, KeyError, IndexError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(
@@ -75,6 +75,10 @@ def _features(body: LastMap, name: str, images: Tensor) -> Tensor:
             f"`module` {name} must give a map (N, channels, h, w), or several, got {given}: cut it before its head"
         )
     return features.float().cpu()
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next((each.device for each in module.parameters()), torch.device("cpu"))
 
 
 def _output_stride(features: Tensor, name: str) -> int:

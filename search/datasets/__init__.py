@@ -61,6 +61,11 @@ class Dataset(Protocol):
         """Problems found in lists and file names, one sentence each; pixels are checked when they are read."""
 
 
+def is_named(name: str) -> bool:
+    """Whether `open_dataset` takes the name; a data set that is an object in Python has another one."""
+    return name in DATASETS or name.endswith(".toml")
+
+
 def split_names(name: str) -> tuple[str, ...]:
     """Names of the splits of data set `name`. Raises InputError for an unknown name and for a bad description."""
     if name.endswith(".toml"):

@@ -162,9 +162,8 @@ def training_identity(
     }
     if init is None:
         return identity | {"`weights` (content)": network.backbone.weights_hash()}
-    return identity | {"`init` (content)": str(weights_sum(network))}
+    return identity | {"`init` (content)": str(_weights_sum(network))}
 
 
-def weights_sum(network: nn.Module) -> float:
-    """A number by which weights are told from others."""
+def _weights_sum(network: nn.Module) -> float:
     return sum(float(value.double().abs().sum()) for value in network.state_dict().values())

@@ -33,6 +33,7 @@ from search.training.scoring import fits, input_size, predict_picture
 Picture = str | Path | Image.Image | NDArray[Any]
 
 _DEFAULTS = PredictionSettings()
+_DTYPES = (np.uint8, np.uint16, np.bool_)  # of arrays, whose range is known
 _MEMORY = Path("/proc/meminfo")  # of Linux
 
 
@@ -159,6 +160,8 @@ def _opened(picture: Image.Image | NDArray[Any]) -> Image.Image:
     if isinstance(picture, Image.Image):
         return picture
     try:
+        if picture.dtype not in _DTYPES:
+            raise TypeError
         return Image.fromarray(picture)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         got = f"{getattr(picture, 'shape', '')} {getattr(picture, 'dtype', type(picture).__name__)}".strip()

@@ -179,8 +179,7 @@ def test_pooling_is_pinned_to_the_crop_of_the_training() -> None:
         means = torch.nn.functional.avg_pool2d(features, 5, stride=1)
         conv: Any = branch.pointwise
         expected = bilinear_resize(conv.norm(torch.nn.functional.conv2d(means, conv.weight)).relu(), (7, 7))
-        actual = branch(features)
-        np.testing.assert_allclose(actual, expected, rtol=0, atol=MADE_BOUND)
+        np.testing.assert_allclose(branch(features), expected, rtol=0, atol=MADE_BOUND)
         assert (free(images) - pinned(images)).abs().max() > 1e-4
         assert torch.equal(free(images[..., :65, :66]), pinned(images[..., :65, :66]))
     with pytest.raises(InputError, match="`image_pooling_crop_size` must be"):

@@ -1,6 +1,7 @@
 """A search from Python, with a data set and a backbone as objects: what it finds, and how it goes on."""
 
 import copy
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,16 @@ from search import (
     TorchDataset,
     Trained,
     backbone_from_module,
+    join,
     load_cell,
     load_found,
+    report,
     search_cells,
     train_network,
 )
 from search.datasets import Dataset
 from search.runs.study import load_run
+from search.settings import DeviceSettings
 from search.tasks.proxy import ProxyTask
 from search.training.loop import Training
 from tests.search.python_parts import CLASS_NAMES, Strided, Strips
@@ -44,9 +48,9 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def strips(split: str, seed: int = 0) -> TorchDataset:
+def strips(split: str, seed: int = 0, class_names: tuple[str, ...] = CLASS_NAMES) -> TorchDataset:
     count = 6 if split == "train" else 3
-    return TorchDataset(Strips(count, seed), CLASS_NAMES, name="strips", split=split, ignore_index=-1)
+    return TorchDataset(Strips(count, seed), class_names, name="strips", split=split, ignore_index=-1)
 
 
 def backbone_of(module: nn.Module) -> Any:
@@ -137,13 +141,14 @@ def train(folder: Path, network: SegmentationNetwork, recipe: RecipeSettings = R
     return train_network(network, strips("train"), strips("val", seed=1), folder / "run", recipe=recipe, machine=machine)
 
 
-def timm_network(seed: int = 0) -> SegmentationNetwork:
+def timm_network(seed: int = 0, outputs: int = len(CLASS_NAMES), **options: Any) -> SegmentationNetwork:
     """A network that has its backbone from timm, with random weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         backbone = timm_backbone("test_efficientnet")
-        cell = DensePredictionCell(load_cell("aspp"), backbone.channels, branch_channels=4, cell_channels=4, output_stride=16)
-        return SegmentationNetwork(backbone, SegmentationHead(cell, len(CLASS_NAMES)))
+        options |= {"branch_channels": 4, "cell_channels": 4, "output_stride": 16}
+        cell = DensePredictionCell(load_cell("aspp"), backbone.channels, **options)
+        return SegmentationNetwork(backbone, SegmentationHead(cell, outputs))
 
 
 def test_our_loop_trains_a_network_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,7 +183,31 @@ def test_our_loop_refuses_what_it_could_not_save(folder: Path, tmp_path: Path) -
         train(tmp_path, network)
     with pytest.raises(InputError, match=r"`crop_size` 32 33 must be 16·k \+ 1 each"):
         train(tmp_path, network, replace(RECIPE, crop_size=(32, 33)))
+    with pytest.raises(InputError, match=r"a file cannot describe .*norm.*; train it in a loop of your own"):
+        train(tmp_path, timm_network(norm_layer=lambda channels: nn.GroupNorm(2, channels)))
+    with pytest.raises(InputError, match=r"the network has 5 outputs, strips needs 3 \(left, middle, right\): give another"):
+        train(tmp_path, timm_network(outputs=5))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_network_may_have_lost_its_dropout(tmp_path: Path) -> None:
+    network = timm_network()
+    network.head.context.dropout = nn.Identity()  # type: ignore[assignment]
+    assert 0 <= train(tmp_path, network, replace(RECIPE, iterations=1)).score <= 1
+
+
+def test_classes_in_another_order_are_refused(tmp_path: Path) -> None:
+    other = strips("train", class_names=CLASS_NAMES[::-1])
+    sentence = r"`train` is for segmentation \(right, middle, left\) and `val` for segmentation \(left, middle, right\): give"
+    with pytest.raises(InputError, match=sentence):
+        find(tmp_path, other)
+    assert not list(tmp_path.iterdir())
+
+
+def test_parts_come_to_one_device(folder: Path) -> None:
+    found, backbone = load_found(folder / "run"), backbone_of(Strided(4))
+    network = found.network(backbone.to("meta"))  # a device that every machine has
+    assert {each.device.type for each in (*network.parameters(), *network.buffers())} == {"meta"}
 
 
 @pytest.mark.parametrize(
@@ -202,6 +231,30 @@ def test_a_folder_without_a_score_is_refused(tmp_path: Path, monkeypatch: pytest
         load_found(tmp_path)
     with pytest.raises(InputError, match=r"no cell of .*run has a score \(2 failed: the loss was"):
         find(tmp_path, proxy=replace(SETTINGS["proxy"], learning_rate=1e30))
+
+
+def test_commands_do_not_go_on_from_objects(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report.main(report.ReportSettings(run=folder / "run", device=DeviceSettings(device="cpu")))
+    output = capsys.readouterr().out
+    assert "report.html" in output
+    assert "next:" not in output
+    with pytest.raises(
+        InputError, match=r"run was searched from Python, on objects that no command can open: join them there"
+    ):
+        join.main(join.JoinSettings(run=folder / "run"))
+
+
+def test_a_head_that_is_not_the_best_cells_is_refused(folder: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(folder / "run", tmp_path / "run")
+    head = run / "heads" / "best.safetensors"
+    shutil.copy(run / "heads" / "aspp_seed0.safetensors", head)
+    with pytest.raises(
+        InputError, match=r"best\.safetensors is of a cell whose score is yet to be written: let the search go"
+    ):
+        load_found(run)
+    head.unlink()
+    with pytest.raises(InputError, match=r"best\.safetensors cannot be read .*; copy that file too, or search in another"):
+        load_found(run)
 
 
 def test_all_names_are_there_and_no_others() -> None:

@@ -416,7 +416,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_the_command_says_what_the_caches_hold(tmp_path: Path, asked: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     main(composed(FeaturesSettings, dataset="pictures", train_split="all", cache_dir=tmp_path, device="cpu"))
     assert asked == ["all", "val"]
-    lines = capsys.readouterr().out.splitlines()
+    *lines, following = capsys.readouterr().out.splitlines()
+    assert following.startswith("next: python -m search.random")
     assert [line.split(",")[0] for line in lines] == [
         f"{role}: {tmp_path / f'pictures-{split}-pixels-os16'}" for role, split in (("train", "all"), ("val", "val"))
     ]
