@@ -102,6 +102,12 @@ def test_what_is_no_picture_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
         read_picture(whole)
 
 
+@pytest.mark.parametrize("dtype", [np.int32, np.int64, np.float32])
+def test_arrays_whose_range_is_unknown_are_refused(file: Path, dtype: type) -> None:
+    with pytest.raises(InputError, match=rf"a picture must be .* of uint8, got \(20, 30\) {dtype.__name__}"):
+        Predictor.load(file, device="cpu").predict(np.full((20, 30), 200, dtype))
+
+
 # Predictions
 
 
