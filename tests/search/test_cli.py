@@ -302,8 +302,8 @@ COMMANDS: dict[str, Callable[[], None]] = {
 
 
 def is_one_sentence(error: str, sentence: str) -> bool:
-    """Exactly one error, on the last line; only progress bars and the defaults may stand before it."""
-    lines = [line for line in error.splitlines() if line and not line.startswith(("features of", "defaults for"))]
+    """Exactly one error, on the last line; only progress bars may stand before it."""
+    lines = [line for line in error.splitlines() if line and not line.startswith("features of")]
     return len(lines) == 1 and re.match(rf"error: .*{sentence}", lines[0]) is not None
 
 
