@@ -12,6 +12,7 @@ torch.Size([2, 256, 33, 33])
 from importlib.metadata import PackageNotFoundError, version
 
 from fast import Decoder, DensePredictionCell, SegmentationHead, SegmentationNetwork, explain, kernels, predict_scales
+from fast.backbone import timm_backbone
 from fast.checkpoint import load_context, load_head, load_network, save_context, save_head, save_network
 from reference.cell import Cell
 from search.cells.space import load_cell
@@ -35,6 +36,7 @@ __all__ = [
     "save_context",
     "save_head",
     "save_network",
+    "timm_backbone",
 ]
 
 try:

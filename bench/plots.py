@@ -51,7 +51,9 @@ def draw(path: Path, results: Results) -> None:
             style_axes(ax)
             heights[k] = max(heights[k], draw_panel(ax, panels[draw_panel, title]))
     grid.set_height_ratios(heights)
-    figure.set_size_inches(11.0, 0.6 + sum(heights))
+    if not panels:
+        figure.text(0.01, 0.2, "Nothing here could be compared: rows.csv says why, case by case.", color=INK, fontsize=10)
+    figure.set_size_inches(11.0, 0.6 + (sum(heights) or 0.4))
     env = results.environment
     about = f"{env.device} · {env.timestamp[:10]} · {env.commit} · ratios: best other time / ours"
     figure.suptitle(about, color=INK, fontsize=11, ha="left", x=0.01)

@@ -24,6 +24,8 @@ from fast.segmentation import SegmentationHead, SegmentationNetwork
 from reference.batch_norm import EPS
 from reference.cell import Cell
 
+FileKind = Literal["cell", "head", "network"]
+
 CONTEXT_FORMAT = "dense-prediction-cell context 1"
 FORMAT = "dense-prediction-cell head 1"
 NETWORK_FORMAT = "dense-prediction-cell network 1"
@@ -149,8 +151,8 @@ def read_description(path: str | Path) -> tuple[str, dict[str, Any]]:
     return file_format, description
 
 
-def describe_file(path: str | Path) -> tuple[Literal["head", "network"], dict[str, Any]] | None:
-    """Which of the two a file is, and its description; None for any other file, a state dict among them, or none at all.
+def describe_file(path: str | Path) -> tuple[FileKind, dict[str, Any]] | None:
+    """Which of these a file is, and its description; None for any other file, a state dict among them, or none at all.
 
     Raises ValueError naming a file of this format whose description cannot be read.
     """
@@ -161,7 +163,7 @@ def describe_file(path: str | Path) -> tuple[Literal["head", "network"], dict[st
             metadata = file.metadata() or {}
     except (SafetensorError, OSError):
         return None
-    kinds: dict[str, Literal["head", "network"]] = {FORMAT: "head", NETWORK_FORMAT: "network"}
+    kinds: dict[str, FileKind] = {CONTEXT_FORMAT: "cell", FORMAT: "head", NETWORK_FORMAT: "network"}
     kind = kinds.get(metadata.get("format", ""))
     if kind is None:
         return None

@@ -44,6 +44,8 @@ def conv_norm(
     else:  # TensorFlow truncates at two standard deviations
         std = truncated_normal_std
         nn.init.trunc_normal_(conv.weight, std=std, a=-2 * std, b=2 * std)
+    if isinstance(norm_layer, nn.Module):
+        raise TypeError(f"norm_layer must make a norm from a number of channels, got one: {norm_layer}")
     conv.norm = norm_layer(channels)
     return conv
 

@@ -52,6 +52,8 @@ class DensePredictionCell(HubModule):
         norm_layer: NormLayer = nn.BatchNorm2d,
     ) -> None:
         super().__init__()
+        if not isinstance(cell, Cell):
+            raise TypeError(f"cell must be a Cell, as Cell.load and Cell.from_json give, got {cell!r}")
         if not 0.0 <= dropout_rate < 1.0:
             raise ValueError(f"dropout_rate must be at least 0 and below 1, got {dropout_rate}")
         _check_channels(in_channels=in_channels, branch_channels=branch_channels, cell_channels=cell_channels)
@@ -113,6 +115,8 @@ class DensePredictionCell(HubModule):
     def _check_shape(self, features: Tensor) -> None:
         if features.ndim != 4 or features.shape[1] != self.in_channels:
             raise ValueError(f"cell needs features: (N, {self.in_channels}, H, W), got {tuple(features.shape)}")
+        if not features.is_floating_point():
+            raise TypeError(f"cell needs features of floating point, got {features.dtype}")
 
     def extra_repr(self) -> str:
         return f"{self.cell}, output_stride={self.output_stride}"

@@ -8,6 +8,7 @@ single operations of PyTorch. Everything that decides so is in this file and in 
 from collections.abc import Iterator, Mapping
 from typing import NoReturn
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
@@ -52,12 +53,14 @@ def explain(module: nn.Module, x: Tensor) -> str:
 
 
 def check_traceable(x: Tensor) -> None:
-    """Raises TypeError for what `torch.fx.symbolic_trace` hands to a forward pass in the place of a tensor."""
-    if not isinstance(x, Tensor):
+    """Raises TypeError for what is no tensor, such as `torch.fx.symbolic_trace` hands to a forward pass in its place."""
+    if isinstance(x, torch.fx.Proxy):
         raise TypeError(
-            f"a map must be a tensor, got {type(x).__name__}; torch.fx.symbolic_trace cannot follow a cell, whose pooling "
-            "depends on the map's size: use torch.export.export, or make the module a leaf of your tracer"
+            "torch.fx.symbolic_trace cannot follow a cell, whose pooling depends on the map's size: use torch.export.export, "
+            "or make the module a leaf of your tracer"
         )
+    if not isinstance(x, Tensor):
+        raise TypeError(f"a map must be a tensor, got {type(x).__name__}")
 
 
 def refuse_script(module: nn.Module) -> NoReturn:

@@ -43,7 +43,7 @@ _KINDS = {
 
 
 def write_card(path: Path) -> Path:
-    """Write the card of a cell's, head's or network's file beside it: `best.md` for `best.safetensors`. Return its path.
+    """Write the card of a cell's, head's or network's file beside it, `best.safetensors.md` for `best.safetensors`: its path.
 
     Raises ValueError naming a file that is none of these.
     """
@@ -52,7 +52,7 @@ def write_card(path: Path) -> Path:
 
 def write_card_for(path: Path, file_format: str, description: Mapping[str, Any]) -> Path:
     """Write the card of a file whose description is at hand, such as an exported program's."""
-    card = path.with_suffix(".md")
+    card = path.with_name(f"{path.name}.md")  # whole, because a network may be exported in two formats
     write_whole(card, str(model_card(path.name, file_format, description)).encode())
     return card
 

@@ -34,7 +34,7 @@ def main(settings: DiagramSettings) -> None:
     except OSError as error:
         raise InputError(f"`out` {settings.out}: cannot be written ({error.strerror}); choose another place") from error
     print(f"picture: {settings.out}")
-    print_next(to_type("report", "--cells", settings.cell))
+    print_next(to_type("report", "--cells", settings.cell, "--feature-size", *settings.feature_size))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from fast.checkpoint import save_network
+from fast.model_card import write_card
 from fast.segmentation import SegmentationNetwork
 from search.cli import Flat, print_next, run_command, spelled, to_type, uses_of_network
 from search.datasets import Dataset, is_named, open_dataset
@@ -44,6 +45,8 @@ class JoinSettings:
     """Head to join, such as runs/shapes/heads/dpc_seed0.safetensors. None: that of the run's best cell."""
     out: Path | None = None
     """File to write. None: network.safetensors in the run's folder; for other heads their name comes first."""
+    dataset: str | None = None
+    """Data set of the run, such as its TOML file where that is now. None: the run's."""
     data_dir: Path | None = None
     """Folder of the data set. None: the run's."""
     cache_dir: Path | None = None
@@ -61,10 +64,11 @@ def main(settings: JoinSettings) -> None:
     if run is None:
         save_network(out, network, task=task.describe(), source={"head": str(head)})
         print(f"{head} is in no run's folder, so its network was not scored")
-        print(f"network: {out}")
+        print(f"network: {out}, with its model card, {write_card(out)}")
         print_next(to_type("export", "--network", out, "--out", out.with_suffix(".pt2")))
         return
-    data = replace(run.settings.data, data_dir=given(settings.data_dir, run.settings.data.data_dir))
+    had = run.settings.data
+    data = replace(had, dataset=given(settings.dataset, had.dataset), data_dir=given(settings.data_dir, had.data_dir))
     val, padded = _validation(run, data), (run.identity["image_size"][0], run.identity["image_size"][1])
     scores = _score(network.to(device), val, padded)
     source = {"run": str(run.directory), "head": str(head), "data": plain(data), "image_size": padded} | task.named(scores)
@@ -73,7 +77,7 @@ def main(settings: JoinSettings) -> None:
     print(f"{task.score.name} on {val.name} {val.split}: {task.score.text(scores.score)}")
     if (recorded := _recorded(run, head)) is not None:
         print(f"in the search: {task.score.text(recorded.score)}, with features rounded to {run.identity['feature_dtype']}")
-    print(f"network: {out}")
+    print(f"network: {out}, with its model card, {write_card(out)}")
     print_next(*uses_of_network(out, data, val))
 
 

@@ -11,6 +11,7 @@ from typing import Any, Self
 
 from fast.backbone import Backbone, hash_of_weights
 from fast.checkpoint import check_network, load_head, load_network, save_head
+from fast.model_card import write_card
 from fast.segmentation import SegmentationHead, SegmentationNetwork
 from reference.cell import GRID_SIZES, NUM_BRANCHES, RATES, Cell
 from search.cells.sampler import LAG, create_sampler
@@ -107,12 +108,16 @@ class SearchSettings:
 
 @dataclass(frozen=True)
 class Found:
-    """What a search has found: the best cell, its score in 0..1, and its briefly trained head, in evaluation mode."""
+    """What a search has found: the best cell, its score in 0..1, and its briefly trained head, in evaluation mode.
+
+    `backbone` says which features the head was trained on (name, hash of the weights, and so on).
+    """
 
     directory: Path
     cell: Cell
     score: float
     head: SegmentationHead
+    backbone: Mapping[str, Any]
 
     @property
     def report(self) -> Path:
@@ -122,8 +127,14 @@ class Found:
     def network(self, backbone: Backbone) -> SegmentationNetwork:
         """Backbone and head: images (N, 3, H, W), values 0 to 255 -> outputs (N, K, h, w) at the backbone's output stride.
 
-        `network.predict(images)` gives the best class per pixel. The head moves to the backbone's device.
+        `network.predict(images)` gives the best class per pixel. The head moves to the backbone's device. Raises InputError
+        for a backbone with other weights than it was trained on.
         """
+        if backbone.weights_hash() != self.backbone["weights_hash"]:
+            raise InputError(
+                f"the head of {self.directory} was trained on {self.backbone['backbone']} with other weights: give that one, "
+                "or build the network with `fast.SegmentationNetwork`"
+            )
         return SegmentationNetwork(backbone, self.head.to(backbone.mean.device))
 
 
@@ -197,7 +208,9 @@ def train_network(
     with folder.locked():
         folder.begin(identity, f"train_network(network, train, val, {str(out)!r}, ...) in Python")
         result = Training(settings, copy.deepcopy(network), train, val, folder.path, devices).run()
-    return Trained(folder.path, result.best, load_network(folder.path / "best.safetensors")[0])
+    path = folder.path / "best.safetensors"
+    write_card(path)
+    return Trained(folder.path, result.best, load_network(path)[0])
 
 
 def _require_trainable(network: SegmentationNetwork, train: Dataset) -> None:
@@ -239,12 +252,12 @@ def load_found(directory: Path | str) -> Found:
         raise InputError(f"no cell of {directory} has a score{_first_failure(run)}")
     path = run.directory / HEADS / f"{BEST_HEAD}.safetensors"
     try:
-        head, _ = load_head(path)
+        head, description = load_head(path)
     except ValueError as error:
         raise InputError(f"{error}; copy that file too, or search in another folder") from error
     if head.context.cell != best.cell:  # it is written before its score
         raise InputError(f"{path} is of a cell whose score is yet to be written: let the search go on")
-    return Found(run.directory, best.cell, best.result.score, head)
+    return Found(run.directory, best.cell, best.result.score, head, description["backbone"])
 
 
 def run_search(

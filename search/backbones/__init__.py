@@ -18,7 +18,7 @@ DEFAULT_BACKBONE = "mobilenetv2_100"  # but for the generated scenes
 def backbone_in(path: Path | None) -> dict[str, Any] | None:
     """What a network's file says of its backbone (name, output stride, and so on); None for any other file of weights.
 
-    Raises InputError for a head's file, which has no backbone, and for a damaged one.
+    Raises InputError for a cell's or head's file, which has no backbone, and for a damaged one.
     """
     try:
         found = None if path is None else describe_file(path)
@@ -27,8 +27,8 @@ def backbone_in(path: Path | None) -> dict[str, Any] | None:
     if found is None:
         return None
     kind, description = found
-    if kind == "head":
-        raise InputError(f"`weights` {path} is a head without a backbone: give a network, or the weights of a timm model")
+    if kind != "network":
+        raise InputError(f"`weights` {path} is a {kind} without a backbone: give a network, or the weights of a timm model")
     return dict(description["backbone"])
 
 

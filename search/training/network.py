@@ -3,13 +3,13 @@
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import nn
 
+from fast.backbone import hash_of_weights
 from fast.batch_norm import authors_norm
-from fast.checkpoint import describe_file, load_head, load_network
+from fast.checkpoint import FileKind, describe_file, load_head, load_network
 from fast.decoder import Decoder
 from fast.dense_prediction_cell import DensePredictionCell
 from fast.segmentation import SegmentationHead, SegmentationNetwork
@@ -28,7 +28,7 @@ def completed_training(settings: TrainingSettings, pictures: TrainingPictures, i
     found = _described(init)
     if found is not None:
         kind, description = found
-        stride = description["output_stride"] if kind == "head" else description["backbone"]["output_stride"]
+        stride = description["output_stride"] if kind != "network" else description["backbone"]["output_stride"]
         backbone = replace(backbone, output_stride=given(backbone.output_stride, stride))
     return replace(settings, backbone=backbone).completed(pictures)
 
@@ -39,7 +39,7 @@ def is_head(path: Path | None) -> bool:
     return found is not None and found[0] == "head"
 
 
-def _described(path: Path | None) -> tuple[Literal["head", "network"], dict[str, Any]] | None:
+def _described(path: Path | None) -> tuple[FileKind, dict[str, Any]] | None:
     try:
         return None if path is None else describe_file(path)
     except ValueError as error:
@@ -162,8 +162,4 @@ def training_identity(
     }
     if init is None:
         return identity | {"`weights` (content)": network.backbone.weights_hash()}
-    return identity | {"`init` (content)": str(_weights_sum(network))}
-
-
-def _weights_sum(network: nn.Module) -> float:
-    return sum(float(value.double().abs().sum()) for value in network.state_dict().values())
+    return identity | {"`init` (content)": hash_of_weights(network)}

@@ -67,7 +67,9 @@ class Predictor:
             network, description = load_network(Path(path))
             task = restored_task(description)
         except ValueError as error:
-            raise InputError(f"{error}; `network` takes what {spelled('train')} writes, a head has no backbone") from error
+            raise InputError(
+                f"{error}; `network` takes what {spelled('train')} and, of a search's head, {spelled('join')} write"
+            ) from error
         except KeyError as error:
             raise InputError(f"network {path} does not say what its outputs are: train or convert it again") from error
         dataset = _trained_on(description) or dataset

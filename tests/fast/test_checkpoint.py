@@ -21,6 +21,7 @@ from fast.checkpoint import (
     load_context,
     load_head,
     load_network,
+    save_context,
     save_head,
     save_network,
 )
@@ -373,6 +374,10 @@ def test_a_file_says_what_it_is(tmp_path: Path) -> None:
     found = describe_file(tmp_path / "head.safetensors")
     assert found is not None
     assert (found[0], found[1]["backbone"]) == ("head", BACKBONE)
+    save_context(tmp_path / "cell.safetensors", load_context(tmp_path / "head.safetensors"))
+    found = describe_file(tmp_path / "cell.safetensors")
+    assert found is not None
+    assert found[0] == "cell"
     assert describe_file(tmp_path / "absent.safetensors") is None
     save_file({"weight": torch.zeros(1)}, tmp_path / "state.safetensors")
     assert describe_file(tmp_path / "state.safetensors") is None

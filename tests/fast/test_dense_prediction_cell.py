@@ -289,3 +289,30 @@ def test_unknown_pooling_variant_is_refused() -> None:
 def test_channels_below_1_are_refused(name: str, channels: Any) -> None:
     with pytest.raises(ValueError, match=f"{name} must be an integer of at least 1, got {channels}"):
         DensePredictionCell(single(Conv1x1()), **{"in_channels": 4, name: channels})
+
+
+SMALL = Cell((Branch(BACKBONE_FEATURE, Conv1x1()),))
+
+
+@pytest.mark.parametrize(
+    ("cell", "options", "message"),
+    [
+        ("dpc", {}, "cell must be a Cell, as Cell.load and Cell.from_json give, got 'dpc'"),
+        (SMALL, {"norm_layer": torch.nn.GroupNorm(2, 4)}, r"norm_layer must make a norm .*, got one: GroupNorm\(2, 4"),
+    ],
+)
+def test_what_is_no_cell_or_no_norm_layer_is_refused(cell: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        DensePredictionCell(cell, 4, branch_channels=4, cell_channels=4, **options)
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        (np.zeros((1, 4, 5, 5), np.float32), "a map must be a tensor, got ndarray"),
+        (torch.zeros(1, 4, 5, 5, dtype=torch.uint8), "cell needs features of floating point, got torch.uint8"),
+    ],
+)
+def test_what_is_no_map_is_refused(features: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        DensePredictionCell(SMALL, 4, branch_channels=4, cell_channels=4)(features)

@@ -177,7 +177,7 @@ def test_a_card_says_what_the_file_holds_and_how_to_load_it(tmp_path: Path) -> N
     source = {"iteration": 90_000, "seconds": 3.0, "mean_iou": 0.41234, "training": {"data": {"dataset": "camvid"}}}
     save_network(path, build_network(), task=TASK, source=source)
     card_path = write_card(path)
-    assert card_path == tmp_path / "best.md"
+    assert card_path == tmp_path / "best.safetensors.md"
     card = ModelCard.load(card_path)
     assert (card.data.library_name, card.data.pipeline_tag) == ("dense-prediction-cell", "image-segmentation")
     for row in ("| data set | camvid |", "| iterations | 90,000 |", "| mean_iou | 0.4123 |", "| 2 classes | sky, röad |"):

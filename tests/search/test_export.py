@@ -98,9 +98,9 @@ def test_a_network_at_other_sizes(
     assert {key: told[key] for key in description} == description
     assert told["class_names"] == list(CLASSES)
     assert told["backbone"]["mean"] == network.backbone.mean.flatten().tolist()
-    assert sorted(each.name for each in out.parent.iterdir()) == ["network.md", "network.pt2"]
+    assert sorted(each.name for each in out.parent.iterdir()) == ["network.pt2", "network.pt2.md"]
     monkeypatch.chdir(out.parent)
-    names = run_card(Path("network.md"), images=images)
+    names = run_card(Path("network.pt2.md"), images=images)
     assert_close(names["logits"], network(images))
 
 

@@ -114,7 +114,7 @@ def test_a_training_leaves_its_curve_and_whole_networks(tiny: TrainSettings, uni
     assert source["recipe"]["min_scale"] == 0.5  # as completed
     assert description["source"]["mean_iou"] == best == mean_iou(count_split(network, val, indices=range(len(val))).numpy())
     assert tuple(description["class_names"]) == val.task.outputs
-    card = (uninterrupted / "best.md").read_text(encoding="utf-8")
+    card = (uninterrupted / "best.safetensors.md").read_text(encoding="utf-8")
     assert f"| mean_iou | {best:.4f} |" in card
     assert "| data set | camvid |" in card
     assert not list(uninterrupted.glob("*.partial"))
@@ -139,6 +139,7 @@ def killed_while(act: Callable[[], object], arm: Callable[[], None]) -> None:
         act()
 
     process = multiprocessing.get_context("fork").Process(target=run)
+    gc.collect()  # what has threads, such as onnxruntime's sessions, would wait for them for ever if the child let it go
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL

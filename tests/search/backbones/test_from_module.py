@@ -112,7 +112,11 @@ def test_a_mean_of_other_pixels_is_refused(mean: tuple[float, ...]) -> None:
 
 def test_a_network_with_it_is_not_saved_but_told_how(tmp_path: Any) -> None:
     backbone = backbone_of(Strided(4))
-    network = Found(tmp_path, found_head().context.cell, 0.5, found_head()).network(backbone)
+    origin = {"backbone": "strided", "weights_hash": backbone.weights_hash()}
+    network = Found(tmp_path, found_head().context.cell, 0.5, found_head(), origin).network(backbone)
+    other = Found(tmp_path, found_head().context.cell, 0.5, found_head(), origin | {"weights_hash": "0" * 64})
+    with pytest.raises(InputError, match="was trained on strided with other weights: give that one"):
+        other.network(backbone)
     with pytest.raises(
         ValueError, match=r"backbone mine is not from timm, .*: save the head by `save_head`, and the backbone"
     ):
