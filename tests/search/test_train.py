@@ -1,5 +1,6 @@
 """Training from end to end on a tiny CamVid: it learns, goes on after any end with the same losses, and says what is wrong."""
 
+import gc
 import multiprocessing
 import os
 import shutil
