@@ -128,9 +128,12 @@ def test_onnx_runs_in_onnxruntime(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert (told["class_names"], told["cell"]) == (list(CLASSES), description["cell"])
     onnx.checker.check_model(onnx.load(out))
     monkeypatch.chdir(tmp_path)
-    names = run_card(Path("head.md"), features=features.numpy())
+    names = run_card(Path("head.onnx.md"), features=features.numpy())
     assert_close(torch.from_numpy(names["logits"]), head(features))
-    assert [each.name for each in tmp_path.iterdir() if "onnx" in each.name] == ["head.onnx"]  # weights included
+    assert sorted(each.name for each in tmp_path.iterdir() if "onnx" in each.name) == [
+        "head.onnx",
+        "head.onnx.md",
+    ]  # with weights
 
 
 POOLING = Cell((*DYNAMIC_CELL.branches, Branch(BACKBONE_FEATURE, PyramidPooling(grid_size=(2, 4)))))

@@ -294,7 +294,7 @@ def test_other_settings_are_refused(tiny: TrainSettings, uninterrupted: Path, ch
 
 
 def test_another_initial_network_is_refused(tiny: TrainSettings, uninterrupted: Path) -> None:
-    with pytest.raises(InputError, match=r"with `init` \(content\) [\d.]+, now it is [\d.]+: .*another `out`"):
+    with pytest.raises(InputError, match=r"with `init` \(content\) \w{12}…, now it is \w{12}…: .*another `out`"):
         search.train.main(changed(tiny, out=uninterrupted, init=uninterrupted / "last.safetensors"))
 
 

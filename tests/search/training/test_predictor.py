@@ -210,7 +210,10 @@ def test_the_widest_layer_is_that_of_the_largest_maps() -> None:
 
 
 def test_files_that_are_no_networks_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"absent\.safetensors.*`network` takes what python -m search\.train writes"):
+    with pytest.raises(
+        InputError,
+        match=r"absent\.safetensors.*`network` takes what .*train and, of a search's head, .*join write",
+    ):
         Predictor.load(tmp_path / "absent.safetensors")
     save_network(tmp_path / "n.safetensors", small_network(3), task={})
     with pytest.raises(InputError, match="does not say what its outputs are: train or convert it again"):
