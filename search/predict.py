@@ -15,7 +15,7 @@ import io
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from tqdm import tqdm
@@ -117,7 +117,7 @@ def _predict(predictor: Predictor, pictures: dict[str, Path], out: Path) -> int:
             continue
         array = prediction.cpu().numpy().astype(predictor.task.label_dtype)
         write_prediction(mask, array, predictor.task)
-        write_picture(page, overlay(image, {name: array}, predictor.task))
+        write_picture(page, overlay(image, {PurePath(name).name: array}, predictor.task))
         shares.add(name, predictor.task.histogram(array)[:-1] / array.size)
     shares.finish(pictures)
     return failures
