@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from fast.checkpoint import save_network
+from search.cli import to_type
 from search.dense_tasks import DenseTask
 from search.dense_tasks.depth import Depth
 from search.errors import InputError
@@ -64,7 +65,11 @@ def test_masks_overlays_and_shares_lie_where_the_pictures_did(
     settings: PredictSettings, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main(settings)
-    assert "3 pictures: masks, overlays and shares.csv in" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "3 pictures: masks, overlays and shares.csv in" in out
+    assert out.endswith(
+        f"next: {to_type('export', '--network', settings.network, '--out', settings.network.with_suffix('.pt2'))}\n"
+    )
     predictor = Predictor.load(settings.network, device="cpu")
     assert set(made(settings.out)) == {f"{folder}/{name}.png" for folder in ("masks", "overlays") for name in NAMES}
     for name, file in zip(NAMES, ("a.JPG", "city.2/b.c.png", "city.2/d.webp"), strict=True):
