@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from fast import Decoder, DensePredictionCell, SegmentationHead, SegmentationNetwork, explain, kernels, predict_scales
 from fast.backbone import timm_backbone
+from fast.batch_norm import authors_norm
 from fast.checkpoint import load_context, load_head, load_network, save_context, save_head, save_network
 from reference.cell import Cell
 from search.cells.space import load_cell
@@ -26,6 +27,7 @@ __all__ = [
     "SegmentationHead",
     "SegmentationNetwork",
     "__version__",
+    "authors_norm",
     "explain",
     "kernels",
     "load_cell",

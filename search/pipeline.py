@@ -4,7 +4,7 @@ objects in Python: `search_cells`, and `train_network` for what it has found. do
 
 import copy
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -168,9 +168,8 @@ def search_cells(
     caches = caches_of(train, val, backbone, features, machine, command)
     proxy = proxy.completed(caches["train"].pictures)
     settings = RunSettings(_data_of(train, val), _settings_of(backbone), features, head, machine)
-    identity = scored(search, features, head, proxy) | facts_of(caches)
-    defaults = declared(SearchSettings, FeatureSettings, HeadSettings, ProxySettings)
-    run_search(directory, search, proxy, settings, caches, val, identity=identity, defaults=defaults, command=command)
+    groups = search, features, head, proxy
+    run_search(directory, search, proxy, settings, caches, val, groups=groups, command=command)
     return load_found(directory)
 
 
@@ -268,15 +267,14 @@ def run_search(
     caches: Mapping[str, FeatureCache],
     val: Dataset,
     *,
-    identity: dict[str, Any],
-    defaults: dict[str, Any],
+    groups: Sequence[Any],
     command: str,
     on_begin: Callable[[], object] = lambda: None,
 ) -> None:
     """Search cells on these features, compare and report; `settings` have a completed head, `val` has the cached pictures.
 
-    `identity` is all that scores depend on, `defaults` are those of settings that a run begun earlier may lack, and `command`
-    is what the user typed. `on_begin` is called once nothing is left to be refused.
+    `groups` are all settings that scores depend on: with other values than before, the folder is refused. `command` is what
+    the user typed. `on_begin` is called once nothing is left to be refused.
     """
     device = resolve_device(settings.machine.device)
     plan = SearchPlan(known(search.trials), load_cells(search.compare), search.comparison_seeds, search.seed)
@@ -290,14 +288,14 @@ def run_search(
 
     run = open_run(
         directory,
-        identity,
+        scored(*groups) | facts_of(caches),
         create_sampler(search.sampler, space, search.seed, lag=search.lag),
         storage=search.storage,
         command=command,
         task=val.task,
         settings=settings,
         space=space,
-        defaults=defaults,
+        defaults=declared(*map(type, groups)),
     )
     with (
         run as study,

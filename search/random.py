@@ -34,10 +34,8 @@ from search.settings import (
     MachineSettings,
     ProxySettings,
     changes_no_score,
-    declared,
-    scored,
 )
-from search.tasks.feature_cache import WEIGHTS, FeatureCache, facts_of, prepare_caches
+from search.tasks.feature_cache import WEIGHTS, FeatureCache, prepare_caches
 
 _PROG = spelled("random")
 _RENAMED = {"--cells": "--trials", "--name": "--out FOLDER", "--runs-dir": "--out FOLDER"}
@@ -76,8 +74,7 @@ def main(settings: RandomSettings) -> None:
         RunSettings(data, settings.backbone, settings.features, settings.head, settings.machine),
         caches,
         open_dataset(data.dataset, data.val_split, data.data_dir, data.task),
-        identity=scored(*groups) | facts_of(caches),
-        defaults=declared(*map(type, groups)),
+        groups=groups,
         command=command,
         on_begin=lambda: print_defaults(caches["train"].pictures, *chosen),
     )
