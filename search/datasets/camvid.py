@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from search.datasets import IGNORE_INDEX
-from search.datasets.files import FileDataset, LabelReader, Pair, read_lines, repeated, require_layout
+from search.datasets.files import FileDataset, Pair, read_lines, repeated, require_layout
+from search.datasets.labels import LabelReader
 from search.dense_tasks.segmentation import Segmentation
 from search.errors import InputError
 

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from search.datasets import VALIDATION, Dataset, open_unchecked, split_names
-from search.datasets.files import FileDataset, LabelReader, shown_as
+from search.datasets.files import FileDataset
+from search.datasets.labels import LabelReader, shown_as
 from search.dense_tasks import RGB
 from search.dense_tasks.segmentation import Segmentation
 from search.errors import InputError

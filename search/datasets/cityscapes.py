@@ -13,7 +13,8 @@ import numpy as np
 from torchvision.datasets import Cityscapes
 
 from search.datasets import IGNORE_INDEX
-from search.datasets.files import FileDataset, LabelReader, Pair, repeated, require_layout
+from search.datasets.files import FileDataset, Pair, repeated, require_layout
+from search.datasets.labels import LabelReader
 from search.dense_tasks.segmentation import Segmentation
 from search.errors import InputError
 

@@ -21,18 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from search.datasets import IGNORE_INDEX
-from search.datasets.files import (
-    MOST_VALUES,
-    ColourReader,
-    DepthReader,
-    FileDataset,
-    LabelReader,
-    Pair,
-    label_colours,
-    read_lines,
-    repeated,
-    spans,
-)
+from search.datasets.files import FileDataset, Pair, read_lines, repeated
+from search.datasets.labels import MOST_VALUES, ColourReader, DepthReader, LabelReader, label_colours, spans
 from search.dense_tasks import RGB, DenseTask
 from search.dense_tasks.depth import Depth
 from search.dense_tasks.segmentation import Segmentation, default_palette

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from search.datasets import IGNORE_INDEX, Sample
-from search.datasets.files import spans
+from search.datasets.labels import spans
 from search.dense_tasks import DenseTask
 from search.dense_tasks.segmentation import Segmentation
 from search.errors import InputError

@@ -11,7 +11,8 @@ which exchanges their names but does not change the mIOU.
 from pathlib import Path
 
 from search.datasets import IGNORE_INDEX
-from search.datasets.files import FileDataset, LabelReader, Pair, read_lines, repeated, require_layout
+from search.datasets.files import FileDataset, Pair, read_lines, repeated, require_layout
+from search.datasets.labels import LabelReader
 from search.datasets.matlab import read_person_parts
 from search.dense_tasks.segmentation import Segmentation, voc_palette
 from search.errors import InputError

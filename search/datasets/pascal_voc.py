@@ -19,7 +19,8 @@ from pathlib import Path
 from torchvision.datasets import SBDataset, VOCSegmentation
 
 from search.datasets import IGNORE_INDEX
-from search.datasets.files import FileDataset, LabelReader, Pair, read_lines, repeated, require_layout
+from search.datasets.files import FileDataset, Pair, read_lines, repeated, require_layout
+from search.datasets.labels import LabelReader
 from search.datasets.matlab import read_class_map
 from search.dense_tasks.segmentation import Segmentation, voc_palette
 from search.errors import InputError

@@ -18,7 +18,8 @@ from PIL import Image
 import search.random
 from search.datasets import IGNORE_INDEX, described, open_dataset, open_splits, split_names
 from search.datasets.check import check_folder
-from search.datasets.files import FileDataset, LabelReader
+from search.datasets.files import FileDataset
+from search.datasets.labels import LabelReader
 from search.dense_tasks.depth import Depth
 from search.dense_tasks.segmentation import Segmentation, voc_palette
 from search.errors import InputError

@@ -1,0 +1,23 @@
+"""What labels hold, counted without reading the images where that is possible."""
+
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from search.datasets import Dataset
+from search.datasets.files import FileDataset
+from search.dense_tasks import Label
+
+
+def label_of(dataset: Dataset, index: int) -> Label:
+    """The label (H, W) of a picture; of files, the label's alone is read. Raises InputError for one that cannot be used."""
+    return dataset.label(index) if isinstance(dataset, FileDataset) else dataset[index].label
+
+
+def label_counts(dataset: Dataset, indices: Iterable[int]) -> NDArray[np.int64]:
+    """Pixels of these pictures by the task's bins, and last those that are not labelled: (bins + 1,)."""
+    total = np.zeros(len(dataset.task.bins) + 1, np.int64)
+    for index in indices:
+        total += dataset.task.histogram(label_of(dataset, index))
+    return total
