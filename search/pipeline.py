@@ -169,7 +169,7 @@ def search_cells(
     proxy = proxy.completed(caches["train"].pictures)
     settings = RunSettings(_data_of(train, val), _settings_of(backbone), features, head, machine)
     groups = search, features, head, proxy
-    run_search(directory, search, proxy, settings, caches, val, groups=groups, command=command)
+    run_search(directory, search, proxy, settings, caches, {"train": train, "val": val}, groups=groups, command=command)
     return load_found(directory)
 
 
@@ -265,16 +265,17 @@ def run_search(
     proxy: ProxySettings,
     settings: RunSettings,
     caches: Mapping[str, FeatureCache],
-    val: Dataset,
+    pictures: Mapping[str, Dataset],
     *,
     groups: Sequence[Any],
     command: str,
     on_begin: Callable[[], object] = lambda: None,
 ) -> None:
-    """Search cells on these features, compare and report; `settings` have a completed head, `val` has the cached pictures.
+    """Search cells on these features, compare and report; `settings` have a completed head.
 
-    `groups` are all settings that scores depend on: with other values than before, the folder is refused. `command` is what
-    the user typed. `on_begin` is called once nothing is left to be refused.
+    `caches` and `pictures` have the splits "train" and "val". `groups` are all settings that scores depend on: with other
+    values than before, the folder is refused. `command` is what the user typed. `on_begin` is called once nothing is left to
+    be refused.
     """
     device = resolve_device(settings.machine.device)
     plan = SearchPlan(known(search.trials), load_cells(search.compare), search.comparison_seeds, search.seed)
@@ -292,7 +293,7 @@ def run_search(
         create_sampler(search.sampler, space, search.seed, lag=search.lag),
         storage=search.storage,
         command=command,
-        task=val.task,
+        task=pictures["val"].task,
         settings=settings,
         space=space,
         defaults=declared(*map(type, groups)),
@@ -307,10 +308,10 @@ def run_search(
         print(f"search space: {'; '.join(space.describe())}", file=sys.stderr)
         timed_on = None
         try:
-            Search(study, workers, space, plan, val.task.score, _keeper(directory / HEADS, caches["train"])).run()
+            Search(study, workers, space, plan, pictures["val"].task.score, _keeper(directory / HEADS, caches["train"])).run()
             timed_on = device
         finally:  # also after Ctrl-C: report what there is, without latencies, which would take seconds
-            finish_run(directory, caches["val"], val, plan.compare, timed_on)
+            finish_run(directory, pictures, caches["val"], plan.compare, timed_on)
 
 
 def _keeper(folder: Path, features: FeatureCache) -> Callable[[str, SegmentationHead], None]:

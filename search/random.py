@@ -21,7 +21,7 @@ from typing import Any
 from search.backbones import completed_backbone
 from search.backbones.shapes import SHAPES_BACKBONES
 from search.cli import Flat, print_defaults, print_next, run_command, spelled, this_command, uses_of_run
-from search.datasets import open_dataset
+from search.datasets import open_splits
 from search.errors import InputError
 from search.folder import Folder
 from search.pipeline import SearchSettings, run_search
@@ -56,7 +56,7 @@ class RandomSettings(SearchSettings):
 
 
 def main(settings: RandomSettings) -> None:
-    """Search, compare, report."""
+    """Search, compare, report; exit with code 1 if no cell has a score."""
     for group in (settings.proxy, settings.head, settings.backbone, settings):
         group.check()
     data, command = settings.data, this_command(_PROG)
@@ -73,13 +73,14 @@ def main(settings: RandomSettings) -> None:
         settings.proxy,
         RunSettings(data, settings.backbone, settings.features, settings.head, settings.machine),
         caches,
-        open_dataset(data.dataset, data.val_split, data.data_dir, data.task),
+        dict(zip(("train", "val"), open_splits(data), strict=True)),
         groups=groups,
         command=command,
         on_begin=lambda: print_defaults(caches["train"].pictures, *chosen),
     )
-    if (directory / "best_cells" / "rank_01.json").exists():  # unless every cell has failed
-        print_next(*uses_of_run(directory, data, settings.backbone, settings.head, settings.machine))
+    if not (directory / "best_cells" / "rank_01.json").exists():  # every cell has failed, as was said
+        sys.exit(1)
+    print_next(*uses_of_run(directory, data, settings.backbone, settings.head, settings.machine))
 
 
 def completed_for(features: FeatureCache, settings: RandomSettings) -> RandomSettings:

@@ -60,7 +60,7 @@ def _content(run: Run, device: str | None) -> dict[str, Any]:
     best, groups = ranked(run.trials), groups_of(run)
     trained = _trained_cells(run, best, groups)
     rows = list(_rows(run, best, groups))
-    maps = _example_maps(run)
+    examples = _example_maps(run)
     fair = next((group for group in groups if best and group.name == f"trial {best[0].number}"), None)
     return {
         "run": run,
@@ -78,8 +78,8 @@ def _content(run: Run, device: str | None) -> dict[str, Any]:
         "latencies": _latencies(run, rows, trained, device) if device and trained and rows else None,
         "beside": measures_beside(run.task),
         "detail_columns": _detail_columns(best, groups),
-        "examples": list(_example_pictures(maps, run.task)),
-        "legend": run.task.legend([each for example in maps for each in example.maps.values()]) if maps else [],
+        "examples": _drawn_examples(examples, run.task),
+        "legend": run.task.legend(_all_maps(examples)) if examples else [],
         "hexadecimal": "#{:02x}{:02x}{:02x}".format,
     }
 
@@ -182,8 +182,9 @@ def _detail_columns(best: Sequence[TrialRecord], groups: Sequence[Group]) -> lis
 
 @dataclass(frozen=True)
 class Example:
-    """A validation picture, and by title its label and predictions."""
+    """A picture, and by title its label and predictions; none of a picture that was trained on."""
 
+    split: str  # "train" or "val"
     image: NDArray[np.uint8]
     maps: dict[str, Label]
 
@@ -195,13 +196,15 @@ def _example_maps(run: Run) -> list[Example]:
         return []
     try:
         with np.load(path) as arrays:
-            return list(_examples(dict(arrays)))
+            return list(_examples(dict(arrays)))  # of versions before labels to train on were kept: without these
     except (OSError, EOFError, ValueError, KeyError, BadZipFile, zlib.error) as error:
         raise InputError(f"{path} is damaged ({error}): delete it; the search writes it again") from error
 
 
 def _examples(arrays: dict[str, NDArray[Any]]) -> Iterator[Example]:
     titles = {"best": "best cell", "aspp": "ASPP", "dpc": "Published DPC"}
+    for row in range(sum(key.startswith("train_image_") for key in arrays)):
+        yield Example("train", arrays[f"train_image_{row}"], {"label": arrays[f"train_label_{row}"]})
     for row in range(sum(key.startswith("image_") for key in arrays)):
         prefix = f"prediction_{row}/"
         models = sorted(
@@ -209,16 +212,22 @@ def _examples(arrays: dict[str, NDArray[Any]]) -> Iterator[Example]:
             key=lambda model: (model not in titles, list(titles).index(model) if model in titles else 0, model),
         )
         maps = {"label": arrays[f"label_{row}"], **{titles.get(model, model): arrays[prefix + model] for model in models}}
-        yield Example(arrays[f"image_{row}"], maps)
+        yield Example("val", arrays[f"image_{row}"], maps)
 
 
-def _example_pictures(examples: Sequence[Example], task: DenseTask) -> Iterator[list[dict[str, str]]]:
-    """For each example its picture, and its maps in colours that mean the same in all examples."""
-    coloured = iter(task.colours([each for example in examples for each in example.maps.values()]))
+def _all_maps(examples: Sequence[Example]) -> list[Label]:
+    return [each for example in examples for each in example.maps.values()]
+
+
+def _drawn_examples(examples: Sequence[Example], task: DenseTask) -> dict[str, list[list[dict[str, str]]]]:
+    """By split, for each example its picture, and its maps in colours that mean the same in all examples."""
+    coloured = iter(task.colours(_all_maps(examples)))
+    drawn: dict[str, list[list[dict[str, str]]]] = {"train": [], "val": []}
     for example in examples:
-        drawn = {title: laid_over(example.image, next(coloured), task) for title in example.maps}
-        pictures = {"image": Image.fromarray(example.image), **drawn}
-        yield [{"title": title, "uri": _data_uri(picture)} for title, picture in pictures.items()]
+        maps = {title: laid_over(example.image, next(coloured), task) for title in example.maps}
+        pictures = {"image": Image.fromarray(example.image), **maps}
+        drawn[example.split].append([{"title": title, "uri": _data_uri(picture)} for title, picture in pictures.items()])
+    return drawn
 
 
 def _data_uri(picture: Image.Image) -> str:

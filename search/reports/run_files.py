@@ -1,10 +1,10 @@
-"""Files that a search writes beside its study: best cells, a table of all, predictions to look at, and the page."""
+"""Files that a search writes beside its study: best cells, a table of all, labels and predictions to look at, and the page."""
 
 import csv
 import io
 import json
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from fast.bilinear_resize import bilinear_resize
 from fast.checkpoint import load_head
-from search.datasets import Dataset
+from search.datasets import Dataset, Sample
 from search.dense_tasks import DenseTask, details_beside, measures_beside
 from search.files import write_text, write_whole
 from search.reports.rank_correlation import ties
@@ -27,13 +27,16 @@ _EXAMPLES = 4
 _TOP = 10  # cells in the table and in best_cells/
 
 
-def finish_run(directory: Path, val: FeatureCache, pictures: Dataset, compared: Collection[str], timed_on: str | None) -> None:
+def finish_run(
+    directory: Path, pictures: Mapping[str, Dataset], val: FeatureCache, compared: Collection[str], timed_on: str | None
+) -> None:
     """Write best cells, table, examples and report, with latencies if a device is given; print the table.
 
-    `pictures` are those whose features are `val`.
+    `pictures` are the splits "train" and "val"; `val` has the features of the second.
     """
     run = load_run(directory)
     best = ranked(run.trials)[:_TOP]
+    _write_examples(directory, pictures, val, compared)
     if not best:
         failed = sum(record.failure is not None for record in run.trials)
         report = write_report(run)
@@ -42,7 +45,6 @@ def finish_run(directory: Path, val: FeatureCache, pictures: Dataset, compared: 
     for rank, record in enumerate(best, start=1):
         write_text(directory / "best_cells" / f"rank_{rank:02d}.json", record.cell.to_json())
     _write_csv(directory / "cells.csv", run.trials, run.task)
-    _write_examples(directory, val, pictures, compared)
     report = write_report(run, timed_on)
     print(_table(best, run.baselines, run.task))
     if warning := ties([record.result.score for record in ranked(run.trials) if record.result]):
@@ -84,9 +86,26 @@ def _write_csv(path: Path, records: list[TrialRecord], task: DenseTask) -> None:
     write_text(path, text.getvalue())
 
 
+def _write_examples(directory: Path, pictures: Mapping[str, Dataset], val: FeatureCache, compared: Collection[str]) -> None:
+    """A few pictures with labels of both splits, those of the second with predictions, for the report."""
+    arrays: dict[str, NDArray[Any]] = {}
+    for row, (_, sample) in enumerate(_spread(pictures["train"])):
+        arrays |= {f"train_image_{row}": sample.image, f"train_label_{row}": sample.label}
+    arrays |= _predictions(directory, pictures["val"], val, compared)
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, allow_pickle=False, **arrays)
+    write_whole(directory / "examples.npz", buffer.getvalue())
+
+
+def _spread(dataset: Dataset) -> Iterator[tuple[int, Sample]]:
+    """A few pictures from the first to the last, with their indices."""
+    for index in np.linspace(0, len(dataset) - 1, min(_EXAMPLES, len(dataset))).round().astype(int).tolist():
+        yield index, dataset[index]
+
+
 @torch.inference_mode()
-def _write_examples(directory: Path, val: FeatureCache, dataset: Dataset, compared: Collection[str]) -> None:
-    """Predictions of the best cell's and the known cells' heads on a few validation images, for the report."""
+def _predictions(directory: Path, dataset: Dataset, val: FeatureCache, compared: Collection[str]) -> dict[str, NDArray[Any]]:
+    """Validation pictures, their labels, and what the best cell's and the known cells' heads make of them."""
     files = {BEST_HEAD: BEST_HEAD} | {name: head_name(name) for name in compared}
     heads = {
         name: load_head(path)[0]
@@ -94,8 +113,7 @@ def _write_examples(directory: Path, val: FeatureCache, dataset: Dataset, compar
         if (path := directory / HEADS / f"{file}.safetensors").exists()
     }
     arrays: dict[str, NDArray[Any]] = {}
-    for row, index in enumerate(np.linspace(0, len(dataset) - 1, min(_EXAMPLES, len(dataset))).round().astype(int)):
-        sample = dataset[int(index)]
+    for row, (index, sample) in enumerate(_spread(dataset)):
         height, width = sample.label.shape
         arrays |= {f"image_{row}": sample.image, f"label_{row}": sample.label}
         for name, head in heads.items():
@@ -103,6 +121,4 @@ def _write_examples(directory: Path, val: FeatureCache, dataset: Dataset, compar
             upsampled = bilinear_resize(outputs, (val.labels.shape[1], val.labels.shape[2]))
             predicted = dataset.task.predict(upsampled)[0, :height, :width].numpy()
             arrays[f"prediction_{row}/{name}"] = predicted.astype(dataset.task.label_dtype)
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, allow_pickle=False, **arrays)
-    write_whole(directory / "examples.npz", buffer.getvalue())
+    return arrays

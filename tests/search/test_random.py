@@ -30,9 +30,10 @@ from reference.mean_iou import mean_iou
 from search.backbones import create_backbone
 from search.cells.reach import FeatureMaps
 from search.cells.space import SearchSpace, canonical_form, load_cell
-from search.datasets import SPLITS
+from search.datasets import SPLITS, open_dataset
 from search.errors import InputError
 from search.random import RandomSettings, completed_for
+from search.reports.run import write_report
 from search.runs.study import Run, load_run, ranked
 from search.settings import TrainingPictures, known
 from search.tasks.feature_cache import open_cache
@@ -186,10 +187,34 @@ def test_a_saved_head_has_the_recorded_score(tiny: RandomSettings, uninterrupted
 
 def test_examples_hold_pictures_labels_and_predictions(uninterrupted: Run) -> None:
     with np.load(uninterrupted.directory / "examples.npz") as examples:
-        names = {f"{kind}_{i}" for i in range(4) for kind in ("image", "label")}
+        kinds = ("image", "label", "train_image", "train_label")
+        names = {f"{kind}_{i}" for i in range(4) for kind in kinds}
         names |= {f"prediction_{i}/{model}" for i in range(4) for model in ("best", *KNOWN_CELLS)}
         assert set(examples) == names
         assert all(examples[name].shape[:2] == (33, 49) and examples[name].dtype == np.uint8 for name in names)
+        trained_on = open_dataset("camvid", "train", uninterrupted.settings.data.data_dir)
+        for row, index in ((0, 0), (3, 4)):  # from the first to the last
+            assert np.array_equal(examples[f"train_image_{row}"], trained_on[index].image)
+            assert np.array_equal(examples[f"train_label_{row}"], trained_on[index].label)
+
+
+def test_the_report_shows_labels_that_were_trained_on(uninterrupted: Run) -> None:
+    page = (uninterrupted.directory / "report.html").read_text(encoding="utf-8")
+    predictions, labels = page.split("<h2>Predictions</h2>")[1].split("<h2>Labels</h2>")
+    assert predictions.count("<figure>") == 4 * (2 + 1 + len(KNOWN_CELLS))  # image, label, best, known cells
+    assert labels.count("<figure>") == 4 * 2
+
+
+def test_a_report_of_a_version_without_labels_to_train_on_leaves_them_out(uninterrupted: Run, tmp_path: Path) -> None:
+    shutil.copytree(uninterrupted.directory, tmp_path / "run")
+    path = tmp_path / "run" / "examples.npz"
+    with np.load(path) as examples:
+        kept = {name: examples[name] for name in examples if not name.startswith("train_")}
+    np.savez(path, allow_pickle=False, **kept)
+    write_report(load_run(tmp_path / "run"))
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "<h2>Predictions</h2>" in page
+    assert "<h2>Labels</h2>" not in page
 
 
 def test_the_same_command_again_keeps_everything(
@@ -342,11 +367,17 @@ def test_a_failed_trial_has_its_reason_and_the_search_goes_on(
 def test_a_learning_rate_that_ruins_every_cell_still_ends_in_order(
     settings: RandomSettings, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = run_search(changed(settings, learning_rate=1e30, trials=2))
+    ruinous = changed(settings, learning_rate=1e30, trials=2)
+    with pytest.raises(SystemExit) as exit:
+        search.random.main(ruinous)
+    assert exit.value.code == 1
+    run = load_run(known(ruinous.out))
     assert [record.result for record in run.trials] == [None, None]
     assert all("not finite" in str(record.failure) or "the loss was" in str(record.failure) for record in run.trials)
     assert run.baselines == []
     assert "no cell has a score yet (2 failed)" in capsys.readouterr().err
+    with np.load(run.directory / "examples.npz") as examples:  # wrong labels may be why
+        assert "train_label_3" in examples
 
 
 def test_an_equal_graph_is_not_evaluated_twice(settings: RandomSettings, monkeypatch: pytest.MonkeyPatch) -> None:
