@@ -75,7 +75,7 @@ class _Fit:
         return sum(map(len, self.problems.values())) - unknown, unknown > 0, self.rank, unknown
 
     def __str__(self) -> str:
-        place, prefix = f"`{self.place}`" * bool(self.place), f"names behind {self.prefix!r}" * bool(self.prefix)
+        place, prefix = repr(self.place) * bool(self.place), f"names behind {self.prefix!r}" * bool(self.prefix)
         return " with ".join(filter(None, (place, prefix))) or "the file itself"
 
 

@@ -134,11 +134,11 @@ def test_of_a_part_that_fits_and_one_that_does_not_the_first_is_taken(tmp_path: 
 @pytest.mark.parametrize(
     ("content", "parts"),
     [
-        (lambda a, b: {"student": a, "teacher": b}, "`student` and `teacher`"),
+        (lambda a, b: {"student": a, "teacher": b}, "'student' and 'teacher'"),
         (lambda a, b: behind("student.", a) | behind("teacher.", b), "names behind 'student.' and names behind 'teacher.'"),
         (
             lambda a, b: {"state_dict": behind("encoder_q.", a) | behind("encoder_k.", b)},
-            "`state_dict` with names behind 'encoder_q.' and `state_dict` with names behind 'encoder_k.'",
+            "'state_dict' with names behind 'encoder_q.' and 'state_dict' with names behind 'encoder_k.'",
         ),
     ],
 )
@@ -173,7 +173,7 @@ def changed(change: str) -> dict[str, Tensor]:
 )
 def test_a_part_that_fits_almost_is_refused_with_its_prefix(tmp_path: Path, change: str, key: str) -> None:
     content = {"state_dict": behind("module.backbone.", changed(change)) | {"module.head.weight": torch.ones(1)}, "epoch": 1}
-    words = rf"in `state_dict` with names behind 'module\.backbone\.', it {change} 1 keys, first '{key}'$"
+    words = rf"in 'state_dict' with names behind 'module\.backbone\.', it {change} 1 keys, first '{key}'$"
     with pytest.raises(ValueError, match=rf"w\.pth is not of {NAME}: {words}"):
         loaded(tmp_path / "w.pth", content)
 
