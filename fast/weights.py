@@ -2,7 +2,7 @@
 
 A training wraps its state dict in a mapping, and its network in others, which put a prefix before every name. That part of the
 file is taken whose names, less a prefix, are all that the module has. Any prefix will do, such as `module.backbone.`; a part
-that lacks a name, has more of them, or has other shapes is refused, and so are two that fit equally well.
+that lacks a name, has more of them, or has other shapes is refused, and so are two that fit equally well and differ.
 """
 
 from collections import Counter
@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from fast.weights_file import WeightsFileError, describe_non_finite, read_states
@@ -97,11 +98,12 @@ def read_fitting(path: Path, wanted: Wanted) -> dict[str, Tensor]:
         problems = (f"{problem} {len(keys)} keys, first {keys[0]!r}" for problem, keys in best.problems.items() if keys)
         place = f"in {best}, " * bool(best.place or best.prefix)
         raise ValueError(f"weights file {path} is not of {wanted.of}: {place}it {', '.join(problems)}")
-    equals = [str(fit) for fit in fits if fit.distance == best.distance]
-    if len(equals) > 1:
+    equals = [fit for fit in fits if fit.distance == best.distance and fit is not best]
+    rivals = [fit for fit in equals if not _is_same(fit.found, best.found)]
+    if rivals:
         raise ValueError(
-            f"weights file {path} has several parts that fit {wanted.of}, {' and '.join(equals)}: save the one to use in a "
-            "file of its own"
+            f"weights file {path} has several parts that fit {wanted.of}, {' and '.join(map(str, [best, *rivals]))}: save the "
+            "one to use in a file of its own"
         )
     converted = {key: value.to(wanted.tensors[key].dtype) for key, value in best.found.items()}
     non_finite = describe_non_finite(converted)
@@ -136,6 +138,10 @@ def _fit(place: str, prefix: str, state: Mapping[str, Tensor], wanted: Wanted) -
         "has no plain numbers for": [key for key, value in found.items() if not _is_plain(value, wanted.tensors[key])],
     }
     return _Fit(place, prefix, found, problems)
+
+
+def _is_same(some: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
+    return some.keys() == others.keys() and all(torch.equal(value, others[key]) for key, value in some.items())
 
 
 def _is_plain(value: Tensor, wanted: Tensor) -> bool:

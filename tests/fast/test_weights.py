@@ -147,6 +147,12 @@ def test_two_parts_that_fit_equally_are_refused(tmp_path: Path, content: Any, pa
         loaded(tmp_path / "w.pth", content(model_state(1), model_state(2)))
 
 
+def test_two_names_for_one_module_are_one_part(tmp_path: Path) -> None:
+    state = model_state()
+    body = loaded(tmp_path / "w.pth", {"state_dict": behind("net.", state) | behind("teacher.", dict(state))})
+    assert torch.equal(body["conv_stem.weight"], state["conv_stem.weight"])
+
+
 def changed(change: str) -> dict[str, Tensor]:
     state = model_state()
     stem = state["conv_stem.weight"]

@@ -1,4 +1,5 @@
 import argparse
+import contextlib
 import gzip
 import pickle
 import subprocess
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -22,6 +24,7 @@ from fast.dense_prediction_cell import DensePredictionCell
 from fast.segmentation import SegmentationHead, SegmentationNetwork
 from fast.weights_file import WeightsFileError, describe_non_finite, read_states
 from reference.cell import Cell
+from tests.strategies import rng_seeds
 
 STATE = {"conv.weight": torch.arange(6.0).view(1, 2, 3, 1), "bn.num_batches_tracked": torch.tensor(7)}
 
@@ -161,6 +164,24 @@ def test_truncated_file_is_refused(tmp_path: Path, suffix: str, keep: int) -> No
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(WeightsFileError, match=rf"weights\{suffix} cannot be read"):
         read_states(path)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "torch", "legacy"])
+@given(seed=rng_seeds())
+def test_damaged_files_are_read_or_refused(tmp_path_factory: pytest.TempPathFactory, kind: str, seed: int) -> None:
+    """A few bytes are changed, anywhere or where the format begins."""
+    folder = tmp_path_factory.mktemp("damaged")
+    content: Any = {"weight": torch.ones(20)}
+    if kind != "safetensors":
+        content = {"state_dict": content, "args": argparse.Namespace(lr=0.1)}
+    path = written(folder, content, f".{kind}", **({} if kind != "legacy" else {"_use_new_zipfile_serialization": False}))
+    damaged, rng = np.frombuffer(path.read_bytes(), np.uint8).copy(), np.random.default_rng(seed)
+    places = rng.integers(0, rng.choice([60, len(damaged)]), rng.integers(1, 6))
+    damaged[places] = rng.integers(0, 256, len(places))
+    path.write_bytes(damaged.tobytes())
+    with contextlib.suppress(WeightsFileError):  # any other error fails
+        states = read_states(path)
+        assert all(isinstance(value, Tensor) for state in states.values() for value in state.values())
 
 
 @pytest.mark.parametrize("content", [torch.zeros(2), [1, 2], {"epoch": 3}, {"state_dict": {"a": 1}}], ids=str)
