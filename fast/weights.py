@@ -25,6 +25,7 @@ _INSERTED = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.
 _NOT_FEATURES = frozenset(
     ("head", "heads", "classifier", "fc", "neck", "decoder", "decode_head", "auxiliary_head", "aux_classifier", "aux_head")
 )
+_LEFT_BY_THOP = (".total_ops", ".total_params")  # in every module that it has counted
 _COUNTER = "num_batches_tracked"  # of a batch norm; files from before PyTorch 0.4.1 lack it
 
 
@@ -130,10 +131,11 @@ def _fit(place: str, prefix: str, state: Mapping[str, Tensor], wanted: Wanted) -
     behind = {_without_insertions(key): value for key, value in state.items()}
     behind = {key.removeprefix(prefix): value for key, value in behind.items() if key.startswith(prefix)}
     found = {names[key]: value for key, value in behind.items() if key in names}
-    others, other_parts = wanted.others, wanted.other_parts
+    others, other_parts = {*names, *wanted.others}, wanted.other_parts
+    unknown = [key for key in behind if not (key in others or _part(key) in other_parts)]
     problems = {
         "lacks": [key for key in wanted.tensors if key not in found and not key.endswith(_COUNTER)],
-        "has unknown": [key for key in behind if not (key in names or key in others or _part(key) in other_parts)],
+        "has unknown": [key for key in unknown if not f".{key}".endswith(_LEFT_BY_THOP)],
         "has other shapes for": [key for key, value in found.items() if value.shape != wanted.tensors[key].shape],
         "has no plain numbers for": [key for key, value in found.items() if not _is_plain(value, wanted.tensors[key])],
     }

@@ -22,6 +22,7 @@ from torch import Tensor
 OWN_FORMATS = "dense-prediction-cell"  # what the formats of this project's own files begin with
 
 _DEPTH = 3  # of state dicts inside mappings, such as {"ema": {"module": {...}}}
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C.to_bytes(10, "little")  # in the first pickle
 _LEGACY_PICKLES = 4  # before PyTorch 1.6: magic number, protocol, system, content; the tensors' numbers follow
 
 _BEGINNINGS = (
@@ -39,7 +40,7 @@ _ENDINGS = (
     (".pb", "is a TensorFlow graph: export the weights as a PyTorch state dict"),
     (".index", _TENSORFLOW),
     (".meta", _TENSORFLOW),
-    (".data-00000-of-00001", _TENSORFLOW),
+    *((f".data-00000-of-{shards:05}", _TENSORFLOW) for shards in (1, 2)),
 )
 _ARCHIVES = (  # the end of a name in a zip archive, and what the archive then is
     ("constants.pkl", "is a TorchScript archive: keep its tensors alone by {line}"),
@@ -201,11 +202,16 @@ def _describe_other(path: Path) -> str | None:
         return "cannot be read: it is empty"
     if _is_safetensors(beginning):
         return None
-    described = next((words for ending, words in _ENDINGS if path.name.endswith(ending)), None)
-    described = described or next((words for begun, words in _BEGINNINGS if beginning.startswith(begun)), None)
-    if beginning[257:262] == b"ustar":  # asked before zip, because a zip archive in it would be taken for the whole
-        described = "is a tar archive: unpack it"
-    return described or _describe_zip(path)
+    by_name = next((words for ending, words in _ENDINGS if path.name.endswith(ending)), None)
+    return by_name or _describe_beginning(beginning) or _describe_zip(path)
+
+
+def _describe_beginning(beginning: bytes) -> str | None:
+    if beginning[257:262] == b"ustar":
+        return "is a tar archive: unpack it"
+    if beginning.startswith(b"\x80") and _LEGACY_MAGIC not in beginning:
+        return "cannot be read: it is a pickle of another program than torch.save, which is to write a mapping of tensors"
+    return next((words for begun, words in _BEGINNINGS if beginning.startswith(begun)), None)
 
 
 def _describe_zip(path: Path) -> str | None:

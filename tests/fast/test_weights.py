@@ -64,6 +64,7 @@ AS_PEOPLE_HAVE_THEM: dict[str, Callable[[State], Any]] = {
     "in a name of their own": lambda state: {"weights_of_the_year": {"generator": state}},
     "in parts": lambda state: {"backbone": state, "head": {"weight": torch.ones(1)}, "epoch": torch.tensor(3)},
     "compiled in parts": lambda state: {"model": behind("module.", compiled(state))},
+    "counted by thop": lambda state: {**state, "total_ops": torch.zeros(1), "blocks.0.0.total_params": torch.zeros(1)},
     "averaged by PyTorch": lambda state: {"n_averaged": torch.tensor(9), **behind("module.", state)},
     "by timm's train.py": lambda state: {"state_dict": state, "args": argparse.Namespace(lr=0.1), "epoch": 3, "metric": 0.5},
     "by Lightning": lambda state: {

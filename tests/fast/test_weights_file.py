@@ -257,6 +257,7 @@ OTHERS: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "Git LFS": ("w.pth", lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"), "a pointer of Git LFS"),
     "web page": ("w.pth", lambda path: path.write_text("<!DOCTYPE html><html></html>"), "a web page"),
     "shards": ("w.index.json", lambda path: path.write_text('{"metadata": {}, "weight_map": {}}'), "JSON, such as the index"),
+    "shard": ("m.data-00000-of-00002", lambda path: path.write_bytes(b"\0\0\1"), "part of a TensorFlow checkpoint"),
     "gzip": ("w.pth.gz", lambda path: path.write_bytes(gzip.compress(b"anything")), "compressed by gzip: unpack"),
     "Keras": ("w.h5", lambda path: path.write_bytes(b"\x89HDF\r\n\x1a\n0000"), "HDF5, as Keras writes it"),
     "Keras 3": ("w.keras", lambda path: zipped(path, "model.weights.h5"), "a model of Keras"),
@@ -279,6 +280,13 @@ def test_other_files_are_called_what_they_are(tmp_path: Path, kind: str) -> None
     with pytest.raises(WeightsFileError, match=rf"weights file \S+/{name} is {words}") as refused:
         read_states(tmp_path / name)
     assert "\n" not in str(refused.value)
+
+
+def test_a_pickle_of_arrays_says_what_to_save(tmp_path: Path) -> None:
+    path = tmp_path / "w.pkl"
+    path.write_bytes(pickle.dumps({"model": {"weight": np.ones(3)}}))
+    with pytest.raises(WeightsFileError, match=r"w\.pkl cannot be read: it is a pickle of another program than torch\.save"):
+        read_states(path)
 
 
 def test_a_folder_and_a_checkpoint_of_several_files_say_what_to_give(tmp_path: Path) -> None:
