@@ -15,6 +15,7 @@ from fast import Decoder, DensePredictionCell, SegmentationHead, SegmentationNet
 from fast.backbone import timm_backbone
 from fast.batch_norm import authors_norm
 from fast.checkpoint import load_context, load_head, load_network, save_context, save_head, save_network
+from fast.weights import load_weights
 from reference.cell import Cell
 from search.cells.space import load_cell
 from search.commands import DISTRIBUTION
@@ -34,6 +35,7 @@ __all__ = [
     "load_context",
     "load_head",
     "load_network",
+    "load_weights",
     "predict_scales",
     "save_context",
     "save_head",

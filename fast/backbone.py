@@ -7,6 +7,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fast.weights import Wanted, read_fitting
+
 WeightsOrigin = Literal["timm", "tensorflow"]
 
 # What weights trained in the authors' code expect (research/deeplab/core/feature_extractor.py): inputs of p / 127.5 − 1,
@@ -34,10 +36,6 @@ _AUTHORS_LOW_LEVEL = {
     "xception65": LowLevel(256, "blocks_1.stack.conv2"),
     "xception71": LowLevel(256, "blocks_2.stack.conv2"),
 }
-
-
-class WeightsFileError(ValueError):
-    """A file of weights is absent, or holds no state dict; no backbone is to blame."""
 
 
 _XCEPTIONS = ("xception41", "xception65", "xception71")  # with the authors' blocks
@@ -163,7 +161,7 @@ def timm_backbone(
 ) -> Backbone:
     """A backbone from timm, any model with `features_only`; the paper's are mobilenetv2_100, xception65 and xception71.
 
-    `weights` is a local file (safetensors, or a PyTorch state dict read with `weights_only=True`) in timm's key names;
+    `weights` is a local file in timm's key names, safetensors or PyTorch, as any training writes it (`fast/weights.py`);
     `pretrained=True` lets timm download its own; with neither the weights are random. `weights_origin="tensorflow"` is for
     weights that were trained in TensorFlow: its padding, epsilon 1e-3 and inputs scaled to −1..1, where timm's own use the
     mean and deviation in their configuration. `low_level=True` also gives the map at stride 4 that a decoder reads. Raises
@@ -198,31 +196,6 @@ def timm_backbone(
         weights_origin=weights_origin,
         from_timm=True,
     )
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """A state dict from safetensors or a PyTorch file, without running code from it. Raises WeightsFileError."""
-    if not path.is_file():
-        raise WeightsFileError(f"weights file {path} does not exist")
-    try:
-        state = _read_state(path)
-    except ImportError:  # of safetensors
-        raise
-    except Exception as error:  # an unknown file can fail to load in any way
-        # torch's own message would advise weights_only=False, which runs code from the file
-        raise WeightsFileError(f"weights file {path} cannot be read as safetensors or as a PyTorch state dict") from error
-    state = state.get("state_dict", state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise WeightsFileError(f"weights file {path} holds no state dict (a mapping from names to tensors)")
-    return state
-
-
-def _read_state(path: Path) -> Any:
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file  # imported here: the modules themselves need PyTorch and NumPy alone
-
-        return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _create_body(name: str, output_stride: int, pretrained: bool, *, stride_4: bool, options: dict[str, Any]) -> Any:
@@ -271,20 +244,12 @@ def _load_body(body: nn.Module, name: str, options: dict[str, Any], path: Path) 
     """Load the file; it must fit the whole timm model, or exactly the part of it that computes features."""
     import timm
 
-    state = read_weights(path)
     wanted = body.state_dict()
     whole = timm.create_model(name, **options).state_dict().keys()
     # Where timm computes features by hooks, it writes a model's `blocks.0` as `blocks_0`; a file may have either.
     inner = {key: flat for key in whole if (flat := key.replace(".", "_", 1)) in wanted and key not in wanted}
-    state = {inner.get(key, key): value for key, value in state.items()}
     head = whole - wanted.keys() - inner.keys()  # conv_head, classifier and the like
-    missing = [key for key in wanted if key not in state]
-    unknown = [key for key in state if key not in wanted and key not in head]
-    misshapen = [key for key in wanted if key in state and state[key].shape != wanted[key].shape]
-    for problem, keys in (("lacks", missing), ("has unknown", unknown), ("has other shapes for", misshapen)):
-        if keys:
-            raise ValueError(f"weights file {path} is not of {name}: it {problem} {len(keys)} keys, first {keys[0]!r}")
-    body.load_state_dict({key: state[key] for key in wanted})
+    body.load_state_dict(read_fitting(path, Wanted(name, wanted, aliases=inner, others=head)))
 
 
 def _follow_tensorflow(body: nn.Module, name: str) -> None:

@@ -21,14 +21,15 @@ from fast.decoder import Decoder
 from fast.dense_prediction_cell import DensePredictionCell
 from fast.hub import HubModule
 from fast.segmentation import SegmentationHead, SegmentationNetwork
+from fast.weights_file import OWN_FORMATS, describe_non_finite
 from reference.batch_norm import EPS
 from reference.cell import Cell
 
 FileKind = Literal["cell", "head", "network"]
 
-CONTEXT_FORMAT = "dense-prediction-cell context 1"
-FORMAT = "dense-prediction-cell head 1"
-NETWORK_FORMAT = "dense-prediction-cell network 1"
+CONTEXT_FORMAT = f"{OWN_FORMATS} context 1"
+FORMAT = f"{OWN_FORMATS} head 1"
+NETWORK_FORMAT = f"{OWN_FORMATS} network 1"
 _CONTEXT_IN = {CONTEXT_FORMAT: "", FORMAT: "context.", NETWORK_FORMAT: "head.context."}  # what its weights' names begin with
 
 
@@ -389,4 +390,7 @@ def _fill(module: nn.Module, state: dict[str, Tensor], path: str | Path, kind: s
         module.load_state_dict(state)
     except RuntimeError as error:
         raise ValueError(f"{kind} {path} does not hold the weights that its description names: {error}") from error
+    non_finite = describe_non_finite(state)
+    if non_finite is not None:
+        raise ValueError(f"{kind} {path} has {non_finite}")
     module.eval()

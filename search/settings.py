@@ -181,8 +181,8 @@ class BackboneSettings:
     backbone: str | None = None
     """Any timm model with feature maps. None: a small one trained on the spot for shapes, mobilenetv2_100 for other data."""
     weights: Path | None = changes_no_score(None)  # its content is checked by the hash of the weights
-    """Local file of the backbone's weights (safetensors or PyTorch state dict, in timm's key names), or a network of this
-    project, whose backbone is then used."""
+    """Local file of the backbone's weights (safetensors or PyTorch, as trainings write it, in timm's key names), or a network
+    of this project, whose backbone is then used."""
     weights_origin: WeightsOrigin = "timm"
     """Where the weights were trained; weights from tensorflow expect its padding, epsilon 1e-3 and inputs in -1..1."""
     pretrained: bool = changes_no_score(False)

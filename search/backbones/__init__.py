@@ -4,8 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fast.backbone import Backbone, WeightsFileError, timm_backbone
+from fast.backbone import Backbone, timm_backbone
 from fast.checkpoint import describe_file, load_backbone
+from fast.weights_file import WeightsFileError
 from search.backbones.shapes import SHAPES_BACKBONES, SMALL_BACKBONE, shapes_backbone
 from search.errors import InputError
 from search.settings import SHAPES, BackboneSettings, given

@@ -1,5 +1,4 @@
 import copy
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +7,9 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from fast.backbone import Backbone, read_weights, timm_backbone
+from fast.backbone import Backbone, timm_backbone
 from fast.batch_norm import recompute_statistics
+from fast.weights_file import read_states
 
 SMALL, OTHER = "test_efficientnet", "test_resnet"
 IMAGENET = Path(__file__).parents[2].parent / "shared" / "data" / "weights" / "mobilenetv2_100_imagenet_timm.pth"
@@ -204,55 +204,15 @@ def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
         timm_backbone(SMALL, weights=path)
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
-@pytest.mark.parametrize("keep", [0, 1000, -100])
-def test_truncated_file_is_refused(tmp_path: Path, suffix: str, keep: int) -> None:
-    path = write(tmp_path / f"weights{suffix}", model_state())
-    path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(ValueError, match=rf"weights\{suffix} cannot be read"):
-        read_weights(path)
-
-
 def test_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"absent\.pth does not exist"):
         timm_backbone(SMALL, weights=tmp_path / "absent.pth")
 
 
-@pytest.mark.parametrize("content", [torch.zeros(2), [1, 2], {"epoch": 3}, {"state_dict": {"a": 1}}], ids=str)
-def test_file_without_a_state_dict_is_refused(tmp_path: Path, content: Any) -> None:
-    path = write(tmp_path / "weights.pth", content)
-    with pytest.raises(ValueError, match=r"weights\.pth holds no state dict"):
-        read_weights(path)
-
-
-class Bomb:
-    """Unpickling it would create a file."""
-
-    def __init__(self, trace: Path) -> None:
-        self.trace = trace
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (Path.touch, (self.trace,))
-
-
-@pytest.mark.parametrize("writer", ["torch", "pickle"])
-def test_code_in_a_weights_file_is_not_run(tmp_path: Path, writer: str) -> None:
-    path, trace = tmp_path / "weights.pth", tmp_path / "exploded"
-    if writer == "torch":
-        torch.save({"weight": Bomb(trace)}, path)
-    else:
-        path.write_bytes(pickle.dumps({"weight": Bomb(trace)}))
-    with pytest.raises(ValueError, match=r"weights\.pth cannot be read"):
-        read_weights(path)
-    assert not trace.exists()
-    pickle.loads(pickle.dumps(Bomb(trace)))
-    assert trace.exists()  # so it would have been seen
-
-
 @pytest.mark.skipif(not IMAGENET.is_file(), reason="no ../shared/data/weights beside the repository")
 def test_imagenet_weights_load() -> None:
     backbone = timm_backbone("mobilenetv2_100", weights=IMAGENET).eval()
-    state = read_weights(IMAGENET)
+    state = read_states(IMAGENET)[""]
     assert torch.equal(backbone.body.state_dict()["conv_stem.weight"], state["conv_stem.weight"])
     with torch.no_grad():
         features = backbone(torch.full((1, 3, 65, 33), 128.0))

@@ -216,6 +216,17 @@ def test_weights_that_do_not_fit_the_description_are_refused(tmp_path: Path, cha
         load_head(path)
 
 
+@pytest.mark.parametrize(("value", "words"), [(float("nan"), "NaN"), (float("inf"), "infinite numbers")])
+def test_weights_that_are_not_finite_are_called_that(tmp_path: Path, value: float, words: str) -> None:
+    path = tmp_path / "head.safetensors"
+    save(path)
+    description, state = json.dumps(load_head(path)[1]), load_file(path)
+    state["classifier.bias"].fill_(value)
+    save_file(state, path, metadata={"format": FORMAT, "description": description})
+    with pytest.raises(ValueError, match=rf"head\.safetensors has {words} in 1 of \d+ tensors, first 'classifier\.bias'$"):
+        load_head(path)
+
+
 DAMAGES: dict[str, tuple[Any, str]] = {  # by field: another value, or None for none; and what is said of it
     "pooling_size": (None, "lacks the field 'pooling_size'"),
     "outputs": ("many", "cannot be used: "),

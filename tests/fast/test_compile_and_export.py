@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 import fast
-from fast import DensePredictionCell, checkpoint, mean_iou, upsampled_cross_entropy
+from fast import DensePredictionCell, checkpoint, explain, mean_iou, upsampled_cross_entropy
 from reference.cell import BACKBONE_FEATURE, AtrousSeparableConv, Branch, Cell, Conv1x1, PyramidPooling
+from tests.fast.test_fusion import needs_kernels, network
 
 ROOT = Path(__file__).parents[2]
 CELL = Cell(
@@ -49,6 +50,18 @@ def test_compiled_step_is_the_same(backend: str) -> None:
     torch._dynamo.reset()
     features = torch.randn(2, 3, 7, 9, generator=torch.Generator().manual_seed(0))
     assert_same(train_step(build(), features, backend), train_step(build(), features))
+
+
+@needs_kernels
+def test_beside_a_compiled_backbone_the_cell_keeps_its_kernels() -> None:
+    torch._dynamo.reset()
+    model, images = network().eval(), torch.randn(1, 3, 65, 49, generator=torch.Generator().manual_seed(0))
+    expected, names, seen = model(images), list(model.state_dict()), []
+    model.backbone.compile(backend="aot_eager")
+    model.head.register_forward_pre_hook(lambda head, inputs: seen.append(explain(head, inputs[0])))
+    assert torch.allclose(model(images), expected, rtol=0, atol=ROUNDING)
+    assert seen == ["fused, on C++ kernels"]
+    assert list(model.state_dict()) == names
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")  # of a constant matrix
