@@ -23,7 +23,7 @@ _MEMORY = Path("/proc/meminfo")  # of Linux, as the others
 _OWN_MEMORY = Path("/proc/self/statm")
 _OWN_GROUPS = Path("/proc/self/cgroup")
 _GROUPS = Path("/sys/fs/cgroup")
-_PROPOSED = (2048, 1536, 1024, 768, 512, 384, 256, 192, 128, 96, 64, 48, 32, 16)  # sides of tiles, but for the last pixel
+_PROPOSED = (2048, 1536, 1024, 768, 512, 384, 256, 192, 128, 96, 64, 48, 32)  # sides of tiles, but for the last pixel
 
 
 class PredictionMemory:

@@ -70,8 +70,9 @@ class Predictor:
             network, description = load_network(Path(path), output_stride=settings.output_stride)
             task = restored_task(description)
         except ValueError as error:
+            stride = "leave out `output_stride`, or give another network: " if settings.output_stride is not None else ""
             raise InputError(
-                f"{error}; `network` takes what {spelled('train')} and, of a search's head, {spelled('join')} write"
+                f"{error}; {stride}`network` takes what {spelled('train')} and, of a search's head, {spelled('join')} write"
             ) from error
         except KeyError as error:
             raise InputError(f"network {path} does not say what its outputs are: train or convert it again") from error
