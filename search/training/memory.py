@@ -50,8 +50,12 @@ class PredictionMemory:
             side = next((side for side in _sides(self._stride) if side <= largest // 2 + 1), None)
             raise self._refused(picture, name, "more memory than the device has", side) from error
 
+    def free(self) -> int | None:
+        """Bytes that there are for a picture; None where that is unknown, as on a GPU what a picture needs is."""
+        return free_memory() if self._device.type == "cpu" else None
+
     def _require(self, size: tuple[int, int], name: str) -> None:
-        free = free_memory() if self._device.type == "cpu" else None  # what a GPU needs is not known well enough
+        free = self.free()
         needed = self._needed(size, self._tiles)
         if free is not None and needed > free:
             side = self._fitting(size, free / 2)  # half of it, because this is an estimate, and others take memory too

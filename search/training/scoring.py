@@ -136,15 +136,15 @@ def count_split(
 def require_validation(network: SegmentationNetwork, dataset: Dataset, recipe: RecipeSettings, device: torch.device) -> None:
     """Refuse, before a training begins, what its validations could not do: the largest picture must fit into memory.
 
-    On the CPU that is an estimate; elsewhere a picture of that size is predicted. Moves the network to the device, in
-    evaluation mode. Raises InputError.
+    On the CPU that is an estimate; where there is none, a picture of that size is predicted. Moves the network to the device,
+    in evaluation mode. Raises InputError.
     """
     tiles, pad_to = Tiles.of(recipe), evaluation_size(dataset.name)
     check_tiles(network.to(device).eval(), tiles)
     name, picture = largest_picture(dataset)
     memory = PredictionMemory(network, len(dataset.task.outputs), tiles=tiles)
     with memory.of_picture(picture, input_size(network, picture, pad_to), f"{name} ({dataset.name} {dataset.split})"):
-        if device.type != "cpu":
+        if memory.free() is None:
             with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
                 predict_picture(network, np.zeros((*picture, 3), np.uint8), dataset.task, pad_to=pad_to, tiles=tiles)
 
