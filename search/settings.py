@@ -431,8 +431,8 @@ class PredictionSettings:
     """Height and width that every picture is padded to, such as 513 513; own: its own, rounded up to stride·k + 1.
     None: what the network's file or the data set says (513 513 for pascal_voc), else own."""
     tile_size: tuple[int, int] | Literal["whole"] | None = None
-    """Height and width in pixels of the tiles in which pictures are predicted, stride·k + 1 each, such as 1025 1025; whole:
-    in one piece. None: what the network's file says, where it was validated in tiles, else whole."""
+    """Height and width in pixels of the tiles in which pictures are predicted, stride·k + 1 each, such as 1025 1025, or whole.
+    None: what the network's file says, if it was validated in tiles, else whole."""
     tile_overlap: float = TILE_OVERLAP
     """Least share of a tile's height and width by which it overlaps its neighbours."""
     output_stride: Literal[8, 16] | None = None

@@ -17,13 +17,13 @@ from fast.backbone import Backbone
 from fast.segmentation import SegmentationNetwork
 from search.devices import is_full_memory
 from search.errors import InputError
-from search.training.tiles import Tiles
+from search.training.tiles import Tiles, least_size
 
 _MEMORY = Path("/proc/meminfo")  # of Linux, as the others
 _OWN_MEMORY = Path("/proc/self/statm")
 _OWN_GROUPS = Path("/proc/self/cgroup")
 _GROUPS = Path("/sys/fs/cgroup")
-_PROPOSED = (2048, 1536, 1024, 768, 512, 384, 256, 192, 128, 96, 64, 48, 32)  # sides of tiles, but for the last pixel
+_SIDES = (2048, 1536, 1024, 768, 512, 384, 256, 192, 128, 96, 64, 48, 32)  # of tiles to propose, but for their last pixel
 
 
 class PredictionMemory:
@@ -33,7 +33,8 @@ class PredictionMemory:
         self, network: SegmentationNetwork, outputs: int, scales: Sequence[float] = (1.0,), tiles: Tiles | None = None
     ) -> None:
         self._device = network.backbone.mean.device
-        self._stride = network.backbone.output_stride
+        stride, least = network.backbone.output_stride, max(least_size(network))
+        self._sides = [side + 1 for side in _SIDES if side % stride == 0 and side + 1 >= least]
         self._widest = max(widest_layer(network.backbone), outputs)
         self._outputs, self._scales, self._tiles = outputs, scales, tiles
 
@@ -47,7 +48,7 @@ class PredictionMemory:
             if not is_full_memory(error):
                 raise
             largest = max(padded if self._tiles is None else self._tiles.within(padded))
-            side = next((side for side in _sides(self._stride) if side <= largest // 2 + 1), None)
+            side = next((side for side in self._sides if side <= largest // 2 + 1), None)
             raise self._refused(picture, name, "more memory than the device has", side) from error
 
     def free(self) -> int | None:
@@ -72,7 +73,7 @@ class PredictionMemory:
 
     def _fitting(self, size: tuple[int, int], memory: float) -> int | None:
         """The side of the largest tiles that need no more than this memory; None if none do."""
-        sides = (side for side in _sides(self._stride) if side < max(size))
+        sides = (side for side in self._sides if side < max(size))
         return next((side for side in sides if self._needed(size, Tiles((side, side))) <= memory), None)
 
     def _refused(self, size: tuple[int, int], name: str, needs: str, side: int | None) -> InputError:
@@ -151,11 +152,6 @@ def _text(path: Path) -> str:
         return path.read_text().strip()
     except OSError:
         return ""
-
-
-def _sides(stride: int) -> Iterator[int]:
-    """Sides of square tiles to propose, the largest first."""
-    return (side + 1 for side in _PROPOSED if side % stride == 0)
 
 
 def widest_layer(backbone: Backbone) -> float:

@@ -20,7 +20,7 @@ from search.dense_tasks import DenseTask, totals_of_nothing
 from search.errors import InputError
 from search.settings import RecipeSettings
 from search.training.memory import PredictionMemory
-from search.training.tiles import Tiles, blended_rows
+from search.training.tiles import Tiles, blended_rows, least_size
 
 _COUNTED_PIXELS = 2**24  # at once
 
@@ -76,8 +76,8 @@ def input_size(
     height, width = (-(-(extent - 1) // stride) * stride + 1 for extent in picture)
     if pad_to is not None and fits(picture, pad_to):
         height, width = pad_to
-    pinned = network.head.context.pooling_size or (1, 1)  # a window must not exceed the map
-    return max(height, stride * (pinned[0] - 1) + 1), max(width, stride * (pinned[1] - 1) + 1)
+    least = least_size(network)
+    return max(height, least[0]), max(width, least[1])
 
 
 def fits(picture: tuple[int, int], room: tuple[int, int]) -> bool:
@@ -151,7 +151,7 @@ def require_validation(network: SegmentationNetwork, dataset: Dataset, recipe: R
 
 def check_tiles(network: SegmentationNetwork, tiles: Tiles | None) -> None:
     """Raise InputError for tiles that are smaller than the windows of the network's pooling."""
-    least = input_size(network, (1, 1))
+    least = least_size(network)
     if tiles is not None and not fits(least, tiles.size):
         raise InputError(
             f"`tile_size` {tiles.size[0]} {tiles.size[1]} is smaller than the windows of the network's pooling: give at least "

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fast.segmentation import SegmentationNetwork
 from search.settings import TILE_OVERLAP, RecipeSettings
 
 
@@ -32,6 +33,12 @@ class Tiles:
         (513, 257)
         """
         return min(self.size[0], size[0]), min(self.size[1], size[1])
+
+
+def least_size(network: SegmentationNetwork) -> tuple[int, int]:
+    """Height and width of the smallest picture or tile that a network takes: its pooling windows must not exceed the map."""
+    stride, (height, width) = network.backbone.output_stride, network.head.context.pooling_size or (1, 1)
+    return stride * (height - 1) + 1, stride * (width - 1) + 1
 
 
 def tile_starts(extent: int, tile: int, overlap: float, stride: int) -> list[int]:

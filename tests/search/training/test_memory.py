@@ -90,6 +90,8 @@ def test_the_tiles_that_are_proposed_fit(system: Path, free: float) -> None:
     with PredictionMemory(network, 19, tiles=Tiles((side, side))).of_picture(size, size, "a"):
         pass
     assert side >= 129
+    network.head.context.pin_pooling((3, side // 16 + 2))  # larger windows than that
+    assert refusal(network, size).endswith("free memory, or give a smaller one")
 
 
 def test_where_no_tile_helps_another_remedy_is_given(system: Path) -> None:
