@@ -113,6 +113,13 @@ def given(value: Value | None, default: Value) -> Value:
     return default if value is None else value
 
 
+def check_tile_size(size: tuple[int, int] | None, output_stride: int) -> None:
+    """Raises InputError for tiles on which features of this stride do not reach from corner to corner."""
+    if size is not None and any(extent <= 1 or (extent - 1) % output_stride for extent in size):
+        near = " ".join(str(max(1, round((extent - 1) / output_stride)) * output_stride + 1) for extent in size)
+        raise InputError(f"`tile_size` {size[0]} {size[1]} must be {output_stride}·k + 1 each, such as {near}")
+
+
 def rounded_up(size: tuple[int, int], stride: int) -> tuple[int, int]:
     """The smallest height and width of the form stride·k + 1 that hold a picture of this size.
 
@@ -414,7 +421,8 @@ class RecipeSettings:
                 f"`crop_size` {height} {width} must be {output_stride}·k + 1 each, such as {32 * output_stride + 1} "
                 f"{32 * output_stride + 1}"
             )
-        _check_tiles(self.tile_size, self.tile_overlap, output_stride)
+        require("tile_overlap", self.tile_overlap, 0 <= self.tile_overlap < 1, "at least 0 and below 1")
+        check_tile_size(self.tile_size, output_stride)
         if self.slow_start_iterations >= iterations:
             raise InputError(f"`slow_start_iterations` {self.slow_start_iterations} leaves none of `iterations` {iterations}")
 
@@ -446,10 +454,7 @@ class PredictionSettings:
         require("scales", self.scales, has_scales, "numbers above 0, at least one")
         if isinstance(self.pad_to, tuple):
             require("pad_to", self.pad_to, min(self.pad_to) >= 1, "at least 1 each, or own")
-
-    def check_tiles(self, output_stride: int) -> None:
-        """Raises InputError for tiles that a network of this output stride cannot have."""
-        _check_tiles(self.tile_size if isinstance(self.tile_size, tuple) else None, self.tile_overlap, output_stride)
+        require("tile_overlap", self.tile_overlap, 0 <= self.tile_overlap < 1, "at least 0 and below 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -500,10 +505,3 @@ class TrainingSettings:
 # What a training or a folder of predictions that was begun before one of these fields existed was made with.
 TRAINING_DEFAULTS = declared(DataSettings, BackboneSettings, HeadSettings, RecipeSettings)
 PREDICTION_DEFAULTS = declared(PredictionSettings)
-
-
-def _check_tiles(size: tuple[int, int] | None, overlap: float, stride: int) -> None:
-    require("tile_overlap", overlap, 0 <= overlap < 1, "at least 0 and below 1")
-    if size is not None and any(extent <= 1 or (extent - 1) % stride for extent in size):
-        near = " ".join(str(max(1, round((extent - 1) / stride)) * stride + 1) for extent in size)
-        raise InputError(f"`tile_size` {size[0]} {size[1]} must be {stride}·k + 1 each, such as {near}")

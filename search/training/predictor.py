@@ -81,7 +81,6 @@ class Predictor:
         size, tile = evaluation.get("pad_to", evaluation_size(dataset)), evaluation.get("tile_size")
         tiles = Tiles((tile[0], tile[1]), float(evaluation["tile_overlap"])) if tile else None
         predictor = cls(network.to(place), task, settings, dataset, (size[0], size[1]) if size else None, tiles)
-        settings.check_tiles(network.backbone.output_stride)
         check_tiles(network, predictor.tiles)
         return predictor
 

@@ -18,7 +18,7 @@ from search.datasets import Dataset, Sample, evaluation_size
 from search.datasets.files import largest_picture
 from search.dense_tasks import DenseTask, totals_of_nothing
 from search.errors import InputError
-from search.settings import RecipeSettings
+from search.settings import RecipeSettings, check_tile_size
 from search.training.memory import PredictionMemory
 from search.training.tiles import Tiles, blended_rows, least_size
 
@@ -150,9 +150,12 @@ def require_validation(network: SegmentationNetwork, dataset: Dataset, recipe: R
 
 
 def check_tiles(network: SegmentationNetwork, tiles: Tiles | None) -> None:
-    """Raise InputError for tiles that are smaller than the windows of the network's pooling."""
+    """Raise InputError for tiles that are off the grid of features, or smaller than the windows of the network's pooling."""
+    if tiles is None:
+        return
+    check_tile_size(tiles.size, network.backbone.output_stride)
     least = least_size(network)
-    if tiles is not None and not fits(least, tiles.size):
+    if not fits(least, tiles.size):
         raise InputError(
             f"`tile_size` {tiles.size[0]} {tiles.size[1]} is smaller than the windows of the network's pooling: give at least "
             f"{least[0]} {least[1]}"

@@ -196,4 +196,7 @@ def test_tiles_that_cannot_be_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(InputError, match=message):
             Predictor.load(path, settings, device="cpu")
+    save_network(path, network, task=Made.task.describe(), evaluation={"tile_size": (41, 65), "tile_overlap": 0.25})
+    with pytest.raises(InputError, match="`tile_size` 41 65 must be 16·k"):
+        Predictor.load(path, device="cpu")
     assert Predictor.load(path, PredictionSettings(tile_size=(33, 65)), device="cpu").predict(pixels()).shape == (20, 30)
