@@ -118,30 +118,46 @@ def hash_of_weights(module: nn.Module, *constants: Tensor) -> str:
 
 
 class PlainBody(nn.Module):
-    """Plain 3×3 convolutions with batch norm and ReLU; the first ones halve the map until `output_stride` is reached."""
+    """Plain 3×3 convolutions with batch norm and ReLU; the first ones halve the map until `output_stride` is reached.
 
-    def __init__(self, channels: tuple[int, ...], output_stride: int) -> None:
+    At a smaller one than `trained_output_stride`, at which the weights were trained, the layers behind the stride that is left
+    out are dilated, so that they still see what they did.
+    """
+
+    def __init__(self, channels: tuple[int, ...], output_stride: int, trained_output_stride: int | None = None) -> None:
         super().__init__()
         self.channels = channels
+        self.trained_output_stride = output_stride if trained_output_stride is None else trained_output_stride
+        if output_stride > self.trained_output_stride:
+            raise ValueError(f"weights trained at output stride {trained_output_stride} give no features at {output_stride}")
         layers: list[nn.Module] = []
-        stride = 1
+        stride = trained = 1  # of the map that a layer reads, here and where the weights were trained
         for in_channels, out_channels in zip((3, *channels), channels, strict=False):
-            step = 2 if stride < output_stride else 1
-            stride *= step
-            convolution = nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=step, padding=1, bias=False)
+            step, dilation = (2 if stride < output_stride else 1), trained // stride
+            convolution = nn.Conv2d(
+                in_channels, out_channels, kernel_size=3, stride=step, padding=dilation, dilation=dilation, bias=False
+            )
             layers += [convolution, nn.BatchNorm2d(out_channels), nn.ReLU()]
+            stride, trained = stride * step, trained * (2 if trained < self.trained_output_stride else 1)
         self.layers = nn.Sequential(*layers)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         return [self.layers(images)]
 
 
-def plain_backbone(name: str, channels: tuple[int, ...], *, output_stride: int, low_level: bool = False) -> Backbone:
+def plain_backbone(
+    name: str,
+    channels: tuple[int, ...],
+    *,
+    output_stride: int,
+    trained_output_stride: int | None = None,
+    low_level: bool = False,
+) -> Backbone:
     """A small backbone with a `PlainBody` of random weights, for images scaled to −1..1; its low-level map is the second."""
     half = torch.full((3,), 127.5)
     return Backbone(
         name,
-        PlainBody(channels, output_stride),
+        PlainBody(channels, output_stride, trained_output_stride),
         channels=channels[-1],
         output_stride=output_stride,
         mean=half,

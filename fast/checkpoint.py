@@ -129,13 +129,18 @@ def save_network(
     _write(path, network, NETWORK_FORMAT, _describe_network(network, task, source, evaluation))
 
 
-def load_network(path: str | Path, *, norm_layer: NormLayer = nn.BatchNorm2d) -> tuple[SegmentationNetwork, dict[str, Any]]:
+def load_network(
+    path: str | Path, *, norm_layer: NormLayer = nn.BatchNorm2d, output_stride: int | None = None
+) -> tuple[SegmentationNetwork, dict[str, Any]]:
     """Load a network: the module in evaluation mode, and its description. Raises ValueError naming the file.
 
-    `norm_layer`, of head and decoder, is as in `load_head`.
+    `norm_layer`, of head and decoder, is as in `load_head`. `output_stride` is another one than the network was trained at, as
+    the authors evaluate at 8 what they train at 16: the weights are the same, strides become dilations, and rates double.
     """
     _, description, state = _read(path, "network", NETWORK_FORMAT)
     with _building(path, "network"):
+        if output_stride is not None:
+            description |= _at_output_stride(description, output_stride)
         backbone = _build_backbone(description["backbone"], low_level=description["decoder"] is not None)
         decoder = None
         if description["decoder"] is not None and backbone.low_level is not None:
@@ -223,6 +228,19 @@ def _describe_context(context: DensePredictionCell) -> dict[str, Any]:
     }
 
 
+def _at_output_stride(description: Mapping[str, Any], output_stride: int) -> dict[str, Any]:
+    """What differs in the description of a network at another output stride. Pinned windows keep their size in pixels."""
+    backbone, trained = dict(description["backbone"]), description["output_stride"]
+    if "plain_channels" in backbone and output_stride != trained:
+        backbone.setdefault("trained_output_stride", trained)
+    pinned = description["pooling_size"]
+    return {
+        "backbone": backbone | {"output_stride": output_stride},
+        "output_stride": output_stride,
+        "pooling_size": [(extent - 1) * trained // output_stride + 1 for extent in pinned] if pinned else None,
+    }
+
+
 def _build_context(description: dict[str, Any], norm_layer: NormLayer = nn.BatchNorm2d) -> DensePredictionCell:
     pooling_size = description["pooling_size"]
     return DensePredictionCell(
@@ -289,9 +307,11 @@ def _build_decoder(description: dict[str, Any], low_level_channels: int, norm_la
 def describe_backbone(backbone: Backbone) -> dict[str, Any]:
     """What builds the backbone again, but for its weights. Raises ValueError for one that is neither from timm nor plain."""
     if isinstance(backbone.body, PlainBody):
+        trained = backbone.body.trained_output_stride
         return {
             "name": backbone.name,
             "output_stride": backbone.output_stride,
+            **({"trained_output_stride": trained} if trained != backbone.output_stride else {}),
             "plain_channels": backbone.body.channels,
             "mean": backbone.mean.flatten().tolist(),
             "std": backbone.std.flatten().tolist(),
@@ -319,7 +339,10 @@ def _build_backbone(description: dict[str, Any], *, low_level: bool) -> Backbone
     name, output_stride = description["name"], description["output_stride"]
     if "plain_channels" in description:
         channels = tuple(description["plain_channels"])
-        backbone = plain_backbone(name, channels, output_stride=output_stride, low_level=low_level)
+        trained = description.get("trained_output_stride")
+        backbone = plain_backbone(
+            name, channels, output_stride=output_stride, trained_output_stride=trained, low_level=low_level
+        )
     else:
         origin = description["weights_origin"]
         backbone = timm_backbone(name, output_stride=output_stride, weights_origin=origin, low_level=low_level)

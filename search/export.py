@@ -65,6 +65,8 @@ class ExportSettings:
     """Height and width of the input. Default: 513 513 pixels for a network, 33 33 features for a head."""
     fixed_size: bool = False
     """Fix batch size 1 and --size, also where they could stay free; some runtimes are quicker for it."""
+    output_stride: Literal[8, 16] | None = None
+    """Pixels per feature (networks only); a network that was trained at 16 is finer at 8. None: as trained."""
     full_size: bool = False
     """Resize the logits to the image's size within the program (networks only)."""
 
@@ -173,6 +175,8 @@ def _load(settings: ExportSettings) -> tuple[nn.Module, dict[str, Any], int]:
         raise InputError("give either --network FILE or --head FILE")
     if settings.head is not None and settings.full_size:
         raise InputError("--full-size is for networks: a head does not know the image's size")
+    if settings.head is not None and settings.output_stride is not None:
+        raise InputError("--output-stride is for networks: a head's backbone gives its features")
     try:
         if settings.head is not None:
             head, description = load_head(settings.head)
@@ -182,7 +186,7 @@ def _load(settings: ExportSettings) -> tuple[nn.Module, dict[str, Any], int]:
             input_text = f"features (N, {channels}, h, w) float32"
         else:
             assert settings.network is not None  # one of both is given
-            network, description = load_network(settings.network)
+            network, description = load_network(settings.network, output_stride=settings.output_stride)
             module, channels = (_FullSize(network) if settings.full_size else network), 3
             scale = "as the input" if settings.full_size else f"one on every {network.logits_stride}th pixel"
             input_text = "images (N, 3, H, W) float32, RGB, 0 to 255"

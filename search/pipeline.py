@@ -26,6 +26,7 @@ from search.runs.study import Run, RunSettings, load_run, open_run, ranked
 from search.runs.workers import open_workers
 from search.settings import (
     SHAPES,
+    TRAINING_DEFAULTS,
     BackboneSettings,
     DataSettings,
     FeatureSettings,
@@ -45,6 +46,7 @@ from search.tasks.feature_cache import MEAN, STD, WEIGHTS, FeatureCache, caches_
 from search.tasks.proxy import ProxyTask, feature_maps
 from search.training.loop import Training
 from search.training.network import training_identity
+from search.training.scoring import require_validation
 
 KNOWN_CELLS = ("aspp", "dpc")
 
@@ -204,9 +206,12 @@ def train_network(
     _require_trainable(network, train)
     devices, folder = Devices(machine.device), Folder(Path(out), "training")
     identity = training_identity(settings, network, train, val, devices) | {"`network` (content)": hash_of_weights(network)}
+    network = copy.deepcopy(network)
+    require_validation(network, val, settings.recipe, devices.device)
+    command = f"train_network(network, train, val, {str(out)!r}, ...) in Python"
     with folder.locked():
-        folder.begin(identity, f"train_network(network, train, val, {str(out)!r}, ...) in Python")
-        result = Training(settings, copy.deepcopy(network), train, val, folder.path, devices).run()
+        folder.begin(identity, command, defaults=TRAINING_DEFAULTS)
+        result = Training(settings, network, train, val, folder.path, devices).run()
     path = folder.path / "best.safetensors"
     write_card(path)
     return Trained(folder.path, result.best, load_network(path)[0])

@@ -26,7 +26,7 @@ from search.errors import InputError
 from search.files import write_json, write_text
 from search.folder import Folder
 from search.reports.predictions import overlay, write_picture, write_prediction
-from search.settings import DeviceSettings, PredictionSettings, scored
+from search.settings import PREDICTION_DEFAULTS, DeviceSettings, PredictionSettings, scored
 from search.training.predictor import Predictor, read_picture
 
 _PROG = spelled("predict")
@@ -53,7 +53,7 @@ def main(settings: PredictSettings) -> None:
     predictor = Predictor.load(settings.network, settings.prediction, device=settings.device.device)
     folder = Folder(settings.out, "prediction")
     with folder.locked():
-        folder.begin(_identity(settings, predictor), this_command(_PROG))
+        folder.begin(_identity(settings, predictor), this_command(_PROG), defaults=PREDICTION_DEFAULTS)
         write_json(settings.out / "task.json", {"task": predictor.task.name, **predictor.task.describe()})
         failures = _predict(predictor, pictures, settings.out)
     done = len(pictures) - failures

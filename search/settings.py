@@ -22,6 +22,7 @@ Value = TypeVar("Value")
 Group = TypeVar("Group")
 
 SHAPES = "shapes"  # the generated scenes
+TILE_OVERLAP = 0.25
 
 # The authors' crops and numbers of steps in whole trainings, for the data sets that they trained on.
 _AUTHORS = {
@@ -110,6 +111,13 @@ def known(value: Value | None) -> Value:
 def given(value: Value | None, default: Value) -> Value:
     """The value, or the default where it is None: 0 and "" were given."""
     return default if value is None else value
+
+
+def check_tile_size(size: tuple[int, int] | None, output_stride: int) -> None:
+    """Raises InputError for tiles on which features of this stride do not reach from corner to corner."""
+    if size is not None and any(extent <= 1 or (extent - 1) % output_stride for extent in size):
+        near = " ".join(str(max(1, round((extent - 1) / output_stride)) * output_stride + 1) for extent in size)
+        raise InputError(f"`tile_size` {size[0]} {size[1]} must be {output_stride}·k + 1 each, such as {near}")
 
 
 def rounded_up(size: tuple[int, int], stride: int) -> tuple[int, int]:
@@ -352,6 +360,11 @@ class RecipeSettings:
     """Batches from which batch norm statistics are computed before validation; 0 takes the moving averages."""
     validate_every: int | None = None
     """Iterations between validations. None: a tenth of all; in re-ranking and fidelity, only after the last."""
+    tile_size: tuple[int, int] | None = None
+    """Height and width in pixels of the tiles in which validation pictures are predicted, stride·k + 1 each; for pictures that
+    do not fit in memory. None: whole pictures."""
+    tile_overlap: float = TILE_OVERLAP
+    """Least share of a tile's height and width by which it overlaps its neighbours."""
     checkpoint_every: int = changes_no_score(200)
     """Iterations between checkpoints, besides those at validations."""
     loading_processes: int = changes_no_score(2)
@@ -408,6 +421,8 @@ class RecipeSettings:
                 f"`crop_size` {height} {width} must be {output_stride}·k + 1 each, such as {32 * output_stride + 1} "
                 f"{32 * output_stride + 1}"
             )
+        require("tile_overlap", self.tile_overlap, 0 <= self.tile_overlap < 1, "at least 0 and below 1")
+        check_tile_size(self.tile_size, output_stride)
         if self.slow_start_iterations >= iterations:
             raise InputError(f"`slow_start_iterations` {self.slow_start_iterations} leaves none of `iterations` {iterations}")
 
@@ -423,6 +438,13 @@ class PredictionSettings:
     pad_to: tuple[int, int] | Literal["own"] | None = None
     """Height and width that every picture is padded to, such as 513 513; own: its own, rounded up to stride·k + 1.
     None: what the network's file or the data set says (513 513 for pascal_voc), else own."""
+    tile_size: tuple[int, int] | Literal["whole"] | None = None
+    """Height and width in pixels of the tiles in which pictures are predicted, stride·k + 1 each, such as 1025 1025, or whole.
+    None: what the network's file says, if it was validated in tiles, else whole."""
+    tile_overlap: float = TILE_OVERLAP
+    """Least share of a tile's height and width by which it overlaps its neighbours."""
+    output_stride: Literal[8, 16] | None = None
+    """Pixels per feature; a network that was trained at 16 is finer at 8, and four times as slow. None: as trained."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Number format of the products in the network: float32 or bfloat16."""
 
@@ -432,6 +454,7 @@ class PredictionSettings:
         require("scales", self.scales, has_scales, "numbers above 0, at least one")
         if isinstance(self.pad_to, tuple):
             require("pad_to", self.pad_to, min(self.pad_to) >= 1, "at least 1 each, or own")
+        require("tile_overlap", self.tile_overlap, 0 <= self.tile_overlap < 1, "at least 0 and below 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -479,5 +502,6 @@ class TrainingSettings:
         require("seed", self.seed, self.seed >= 0, "at least 0")
 
 
-# What a training that was begun before one of these fields existed was made with.
+# What a training or a folder of predictions that was begun before one of these fields existed was made with.
 TRAINING_DEFAULTS = declared(DataSettings, BackboneSettings, HeadSettings, RecipeSettings)
+PREDICTION_DEFAULTS = declared(PredictionSettings)

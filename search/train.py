@@ -33,6 +33,7 @@ from search.settings import (
 )
 from search.training.loop import NotFiniteTrainingError, Training, TrainingResult
 from search.training.network import completed_training, create_network, initial_network, is_head, training_identity
+from search.training.scoring import require_validation
 
 _PROG = spelled("train")
 _RENAMED = {"--workers": "--loading-processes"}
@@ -112,6 +113,7 @@ def _train(
     else:
         network = create_network(training, _cell(settings, train.name), train.task)
     identity = training_identity(training, network, train, val, devices, settings.init)
+    require_validation(network, val, training.recipe, devices.device)
     folder = Folder(directory, "training")
     with folder.locked() if devices.rank == 0 else nullcontext():  # only the first process writes
         if devices.rank == 0:

@@ -1,6 +1,7 @@
 """Data sets made of files: pairs of an image and a label, listed and checked in one way, with the same error messages."""
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -110,6 +111,15 @@ class FileDataset:
 def example_picture(dataset: Dataset) -> Path | None:
     """The file of the first picture; None if pictures are not in files."""
     return dataset.pairs[0].image if isinstance(dataset, FileDataset) else None
+
+
+def largest_picture(dataset: Dataset) -> tuple[str, tuple[int, int]]:
+    """Name, height and width of the picture with the most pixels; of the first one if pictures are not in files."""
+    if isinstance(dataset, FileDataset):
+        sizes = ((pair.name, picture_size(pair.image)) for pair in dataset.pairs)
+        return max(sizes, key=lambda found: math.prod(found[1]))
+    image, _, name = dataset[0]
+    return name, (image.shape[0], image.shape[1])
 
 
 def require_layout(data_dir: Path, paths: Iterable[Path], layout: str) -> None:

@@ -25,6 +25,7 @@ from search.settings import TRAINING_DEFAULTS, TrainingSettings
 from search.tasks.proxy import NotFiniteError
 from search.training.loop import NotFiniteTrainingError, Training, TrainingResult
 from search.training.network import completed_training, create_network, training_identity
+from search.training.scoring import require_validation
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,11 @@ class EndToEndTask:
         return self.train.task
 
     def identity(self) -> dict[str, Any]:
-        """The settings that all scores depend on. A network is built for it, so settings that cannot work are refused here."""
+        """The settings that all scores depend on. A network is built for it, so what cannot work is refused here."""
         with torch.random.fork_rng(devices=[]):
             network = create_network(self.settings, load_cell("dpc"), self.dense_task)
             parts = training_identity(self.settings, network, self.train, self.val, self.devices)
+            require_validation(network, self.val, self.settings.recipe, self.devices.device)
         return {name: value for name, value in parts.items() if name not in ("cell", "number of devices", "validate_every")}
 
     def folder(self, cell: Cell, seed: Sequence[int]) -> Path:

@@ -40,9 +40,10 @@ from search.settings import (
     fingerprints,
     rounded_up,
 )
+from search.training.memory import features_in_memory
 
 _DTYPES: dict[FeatureDtype, torch.dtype] = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-_BATCH = 8  # images per pass of the backbone
+_BATCH = 8  # images per pass of the backbone, or fewer where they would not fit into memory
 PICTURES, WEIGHTS = "`data_dir` (pictures)", "`weights` (content)"  # names of hashes in an identity
 MEAN, STD = "`backbone` (mean pixel)", "`backbone` (deviation of pixels)"  # of values 0 to 255
 _IMAGES, _CHANNELS = "number of images", "number of channels"
@@ -258,8 +259,31 @@ def _done(folder: Folder, identity: Mapping[str, Any]) -> int:
 
 
 def _fill(folder: Folder, dataset: Dataset, backbone: Backbone, identity: dict[str, Any], device: str, command: str) -> None:
-    _check_grid(backbone, identity, device)
     arrays, count, precision = _arrays(folder.path, identity), identity[_IMAGES], identity["feature_dtype"]
+    with features_in_memory(backbone, _checked_size(identity), _BATCH) as at_once, torch.inference_mode():
+        _check_grid(backbone, identity, device)
+        features, labels, done = _begun(folder, arrays, identity, command)
+        bar = tqdm(total=count, initial=done, desc=f"features of {dataset.name} {dataset.split}", unit="image")
+        with bar:
+            for start in range(done, count, at_once):
+                stop = min(start + at_once, count)
+                images, labels[start:stop] = _batch(dataset, range(start, stop), identity["image_size"], backbone.mean.cpu())
+                values = backbone(images.to(device)).to(_DTYPES[precision])
+                if not values.isfinite().all():
+                    raise InputError(
+                        f"features of {dataset.name} leave the range of {precision}: give `feature_dtype` bfloat16"
+                    )
+                features[start:stop] = values.cpu().contiguous().view(torch.int16).numpy()
+                for array in (features, labels):
+                    array.flush()  # the data must be on disk before they are counted
+                folder.write_result("progress", {"done": stop})
+                bar.update(stop - start)
+
+
+def _begun(
+    folder: Folder, arrays: tuple[_Array, _Array], identity: Mapping[str, Any], command: str
+) -> tuple[np.memmap[Any, Any], np.memmap[Any, Any], int]:
+    """Begin a cache, or go on with it: features and labels as writable memory maps, and how many images are finished."""
     done = _done(folder, identity)
     if any(array.bytes_on_disk != array.bytes for array in arrays):
         done = 0
@@ -271,26 +295,20 @@ def _fill(folder: Folder, dataset: Dataset, backbone: Backbone, identity: dict[s
             (folder.path / name).unlink(missing_ok=True)
     folder.begin(_as_begun(folder, identity), command)
     features, labels = (np.memmap(path, dtype, "r+" if done else "w+", shape=shape) for path, dtype, shape in arrays)
-    bar = tqdm(total=count, initial=done, desc=f"features of {dataset.name} {dataset.split}", unit="image")
-    with bar, torch.inference_mode():
-        for start in range(done, count, _BATCH):
-            stop = min(start + _BATCH, count)
-            images, labels[start:stop] = _batch(dataset, range(start, stop), identity["image_size"], backbone.mean.cpu())
-            values = backbone(images.to(device)).to(_DTYPES[precision])
-            if not values.isfinite().all():
-                raise InputError(f"features of {dataset.name} leave the range of {precision}: give `feature_dtype` bfloat16")
-            features[start:stop] = values.cpu().contiguous().view(torch.int16).numpy()
-            for array in (features, labels):
-                array.flush()  # the data must be on disk before they are counted
-            folder.write_result("progress", {"done": stop})
-            bar.update(stop - start)
+    return features, labels, done
+
+
+def _checked_size(identity: Mapping[str, Any]) -> tuple[int, int]:
+    """The size of the padded images. Raises InputError for one off the grid of features."""
+    (height, width), stride = identity["image_size"], identity["output_stride"]
+    if min(height, width) < 1 or (height - 1) % stride or (width - 1) % stride:
+        raise InputError(f"`image_size` {height} {width} must be {stride}·k + 1 each, such as {16 * stride + 1}")
+    return height, width
 
 
 def _check_grid(backbone: Backbone, identity: Mapping[str, Any], device: str) -> None:
     """Raise InputError unless the backbone has a feature on every pixel (s·i, s·j) of the padded images."""
-    (height, width), stride = identity["image_size"], identity["output_stride"]
-    if min(height, width) < 1 or (height - 1) % stride or (width - 1) % stride:
-        raise InputError(f"`image_size` {height} {width} must be {stride}·k + 1 each, such as {16 * stride + 1}")
+    (height, width), stride = _checked_size(identity), identity["output_stride"]
     with torch.inference_mode():
         h, w = backbone(torch.zeros(1, 3, height, width, device=device)).shape[2:]
     if (height, width) != (stride * (h - 1) + 1, stride * (w - 1) + 1):

@@ -37,6 +37,7 @@ from search.training.batches import Batches
 from search.training.optimizer import parameter_groups, poly_learning_rate, set_learning_rate
 from search.training.scoring import count_split
 from search.training.state import Curve, load_state, save_state
+from search.training.tiles import Tiles
 
 _LOG_EVERY = 10  # iterations between two readings of the losses, which wait for the GPU
 _DROPOUT = 2  # numbers of random streams, beside those of augmentation.py
@@ -84,7 +85,12 @@ class Training:
     ) -> None:
         self.settings, self.recipe = settings, settings.recipe
         self.source = plain(settings if source is None else source)
-        self._evaluation = {"dataset": settings.data.dataset, "pad_to": evaluation_size(val.name)}
+        self.tiles = Tiles.of(self.recipe)
+        self._evaluation = {
+            "dataset": settings.data.dataset,
+            "pad_to": evaluation_size(val.name),
+            **({} if self.tiles is None else {"tile_size": self.tiles.size, "tile_overlap": self.tiles.overlap}),
+        }
         self.task, self.val, self.directory, self.devices = train.task, val, directory, devices
         self.iterations = known(self.recipe.iterations)
         augmentation = create_augmentation(self.recipe, network, self.task)
@@ -226,7 +232,7 @@ class Training:
                 self._require_finite(network)  # statistics may overflow where no weight does
             indices = range(self.devices.rank, len(self.val), self.devices.count)
             network.eval()
-            totals = count_split(network, self.val, indices=indices, on_picture=self._stop_validation)
+            totals = count_split(network, self.val, indices=indices, tiles=self.tiles, on_picture=self._stop_validation)
         scores = self.task.scores(self.devices.total(totals.double()).cpu().numpy())
         if math.isnan(scores.score):
             raise InputError(f"no pixel of {self.val.name} {self.val.split} has a label to score by: give another `val_split`")

@@ -18,23 +18,24 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
-from torch import Tensor, nn
+from torch import Tensor
 
 from fast.checkpoint import load_network
 from fast.segmentation import SegmentationNetwork
 from search.commands import spelled
 from search.datasets import evaluation_size
 from search.dense_tasks import DenseTask, Label, restored_task
-from search.devices import is_full_memory, resolve_device
+from search.devices import resolve_device
 from search.errors import InputError
 from search.settings import PredictionSettings
-from search.training.scoring import fits, input_size, predict_picture
+from search.training.memory import PredictionMemory
+from search.training.scoring import check_tiles, fits, input_size, predict_picture
+from search.training.tiles import Tiles
 
 Picture = str | Path | Image.Image | NDArray[Any]
 
 _DEFAULTS = PredictionSettings()
 _DTYPES = (np.uint8, np.uint16, np.bool_)  # of arrays, whose range is known
-_MEMORY = Path("/proc/meminfo")  # of Linux
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class Predictor:
     """A network that predicts whole pictures by its settings.
 
     `dataset` is what it was trained on, as commands take it, None if its file does not say; `pad_to` is the size that pictures
-    are padded to where the settings do not say, None for their own.
+    are padded to where the settings do not say, None for their own; `validated_in` are the tiles where they do not say, None
+    for whole pictures.
     """
 
     network: SegmentationNetwork
@@ -50,6 +52,7 @@ class Predictor:
     settings: PredictionSettings = _DEFAULTS
     dataset: str | None = None
     pad_to: tuple[int, int] | None = None
+    validated_in: Tiles | None = None
 
     @classmethod
     def load(
@@ -64,17 +67,22 @@ class Predictor:
         settings.check()
         place = resolve_device(device)
         try:
-            network, description = load_network(Path(path))
+            network, description = load_network(Path(path), output_stride=settings.output_stride)
             task = restored_task(description)
         except ValueError as error:
+            stride = "leave out `output_stride`, or give another network: " if settings.output_stride is not None else ""
             raise InputError(
-                f"{error}; `network` takes what {spelled('train')} and, of a search's head, {spelled('join')} write"
+                f"{error}; {stride}`network` takes what {spelled('train')} and, of a search's head, {spelled('join')} write"
             ) from error
         except KeyError as error:
             raise InputError(f"network {path} does not say what its outputs are: train or convert it again") from error
         dataset = _trained_on(description) or dataset
-        size = _evaluation(description).get("pad_to", evaluation_size(dataset))
-        return cls(network.to(place), task, settings, dataset, (size[0], size[1]) if size else None)
+        evaluation = _evaluation(description)
+        size, tile = evaluation.get("pad_to", evaluation_size(dataset)), evaluation.get("tile_size")
+        tiles = Tiles((tile[0], tile[1]), float(evaluation["tile_overlap"])) if tile else None
+        predictor = cls(network.to(place), task, settings, dataset, (size[0], size[1]) if size else None, tiles)
+        check_tiles(network, predictor.tiles)
+        return predictor
 
     @property
     def padding(self) -> tuple[int, int] | None:
@@ -92,52 +100,40 @@ class Predictor:
         prediction = self.predict_pixels(image, str(picture) if isinstance(picture, str | Path) else "in memory")
         return prediction.cpu().numpy().astype(self.task.label_dtype)
 
+    @property
+    def tiles(self) -> Tiles | None:
+        """The tiles that pictures are predicted in, None for whole pictures."""
+        match self.settings.tile_size:
+            case None:
+                return self.validated_in
+            case "whole":
+                return None
+            case (height, width):
+                return Tiles((height, width), self.settings.tile_overlap)
+
     def predict_pixels(self, image: NDArray[np.uint8], name: str) -> Tensor:
         """The prediction of RGB pixels (H, W, 3) -> (H, W), on the device; `name` is the picture's in error messages."""
         picture, pad_to = (image.shape[0], image.shape[1]), self.padding
         if self.settings.pad_to is not None and pad_to is not None and not fits(picture, pad_to):
             raise InputError(f"picture {name} is {picture}, larger than `pad_to` {pad_to}: give more, or own")
-        self._require_memory(input_size(self.network, picture, pad_to), name)
-        device = self.network.backbone.mean.device.type
-        try:
-            with torch.autocast(device, torch.bfloat16, enabled=self.settings.precision == "bfloat16"):
-                return predict_picture(
-                    self.network, image, self.task, scales=self.settings.scales, flip=self.settings.flip, pad_to=pad_to
-                )
-        except (RuntimeError, MemoryError) as error:
-            if not is_full_memory(error):
-                raise
-            raise _too_large(name, picture, "more memory than the device has") from error
-
-    def _require_memory(self, size: tuple[int, int], name: str) -> None:
-        """Refuse what cannot fit: where memory is promised before it is there, the system would end the process instead."""
-        if self.network.backbone.mean.device.type != "cpu" or not _MEMORY.is_file():
-            return
-        free = 1024 * int(_MEMORY.read_text().split("MemAvailable:")[1].split()[0])
-        pixels = size[0] * size[1] * max(1.0, *self.settings.scales) ** 2
-        # The picture before and after normalisation, with the widest layer or the outputs, either twice: libraries of
-        # convolutions copy their maps (MobileNet-v2 was measured to take 1.6 times its widest layer), and softmax does.
-        needed = 4 * pixels * (6 + 2 * max(self._widest_layer, len(self.task.outputs)))
-        if needed > free:
-            raise _too_large(name, size, f"about {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} are free")
+        device, settings = self.network.backbone.mean.device.type, self.settings
+        with (
+            self._memory.of_picture(picture, input_size(self.network, picture, pad_to), name),
+            torch.autocast(device, torch.bfloat16, enabled=settings.precision == "bfloat16"),
+        ):
+            return predict_picture(
+                self.network,
+                image,
+                self.task,
+                scales=settings.scales,
+                flip=settings.flip,
+                pad_to=pad_to,
+                tiles=self.tiles,
+            )
 
     @cached_property
-    def _widest_layer(self) -> float:
-        """How many numbers for each pixel the widest layer of the backbone reads and gives, counted on a small picture."""
-        side, counts = 129, [0]
-
-        def count(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            counts.append(sum(each.numel() for each in (*inputs, output) if isinstance(each, Tensor)))
-
-        layers = (module for module in self.network.backbone.body.modules() if not list(module.children()))
-        handles = [layer.register_forward_hook(count) for layer in layers]
-        try:
-            with torch.no_grad():
-                self.network.backbone(torch.zeros(1, 3, side, side))
-        finally:
-            for handle in handles:
-                handle.remove()
-        return max(counts) / side**2
+    def _memory(self) -> PredictionMemory:
+        return PredictionMemory(self.network, len(self.task.outputs), self.settings.scales, self.tiles)
 
 
 def read_picture(path: str | Path) -> NDArray[np.uint8]:
@@ -191,9 +187,3 @@ def _trained_on(description: Mapping[str, Any]) -> str | None:
     training = (description.get("source") or {}).get("training") or {}
     name = _evaluation(description).get("dataset") or training.get("data", {}).get("dataset")
     return None if name is None else str(name)
-
-
-def _too_large(name: str, size: tuple[int, int], needs: str) -> InputError:
-    return InputError(
-        f"picture {name} of {size[0]} × {size[1]} pixels needs {needs}: give a smaller one, or fewer or smaller `scales`"
-    )

@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from fast import Decoder, DensePredictionCell, SegmentationHead, SegmentationNetwork
-from fast.backbone import Backbone, timm_backbone
-from fast.batch_norm import MOMENTUM, authors_norm
+from fast.backbone import Backbone, plain_backbone, timm_backbone
+from fast.batch_norm import MOMENTUM, authors_norm, recompute_statistics
 from fast.checkpoint import (
     FORMAT,
     NETWORK_FORMAT,
@@ -306,6 +306,67 @@ def test_network_round_trip(tmp_path: Path, decoder: bool, output_stride: int) -
     images = torch.rand(1, 3, 34, 50) * 255
     with torch.no_grad():
         assert torch.equal(loaded(images), network.eval()(images))
+
+
+def network_without_pooling(name: str) -> SegmentationNetwork:
+    torch.manual_seed(0)
+    if name == "plain":
+        backbone = plain_backbone("plain", (4, 6, 8, 8, 8, 8), output_stride=16)  # two layers behind the last stride
+    else:
+        backbone = timm_backbone(name, output_stride=16)
+    cell = Cell.from_json(
+        '[{"op": "conv", "kernel": 3, "rate": [1, 3], "input": -1}, {"op": "conv", "kernel": 3, "rate": [3, 1], "input": 0}]'
+    )
+    head = SegmentationHead(DensePredictionCell(cell, backbone.channels, branch_channels=4, cell_channels=4), len(CLASSES))
+    network = SegmentationNetwork(backbone, head)
+    recompute_statistics(network, [torch.rand(2, 3, 129, 129) * 255])
+    torch.nn.init.normal_(head.classifier.weight)
+    return network.eval()
+
+
+@pytest.mark.parametrize("name", ["plain", "mobilenetv2_035", "resnet18", "xception41"])
+def test_at_output_stride_8_a_network_samples_what_it_was_trained_on_at_16(tmp_path: Path, name: str) -> None:
+    """By the definition of atrous convolution every second of the finer logits is one of the coarser ones."""
+    network, path = network_without_pooling(name), tmp_path / "network.safetensors"
+    save_network(path, network, task={"class_names": CLASSES})
+    content = path.read_bytes()
+    finer, description = load_network(path, output_stride=8)
+    images = torch.rand(1, 3, 97, 129) * 255
+    with torch.no_grad():
+        expected, actual = network(images), finer(images)
+    assert actual.shape[2:] == (13, 17)
+    assert expected.std() > 0.1
+    torch.testing.assert_close(actual[:, :, ::2, ::2], expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+    assert (description["output_stride"], description["backbone"]["output_stride"]) == (8, 8)
+    assert path.read_bytes() == content
+    save_network(path, finer, task={"class_names": CLASSES})  # which is a network of its own
+    with torch.no_grad():
+        assert torch.equal(load_network(path)[0](images), actual)
+        torch.testing.assert_close(load_network(path, output_stride=16)[0](images), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("decoder", [False, True])
+def test_another_output_stride_is_as_if_the_network_were_built_so(tmp_path: Path, decoder: bool) -> None:
+    coarse, path = trained_network(decoder=decoder, output_stride=16).eval(), tmp_path / "network.safetensors"
+    coarse.head.context.pin_pooling((3, 5))
+    save_network(path, coarse, task={"class_names": CLASSES})
+    expected = trained_network(decoder=decoder, output_stride=8).eval()
+    expected.load_state_dict(coarse.state_dict())
+    expected.head.context.pin_pooling((5, 9))
+    finer, _ = load_network(path, output_stride=8)
+    images = torch.rand(1, 3, 65, 97) * 255
+    with torch.no_grad():
+        assert torch.equal(finer(images), expected(images))
+    assert torch.equal(load_network(path, output_stride=16)[0](images), coarse(images))
+
+
+def test_a_plain_network_cannot_be_coarser_than_it_was_trained(tmp_path: Path) -> None:
+    path, backbone = tmp_path / "network.safetensors", plain_backbone("plain", (4, 6, 8, 8), output_stride=8)
+    context = DensePredictionCell(CELL, 8, branch_channels=4, cell_channels=4, output_stride=8)
+    save_network(path, SegmentationNetwork(backbone, SegmentationHead(context, len(CLASSES))), task={"class_names": CLASSES})
+    assert load_network(path, output_stride=8)[0].backbone.output_stride == 8
+    with pytest.raises(ValueError, match="weights trained at output stride 8 give no features at 16"):
+        load_network(path, output_stride=16)
 
 
 def test_network_of_an_unknown_backbone_is_not_saved(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 
 import search.evaluate
 from fast.bilinear_resize import bilinear_resize
-from fast.checkpoint import load_network
+from fast.checkpoint import load_network, save_network
 from fast.segmentation import SegmentationNetwork, predict_scales
 from reference.cell import Cell
 from search.cells.space import load_cell
@@ -40,10 +40,11 @@ def convert_variables(variables: Variables, cell: Cell | None = None, **argument
     return convert(shapes, variables.__getitem__, cell=cell or load_cell("dpc"), **arguments)
 
 
-def golden_network(output_stride: int) -> SegmentationNetwork:
+def golden_network(output_stride: int, crop_size: tuple[int, int] | None = None) -> SegmentationNetwork:
     bundle = TensorBundle(GOLDEN)
     shapes = {name: entry.shape for name, entry in bundle.entries.items()}
-    return convert(shapes, bundle.read, cell=load_cell("dpc"), output_stride=output_stride).network
+    options: dict[str, Any] = {"output_stride": output_stride, "image_pooling_crop_size": crop_size}
+    return convert(shapes, bundle.read, cell=load_cell("dpc"), **options).network
 
 
 def golden_arrays(name: str) -> dict[str, Any]:
@@ -69,6 +70,19 @@ def test_golden_logits(name: str, output_stride: int) -> None:
         np.testing.assert_allclose(actual, nchw(arrays[key]), rtol=0, atol=LOGITS_BOUND, err_msg=key)
     best = nchw(arrays["logits_full"]).gather(1, network.predict(images)[:, None])
     assert (best[:, 0] >= nchw(arrays["logits_full"]).amax(dim=1) - 2 * LOGITS_BOUND).all()
+
+
+@needs_golden
+@pytest.mark.parametrize("pinned", [None, (513, 769)])
+def test_a_converted_network_at_output_stride_8_is_as_converted_for_it(tmp_path: Path, pinned: tuple[int, int] | None) -> None:
+    path, images = tmp_path / "n.safetensors", nchw(golden_arrays("in129x129_os8.npz")["image"])
+    save_network(path, golden_network(16, pinned), task={"class_names": [str(i) for i in range(19)]})
+    finer, expected = load_network(path, output_stride=8)[0], golden_network(8, pinned)
+    assert finer.head.context.pooling_size == expected.head.context.pooling_size
+    finer.head.context.pin_pooling(None)
+    expected.head.context.pin_pooling(None)
+    with torch.no_grad():
+        assert torch.equal(finer(images), expected(images))
 
 
 @needs_golden

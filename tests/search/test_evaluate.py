@@ -19,6 +19,7 @@ from search.errors import InputError
 from search.evaluate import EvaluateSettings
 from search.reports.predictions import overlay, prediction_path, write_prediction
 from search.training.scoring import count_split
+from search.training.tiles import Tiles
 from tests.search import dataset_folders as made
 from tests.search.composed import changed, composed
 from tests.search.test_random import write_camvid
@@ -106,6 +107,9 @@ def test_the_command_prints_and_writes_everything(
     [
         ({"scales": ()}, "`scales` must be numbers above 0"),
         ({"scales": (1.0, -1.0)}, "`scales` must be numbers above 0"),
+        ({"tile_size": (20, 17)}, r"`tile_size` 20 17 must be 16·k \+ 1 each, such as 17 17"),
+        ({"tile_size": (17, 25)}, r"`tile_size` 17 25 must be 16·k \+ 1 each, such as 17 33"),  # 8·k + 1 it is
+        ({"tile_overlap": -0.1}, "`tile_overlap` must be at least 0 and below 1"),
         ({"pad_to": (17, 17)}, r"picture 0 is .*larger than `pad_to`"),
         ({"network": Path("absent.safetensors")}, r"absent\.safetensors.*`network`"),
         ({"dataset": "shapes", "data_dir": None}, "trained on 11 classes .* shapes has 8"),
@@ -115,6 +119,22 @@ def test_the_command_prints_and_writes_everything(
 def test_what_cannot_work_is_refused(tiny: EvaluateSettings, change: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         search.evaluate.main(changed(tiny, **change))
+
+
+def test_tiles_and_output_stride_are_those_that_are_asked_for(tiny: EvaluateSettings, tmp_path: Path) -> None:
+    settings = changed(tiny, out=tmp_path / "scores.json", tile_size=(17, 25), tile_overlap=0.5, output_stride=8)
+    search.evaluate.main(settings)
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert (scores["tile_size"], scores["tile_overlap"], scores["output_stride"]) == ([17, 25], 0.5, 8)
+    network, dataset = load_network(tiny.network, output_stride=8)[0], open_dataset("camvid", "val", tiny.data_dir)
+    counts = [
+        count_split(network, dataset, indices=range(len(dataset)), tiles=tiles).tolist()
+        for tiles in (Tiles((17, 25), 0.5), Tiles((17, 25), 0.0), None)
+    ]
+    assert scores["confusion"] == counts[0]
+    assert counts[0] not in counts[1:]
+    search.evaluate.main(changed(settings, tile_size=None))
+    assert json.loads((tmp_path / "scores.json").read_text())["confusion"] == counts[2]
 
 
 @pytest.mark.parametrize(

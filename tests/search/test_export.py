@@ -104,6 +104,16 @@ def test_a_network_at_other_sizes(
     assert_close(names["logits"], network(images))
 
 
+def test_a_network_at_another_output_stride(tmp_path: Path) -> None:
+    path, out = network_file(tmp_path, decoder=False), tmp_path / "network.pt2"
+    main(ExportSettings(network=path, out=out, size=(65, 97), output_stride=8))
+    extra = {"description.json": ""}
+    program, images = torch.export.load(out, extra_files=extra).module(), 255 * torch.rand(1, 3, 65, 97)
+    assert_close(program(images), load_network(path, output_stride=8)[0](images))
+    assert program(images).shape[2:] == (9, 13)
+    assert json.loads(extra["description.json"])["backbone"]["output_stride"] == 8
+
+
 def test_logits_of_the_images_size(tmp_path: Path) -> None:
     path, out = network_file(tmp_path, decoder=False), tmp_path / "network.pt2"
     main(ExportSettings(network=path, out=out, size=(65, 97), full_size=True))
@@ -229,6 +239,7 @@ def test_tensorflows_padding_fixes_the_size() -> None:
         ({"head": None}, "give either --network FILE or --head FILE"),
         ({"network": Path("n.safetensors")}, "give either --network FILE or --head FILE"),
         ({"full_size": True}, "--full-size is for networks"),
+        ({"output_stride": 8}, "--output-stride is for networks"),
         ({"head": Path("nowhere.safetensors")}, "head nowhere.safetensors cannot be read"),
         ({"out": Path("head.bin")}, "--out head.bin: a file of the format torch-export must end in .pt2"),
         ({"out": Path("head.pt2"), "format": "onnx"}, "--out head.pt2: a file of the format onnx must end in .onnx"),

@@ -150,6 +150,19 @@ def test_another_network_or_other_settings_need_another_folder(settings: Predict
     assert made(settings.out) == before
 
 
+def test_a_folder_that_was_begun_before_there_were_tiles_goes_on(settings: PredictSettings) -> None:
+    main(settings)
+    before, path = made(settings.out), settings.out / "settings.json"
+    content = json.loads(path.read_text())
+    for field in ("tile_size", "tile_overlap", "output_stride"):
+        del content["identity"][field]
+    path.write_text(json.dumps(content))
+    main(settings)
+    assert made(settings.out) == before
+    with pytest.raises(InputError, match=r"`output_stride` None, now it is 8, and `tile_size` None, now it is \[17, 17\]"):
+        main(changed(settings, tile_size=(17, 17), output_stride=8))
+
+
 @pytest.mark.parametrize(
     ("pictures", "message"),
     [

@@ -19,6 +19,7 @@ from PIL import Image
 import search.random
 import search.reports.run_files
 import search.rerank
+import search.training.memory
 from fast.checkpoint import load_network
 from reference.cell import Branch, Cell, Conv1x1, PyramidPooling
 from search.cells.space import cell_hash, load_cell
@@ -273,6 +274,15 @@ def test_settings_that_cannot_work_are_refused(
 ) -> None:
     with pytest.raises(InputError, match=message):
         search.rerank.main(changed(tiny, out=tmp_path / "out", **change))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_validation_that_cannot_fit_is_refused_before_a_cell_is_trained(
+    tiny: RerankSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search.training.memory, "free_memory", lambda: 10_000)
+    with pytest.raises(InputError, match=r"picture \d \(camvid val\) of 33 × 49 pixels needs about 0\.0 GB of memory"):
+        search.rerank.main(changed(tiny, out=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 

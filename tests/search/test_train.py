@@ -1,6 +1,7 @@
 """Training from end to end on a tiny CamVid: it learns, goes on after any end with the same losses, and says what is wrong."""
 
 import gc
+import json
 import multiprocessing
 import os
 import shutil
@@ -11,11 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import search.train
 import search.training.augmentation
 import search.training.loop
+import search.training.memory
 import search.training.state
 from fast.backbone import plain_backbone
 from fast.batch_norm import MOMENTUM, recompute_statistics
@@ -34,6 +37,7 @@ from search.training.loop import Training
 from search.training.network import initial_network
 from search.training.scoring import count_split
 from search.training.state import read_curve
+from search.training.tiles import Tiles
 from tests.search.composed import changed, composed
 from tests.search.test_random import write_camvid
 
@@ -424,6 +428,8 @@ def test_defaults_are_the_papers_but_for_shapes() -> None:
         ({"init": None, "cell": "dpc", "run": Path("runs/x")}, "`cell` and `run` both"),
         ({"init": None}, "random weights: give `weights`, or `pretrained`"),
         ({"accumulate": 3}, "`batch_size` 4 cannot be divided into 3"),
+        ({"tile_size": (33, 32)}, r"`tile_size` 33 32 must be 16·k \+ 1 each, such as 33 33"),
+        ({"tile_size": (33, 33), "tile_overlap": 1.0}, "`tile_overlap` must be at least 0 and below 1, got 1.0"),
         ({"init": Path("absent.safetensors")}, r"absent\.safetensors.*`init`"),
         ({"train_split": "nonsense"}, "split 'nonsense'"),
         ({"init": None, "run": Path("runs/nope")}, r"`run` runs/nope has no best_cells/rank_01\.json: give the folder"),
@@ -433,6 +439,44 @@ def test_what_cannot_work_is_refused(tiny: TrainSettings, tmp_path: Path, change
     with pytest.raises(InputError, match=message):
         search.train.main(changed(tiny, out=tmp_path / "out", **change))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_validation_that_cannot_fit_is_refused_before_the_first_step(
+    tiny: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The largest picture counts, wherever it is in the split."""
+    folder, out = write_camvid(tmp_path / "camvid"), tmp_path / "out"
+    for name in ("train", "trainannot"):
+        Image.open(folder / name / "2.png").resize((300, 200), Image.Resampling.NEAREST).save(folder / name / "2.png")
+    settings = changed(tiny, data_dir=folder, out=out, iterations=1)
+    monkeypatch.setattr(search.training.memory, "free_memory", lambda: 7_000_000)
+    message = r"picture 2 \(camvid train\) of 209 × 305 pixels needs about .*: give `tile_size` 65 65$"
+    with pytest.raises(InputError, match=message):
+        search.train.main(settings)
+    assert not out.exists()
+    search.train.main(changed(settings, tile_size=(65, 65)))
+    network, description = load_network(out / "last.safetensors")
+    assert description["evaluation"] == {
+        "dataset": "camvid",
+        "pad_to": None,
+        "tile_size": [65, 65],
+        "tile_overlap": 0.25,
+    }
+    train = open_dataset("camvid", "train", folder)
+    totals = count_split(network, train, indices=range(5), tiles=Tiles((65, 65)))
+    assert description["source"]["mean_iou"] == mean_iou(totals.numpy())
+
+
+def test_tiles_are_part_of_what_a_training_is(tiny: TrainSettings, uninterrupted: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"`tile_size` None, now it is \[33, 33\]"):
+        search.train.main(changed(tiny, out=uninterrupted, tile_size=(33, 33)))
+    shutil.copytree(uninterrupted, tmp_path / "earlier")
+    settings = json.loads((tmp_path / "earlier" / "settings.json").read_text())
+    for field in ("tile_size", "tile_overlap"):
+        del settings["identity"][field]  # as before they were there
+    (tmp_path / "earlier" / "settings.json").write_text(json.dumps(settings))
+    search.train.main(changed(tiny, out=tmp_path / "earlier"))
+    assert "tile_size" not in load_network(uninterrupted / "last.safetensors")[1]["evaluation"]
 
 
 def test_all_defaults_pass_the_check() -> None:

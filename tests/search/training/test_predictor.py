@@ -10,16 +10,15 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-import search.training.predictor
+import search.training.memory
 from fast.backbone import timm_backbone
 from fast.batch_norm import recompute_statistics
 from fast.checkpoint import load_network, save_network
-from fast.dense_prediction_cell import DensePredictionCell
-from fast.segmentation import SegmentationHead, SegmentationNetwork
-from search.cells.space import load_cell
+from fast.segmentation import SegmentationNetwork
 from search.dense_tasks.segmentation import voc_palette
 from search.errors import InputError
 from search.settings import PredictionSettings
+from search.training.memory import widest_layer
 from search.training.predictor import Predictor, read_picture
 from tests.search.test_train import small_network
 from tests.search.training.test_scoring import Made, Reader
@@ -177,7 +176,7 @@ def test_the_file_says_what_it_was_trained_on(
 
 def test_what_needs_more_memory_than_there_is_is_refused(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     memory = tmp_path / "meminfo"
-    monkeypatch.setattr(search.training.predictor, "_MEMORY", memory)
+    monkeypatch.setattr(search.training.memory, "_MEMORY", memory)
     predictor = Predictor.load(file, device="cpu")
     # 33 × 65 pixels take some 14 numbers each: a picture twice, and twice the widest layer, with 3 channels before it and 4 at
     # a quarter of the pixels after it.
@@ -196,16 +195,14 @@ def test_what_needs_more_memory_than_there_is_is_refused(file: Path, tmp_path: P
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:119] DefaultCPUAllocator: can't allocate memory")
 
     monkeypatch.setattr(predictor.network, "forward", full)
-    with pytest.raises(InputError, match="of 20 × 30 pixels needs more memory than the device has: give a smaller one"):
+    with pytest.raises(InputError, match="of 20 × 30 pixels needs more memory than the device has: give `tile_size` 33 33"):
         predictor.predict(pixels())
 
 
 def test_the_widest_layer_is_that_of_the_largest_maps() -> None:
     mobilenet = timm_backbone("mobilenetv2_100", weights_origin="tensorflow")
-    head = SegmentationHead(DensePredictionCell(load_cell("dpc"), 320, branch_channels=4, cell_channels=4), 3)
-    widest = Predictor(SegmentationNetwork(mobilenet, head).eval(), Made.task)._widest_layer
     # 96 channels at stride 2 before and after a norm: 65 × 65 of 129 × 129.
-    assert widest == 2 * 96 * (65 / 129) ** 2
+    assert widest_layer(mobilenet) == 2 * 96 * (65 / 129) ** 2
     assert not any(module._forward_hooks for module in mobilenet.modules())
 
 

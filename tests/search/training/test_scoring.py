@@ -1,14 +1,18 @@
 """Scores against a count by hand, and what pictures are padded with and averaged over."""
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
+import search.training.memory
 from fast.segmentation import SegmentationNetwork, predict_scales
 from search.datasets import IGNORE_INDEX, Sample
 from search.dense_tasks import DenseTask, Scores
 from search.dense_tasks.segmentation import Segmentation
-from search.training.scoring import count_split, predict_picture
+from search.errors import InputError
+from search.settings import RecipeSettings
+from search.training.scoring import count_split, predict_picture, require_validation
 from tests.search.test_train import small_network
 
 
@@ -90,3 +94,26 @@ def test_a_class_that_is_nowhere_has_no_score_and_no_part_in_the_mean() -> None:
     nothing = Segmentation(("a", "b")).scores(np.zeros((2, 2), np.int64))
     assert np.isnan(nothing.score)
     assert nothing.details == (None, None)
+
+
+def test_what_a_validation_needs_is_tried_where_it_cannot_be_estimated(monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset, network = Made(((33, 49), (20, 30))), Reader().train()
+    require_validation(network, dataset, RecipeSettings(), torch.device("cpu"))
+    assert network.seen == []
+    assert not network.training
+    monkeypatch.setattr(search.training.memory, "free_memory", lambda: None)
+    require_validation(network, dataset, RecipeSettings(), torch.device("cpu"))
+    assert network.seen == [(1, 3, 33, 49)]
+    require_validation(network, dataset, RecipeSettings(tile_size=(33, 33)), torch.device("cpu"))
+    assert network.seen[1:] == [(1, 3, 33, 33)] * 2
+
+    def full(images: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(network, "forward", full)
+    message = r"picture city/0 \(made val\) of 33 × 49 pixels needs more memory than the device has: "
+    with pytest.raises(InputError, match=message):
+        require_validation(network, dataset, RecipeSettings(), torch.device("cpu"))
+    network.head.context.pin_pooling((3, 3))
+    with pytest.raises(InputError, match=r"`tile_size` 33 17 is smaller than the windows .*: give at least 33 33"):
+        require_validation(network, dataset, RecipeSettings(tile_size=(33, 17)), torch.device("cpu"))
