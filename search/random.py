@@ -73,7 +73,7 @@ def main(settings: RandomSettings) -> None:
         settings.proxy,
         RunSettings(data, settings.backbone, settings.features, settings.head, settings.machine),
         caches,
-        open_dataset(data.dataset, data.val_split, data.data_dir, data.task),
+        open_dataset(data.dataset, data.val_split, data.data_dir, data.task, data.max_megapixels),
         groups=groups,
         command=command,
         on_begin=lambda: print_defaults(caches["train"].pictures, *chosen),

@@ -13,6 +13,8 @@ from tqdm import tqdm
 
 from search.datasets import IGNORE_INDEX, Sample
 from search.datasets.labels import spans
+from search.datasets.pictures import as_shown
+from search.datasets.srgb import RefusedError
 from search.dense_tasks import DenseTask
 from search.dense_tasks.segmentation import Segmentation
 from search.errors import InputError
@@ -30,10 +32,11 @@ class Samples(Protocol):
 class TorchDataset:
     """One split of a data set, a `Dataset`: the pairs (image, label) of a `torch.utils.data.Dataset`.
 
-    An image is a PIL picture, an array (H, W, 3) or a tensor (3, H, W) of uint8. A label is a PIL picture, an array (H, W), or
-    a tensor (H, W) or (1, H, W) of integers: the classes in the order of `class_names`, or `ignore_index` where a pixel does
-    not count. `name` is part of the names of caches and runs; `colours` are the classes', RGB from 0 to 255, by default PASCAL
-    VOC's. Pairs must be the same whenever they are read, so without random augmentation.
+    An image is a PIL picture, which is taken as a viewer shows it (upright, in sRGB), an array (H, W, 3) or a tensor (3, H, W)
+    of uint8. A label is a PIL picture, an array (H, W), or a tensor (H, W) or (1, H, W) of integers: the classes in the order
+    of `class_names`, or `ignore_index` where a pixel does not count. `name` is part of the names of caches and runs; `colours`
+    are the classes', RGB from 0 to 255, by default PASCAL VOC's. Pairs must be the same whenever they are read, so without
+    random augmentation.
 
     `fingerprint` tells these pairs from others, such as a version. Without one, every pair is read once in each process, for
     a hash of all pixels. Raises InputError for what cannot be used; that of a pair when it is read.
@@ -103,7 +106,10 @@ class TorchDataset:
 
     def _image(self, index: int, value: Any) -> NDArray[np.uint8]:
         if isinstance(value, Image.Image):
-            return np.array(value.convert("RGB"), np.uint8)
+            try:
+                return as_shown(value)
+            except RefusedError as error:
+                raise InputError(f"sample {index} of {self.name} {self.split} has an image that {error}") from error
         pixels = _array(value)
         if pixels.dtype != np.uint8:
             remedy = "give pixels from 0 to 255 as uint8, not normalised: the backbone has `mean` and `std`"

@@ -134,7 +134,7 @@ def test_a_broken_picture_is_named_and_the_others_are_done(
         main(changed(settings, out=settings.out.with_name("other")))
     assert stop.value.code == 1
     message = capsys.readouterr().err
-    assert "a.JPG cannot be read" in message
+    assert "a.JPG is truncated or unreadable" in message
     assert "1 of 3 pictures could not be predicted" in message
     assert list(shares(settings.out.with_name("other"))) == ["city.2/b.c", "city.2/d"]
 
