@@ -206,7 +206,6 @@ IMAGES: dict[str, tuple[str, File, Pixels, int]] = {  # suffix, file, what is se
         grey(encoded(light_of(LIGHTNESS / 2.55)))[None],
         1,
     ),
-    "YCbCr": ("tif", saved(RGB, "YCbCr"), of_jfif(RGB), 2),
     "LAB": ("tif", saved(LAB ^ np.array([0, 128, 128], np.uint8), "LAB"), of_lab(LAB), 2),
     "profile of other colours": ("png", saved(RGB, icc_profile=ROTATED), encoded((RGB / 255) ** 2.2)[..., [2, 0, 1]], 1),
     "palette with a profile": (
@@ -242,9 +241,10 @@ def test_an_image_is_what_a_viewer_shows(tmp_path: Path, name: str) -> None:
     assert picture_size(path) == expected.shape[:2]
 
 
-IN_MEMORY: dict[str, tuple[str, Pixels, Pixels, int]] = {  # kinds of pixels that Pillow writes to no file
+IN_MEMORY: dict[str, tuple[str, Pixels, Pixels, int]] = {  # kinds of pixels that not every Pillow writes to a file
     "La": ("La", np.stack([SHADES, OPAQUE], axis=-1), grey(SHADES), 0),
     "RGBa": ("RGBa", np.dstack([RGB, OPAQUE]), RGB, 0),
+    "YCbCr": ("YCbCr", RGB, of_jfif(RGB), 2),
     "HSV": ("HSV", RGB, of_hsv(RGB), 3),
     "I;16B": ("I;16B", DEEP.astype(">u2"), grey(DEEP / 257), 0),
 }
