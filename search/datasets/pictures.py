@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from search.datasets.srgb import RefusedError, in_srgb, raw_mode
+from search.datasets.srgb import RefusedError, in_srgb, is_white_zero, raw_mode
 from search.errors import InputError
 from search.settings import MAX_MEGAPIXELS
 
@@ -29,7 +29,13 @@ _FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM", "JPEG2000", "AVI
 _LOSSLESS = ("PNG", "BMP", "GIF", "PPM")  # always; TIFF and WebP may be
 _LOSSLESS_TIFF = {"raw", "tiff_raw_16", "tiff_ccitt", "group3", "group4", "tiff_lzw", "packbits"}
 _LOSSLESS_TIFF |= {"tiff_adobe_deflate", "tiff_deflate", "lzma", "zstd"}
-_CHANGED = re.compile(r"L;[24]|I;12|.*;I|.*(RGB|LA|CMYK).*;(16|4B|15)|BGR;(15|16)")  # stored so, Pillow gives other numbers
+_CHANGED = {  # how files store numbers of which Pillow gives others: in its words, and in ours
+    r"L;[24]": "with 2 or 4 bits of grey",
+    r"I;12": "with 12 bits",
+    r"1;I": "with 1 as black",
+    r"(RGB|LA|CMYK)\w*;16": "with 16 bits a channel",
+    r"BGR;1[56]": "with 5 bits a colour",
+}
 
 _ORIENTATION, _SUBFILE, _WIDTH, _HEIGHT = 274, 254, 256, 257  # tags of TIFF and EXIF
 _REDUCED = 1  # bit of the second: a smaller copy of the page before, as aerial pictures have
@@ -152,7 +158,8 @@ def _unreadable(path: Path, error: Exception, remedy: str) -> InputError:
 
 def _require_one_page(picture: Image.Image) -> None:
     """Refuse films and documents; a phone's MPO has the picture first, and smaller copies of a page do not count."""
-    pages = 1 if picture.format == "MPO" else getattr(picture, "n_frames", 1)
+    is_open = getattr(picture, "fp", None) is not None  # else only what was decoded is there
+    pages = getattr(picture, "n_frames", 1) if is_open and picture.format != "MPO" else 1
     if pages > 1 and picture.format == "TIFF":
         pages = 1 + sum(not _is_reduced(picture, page) for page in range(1, pages))
         picture.seek(0)
@@ -188,13 +195,10 @@ def _exif_of_png(path: Path) -> bytes:
 
 def _require_exact(picture: Image.Image, path: Path) -> None:
     """Refuse a label whose pixels are not, or may not be, the numbers that were once drawn."""
-    if not _is_lossless(picture, path):
-        raise RefusedError(f"is {picture.format}, compressed with losses, which change class numbers: save labels as PNG")
     _require_one_page(picture)
-    stored, maximum = raw_mode(picture), _maximum(picture)
-    is_inverted = getattr(picture, "tag_v2", {}).get(262) == 0
-    if _CHANGED.match(stored) or is_inverted or maximum not in (255, 65535):
-        form = f"with maximum {maximum}" * (maximum not in (255, 65535)) or "with 0 as white" * is_inverted or f"as {stored}"
+    if not _is_lossless(picture, path):
+        raise RefusedError(f"is {picture.format}, whose compression may change class numbers: save labels as PNG")
+    if form := _changed_form(picture):
         raise RefusedError(f"stores its pixels {form}, which programs read as different numbers: save it as PNG with 8 bits")
 
 
@@ -206,10 +210,14 @@ def _require_upright(orientation: int) -> None:
         )
 
 
-def _maximum(picture: Image.Image) -> int:
-    """What a PGM or PPM file declares as its largest number, to which Pillow scales the others; 255 for the rest."""
+def _changed_form(picture: Image.Image) -> str | None:
+    """How the file stores its numbers, if Pillow gives others."""
     decoder, _, _, arguments = next(iter(getattr(picture, "tile", [])), ("", None, 0, None))
-    return int(arguments[1]) if decoder in ("ppm", "ppm_plain") and isinstance(arguments, tuple) else 255
+    if decoder in ("ppm", "ppm_plain") and isinstance(arguments, tuple) and arguments[1] not in (255, 65535):
+        return f"with maximum {arguments[1]}"  # to which Pillow scales them
+    if is_white_zero(picture):
+        return "with 0 as white"
+    return next((form for pattern, form in _CHANGED.items() if re.match(pattern, raw_mode(picture))), None)
 
 
 def _is_lossless(picture: Image.Image, path: Path) -> bool:

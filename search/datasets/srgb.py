@@ -27,7 +27,7 @@ _PLAIN = {
 }
 _PREMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}
 _OF_PROFILE = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}  # what a profile calls its colours
-_WHITE_IS_ZERO = 0  # of TIFF's tag 262
+_PHOTOMETRIC, _WHITE_IS_ZERO = 262, 0  # a tag of TIFF, and a value of it
 _ROUNDING = 2  # levels by which two implementations of sRGB may differ
 _TRANSPARENT = "is transparent in places, and viewers lay it over different backgrounds: save it without transparency"
 
@@ -65,6 +65,11 @@ def raw_mode(picture: Image.Image) -> str:
     return first if isinstance(first, str) else picture.mode
 
 
+def is_white_zero(picture: Image.Image) -> bool:
+    """Whether a TIFF file stores white as 0."""
+    return bool(getattr(picture, "tag_v2", {}).get(_PHOTOMETRIC) == _WHITE_IS_ZERO)
+
+
 def _converted(picture: Image.Image, mode: str) -> Image.Image:
     return picture if picture.mode == mode else picture.convert(mode)  # which copies where there is nothing to convert
 
@@ -79,7 +84,7 @@ def _eight_bits(picture: Image.Image) -> NDArray[np.uint8]:
     if picture.mode == "I" and picture.format not in ("PNG", "PPM"):  # of which Pillow has 16 bits in this mode too
         raise RefusedError("has pixels of 32 bits or with a sign, which have no known range: save it with 8 or 16 bits")
     values = np.array(picture).astype(np.int32)
-    if getattr(picture, "tag_v2", {}).get(262) == _WHITE_IS_ZERO:  # Pillow inverts 8 bits, not 16
+    if is_white_zero(picture):  # Pillow inverts 8 bits, not 16
         values = 65535 - values
     return ((values + 128) // 257).astype(np.uint8)
 

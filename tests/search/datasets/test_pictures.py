@@ -250,6 +250,14 @@ IN_MEMORY: dict[str, tuple[str, Pixels, Pixels, int]] = {  # kinds of pixels tha
 }
 
 
+@pytest.mark.parametrize("suffix", ["png", "tif", "gif", "webp"])
+def test_a_closed_file_is_what_was_decoded_of_it(tmp_path: Path, suffix: str) -> None:
+    saved(RGB if suffix != "gif" else indexed(), lossless=True)(tmp_path / f"a.{suffix}")
+    with Image.open(tmp_path / f"a.{suffix}") as picture:
+        picture.load()
+    np.testing.assert_array_equal(as_shown(picture), RGB if suffix != "gif" else PALETTE[INDEX])
+
+
 @pytest.mark.parametrize(("mode", "pixels", "expected", "tolerance"), IN_MEMORY.values(), ids=IN_MEMORY)
 def test_a_picture_in_memory_is_what_a_viewer_shows(mode: str, pixels: Pixels, expected: Pixels, tolerance: int) -> None:
     picture = Image.frombytes(mode, (7, 5), pixels.tobytes())
@@ -424,7 +432,7 @@ def test_a_label_holds_the_numbers_that_are_stored(tmp_path: Path, suffix: str, 
 
 
 DIFFERENT = r"stores its pixels {}, which programs read as different numbers: save it as PNG with 8 bits$"
-LOSSES = r"is {}, compressed with losses, which change class numbers: save labels as PNG$"
+LOSSES = r"is {}, whose compression may change class numbers: save labels as PNG$"
 NOT_NUMBERS = r"must be a picture of 8 or 16 bits with one channel that holds class numbers, it has mode {}; restore it$"
 REFUSED_LABELS: dict[str, tuple[str, File, str]] = {
     "JPEG": ("jpg", saved(INDEX), LOSSES.format("JPEG")),
@@ -434,11 +442,11 @@ REFUSED_LABELS: dict[str, tuple[str, File, str]] = {
     "lossy WebP with metadata": ("webp", saved(RGB, exif=exif(1), icc_profile=ROTATED), LOSSES.format("WEBP")),
     "JPEG 2000": ("jp2", saved(INDEX), LOSSES.format("JPEG2000")),
     "TIFF with JPEG": ("tif", saved(INDEX, compression="jpeg"), LOSSES.format("TIFF")),
-    "2 bits": ("png", png(INDEX % 4, 2, GREY), DIFFERENT.format("as L;2")),
-    "4 bits": ("png", png(INDEX % 16, 4, GREY), DIFFERENT.format("as L;4")),
+    "2 bits": ("png", png(INDEX % 4, 2, GREY), DIFFERENT.format("with 2 or 4 bits of grey")),
+    "4 bits": ("png", png(INDEX % 16, 4, GREY), DIFFERENT.format("with 2 or 4 bits of grey")),
     "0 as white": ("tif", tagged(saved(INDEX), 262, 0), DIFFERENT.format("with 0 as white")),
     "16 bits with 0 as white": ("tif", tagged(saved(DEEP), 262, 0), DIFFERENT.format("with 0 as white")),
-    "one bit in PBM": ("pbm", saved(BITS), DIFFERENT.format("as 1;I")),
+    "one bit in PBM": ("pbm", saved(BITS), DIFFERENT.format("with 1 as black")),
     "a maximum": (
         "pgm",
         written(b"P5 7 5 19\n" + INDEX.tobytes()),
@@ -449,7 +457,7 @@ REFUSED_LABELS: dict[str, tuple[str, File, str]] = {
         written(b"P2 2 1 19 0 19\n"),
         DIFFERENT.format("with maximum 19"),
     ),
-    "RGB of 16 bits": ("png", png(DEEP_RGB, 16, COLOUR), DIFFERENT.format("as RGB;16B")),
+    "RGB of 16 bits": ("png", png(DEEP_RGB, 16, COLOUR), DIFFERENT.format("with 16 bits a channel")),
     "frames": ("gif", pages(RGB, 255 - RGB), FRAMES),
     "pages": ("tif", pages(INDEX, INDEX), FRAMES),
     "RGB": ("png", saved(RGB), NOT_NUMBERS.format("RGB")),

@@ -289,7 +289,7 @@ BAD_FILES: dict[str, tuple[str, Callable[[Path], object], str]] = {
         r"must be a picture of 8 or 16 bits with one channel .* mode RGB",
     ),
     "label of 16 bits": (LABEL, save(np.full((6, 8), 300, np.uint16)), r"holds the value 300; allowed are 0 to 10 for the"),
-    "label of losses": (LABEL, save_jpeg, r"0001TP_0\.png is JPEG, compressed with losses, which change class numbers: save"),
+    "label of losses": (LABEL, save_jpeg, r"0001TP_0\.png is JPEG, whose compression may change class numbers: save"),
 }
 
 
