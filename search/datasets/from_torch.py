@@ -2,7 +2,8 @@
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,7 +14,7 @@ from tqdm import tqdm
 
 from search.datasets import IGNORE_INDEX, Sample
 from search.datasets.labels import spans
-from search.datasets.pictures import as_shown
+from search.datasets.pictures import as_shown, as_stored
 from search.datasets.srgb import RefusedError
 from search.dense_tasks import DenseTask
 from search.dense_tasks.segmentation import Segmentation
@@ -106,10 +107,8 @@ class TorchDataset:
 
     def _image(self, index: int, value: Any) -> NDArray[np.uint8]:
         if isinstance(value, Image.Image):
-            try:
+            with self._telling(index, "an image"):
                 return as_shown(value)
-            except RefusedError as error:
-                raise InputError(f"sample {index} of {self.name} {self.split} has an image that {error}") from error
         pixels = _array(value)
         if pixels.dtype != np.uint8:
             remedy = "give pixels from 0 to 255 as uint8, not normalised: the backbone has `mean` and `std`"
@@ -122,6 +121,9 @@ class TorchDataset:
         return np.ascontiguousarray(pixels)
 
     def _label(self, index: int, value: Any) -> NDArray[np.uint8]:
+        if isinstance(value, Image.Image):
+            with self._telling(index, "a label"):
+                value = as_stored(value)
         values = _array(value)
         if values.ndim == 3 and values.shape[0] == 1 and isinstance(value, Tensor):
             values = values[0]
@@ -134,6 +136,14 @@ class TorchDataset:
             remedy = f"allowed are 0 to {classes - 1} and `ignore_index`, which is {self._ignored}"
             raise self._error(index, f"has a label with the values {spans(unknown)}", remedy)
         return np.where(void, IGNORE_INDEX, values).astype(np.uint8)
+
+    @contextmanager
+    def _telling(self, index: int, what: str) -> Iterator[None]:
+        """Say of which sample a picture is that is refused inside."""
+        try:
+            yield
+        except RefusedError as error:
+            raise InputError(f"sample {index} of {self.name} {self.split} has {what} that {error}") from error
 
     def _error(self, index: int, complaint: str, remedy: str) -> InputError:
         return InputError(f"sample {index} of {self.name} {self.split} {complaint}: {remedy}")

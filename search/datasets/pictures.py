@@ -26,7 +26,7 @@ from search.settings import MAX_MEGAPIXELS
 RESTORE = "restore it from the original data set"  # what can be done about a damaged file of a public data set
 
 _FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM", "JPEG2000", "AVIF")  # JPEG is also what phones write, MPO
-_LOSSLESS = ("PNG", "BMP", "GIF", "PPM")  # always; TIFF and WebP may be
+_LOSSLESS = ("PNG", "BMP", "GIF", "PPM", None)  # always; the last is no file. TIFF and WebP may be
 _LOSSLESS_TIFF = {"raw", "tiff_raw_16", "tiff_ccitt", "group3", "group4", "tiff_lzw", "packbits"}
 _LOSSLESS_TIFF |= {"tiff_adobe_deflate", "tiff_deflate", "lzma", "zstd"}
 _CHANGED = {  # how files store numbers of which Pillow gives others: in its words, and in ours
@@ -63,16 +63,9 @@ class PictureReader:
             return as_shown(picture)
 
     def label(self, path: Path) -> Image.Image:
-        """Read a picture whose pixels are exactly those that its file stores. Raises InputError naming the file.
-
-        Refuses what compression or reading may have changed: lossy formats, several pages, and numbers that Pillow scales.
-        """
+        """Read a picture whose pixels are exactly those that its file stores. Raises InputError naming the file."""
         with self._opened(path, "label") as picture:
-            _require_exact(picture, path)
-            orientation = _orientation(picture) if picture.format == "TIFF" else 1  # which Pillow forgets as it decodes
-            picture.load()
-            _require_upright(orientation if orientation != 1 else _orientation(picture))
-            return picture
+            return as_stored(picture)
 
     @contextmanager
     def _opened(self, path: Path, kind: str = "picture") -> Iterator[Image.Image]:
@@ -105,6 +98,26 @@ def as_shown(picture: Image.Image) -> NDArray[np.uint8]:
     pixels = in_srgb(picture)
     orientation = _orientation(picture)  # of a TIFF file 1 by now, because Pillow turns it when it decodes it
     return pixels if orientation == 1 else np.array(Image.fromarray(pixels).transpose(_TURNS[orientation]))
+
+
+def as_stored(picture: Image.Image) -> Image.Image:
+    """The same picture, decoded, if its pixels are exactly what its file stores. Raises RefusedError.
+
+    Refuses what compression or reading may have changed: lossy formats, several pages, and numbers that Pillow scales.
+    """
+    _require_one_page(picture)
+    if not _is_lossless(picture):
+        raise RefusedError(f"is {picture.format}, whose compression may change class numbers: save labels as PNG")
+    if form := _changed_form(picture):
+        raise RefusedError(f"stores its pixels {form}, which programs read as different numbers: save it as PNG with 8 bits")
+    before = _orientation(picture) if picture.format == "TIFF" else 1  # which Pillow forgets as it decodes
+    picture.load()
+    if (orientation := before if before != 1 else _orientation(picture)) != 1:
+        raise RefusedError(
+            f"has the orientation tag {orientation} (EXIF), and labels must be stored as they are shown: save it upright, "
+            "as PNG without that tag"
+        )
+    return picture
 
 
 def picture_size(path: Path, remedy: str = RESTORE) -> tuple[int, int]:
@@ -193,23 +206,6 @@ def _exif_of_png(path: Path) -> bytes:
     return b""
 
 
-def _require_exact(picture: Image.Image, path: Path) -> None:
-    """Refuse a label whose pixels are not, or may not be, the numbers that were once drawn."""
-    _require_one_page(picture)
-    if not _is_lossless(picture, path):
-        raise RefusedError(f"is {picture.format}, whose compression may change class numbers: save labels as PNG")
-    if form := _changed_form(picture):
-        raise RefusedError(f"stores its pixels {form}, which programs read as different numbers: save it as PNG with 8 bits")
-
-
-def _require_upright(orientation: int) -> None:
-    if orientation != 1:
-        raise RefusedError(
-            f"has the orientation tag {orientation} (EXIF), and labels must be stored as they are shown: save it upright, "
-            "as PNG without that tag"
-        )
-
-
 def _changed_form(picture: Image.Image) -> str | None:
     """How the file stores its numbers, if Pillow gives others."""
     decoder, _, _, arguments = next(iter(getattr(picture, "tile", [])), ("", None, 0, None))
@@ -220,10 +216,13 @@ def _changed_form(picture: Image.Image) -> str | None:
     return next((form for pattern, form in _CHANGED.items() if re.match(pattern, raw_mode(picture))), None)
 
 
-def _is_lossless(picture: Image.Image, path: Path) -> bool:
+def _is_lossless(picture: Image.Image) -> bool:
     if picture.format == "TIFF":
         return picture.info.get("compression") in _LOSSLESS_TIFF
-    return picture.format in _LOSSLESS or (picture.format == "WEBP" and _is_lossless_webp(path))
+    if picture.format == "WEBP":
+        path = getattr(picture, "filename", "")  # of bytes in memory there is none
+        return bool(path) and _is_lossless_webp(Path(path))
+    return picture.format in _LOSSLESS
 
 
 def _is_lossless_webp(path: Path) -> bool:

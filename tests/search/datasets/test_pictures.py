@@ -605,8 +605,19 @@ def test_an_owner_is_not_told_to_restore_the_original(tmp_path: Path) -> None:
 def test_pictures_of_torch_data_sets_are_taken_as_they_are_shown() -> None:
     turned = Image.fromarray(RGB)
     turned.getexif()[ORIENTATION] = 6
-    pairs = [(turned, shown(INDEX, 6) % 2), (Image.fromarray(np.dstack([RGB, HOLES])), INDEX % 2)]
+    label = Image.fromarray(INDEX % 2)
+    turned_label = label.copy()
+    turned_label.getexif()[ORIENTATION] = 3
+    pairs = [
+        (turned, shown(INDEX, 6) % 2),
+        (Image.fromarray(np.dstack([RGB, HOLES])), label),
+        (RGB, turned_label),
+        (RGB, label),
+    ]
     dataset = TorchDataset(pairs, ("no", "yes"), name="mine", split="train")
     np.testing.assert_array_equal(dataset[0].image, shown(RGB, 6))
     with pytest.raises(InputError, match=r"^sample 1 of mine train has an image that is transparent in places"):
         dataset[1]
+    with pytest.raises(InputError, match=r"^sample 2 of mine train has a label that has the orientation tag 3 \(EXIF\), and"):
+        dataset[2]
+    np.testing.assert_array_equal(dataset[3].label, INDEX % 2)
