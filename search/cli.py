@@ -18,6 +18,7 @@ from search.errors import InputError, as_flag, with_fields
 from search.settings import (
     BackboneSettings,
     DataSettings,
+    FileSettings,
     HeadSettings,
     MachineSettings,
     PictureSettings,
@@ -130,12 +131,14 @@ def uses_of_network(network: Path, data: PictureSettings, val: Dataset, *evaluat
 
     `evaluation` are further flags for the first. The second has a picture of `val`, if that is in a file.
     """
-    of_data = arguments_of(PictureSettings(dataset=data.dataset, data_dir=data.data_dir))
+    limit = data.max_megapixels
+    of_data = arguments_of(PictureSettings(dataset=data.dataset, data_dir=data.data_dir, max_megapixels=limit))
     split = [] if val.split == "val" else ["--split", val.split]
     commands = [to_type("evaluate", "--network", network, *of_data, *split, *evaluation)]
     if (picture := example_picture(val)) is not None:
         out = network.with_name(f"{network.stem}-predictions")
-        commands.append(to_type("predict", "--network", network, "--pictures", picture, "--out", out))
+        admitting = arguments_of(FileSettings(max_megapixels=limit))
+        commands.append(to_type("predict", "--network", network, "--pictures", picture, "--out", out, *admitting))
     return [*commands, to_type("export", "--network", network, "--out", network.with_suffix(".pt2"))]
 
 

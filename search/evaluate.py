@@ -55,7 +55,11 @@ def main(settings: EvaluateSettings) -> None:
     path = settings.out or settings.network.with_name(f"{settings.network.stem}-{dataset.name}-{dataset.split}.json")
     write_json(path, _scores(settings, predictor, dataset, totals))
     print(f"scores: {path}")
-    data = PictureSettings(dataset=settings.dataset or known(predictor.dataset), data_dir=settings.data_dir)
+    data = PictureSettings(
+        dataset=settings.dataset or known(predictor.dataset),
+        data_dir=settings.data_dir,
+        max_megapixels=settings.prediction.max_megapixels,
+    )
     print_next(*uses_of_network(settings.network, data, dataset)[1:])
 
 
@@ -67,7 +71,7 @@ def _open(settings: EvaluateSettings, predictor: Predictor) -> Dataset:
     if settings.dataset is None and name.endswith(".toml") and not Path(name).is_file():
         raise InputError(f"network {settings.network} was trained on {name}, which is not there: give that file as `dataset`")
     task = predictor.task
-    dataset = open_dataset(name, settings.split, settings.data_dir, task.name)
+    dataset = open_dataset(name, settings.split, settings.data_dir, task.name, settings.prediction.max_megapixels)
     if task.name != dataset.task.name:
         raise InputError(
             f"network {settings.network} predicts {task.name}, the labels of {dataset.name} are for {dataset.task.name}: "

@@ -238,7 +238,7 @@ def prepare_protocols(settings: FidelitySettings, directory: Path) -> list[Proto
 
 def _dataset(data: DataSettings) -> Dataset:
     """The split to train on."""
-    return open_dataset(data.dataset, data.train_split, data.data_dir, data.task)
+    return open_dataset(data.dataset, data.train_split, data.data_dir, data.task, data.max_megapixels)
 
 
 def _fields_of(protocol: ProtocolName) -> AbstractContextManager[None]:

@@ -118,7 +118,7 @@ def _default_out(run: Run | None, head: Path) -> Path:
 
 def _validation(run: Run, data: DataSettings) -> Dataset:
     """The split that the search scored on. Raises InputError for other pictures than it had then."""
-    val = open_dataset(data.dataset, data.val_split, data.data_dir, data.task)
+    val = open_dataset(data.dataset, data.val_split, data.data_dir, data.task, data.max_megapixels)
     now = {name: value for name, value in fingerprints("", val.fingerprint()).items() if value}
     if different := differences({name: run.identity.get(name) for name in now}, now):
         raise InputError(f"{run.directory} was scored on other pictures: with {different}: give its `data_dir`")

@@ -27,7 +27,7 @@ from search.files import write_json, write_text
 from search.folder import Folder
 from search.reports.predictions import overlay, write_picture, write_prediction
 from search.settings import PREDICTION_DEFAULTS, DeviceSettings, PredictionSettings, scored
-from search.training.predictor import Predictor, read_picture
+from search.training.predictor import Predictor
 
 _PROG = spelled("predict")
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif"}
@@ -109,7 +109,7 @@ def _predict(predictor: Predictor, pictures: dict[str, Path], out: Path) -> int:
         if name in shares.rows and _is_newer(mask, path) and _is_newer(page, path):
             continue
         try:
-            image = read_picture(path)
+            image = predictor.pictures.image(path)
             prediction = predictor.predict_pixels(image, str(path))
         except InputError as error:
             bar.write(in_flags(str(error), PredictSettings), file=sys.stderr)

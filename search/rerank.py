@@ -76,7 +76,8 @@ class RunOverrides:
     """Where the small backbone for shapes is kept. None: the run's."""
 
     def data(self, run: DataSettings) -> DataSettings:
-        before = run if self.dataset is None else DataSettings(dataset=self.dataset, task=run.task)
+        other = DataSettings(dataset=given(self.dataset, run.dataset), task=run.task, max_megapixels=run.max_megapixels)
+        before = run if self.dataset is None else other
         return replace(
             before,
             data_dir=given(self.data_dir, before.data_dir),

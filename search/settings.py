@@ -23,6 +23,7 @@ Group = TypeVar("Group")
 
 SHAPES = "shapes"  # the generated scenes
 TILE_OVERLAP = 0.25
+MAX_MEGAPIXELS = 179.0  # which Pillow allows, too
 
 # The authors' crops and numbers of steps in whole trainings, for the data sets that they trained on.
 _AUTHORS = {
@@ -161,7 +162,19 @@ class TrainingPictures(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PictureSettings:
+class FileSettings:
+    """How picture files are read."""
+
+    max_megapixels: float = changes_no_score(MAX_MEGAPIXELS)
+    """Pictures with more megapixels are refused, because a damaged file may claim any size."""
+
+    def check(self) -> None:
+        """Raises InputError for a limit that admits nothing."""
+        require("max_megapixels", self.max_megapixels, self.max_megapixels > 0, "above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureSettings(FileSettings):
     """The data set."""
 
     dataset: str = SHAPES
@@ -428,7 +441,7 @@ class RecipeSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PredictionSettings:
+class PredictionSettings(FileSettings):
     """How whole pictures are predicted."""
 
     scales: tuple[float, ...] = (1.0,)
@@ -450,6 +463,7 @@ class PredictionSettings:
 
     def check(self) -> None:
         """Raises InputError for numbers that cannot work."""
+        super().check()
         has_scales = bool(self.scales) and all(0 < scale < math.inf for scale in self.scales)
         require("scales", self.scales, has_scales, "numbers above 0, at least one")
         if isinstance(self.pad_to, tuple):

@@ -19,7 +19,7 @@ from reference.upsampled_cross_entropy import IGNORE_INDEX as IGNORE_INDEX
 from search.commands import spelled
 from search.dense_tasks import DenseTask, Label
 from search.errors import InputError
-from search.settings import DataSettings, TaskName, TrainingPictures
+from search.settings import MAX_MEGAPIXELS, DataSettings, TaskName, TrainingPictures
 
 DATASETS = ("shapes", "camvid", "cityscapes", "pascal_voc", "pascal_person_part")
 SPLITS = ("train", "val")  # what a search needs; a data set may have more
@@ -94,7 +94,13 @@ def known_split(split: str, name: str) -> str:
     raise InputError(f"split {split!r} of {name} is unknown; choose one of: {', '.join(splits)}")
 
 
-def open_unchecked(name: str, split: str, data_dir: Path | None, task: TaskName | None = None) -> Dataset:
+def open_unchecked(
+    name: str,
+    split: str,
+    data_dir: Path | None,
+    task: TaskName | None = None,
+    max_megapixels: float = MAX_MEGAPIXELS,
+) -> Dataset:
     """Like `open_dataset`, but without raising the first of the data set's `problems()`.
 
     Raises InputError for an unknown name or split, and for a folder without anything to list.
@@ -106,21 +112,28 @@ def open_unchecked(name: str, split: str, data_dir: Path | None, task: TaskName 
     else:
         module = importlib.import_module(f".{name}", __name__)
         dataset = getattr(module, "OTHER_TASKS", {}).get(task, module.open_split)(split, data_dir)
-    return dataset
+    admitting = getattr(dataset, "admitting", None)  # of a data set that is made of files
+    return dataset if admitting is None else admitting(max_megapixels)
 
 
-def open_dataset(name: str, split: str, data_dir: Path | None, task: TaskName | None = None) -> Dataset:
+def open_dataset(
+    name: str,
+    split: str,
+    data_dir: Path | None,
+    task: TaskName | None = None,
+    max_megapixels: float = MAX_MEGAPIXELS,
+) -> Dataset:
     """Open `split` of data set `name`, one of `DATASETS` or a TOML file; `data_dir` is its folder, None for generated data.
 
-    `task` chooses among the labels of a data set that has them for several. Raises InputError for an unknown name or split,
-    and for a folder that does not hold the whole data set.
+    `task` chooses among the labels of a data set that has them for several. Files with more than `max_megapixels` are refused
+    when they are read. Raises InputError for an unknown name or split, and for a folder that does not hold the whole data set.
 
     >>> dataset = open_dataset("shapes", "val", None)
     >>> image, label, name = dataset[0]
     >>> name, image.shape, label.shape
     ('val_000', (257, 257, 3), (257, 257))
     """
-    dataset = open_unchecked(name, split, data_dir, task)
+    dataset = open_unchecked(name, split, data_dir, task, max_megapixels)
     first, *others = dataset.problems() or [""]
     if others:
         check = f"{spelled('datasets check')} {name}"
@@ -140,7 +153,11 @@ def training_pictures(data: DataSettings, train: Dataset) -> TrainingPictures:
 
 def open_splits(data: DataSettings) -> tuple[Dataset, Dataset]:
     """The split to train on and the one to score on. Raises InputError as `open_dataset`, and for labels of another task."""
-    train, val = (open_dataset(data.dataset, split, data.data_dir, data.task) for split in (data.train_split, data.val_split))
+    data.check()
+    train, val = (
+        open_dataset(data.dataset, split, data.data_dir, data.task, data.max_megapixels)
+        for split in (data.train_split, data.val_split)
+    )
     if data.task not in (None, train.task.name):
         raise InputError(
             f"`task` {data.task} needs other labels: those of `dataset` {data.dataset} are for {train.task.name}; leave it "

@@ -10,9 +10,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-from search.cli import arguments_of, in_flags, print_next, run_command, spelled, to_type
+from search.cli import Flat, arguments_of, in_flags, print_next, run_command, spelled, to_type
 from search.datasets.check import check_folder
-from search.settings import SHAPES, DataSettings, TaskName, require
+from search.settings import SHAPES, DataSettings, FileSettings, TaskName, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,19 +31,24 @@ class CheckSettings:
     """Splits that must exist. Default: train and val; other splits are checked if they exist."""
     processes: int = 1
     """Processes that read pictures."""
+    files: Flat[FileSettings] = FileSettings()
 
 
 def main(settings: CheckSettings) -> None:
     """Read everything, print the tables and the problems, and exit with code 1 if there are problems."""
     require("processes", settings.processes, settings.processes >= 1, "at least 1")
-    text, problems = check_folder(settings.dataset, settings.data_dir, settings.splits, settings.processes, settings.task)
+    settings.files.check()
+    most = settings.files.max_megapixels
+    text, problems = check_folder(
+        settings.dataset, settings.data_dir, settings.splits, settings.processes, settings.task, most
+    )
     if problems:
         heading = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}:"
         problems = [heading, *(f"  {problem}" for problem in problems)]
     print(in_flags("\n\n".join(filter(None, [text, "\n".join(problems or ["no problems"])])), CheckSettings))
     if problems:
         sys.exit(1)
-    data = DataSettings(dataset=settings.dataset, data_dir=settings.data_dir, task=settings.task)
+    data = DataSettings(dataset=settings.dataset, data_dir=settings.data_dir, task=settings.task, max_megapixels=most)
     print_next(to_type("random", *arguments_of(data), *(["--pretrained"] if settings.dataset != SHAPES else [])))
 
 

@@ -26,7 +26,7 @@ from search.datasets.labels import LabelReader, shown_as
 from search.dense_tasks import RGB
 from search.dense_tasks.segmentation import Segmentation
 from search.errors import InputError
-from search.settings import TaskName
+from search.settings import MAX_MEGAPIXELS, TaskName
 
 Place = tuple[int, int]  # (number of the split, index of the picture)
 _NEEDED = ("train", *VALIDATION)  # splits, as far as a data set has them
@@ -52,13 +52,18 @@ class Finding(NamedTuple):
 
 
 def check_folder(
-    name: str, data_dir: Path | None, splits: Sequence[str], processes: int, task: TaskName | None = None
+    name: str,
+    data_dir: Path | None,
+    splits: Sequence[str],
+    processes: int,
+    task: TaskName | None = None,
+    max_megapixels: float = MAX_MEGAPIXELS,
 ) -> Verdict:
     """Read the given splits of data set `name`, or else train, val and all others that exist, with the labels for `task`.
 
     Raises InputError for an unknown data set or split, and if there is nothing to verify.
     """
-    datasets, problems, notes = _open_splits(name, data_dir, splits, task)
+    datasets, problems, notes = _open_splits(name, data_dir, splits, task, max_megapixels)
     for dataset in datasets:
         problems += _list_problems(dataset)
     problems += _overlaps(datasets)
@@ -72,7 +77,7 @@ def check_folder(
 
 
 def _open_splits(
-    name: str, data_dir: Path | None, asked: Sequence[str], task: TaskName | None
+    name: str, data_dir: Path | None, asked: Sequence[str], task: TaskName | None, max_megapixels: float
 ) -> tuple[list[Dataset], list[str], list[str]]:
     """The splits that exist, problems of those that must exist, and notes about the others."""
     names = split_names(name)
@@ -81,7 +86,7 @@ def _open_splits(
     datasets, problems, notes = [], [], []
     for split in asked or names:
         try:
-            datasets.append(open_unchecked(name, split, data_dir, task))
+            datasets.append(open_unchecked(name, split, data_dir, task, max_megapixels))
         except InputError as error:
             if split in (asked or _NEEDED):
                 problems.append(str(error))
@@ -100,7 +105,8 @@ def _list_problems(dataset: Dataset) -> list[str]:
     if not official or len(dataset) in official:
         return list(dataset.faults)
     count = f"{dataset.split} has {len(dataset):,} instead of {_official(dataset)} pictures"
-    return [*dataset.faults, f"{count}; restore {dataset.listing} and what belongs to it from the original data set"]
+    remedy = ", or correct count in the TOML file" if dataset.is_own else " from the original data set"
+    return [*dataset.faults, f"{count}; restore {dataset.listing} and what belongs to it{remedy}"]
 
 
 def _overlaps(datasets: list[Dataset]) -> list[str]:
@@ -219,7 +225,7 @@ def _shown_as(dataset: Dataset, index: int) -> dict[RGB, int]:
     path = _label_path(dataset, index)
     if path is None or not (isinstance(dataset, FileDataset) and isinstance(dataset.read_label, LabelReader)):
         return {}
-    return shown_as(path)
+    return shown_as(path, dataset.pictures)
 
 
 def _label_path(dataset: Dataset, index: int) -> Path | None:

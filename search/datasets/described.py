@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from search.datasets import IGNORE_INDEX
 from search.datasets.files import FileDataset, Pair, read_lines, repeated
 from search.datasets.labels import MOST_VALUES, ColourReader, DepthReader, LabelReader, label_colours, spans
+from search.datasets.pictures import PictureReader
 from search.dense_tasks import RGB, DenseTask
 from search.dense_tasks.depth import Depth
 from search.dense_tasks.segmentation import Segmentation, default_palette
@@ -33,6 +34,7 @@ _FIELDS = ("classes", "depth_scale", "images", "labels", "splits", "name", *_OF_
 _SPLIT_FIELDS = ("list", "folder", "labelled", "count", "share")
 _OTHERS = "others"  # what `ignore` is if all values that mean no class do not count
 _SCALES = (1e-3, 1e6)  # label values for a metre: from kilometres to micrometres
+_OWN = PictureReader(remedy="save it anew, or take the picture out of the split")
 _MOST_CLASSES = IGNORE_INDEX  # 0 to 254; 255 is ignored
 
 
@@ -126,6 +128,8 @@ def open_split(path: Path, split: str, data_dir: Path | None) -> FileDataset:
         faults=tuple(faults),
         official_lengths=() if wanted.count is None else (wanted.count,),
         recipe=description.recipe,
+        pictures=_OWN,
+        is_own=True,
     )
 
 

@@ -4,15 +4,16 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from numpy.typing import NDArray
 
 from search.datasets import Dataset, Sample
 from search.datasets.labels import ColourReader, DepthReader, LabelReader
-from search.datasets.pictures import picture_size, read_image
+from search.datasets.pictures import PictureReader, picture_size
 from search.dense_tasks import DenseTask, Label
 from search.errors import InputError
 
@@ -31,7 +32,8 @@ class FileDataset:
 
     `listing` is the list or folder from which the pairs' names come, and `faults` are its problems. `official_lengths` are the
     numbers of pictures that a complete split may have (none if unknown), `alternative` is added to the message about a missing
-    file, and `recipe` is what the labels depend on besides their files.
+    file, and `recipe` is what the labels depend on besides their files. `pictures` reads the files; `is_own` says that they
+    are the user's own, so that nobody can restore them.
     """
 
     name: str
@@ -44,6 +46,12 @@ class FileDataset:
     official_lengths: tuple[int, ...] = ()
     alternative: str = ""
     recipe: str = ""
+    pictures: PictureReader = field(default=PictureReader(), repr=False)
+    is_own: bool = False
+
+    def admitting(self, max_megapixels: float) -> Self:
+        """The same pictures, of which those with more megapixels are refused."""
+        return replace(self, pictures=replace(self.pictures, max_megapixels=max_megapixels))
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -52,16 +60,19 @@ class FileDataset:
         if not 0 <= index < len(self.pairs):
             raise IndexError(f"picture {index} of {len(self.pairs)}")
         name, image_path, label_path = self.pairs[index]
-        image, image_error = self._attempt(read_image, image_path)
+        image, image_error = self._attempt(self.pictures.image, image_path)
         if label_path is None and image is not None:
             return Sample(image, self.task.unlabelled((image.shape[0], image.shape[1])), name)
-        label, label_error = self._attempt(self.read_label, label_path) if label_path else (None, "")
+        label, label_error = self._attempt(self._read_label, label_path) if label_path else (None, "")
         if image is None or label is None:
             raise InputError("; ".join(filter(None, (image_error, label_error))))
         if image.shape[:2] != label.shape:
+            remedy = "restore both from the original data set"
+            if self.is_own:
+                remedy = "scale the label without interpolation, or take the picture out of the split"
             raise InputError(
                 f"label {label_path} is {_size(label)}, its image {image_path} is {_size(image)} (height × width); "
-                "they must be equal: restore both from the original data set"
+                f"they must be equal: {remedy}"
                 + " (an image is turned as its orientation tag, EXIF, says)"
                 * (image.shape[1::-1] == label.shape)
             )
@@ -71,8 +82,8 @@ class FileDataset:
         """The label alone (H, W), of which no pixel is labelled where it is not public; InputError if it cannot be used."""
         _, image_path, label_path = self.pairs[index]
         if label_path is None:
-            return self.task.unlabelled(picture_size(image_path))
-        label, error = self._attempt(self.read_label, label_path)
+            return self.task.unlabelled(picture_size(image_path, self.pictures.remedy))
+        label, error = self._attempt(self._read_label, label_path)
         if label is None:
             raise InputError(error)
         return label
@@ -91,6 +102,10 @@ class FileDataset:
             fault += ": restore them, or correct where labels are looked for"
             return [*self.faults, fault, *(self._absence(path) for path in absent if path not in labels)]
         return [*self.faults, *map(self._absence, absent)]
+
+    @property
+    def _read_label(self) -> Callable[[Path], NDArray[Any]]:
+        return partial(self.read_label, pictures=self.pictures)
 
     def _attempt(self, read: Callable[[Path], NDArray[Any]], path: Path) -> tuple[NDArray[Any] | None, str]:
         """Return what was read or the error, so that an image's error does not hide that of its label."""
@@ -116,7 +131,7 @@ def example_picture(dataset: Dataset) -> Path | None:
 def largest_picture(dataset: Dataset) -> tuple[str, tuple[int, int]]:
     """Name, height and width of the picture with the most pixels; of the first one if pictures are not in files."""
     if isinstance(dataset, FileDataset):
-        sizes = ((pair.name, picture_size(pair.image)) for pair in dataset.pairs)
+        sizes = ((pair.name, picture_size(pair.image, dataset.pictures.remedy)) for pair in dataset.pairs)
         return max(sizes, key=lambda found: math.prod(found[1]))
     image, _, name = dataset[0]
     return name, (image.shape[0], image.shape[1])

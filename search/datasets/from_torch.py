@@ -2,7 +2,8 @@
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,6 +14,8 @@ from tqdm import tqdm
 
 from search.datasets import IGNORE_INDEX, Sample
 from search.datasets.labels import spans
+from search.datasets.pictures import as_shown, as_stored
+from search.datasets.srgb import RefusedError
 from search.dense_tasks import DenseTask
 from search.dense_tasks.segmentation import Segmentation
 from search.errors import InputError
@@ -30,10 +33,11 @@ class Samples(Protocol):
 class TorchDataset:
     """One split of a data set, a `Dataset`: the pairs (image, label) of a `torch.utils.data.Dataset`.
 
-    An image is a PIL picture, an array (H, W, 3) or a tensor (3, H, W) of uint8. A label is a PIL picture, an array (H, W), or
-    a tensor (H, W) or (1, H, W) of integers: the classes in the order of `class_names`, or `ignore_index` where a pixel does
-    not count. `name` is part of the names of caches and runs; `colours` are the classes', RGB from 0 to 255, by default PASCAL
-    VOC's. Pairs must be the same whenever they are read, so without random augmentation.
+    An image is a PIL picture, which is taken as a viewer shows it (upright, in sRGB), an array (H, W, 3) or a tensor (3, H, W)
+    of uint8. A label is a PIL picture, an array (H, W), or a tensor (H, W) or (1, H, W) of integers: the classes in the order
+    of `class_names`, or `ignore_index` where a pixel does not count. `name` is part of the names of caches and runs; `colours`
+    are the classes', RGB from 0 to 255, by default PASCAL VOC's. Pairs must be the same whenever they are read, so without
+    random augmentation.
 
     `fingerprint` tells these pairs from others, such as a version. Without one, every pair is read once in each process, for
     a hash of all pixels. Raises InputError for what cannot be used; that of a pair when it is read.
@@ -103,7 +107,8 @@ class TorchDataset:
 
     def _image(self, index: int, value: Any) -> NDArray[np.uint8]:
         if isinstance(value, Image.Image):
-            return np.array(value.convert("RGB"), np.uint8)
+            with self._telling(index, "an image"):
+                return as_shown(value)
         pixels = _array(value)
         if pixels.dtype != np.uint8:
             remedy = "give pixels from 0 to 255 as uint8, not normalised: the backbone has `mean` and `std`"
@@ -116,6 +121,9 @@ class TorchDataset:
         return np.ascontiguousarray(pixels)
 
     def _label(self, index: int, value: Any) -> NDArray[np.uint8]:
+        if isinstance(value, Image.Image):
+            with self._telling(index, "a label"):
+                value = as_stored(value)
         values = _array(value)
         if values.ndim == 3 and values.shape[0] == 1 and isinstance(value, Tensor):
             values = values[0]
@@ -128,6 +136,14 @@ class TorchDataset:
             remedy = f"allowed are 0 to {classes - 1} and `ignore_index`, which is {self._ignored}"
             raise self._error(index, f"has a label with the values {spans(unknown)}", remedy)
         return np.where(void, IGNORE_INDEX, values).astype(np.uint8)
+
+    @contextmanager
+    def _telling(self, index: int, what: str) -> Iterator[None]:
+        """Say of which sample a picture is that is refused inside."""
+        try:
+            yield
+        except RefusedError as error:
+            raise InputError(f"sample {index} of {self.name} {self.split} has {what} that {error}") from error
 
     def _error(self, index: int, complaint: str, remedy: str) -> InputError:
         return InputError(f"sample {index} of {self.name} {self.split} {complaint}: {remedy}")

@@ -1,7 +1,7 @@
 """Label files: what a number or a colour per pixel means, one reader for each kind of file.
 
 A label file holds what its data set says; a `LabelReader` or a `ColourReader` turns it into a class or 255, a `DepthReader`
-into metres.
+into metres. `PictureReader.label` sees to it that the numbers and colours are those that were stored.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,19 +15,21 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from search.datasets import IGNORE_INDEX
-from search.datasets.pictures import UNREADABLE, open_picture
+from search.datasets.pictures import PictureReader, palette_of
 from search.dense_tasks import RGB
 from search.errors import InputError
 
 MOST_VALUES = 65536  # of a label with 16 bits
 
 _MANY = 8  # unknown colours in one label, so that it was hardly drawn by hand
+_ANY = PictureReader()
+_COLOURS = ("1", "L", "LA", "P", "PA", "RGB", "RGBX", "RGBA")  # kinds of pixels that are colours as they are stored
 _APART = 8  # least difference of two classes' colours, in one of red, green and blue; Cityscapes' most similar two have 20
 
 
 @dataclass(frozen=True, eq=False)
 class LabelReader:
-    """Reads label files of 8 or 16 bits whose value v means the class `train_ids[v]`, or 255.
+    """Reads label files of 1, 8 or 16 bits whose value v means the class `train_ids[v]`, or 255.
 
     Any other value is refused, or means 255 too if `ignores_others`. `remedy` ends the error message about an unusable label.
     `read_mat` reads the values of a `.mat` file, for data sets that have such files.
@@ -38,9 +40,9 @@ class LabelReader:
     read_mat: Callable[[Path], NDArray[np.uint8]] | None = None
     ignores_others: bool = False
 
-    def __call__(self, path: Path) -> NDArray[np.uint8]:
+    def __call__(self, path: Path, pictures: PictureReader = _ANY) -> NDArray[np.uint8]:
         """(H, W) uint8, classes or 255. Raises InputError naming the file."""
-        values = self.read_mat(path) if self.read_mat and path.suffix == ".mat" else self._read_picture(path)
+        values = self.read_mat(path) if self.read_mat and path.suffix == ".mat" else self._read_picture(path, pictures)
         present = np.flatnonzero(np.bincount(values.ravel())).tolist()
         unknown = [value for value in present if value not in self.train_ids]
         if unknown and not self.ignores_others:
@@ -52,14 +54,15 @@ class LabelReader:
         table[list(self.train_ids)] = list(self.train_ids.values())
         return table[values]
 
-    def _read_picture(self, path: Path) -> NDArray[Any]:
-        picture = open_picture(path)
-        if picture.mode not in ("L", "P") and not picture.mode.startswith("I"):  # which Pillow has for 16 bits
+    def _read_picture(self, path: Path, pictures: PictureReader) -> NDArray[Any]:
+        picture = pictures.label(path)
+        numbers = _numbers(picture)
+        if numbers is None:
             raise InputError(
                 f"label {path} must be a picture of 8 or 16 bits with one channel that holds class numbers, "
                 f"it has mode {picture.mode}; {self.remedy}"
             )
-        return _require_16_bits(np.array(picture), path, self.remedy)
+        return _require_16_bits(numbers, path, self.remedy)
 
     def _meaning(self) -> str:
         classes = [value for value, train_id in self.train_ids.items() if train_id != IGNORE_INDEX]
@@ -79,11 +82,13 @@ class ColourReader:
     remedy: str
     ignores_others: bool = False
 
-    def __call__(self, path: Path) -> NDArray[np.uint8]:
+    def __call__(self, path: Path, pictures: PictureReader = _ANY) -> NDArray[np.uint8]:
         """(H, W) uint8, classes or 255. Raises InputError naming the file, the colour and where it is."""
-        picture = open_picture(path)
-        if picture.mode.startswith(("I", "F")):
-            raise InputError(f"label {path} has numbers in place of colours (mode {picture.mode}); {self.remedy}")
+        picture = pictures.label(path)
+        if picture.mode not in _COLOURS:
+            has_numbers = picture.mode.startswith(("I", "F"))
+            complaint = "numbers in place of colours" if has_numbers else "colours that are not red, green and blue"
+            raise InputError(f"label {path} has {complaint} (mode {picture.mode}); {self.remedy}")
         pixels = np.array(picture.convert("RGBA"))
         colours = _as_numbers(pixels[..., :3])
         numbers = _as_numbers(np.array(list(self.train_ids)))
@@ -114,9 +119,9 @@ class DepthReader:
     scale: float
     remedy: str
 
-    def __call__(self, path: Path) -> NDArray[np.float32]:
+    def __call__(self, path: Path, pictures: PictureReader = _ANY) -> NDArray[np.float32]:
         """(H, W) float32 metres, NaN where nothing was measured. Raises InputError naming the file."""
-        picture = open_picture(path)
+        picture = pictures.label(path)
         if not picture.mode.startswith("I"):  # which Pillow has for 16 bits
             raise InputError(
                 f"label {path} must be a 16-bit picture with one channel that holds depths, it has mode {picture.mode}; "
@@ -126,13 +131,13 @@ class DepthReader:
         return np.where(values > 0, values / np.float32(self.scale), np.float32(np.nan))
 
 
-def shown_as(path: Path) -> dict[RGB, int]:
+def shown_as(path: Path, pictures: PictureReader = _ANY) -> dict[RGB, int]:
     """The values in a palette picture, by the colours that it shows them in, if each has its own; {} for other files."""
-    picture = None if path.suffix == ".mat" else open_picture(path)
-    if picture is None or picture.mode != "P":
+    palette = None if path.suffix == ".mat" else palette_of(path)
+    if palette is None:
         return {}
-    values, first = np.unique(np.array(picture), return_index=True)
-    colours = [(r, g, b) for r, g, b, _ in np.array(picture.convert("RGBA")).reshape(-1, 4)[first].tolist()]
+    values = np.unique(np.array(pictures.label(path)))
+    colours = [(r, g, b) for r, g, b in palette[np.minimum(values, len(palette) - 1)].tolist()]
     return {colour: value for colour, value in zip(colours, values.tolist(), strict=True) if colours.count(colour) == 1}
 
 
@@ -141,13 +146,8 @@ def label_colours(path: Path, values: Sequence[int]) -> NDArray[np.uint8] | None
 
     None if it has no palette, or if not all of these colours can be told apart, as in a ramp of greys.
     """
-    try:
-        with Image.open(path) as picture:
-            entries = picture.getpalette() if picture.mode == "P" else None
-    except UNREADABLE:  # said when the label is read
-        return None
-    table = np.array(entries or [], np.uint8).reshape(-1, 3)
-    if len(table) <= max(values):
+    table = palette_of(path)
+    if table is None or len(table) <= max(values):
         return None
     colours = table[list(values)]
     apart = np.abs(colours[:, None].astype(int) - colours[None]).max(axis=2)
@@ -164,6 +164,20 @@ def spans(values: Iterable[int]) -> str:
     breaks = [0, *(i for i, (a, b) in enumerate(pairwise(ordered), start=1) if b != a + 1), len(ordered)]
     runs = [ordered[start:stop] for start, stop in pairwise(breaks)]
     return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
+
+
+def _numbers(picture: Image.Image) -> NDArray[Any] | None:
+    """The number of each pixel (H, W), 0 and 1 of one bit; None where pixels are no numbers.
+
+    An opaque alpha channel says nothing. WebP has no grey, so three equal channels are one number there.
+    """
+    pixels = np.array(picture)
+    if picture.mode in ("LA", "PA") and (pixels[..., 1] == 255).all():
+        return pixels[..., 0]
+    if picture.format == "WEBP" and (pixels == pixels[..., :1])[..., :3].all() and (pixels[..., 3:] == 255).all():
+        return pixels[..., 0]
+    is_number = picture.mode in ("1", "L", "P") or picture.mode.startswith("I")  # which Pillow has for 16 bits
+    return pixels.astype(np.uint8) if picture.mode == "1" else pixels if is_number else None
 
 
 def _require_16_bits(values: NDArray[Any], path: Path, remedy: str) -> NDArray[Any]:

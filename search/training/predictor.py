@@ -7,7 +7,6 @@ From Python:
     mask = predictor.predict("street.jpg")  # (H, W) class numbers, whose names are predictor.task.outputs
 """
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,13 +16,15 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from fast.checkpoint import load_network
 from fast.segmentation import SegmentationNetwork
 from search.commands import spelled
 from search.datasets import evaluation_size
+from search.datasets.pictures import PictureReader, as_shown
+from search.datasets.srgb import RefusedError
 from search.dense_tasks import DenseTask, Label, restored_task
 from search.devices import resolve_device
 from search.errors import InputError
@@ -90,14 +91,23 @@ class Predictor:
         asked = self.settings.pad_to
         return self.pad_to if asked is None else asked if isinstance(asked, tuple) else None
 
+    @property
+    def pictures(self) -> PictureReader:
+        """Reads picture files by the settings."""
+        return PictureReader(self.settings.max_megapixels, remedy="save it anew, as PNG or JPEG")
+
     def predict(self, picture: Picture) -> Label:
         """The prediction of a picture: (H, W), class numbers as uint8, or what else labels of the task hold.
 
-        Takes a file, a Pillow picture, or an array (H, W, 3) of RGB, (H, W, 4) with alpha, which does not count, or (H, W) of
-        grey. A file is turned as its EXIF orientation says. Raises InputError for what cannot be read or is too large.
+        Takes a file, a Pillow picture, or an array (H, W, 3) of RGB, (H, W, 4) with alpha, or (H, W) of grey. A file or a
+        Pillow picture is taken as a viewer shows it: upright, in sRGB. Raises InputError for what cannot be read, is
+        transparent in places or is too large.
         """
-        image = read_picture(picture) if isinstance(picture, str | Path) else _rgb(_opened(picture))
-        prediction = self.predict_pixels(image, str(picture) if isinstance(picture, str | Path) else "in memory")
+        if isinstance(picture, str | Path):
+            image, name = self.pictures.image(Path(picture)), str(picture)
+        else:
+            image, name = _pixels(picture), "in memory"
+        prediction = self.predict_pixels(image, name)
         return prediction.cpu().numpy().astype(self.task.label_dtype)
 
     @property
@@ -136,27 +146,15 @@ class Predictor:
         return PredictionMemory(self.network, len(self.task.outputs), self.settings.scales, self.tiles)
 
 
-def read_picture(path: str | Path) -> NDArray[np.uint8]:
-    """Read a picture of any common kind as it is to be looked at: (H, W, 3) RGB. Raises InputError naming the file.
-
-    16 bits become 8, transparency is left out, and the EXIF orientation is followed.
-    """
+def _pixels(picture: Image.Image | NDArray[Any]) -> NDArray[np.uint8]:
+    """The pixels (H, W, 3) of a picture in memory."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the user's own picture, from 90 megapixels on
-            with Image.open(path) as picture:
-                return _rgb(picture)
-    except Image.DecompressionBombError as error:
-        raise InputError(f"picture {path} has too many pixels ({error}): cut it into parts, or make it smaller") from error
-    except InputError as error:
-        raise InputError(f"picture {path}: {error}") from error
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for damaged files
-        raise InputError(f"picture {path} cannot be read ({error}): save it anew, as PNG or JPEG") from error
+        return as_shown(picture if isinstance(picture, Image.Image) else _from_array(picture))
+    except RefusedError as error:
+        raise InputError(f"the picture {error}") from error
 
 
-def _opened(picture: Image.Image | NDArray[Any]) -> Image.Image:
-    if isinstance(picture, Image.Image):
-        return picture
+def _from_array(picture: NDArray[Any]) -> Image.Image:
     try:
         if picture.dtype not in _DTYPES:
             raise TypeError
@@ -164,18 +162,6 @@ def _opened(picture: Image.Image | NDArray[Any]) -> Image.Image:
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         got = f"{getattr(picture, 'shape', '')} {getattr(picture, 'dtype', type(picture).__name__)}".strip()
         raise InputError(f"a picture must be a path, a Pillow picture or an array (H, W, 3) of uint8, got {got}") from error
-
-
-def _rgb(picture: Image.Image) -> NDArray[np.uint8]:
-    upright = ImageOps.exif_transpose(picture)
-    if upright.mode == "F":
-        raise InputError("floating-point pixels have no known range; save them with 8 or 16 bits")
-    if not upright.mode.startswith("I"):
-        return np.array(upright.convert("RGB"), np.uint8)
-    values = np.array(upright)  # Pillow would cut off 16 bits at 255
-    if values.min() < 0 or values.max() > 65535:
-        raise InputError(f"it holds values from {values.min()} to {values.max()}; save it with 8 or 16 bits")
-    return np.repeat((values // 257).astype(np.uint8)[..., None], 3, axis=2)
 
 
 def _evaluation(description: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -27,11 +27,13 @@ import search.commands
 import search.features
 import search.random
 from search import TorchDataset, backbone_from_module, search_cells, train_network
-from search.cli import Flat, flags_of, run_command, spelled, to_install
+from search.cli import Flat, flags_of, run_command, spelled, to_install, uses_of_network
+from search.datasets import open_dataset
 from search.errors import InputError
 from search.features import FeaturesSettings
 from search.interrupts import ctrl_c_waits
 from search.random import RandomSettings
+from search.settings import PictureSettings
 
 ROOT = Path(__file__).parents[2]
 
@@ -126,6 +128,26 @@ def test_flags_of_documented_commands_are_there() -> None:
     flags = {settings.__module__.removeprefix("search.").split(".")[0]: flags_of(settings) for settings in settings_types()}
     wrong = [each for each in commands if each[2] not in {*flags[each[1]].values(), "--help"}]
     assert wrong == []
+
+
+def test_commands_that_read_pictures_admit_large_ones() -> None:
+    having = {
+        settings.__module__.removeprefix("search.")
+        for settings in settings_types()
+        if flags_of(settings).get("max_megapixels") == "--max-megapixels"
+    }
+    assert having == {"datasets.__main__", "evaluate", "features", "fidelity", "predict", "random", "train"}
+
+
+def test_the_next_commands_admit_them_too(tmp_path: Path) -> None:
+    write_camvid(tmp_path)
+    val = open_dataset("camvid", "val", tmp_path)
+    admitting, plain = (
+        uses_of_network(Path("n.safetensors"), PictureSettings(dataset="camvid", max_megapixels=limit), val)
+        for limit in (400, 179)
+    )
+    assert ["--max-megapixels 400" in command for command in admitting] == [True, True, False]  # to evaluate, predict, export
+    assert not any("--max-megapixels" in command for command in plain)
 
 
 def test_every_field_in_an_error_is_a_flag_of_some_command() -> None:
@@ -275,6 +297,8 @@ BAD_INPUT: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "data folder missing": (add("--data-dir", "nowhere"), r"--data-dir nowhere is not a folder"),
     "list missing": (spoil("val.txt", Path.unlink), r"list .*val\.txt is missing"),
     "image missing": (spoil("val/1.png", Path.unlink), r"val/1\.png .*is missing .*restore"),
+    "no megapixels": (add("--max-megapixels", "0"), r"--max-megapixels must be above 0, got 0"),
+    "few megapixels": (add("--max-megapixels", "1e-4"), r"png has 17 × 33 pixels, .* --max-megapixels is 0\.0001: give"),
     "image truncated": (spoil("train/1.png", lambda p: os.truncate(p, 200)), r"train/1\.png is truncated or unreadable"),
     "label value": (spoil("valannot/1.png", save(np.full((17, 33), 12, np.uint8))), r"valannot/1\.png holds the value 12"),
     "label size": (spoil("trainannot/1.png", save(np.zeros((17, 32), np.uint8))), r"trainannot/1\.png is 17×32, .* 17×33"),

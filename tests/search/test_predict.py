@@ -3,8 +3,10 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +127,22 @@ def test_it_goes_on_where_it_was_stopped(settings: PredictSettings, monkeypatch:
     assert (settings.out / "shares.csv").read_text() == table
 
 
+def test_a_large_picture_is_refused_with_the_flag_that_admits_it(
+    settings: PredictSettings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = replace(settings, prediction=PredictionSettings(max_megapixels=0.00064))  # 640 pixels
+    with pytest.raises(SystemExit) as stop:
+        main(few)
+    assert stop.value.code == 1
+    message = capsys.readouterr().err
+    assert re.search(
+        r"d\.webp has 22 × 30 pixels, 0\.0 megapixels, and --max-megapixels is 0\.00064: give --max-megapixels", message
+    )
+    assert list(shares(settings.out)) == ["a", "city.2/b.c"]
+    main(settings)  # the same folder goes on with another limit, which changes no mask
+    assert list(shares(settings.out)) == ["a", "city.2/b.c", "city.2/d"]
+
+
 def test_a_broken_picture_is_named_and_the_others_are_done(
     settings: PredictSettings, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -134,7 +152,7 @@ def test_a_broken_picture_is_named_and_the_others_are_done(
         main(changed(settings, out=settings.out.with_name("other")))
     assert stop.value.code == 1
     message = capsys.readouterr().err
-    assert "a.JPG cannot be read" in message
+    assert "a.JPG is truncated or unreadable" in message
     assert "1 of 3 pictures could not be predicted" in message
     assert list(shares(settings.out.with_name("other"))) == ["city.2/b.c", "city.2/d"]
 

@@ -19,7 +19,7 @@ from search.dense_tasks.segmentation import voc_palette
 from search.errors import InputError
 from search.settings import PredictionSettings
 from search.training.memory import widest_layer
-from search.training.predictor import Predictor, read_picture
+from search.training.predictor import Predictor
 from tests.search.test_train import small_network
 from tests.search.training.test_scoring import Made, Reader
 
@@ -57,48 +57,30 @@ def saved(picture: Image.Image, path: Path, **options: Any) -> Path:
     return path
 
 
-def test_pictures_of_every_kind_are_read(tmp_path: Path) -> None:
-    image = pixels()
-    rgb = Image.fromarray(image)
-    grey = np.array(rgb.convert("L"))
-    assert (read_picture(saved(rgb, tmp_path / "a.png")) == image).all()
-    assert (read_picture(saved(rgb.convert("RGBA"), tmp_path / "b.webp", lossless=True)) == image).all()
-    thrice = np.repeat(grey[..., None], 3, axis=2)
-    assert (read_picture(saved(Image.fromarray(grey), tmp_path / "c.bmp")) == thrice).all()
-    deep = Image.fromarray(grey.astype(np.uint16) * 257)
-    assert (read_picture(saved(deep, tmp_path / "d.png")) == thrice).all()
-    assert (read_picture(saved(deep, tmp_path / "e.tif")) == thrice).all()
-    palette = rgb.convert("P")
-    assert (read_picture(saved(palette, tmp_path / "f.png")) == np.array(palette.convert("RGB"))).all()
-    one = rgb.convert("1")
-    assert (read_picture(saved(one, tmp_path / "g.png")) == np.array(one.convert("RGB"))).all()
-
-
-@pytest.mark.parametrize(("orientation", "turned_by"), [(1, 0), (3, 180), (6, 90), (8, 270)])
-def test_exif_orientation_is_followed(tmp_path: Path, orientation: int, turned_by: int) -> None:
-    upright = Image.fromarray(pixels())
-    exif = Image.Exif()
-    exif[0x112] = orientation
-    path = saved(upright.rotate(turned_by, expand=True), tmp_path / "a.png", exif=exif)
-    assert (read_picture(path) == np.array(upright)).all()
-
-
-def test_what_is_no_picture_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_no_picture_is_refused(file: Path, tmp_path: Path) -> None:
+    predictor = Predictor.load(file, device="cpu")
     whole = saved(Image.fromarray(pixels(size=(90, 90))), tmp_path / "a.jpg")
     (tmp_path / "cut.jpg").write_bytes(whole.read_bytes()[:900])
-    with pytest.raises(InputError, match=r"picture .*cut\.jpg cannot be read \(.*\): save it anew"):
-        read_picture(tmp_path / "cut.jpg")
-    with pytest.raises(InputError, match=r"absent\.jpg cannot be read"):
-        read_picture(tmp_path / "absent.jpg")
-    floats = saved(Image.fromarray(np.zeros((3, 4), np.float32)), tmp_path / "f.tif")
-    with pytest.raises(InputError, match=r"f\.tif: floating-point pixels have no known range"):
-        read_picture(floats)
-    large = saved(Image.fromarray(np.full((3, 4), 70_000, np.int32)), tmp_path / "i.tif")
-    with pytest.raises(InputError, match=r"i\.tif: it holds values from 70000 to 70000"):
-        read_picture(large)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(InputError, match=r"a\.jpg has too many pixels .*cut it into parts"):
-        read_picture(whole)
+    with pytest.raises(InputError, match=r"picture .*cut\.jpg is truncated or unreadable \(.*\); save it anew, as PNG"):
+        predictor.predict(tmp_path / "cut.jpg")
+    with pytest.raises(InputError, match=r"picture .*absent\.jpg does not exist: correct the path"):
+        predictor.predict(tmp_path / "absent.jpg")
+    few = Predictor.load(file, PredictionSettings(max_megapixels=0.005), device="cpu")
+    with pytest.raises(InputError, match=r"a\.jpg has 90 × 90 pixels, 0\.0 megapixels, and `max_megapixels` is 0\.005: give"):
+        few.predict(whole)
+    with pytest.raises(InputError, match=r"^`max_megapixels` must be above 0, got 0"):
+        Predictor.load(file, PredictionSettings(max_megapixels=0), device="cpu")
+
+
+def test_pictures_in_memory_are_taken_as_they_are_shown(file: Path) -> None:
+    predictor, image = Predictor.load(file, device="cpu"), pixels()
+    turned = Image.fromarray(image).rotate(90, expand=True)
+    turned.getexif()[0x112] = 6
+    assert (predictor.predict(turned) == predictor.predict(image)).all()
+    with pytest.raises(InputError, match=r"^the picture is transparent in places, and viewers lay it over different"):
+        predictor.predict(np.dstack([image, image[..., 0]]))
+    with pytest.raises(InputError, match=r"^the picture has floating-point pixels, which have no known range: save it with"):
+        predictor.predict(Image.fromarray(image[..., 0].astype(np.float32)))
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.int64, np.float32])
@@ -120,7 +102,7 @@ def test_a_path_a_picture_and_an_array_are_predicted_alike(file: Path, tmp_path:
     padded[0, :, :20, :30] = torch.from_numpy(image).permute(2, 0, 1)
     expected = network.predict(padded)[0, :20, :30].numpy()
     assert len(np.unique(expected)) > 1
-    for picture in (path, str(path), Image.fromarray(image), image, np.dstack([image, image[..., 0]])):
+    for picture in (path, str(path), Image.fromarray(image), image, np.insert(image, 3, 255, axis=2)):
         mask = predictor.predict(picture)
         assert mask.dtype == np.uint8
         assert (mask == expected).all()
