@@ -37,6 +37,7 @@ from search.backbones.shapes import WIDE_BACKBONE
 from search.cells.space import canonical_form, load_cell
 from search.cli import Flat, arguments_of, print_next, run_command, spelled, this_command, to_type
 from search.datasets import Dataset, open_dataset, training_pictures
+from search.datasets.look import look_at
 from search.dense_tasks import Measure
 from search.devices import resolve_device
 from search.errors import InputError, fields_in, with_fields
@@ -302,6 +303,7 @@ def _end_to_end(settings: FidelitySettings, directory: Path, device: str) -> Pro
         return EndToEndTask(training, directory)
 
     task = create_task()
+    look_at(task.train, task.val)
     completed = task.settings.recipe
     own = scored(completed)
     parts = task.identity()

@@ -18,6 +18,7 @@ from search.backbones import backbone_in
 from search.cells.space import canonical_form, load_cells
 from search.cli import Flat, print_defaults, print_next, run_command, spelled, this_command, to_train
 from search.datasets import training_pictures
+from search.datasets.look import look_at
 from search.dense_tasks import Scores
 from search.devices import resolve_device
 from search.errors import InputError
@@ -151,6 +152,7 @@ def main(settings: RerankSettings) -> None:
             f"`dataset` {task.train.name} has labels for {task.dense_task.name}, and `run` {settings.run} was scored by "
             f"{run.task.name}: give data of the same task; a cell can be trained on any by `{spelled('train')}`"
         )
+    look_at(task.train, task.val)
     candidates = candidates_of(run, settings)
     identity = task.identity()  # builds a network, so that one that cannot be built leaves no folder behind
     workers = open_workers(create_task, settings.workers, settings.device.device, known(task.settings.recipe.iterations))

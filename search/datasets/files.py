@@ -30,7 +30,7 @@ class FileDataset:
 
     `listing` is the list or folder from which the pairs' names come, and `faults` are its problems. `official_lengths` are the
     numbers of pictures that a complete split may have (none if unknown), `alternative` is added to the message about a missing
-    file, and `recipe` is what the labels depend on besides their files.
+    file, `recipe` is what the labels depend on besides their files, and `description` the TOML file that says what they mean.
     """
 
     name: str
@@ -43,6 +43,7 @@ class FileDataset:
     official_lengths: tuple[int, ...] = ()
     alternative: str = ""
     recipe: str = ""
+    description: Path | None = None
 
     def __len__(self) -> int:
         return len(self.pairs)

@@ -22,6 +22,7 @@ from search.errors import InputError
 MOST_VALUES = 65536  # of a label with 16 bits
 
 _MANY = 8  # unknown colours in one label, so that it was hardly drawn by hand
+_FORMS = {"1": "with 1 bit", "L": "in 8-bit grey", "P": "with a palette", "I;16": "in 16-bit grey"}
 _APART = 8  # least difference of two classes' colours, in one of red, green and blue; Cityscapes' most similar two have 20
 
 
@@ -30,17 +31,26 @@ class LabelReader:
     """Reads label files of 8 or 16 bits whose value v means the class `train_ids[v]`, or 255.
 
     Any other value is refused, or means 255 too if `ignores_others`. `remedy` ends the error message about an unusable label.
-    `read_mat` reads the values of a `.mat` file, for data sets that have such files.
+    `read_mat` reads the values of a `.mat` file, for data sets that have such files. `presumed` are values that mean 255
+    though nobody said so.
     """
 
     train_ids: Mapping[int, int]
     remedy: str
     read_mat: Callable[[Path], NDArray[np.uint8]] | None = None
     ignores_others: bool = False
+    presumed: frozenset[int] = frozenset()
 
     def __call__(self, path: Path) -> NDArray[np.uint8]:
         """(H, W) uint8, classes or 255. Raises InputError naming the file."""
-        values = self.read_mat(path) if self.read_mat and path.suffix == ".mat" else self._read_picture(path)
+        return self.meaning(self.values(path), path)
+
+    def values(self, path: Path) -> NDArray[Any]:
+        """The values (H, W) as the file has them, whatever they mean. Raises InputError naming the file."""
+        return self.read_mat(path) if self.read_mat and path.suffix == ".mat" else self._read_picture(path)
+
+    def meaning(self, values: NDArray[Any], path: Path) -> NDArray[np.uint8]:
+        """What the values of a file mean: (H, W) uint8, classes or 255. Raises InputError for values that mean nothing."""
         present = np.flatnonzero(np.bincount(values.ravel())).tolist()
         unknown = [value for value in present if value not in self.train_ids]
         if unknown and not self.ignores_others:
@@ -50,7 +60,8 @@ class LabelReader:
             )
         table = np.full(MOST_VALUES, IGNORE_INDEX, np.uint8)
         table[list(self.train_ids)] = list(self.train_ids.values())
-        return table[values]
+        classes: NDArray[np.uint8] = table[values]
+        return classes
 
     def _read_picture(self, path: Path) -> NDArray[Any]:
         picture = open_picture(path)
@@ -126,14 +137,16 @@ class DepthReader:
         return np.where(values > 0, values / np.float32(self.scale), np.float32(np.nan))
 
 
-def shown_as(path: Path) -> dict[RGB, int]:
-    """The values in a palette picture, by the colours that it shows them in, if each has its own; {} for other files."""
-    picture = None if path.suffix == ".mat" else open_picture(path)
-    if picture is None or picture.mode != "P":
-        return {}
-    values, first = np.unique(np.array(picture), return_index=True)
-    colours = [(r, g, b) for r, g, b, _ in np.array(picture.convert("RGBA")).reshape(-1, 4)[first].tolist()]
-    return {colour: value for colour, value in zip(colours, values.tolist(), strict=True) if colours.count(colour) == 1}
+def storage(path: Path) -> tuple[str, list[RGB]]:
+    """How a label file stores its pixels, in words, and its palette, read from its header alone; nothing of other files."""
+    if path.suffix == ".mat":
+        return "", []
+    try:
+        with Image.open(path) as picture:
+            palette = np.array((picture.getpalette() or []) if picture.mode == "P" else [], np.uint8).reshape(-1, 3)
+            return _FORMS.get(picture.mode, f"in mode {picture.mode}"), [(r, g, b) for r, g, b in palette.tolist()]
+    except UNREADABLE:  # said when the label is read
+        return "", []
 
 
 def label_colours(path: Path, values: Sequence[int]) -> NDArray[np.uint8] | None:

@@ -26,6 +26,8 @@ from fast.backbone import Backbone
 from search.backbones import completed_backbone, create_backbone
 from search.commands import spelled
 from search.datasets import Dataset, open_splits
+from search.datasets.counts import size_of
+from search.datasets.look import look_at, require_labels
 from search.dense_tasks import DenseTask, restored_task
 from search.devices import resolve_device
 from search.errors import InputError
@@ -45,6 +47,7 @@ _DTYPES: dict[FeatureDtype, torch.dtype] = {"float16": torch.float16, "bfloat16"
 _BATCH = 8  # images per pass of the backbone
 PICTURES, WEIGHTS = "`data_dir` (pictures)", "`weights` (content)"  # names of hashes in an identity
 MEAN, STD = "`backbone` (mean pixel)", "`backbone` (deviation of pixels)"  # of values 0 to 255
+_SPLIT = "`train_split` or `val_split`"
 _IMAGES, _CHANNELS = "number of images", "number of channels"
 
 
@@ -125,6 +128,8 @@ def prepare_caches(
     features.check(backbone.stride)
     resolve_device(machine.device)  # refuses an absent one before a backbone is trained
     train, val = open_splits(data)
+    look_at(train, val)
+    require_labels(train, val)
     network = create_backbone(backbone, data.dataset, machine.cache_dir)
     return caches_of(train, val, network, features, machine, command)
 
@@ -134,39 +139,47 @@ def caches_of(
 ) -> dict[str, FeatureCache]:
     """The caches "train" and "val" of these pictures, opened if they exist and computed if not, by the typed `command`.
 
-    Raises InputError for unusable pictures, and where nothing can be scored.
+    Raises InputError for unusable pictures, and, before anything is computed, for a size that does not hold them all.
     """
     device = resolve_device(machine.device)
-    caches = {}
-    for role, dataset in (("train", train), ("val", val)):
-        mirrored = features.mirrored and role == "train"
-        identity = _identity(features, dataset, network, mirrored)
-        name = f"{dataset.name}-{dataset.split}-{network.name}-os{network.output_stride}" + ("-mirrored" if mirrored else "")
-        directory = _place(machine.cache_dir, name, identity)
-        try:
-            caches[role] = open_cache(directory, identity)
-        except HalfWrittenError:
-            caches[role] = build_cache(directory, dataset, network, identity, device, command)
-    _require_labels(caches["val"], f"{val.name} {val.split}")
-    return caches
+    datasets = {"train": train, "val": val}
+    identities = {
+        role: _identity(features, dataset, network, mirrored=features.mirrored and role == "train")
+        for role, dataset in datasets.items()
+    }
+    places = {role: _place(machine.cache_dir, identity) for role, identity in identities.items()}
+    caches = {role: _opened(places[role], identities[role]) for role in datasets}
+    if None in caches.values():
+        _require_room(datasets, identities)
+    return {
+        role: cache or build_cache(places[role], datasets[role], network, identities[role], device, command)
+        for role, cache in caches.items()
+    }
 
 
-def _require_labels(val: FeatureCache, name: str) -> None:
-    """Refuse a split to score on without labels, and one that has the same of several everywhere: any cell could score 100 %.
+def _opened(directory: Path, identity: dict[str, Any]) -> FeatureCache | None:
+    """A finished cache; None if there is none."""
+    try:
+        return open_cache(directory, identity)
+    except HalfWrittenError:
+        return None
 
-    The first picture that is good enough ends the look.
-    """
-    enough = min(2, len(val.task.outputs))
-    found: set[float] = set()
-    for label in val.labels:
-        found |= set(label[val.task.is_labelled(label)].unique().tolist())
-        if len(found) >= enough:
-            return
-    complaint = (
-        f"all labelled pixels of {name} have the same label" if found else f"no pixel of {name} has a label to score by"
-    )
-    counts = f"`{spelled('datasets check')}` counts them"
-    raise InputError(f"{complaint}: give another `val_split`, or correct its labels; {counts}")
+
+def _require_room(datasets: Mapping[str, Dataset], identities: Mapping[str, dict[str, Any]]) -> None:
+    """Refuse a size that does not hold all pictures, and say which one does. Images' headers alone are read."""
+    sizes = {role: [size_of(dataset, index) for index in range(len(dataset))] for role, dataset in datasets.items()}
+    for role, dataset in datasets.items():
+        height, width = identities[role]["image_size"]
+        larger = [index for index, (h, w) in enumerate(sizes[role]) if h > height or w > width]
+        if not larger:
+            continue
+        extents = [max(axis) for axis in zip(*(size for of_split in sizes.values() for size in of_split), strict=True)]
+        fits = rounded_up((extents[0], extents[1]), identities[role]["output_stride"])
+        first, (h, w) = dataset[larger[0]].name, sizes[role][larger[0]]
+        raise InputError(
+            f"image {first} is {h}×{w}, larger than {height}×{width}: give a larger `image_size`; {fits[0]} {fits[1]} fits "
+            f"all pictures of {' and '.join(each.split for each in datasets.values())}"
+        )
 
 
 def facts_of(caches: Mapping[str, FeatureCache]) -> dict[str, Any]:
@@ -185,7 +198,7 @@ def padded_size(settings: FeatureSettings, dataset: Dataset, output_stride: int)
 def _identity(settings: FeatureSettings, dataset: Dataset, backbone: Backbone, mirrored: bool) -> dict[str, Any]:
     return {
         "dataset": dataset.name,
-        "`train_split` or `val_split`": dataset.split,
+        _SPLIT: dataset.split,
         PICTURES: dataset.fingerprint(),
         **dataset.task.describe(),
         "backbone": backbone.name,
@@ -202,12 +215,22 @@ def _identity(settings: FeatureSettings, dataset: Dataset, backbone: Backbone, m
     }
 
 
-def _place(cache_dir: Path, name: str, identity: Mapping[str, Any]) -> Path:
-    """The folder `name`; if features of other weights are in it, the one that has the hash of these weights in its name."""
-    usual, own = cache_dir / name, cache_dir / f"{name}-{identity[WEIGHTS][:8]}"
-    description = None if own.exists() else _folder(usual).description()
-    is_taken = description is not None and description["identity"].get(WEIGHTS) != identity[WEIGHTS]
-    return own if own.exists() or is_taken else usual
+def _place(cache_dir: Path, identity: Mapping[str, Any]) -> Path:
+    """A cache's folder; while features of other weights or another size are in it, one that has these in its name too."""
+    name = f"{identity['dataset']}-{identity[_SPLIT]}-{identity['backbone']}-os{identity['output_stride']}"
+    name += "-mirrored" if identity["mirrored"] else ""
+    weights, size = f"-{identity[WEIGHTS][:8]}", "-{}x{}".format(*identity["image_size"])
+    places = [cache_dir / (name + w + s) for w, s in (("", ""), ("", size), (weights, ""), (weights, size))]
+    begun = [None if (found := _folder(place).description()) is None else found["identity"] for place in places]
+
+    def has(of_place: Mapping[str, Any] | None, *facts: str) -> bool:
+        return of_place is not None and all(of_place.get(fact) == identity[fact] for fact in facts)
+
+    same = [place for place, of_place in zip(places, begun, strict=True) if has(of_place, WEIGHTS, "image_size")]
+    if begun[0] is not None and not has(begun[0], WEIGHTS):
+        del places[1], begun[1]  # its name would hide that it has other weights than the usual folder
+    free = [place for place, of_place in zip(places, begun, strict=True) if of_place is None]
+    return (same + free + places[-1:])[0]
 
 
 class _Array(NamedTuple):

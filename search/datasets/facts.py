@@ -1,0 +1,152 @@
+"""What the labels of a split show, counted in one pass: what the rules of `rules.py` follow from."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from search.datasets import IGNORE_INDEX, Dataset
+from search.datasets.counts import label_of
+from search.datasets.files import FileDataset
+from search.datasets.labels import LabelReader, storage
+from search.dense_tasks import RGB, Label
+from search.dense_tasks.segmentation import Segmentation
+
+_LEAST_SIDE = 32  # pixels; in a smaller label everything is thin
+
+
+@dataclass(frozen=True)
+class LabelFacts:
+    """What one label shows. Of depths, `pixels` alone.
+
+    `pixels`: by the task's bins, and last those that are not labelled. `values`: pixels by value as the file has it.
+    `edges`: pairs of neighbours whose values differ. `lone`: labelled pixels, by value, that lie in their row or column
+    between two other values; where classes have an extent, these are few. `form`: how the file stores values. `shown`: the
+    colour in which its palette shows each value, of those that no other value has.
+    """
+
+    pixels: NDArray[np.int64]
+    values: Mapping[int, int] = field(default_factory=dict)
+    edges: int = 0
+    lone: Mapping[int, int] = field(default_factory=dict)
+    form: str = ""
+    shown: Mapping[int, RGB] = field(default_factory=dict)
+
+
+@dataclass
+class SplitFacts:
+    """The facts of those labels of a split that were looked at. Indices are pictures'."""
+
+    dataset: Dataset
+    pixels: NDArray[np.int64] = field(init=False)
+    values: Counter[int] = field(default_factory=Counter)
+    edges: int = 0
+    lone: Counter[int] = field(default_factory=Counter)
+    forms: dict[str, list[int]] = field(default_factory=dict)  # form -> the labels that have it
+    shown: dict[int, dict[RGB, list[int]]] = field(default_factory=dict)  # value -> colour -> the labels that show it so
+    looked: int = 0
+    thinnest: tuple[float, int] = (0.0, 0)  # the largest share of lone pixels in edges, and the label that has it
+
+    def __post_init__(self) -> None:
+        self.pixels = np.zeros(len(self.dataset.task.bins) + 1, np.int64)
+
+    def add(self, index: int, facts: LabelFacts) -> None:
+        """Count label `index`."""
+        self.looked += 1
+        self.pixels += facts.pixels
+        self.values.update(facts.values)
+        self.edges += facts.edges
+        self.lone.update(facts.lone)
+        if facts.form:
+            self.forms.setdefault(facts.form, []).append(index)
+        for value, colour in facts.shown.items():
+            self.shown.setdefault(value, {}).setdefault(colour, []).append(index)
+        self.thinnest = max(self.thinnest, (sum(facts.lone.values()) / max(facts.edges, 1), index))
+
+    @property
+    def name(self) -> str:
+        """The split, and how much of it was looked at, if that is not all."""
+        split, total = self.dataset.split, len(self.dataset)
+        return split if self.looked == total else f"{split} (in {self.looked} of {total:,} labels)"
+
+    @property
+    def reader(self) -> LabelReader | None:
+        """What says which class a value means, where labels are numbers in files."""
+        reader = getattr(self.dataset, "read_label", None)
+        return reader if isinstance(reader, LabelReader) else None
+
+    def label(self, index: int) -> str:
+        """A label's name for people."""
+        return f"label {label_path(self.dataset, index) or f'{index} of {self.dataset.split}'}"
+
+
+def label_facts(dataset: Dataset, index: int, label: Label | None = None) -> LabelFacts:
+    """The facts of one label, which is given if it was read before. Raises InputError for one that cannot be used."""
+    if not isinstance(dataset.task, Segmentation):
+        return LabelFacts(dataset.task.histogram(label_of(dataset, index) if label is None else label))
+    values = file_values(dataset, index)
+    if label is None:
+        label = label_of(dataset, index) if values is None else _meaning(dataset, index, values)
+    values = label if values is None else values
+    counted = _counted(values)
+    edges, lone = _thin(values, label != IGNORE_INDEX)
+    form, shown = _stored(dataset, index, counted)
+    return LabelFacts(dataset.task.histogram(label), counted, edges, lone, form, shown)
+
+
+def refused_facts(dataset: Dataset, index: int) -> LabelFacts:
+    """Those of a label that was refused: nothing is labelled, but its values may tell why. InputError if it has none."""
+    values = file_values(dataset, index)
+    return LabelFacts(np.zeros(len(dataset.task.bins) + 1, np.int64), {} if values is None else _counted(values))
+
+
+def label_path(dataset: Dataset, index: int) -> Path | None:
+    """The file of a label; None if there is none."""
+    return dataset.pairs[index].label if isinstance(dataset, FileDataset) else None
+
+
+def file_values(dataset: Dataset, index: int) -> NDArray[Any] | None:
+    """The values (H, W) in a label's file, None where it holds colours or depths, or there is none. Raises InputError."""
+    reader, path = getattr(dataset, "read_label", None), label_path(dataset, index)
+    return reader.values(path) if isinstance(reader, LabelReader) and path is not None else None
+
+
+def _meaning(dataset: Dataset, index: int, values: NDArray[Any]) -> Label:
+    assert isinstance(dataset, FileDataset)  # or there were no values
+    reader, path = dataset.read_label, dataset.pairs[index].label
+    assert isinstance(reader, LabelReader)
+    assert path is not None
+    return reader.meaning(values, path)
+
+
+def _counted(values: NDArray[Any]) -> dict[int, int]:
+    counts = np.bincount(values.ravel())
+    return {value: int(counts[value]) for value in np.flatnonzero(counts).tolist()}
+
+
+def _thin(values: NDArray[Any], labelled: NDArray[np.bool_]) -> tuple[int, dict[int, int]]:
+    """The edges, and the lone pixels by value."""
+    if min(values.shape) < _LEAST_SIDE:
+        return 0, {}
+    lone = np.zeros(values.shape, bool)
+    edges = 0
+    for v, of_axis in ((values, lone), (values.T, lone.T)):
+        differs = v[1:] != v[:-1]
+        edges += int(differs.sum())
+        of_axis[1:-1] |= differs[:-1] & differs[1:] & (v[2:] != v[:-2])
+    return edges, _counted(values[lone & labelled])
+
+
+def _stored(dataset: Dataset, index: int, values: Mapping[int, int]) -> tuple[str, dict[int, RGB]]:
+    """How the label's file stores its values, and the colours of those that a palette tells apart; nothing of colours."""
+    path = label_path(dataset, index)
+    if path is None or not isinstance(getattr(dataset, "read_label", None), LabelReader):
+        return "", {}
+    form, palette = storage(path)
+    colours = {value: palette[value] for value in values if value < len(palette)}
+    alone = Counter(colours.values())
+    return form, {value: colour for value, colour in colours.items() if alone[colour] == 1}
