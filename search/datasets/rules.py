@@ -32,9 +32,9 @@ def warnings_about(train: SplitFacts | None, val: SplitFacts | None, others: Seq
         return []
     found = [] if train is None or val is None else absent_classes(train, val)
     found += presumed_void(splits) + thin_classes(splits)
-    for group in (together, *([facts] for facts in others)):
-        found += odd_forms(group) + odd_colours(group)
-    return found + other_numbers(together)
+    for facts in splits:
+        found += odd_forms(facts)
+    return found + odd_colours(together) + other_numbers(together)
 
 
 def absent_classes(train: SplitFacts, val: SplitFacts) -> list[str]:
@@ -91,20 +91,17 @@ def thin_classes(splits: Sequence[SplitFacts]) -> list[str]:
     return found
 
 
-def odd_forms(splits: Sequence[SplitFacts]) -> list[str]:
-    """Label files that are stored in another way than most: with a palette, in grey, with another number of bits."""
-    forms: dict[str, list[str]] = {}
-    for facts in splits:
-        for form, indices in facts.forms.items():
-            forms.setdefault(form, []).extend(map(facts.label, indices))
-    usual, *others = sorted(forms, key=lambda form: -len(forms[form])) or [""]
-    return [
-        f"{forms[odd][0]} is stored {odd}"
-        + f" (and {len(forms[odd]) - 1:,} more)" * (len(forms[odd]) > 1)
-        + f", {len(forms[usual]):,} such as {forms[usual][0]} {usual}: its numbers may mean other classes; look at both, and "
-        "save all labels alike"
-        for odd in others
-    ]
+def odd_forms(facts: SplitFacts) -> list[str]:
+    """Label files that are stored in another way than most of the split: with a palette, in grey, with other bits."""
+    usual, *others = sorted(facts.forms, key=lambda form: -len(facts.forms[form])) or [""]
+    found = []
+    for odd in others:
+        (first, *more), same = facts.forms[odd], facts.forms[usual]
+        found.append(
+            f"{facts.label(first)}{f' and {len(more):,} more are' if more else ' is'} stored {odd}, {len(same):,} such as "
+            f"{facts.label(same[0])} {usual}: the same number may mean another class there; look at both, and save all alike"
+        )
+    return found
 
 
 def odd_colours(splits: Sequence[SplitFacts]) -> list[str]:
