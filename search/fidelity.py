@@ -216,7 +216,8 @@ def prepare_protocols(settings: FidelitySettings, directory: Path) -> list[Proto
 
     @functools.cache  # proxy and long have the same
     def caches(backbone: BackboneSettings) -> dict[str, FeatureCache]:
-        return prepare_caches(settings.data, backbone, settings.features, settings.machine, this_command(_PROG))
+        groups = settings.data, backbone, settings.features, settings.machine
+        return prepare_caches(*groups, this_command(_PROG), settings.proxy.crop_size)
 
     def prepare(name: ProtocolName) -> Protocol:
         match name:

@@ -168,7 +168,7 @@ def search_cells(
     require_labels(train, val)
     backbone.to(resolve_device(machine.device)).eval()
     directory, command = Path(out), f"search_cells(train, val, backbone, {str(out)!r}, ...) in Python"
-    caches = caches_of(train, val, backbone, features, machine, command)
+    caches = caches_of(train, val, backbone, features, machine, command, proxy.crop_size)
     proxy = proxy.completed(caches["train"].pictures)
     settings = RunSettings(_data_of(train, val), _settings_of(backbone), features, head, machine)
     groups = search, features, head, proxy

@@ -65,10 +65,12 @@ def check_folder(
     datasets, problems, notes = _open_splits(name, data_dir, splits, task)
     for dataset in datasets:
         problems += _list_problems(dataset)
+    datasets, absences = _without_absent_labels(datasets)
+    problems += absences.values()
     problems += _overlaps(datasets)
     findings = _read_all(datasets, processes)
     problems += dict.fromkeys(finding.problem for row in findings for finding in row if finding.problem)
-    problems += _unlabelled(datasets, findings)
+    problems += [text for split, text in _unlabelled(datasets, findings).items() if split not in absences]
     problems += _of_one_class(datasets, findings)
     palettes = _palettes(datasets, findings)
     notes += listed("warning", _warnings(datasets, findings, with_palettes=not palettes))
@@ -129,13 +131,25 @@ def _overlaps(datasets: list[Dataset]) -> list[str]:
     ]
 
 
-def _unlabelled(datasets: list[Dataset], findings: list[list[Finding]]) -> list[str]:
-    """Splits to train and to score on of which no picture has a label."""
-    return [
-        f"no pixel of {dataset.split} is labelled: correct its labels, or what says what their values mean"
+def _without_absent_labels(datasets: list[Dataset]) -> tuple[list[Dataset], dict[str, str]]:
+    """The splits, of which those without any label's file have images alone, and the problem of each of these."""
+    absences = {d.split: fault for d in datasets if isinstance(d, FileDataset) and (fault := d.absence_of_all_labels())}
+    readable = [
+        replace(d, pairs=tuple(pair._replace(label=None) for pair in d.pairs))
+        if isinstance(d, FileDataset) and d.split in absences
+        else d
+        for d in datasets
+    ]
+    return readable, absences
+
+
+def _unlabelled(datasets: list[Dataset], findings: list[list[Finding]]) -> dict[str, str]:
+    """Splits to train and to score on of which no picture has a label, and the problem of each."""
+    return {
+        dataset.split: f"no pixel of {dataset.split} is labelled: correct its labels, or what says what their values mean"
         for dataset, of_split in zip(datasets, findings, strict=True)
         if dataset.split in _NEEDED and any(f.size for f in of_split) and not sum(int(f.pixels[:-1].sum()) for f in of_split)
-    ]
+    }
 
 
 def _of_one_class(datasets: list[Dataset], findings: list[list[Finding]]) -> list[str]:
@@ -150,8 +164,12 @@ def _of_one_class(datasets: list[Dataset], findings: list[list[Finding]]) -> lis
         return []
     remedy = "correct the labels, or what says what their values mean"
     if void:
-        remedy += " (255 does not count, unless label_ids of a TOML file gives it a class)"
+        remedy += f"; 255 does not count, unless label_ids of {_description(datasets) or 'a TOML file'} gives it a class"
     return [f"every labelled pixel is {present[0]}, {100 * void / (sum(pixels) + void):.2f} % are not labelled: {remedy}"]
+
+
+def _description(datasets: list[Dataset]) -> Path | None:
+    return next((dataset.description for dataset in datasets if isinstance(dataset, FileDataset)), None)
 
 
 def _palettes(datasets: list[Dataset], findings: list[list[Finding]]) -> list[str]:

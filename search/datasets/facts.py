@@ -21,7 +21,7 @@ _LEAST_SIDE = 32  # pixels; in a smaller label everything is thin
 
 @dataclass(frozen=True)
 class LabelFacts:
-    """What one label shows. Of depths, `pixels` alone.
+    """What one label shows. Of depths, and where labels are not public, `pixels` alone.
 
     `pixels`: by the task's bins, and last those that are not labelled. `values`: pixels by value as the file has it.
     `edges`: pairs of neighbours whose values differ. `lone`: labelled pixels, by value, that lie in their row or column
@@ -86,7 +86,8 @@ class SplitFacts:
 
 def label_facts(dataset: Dataset, index: int, label: Label | None = None) -> LabelFacts:
     """The facts of one label, which is given if it was read before. Raises InputError for one that cannot be used."""
-    if not isinstance(dataset.task, Segmentation):
+    is_known = not isinstance(dataset, FileDataset) or label_path(dataset, index) is not None
+    if not isinstance(dataset.task, Segmentation) or not is_known:
         return LabelFacts(dataset.task.histogram(label_of(dataset, index) if label is None else label))
     values = file_values(dataset, index)
     if label is None:

@@ -84,13 +84,20 @@ class FileDataset:
         return digest.hexdigest()
 
     def problems(self) -> list[str]:
+        if fault := self.absence_of_all_labels():
+            images = [pair.image for pair in self.pairs if not pair.image.is_file()]
+            return [*self.faults, fault, *map(self._absence, images)]
         absent = [path for pair in self.pairs for path in pair[1:] if path is not None and not path.is_file()]
-        labels = {pair.label for pair in self.pairs if pair.label is not None}
-        if len(labels) > 1 and labels.issubset(absent):  # each alone would say too little
-            fault = f"none of the {len(labels)} labels of {self.split} is there, such as {min(labels)}{self.alternative}"
-            fault += ": restore them, or correct where labels are looked for"
-            return [*self.faults, fault, *(self._absence(path) for path in absent if path not in labels)]
         return [*self.faults, *map(self._absence, absent)]
+
+    def absence_of_all_labels(self) -> str:
+        """A sentence if no label is there, in place of one for each, which would say too little; nothing otherwise."""
+        labels = {pair.label for pair in self.pairs if pair.label is not None}
+        if len(labels) < 2 or any(label.is_file() for label in labels):
+            return ""
+        where = f"labels in {self.description}" if self.description else "where labels are looked for"
+        example = f"such as {min(labels)}{self.alternative}"
+        return f"none of the {len(labels)} labels of {self.split} is there, {example}: restore them, or correct {where}"
 
     def _attempt(self, read: Callable[[Path], NDArray[Any]], path: Path) -> tuple[NDArray[Any] | None, str]:
         """Return what was read or the error, so that an image's error does not hide that of its label."""

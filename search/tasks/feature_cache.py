@@ -11,7 +11,7 @@ and right with the mean pixel, which is not labelled.
 import math
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -121,9 +121,18 @@ def build_cache(
 
 
 def prepare_caches(
-    data: DataSettings, backbone: BackboneSettings, features: FeatureSettings, machine: MachineSettings, command: str
+    data: DataSettings,
+    backbone: BackboneSettings,
+    features: FeatureSettings,
+    machine: MachineSettings,
+    command: str,
+    crop_size: tuple[int, int] | None = None,
 ) -> dict[str, FeatureCache]:
-    """The caches of the splits "train" and "val", opened if they exist and computed if not, by the typed `command`."""
+    """The caches of the splits "train" and "val", opened if they exist and computed if not, by the typed `command`.
+
+    Looks at the labels before, and prints what is odd in them. `crop_size` is the height and width of what will be cut from
+    the training pictures. Raises InputError as `caches_of`, and for labels that cannot be learnt from or scored on.
+    """
     backbone = completed_backbone(backbone)
     features.check(backbone.stride)
     resolve_device(machine.device)  # refuses an absent one before a backbone is trained
@@ -131,15 +140,22 @@ def prepare_caches(
     look_at(train, val)
     require_labels(train, val)
     network = create_backbone(backbone, data.dataset, machine.cache_dir)
-    return caches_of(train, val, network, features, machine, command)
+    return caches_of(train, val, network, features, machine, command, crop_size)
 
 
 def caches_of(
-    train: Dataset, val: Dataset, network: Backbone, features: FeatureSettings, machine: MachineSettings, command: str
+    train: Dataset,
+    val: Dataset,
+    network: Backbone,
+    features: FeatureSettings,
+    machine: MachineSettings,
+    command: str,
+    crop_size: tuple[int, int] | None = None,
 ) -> dict[str, FeatureCache]:
     """The caches "train" and "val" of these pictures, opened if they exist and computed if not, by the typed `command`.
 
-    Raises InputError for unusable pictures, and, before anything is computed, for a size that does not hold them all.
+    Raises InputError for unusable pictures, and, before anything is computed, for a size that does not hold them all, and for
+    crops that cannot be cut from it.
     """
     device = resolve_device(machine.device)
     datasets = {"train": train, "val": val}
@@ -147,6 +163,8 @@ def caches_of(
         role: _identity(features, dataset, network, mirrored=features.mirrored and role == "train")
         for role, dataset in datasets.items()
     }
+    if crop_size is not None:
+        require_crop(crop_size, identities["train"]["image_size"], network.output_stride)
     places = {role: _place(machine.cache_dir, identity) for role, identity in identities.items()}
     caches = {role: _opened(places[role], identities[role]) for role in datasets}
     if None in caches.values():
@@ -155,6 +173,13 @@ def caches_of(
         role: cache or build_cache(places[role], datasets[role], network, identities[role], device, command)
         for role, cache in caches.items()
     }
+
+
+def require_crop(crop_size: tuple[int, int], size: Sequence[int], stride: int) -> None:
+    """Refuse crops that do not begin and end on features of the cached images, of this height and width. Raises InputError."""
+    if any((extent - 1) % stride or not 1 <= extent <= most for extent, most in zip(crop_size, size, strict=True)):
+        given, most = (" ".join(map(str, sizes)) for sizes in (crop_size, size))
+        raise InputError(f"`crop_size` {given} must be {stride}·k + 1 each, at most {most}, the cached images' size")
 
 
 def _opened(directory: Path, identity: dict[str, Any]) -> FeatureCache | None:
