@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 from search.datasets import IGNORE_INDEX, Dataset
 from search.datasets.counts import label_of
 from search.datasets.files import FileDataset
-from search.datasets.labels import LabelReader, storage
+from search.datasets.labels import ColourReader, LabelReader, storage
 from search.dense_tasks import RGB, Label
 from search.dense_tasks.segmentation import Segmentation
 
 _LEAST_SIDE = 32  # pixels; in a smaller label everything is thin
+_LEAST_EDGES = 100  # of a label, for a rate that says something
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,11 @@ class SplitFacts:
     dataset: Dataset
     pixels: NDArray[np.int64] = field(init=False)
     values: Counter[int] = field(default_factory=Counter)
-    edges: int = 0
     lone: Counter[int] = field(default_factory=Counter)
     forms: dict[str, list[int]] = field(default_factory=dict)  # form -> the labels that have it
     shown: dict[int, dict[RGB, list[int]]] = field(default_factory=dict)  # value -> colour -> the labels that show it so
     looked: int = 0
-    thinnest: tuple[float, int] = (0.0, 0)  # the largest share of lone pixels in edges, and the label that has it
+    rates: dict[int, float] = field(default_factory=dict)  # label -> lone pixels for each edge, if it has enough of these
 
     def __post_init__(self) -> None:
         self.pixels = np.zeros(len(self.dataset.task.bins) + 1, np.int64)
@@ -59,13 +59,13 @@ class SplitFacts:
         self.looked += 1
         self.pixels += facts.pixels
         self.values.update(facts.values)
-        self.edges += facts.edges
         self.lone.update(facts.lone)
         if facts.form:
             self.forms.setdefault(facts.form, []).append(index)
         for value, colour in facts.shown.items():
             self.shown.setdefault(value, {}).setdefault(colour, []).append(index)
-        self.thinnest = max(self.thinnest, (sum(facts.lone.values()) / max(facts.edges, 1), index))
+        if facts.edges >= _LEAST_EDGES:
+            self.rates[index] = sum(facts.lone.values()) / facts.edges
 
     @property
     def name(self) -> str:
@@ -86,23 +86,29 @@ class SplitFacts:
 
 def label_facts(dataset: Dataset, index: int, label: Label | None = None) -> LabelFacts:
     """The facts of one label, which is given if it was read before. Raises InputError for one that cannot be used."""
-    is_known = not isinstance(dataset, FileDataset) or label_path(dataset, index) is not None
-    if not isinstance(dataset.task, Segmentation) or not is_known:
+    path = label_path(dataset, index)
+    is_public = not isinstance(dataset, FileDataset) or path is not None
+    if not isinstance(dataset.task, Segmentation) or not is_public:
         return LabelFacts(dataset.task.histogram(label_of(dataset, index) if label is None else label))
-    values = file_values(dataset, index)
-    if label is None:
-        label = label_of(dataset, index) if values is None else _meaning(dataset, index, values)
+    reader, values = getattr(dataset, "read_label", None), None
+    if isinstance(reader, LabelReader) and path is not None:
+        values = reader.values(path)
+        label = reader.meaning(values, path) if label is None else label
+    label = label_of(dataset, index) if label is None else label
+    pixels = dataset.task.histogram(label)
+    if isinstance(reader, ColourReader) and path is not None:
+        return LabelFacts(pixels, {}, *_thin(reader.values(path), _is_meant(label, reader)))
     values = label if values is None else values
     counted = _counted(values)
-    edges, lone = _thin(values, label != IGNORE_INDEX)
-    form, shown = _stored(dataset, index, counted)
-    return LabelFacts(dataset.task.histogram(label), counted, edges, lone, form, shown)
+    edges, lone = _thin(values, _is_meant(label, reader))
+    return LabelFacts(pixels, counted, edges, lone, *_stored(path, counted))
 
 
 def refused_facts(dataset: Dataset, index: int) -> LabelFacts:
     """Those of a label that was refused: nothing is labelled, but its values may tell why. InputError if it has none."""
-    values = file_values(dataset, index)
-    return LabelFacts(np.zeros(len(dataset.task.bins) + 1, np.int64), {} if values is None else _counted(values))
+    reader, path = getattr(dataset, "read_label", None), label_path(dataset, index)
+    values = _counted(reader.values(path)) if isinstance(reader, LabelReader) and path is not None else {}
+    return LabelFacts(np.zeros(len(dataset.task.bins) + 1, np.int64), values)
 
 
 def label_path(dataset: Dataset, index: int) -> Path | None:
@@ -110,18 +116,10 @@ def label_path(dataset: Dataset, index: int) -> Path | None:
     return dataset.pairs[index].label if isinstance(dataset, FileDataset) else None
 
 
-def file_values(dataset: Dataset, index: int) -> NDArray[Any] | None:
-    """The values (H, W) in a label's file, None where it holds colours or depths, or there is none. Raises InputError."""
-    reader, path = getattr(dataset, "read_label", None), label_path(dataset, index)
-    return reader.values(path) if isinstance(reader, LabelReader) and path is not None else None
-
-
-def _meaning(dataset: Dataset, index: int, values: NDArray[Any]) -> Label:
-    assert isinstance(dataset, FileDataset)  # or there were no values
-    reader, path = dataset.read_label, dataset.pairs[index].label
-    assert isinstance(reader, LabelReader)
-    assert path is not None
-    return reader.meaning(values, path)
+def _is_meant(label: Label, reader: object) -> NDArray[np.bool_]:
+    """Where a value could be a class that is not there: not where it is void, unless any value that means nothing is."""
+    ignores_others = isinstance(reader, LabelReader | ColourReader) and reader.ignores_others
+    return np.ones(label.shape, bool) if ignores_others else label != IGNORE_INDEX
 
 
 def _counted(values: NDArray[Any]) -> dict[int, int]:
@@ -129,8 +127,8 @@ def _counted(values: NDArray[Any]) -> dict[int, int]:
     return {value: int(counts[value]) for value in np.flatnonzero(counts).tolist()}
 
 
-def _thin(values: NDArray[Any], labelled: NDArray[np.bool_]) -> tuple[int, dict[int, int]]:
-    """The edges, and the lone pixels by value."""
+def _thin(values: NDArray[Any], meant: NDArray[np.bool_]) -> tuple[int, dict[int, int]]:
+    """The edges, and the lone pixels by value, of those that are meant to be of a class."""
     if min(values.shape) < _LEAST_SIDE:
         return 0, {}
     lone = np.zeros(values.shape, bool)
@@ -139,13 +137,13 @@ def _thin(values: NDArray[Any], labelled: NDArray[np.bool_]) -> tuple[int, dict[
         differs = v[1:] != v[:-1]
         edges += int(differs.sum())
         of_axis[1:-1] |= differs[:-1] & differs[1:] & (v[2:] != v[:-2])
-    return edges, _counted(values[lone & labelled])
+    found, counts = np.unique(values[lone & meant], return_counts=True)  # numbers of colours are too large to count by place
+    return edges, dict(zip(found.tolist(), counts.tolist(), strict=True))
 
 
-def _stored(dataset: Dataset, index: int, values: Mapping[int, int]) -> tuple[str, dict[int, RGB]]:
-    """How the label's file stores its values, and the colours of those that a palette tells apart; nothing of colours."""
-    path = label_path(dataset, index)
-    if path is None or not isinstance(getattr(dataset, "read_label", None), LabelReader):
+def _stored(path: Path | None, values: Mapping[int, int]) -> tuple[str, dict[int, RGB]]:
+    """How the label's file stores its values, and the colours of those that a palette tells apart."""
+    if path is None:
         return "", {}
     form, palette = storage(path)
     colours = {value: palette[value] for value in values if value < len(palette)}

@@ -108,6 +108,10 @@ class ColourReader:
         labels = np.array(list(self.train_ids.values()), np.uint8)[order][nearest]
         return np.where(is_known & is_opaque, labels, np.uint8(IGNORE_INDEX))
 
+    def values(self, path: Path) -> NDArray[np.int32]:
+        """The colours (H, W) as the file has them, one number each. Raises InputError naming the file."""
+        return _as_numbers(np.array(open_picture(path).convert("RGB")))
+
     def _complaint(self, pixels: NDArray[np.uint8], unknown: NDArray[np.bool_]) -> str:
         row, column = np.argwhere(unknown)[0].tolist()
         count, different = int(unknown.sum()), len(np.unique(_as_numbers(pixels[unknown][:, :3])))

@@ -13,14 +13,14 @@ from search.datasets.labels import spans
 from search.dense_tasks import RGB
 from search.dense_tasks.segmentation import Segmentation
 
-# Lone pixels for each edge. Sound labels (CamVid and PASCAL VOC, also at a third of their size by nearest neighbours) have up
-# to 0.07; CamVid's resized with smoothing, or saved as JPEG, have 0.23 to 0.57.
-_THIN, _USUAL = 0.15, 0.07
-_LEAST_EDGES = 200  # that say something
+# Lone pixels for each edge of a label. Sound ones (CamVid and PASCAL VOC, also at a third of their size by nearest neighbours)
+# have up to 0.10; CamVid's resized with smoothing, or saved as JPEG, have 0.23 to 0.57.
+_THIN, _USUAL = 0.15, 0.1
 _OF_LONE, _OF_OWN = 0.9, 0.5  # a class is drawn as a line if it has so many of the lone pixels, which are so many of its own
 _VISIBLE = 0.001  # of the pixels
 _MOST = 0.5
-_NO_CLASS = ("background", "void", "unlabelled", "unlabeled", "unknown", "ignore", "ignored", "other", "others")
+_VOID = ("void", "unlabelled", "unlabeled", "ignore", "ignored")  # names for what does not count
+_NO_CLASS = (*_VOID, "background", "unknown", "other", "others")
 _TRAIN_IDS, _LABEL_IDS = 19, 34  # how many Cityscapes has
 
 
@@ -31,7 +31,7 @@ def warnings_about(train: SplitFacts | None, val: SplitFacts | None, others: Seq
     if not splits or not isinstance(splits[0].dataset.task, Segmentation):
         return []
     found = [] if train is None or val is None else absent_classes(train, val)
-    found += presumed_void(splits) + thin_classes(splits)
+    found += void_classes(together) + presumed_void(splits) + thin_classes(splits)
     for facts in splits:
         found += odd_forms(facts)
     return found + odd_colours(together) + other_numbers(together)
@@ -60,6 +60,20 @@ def absent_classes(train: SplitFacts, val: SplitFacts) -> list[str]:
     return found
 
 
+def void_classes(splits: Sequence[SplitFacts]) -> list[str]:
+    """Classes that are named as what does not count, and counted."""
+    found = []
+    for number, name in enumerate(_task(splits[0]).class_names if splits else ()):
+        shares = [facts.pixels[number] / max(facts.pixels[:-1].sum(), 1) for facts in splits]
+        if name.lower() in _VOID and any(shares):
+            texts = [f"{100 * share:.2f} % of {facts.name}" for share, facts in zip(shares, splits, strict=True)]
+            found.append(
+                f"{' and '.join(texts)} are {name}, which is learnt and scored as any other class: if it is not to count, "
+                "take it out of classes and give its value as ignore"
+            )
+    return found
+
+
 def presumed_void(splits: Sequence[SplitFacts]) -> list[str]:
     """Values that do not count only because no field of a TOML file says anything else."""
     shares: dict[int, list[str]] = {}
@@ -77,18 +91,17 @@ def presumed_void(splits: Sequence[SplitFacts]) -> list[str]:
 
 def thin_classes(splits: Sequence[SplitFacts]) -> list[str]:
     """Values in thin lines between two others, as interpolation and compression leave them along every edge."""
-    found = []
-    for facts in splits:
-        lone = facts.lone.total()
-        if facts.edges < _LEAST_EDGES or lone < _THIN * facts.edges or _is_line(facts):
-            continue
-        rate = f"{100 * lone / facts.edges:.0f} for 100 edges, where up to {100 * _USUAL:.0f} are usual"
-        found.append(
-            f"{lone:,} pixels of {facts.name} lie alone between pixels of two other classes, {rate}, most of them in "
-            f"{facts.label(facts.thinnest[1])}: resizing with interpolation, smooth brushes and lossy compression leave such "
-            "lines of classes that are not there; make the labels anew from the originals, by nearest neighbours, as PNG"
-        )
-    return found
+    thin = [(facts, labels) for facts in splits if (labels := _thin_labels(facts))]
+    if not thin:
+        return []
+    texts = [f"{len(labels):,} label{'s' * (len(labels) > 1)} of {facts.name}" for facts, labels in thin]
+    rate, label = max((facts.rates[index], facts.label(index)) for facts, labels in thin for index in labels)
+    return [
+        f"in {' and '.join(texts)} many pixels lie alone between pixels of two other classes, most in {label}: "
+        f"{100 * rate:.0f} for 100 edges, where up to {100 * _USUAL:.0f} are usual; resizing with interpolation, smooth "
+        "brushes and lossy compression leave such lines of classes that are not there: make the labels anew from the originals, by "
+        "nearest neighbours, as PNG"
+    ]
 
 
 def odd_forms(facts: SplitFacts) -> list[str]:
@@ -157,10 +170,12 @@ def other_numbers(splits: Sequence[SplitFacts]) -> list[str]:
     return []
 
 
-def _is_line(facts: SplitFacts) -> bool:
-    """Whether the lone pixels are those of one class that has hardly any others, and so is meant to be a line."""
-    value, lone = facts.lone.most_common(1)[0]
-    return lone >= _OF_LONE * facts.lone.total() and lone >= _OF_OWN * facts.values[value]
+def _thin_labels(facts: SplitFacts) -> list[int]:
+    """Labels with many lone pixels; none, if these are of one class that has hardly others, and so is meant to be a line."""
+    for value, lone in facts.lone.most_common(1):
+        if lone >= _OF_LONE * facts.lone.total() and lone >= _OF_OWN * facts.values[value]:
+            return []
+    return [index for index, rate in facts.rates.items() if rate >= _THIN]
 
 
 def _are_label_ids(task: Segmentation, largest: int) -> bool:
