@@ -200,6 +200,8 @@ def main(settings: FidelitySettings) -> None:
             found = {score.protocol for score in scores}
             shown = [protocol for protocol in PROTOCOLS if protocol in found or protocol in settings.protocols]
             print(write_report(directory, scores, shown, this_command(_PROG), measure))
+    if all(score.score is None for score in scores):  # every training has failed, which is said
+        sys.exit(1)
     print_next(to_type("random", *arguments_of(settings.data, settings.backbone, settings.features, settings.machine)))
 
 

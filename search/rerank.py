@@ -168,10 +168,10 @@ def main(settings: RerankSettings) -> None:
 
 
 def _print_next(task: EndToEndTask, directory: Path) -> None:
-    best = directory / "best_cell.json"
-    if best.exists():  # unless every cell has failed
-        had = task.settings
-        print_next(to_train(had.data, had.backbone, had.head, had.machine, "--cell", best))
+    best, had = directory / "best_cell.json", task.settings
+    if not best.exists():  # every cell has failed, which is said
+        sys.exit(1)
+    print_next(to_train(had.data, had.backbone, had.head, had.machine, "--cell", best))
 
 
 def candidates_of(run: Run, settings: RerankSettings) -> list[Candidate]:

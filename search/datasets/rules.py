@@ -99,7 +99,7 @@ def thin_classes(splits: Sequence[SplitFacts]) -> list[str]:
     return [
         f"in {' and '.join(texts)} many pixels lie alone between pixels of two other classes, most in {label}: "
         f"{100 * rate:.0f} for 100 edges, where up to {100 * _USUAL:.0f} are usual; resizing with interpolation, smooth "
-        "brushes and lossy compression leave such lines of classes that are not there: make the labels anew from the originals, by "
+        "brushes and lossy compression leave such lines of classes that are not there: make them anew from the originals, by "
         "nearest neighbours, as PNG"
     ]
 
