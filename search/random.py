@@ -79,9 +79,8 @@ def main(settings: RandomSettings) -> None:
         command=command,
         on_begin=lambda: print_defaults(caches["train"].pictures, *chosen),
     )
-    if not (directory / "best_cells" / "rank_01.json").exists():  # every cell has failed, which is said
-        sys.exit(1)
-    print_next(*uses_of_run(directory, data, settings.backbone, settings.head, settings.machine))
+    if (directory / "best_cells" / "rank_01.json").exists():  # unless every cell has failed
+        print_next(*uses_of_run(directory, data, settings.backbone, settings.head, settings.machine))
 
 
 def completed_for(features: FeatureCache, settings: RandomSettings) -> RandomSettings:

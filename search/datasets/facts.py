@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from search.datasets import IGNORE_INDEX, Dataset
 from search.datasets.counts import label_of
 from search.datasets.files import FileDataset
-from search.datasets.labels import ColourReader, LabelReader, storage
+from search.datasets.labels import ColourReader, DepthReader, LabelReader, storage
 from search.dense_tasks import RGB, Label
 from search.dense_tasks.segmentation import Segmentation
 
@@ -76,7 +76,7 @@ class SplitFacts:
     @property
     def reader(self) -> LabelReader | None:
         """What says which class a value means, where labels are numbers in files."""
-        reader = getattr(self.dataset, "read_label", None)
+        reader = self.dataset.read_label if isinstance(self.dataset, FileDataset) else None
         return reader if isinstance(reader, LabelReader) else None
 
     def label(self, index: int) -> str:
@@ -86,28 +86,30 @@ class SplitFacts:
 
 def label_facts(dataset: Dataset, index: int, label: Label | None = None) -> LabelFacts:
     """The facts of one label, which is given if it was read before. Raises InputError for one that cannot be used."""
-    path = label_path(dataset, index)
-    is_public = not isinstance(dataset, FileDataset) or path is not None
-    if not isinstance(dataset.task, Segmentation) or not is_public:
-        return LabelFacts(dataset.task.histogram(label_of(dataset, index) if label is None else label))
-    reader, values = getattr(dataset, "read_label", None), None
-    if isinstance(reader, LabelReader) and path is not None:
-        values = reader.values(path)
-        label = reader.meaning(values, path) if label is None else label
-    label = label_of(dataset, index) if label is None else label
+    source = _source(dataset, index)
+    if source is None or not isinstance(dataset.task, Segmentation):
+        label = label_of(dataset, index) if label is None else label
+        pixels = dataset.task.histogram(label)
+        if isinstance(dataset, FileDataset) or not isinstance(dataset.task, Segmentation):
+            return LabelFacts(pixels)
+        return LabelFacts(pixels, _counted(label), *_thin(label, label != IGNORE_INDEX))
+    reader, path = source
+    values = reader.values(path)
+    if label is None:
+        label = reader.meaning(values, path) if isinstance(reader, LabelReader) else label_of(dataset, index)
+    # A value that means nothing may be of a class that is not there; one that is known to be void is not.
+    edges, lone = _thin(values, (label != IGNORE_INDEX) | reader.ignores_others)
     pixels = dataset.task.histogram(label)
-    if isinstance(reader, ColourReader) and path is not None:
-        return LabelFacts(pixels, {}, *_thin(reader.values(path), _is_meant(label, reader)))
-    values = label if values is None else values
+    if isinstance(reader, ColourReader):
+        return LabelFacts(pixels, {}, edges, lone)
     counted = _counted(values)
-    edges, lone = _thin(values, _is_meant(label, reader))
     return LabelFacts(pixels, counted, edges, lone, *_stored(path, counted))
 
 
 def refused_facts(dataset: Dataset, index: int) -> LabelFacts:
     """Those of a label that was refused: nothing is labelled, but its values may tell why. InputError if it has none."""
-    reader, path = getattr(dataset, "read_label", None), label_path(dataset, index)
-    values = _counted(reader.values(path)) if isinstance(reader, LabelReader) and path is not None else {}
+    source = _source(dataset, index)
+    values = _counted(source[0].values(source[1])) if source and isinstance(source[0], LabelReader) else {}
     return LabelFacts(np.zeros(len(dataset.task.bins) + 1, np.int64), values)
 
 
@@ -116,10 +118,12 @@ def label_path(dataset: Dataset, index: int) -> Path | None:
     return dataset.pairs[index].label if isinstance(dataset, FileDataset) else None
 
 
-def _is_meant(label: Label, reader: object) -> NDArray[np.bool_]:
-    """Where a value could be a class that is not there: not where it is void, unless any value that means nothing is."""
-    ignores_others = isinstance(reader, LabelReader | ColourReader) and reader.ignores_others
-    return np.ones(label.shape, bool) if ignores_others else label != IGNORE_INDEX
+def _source(dataset: Dataset, index: int) -> tuple[LabelReader | ColourReader, Path] | None:
+    """What reads a label of classes, and its file; None if there is no file of classes."""
+    path = label_path(dataset, index)
+    if path is None or not isinstance(dataset, FileDataset) or isinstance(dataset.read_label, DepthReader):
+        return None
+    return dataset.read_label, path
 
 
 def _counted(values: NDArray[Any]) -> dict[int, int]:
@@ -141,10 +145,8 @@ def _thin(values: NDArray[Any], meant: NDArray[np.bool_]) -> tuple[int, dict[int
     return edges, dict(zip(found.tolist(), counts.tolist(), strict=True))
 
 
-def _stored(path: Path | None, values: Mapping[int, int]) -> tuple[str, dict[int, RGB]]:
-    """How the label's file stores its values, and the colours of those that a palette tells apart."""
-    if path is None:
-        return "", {}
+def _stored(path: Path, values: Mapping[int, int]) -> tuple[str, dict[int, RGB]]:
+    """How a label's file stores its values, and the colours of those that a palette tells apart."""
     form, palette = storage(path)
     colours = {value: palette[value] for value in values if value < len(palette)}
     alone = Counter(colours.values())

@@ -37,10 +37,7 @@ def finish_run(directory: Path, val: FeatureCache, pictures: Dataset, compared: 
     if not best:
         failed = sum(record.failure is not None for record in run.trials)
         report = write_report(run)
-        print(
-            f"no cell has a score yet ({failed} failed): see {report}; the same command goes on with what has not failed",
-            file=sys.stderr,
-        )
+        print(f"no cell has a score yet ({failed} failed): see {report}; run the same command to go on", file=sys.stderr)
         return
     for rank, record in enumerate(best, start=1):
         write_text(directory / "best_cells" / f"rank_{rank:02d}.json", record.cell.to_json())

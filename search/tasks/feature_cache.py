@@ -47,7 +47,6 @@ _DTYPES: dict[FeatureDtype, torch.dtype] = {"float16": torch.float16, "bfloat16"
 _BATCH = 8  # images per pass of the backbone
 PICTURES, WEIGHTS = "`data_dir` (pictures)", "`weights` (content)"  # names of hashes in an identity
 MEAN, STD = "`backbone` (mean pixel)", "`backbone` (deviation of pixels)"  # of values 0 to 255
-_SPLIT = "`train_split` or `val_split`"
 _IMAGES, _CHANNELS = "number of images", "number of channels"
 
 
@@ -159,13 +158,14 @@ def caches_of(
     """
     device = resolve_device(machine.device)
     datasets = {"train": train, "val": val}
-    identities = {
-        role: _identity(features, dataset, network, mirrored=features.mirrored and role == "train")
-        for role, dataset in datasets.items()
-    }
+    identities, places = {}, {}
+    for role, dataset in datasets.items():
+        mirrored = features.mirrored and role == "train"
+        identities[role] = identity = _identity(features, dataset, network, mirrored)
+        name = f"{dataset.name}-{dataset.split}-{network.name}-os{network.output_stride}" + ("-mirrored" if mirrored else "")
+        places[role] = _place(machine.cache_dir, name, identity)
     if crop_size is not None:
         require_crop(crop_size, identities["train"]["image_size"], network.output_stride)
-    places = {role: _place(machine.cache_dir, identity) for role, identity in identities.items()}
     caches = {role: _opened(places[role], identities[role]) for role in datasets}
     if None in caches.values():
         _require_room(datasets, identities)
@@ -223,7 +223,7 @@ def padded_size(settings: FeatureSettings, dataset: Dataset, output_stride: int)
 def _identity(settings: FeatureSettings, dataset: Dataset, backbone: Backbone, mirrored: bool) -> dict[str, Any]:
     return {
         "dataset": dataset.name,
-        _SPLIT: dataset.split,
+        "`train_split` or `val_split`": dataset.split,
         PICTURES: dataset.fingerprint(),
         **dataset.task.describe(),
         "backbone": backbone.name,
@@ -240,22 +240,12 @@ def _identity(settings: FeatureSettings, dataset: Dataset, backbone: Backbone, m
     }
 
 
-def _place(cache_dir: Path, identity: Mapping[str, Any]) -> Path:
-    """A cache's folder; while features of other weights or another size are in it, one that has these in its name too."""
-    name = f"{identity['dataset']}-{identity[_SPLIT]}-{identity['backbone']}-os{identity['output_stride']}"
-    name += "-mirrored" if identity["mirrored"] else ""
-    weights, size = f"-{identity[WEIGHTS][:8]}", "-{}x{}".format(*identity["image_size"])
-    places = [cache_dir / (name + w + s) for w, s in (("", ""), ("", size), (weights, ""), (weights, size))]
-    begun = [None if (found := _folder(place).description()) is None else found["identity"] for place in places]
-
-    def has(of_place: Mapping[str, Any] | None, *facts: str) -> bool:
-        return of_place is not None and all(of_place.get(fact) == identity[fact] for fact in facts)
-
-    same = [place for place, of_place in zip(places, begun, strict=True) if has(of_place, WEIGHTS, "image_size")]
-    if begun[0] is not None and not has(begun[0], WEIGHTS):
-        del places[1], begun[1]  # its name would hide that it has other weights than the usual folder
-    free = [place for place, of_place in zip(places, begun, strict=True) if of_place is None]
-    return (same + free + places[-1:])[0]
+def _place(cache_dir: Path, name: str, identity: Mapping[str, Any]) -> Path:
+    """The folder `name`; if features of other weights are in it, the one that has the hash of these weights in its name."""
+    usual, own = cache_dir / name, cache_dir / f"{name}-{identity[WEIGHTS][:8]}"
+    description = None if own.exists() else _folder(usual).description()
+    is_taken = description is not None and description["identity"].get(WEIGHTS) != identity[WEIGHTS]
+    return own if own.exists() or is_taken else usual
 
 
 class _Array(NamedTuple):

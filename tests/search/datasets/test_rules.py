@@ -17,6 +17,7 @@ from search.datasets.cityscapes import CLASS_NAMES, LABEL_IDS
 from search.datasets.counts import size_of
 from search.datasets.described import open_split
 from search.datasets.facts import LabelFacts, SplitFacts, label_facts
+from search.datasets.from_torch import TorchDataset
 from search.datasets.look import look_at, require_labels, sampled_facts
 from search.datasets.rules import warnings_about
 from search.dense_tasks.segmentation import voc_palette
@@ -364,6 +365,22 @@ def test_a_sample_makes_no_claim_on_all(tmp_path: Path, capsys: pytest.CaptureFi
     look_at(train, val)
     assert capsys.readouterr().err == ""  # once
     assert warned(path) == []
+
+
+def test_data_from_python_are_looked_at_too(capsys: pytest.CaptureFixture[str]) -> None:
+    image = np.zeros((150, 150, 3), np.uint8)
+    pairs = [(image, resized(regions(seed), Image.Resampling.BILINEAR, 150)) for seed in range(2)]
+    train, val = (TorchDataset(pairs, CLASSES, name="fields", split=split) for split in ("train", "val"))
+    look_at(train, val)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.match(r"warning: in 2 labels of train and 2 labels of val many pixels lie alone .* most in label \d of ", line)
+
+
+def test_depths_are_passed_over(capsys: pytest.CaptureFixture[str]) -> None:
+    train, val = (open_dataset("shapes", split, None, "depth") for split in ("train", "val"))
+    look_at(train, val)
+    require_labels(train, val)
+    assert capsys.readouterr().err == ""
 
 
 def test_whether_there_is_a_label_is_decided_by_all(tmp_path: Path) -> None:

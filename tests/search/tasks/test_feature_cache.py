@@ -484,23 +484,6 @@ def test_the_size_that_fits_all_pictures_is_said_before_anything_is_computed(tmp
     assert all(cache.labels.shape[1:] == (65, 65) for cache in caches(image_size=(65, 65)).values())
 
 
-def test_caches_of_two_sizes_lie_beside_each_other(tmp_path: Path) -> None:
-    train, val = of_sizes("train", (20, 40)), of_sizes("val", (20, 40))
-    machine = MachineSettings(cache_dir=tmp_path, device="cpu")
-
-    def folders(size: tuple[int, int] | None, scale: float = 1.0) -> list[str]:
-        features = FeatureSettings(image_size=size)
-        caches = caches_of(train, val, pixel_backbone(scale), features, machine, COMMAND)
-        assert all(cache.identity["image_size"] == list(size or (33, 49)) for cache in caches.values())
-        return [cache.directory.name.removeprefix("pictures-") for cache in caches.values()]
-
-    weights = pixel_backbone(2.0).weights_hash()[:8]
-    expected = {(None, 1.0): "", ((49, 49), 1.0): "-49x49", ((49, 49), 2.0): f"-{weights}", (None, 2.0): f"-{weights}-33x49"}
-    for _ in range(2):  # made, then found again
-        for (size, scale), suffix in expected.items():
-            assert folders(size, scale) == [f"{split}-pixels-os16{suffix}" for split in ("train", "val")]
-
-
 def test_crops_that_cannot_be_cut_are_refused_before_anything_is_computed(tmp_path: Path) -> None:
     train, val = of_sizes("train", (20, 40)), of_sizes("val", (20, 40))
     settings = pixel_backbone(), FeatureSettings(), MachineSettings(cache_dir=tmp_path, device="cpu"), COMMAND
