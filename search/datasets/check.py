@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from search.datasets import VALIDATION, Dataset, open_unchecked, split_names
+from search.datasets import IGNORE_INDEX, VALIDATION, Dataset, open_unchecked, split_names
 from search.datasets.facts import LabelFacts, SplitFacts, label_facts, label_path, refused_facts
 from search.datasets.files import FileDataset
 from search.datasets.rules import warnings_about
@@ -154,22 +154,19 @@ def _unlabelled(datasets: list[Dataset], findings: list[list[Finding]]) -> dict[
 
 def _of_one_class(datasets: list[Dataset], findings: list[list[Finding]]) -> list[str]:
     """A data set whose splits to train and to score on have one of several classes alone: every cell would score 100 %."""
-    counted = [f.pixels for d, of_split in zip(datasets, findings, strict=True) if d.split in _NEEDED for f in of_split]
+    counted = [f.facts for d, of_split in zip(datasets, findings, strict=True) if d.split in _NEEDED for f in of_split]
     task = datasets[0].task if datasets else None
     if not (isinstance(task, Segmentation) and len(task.class_names) > 1 and counted):
         return []
-    *pixels, void = np.sum(counted, axis=0).tolist()
+    *pixels, void = np.sum([facts.pixels for facts in counted], axis=0).tolist()
     present = [name for name, count in zip(task.class_names, pixels, strict=True) if count]
     if len(present) != 1:
         return []
+    description = next((dataset.description for dataset in datasets if isinstance(dataset, FileDataset)), None)
     remedy = "correct the labels, or what says what their values mean"
-    if void:
-        remedy += f"; 255 does not count, unless label_ids of {_description(datasets) or 'a TOML file'} gives it a class"
+    if description and any(IGNORE_INDEX in facts.values for facts in counted):
+        remedy = f"correct the labels, or give 255 a class in label_ids of {description}"
     return [f"every labelled pixel is {present[0]}, {100 * void / (sum(pixels) + void):.2f} % are not labelled: {remedy}"]
-
-
-def _description(datasets: list[Dataset]) -> Path | None:
-    return next((dataset.description for dataset in datasets if isinstance(dataset, FileDataset)), None)
 
 
 def _palettes(datasets: list[Dataset], findings: list[list[Finding]]) -> list[str]:
