@@ -15,6 +15,8 @@ from tqdm import tqdm
 
 from search.cli import Flat, print_next, run_command, spelled, uses_of_network
 from search.datasets import Dataset, Sample, open_dataset
+from search.datasets.files import FileDataset
+from search.datasets.look import look_at, require_labelled
 from search.dense_tasks import totals_of_nothing
 from search.errors import InputError
 from search.files import write_json
@@ -50,6 +52,9 @@ def main(settings: EvaluateSettings) -> None:
     """Predict every picture of the split, print the table, write the scores."""
     predictor = Predictor.load(settings.network, settings.prediction, device=settings.device.device, dataset=settings.dataset)
     dataset = _open(settings, predictor)
+    if not _is_withheld(dataset):
+        look_at(None, dataset)
+        require_labelled(dataset, "split")
     totals = _evaluate(settings, predictor, dataset)
     print(dataset.task.table(totals))
     path = settings.out or settings.network.with_name(f"{settings.network.stem}-{dataset.name}-{dataset.split}.json")
@@ -84,6 +89,11 @@ def _open(settings: EvaluateSettings, predictor: Predictor) -> Dataset:
             f"{len(present)} ({_some(present)}): give the `dataset` it was trained on"
         )
     return dataset
+
+
+def _is_withheld(dataset: Dataset) -> bool:
+    """Whether the labels are known not to be public, so that predictions are all there can be."""
+    return dataset.split == "test" or (isinstance(dataset, FileDataset) and all(pair.label is None for pair in dataset.pairs))
 
 
 def _some(names: Sequence[str]) -> str:

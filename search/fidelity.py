@@ -37,6 +37,7 @@ from search.backbones.shapes import WIDE_BACKBONE
 from search.cells.space import canonical_form, load_cell
 from search.cli import Flat, arguments_of, print_next, run_command, spelled, this_command, to_type
 from search.datasets import Dataset, open_dataset, training_pictures
+from search.datasets.look import look_at
 from search.dense_tasks import Measure
 from search.devices import resolve_device
 from search.errors import InputError, fields_in, with_fields
@@ -199,6 +200,8 @@ def main(settings: FidelitySettings) -> None:
             found = {score.protocol for score in scores}
             shown = [protocol for protocol in PROTOCOLS if protocol in found or protocol in settings.protocols]
             print(write_report(directory, scores, shown, this_command(_PROG), measure))
+    if all(score.score is None for score in scores):  # every training has failed, which is said
+        sys.exit(1)
     print_next(to_type("random", *arguments_of(settings.data, settings.backbone, settings.features, settings.machine)))
 
 
@@ -215,7 +218,8 @@ def prepare_protocols(settings: FidelitySettings, directory: Path) -> list[Proto
 
     @functools.cache  # proxy and long have the same
     def caches(backbone: BackboneSettings) -> dict[str, FeatureCache]:
-        return prepare_caches(settings.data, backbone, settings.features, settings.machine, this_command(_PROG))
+        groups = settings.data, backbone, settings.features, settings.machine
+        return prepare_caches(*groups, this_command(_PROG), settings.proxy.crop_size)
 
     def prepare(name: ProtocolName) -> Protocol:
         match name:
@@ -302,6 +306,7 @@ def _end_to_end(settings: FidelitySettings, directory: Path, device: str) -> Pro
         return EndToEndTask(training, directory)
 
     task = create_task()
+    look_at(task.train, task.val)
     completed = task.settings.recipe
     own = scored(completed)
     parts = task.identity()

@@ -15,6 +15,7 @@ from fast.model_card import write_card
 from fast.segmentation import SegmentationNetwork
 from search.cli import Flat, print_next, run_command, spelled, to_type, uses_of_network
 from search.datasets import Dataset, is_named, open_dataset
+from search.datasets.look import require_labelled
 from search.dense_tasks import Scores, restored_task
 from search.devices import resolve_device
 from search.errors import InputError
@@ -122,6 +123,7 @@ def _validation(run: Run, data: DataSettings) -> Dataset:
     now = {name: value for name, value in fingerprints("", val.fingerprint()).items() if value}
     if different := differences({name: run.identity.get(name) for name in now}, now):
         raise InputError(f"{run.directory} was scored on other pictures: with {different}: give its `data_dir`")
+    require_labelled(val)
     return val
 
 

@@ -17,6 +17,7 @@ from reference.cell import GRID_SIZES, NUM_BRANCHES, RATES, Cell
 from search.cells.sampler import LAG, create_sampler
 from search.cells.space import ASCENDING, SearchSpace, is_ascending, load_cells
 from search.datasets import Dataset, training_pictures
+from search.datasets.look import look_at, require_labels
 from search.devices import Devices, resolve_device
 from search.errors import InputError
 from search.folder import Folder
@@ -165,9 +166,11 @@ def search_cells(
         group.check()
     features.check(backbone.output_stride)
     _require_one_task(train, val)
+    look_at(train, val)
+    require_labels(train, val)
     backbone.to(resolve_device(machine.device)).eval()
     directory, command = Path(out), f"search_cells(train, val, backbone, {str(out)!r}, ...) in Python"
-    caches = caches_of(train, val, backbone, features, machine, command)
+    caches = caches_of(train, val, backbone, features, machine, command, proxy.crop_size)
     proxy = proxy.completed(caches["train"].pictures)
     settings = RunSettings(_data_of(train, val), _settings_of(backbone), features, head, machine)
     groups = search, features, head, proxy
@@ -204,6 +207,8 @@ def train_network(
     settings.check()
     _require_one_task(train, val)
     _require_trainable(network, train)
+    look_at(train, val)
+    require_labels(train, val)
     devices, folder = Devices(machine.device), Folder(Path(out), "training")
     identity = training_identity(settings, network, train, val, devices) | {"`network` (content)": hash_of_weights(network)}
     network = copy.deepcopy(network)

@@ -60,7 +60,8 @@ def main(settings: RandomSettings) -> None:
     for group in (settings.proxy, settings.head, settings.backbone, settings):
         group.check()
     data, command = settings.data, this_command(_PROG)
-    caches = prepare_caches(data, settings.backbone, settings.features, settings.machine, command)
+    machine, crop_size = settings.machine, settings.proxy.crop_size
+    caches = prepare_caches(data, settings.backbone, settings.features, machine, command, crop_size)
     settings, typed = completed_for(caches["train"], settings), settings
     chosen = (typed, settings), (typed.proxy, settings.proxy), (typed.head, settings.head)
     origin = caches["train"].identity

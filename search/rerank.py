@@ -18,6 +18,7 @@ from search.backbones import backbone_in
 from search.cells.space import canonical_form, load_cells
 from search.cli import Flat, print_defaults, print_next, run_command, spelled, this_command, to_train
 from search.datasets import training_pictures
+from search.datasets.look import look_at
 from search.dense_tasks import Scores
 from search.devices import resolve_device
 from search.errors import InputError
@@ -152,6 +153,7 @@ def main(settings: RerankSettings) -> None:
             f"`dataset` {task.train.name} has labels for {task.dense_task.name}, and `run` {settings.run} was scored by "
             f"{run.task.name}: give data of the same task; a cell can be trained on any by `{spelled('train')}`"
         )
+    look_at(task.train, task.val)
     candidates = candidates_of(run, settings)
     identity = task.identity()  # builds a network, so that one that cannot be built leaves no folder behind
     workers = open_workers(create_task, settings.workers, settings.device.device, known(task.settings.recipe.iterations))
@@ -167,10 +169,10 @@ def main(settings: RerankSettings) -> None:
 
 
 def _print_next(task: EndToEndTask, directory: Path) -> None:
-    best = directory / "best_cell.json"
-    if best.exists():  # unless every cell has failed
-        had = task.settings
-        print_next(to_train(had.data, had.backbone, had.head, had.machine, "--cell", best))
+    best, had = directory / "best_cell.json", task.settings
+    if not best.exists():  # every cell has failed, which is said
+        sys.exit(1)
+    print_next(to_train(had.data, had.backbone, had.head, had.machine, "--cell", best))
 
 
 def candidates_of(run: Run, settings: RerankSettings) -> list[Candidate]:

@@ -16,6 +16,7 @@ from reference.cell import Cell
 from search.cells.space import load_cell
 from search.cli import Flat, print_defaults, print_next, run_command, spelled, this_command, uses_of_network
 from search.datasets import Dataset, open_splits, training_pictures
+from search.datasets.look import look_at, require_labels
 from search.devices import Devices, join_devices
 from search.errors import InputError
 from search.folder import Folder
@@ -84,6 +85,9 @@ def main(settings: TrainSettings) -> None:
     training.check()
     devices = join_devices(settings.machine.device)
     try:
+        if devices.rank == 0:
+            look_at(train, val)
+        require_labels(train, val)
         directory = settings.out or Path("runs") / "train" / train.name
         result = _train(settings, training, train, val, directory, devices)
         if devices.rank == 0:

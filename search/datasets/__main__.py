@@ -1,6 +1,6 @@
 """`python -m search.datasets check <name> --data-dir <folder>`: verify a data set's folder before a long run (`check.py`).
 
-Exit code 0 without problems, 1 with problems, 2 for flags that cannot work.
+Exit code 0 without problems, also with warnings, 1 with problems, 2 for flags that cannot work.
 """
 
 import sys
@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import tyro
 
 from search.cli import Flat, arguments_of, in_flags, print_next, run_command, spelled, to_type
-from search.datasets.check import check_folder
+from search.datasets.check import check_folder, listed
 from search.settings import SHAPES, DataSettings, FileSettings, TaskName, require
 
 
@@ -35,17 +35,15 @@ class CheckSettings:
 
 
 def main(settings: CheckSettings) -> None:
-    """Read everything, print the tables and the problems, and exit with code 1 if there are problems."""
+    """Read everything, print the tables, the warnings and the problems, and exit with code 1 if there are problems."""
     require("processes", settings.processes, settings.processes >= 1, "at least 1")
     settings.files.check()
     most = settings.files.max_megapixels
     text, problems = check_folder(
         settings.dataset, settings.data_dir, settings.splits, settings.processes, settings.task, most
     )
-    if problems:
-        heading = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}:"
-        problems = [heading, *(f"  {problem}" for problem in problems)]
-    print(in_flags("\n\n".join(filter(None, [text, "\n".join(problems or ["no problems"])])), CheckSettings))
+    parts = filter(None, [text, *(listed("problem", problems) or ["no problems"])])
+    print(in_flags("\n\n".join(parts), CheckSettings))
     if problems:
         sys.exit(1)
     data = DataSettings(dataset=settings.dataset, data_dir=settings.data_dir, task=settings.task, max_megapixels=most)

@@ -2,8 +2,8 @@
 
 Reads every picture of every split and lists all that is wrong: files that are missing or unreadable, images and labels of
 different sizes, label values without a meaning, a number of pictures that is not the official one, pictures in more than
-one split, palettes whose colours have another order in every file, labels of one class alone. Then it lists each class's
-share of the labelled pixels.
+one split, palettes whose colours have another order in every file, labels of one class alone. What may be right but hardly is
+becomes a warning (`rules.py`). Then it lists each class's share of the labelled pixels.
 """
 
 import signal
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import combinations
 from multiprocessing import get_context
 from pathlib import Path
@@ -20,9 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from search.datasets import VALIDATION, Dataset, open_unchecked, split_names
+from search.datasets import IGNORE_INDEX, VALIDATION, Dataset, open_unchecked, split_names
+from search.datasets.facts import LabelFacts, SplitFacts, label_facts, label_path, refused_facts
 from search.datasets.files import FileDataset
-from search.datasets.labels import LabelReader, shown_as
+from search.datasets.rules import warnings_about
 from search.dense_tasks import RGB
 from search.dense_tasks.segmentation import Segmentation
 from search.errors import InputError
@@ -34,21 +36,23 @@ _CHUNK = 8  # pictures per request to a process
 
 
 class Verdict(NamedTuple):
-    """The result of a check: the tables and notes to print, and the problems, one sentence each."""
+    """The result of a check: the tables, notes and warnings to print, and the problems, one sentence each."""
 
     text: str
     problems: list[str]
 
 
 class Finding(NamedTuple):
-    """The result of reading one picture: its (H, W), its pixels by the task's bins, the problem, if any, and its label's
-    values by the colours that a palette shows them in.
-    """
+    """The result of reading one picture: its (H, W), what its label shows, and the problem, if any."""
 
     size: tuple[int, int] | None
-    pixels: NDArray[np.int64]
+    facts: LabelFacts
     problem: str
-    shown_as: dict[RGB, int]
+
+    @property
+    def pixels(self) -> NDArray[np.int64]:
+        """Pixels by the task's bins, and last those that are not labelled."""
+        return self.facts.pixels
 
 
 def check_folder(
@@ -66,14 +70,24 @@ def check_folder(
     datasets, problems, notes = _open_splits(name, data_dir, splits, task, max_megapixels)
     for dataset in datasets:
         problems += _list_problems(dataset)
+    datasets, absences = _without_absent_labels(datasets)
+    problems += absences.values()
     problems += _overlaps(datasets)
     findings = _read_all(datasets, processes)
     problems += dict.fromkeys(finding.problem for row in findings for finding in row if finding.problem)
-    problems += _unlabelled(datasets, findings)
+    problems += [text for split, text in _unlabelled(datasets, findings).items() if split not in absences]
     problems += _of_one_class(datasets, findings)
-    problems += _palettes(datasets, findings)
+    palettes = _palettes(datasets, findings)
+    notes += listed("warning", _warnings(datasets, findings, with_palettes=not palettes))
     tables = [_split_table(datasets, findings), _class_table(datasets, findings)] if datasets else []
-    return Verdict("\n\n".join([*tables, *notes]), list(dict.fromkeys(problems)))  # each shared picture once
+    problems = list(dict.fromkeys(problems + palettes))  # each shared picture once
+    return Verdict("\n\n".join([*tables, *notes]), problems)
+
+
+def listed(kind: str, sentences: Sequence[str]) -> list[str]:
+    """The sentences as one text, below a heading that counts them; no text for none."""
+    heading = f"{len(sentences)} {kind}{'s' if len(sentences) > 1 else ''}:"
+    return ["\n".join([heading, *(f"  {sentence}" for sentence in sentences)])] if sentences else []
 
 
 def _open_splits(
@@ -105,7 +119,7 @@ def _list_problems(dataset: Dataset) -> list[str]:
     if not official or len(dataset) in official:
         return list(dataset.faults)
     count = f"{dataset.split} has {len(dataset):,} instead of {_official(dataset)} pictures"
-    remedy = ", or correct count in the TOML file" if dataset.is_own else " from the original data set"
+    remedy = ", or correct count in the TOML file" if dataset.description else " from the original data set"
     return [*dataset.faults, f"{count}; restore {dataset.listing} and what belongs to it{remedy}"]
 
 
@@ -123,28 +137,41 @@ def _overlaps(datasets: list[Dataset]) -> list[str]:
     ]
 
 
-def _unlabelled(datasets: list[Dataset], findings: list[list[Finding]]) -> list[str]:
-    """Splits to train and to score on of which no picture has a label."""
-    return [
-        f"no pixel of {dataset.split} is labelled: correct its labels, or what says what their values mean"
+def _without_absent_labels(datasets: list[Dataset]) -> tuple[list[Dataset], dict[str, str]]:
+    """The splits, of which those without any label's file have images alone, and the problem of each of these."""
+    absences = {d.split: fault for d in datasets if isinstance(d, FileDataset) and (fault := d.absence_of_all_labels())}
+    readable = [
+        replace(d, pairs=tuple(pair._replace(label=None) for pair in d.pairs))
+        if isinstance(d, FileDataset) and d.split in absences
+        else d
+        for d in datasets
+    ]
+    return readable, absences
+
+
+def _unlabelled(datasets: list[Dataset], findings: list[list[Finding]]) -> dict[str, str]:
+    """Splits to train and to score on of which no picture has a label, and the problem of each."""
+    return {
+        dataset.split: f"no pixel of {dataset.split} is labelled: correct its labels, or what says what their values mean"
         for dataset, of_split in zip(datasets, findings, strict=True)
         if dataset.split in _NEEDED and any(f.size for f in of_split) and not sum(int(f.pixels[:-1].sum()) for f in of_split)
-    ]
+    }
 
 
 def _of_one_class(datasets: list[Dataset], findings: list[list[Finding]]) -> list[str]:
     """A data set whose splits to train and to score on have one of several classes alone: every cell would score 100 %."""
-    counted = [f.pixels for d, of_split in zip(datasets, findings, strict=True) if d.split in _NEEDED for f in of_split]
+    counted = [f.facts for d, of_split in zip(datasets, findings, strict=True) if d.split in _NEEDED for f in of_split]
     task = datasets[0].task if datasets else None
     if not (isinstance(task, Segmentation) and len(task.class_names) > 1 and counted):
         return []
-    *pixels, void = np.sum(counted, axis=0).tolist()
+    *pixels, void = np.sum([facts.pixels for facts in counted], axis=0).tolist()
     present = [name for name, count in zip(task.class_names, pixels, strict=True) if count]
     if len(present) != 1:
         return []
+    description = next((dataset.description for dataset in datasets if isinstance(dataset, FileDataset)), None)
     remedy = "correct the labels, or what says what their values mean"
-    if void:
-        remedy += " (255 does not count, unless label_ids of a TOML file gives it a class)"
+    if description and any(IGNORE_INDEX in facts.values for facts in counted):
+        remedy = f"correct the labels, or give 255 a class in label_ids of {description}"
     return [f"every labelled pixel is {present[0]}, {100 * void / (sum(pixels) + void):.2f} % are not labelled: {remedy}"]
 
 
@@ -152,8 +179,9 @@ def _palettes(datasets: list[Dataset], findings: list[list[Finding]]) -> list[st
     """Palette pictures of which one shows a value in the colour that another one has for another value."""
     first: dict[RGB, tuple[int, Path | None]] = {}
     for dataset, of_split in zip(datasets, findings, strict=True):
-        for index, colour, value in ((i, *item) for i, finding in enumerate(of_split) for item in finding.shown_as.items()):
-            label = _label_path(dataset, index)
+        shown = ((index, *item) for index, finding in enumerate(of_split) for item in finding.facts.shown.items())
+        for index, value, colour in shown:
+            label = label_path(dataset, index)
             before, other = first.setdefault(colour, (value, label))
             if before != value:
                 return [
@@ -161,6 +189,20 @@ def _palettes(datasets: list[Dataset], findings: list[list[Finding]]) -> list[st
                     "palettes have different orders; save all labels with one palette, or give label_colours in a TOML file"
                 ]
     return []
+
+
+def _warnings(datasets: list[Dataset], findings: list[list[Finding]], *, with_palettes: bool) -> list[str]:
+    """What the rules say of all labels; nothing of palettes where these are a problem."""
+    splits = []
+    for dataset, of_split in zip(datasets, findings, strict=True):
+        if dataset.split != "trainval":  # whose labels are those of others
+            splits.append(SplitFacts(dataset))
+            for index, finding in enumerate(of_split):
+                facts = finding.facts if with_palettes else replace(finding.facts, shown={})
+                splits[-1].add(index, facts)
+    train = next((facts for facts in splits if facts.dataset.split.startswith("train")), None)
+    val = next((facts for facts in splits if facts.dataset.split in VALIDATION), None)
+    return warnings_about(train, val, [facts for facts in splits if facts is not train and facts is not val])
 
 
 def _read_all(datasets: list[Dataset], processes: int) -> list[list[Finding]]:
@@ -216,20 +258,15 @@ def _examine(dataset: Dataset, index: int) -> Finding:
     try:
         label = dataset[index].label
     except InputError as error:
-        return Finding(None, np.zeros(len(dataset.task.bins) + 1, np.int64), str(error), {})
-    return Finding((label.shape[0], label.shape[1]), dataset.task.histogram(label), "", _shown_as(dataset, index))
+        return Finding(None, _facts_of_refused(dataset, index), str(error))
+    return Finding((label.shape[0], label.shape[1]), label_facts(dataset, index, label), "")
 
 
-def _shown_as(dataset: Dataset, index: int) -> dict[RGB, int]:
-    """What the label's palette shows its values in, where values are what counts."""
-    path = _label_path(dataset, index)
-    if path is None or not (isinstance(dataset, FileDataset) and isinstance(dataset.read_label, LabelReader)):
-        return {}
-    return shown_as(path, dataset.pictures)
-
-
-def _label_path(dataset: Dataset, index: int) -> Path | None:
-    return dataset.pairs[index].label if isinstance(dataset, FileDataset) else None
+def _facts_of_refused(dataset: Dataset, index: int) -> LabelFacts:
+    try:
+        return refused_facts(dataset, index)
+    except InputError:  # the label is missing or damaged, which is said
+        return LabelFacts(np.zeros(len(dataset.task.bins) + 1, np.int64))
 
 
 def _split_table(datasets: list[Dataset], findings: list[list[Finding]]) -> str:

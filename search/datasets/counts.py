@@ -1,4 +1,4 @@
-"""What labels hold, counted without reading the images where that is possible."""
+"""What labels hold, and how large pictures are, without decoding the images where that is possible."""
 
 from collections.abc import Iterable
 
@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from search.datasets import Dataset
 from search.datasets.files import FileDataset
+from search.datasets.pictures import picture_size
 from search.dense_tasks import Label
 
 
@@ -21,3 +22,11 @@ def label_counts(dataset: Dataset, indices: Iterable[int]) -> NDArray[np.int64]:
     for index in indices:
         total += dataset.task.histogram(label_of(dataset, index))
     return total
+
+
+def size_of(dataset: Dataset, index: int) -> tuple[int, int]:
+    """Height and width of a picture; of files, the image's header alone is read. Raises InputError naming the file."""
+    if isinstance(dataset, FileDataset):
+        return picture_size(dataset.pairs[index].image, dataset.pictures.remedy)
+    height, width = dataset[index].label.shape
+    return height, width

@@ -129,7 +129,7 @@ def open_split(path: Path, split: str, data_dir: Path | None) -> FileDataset:
         official_lengths=() if wanted.count is None else (wanted.count,),
         recipe=description.recipe,
         pictures=_OWN,
-        is_own=True,
+        description=path,
     )
 
 
@@ -250,7 +250,8 @@ def _classes(fields: _Fields) -> tuple[Segmentation, LabelReader | ColourReader,
     palette, train_ids = _palette(fields, class_names), _train_ids(fields, class_names)
     remedy = f"correct the file, or ignore and label_ids in {fields.path}, or give label_colours there if colours are classes"
     ignores_others = fields.content.get("ignore") == _OTHERS
-    reader = LabelReader(train_ids, remedy=remedy, ignores_others=ignores_others)
+    unsaid = [] if "ignore" in fields.content else [value for value, meaning in train_ids.items() if meaning == IGNORE_INDEX]
+    reader = LabelReader(train_ids, remedy=remedy, ignores_others=ignores_others, presumed=frozenset(unsaid))
     recipe = repr(sorted(train_ids.items())) + _OTHERS * ignores_others
     return Segmentation(class_names, palette, _label_ids(train_ids, len(class_names))), reader, recipe
 

@@ -32,8 +32,8 @@ class FileDataset:
 
     `listing` is the list or folder from which the pairs' names come, and `faults` are its problems. `official_lengths` are the
     numbers of pictures that a complete split may have (none if unknown), `alternative` is added to the message about a missing
-    file, and `recipe` is what the labels depend on besides their files. `pictures` reads the files; `is_own` says that they
-    are the user's own, so that nobody can restore them.
+    file, `recipe` is what the labels depend on besides their files, and `description` the TOML file that says what they mean:
+    then the files are the user's own, so that nobody can restore them. `pictures` reads the files.
     """
 
     name: str
@@ -46,8 +46,8 @@ class FileDataset:
     official_lengths: tuple[int, ...] = ()
     alternative: str = ""
     recipe: str = ""
+    description: Path | None = None
     pictures: PictureReader = field(default=PictureReader(), repr=False)
-    is_own: bool = False
 
     def admitting(self, max_megapixels: float) -> Self:
         """The same pictures, of which those with more megapixels are refused."""
@@ -68,7 +68,7 @@ class FileDataset:
             raise InputError("; ".join(filter(None, (image_error, label_error))))
         if image.shape[:2] != label.shape:
             remedy = "restore both from the original data set"
-            if self.is_own:
+            if self.description:
                 remedy = "scale the label without interpolation, or take the picture out of the split"
             raise InputError(
                 f"label {label_path} is {_size(label)}, its image {image_path} is {_size(image)} (height × width); "
@@ -95,13 +95,20 @@ class FileDataset:
         return digest.hexdigest()
 
     def problems(self) -> list[str]:
+        if fault := self.absence_of_all_labels():
+            images = [pair.image for pair in self.pairs if not pair.image.is_file()]
+            return [*self.faults, fault, *map(self._absence, images)]
         absent = [path for pair in self.pairs for path in pair[1:] if path is not None and not path.is_file()]
-        labels = {pair.label for pair in self.pairs if pair.label is not None}
-        if len(labels) > 1 and labels.issubset(absent):  # each alone would say too little
-            fault = f"none of the {len(labels)} labels of {self.split} is there, such as {min(labels)}{self.alternative}"
-            fault += ": restore them, or correct where labels are looked for"
-            return [*self.faults, fault, *(self._absence(path) for path in absent if path not in labels)]
         return [*self.faults, *map(self._absence, absent)]
+
+    def absence_of_all_labels(self) -> str:
+        """A sentence if no label is there, in place of one for each, which would say too little; nothing otherwise."""
+        labels = {pair.label for pair in self.pairs if pair.label is not None}
+        if len(labels) < 2 or any(label.is_file() for label in labels):
+            return ""
+        where = f"labels in {self.description}" if self.description else "where labels are looked for"
+        example = f"such as {min(labels)}{self.alternative}"
+        return f"none of the {len(labels)} labels of {self.split} is there, {example}: restore them, or correct {where}"
 
     @property
     def _read_label(self) -> Callable[[Path], NDArray[Any]]:

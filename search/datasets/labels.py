@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from search.datasets import IGNORE_INDEX
-from search.datasets.pictures import PictureReader, palette_of
+from search.datasets.pictures import PictureReader, storage_of
 from search.dense_tasks import RGB
 from search.errors import InputError
 
@@ -24,6 +24,7 @@ MOST_VALUES = 65536  # of a label with 16 bits
 _MANY = 8  # unknown colours in one label, so that it was hardly drawn by hand
 _ANY = PictureReader()
 _COLOURS = ("1", "L", "LA", "P", "PA", "RGB", "RGBX", "RGBA")  # kinds of pixels that are colours as they are stored
+_FORMS = {"1": "with 1 bit", "L": "in 8-bit grey", "P": "with a palette", "I;16": "in 16-bit grey"}
 _APART = 8  # least difference of two classes' colours, in one of red, green and blue; Cityscapes' most similar two have 20
 
 
@@ -32,17 +33,26 @@ class LabelReader:
     """Reads label files of 1, 8 or 16 bits whose value v means the class `train_ids[v]`, or 255.
 
     Any other value is refused, or means 255 too if `ignores_others`. `remedy` ends the error message about an unusable label.
-    `read_mat` reads the values of a `.mat` file, for data sets that have such files.
+    `read_mat` reads the values of a `.mat` file, for data sets that have such files. `presumed` are values that mean 255
+    though nobody said so.
     """
 
     train_ids: Mapping[int, int]
     remedy: str
     read_mat: Callable[[Path], NDArray[np.uint8]] | None = None
     ignores_others: bool = False
+    presumed: frozenset[int] = frozenset()
 
     def __call__(self, path: Path, pictures: PictureReader = _ANY) -> NDArray[np.uint8]:
         """(H, W) uint8, classes or 255. Raises InputError naming the file."""
-        values = self.read_mat(path) if self.read_mat and path.suffix == ".mat" else self._read_picture(path, pictures)
+        return self.meaning(self.values(path, pictures), path)
+
+    def values(self, path: Path, pictures: PictureReader = _ANY) -> NDArray[Any]:
+        """The values (H, W) as the file has them, whatever they mean. Raises InputError naming the file."""
+        return self.read_mat(path) if self.read_mat and path.suffix == ".mat" else self._read_picture(path, pictures)
+
+    def meaning(self, values: NDArray[Any], path: Path) -> NDArray[np.uint8]:
+        """What the values of a file mean: (H, W) uint8, classes or 255. Raises InputError for values that mean nothing."""
         present = np.flatnonzero(np.bincount(values.ravel())).tolist()
         unknown = [value for value in present if value not in self.train_ids]
         if unknown and not self.ignores_others:
@@ -52,7 +62,8 @@ class LabelReader:
             )
         table = np.full(MOST_VALUES, IGNORE_INDEX, np.uint8)
         table[list(self.train_ids)] = list(self.train_ids.values())
-        return table[values]
+        classes: NDArray[np.uint8] = table[values]
+        return classes
 
     def _read_picture(self, path: Path, pictures: PictureReader) -> NDArray[Any]:
         picture = pictures.label(path)
@@ -84,12 +95,7 @@ class ColourReader:
 
     def __call__(self, path: Path, pictures: PictureReader = _ANY) -> NDArray[np.uint8]:
         """(H, W) uint8, classes or 255. Raises InputError naming the file, the colour and where it is."""
-        picture = pictures.label(path)
-        if picture.mode not in _COLOURS:
-            has_numbers = picture.mode.startswith(("I", "F"))
-            complaint = "numbers in place of colours" if has_numbers else "colours that are not red, green and blue"
-            raise InputError(f"label {path} has {complaint} (mode {picture.mode}); {self.remedy}")
-        pixels = np.array(picture.convert("RGBA"))
+        pixels = self._pixels(path, pictures)
         colours = _as_numbers(pixels[..., :3])
         numbers = _as_numbers(np.array(list(self.train_ids)))
         order = np.argsort(numbers)
@@ -101,6 +107,19 @@ class ColourReader:
             raise InputError(f"label {path} {self._complaint(pixels, unknown)}; {self.remedy}")
         labels = np.array(list(self.train_ids.values()), np.uint8)[order][nearest]
         return np.where(is_known & is_opaque, labels, np.uint8(IGNORE_INDEX))
+
+    def values(self, path: Path, pictures: PictureReader = _ANY) -> NDArray[np.int32]:
+        """The colours (H, W) as the file has them, one number each. Raises InputError naming the file."""
+        return _as_numbers(self._pixels(path, pictures)[..., :3])
+
+    def _pixels(self, path: Path, pictures: PictureReader) -> NDArray[np.uint8]:
+        """The colours with alpha (H, W, 4)."""
+        picture = pictures.label(path)
+        if picture.mode not in _COLOURS:
+            has_numbers = picture.mode.startswith(("I", "F"))
+            complaint = "numbers in place of colours" if has_numbers else "colours that are not red, green and blue"
+            raise InputError(f"label {path} has {complaint} (mode {picture.mode}); {self.remedy}")
+        return np.array(picture.convert("RGBA"))
 
     def _complaint(self, pixels: NDArray[np.uint8], unknown: NDArray[np.bool_]) -> str:
         row, column = np.argwhere(unknown)[0].tolist()
@@ -131,14 +150,11 @@ class DepthReader:
         return np.where(values > 0, values / np.float32(self.scale), np.float32(np.nan))
 
 
-def shown_as(path: Path, pictures: PictureReader = _ANY) -> dict[RGB, int]:
-    """The values in a palette picture, by the colours that it shows them in, if each has its own; {} for other files."""
-    palette = None if path.suffix == ".mat" else palette_of(path)
-    if palette is None:
-        return {}
-    values = np.unique(np.array(pictures.label(path)))
-    colours = [(r, g, b) for r, g, b in palette[np.minimum(values, len(palette) - 1)].tolist()]
-    return {colour: value for colour, value in zip(colours, values.tolist(), strict=True) if colours.count(colour) == 1}
+def storage(path: Path) -> tuple[str, list[RGB]]:
+    """How a label file stores its pixels, in words, and its palette, read from its header alone; nothing of other files."""
+    mode, palette = ("", None) if path.suffix == ".mat" else storage_of(path)
+    form = _FORMS.get(mode, f"in mode {mode}") if mode else ""  # said when the label is read
+    return form, [] if palette is None else [(r, g, b) for r, g, b in palette.tolist()]
 
 
 def label_colours(path: Path, values: Sequence[int]) -> NDArray[np.uint8] | None:
@@ -146,7 +162,7 @@ def label_colours(path: Path, values: Sequence[int]) -> NDArray[np.uint8] | None
 
     None if it has no palette, or if not all of these colours can be told apart, as in a ramp of greys.
     """
-    table = palette_of(path)
+    _, table = storage_of(path)
     if table is None or len(table) <= max(values):
         return None
     colours = table[list(values)]

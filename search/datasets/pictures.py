@@ -133,16 +133,16 @@ def picture_size(path: Path, remedy: str = RESTORE) -> tuple[int, int]:
         raise _unreadable(path, error, remedy) from error
 
 
-def palette_of(path: Path) -> NDArray[np.uint8] | None:
-    """The colours (K, 3) of a palette picture's numbers 0 to K − 1; None for another file, or a damaged one."""
+def storage_of(path: Path) -> tuple[str, NDArray[np.uint8] | None]:
+    """Pillow's mode of a file, and the colours (K, 3) of a palette's numbers 0 to K − 1; "" and None for a damaged file."""
     try:
         with _open(path) as picture:
             pixel = Image.new("P", (1, 1))
             pixel.palette = picture.palette  # the file's own getpalette would decode all pixels first
-            entries = pixel.getpalette() if picture.mode == "P" else None
+            mode, entries = picture.mode, pixel.getpalette() if picture.mode == "P" else None
     except Exception:  # said when the file is read
-        return None
-    return None if entries is None else np.array(entries, np.uint8).reshape(-1, 3)
+        return "", None
+    return mode, None if entries is None else np.array(entries, np.uint8).reshape(-1, 3)
 
 
 _opening = threading.Lock()  # what is set aside below belongs to the process

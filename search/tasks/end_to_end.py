@@ -17,6 +17,7 @@ from reference.cell import Cell
 from search.cells.cost import module_cost
 from search.cells.space import cell_hash, load_cell
 from search.datasets import open_splits, training_pictures
+from search.datasets.look import require_labels
 from search.dense_tasks import DenseTask, Scores
 from search.devices import Devices
 from search.files import write_text
@@ -63,6 +64,7 @@ class EndToEndTask:
         self.directory = directory
         self.devices = Devices(settings.machine.device)
         self.train, self.val = open_splits(settings.data)
+        require_labels(self.train, self.val)
         self.settings = completed_training(settings, training_pictures(settings.data, self.train)).validated_last()
         self.settings.check()
 

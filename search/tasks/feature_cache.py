@@ -11,7 +11,7 @@ and right with the mean pixel, which is not labelled.
 import math
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +26,8 @@ from fast.backbone import Backbone
 from search.backbones import completed_backbone, create_backbone
 from search.commands import spelled
 from search.datasets import Dataset, open_splits
+from search.datasets.counts import size_of
+from search.datasets.look import look_at, require_labels
 from search.dense_tasks import DenseTask, restored_task
 from search.devices import resolve_device
 from search.errors import InputError
@@ -119,55 +121,91 @@ def build_cache(
 
 
 def prepare_caches(
-    data: DataSettings, backbone: BackboneSettings, features: FeatureSettings, machine: MachineSettings, command: str
+    data: DataSettings,
+    backbone: BackboneSettings,
+    features: FeatureSettings,
+    machine: MachineSettings,
+    command: str,
+    crop_size: tuple[int, int] | None = None,
 ) -> dict[str, FeatureCache]:
-    """The caches of the splits "train" and "val", opened if they exist and computed if not, by the typed `command`."""
+    """The caches of the splits "train" and "val", opened if they exist and computed if not, by the typed `command`.
+
+    Looks at the labels before, and prints what is odd in them. `crop_size` is the height and width of what will be cut from
+    the training pictures. Raises InputError as `caches_of`, and for labels that cannot be learnt from or scored on.
+    """
     backbone = completed_backbone(backbone)
     features.check(backbone.stride)
     resolve_device(machine.device)  # refuses an absent one before a backbone is trained
     train, val = open_splits(data)
+    look_at(train, val)
+    require_labels(train, val)
     network = create_backbone(backbone, data.dataset, machine.cache_dir)
-    return caches_of(train, val, network, features, machine, command)
+    return caches_of(train, val, network, features, machine, command, crop_size)
 
 
 def caches_of(
-    train: Dataset, val: Dataset, network: Backbone, features: FeatureSettings, machine: MachineSettings, command: str
+    train: Dataset,
+    val: Dataset,
+    network: Backbone,
+    features: FeatureSettings,
+    machine: MachineSettings,
+    command: str,
+    crop_size: tuple[int, int] | None = None,
 ) -> dict[str, FeatureCache]:
     """The caches "train" and "val" of these pictures, opened if they exist and computed if not, by the typed `command`.
 
-    Raises InputError for unusable pictures, and where nothing can be scored.
+    Raises InputError for unusable pictures, and, before anything is computed, for a size that does not hold them all, and for
+    crops that cannot be cut from it.
     """
     device = resolve_device(machine.device)
-    caches = {}
-    for role, dataset in (("train", train), ("val", val)):
+    datasets = {"train": train, "val": val}
+    identities, places = {}, {}
+    for role, dataset in datasets.items():
         mirrored = features.mirrored and role == "train"
-        identity = _identity(features, dataset, network, mirrored)
+        identities[role] = identity = _identity(features, dataset, network, mirrored)
         name = f"{dataset.name}-{dataset.split}-{network.name}-os{network.output_stride}" + ("-mirrored" if mirrored else "")
-        directory = _place(machine.cache_dir, name, identity)
-        try:
-            caches[role] = open_cache(directory, identity)
-        except HalfWrittenError:
-            caches[role] = build_cache(directory, dataset, network, identity, device, command)
-    _require_labels(caches["val"], f"{val.name} {val.split}")
-    return caches
+        places[role] = _place(machine.cache_dir, name, identity)
+    if crop_size is not None:
+        require_crop(crop_size, identities["train"]["image_size"], network.output_stride)
+    caches = {role: _opened(places[role], identities[role]) for role in datasets}
+    if None in caches.values():
+        _require_room(datasets, identities)
+    return {
+        role: cache or build_cache(places[role], datasets[role], network, identities[role], device, command)
+        for role, cache in caches.items()
+    }
 
 
-def _require_labels(val: FeatureCache, name: str) -> None:
-    """Refuse a split to score on without labels, and one that has the same of several everywhere: any cell could score 100 %.
+def require_crop(crop_size: tuple[int, int], size: Sequence[int], stride: int) -> None:
+    """Refuse crops that do not begin and end on features of the cached images, of this height and width. Raises InputError."""
+    if any((extent - 1) % stride or not 1 <= extent <= most for extent, most in zip(crop_size, size, strict=True)):
+        given, most = (" ".join(map(str, sizes)) for sizes in (crop_size, size))
+        raise InputError(f"`crop_size` {given} must be {stride}·k + 1 each, at most {most}, the cached images' size")
 
-    The first picture that is good enough ends the look.
-    """
-    enough = min(2, len(val.task.outputs))
-    found: set[float] = set()
-    for label in val.labels:
-        found |= set(label[val.task.is_labelled(label)].unique().tolist())
-        if len(found) >= enough:
-            return
-    complaint = (
-        f"all labelled pixels of {name} have the same label" if found else f"no pixel of {name} has a label to score by"
-    )
-    counts = f"`{spelled('datasets check')}` counts them"
-    raise InputError(f"{complaint}: give another `val_split`, or correct its labels; {counts}")
+
+def _opened(directory: Path, identity: dict[str, Any]) -> FeatureCache | None:
+    """A finished cache; None if there is none."""
+    try:
+        return open_cache(directory, identity)
+    except HalfWrittenError:
+        return None
+
+
+def _require_room(datasets: Mapping[str, Dataset], identities: Mapping[str, dict[str, Any]]) -> None:
+    """Refuse a size that does not hold all pictures, and say which one does. Images' headers alone are read."""
+    sizes = {role: [size_of(dataset, index) for index in range(len(dataset))] for role, dataset in datasets.items()}
+    for role, dataset in datasets.items():
+        height, width = identities[role]["image_size"]
+        larger = [index for index, (h, w) in enumerate(sizes[role]) if h > height or w > width]
+        if not larger:
+            continue
+        extents = [max(axis) for axis in zip(*(size for of_split in sizes.values() for size in of_split), strict=True)]
+        fits = rounded_up((extents[0], extents[1]), identities[role]["output_stride"])
+        first, (h, w) = dataset[larger[0]].name, sizes[role][larger[0]]
+        raise InputError(
+            f"image {first} is {h}×{w}, larger than {height}×{width}: give a larger `image_size`; {fits[0]} {fits[1]} fits "
+            f"all pictures of {' and '.join(each.split for each in datasets.values())}"
+        )
 
 
 def facts_of(caches: Mapping[str, FeatureCache]) -> dict[str, Any]:

@@ -26,9 +26,8 @@ from reference.dense_prediction_cell import rate_multiplier_for
 from search.cells.cost import module_cost
 from search.cells.reach import FeatureMaps
 from search.dense_tasks import Scores, totals_of_nothing
-from search.errors import InputError
 from search.settings import HeadSettings, ProxySettings, known
-from search.tasks.feature_cache import FeatureCache
+from search.tasks.feature_cache import FeatureCache, require_crop
 
 _CURVE_POINTS = 100
 
@@ -177,14 +176,10 @@ class ProxyTask:
 
 def crop_in_features(settings: ProxySettings, cache: FeatureCache) -> tuple[int, int]:
     """Height and width of the training crops, in features. Raises InputError for a crop that does not fit."""
-    whole = (cache.features.shape[2], cache.features.shape[3])
+    whole, stride = (cache.features.shape[2], cache.features.shape[3]), cache.output_stride
     if settings.crop_size is None:
         return whole
-    stride = cache.output_stride
-    largest = [stride * (limit - 1) + 1 for limit in whole]
-    if any((extent - 1) % stride or not 1 <= extent <= most for extent, most in zip(settings.crop_size, largest, strict=True)):
-        given, most = (" ".join(map(str, sizes)) for sizes in (settings.crop_size, largest))
-        raise InputError(f"`crop_size` {given} must be {stride}·k + 1 each, at most {most}, the cached images' size")
+    require_crop(settings.crop_size, [stride * (extent - 1) + 1 for extent in whole], stride)
     height, width = ((extent - 1) // stride + 1 for extent in settings.crop_size)
     return height, width
 

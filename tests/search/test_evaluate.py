@@ -213,3 +213,34 @@ def test_a_legend_has_what_occurs_and_room_for_it() -> None:
     assert one.size == (496, 22 + 20 + 8 + 22 + 8)
     assert nine.size == (496, one.height + 8 * 22)  # one column, because the longest name leaves no room for two
     assert nine.getpixel((8 + 4, one.height - 8 - 22 + 22 + 4)) == task.details[1].colour
+
+
+UNLABELLED = """
+classes = ["soil", "crop"]
+images = "{split}/{name}.jpg"
+labels = "{split}/{name}.png"
+[splits.val]
+[splits.test]
+[splits.field]
+labelled = false
+"""
+
+
+def test_a_split_without_labels_is_refused_unless_they_are_not_public(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for split in ("val", "test", "field"):
+        made.write_image(tmp_path / split / "a.jpg", size=(33, 33))
+        made.write_label(tmp_path / split / "a.png", np.full((33, 33), IGNORE_INDEX, np.uint8))
+    (tmp_path / "set.toml").write_text(UNLABELLED)
+    save_network(tmp_path / "n.safetensors", small_network(2), task={"class_names": ("soil", "crop")})
+    named = {"network": tmp_path / "n.safetensors", "dataset": str(tmp_path / "set.toml"), "device": "cpu"}
+    with pytest.raises(InputError, match=r"^no pixel of set val has a label to score by: give another `split`, or correct"):
+        search.evaluate.main(composed(EvaluateSettings, **named))
+    assert not (tmp_path / "n-set-val.json").exists()
+    said = capsys.readouterr().err
+    assert said.startswith("warning: 100.00 % of the pixels of val are 255, which does not count because ")
+    for split in ("test", "field"):
+        search.evaluate.main(composed(EvaluateSettings, split=split, **named))
+        assert json.loads((tmp_path / f"n-set-{split}.json").read_text())["mean_iou"] is None
+    assert "warning" not in capsys.readouterr().err

@@ -320,7 +320,8 @@ def test_a_cell_whose_training_diverges_fails_and_the_others_go_on(
 def test_all_cells_failing_still_ends_in_order(
     tiny: RerankSettings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    search.rerank.main(changed(tiny, out=tmp_path, learning_rate=1e30))
+    with pytest.raises(SystemExit, match="1"):
+        search.rerank.main(changed(tiny, out=tmp_path, learning_rate=1e30))
     assert "no cell of the search is trained yet (4 trainings failed)" in capsys.readouterr().err
 
 

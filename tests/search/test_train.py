@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -38,6 +39,7 @@ from search.training.network import initial_network
 from search.training.scoring import count_split
 from search.training.state import read_curve
 from search.training.tiles import Tiles
+from tests.search import dataset_folders as made
 from tests.search.composed import changed, composed
 from tests.search.test_random import write_camvid
 
@@ -477,6 +479,32 @@ def test_tiles_are_part_of_what_a_training_is(tiny: TrainSettings, uninterrupted
     (tmp_path / "earlier" / "settings.json").write_text(json.dumps(settings))
     search.train.main(changed(tiny, out=tmp_path / "earlier"))
     assert "tile_size" not in load_network(uninterrupted / "last.safetensors")[1]["evaluation"]
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "message"),
+    [
+        (255, 0, "no pixel of set train has a label to learn from: give another `train_split`"),
+        (0, 255, "no pixel of set val has a label to score by: give another `val_split`"),
+        (0, 0, "all labelled pixels of set val have the same label: give another `val_split`"),
+    ],
+)
+def test_labels_that_say_nothing_are_refused_before_a_step(tmp_path: Path, train: int, val: int, message: str) -> None:
+    for split, value in (("train", train), ("val", val)):
+        made.write_image(tmp_path / split / "a.jpg", size=(33, 33))
+        made.write_label(tmp_path / split / "a.png", np.full((33, 33), value, np.uint8))
+    path = tmp_path / "set.toml"
+    path.write_text(
+        'classes = ["soil", "crop"]\nignore = [255]\nimages = "{split}/{name}.jpg"\nlabels = "{split}/{name}.png"\n'
+        "[splits.train]\n[splits.val]\n"
+    )
+    save_network(tmp_path / "init.safetensors", small_network(2), task={"class_names": ("soil", "crop")})
+    settings = composed(
+        TrainSettings, dataset=str(path), init=tmp_path / "init.safetensors", out=tmp_path / "out", device="cpu"
+    )
+    with pytest.raises(InputError, match=f"^{message}, or correct its labels; `python -m search.datasets check` counts them$"):
+        search.train.main(settings)
+    assert not (tmp_path / "out").exists()
 
 
 def test_all_defaults_pass_the_check() -> None:

@@ -109,6 +109,12 @@ trainval         4      4 or 5      6–10 × 6–8      23.53
 5  upper legs     0.00    0.00        0.00
 6  lower legs    50.00    0.00       30.77
 
+2 warnings:
+  no pixel of train is background, torso, upper arms, lower arms or upper legs (100.00 % of val are): nothing is learnt of \
+them; see that the pictures are all there, and that labels have the numbers of this data set
+  no pixel of val is head or lower legs (100.00 % of train are): scores say nothing of them; \
+see that the pictures are all there, and that labels have the numbers of this data set
+
 no problems
 """
     assert out == f"{expected}next: {begin('pascal_person_part', tmp_path)}\n"

@@ -787,3 +787,21 @@ def test_a_search_runs_on_a_described_folder(
     moved = path.rename(tmp_path / "descriptions" / path.name)  # a run is known by its data, not by where they are described
     search.random.main(changed(settings, dataset=str(moved), data_dir=tmp_path, trials=3))
     assert len((tmp_path / "runs" / "fields" / "cells.csv").read_text().splitlines()) == 1 + 3
+
+
+def test_a_wrong_pattern_of_labels_is_one_problem_of_each_split(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        for name in ("a", "b", "c"):
+            made.write_image(tmp_path / split / "images" / f"{name}.png")
+            made.write_label(tmp_path / split / "masks" / f"{name}.png", made.values_up_to(3))
+    (tmp_path / "train" / "images" / "c.png").write_text("no picture")  # is found nevertheless
+    path = tmp_path / "fields.toml"
+    path.write_text(FOLDERS)
+    problems = check_folder(str(path), None, (), 1).problems
+    expected = [
+        f"none of the 3 labels of {split} is there, such as {tmp_path}/{split}/labels/a.png" for split in ("train", "val")
+    ]
+    assert [problem.partition(": ")[0] for problem in problems[:2]] == expected
+    assert [problem.partition(": ")[2] for problem in problems[:2]] == [f"restore them, or correct labels in {path}"] * 2
+    (damaged,) = problems[2:]
+    assert re.match(r"picture .*c\.png is truncated or unreadable", damaged)

@@ -19,7 +19,7 @@ from PIL import Image, ImageCms, features
 from search.datasets import open_dataset, open_splits
 from search.datasets.check import check_folder
 from search.datasets.from_torch import TorchDataset
-from search.datasets.labels import ColourReader, DepthReader, LabelReader, label_colours, shown_as
+from search.datasets.labels import ColourReader, DepthReader, LabelReader, label_colours, storage
 from search.datasets.pictures import PictureReader, as_shown, picture_size
 from search.errors import InputError
 from search.settings import DataSettings
@@ -519,10 +519,12 @@ def test_the_palette_says_what_numbers_look_like(tmp_path: Path, suffix: str) ->
     colours = label_colours(path, range(20))
     assert colours is not None
     np.testing.assert_array_equal(colours, PALETTE)
-    assert shown_as(path) == {colour: number for colour, number in COLOURS.items() if number in INDEX}
+    form, palette = storage(path)
+    assert form == "with a palette"
+    assert {colour: palette.index(colour) for colour in COLOURS} == COLOURS
     saved(INDEX)(tmp_path / "b.png")
     assert label_colours(tmp_path / "b.png", range(2)) is None
-    assert shown_as(tmp_path / "b.png") == {}
+    assert storage(tmp_path / "b.png") == ("in 8-bit grey", [])
 
 
 # Large pictures

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -20,6 +21,7 @@ from fast.checkpoint import load_network
 from reference.cell import Cell
 from search.cells.cost import cell_cost
 from search.cells.space import load_cell
+from search.datasets import camvid
 from search.errors import InputError
 from search.runs.workers import InProcess, Job, Outcome, RayWorkers
 from search.settings import TrainingSettings
@@ -27,6 +29,7 @@ from search.tasks.end_to_end import EndToEndResult, EndToEndTask
 from search.train import TrainSettings
 from search.training.loop import Training
 from search.training.state import read_curve
+from tests.search import dataset_folders as made
 from tests.search.composed import changed, composed
 from tests.search.test_random import BACKBONE, write_camvid
 from tests.search.test_train import kill_at_call, killed_while
@@ -70,6 +73,15 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TrainingSettings:
         loading_processes=0,
         device="cpu",
     )
+
+
+def test_a_split_without_labels_is_refused_before_any_training(tiny: TrainingSettings, tmp_path: Path) -> None:
+    folder = write_camvid(tmp_path / "camvid")
+    for path in (folder / "valannot").iterdir():
+        made.write_label(path, np.full((33, 49), camvid.VOID, np.uint8))
+    with pytest.raises(InputError, match=r"^no pixel of camvid val has a label to score by: give another `val_split`"):
+        EndToEndTask(changed(tiny, data_dir=folder, val_split="val"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ from search.errors import InputError
 from search.features import FeaturesSettings, main
 from search.folder import Folder
 from search.settings import BackboneSettings, DataSettings, FeatureSettings, MachineSettings
-from search.tasks.feature_cache import FeatureCache, HalfWrittenError, build_cache, open_cache, prepare_caches
+from search.tasks.feature_cache import FeatureCache, HalfWrittenError, build_cache, caches_of, open_cache, prepare_caches
 from tests.search.composed import composed
 from tests.strategies import rng_seeds
 
@@ -460,6 +460,38 @@ def test_labels_that_tell_nothing_apart_are_refused(
     machine = MachineSettings(cache_dir=tmp_path, device="cpu")
     with pytest.raises(InputError, match=rf"^{complaint}.*: give another `val_split`, or correct its labels"):
         prepare_caches(DataSettings(dataset="pictures"), BackboneSettings(), FeatureSettings(), machine, COMMAND)
+
+
+def of_sizes(split: str, *sizes: tuple[int, int]) -> Pictures:
+    dataset = Pictures(sizes)
+    object.__setattr__(dataset, "split", split)
+    return dataset
+
+
+def test_the_size_that_fits_all_pictures_is_said_before_anything_is_computed(tmp_path: Path) -> None:
+    train, val = of_sizes("train", (20, 40), (30, 40), (50, 34)), of_sizes("val", (33, 49), (17, 60))
+    machine = MachineSettings(cache_dir=tmp_path, device="cpu")
+
+    def caches(**given: Any) -> dict[str, FeatureCache]:
+        return caches_of(train, val, pixel_backbone(), FeatureSettings(**given), machine, COMMAND)
+
+    fits = "give a larger `image_size`; 65 65 fits all pictures of train and val"
+    with pytest.raises(InputError, match=rf"^image picture 2 is 50×34, larger than 33×49: {fits}$"):
+        caches()
+    with pytest.raises(InputError, match=rf"^image picture 1 is 17×60, larger than 65×49: {fits}$"):
+        caches(image_size=(65, 49))
+    assert list(tmp_path.iterdir()) == []
+    assert all(cache.labels.shape[1:] == (65, 65) for cache in caches(image_size=(65, 65)).values())
+
+
+def test_crops_that_cannot_be_cut_are_refused_before_anything_is_computed(tmp_path: Path) -> None:
+    train, val = of_sizes("train", (20, 40)), of_sizes("val", (20, 40))
+    settings = pixel_backbone(), FeatureSettings(), MachineSettings(cache_dir=tmp_path, device="cpu"), COMMAND
+    for crop in ((33, 65), (32, 49), (-15, 33)):
+        with pytest.raises(InputError, match=rf"^`crop_size` {crop[0]} {crop[1]} must be 16·k \+ 1 each, at most 33 49, the"):
+            caches_of(train, val, *settings, crop)
+    assert list(tmp_path.iterdir()) == []
+    assert caches_of(train, val, *settings, (17, 1))["train"].labels.shape == (1, 33, 49)
 
 
 def test_a_file_in_place_of_the_caches_is_refused(tmp_path: Path, asked: list[str]) -> None:
