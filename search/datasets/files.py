@@ -1,6 +1,7 @@
 """Data sets made of files: pairs of an image and a label, listed and checked in one way, with the same error messages."""
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -9,11 +10,14 @@ from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
 
-from search.datasets import Dataset, Sample
+from search.datasets import Dataset, Fingerprint, Sample
+from search.datasets.digests import digests
 from search.datasets.labels import ColourReader, DepthReader, LabelReader
 from search.datasets.pictures import picture_size, read_image
 from search.dense_tasks import DenseTask, Label
 from search.errors import InputError
+
+_READING = 1  # to be raised when the same files are read as other pictures, or labels, than before
 
 
 class Pair(NamedTuple):
@@ -76,11 +80,14 @@ class FileDataset:
             raise InputError(error)
         return label
 
-    def fingerprint(self) -> str:
-        digest = hashlib.sha256((self.split + self.recipe).encode())
-        for path in (path for pair in self.pairs for path in pair[1:] if path is not None):
-            digest.update(f"{path.parent.name}/{path.name} {path.stat().st_size}\n".encode())
-        return digest.hexdigest()
+    def fingerprint(self) -> Fingerprint:
+        """What the files hold, wherever they are; a label corrected in place is another one. Each is read once."""
+        labels = [pair.label for pair in self.pairs if pair.label is not None]
+        held = iter(digests([*(pair.image for pair in self.pairs), *labels], f"content of {self.name} {self.split}"))
+        of_images = [[pair.name, next(held)] for pair in self.pairs]
+        of_labels = [None if pair.label is None else next(held) for pair in self.pairs]
+        parts = [_READING, self.split, of_images], [_READING, self.recipe, of_labels]
+        return Fingerprint(*(hashlib.sha256(json.dumps(part).encode()).hexdigest() for part in parts))
 
     def problems(self) -> list[str]:
         absent = [path for pair in self.pairs for path in pair[1:] if path is not None and not path.is_file()]
@@ -110,6 +117,11 @@ class FileDataset:
 def example_picture(dataset: Dataset) -> Path | None:
     """The file of the first picture; None if pictures are not in files."""
     return dataset.pairs[0].image if isinstance(dataset, FileDataset) else None
+
+
+def origin_of(dataset: Dataset) -> str:
+    """The list or folder that names the pictures, which tells data sets of one name apart; "" if pictures are not in files."""
+    return str(dataset.listing.absolute()) if isinstance(dataset, FileDataset) else ""
 
 
 def require_layout(data_dir: Path, paths: Iterable[Path], layout: str) -> None:

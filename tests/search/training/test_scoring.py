@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from fast.segmentation import SegmentationNetwork, predict_scales
-from search.datasets import IGNORE_INDEX, Sample
+from search.datasets import IGNORE_INDEX, Fingerprint, Sample
 from search.dense_tasks import DenseTask, Scores
 from search.dense_tasks.segmentation import Segmentation
 from search.training.scoring import count_split, predict_picture
@@ -33,8 +33,8 @@ class Made:
         label[rng.random(label.shape) < 0.1] = IGNORE_INDEX
         return Sample(image, label, f"city/{index}")
 
-    def fingerprint(self) -> str:
-        return "made"
+    def fingerprint(self) -> Fingerprint:
+        return Fingerprint("made", "made")
 
     def problems(self) -> list[str]:
         return []
