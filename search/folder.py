@@ -71,7 +71,7 @@ class Folder:
             )
         if changed := other_files(before, now):
             raise InputError(
-                f"{self.kind} {self.path} was started with {changed} than there are now{typed}: restore these files, "
+                f"{self.kind} {self.path} was started with {changed} than now{typed}: restore them, "
                 f"{self.remedy}, or delete that folder"
             )
         if different := differences(before, now, defaults):

@@ -122,9 +122,7 @@ def _validation(run: Run, data: DataSettings) -> Dataset:
     if run.identity.keys().isdisjoint(now):
         raise InputError(f"{run.directory} is of an earlier version, which did not look into files: search in another folder")
     if changed := other_files(run.identity, now):
-        raise InputError(
-            f"{run.directory} was scored on {changed} than there are now: restore these files, or give their `data_dir`"
-        )
+        raise InputError(f"{run.directory} was scored on {changed} than now: restore them, or give their `data_dir`")
     return val
 
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from search.datasets import VALIDATION, Dataset, open_unchecked, split_names
-from search.datasets.files import FileDataset
+from search.datasets.files import FileDataset, omissions
 from search.datasets.labels import LabelReader, shown_as
 from search.dense_tasks import RGB
 from search.dense_tasks.segmentation import Segmentation
@@ -59,6 +59,7 @@ def check_folder(
     Raises InputError for an unknown data set or split, and if there is nothing to verify.
     """
     datasets, problems, notes = _open_splits(name, data_dir, splits, task)
+    notes += filter(None, map(omissions, datasets))
     for dataset in datasets:
         problems += _list_problems(dataset)
     problems += _overlaps(datasets)

@@ -1,5 +1,6 @@
 """Data sets made of files: pairs of an image and a label, listed and checked in one way, with the same error messages."""
 
+import codecs
 import hashlib
 import json
 from collections import Counter
@@ -28,13 +29,21 @@ class Pair(NamedTuple):
     label: Path | None
 
 
+class LeftOut(NamedTuple):
+    """Files that lie among those of a split and are none of its pictures or labels: why, how many, and one of them."""
+
+    reason: str
+    number: int
+    example: Path
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FileDataset:
     """One split of pictures on disk, a `Dataset`.
 
     `listing` is the list or folder from which the pairs' names come, and `faults` are its problems. `official_lengths` are the
     numbers of pictures that a complete split may have (none if unknown), `alternative` is added to the message about a missing
-    file, and `recipe` is what the labels depend on besides their files.
+    file, and `recipe` is what the labels depend on besides their files. `left_out` are files that are passed over.
     """
 
     name: str
@@ -47,6 +56,7 @@ class FileDataset:
     official_lengths: tuple[int, ...] = ()
     alternative: str = ""
     recipe: str = ""
+    left_out: tuple[LeftOut, ...] = ()
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -140,7 +150,7 @@ def require_layout(data_dir: Path, paths: Iterable[Path], layout: str) -> None:
 def read_lines(path: Path, remedy: str) -> list[tuple[int, str]]:
     """Read the non-blank lines of a list, with their numbers. Raises InputError for a list that is empty or not text."""
     try:
-        text = path.read_text(encoding="utf-8-sig")  # some editors begin a text with a mark
+        text = decoded(path.read_bytes())
     except UnicodeDecodeError as error:
         raise InputError(f"list {path} is no text in UTF-8 ({error.reason} at byte {error.start}); {remedy}") from error
     except FileNotFoundError as error:
@@ -149,6 +159,20 @@ def read_lines(path: Path, remedy: str) -> list[tuple[int, str]]:
     if not lines:
         raise InputError(f"list {path} is empty; {remedy}")
     return lines
+
+
+def decoded(content: bytes) -> str:
+    """A text in UTF-8, or in UTF-16 if it begins with its mark, as PowerShell writes. Raises UnicodeDecodeError otherwise."""
+    marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return content.decode("utf-16" if marked else "utf-8-sig").replace("\r\n", "\n")  # editors begin UTF-8 with a mark, too
+
+
+def omissions(dataset: Dataset) -> str:
+    """What is passed over in the split's folders, as a sentence; "" if nothing is."""
+    if not isinstance(dataset, FileDataset) or not dataset.left_out:
+        return ""
+    parts = [f"{number:,} {reason} (such as {example})" for reason, number, example in dataset.left_out]
+    return f"{dataset.split}: {len(dataset):,} pictures; left out: {', '.join(parts)}"
 
 
 def repeated(names: Iterable[str], listing: Path) -> list[str]:

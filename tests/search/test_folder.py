@@ -62,8 +62,8 @@ def test_files_that_hold_something_else_need_another_folder(tmp_path: Path) -> N
     with pytest.raises(InputError) as refused:
         folder.begin(before | {names[1]: "cd" * 32, names[2]: "cd" * 32}, "python -m x")
     assert str(refused.value) == (
-        f"run {tmp_path} was started with other labels of `train_split` and other images of `val_split` than there are now "
-        "(python -m x): restore these files, give another `out`, or delete that folder"
+        f"run {tmp_path} was started with other labels of `train_split` and other images of `val_split` than now "
+        "(python -m x): restore them, give another `out`, or delete that folder"
     )
 
 
