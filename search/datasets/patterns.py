@@ -12,6 +12,9 @@ from typing import NamedTuple
 
 from search.datasets.walk import walk
 
+_SEPARATOR = re.compile(r"[\s,;]+")  # of columns
+_MOST_COMPARED = 5  # unknown names for which a similar one is looked for: that takes long among many
+
 
 class Index(NamedTuple):
     """The files that fit a pattern, by name, and a sentence for each name that two files share; the files beside them that
@@ -107,9 +110,6 @@ def read_names(
     return Lines(names, faults)
 
 
-_MOST_COMPARED = 5  # unknown names for which a similar one is looked for: that takes long among many
-
-
 def _unknown(listing: Path, number: int, line: str, pattern: str, names: Iterable[str]) -> str:
     similar = get_close_matches(PurePosixPath(line.split()[0].replace("\\", "/")).stem, list(names), n=1)
     remedy = f"the nearest is {similar[0]!r}: correct the line, or restore the picture" if similar else "correct the line"
@@ -137,16 +137,22 @@ class _Meanings:
         for text, rest in _columns(line):
             written = re.sub(r"^\.?/+", "", composed(text).strip("\"'").replace("\\", "/"))
             name = self._exact.get(written) or self._paths.get(written) or self._endings.get(_small_suffix(written))
-            from_elsewhere = (self._paths[ending] for ending in _from_each_folder(written) if ending in self._paths)
-            if name := name or next(from_elsewhere, None):
+            if name := name or self._from_elsewhere(written):
                 return name, rest
         return None, ""
+
+    def _from_elsewhere(self, path: str) -> str | None:
+        """The file with this path in another folder than here, such as one of another machine, if a single path is written."""
+        endings = (ending for ending in _from_each_folder(path) if ending in self._paths)
+        ending = next(endings, None)
+        is_one = ending is not None and not _SEPARATOR.search(path.removesuffix(ending))
+        return self._paths[ending] if ending is not None and is_one else None
 
 
 def _columns(line: str) -> Iterator[tuple[str, str]]:
     """The line divided into its beginning and the rest, the longest beginnings first: a name may contain what separates."""
     yield line, ""
-    for separator in reversed(list(re.finditer(r"[\s,;]+", line))):
+    for separator in reversed(list(_SEPARATOR.finditer(line))):
         yield line[: separator.start()], line[separator.end() :]
 
 
