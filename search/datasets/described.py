@@ -11,7 +11,7 @@ import hashlib
 import math
 import re
 import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -23,6 +23,7 @@ from search.datasets import IGNORE_INDEX
 from search.datasets.files import FileDataset, LeftOut, Pair, decoded, read_lines, repeated
 from search.datasets.labels import MOST_VALUES, ColourReader, DepthReader, LabelReader, label_colours, spans
 from search.datasets.patterns import NOTHING, Index, composed, fixed_part, index, place, read_names
+from search.datasets.walk import SUFFIXES
 from search.dense_tasks import RGB, DenseTask
 from search.dense_tasks.depth import Depth
 from search.dense_tasks.segmentation import Segmentation, default_palette
@@ -96,13 +97,12 @@ def open_split(path: Path, split: str, data_dir: Path | None) -> FileDataset:
     if not root.is_dir():
         raise InputError(f"`data_dir` {root} is not a folder; give the one that {path} describes")
     images = index(root, description.images, wanted.folder)
-    labels, is_labelled = NOTHING, description.labels is not None and wanted.labelled
-    if description.labels is not None and is_labelled:
-        labels = index(root, description.labels, wanted.folder)
+    pattern = description.labels if wanted.labelled else None
+    labels = NOTHING if pattern is None else index(root, pattern, wanted.folder)
     names, faults, listing = _names(description, split, root, images, labels)
     faults = [*repeated(names, listing), *faults]
     if wanted.list is None:
-        faults += [_widowed(labels.files[name], name, images) for name in sorted(labels.files.keys() - images.files.keys())]
+        faults += _widowed(images, labels)
 
     def find(found: Index, pattern: str, name: str) -> Path:
         return found.files.get(name, root / _fill(pattern, wanted.folder, name))
@@ -112,11 +112,7 @@ def open_split(path: Path, split: str, data_dir: Path | None) -> FileDataset:
         split=split,
         task=_coloured(description, root),
         pairs=tuple(
-            Pair(
-                name,
-                find(images, description.images, name),
-                find(labels, description.labels, name) if description.labels is not None and is_labelled else None,
-            )
+            Pair(name, find(images, description.images, name), None if pattern is None else find(labels, pattern, name))
             for name in names
         ),
         read_label=description.read_label,
@@ -128,25 +124,33 @@ def open_split(path: Path, split: str, data_dir: Path | None) -> FileDataset:
     )
 
 
-def _widowed(label: Path, name: str, images: Index) -> str:
-    """What is said of a label without an image; an image that does not fit the pattern may be what is missed."""
-    misfit = next((path for path in images.unfit if composed(path.stem) == PurePosixPath(name).name and path != label), None)
-    if misfit is not None:
-        return f"label {label} has no image that fits the pattern of images, unlike {misfit}; correct the pattern, or the file"
-    return f"label {label} has no image; restore the image, or remove the label"
+def _widowed(images: Index, labels: Index) -> list[str]:
+    """A sentence for each label without an image; a picture that does not fit the pattern may be what is missed."""
+    known = set(labels.files.values())
+    misfits = {composed(path.stem): path for path in images.unfit if path.suffix.lower() in SUFFIXES and path not in known}
+    faults = []
+    for name in sorted(labels.files.keys() - images.files.keys()):
+        label, misfit = labels.files[name], misfits.get(PurePosixPath(name).name)
+        if misfit is None:
+            faults.append(f"label {label} has no image; restore the image, or remove the label")
+        else:
+            remedy = "correct the pattern, or the file"
+            faults.append(f"label {label} has no image that fits the pattern of images, unlike {misfit}; {remedy}")
+    return faults
 
 
 def _left_out(
-    description: Description, wanted: Split, names: Collection[str], images: Index, labels: Index
+    description: Description, wanted: Split, names: Iterable[str], images: Index, labels: Index
 ) -> tuple[LeftOut, ...]:
     """The files in the folders of a split that are none of its pictures or labels, by the reason."""
     fitting = {*images.files.values(), *labels.files.values(), description.path}
-    others = [path for name, path in images.files.items() if name not in set(names)]
+    taken = set(names)
+    others = {path for name, path in images.files.items() if name not in taken}
     reasons = {
         "hidden": {*images.hidden, *labels.hidden},
         "links that lead nowhere": {*images.dangling, *labels.dangling},
         "not named as the patterns say": {*images.unfit, *labels.unfit} - fitting,
-        f"not in {wanted.list}" if wanted.share is None else "not in this share": set(others),
+        f"not in {wanted.list}" if wanted.share is None else "not in this share": others,
     }
     return tuple(LeftOut(reason, len(paths), min(paths)) for reason, paths in reasons.items() if paths)
 

@@ -8,6 +8,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
+from posixpath import splitext
 from typing import NamedTuple
 
 from search.datasets.walk import walk
@@ -42,7 +43,7 @@ def index(root: Path, pattern: str, folder: str) -> Index:
     found = walk(place(root, fixed_part(pattern, folder)))
     files: dict[str, Path] = {}
     faults, unfit = [], []
-    for path in sorted(found.files, key=lambda path: (not path.name.endswith(suffix), path)):
+    for path in sorted(found.files, key=lambda path: not path.name.endswith(suffix)):
         match = fits.fullmatch(_relative(path, root))
         if match is None:
             unfit.append(path)
@@ -126,7 +127,7 @@ class _Meanings:
         for name, path in files.items():
             relative = _relative(path, root)
             self._exact.setdefault(relative[max(0, relative.rfind(name)) :], name)
-            for form in (relative, relative.removesuffix(path.suffix)):
+            for form in (relative, splitext(relative)[0]):
                 self._paths.setdefault(form, name)
                 for ending in _from_each_folder(form):
                     endings.setdefault(_small_suffix(ending), set()).add(name)
@@ -167,8 +168,8 @@ def _from_each_folder(path: str) -> Iterator[str]:
 
 
 def _small_suffix(path: str) -> str:
-    suffix = PurePosixPath(path).suffix
-    return path.removesuffix(suffix) + suffix.lower()
+    stem, suffix = splitext(path)
+    return stem + suffix.lower()
 
 
 def _relative(path: Path, root: Path) -> str:

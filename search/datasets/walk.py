@@ -13,6 +13,10 @@ _LEFT_BY_SYSTEMS = frozenset(
 )
 
 
+# Of pictures, in small letters.
+SUFFIXES = frozenset([".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif"])
+
+
 class Found(NamedTuple):
     """All files in a folder and the folders in it, each list sorted: the user's, hidden ones, and links that lead nowhere.
 
