@@ -148,7 +148,7 @@ def _left_out(
     others = {path for name, path in images.files.items() if name not in taken}
     reasons = {
         "hidden": {*images.hidden, *labels.hidden},
-        "links that lead nowhere": {*images.dangling, *labels.dangling},
+        "linked to nothing": {*images.dangling, *labels.dangling},
         "not named as the patterns say": {*images.unfit, *labels.unfit} - fitting,
         f"not in {wanted.list}" if wanted.share is None else "not in this share": others,
     }

@@ -128,7 +128,7 @@ def test_debris_is_no_picture_and_is_counted(tmp_path: Path, capsys: pytest.Capt
     assert names_of(path) == ["p0", "p1", "p2"]
     said = (
         f"train: 3 pictures; left out: 8 hidden (such as {tmp_path}/images/train/.DS_Store), "
-        f"1 links that lead nowhere (such as {tmp_path}/images/train/p8.jpg), "
+        f"1 linked to nothing (such as {tmp_path}/images/train/p8.jpg), "
         f"2 not named as the patterns say (such as {tmp_path}/images/train/notes.txt)"
     )
     assert omissions(opened(path)) == said
