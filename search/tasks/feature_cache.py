@@ -297,12 +297,13 @@ def _held(folder: Folder, identity: Mapping[str, Any]) -> _Held:
     if before[PICTURES] != identity[PICTURES]:
         return _Held(fault="was made of images that have changed since")
     done, count = progress.get("done"), identity[_IMAGES]
-    if not (isinstance(done, int) and 0 <= done <= count):
+    labels = progress.get(_LABELS_DONE, done)
+    if not (isinstance(done, int) and isinstance(labels, int) and 0 <= labels <= done <= count):
         raise folder.damaged("progress", ValueError(f"{done} of {count} images done"))
     of_labels = _of_labels(identity)
     if any(before.get(name) != value for name, value in of_labels.items()):
         return _Held(done, 0, "was made of labels that have changed since")
-    return _Held(done, int(progress.get(_LABELS_DONE, done)))
+    return _Held(done, labels)
 
 
 def _fill(folder: Folder, dataset: Dataset, backbone: Backbone, identity: dict[str, Any], device: str, command: str) -> None:

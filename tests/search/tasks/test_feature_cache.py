@@ -407,7 +407,7 @@ def test_damaged_arrays_are_refused_by_name(tmp_path: Path, file: str, damage: C
 DAMAGED = (b"", b"{", b"{}", b"[]", b"3", b"\0\0\0", b'"text"', b"null", b"\xff\xfe")
 
 
-@pytest.mark.parametrize("content", [*DAMAGED, b'{"done": "all"}'])
+@pytest.mark.parametrize("content", [*DAMAGED, b'{"done": "all"}', b'{"done": 20, "labels": 21}'])
 def test_damaged_progress_is_refused_by_name_and_can_be_deleted(tmp_path: Path, content: bytes) -> None:
     build(tmp_path, TWENTY)
     before = contents(tmp_path)
