@@ -146,11 +146,13 @@ def _left_out(
     fitting = {*images.files.values(), *labels.files.values(), description.path}
     taken = set(names)
     others = {path for name, path in images.files.items() if name not in taken}
+    widowed = {labels.files[name] for name in labels.files.keys() - images.files.keys()}
     reasons = {
         "hidden": {*images.hidden, *labels.hidden},
         "linked to nothing": {*images.dangling, *labels.dangling},
         "not named as the patterns say": {*images.unfit, *labels.unfit} - fitting,
         f"not in {wanted.list}" if wanted.share is None else "not in this share": others,
+        "without an image": widowed if wanted.list is not None else set(),  # without a list, they are faults
     }
     return tuple(LeftOut(reason, len(paths), min(paths)) for reason, paths in reasons.items() if paths)
 

@@ -208,6 +208,14 @@ def test_a_line_means_its_picture(tmp_path: Path, line: str, encoding: str) -> N
     assert "1 not in train.txt (such as" in omissions(opened(path))
 
 
+def test_labels_without_an_image_are_counted_where_a_list_decides(tmp_path: Path) -> None:
+    path = write_set(tmp_path, LISTS)
+    made.write_list(tmp_path / "train.txt", ["p2", "p1"])
+    (tmp_path / "images" / "train" / "p0.jpg").unlink()
+    said = f"train: 2 pictures; left out: 1 without an image (such as {tmp_path}/labels/train/p0.png)"
+    assert omissions(opened(path)) == said
+
+
 def test_names_may_contain_what_separates_columns(tmp_path: Path) -> None:
     path = write_set(tmp_path, LISTS, names=("a b", "a", "a b, c"))
     lines = ["images/train/a b, c.jpg labels/train/a b, c.png", "images/train/a b.jpg,labels/train/a b.png", "a"]
