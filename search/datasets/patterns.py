@@ -112,7 +112,7 @@ def read_names(
 
 
 def _unknown(listing: Path, number: int, line: str, pattern: str, names: Iterable[str]) -> str:
-    similar = get_close_matches(PurePosixPath(line.split()[0].replace("\\", "/")).stem, list(names), n=1)
+    similar = get_close_matches(PurePosixPath(line.split()[0].replace("\\", "/")).stem, list(names), n=1, cutoff=0.5)
     remedy = f"the nearest is {similar[0]!r}: correct the line, or restore the picture" if similar else "correct the line"
     return f"{listing}, line {number}: {line!r} is no picture that fits {pattern!r}; {remedy}"
 
