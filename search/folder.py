@@ -18,6 +18,7 @@ from search.errors import InputError
 from search.files import write_json
 
 NO_DEFAULTS: Mapping[str, Any] = {}
+CONTENT = "content of the "  # begins the names of hashes of files in an identity, such as that of the images
 _FORMAT = 3  # version of settings.json and of the results; the first one had no number
 
 
@@ -59,10 +60,21 @@ class Folder:
 
         `defaults` are those of settings: one that did not exist yet when the folder was begun is taken to have had its own.
         """
-        plain = json.loads(json.dumps(identity))
-        before = self.description()
-        typed = f" ({before['command']})" if before and before["command"] else ""
-        if before is not None and (different := differences(before["identity"], plain, defaults)):
+        now, description = json.loads(json.dumps(identity)), self.description()
+        if description is None:
+            return
+        before, typed = description["identity"], f" ({description['command']})" * bool(description["command"])
+        if any(name.startswith(CONTENT) and name not in before for name in now):
+            raise InputError(
+                f"{self.kind} {self.path} was started by an earlier version, which did not look into files, so nobody knows "
+                f"whether the pictures are still the same{typed}: {self.remedy}, or delete that folder"
+            )
+        if changed := other_files(before, now):
+            raise InputError(
+                f"{self.kind} {self.path} was started with {changed} than now{typed}: restore them, "
+                f"{self.remedy}, or delete that folder"
+            )
+        if different := differences(before, now, defaults):
             raise InputError(
                 f"{self.kind} {self.path} was started with {different}: use the same values{typed}, "
                 f"{self.remedy}, or delete that folder"
@@ -128,6 +140,17 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], defaults: Map
         for name in sorted(earlier.keys() | now.keys())
         if earlier.get(name) != now.get(name)
     )
+
+
+def other_files(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Which files hold something else than they did, as words; "" if none does.
+
+    >>> of_labels = f"{CONTENT}labels of `val_split`"
+    >>> other_files({"top_k": 3, of_labels: "ab" * 32}, {"top_k": 3, of_labels: "cd" * 32})
+    'other labels of `val_split`'
+    """
+    names = [name for name in now if name.startswith(CONTENT) and before.get(name) != now[name]]
+    return " and ".join(f"other {name.removeprefix(CONTENT)}" for name in names)
 
 
 def _as_field(name: str) -> str:

@@ -14,12 +14,12 @@ from fast.checkpoint import save_network
 from fast.model_card import write_card
 from fast.segmentation import SegmentationNetwork
 from search.cli import Flat, print_next, run_command, spelled, to_type, uses_of_network
-from search.datasets import Dataset, is_named, open_dataset
+from search.datasets import Dataset, contents, is_named, open_dataset
 from search.datasets.look import require_labelled
 from search.dense_tasks import Scores, restored_task
 from search.devices import resolve_device
 from search.errors import InputError
-from search.folder import differences
+from search.folder import other_files
 from search.runs.search import BEST_HEAD, HEADS, head_name
 from search.runs.study import Run, load_run, ranked
 from search.settings import (
@@ -27,7 +27,6 @@ from search.settings import (
     DataSettings,
     DeviceSettings,
     MachineSettings,
-    fingerprints,
     given,
     known,
     plain,
@@ -120,9 +119,11 @@ def _default_out(run: Run | None, head: Path) -> Path:
 def _validation(run: Run, data: DataSettings) -> Dataset:
     """The split that the search scored on. Raises InputError for other pictures than it had then."""
     val = open_dataset(data.dataset, data.val_split, data.data_dir, data.task, data.max_megapixels)
-    now = {name: value for name, value in fingerprints("", val.fingerprint()).items() if value}
-    if different := differences({name: run.identity.get(name) for name in now}, now):
-        raise InputError(f"{run.directory} was scored on other pictures: with {different}: give its `data_dir`")
+    now = contents("val_split", val.fingerprint())
+    if run.identity.keys().isdisjoint(now):
+        raise InputError(f"{run.directory} is of an earlier version, which did not look into files: search in another folder")
+    if changed := other_files(run.identity, now):
+        raise InputError(f"{run.directory} was scored on {changed} than now: restore them, or give their `data_dir`")
     require_labelled(val)
     return val
 

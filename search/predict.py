@@ -21,6 +21,7 @@ from typing import Any
 from tqdm import tqdm
 
 from search.cli import Flat, in_flags, print_next, run_command, spelled, this_command, to_type
+from search.datasets.walk import SUFFIXES, walk
 from search.dense_tasks import DenseTask
 from search.errors import InputError
 from search.files import write_json, write_text
@@ -30,7 +31,6 @@ from search.settings import PREDICTION_DEFAULTS, DeviceSettings, PredictionSetti
 from search.training.predictor import Predictor
 
 _PROG = spelled("predict")
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,7 @@ def _pictures(given: tuple[Path, ...], out: Path) -> dict[str, Path]:
             raise InputError(f"`pictures` {place} does not exist: give pictures or a folder")
         paths = sorted(_in_folder(place, out)) if place.is_dir() else [place]
         if not paths:
-            raise InputError(f"folder {place} holds no picture ({', '.join(sorted(_SUFFIXES))}): correct `pictures`")
+            raise InputError(f"folder {place} holds no picture ({', '.join(sorted(SUFFIXES))}): correct `pictures`")
         for path in paths:
             name = (path.relative_to(place) if place.is_dir() else Path(path.name)).with_suffix("").as_posix()
             if (other := found.setdefault(name, path)) != path:
@@ -87,10 +87,9 @@ def _pictures(given: tuple[Path, ...], out: Path) -> dict[str, Path]:
 
 
 def _in_folder(folder: Path, out: Path) -> Iterator[Path]:
-    for path in folder.rglob("*"):
-        is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+    for path in walk(folder).files:
         is_output = path.resolve().is_relative_to(out.resolve())  # of an earlier call
-        if path.suffix.lower() in _SUFFIXES and path.is_file() and not is_hidden and not is_output:
+        if path.suffix.lower() in SUFFIXES and not is_output:
             yield path
 
 
@@ -125,7 +124,9 @@ def _predict(predictor: Predictor, pictures: dict[str, Path], out: Path) -> int:
 
 
 def _is_newer(made: Path, origin: Path) -> bool:
-    return made.is_file() and made.stat().st_mtime_ns >= origin.stat().st_mtime_ns
+    """Whether it was made after the picture came to be what it is, also where that has an older time, as copies may."""
+    times = origin.stat()
+    return made.is_file() and made.stat().st_mtime_ns >= max(times.st_mtime_ns, times.st_ctime_ns)
 
 
 class _Shares:

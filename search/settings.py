@@ -65,11 +65,6 @@ def declared(*groups: Any) -> dict[str, Any]:
     return dict(plain({name: default for name, default in found.items() if not is_dataclass(default)}))
 
 
-def fingerprints(train: str, val: str) -> dict[str, str]:
-    """What stands in an identity for the fields that say where pictures are: the fingerprints of both splits."""
-    return {"`data_dir` or `train_split` (pictures)": train, "`data_dir` or `val_split` (pictures)": val}
-
-
 def plain(content: Any) -> Any:
     """Convert a group, or anything that contains groups, to what JSON has: lists for tuples, text for paths."""
     return json.loads(json.dumps(content, default=lambda value: str(value) if isinstance(value, Path) else asdict(value)))

@@ -34,7 +34,7 @@ def shapes_backbone(cache_dir: Path, output_stride: int, *, name: str = SMALL_BA
     backbone = plain_backbone(name, SHAPES_BACKBONES[name], output_stride=output_stride, low_level=low_level)
     dataset = open_dataset("shapes", "train", None)
     # Hash of this file and of the scenes; the rest of what a training depends on rarely changes.
-    recipe = hashlib.sha256(Path(__file__).read_bytes() + dataset.fingerprint().encode()).hexdigest()
+    recipe = hashlib.sha256(Path(__file__).read_bytes() + dataset.fingerprint().images.encode()).hexdigest()
     path = cache_dir / f"{name}-os{output_stride}-{recipe[:8]}.safetensors"
     if not path.exists():
         try:

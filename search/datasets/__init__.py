@@ -10,7 +10,7 @@ dependencies are needed only for that data set. Any other folder is described by
 
 import importlib
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ from reference.upsampled_cross_entropy import IGNORE_INDEX as IGNORE_INDEX
 from search.commands import spelled
 from search.dense_tasks import DenseTask, Label
 from search.errors import InputError
+from search.folder import CONTENT
 from search.settings import MAX_MEGAPIXELS, DataSettings, TaskName, TrainingPictures
 
 DATASETS = ("shapes", "camvid", "cityscapes", "pascal_voc", "pascal_person_part")
@@ -35,6 +36,16 @@ class Sample(NamedTuple):
     image: NDArray[np.uint8]
     label: Label
     name: str
+
+
+class Fingerprint(NamedTuple):
+    """What a split consists of, as two hexadecimal digests that change with it.
+
+    `images` is of the pictures, their names and their order, `labels` of the labels and what their values mean.
+    """
+
+    images: str
+    labels: str
 
 
 class Dataset(Protocol):
@@ -54,11 +65,16 @@ class Dataset(Protocol):
     def __getitem__(self, index: int) -> Sample:
         """Sample `index`; IndexError beyond the end, InputError for a file that cannot be used."""
 
-    def fingerprint(self) -> str:
-        """Hexadecimal digest of the samples' origin: the generator, or the names and sizes of the files."""
+    def fingerprint(self) -> Fingerprint:
+        """What the split consists of: the generator, or the content of the files. InputError for an unreadable file."""
 
     def problems(self) -> list[str]:
         """Problems found in lists and file names, one sentence each; pixels are checked when they are read."""
+
+
+def contents(field: Literal["train_split", "val_split"], fingerprint: Fingerprint) -> dict[str, str]:
+    """What stands in an identity for the images and the labels of the split that this field names."""
+    return {f"{CONTENT}{part} of `{field}`": digest for part, digest in fingerprint._asdict().items()}
 
 
 def is_named(name: str) -> bool:

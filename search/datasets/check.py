@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from search.datasets import IGNORE_INDEX, VALIDATION, Dataset, open_unchecked, split_names
 from search.datasets.facts import LabelFacts, SplitFacts, label_facts, label_path, refused_facts
-from search.datasets.files import FileDataset
+from search.datasets.files import FileDataset, omissions
 from search.datasets.rules import warnings_about
 from search.dense_tasks import RGB
 from search.dense_tasks.segmentation import Segmentation
@@ -68,6 +68,7 @@ def check_folder(
     Raises InputError for an unknown data set or split, and if there is nothing to verify.
     """
     datasets, problems, notes = _open_splits(name, data_dir, splits, task, max_megapixels)
+    notes += filter(None, map(omissions, datasets))
     for dataset in datasets:
         problems += _list_problems(dataset)
     datasets, absences = _without_absent_labels(datasets)

@@ -13,8 +13,9 @@ import numpy as np
 from torchvision.datasets import Cityscapes
 
 from search.datasets import IGNORE_INDEX
-from search.datasets.files import FileDataset, Pair, repeated, require_layout
+from search.datasets.files import FileDataset, LeftOut, Pair, repeated, require_layout
 from search.datasets.labels import LabelReader
+from search.datasets.walk import walk
 from search.dense_tasks.segmentation import Segmentation
 from search.errors import InputError
 
@@ -41,7 +42,8 @@ def open_split(split: str, data_dir: Path | None) -> FileDataset:
     if data_dir is None:
         raise InputError(f"`dataset` cityscapes needs `data_dir`: the folder with leftImg8bit/ and gtFine/ from {_ORIGIN}")
     parts = [_list_pairs(part, data_dir) for part in (("train", "val") if split == "trainval" else (split,))]
-    pairs = [pair for part, _ in parts for pair in part]
+    pairs = [pair for part, _, _ in parts for pair in part]
+    hidden = [path for _, _, paths in parts for path in paths]
     listing = data_dir / "leftImg8bit" / split
     return FileDataset(
         name="cityscapes",
@@ -50,27 +52,28 @@ def open_split(split: str, data_dir: Path | None) -> FileDataset:
         pairs=tuple(pairs),
         read_label=_LABELS,
         listing=listing,
-        faults=(*(fault for _, faults in parts for fault in faults), *repeated((pair.name for pair in pairs), listing)),
+        faults=(*(fault for _, faults, _ in parts for fault in faults), *repeated((pair.name for pair in pairs), listing)),
         official_lengths=LENGTHS[split],
+        left_out=(LeftOut("hidden", len(hidden), hidden[0]),) if hidden else (),
     )
 
 
-def _list_pairs(split: str, data_dir: Path) -> tuple[list[Pair], list[str]]:
-    """The pictures in the folder of images, and an error sentence for each label without a picture."""
+def _list_pairs(split: str, data_dir: Path) -> tuple[list[Pair], list[str], list[Path]]:
+    """The pictures in the folder of images, an error sentence for each label without a picture, and the hidden files."""
     image_dir, label_dir = data_dir / "leftImg8bit" / split, data_dir / "gtFine" / split
     layout = f"expected leftImg8bit/{split}/ and gtFine/{split}/ from {_ORIGIN}; correct `data_dir` or unpack them there"
-    require_layout(data_dir, (image_dir, label_dir), layout)  # torchvision would unpack archives in this folder
-    try:
-        found = Cityscapes(str(data_dir), split, mode="fine", target_type="semantic")
-    except NotADirectoryError as error:
-        raise InputError(f"{error.filename} lies among the folders of the cities; remove it") from error
+    require_layout(data_dir, (image_dir, label_dir), layout)
+    images, labels = walk(image_dir), walk(label_dir)
+    if stray := [path for path in images.files if path.parent == image_dir]:
+        raise InputError(f"{stray[0]} lies among the folders of the cities; remove it")
     pairs = [
-        Pair(Path(image).name.removesuffix(_IMAGE), Path(image), Path(labels[0]))
-        for image, labels in sorted(zip(found.images, found.targets, strict=True))
-        if image.endswith(_IMAGE)
+        Pair(name, path, label_dir / path.parent.name / f"{name}{_LABEL}")
+        for path in sorted(images.files, key=str)
+        if (name := path.name.removesuffix(_IMAGE)) != path.name
     ]
     if not pairs:
         raise InputError(f"folder {image_dir} holds no <city>/*{_IMAGE}; {layout}")
     with_image = {pair.label for pair in pairs}
-    widowed = sorted(path for path in label_dir.glob(f"*/*{_LABEL}") if path not in with_image)
-    return pairs, [f"label {path} has no image in {image_dir}; restore the image, or remove the label" for path in widowed]
+    widowed = [path for path in labels.files if path.name.endswith(_LABEL) and path not in with_image]
+    faults = [f"label {path} has no image in {image_dir}; restore the image, or remove the label" for path in widowed]
+    return pairs, faults, [*images.hidden, *labels.hidden]

@@ -11,7 +11,6 @@ import hashlib
 import math
 import re
 import tomllib
-import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -21,9 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from search.datasets import IGNORE_INDEX
-from search.datasets.files import FileDataset, Pair, read_lines, repeated
+from search.datasets.files import FileDataset, LeftOut, Pair, decoded, read_lines, repeated
 from search.datasets.labels import MOST_VALUES, ColourReader, DepthReader, LabelReader, label_colours, spans
+from search.datasets.patterns import NOTHING, Index, composed, fixed_part, index, place, read_names
 from search.datasets.pictures import PictureReader
+from search.datasets.walk import SUFFIXES
 from search.dense_tasks import RGB, DenseTask
 from search.dense_tasks.depth import Depth
 from search.dense_tasks.segmentation import Segmentation, default_palette
@@ -52,7 +53,7 @@ class Share:
         >>> [name for name in ("a", "e", "i", "z") if name in Share(0.0, 0.5, seed=0)]
         ['e', 'i']
         """
-        text = f"{self.seed} {unicodedata.normalize('NFC', name)}"
+        text = f"{self.seed} {composed(name)}"
         return self.start <= int.from_bytes(hashlib.sha256(text.encode()).digest()[:6]) / 2**48 < self.stop
 
 
@@ -97,40 +98,67 @@ def open_split(path: Path, split: str, data_dir: Path | None) -> FileDataset:
     root = data_dir or path.parent
     if not root.is_dir():
         raise InputError(f"`data_dir` {root} is not a folder; give the one that {path} describes")
-    images, faults = _index(root, description.images, wanted.folder)
-    names, listing = _names(description, split, root, images)
-    faults += repeated(names, listing)
-    labels: dict[str, Path] = {}
-    if description.labels is not None and wanted.labelled:
-        labels, double = _index(root, description.labels, wanted.folder)
-        faults += double
-        if wanted.list is None:
-            widowed = sorted(labels.keys() - images.keys())
-            faults += [f"label {labels[name]} has no image; restore the image, or remove the label" for name in widowed]
+    images = index(root, description.images, wanted.folder)
+    pattern = description.labels if wanted.labelled else None
+    labels = NOTHING if pattern is None else index(root, pattern, wanted.folder)
+    names, faults, listing = _names(description, split, root, images, labels)
+    faults = [*repeated(names, listing), *faults]
+    if wanted.list is None:
+        faults += _widowed(images, labels)
 
-    def find(found: Mapping[str, Path], pattern: str, name: str) -> Path:
-        return found.get(name, root / _fill(pattern, wanted.folder, name))
+    def find(found: Index, pattern: str, name: str) -> Path:
+        return found.files.get(name, root / _fill(pattern, wanted.folder, name))
 
     return FileDataset(
         name=description.name,
         split=split,
         task=_coloured(description, root),
         pairs=tuple(
-            Pair(
-                name,
-                find(images, description.images, name),
-                find(labels, description.labels, name) if description.labels is not None and wanted.labelled else None,
-            )
+            Pair(name, find(images, description.images, name), None if pattern is None else find(labels, pattern, name))
             for name in names
         ),
         read_label=description.read_label,
         listing=listing,
-        faults=tuple(faults),
+        faults=(*images.faults, *labels.faults, *faults),
         official_lengths=() if wanted.count is None else (wanted.count,),
         recipe=description.recipe,
         pictures=_OWN,
         description=path,
+        left_out=_left_out(description, wanted, names, images, labels),
     )
+
+
+def _widowed(images: Index, labels: Index) -> list[str]:
+    """A sentence for each label without an image; a picture that does not fit the pattern may be what is missed."""
+    known = set(labels.files.values())
+    misfits = {composed(path.stem): path for path in images.unfit if path.suffix.lower() in SUFFIXES and path not in known}
+    faults = []
+    for name in sorted(labels.files.keys() - images.files.keys()):
+        label, misfit = labels.files[name], misfits.get(PurePosixPath(name).name)
+        if misfit is None:
+            faults.append(f"label {label} has no image; restore the image, or remove the label")
+        else:
+            remedy = "correct the pattern, or the file"
+            faults.append(f"label {label} has no image that fits the pattern of images, unlike {misfit}; {remedy}")
+    return faults
+
+
+def _left_out(
+    description: Description, wanted: Split, names: Iterable[str], images: Index, labels: Index
+) -> tuple[LeftOut, ...]:
+    """The files in the folders of a split that are none of its pictures or labels, by the reason."""
+    fitting = {*images.files.values(), *labels.files.values(), description.path}
+    taken = set(names)
+    others = {path for name, path in images.files.items() if name not in taken}
+    widowed = {labels.files[name] for name in labels.files.keys() - images.files.keys()}
+    reasons = {
+        "hidden": {*images.hidden, *labels.hidden},
+        "linked to nothing": {*images.dangling, *labels.dangling},
+        "not named as the patterns say": {*images.unfit, *labels.unfit} - fitting,
+        f"not in {wanted.list}" if wanted.share is None else "not in this share": others,
+        "without an image": widowed if wanted.list is not None else set(),  # without a list, they are faults
+    }
+    return tuple(LeftOut(reason, len(paths), min(paths)) for reason, paths in reasons.items() if paths)
 
 
 def _coloured(description: Description, root: Path) -> DenseTask:
@@ -142,31 +170,39 @@ def _coloured(description: Description, root: Path) -> DenseTask:
     labelled = next((split.folder for split in description.splits.values() if split.labelled), None)
     if not isinstance(task, Segmentation) or description.has_colours or description.labels is None or labelled is None:
         return task
-    paths = sorted(_index(root, description.labels, labelled)[0].values())
+    paths = sorted(index(root, description.labels, labelled).files.values())
     colours = label_colours(paths[0], task.label_ids) if paths else None
     return task if colours is None else Segmentation(task.class_names, colours, task.label_ids)
 
 
-def _names(description: Description, split: str, root: Path, images: Mapping[str, Path]) -> tuple[list[str], Path]:
-    """The names of a split's pictures, of all `images`, and the list or folder that they come from."""
+def _names(
+    description: Description, split: str, root: Path, images: Index, labels: Index
+) -> tuple[list[str], list[str], Path]:
+    """The names of a split's pictures, of all `images`, the faults of its list, and the list or folder that they come from."""
     path, wanted = description.path, description.splits[split]
-    listing = root / (wanted.list or _fixed_part(description.images, wanted.folder))
-    names = sorted(images)
+    if not images.files:
+        there = f" (there is {min(images.unfit)})" if images.unfit else ""
+        raise InputError(
+            f"no file in {root} fits {path}, field images: {description.images!r}; correct it or `data_dir`{there}"
+        )
+    names, faults = sorted(images.files), list[str]()
+    listing = root / fixed_part(description.images, wanted.folder)
     if wanted.list is not None:
+        listing = place(root, Path(wanted.list))
         lines = read_lines(listing, f"correct {path}, field splits.{split}.list, or restore the list")
-        names = _names_of((line for _, line in lines), images, root)
-    if not names:
-        raise InputError(f"no file in {root} fits {path}, field images: {description.images!r}; correct it or `data_dir`")
+        names, faults = read_names(lines, listing, root, description.images, images.files, labels.files)
+        if not names:
+            raise InputError(f"no line of {listing} names a picture: {faults[0]}")
     if wanted.share is not None and not (names := [name for name in names if name in wanted.share]):
         remedy = "give another split_seed, or lists where pictures are few"
         raise InputError(f"{path}, field splits.{split}.share: no picture falls to it; {remedy}")
-    return names, listing
+    return names, faults, listing
 
 
 def load_description(path: Path) -> Description:
     """Read a TOML file. Raises InputError that names the file, the field and what to do."""
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin a text with a mark
+        content = tomllib.loads(decoded(path.read_bytes()))
     except (FileNotFoundError, IsADirectoryError) as error:
         raise InputError(f"`dataset` {path} does not exist; give the TOML file that describes your data set") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -434,45 +470,6 @@ def _pattern(fields: _Fields, field: str) -> str:
 def _require_inside(fields: _Fields, field: str, path: str) -> None:
     if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
         raise fields.error(field, f"{path!r} leaves the folder", "give a path within it, and the folder by `data_dir`")
-
-
-def _index(root: Path, pattern: str, folder: str) -> tuple[dict[str, Path], list[str]]:
-    """The files that match the pattern, by name, and an error sentence for each name that several files share."""
-    filled = pattern.replace("{split}", folder)
-    fits = re.compile(re.escape(filled).replace(r"\{name\}", "(?P<name>.+)").replace(r"\*", "[^/]*"))
-    found: dict[str, Path] = {}
-    faults = []
-    for path in sorted((root / _fixed_part(pattern, folder)).rglob("*")):
-        match = fits.fullmatch(path.relative_to(root).as_posix())
-        if match and path.is_file() and (other := found.setdefault(match["name"], path)) != path:
-            faults.append(f"{other} and {path} both fit {pattern!r}; remove one, or be more precise")
-    return found, faults
-
-
-def _names_of(lines: Iterable[str], images: Mapping[str, Path], root: Path) -> list[str]:
-    """The pictures that the lines of a list mean, by name, in any form of Unicode.
-
-    A line may also be a file name or path of an image, and more columns may follow, such as the path of its label.
-    """
-    meant: dict[str, str] = {}
-    for name, path in images.items():
-        relative = path.relative_to(root).as_posix()
-        for form in (name, relative, relative[max(0, relative.rfind(name)) :]):
-            meant.setdefault(unicodedata.normalize("NFC", form), name)
-
-    def name_of(line: str) -> str:
-        written = line, re.split(r"[\s,;]+", line)[0]
-        forms = (unicodedata.normalize("NFC", form.replace("\\", "/").removeprefix(".").removeprefix("/")) for form in written)
-        return next((meant[form] for form in forms if form in meant), line)
-
-    return [name_of(line) for line in lines]
-
-
-def _fixed_part(pattern: str, folder: str) -> Path:
-    """The folders of a pattern that come before its first `{name}` or `*`."""
-    parts = PurePosixPath(pattern.replace("{split}", folder)).parts[:-1]
-    first = next((i for i, part in enumerate(parts) if "{name}" in part or "*" in part), len(parts))
-    return Path(*parts[:first])
 
 
 def _fill(pattern: str, folder: str, name: str) -> str:

@@ -1,6 +1,8 @@
 """Data sets made of files: pairs of an image and a label, listed and checked in one way, with the same error messages."""
 
+import codecs
 import hashlib
+import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -11,11 +13,14 @@ from typing import Any, NamedTuple, Self
 
 from numpy.typing import NDArray
 
-from search.datasets import Dataset, Sample
+from search.datasets import Dataset, Fingerprint, Sample
+from search.datasets.digests import digests
 from search.datasets.labels import ColourReader, DepthReader, LabelReader
 from search.datasets.pictures import PictureReader, picture_size
 from search.dense_tasks import DenseTask, Label
 from search.errors import InputError
+
+_READING = 1  # to be raised when the same files are read as other pictures, or labels, than before
 
 
 class Pair(NamedTuple):
@@ -26,6 +31,14 @@ class Pair(NamedTuple):
     label: Path | None
 
 
+class LeftOut(NamedTuple):
+    """Files that lie among those of a split and are none of its pictures or labels: why, how many, and one of them."""
+
+    reason: str
+    number: int
+    example: Path
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FileDataset:
     """One split of pictures on disk, a `Dataset`.
@@ -33,7 +46,8 @@ class FileDataset:
     `listing` is the list or folder from which the pairs' names come, and `faults` are its problems. `official_lengths` are the
     numbers of pictures that a complete split may have (none if unknown), `alternative` is added to the message about a missing
     file, `recipe` is what the labels depend on besides their files, and `description` the TOML file that says what they mean:
-    then the files are the user's own, so that nobody can restore them. `pictures` reads the files.
+    then the files are the user's own, so that nobody can restore them. `left_out` are files that are passed over. `pictures`
+    reads the files.
     """
 
     name: str
@@ -47,6 +61,7 @@ class FileDataset:
     alternative: str = ""
     recipe: str = ""
     description: Path | None = None
+    left_out: tuple[LeftOut, ...] = ()
     pictures: PictureReader = field(default=PictureReader(), repr=False)
 
     def admitting(self, max_megapixels: float) -> Self:
@@ -88,11 +103,14 @@ class FileDataset:
             raise InputError(error)
         return label
 
-    def fingerprint(self) -> str:
-        digest = hashlib.sha256((self.split + self.recipe).encode())
-        for path in (path for pair in self.pairs for path in pair[1:] if path is not None):
-            digest.update(f"{path.parent.name}/{path.name} {path.stat().st_size}\n".encode())
-        return digest.hexdigest()
+    def fingerprint(self) -> Fingerprint:
+        """What the files hold, wherever they are; a label corrected in place is another one. Each is read once."""
+        labels = [pair.label for pair in self.pairs if pair.label is not None]
+        held = iter(digests([*(pair.image for pair in self.pairs), *labels], f"content of {self.name} {self.split}"))
+        of_images = [[pair.name, next(held)] for pair in self.pairs]
+        of_labels = [None if pair.label is None else next(held) for pair in self.pairs]
+        parts = [_READING, self.split, of_images], [_READING, self.recipe, of_labels]
+        return Fingerprint(*(hashlib.sha256(json.dumps(part).encode()).hexdigest() for part in parts))
 
     def problems(self) -> list[str]:
         if fault := self.absence_of_all_labels():
@@ -144,6 +162,11 @@ def largest_picture(dataset: Dataset) -> tuple[str, tuple[int, int]]:
     return name, (image.shape[0], image.shape[1])
 
 
+def origin_of(dataset: Dataset) -> str:
+    """The list or folder that names the pictures, which tells data sets of one name apart; "" if pictures are not in files."""
+    return str(dataset.listing.absolute()) if isinstance(dataset, FileDataset) else ""
+
+
 def require_layout(data_dir: Path, paths: Iterable[Path], layout: str) -> None:
     """Refuse a folder without one of `paths` (files if they have a suffix, else folders); `layout` says what is expected."""
     if not data_dir.is_dir():
@@ -160,7 +183,7 @@ def require_layout(data_dir: Path, paths: Iterable[Path], layout: str) -> None:
 def read_lines(path: Path, remedy: str) -> list[tuple[int, str]]:
     """Read the non-blank lines of a list, with their numbers. Raises InputError for a list that is empty or not text."""
     try:
-        text = path.read_text(encoding="utf-8-sig")  # some editors begin a text with a mark
+        text = decoded(path.read_bytes())
     except UnicodeDecodeError as error:
         raise InputError(f"list {path} is no text in UTF-8 ({error.reason} at byte {error.start}); {remedy}") from error
     except FileNotFoundError as error:
@@ -169,6 +192,20 @@ def read_lines(path: Path, remedy: str) -> list[tuple[int, str]]:
     if not lines:
         raise InputError(f"list {path} is empty; {remedy}")
     return lines
+
+
+def decoded(content: bytes) -> str:
+    """A text in UTF-8, or in UTF-16 if it begins with its mark, as PowerShell writes. Raises UnicodeDecodeError otherwise."""
+    marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return content.decode("utf-16" if marked else "utf-8-sig").replace("\r\n", "\n")  # editors begin UTF-8 with a mark, too
+
+
+def omissions(dataset: Dataset) -> str:
+    """What is passed over in the split's folders, as a sentence; "" if nothing is."""
+    if not isinstance(dataset, FileDataset) or not dataset.left_out:
+        return ""
+    parts = [f"{number:,} {reason} (such as {example})" for reason, number, example in dataset.left_out]
+    return f"{dataset.split}: {len(dataset):,} pictures; left out: {', '.join(parts)}"
 
 
 def repeated(names: Iterable[str], listing: Path) -> list[str]:

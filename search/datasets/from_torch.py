@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from search.datasets import IGNORE_INDEX, Sample
+from search.datasets import IGNORE_INDEX, Fingerprint, Sample
 from search.datasets.labels import spans
 from search.datasets.pictures import as_shown, as_stored
 from search.datasets.srgb import RefusedError
@@ -65,7 +65,10 @@ class TorchDataset:
             raise InputError(f"{name} {split} has no samples by number: give a data set with a length and an index, not empty")
         self.name, self.split, self._samples, self._ignored = name, split, samples, ignore_index
         self.task: DenseTask = Segmentation(tuple(class_names), None if colours is None else np.array(colours, np.uint8))
-        self._fingerprint = fingerprint and hashlib.sha256(f"{self._meaning()} {fingerprint}".encode()).hexdigest()
+        self._fingerprint: Fingerprint | None = None
+        if fingerprint is not None:
+            digest = hashlib.sha256(f"{self._meaning()} {fingerprint}".encode()).hexdigest()
+            self._fingerprint = Fingerprint(digest, digest)
         self._require_same(_READINGS)
 
     def __len__(self) -> int:
@@ -84,13 +87,14 @@ class TorchDataset:
             raise self._error(index, sizes, "they must be equal (height, width)")
         return Sample(image, label, name)
 
-    def fingerprint(self) -> str:
+    def fingerprint(self) -> Fingerprint:
         if self._fingerprint is None:
-            digest = hashlib.sha256(self._meaning().encode())
+            images, labels = (hashlib.sha256(text.encode()) for text in (f"{self.split} {len(self)}", self._meaning()))
             for index in tqdm(range(len(self)), desc=f"fingerprint of {self.name} {self.split}", unit="image"):
                 image, label, _ = self[index]
-                digest.update(f"{image.shape}".encode() + image.tobytes() + label.tobytes())
-            self._fingerprint = digest.hexdigest()
+                images.update(f"{image.shape}".encode() + image.tobytes())
+                labels.update(f"{label.shape}".encode() + label.tobytes())
+            self._fingerprint = Fingerprint(images.hexdigest(), labels.hexdigest())
         return self._fingerprint
 
     def problems(self) -> list[str]:

@@ -16,12 +16,11 @@ it, the split is all labelled pictures but VOC's val. Labels of the test split a
 
 from pathlib import Path
 
-from torchvision.datasets import SBDataset, VOCSegmentation
-
 from search.datasets import IGNORE_INDEX
 from search.datasets.files import FileDataset, Pair, read_lines, repeated, require_layout
 from search.datasets.labels import LabelReader
 from search.datasets.matlab import read_class_map
+from search.datasets.walk import is_hidden
 from search.dense_tasks.segmentation import Segmentation, voc_palette
 from search.errors import InputError
 
@@ -93,12 +92,9 @@ def open_split(split: str, data_dir: Path | None) -> FileDataset:
 
 
 def _voc_pairs(data_dir: Path, split: str) -> list[Pair]:
-    read_lines(
-        data_dir / "VOCdevkit" / "VOC2012" / "ImageSets" / "Segmentation" / f"{split}.txt", f"restore it from {_ORIGIN}"
-    )
-    found = VOCSegmentation(str(data_dir), year="2012", image_set=split)
-    pairs = [Pair(Path(image).stem, Path(image), Path(label)) for image, label in zip(found.images, found.masks, strict=True)]
-    return [pair for pair in pairs if pair.name != ".jpg"]  # a blank line of the list
+    voc = data_dir / "VOCdevkit" / "VOC2012"
+    lines = read_lines(voc / "ImageSets" / "Segmentation" / f"{split}.txt", f"restore it from {_ORIGIN}")
+    return [Pair(name, voc / "JPEGImages" / f"{name}.jpg", voc / "SegmentationClass" / f"{name}.png") for _, name in lines]
 
 
 def _augmented_pairs(data_dir: Path, voc: Path) -> tuple[Path, list[Pair]]:
@@ -109,6 +105,7 @@ def _augmented_pairs(data_dir: Path, voc: Path) -> tuple[Path, list[Pair]]:
         labelled = {
             path.stem: Pair(path.stem, voc / "JPEGImages" / f"{path.stem}.jpg", path)
             for path in sorted(converted.glob("*.png"))
+            if not is_hidden(path.name)
         }
     elif sbd.is_dir():
         where = sbd / "cls"
@@ -132,10 +129,7 @@ def _sbd_pairs(sbd: Path) -> list[Pair]:
     """All pairs of SBD, because its train and val are not VOC's."""
     layout = f"expected img/, cls/, train.txt and val.txt in {sbd} from SBD's benchmark.tgz; unpack it there"
     require_layout(sbd, [sbd / "img", sbd / "cls", sbd / "train.txt", sbd / "val.txt"], layout)
-    parts = [SBDataset(str(sbd), image_set=part, mode="segmentation") for part in ("train", "val")]
-    pairs = [
-        Pair(Path(image).stem, Path(image), Path(label))
-        for part in parts
-        for image, label in zip(part.images, part.masks, strict=True)
+    lines = [
+        line for part in ("train", "val") for line in read_lines(sbd / f"{part}.txt", "restore it from SBD's benchmark.tgz")
     ]
-    return [pair for pair in pairs if pair.name != ".jpg"]
+    return [Pair(name, sbd / "img" / f"{name}.jpg", sbd / "cls" / f"{name}.mat") for _, name in lines]

@@ -25,7 +25,7 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from search.datasets import IGNORE_INDEX, Sample
+from search.datasets import IGNORE_INDEX, Fingerprint, Sample
 from search.dense_tasks import DenseTask
 from search.dense_tasks.depth import Depth
 from search.dense_tasks.segmentation import Segmentation
@@ -85,10 +85,10 @@ class Shapes:
             raise IndexError(f"scene {index} of {self.length}")
         return draw_scene(np.random.default_rng([self.seed, _STREAMS[self.split], index]), self.size)
 
-    def fingerprint(self) -> str:
-        digest = hashlib.sha256(repr(astuple(self)).encode())
-        digest.update(self[0].image.tobytes())  # changes with the generator's code
-        return digest.hexdigest()
+    def fingerprint(self) -> Fingerprint:
+        image, label, _ = self[0]  # which changes with the generator's code
+        images, labels = (hashlib.sha256(repr(astuple(self)).encode() + part.tobytes()) for part in (image, label))
+        return Fingerprint(images.hexdigest(), labels.hexdigest())
 
     def problems(self) -> list[str]:
         return []  # nothing is read
@@ -104,9 +104,6 @@ class ShapesDepth(Shapes):
     def __getitem__(self, index: int) -> Sample:
         scene = self._scene(index)
         return Sample(scene.image, scene.depth, f"{self.split}_{index:03d}")
-
-    def fingerprint(self) -> str:
-        return hashlib.sha256(super().fingerprint().encode() + self[0].label.tobytes()).hexdigest()
 
 
 class Scene(NamedTuple):

@@ -2,12 +2,15 @@
 
 A cache is a `Folder` with the features (N, C, h, w) and labels (N, H, W) as raw arrays. Its settings say what they were made
 from, and its only result, `progress.json`, counts the finished images. `open_cache` refuses a cache that is unfinished, made
-from something else, or has files of the wrong size; `build_cache` finishes one that was interrupted.
+from something else, or has files of the wrong size; `build_cache` finishes one that was interrupted, and brings one up to date
+whose files hold something else by now: labels alone are copied anew, of other images the features are computed anew.
 
 With H = s·(h − 1) + 1 for output stride s, feature (i, j) sits on pixel (s·i, s·j); smaller images are padded at the bottom
 and right with the mean pixel, which is not labelled.
 """
 
+import hashlib
+import json
 import math
 import shutil
 import sys
@@ -20,18 +23,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
+from tqdm import tqdm, trange
 
 from fast.backbone import Backbone
 from search.backbones import completed_backbone, create_backbone
 from search.commands import spelled
-from search.datasets import Dataset, open_splits
+from search.datasets import Dataset, Fingerprint, contents, open_splits
 from search.datasets.counts import size_of
+from search.datasets.files import origin_of
 from search.datasets.look import look_at, require_labels
 from search.dense_tasks import DenseTask, restored_task
 from search.devices import resolve_device
 from search.errors import InputError
-from search.folder import Folder
+from search.folder import CONTENT, Folder
 from search.settings import (
     BackboneSettings,
     DataSettings,
@@ -39,20 +43,30 @@ from search.settings import (
     FeatureSettings,
     MachineSettings,
     TrainingPictures,
-    fingerprints,
     rounded_up,
 )
 from search.training.memory import features_in_memory
 
 _DTYPES: dict[FeatureDtype, torch.dtype] = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 _BATCH = 8  # images per pass of the backbone, or fewer where they would not fit into memory
-PICTURES, WEIGHTS = "`data_dir` (pictures)", "`weights` (content)"  # names of hashes in an identity
+PICTURES, LABELS, WEIGHTS = f"{CONTENT}images", f"{CONTENT}labels", "`weights` (content)"  # names of hashes in an identity
 MEAN, STD = "`backbone` (mean pixel)", "`backbone` (deviation of pixels)"  # of values 0 to 255
 _IMAGES, _CHANNELS = "number of images", "number of channels"
+_EARLIER = "is of an earlier version"
+_LABELS_DONE = "labels"  # in the progress while labels are copied anew: of how many images that is done
 
 
 class HalfWrittenError(InputError):
-    """A cache is absent or unfinished; computing the features finishes it."""
+    """A cache is absent, unfinished, or of files that hold something else by now; computing the features mends that."""
+
+
+@dataclass(frozen=True)
+class _Held:
+    """What a cache holds: how many images have features, how many of these have their labels, and why others are worthless."""
+
+    done: int = 0
+    labels: int = 0
+    fault: str = ""
 
 
 @dataclass(frozen=True)
@@ -84,12 +98,10 @@ class FeatureCache:
 
 def open_cache(directory: Path, identity: dict[str, Any]) -> FeatureCache:
     """Open a finished cache. Raises InputError for one that is absent, half-written, damaged, or not made from `identity`."""
-    done = _done(_folder(directory), identity)
-    if done < identity[_IMAGES]:
-        raise HalfWrittenError(
-            f"{directory} holds the features of {done} of {identity[_IMAGES]} images: "
-            f"finish it by running `{spelled('features')}` with the same flags"
-        )
+    held = _held(_folder(directory), identity)
+    if held.fault or held.labels < identity[_IMAGES]:
+        complaint = held.fault or f"holds the features of {held.labels} of {identity[_IMAGES]} images"
+        raise HalfWrittenError(f"{directory} {complaint}: finish it by running `{spelled('features')}` with the same flags")
     arrays = _arrays(directory, identity)
     for array in arrays:
         if array.bytes_on_disk != array.bytes:
@@ -164,7 +176,7 @@ def caches_of(
         mirrored = features.mirrored and role == "train"
         identities[role] = identity = _identity(features, dataset, network, mirrored)
         name = f"{dataset.name}-{dataset.split}-{network.name}-os{network.output_stride}" + ("-mirrored" if mirrored else "")
-        places[role] = _place(machine.cache_dir, name, identity)
+        places[role] = _place(machine.cache_dir, name, identity, origin_of(dataset))
     if crop_size is not None:
         require_crop(crop_size, identities["train"]["image_size"], network.output_stride)
     caches = {role: _opened(places[role], identities[role]) for role in datasets}
@@ -212,7 +224,8 @@ def facts_of(caches: Mapping[str, FeatureCache]) -> dict[str, Any]:
     """What the features are, for the identity of who trains on them: facts in place of what the settings leave open."""
     train, val = caches["train"].identity, caches["val"].identity
     names = ("dataset", "backbone", WEIGHTS, "weights_origin", "output_stride", "image_size")
-    return {name: train[name] for name in names} | fingerprints(train[PICTURES], val[PICTURES])
+    of_train, of_val = (Fingerprint(identity[PICTURES], identity[LABELS]) for identity in (train, val))
+    return {name: train[name] for name in names} | contents("train_split", of_train) | contents("val_split", of_val)
 
 
 def padded_size(settings: FeatureSettings, dataset: Dataset, output_stride: int) -> tuple[int, int]:
@@ -222,10 +235,13 @@ def padded_size(settings: FeatureSettings, dataset: Dataset, output_stride: int)
 
 
 def _identity(settings: FeatureSettings, dataset: Dataset, backbone: Backbone, mirrored: bool) -> dict[str, Any]:
+    """All that a cache depends on; what no feature depends on is named by `_of_labels`."""
+    images, labels = dataset.fingerprint()
     return {
         "dataset": dataset.name,
         "`train_split` or `val_split`": dataset.split,
-        PICTURES: dataset.fingerprint(),
+        PICTURES: images,
+        LABELS: labels,
         **dataset.task.describe(),
         "backbone": backbone.name,
         WEIGHTS: backbone.weights_hash(),
@@ -241,12 +257,36 @@ def _identity(settings: FeatureSettings, dataset: Dataset, backbone: Backbone, m
     }
 
 
-def _place(cache_dir: Path, name: str, identity: Mapping[str, Any]) -> Path:
-    """The folder `name`; if features of other weights are in it, the one that has the hash of these weights in its name."""
-    usual, own = cache_dir / name, cache_dir / f"{name}-{identity[WEIGHTS][:8]}"
-    description = None if own.exists() else _folder(usual).description()
-    is_taken = description is not None and description["identity"].get(WEIGHTS) != identity[WEIGHTS]
-    return own if own.exists() or is_taken else usual
+def _of_labels(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of an identity that features do not depend on, without what is only drawn."""
+    task = restored_task(identity)
+    return {name: identity[name] for name in (LABELS, *task.describe()) if name not in task.only_drawn}
+
+
+def _recipe(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of an identity that remains when files change what they hold: what features are, of whatever pictures."""
+    of_files = {PICTURES, LABELS, _IMAGES, *restored_task(identity).describe()}
+    return {name: value for name, value in identity.items() if name not in of_files}
+
+
+def _place(cache_dir: Path, name: str, identity: Mapping[str, Any], origin: str) -> Path:
+    """The folder in `cache_dir` for these features, whose name begins with `name`: the one that has them, or else a free one.
+
+    The name alone does not tell apart other weights, sizes or number formats, and data sets of one name. A data set whose
+    files have changed is still the same one, by its `origin`: its cache is brought up to date.
+    """
+    recipe, usual = _recipe(identity), cache_dir / name
+    own = hashlib.sha256(json.dumps([recipe, origin]).encode()).hexdigest()[:8]
+    described = {path: _folder(path).description() for path in (usual, *sorted(cache_dir.glob(f"{name}-{'[0-9a-f]' * 8}")))}
+    begun = {path: description for path, description in described.items() if description is not None}
+    alike = {
+        path: description
+        for path, description in begun.items()
+        if all(description["identity"].get(field) == value for field, value in recipe.items())
+    }
+    same = [path for path, each in alike.items() if each["identity"].get(PICTURES) == identity[PICTURES]]
+    outdated = [path for path, each in alike.items() if each.get("origin") == origin or PICTURES not in each["identity"]]
+    return [*same, *outdated, cache_dir / f"{name}-{own}" if usual in begun else usual][0]
 
 
 class _Array(NamedTuple):
@@ -284,23 +324,32 @@ def _as_begun(folder: Folder, identity: Mapping[str, Any]) -> dict[str, Any]:
     return {**identity, **{name: before["identity"].get(name) for name in drawn if before is not None}}
 
 
-def _done(folder: Folder, identity: Mapping[str, Any]) -> int:
-    """How many images are finished. Raises InputError if the folder is damaged, or they were not made from `identity`."""
+def _held(folder: Folder, identity: Mapping[str, Any]) -> _Held:
+    """What the cache holds of this. Raises InputError if the folder is damaged, or its features are of another kind."""
     description, progress = folder.description(), folder.result("progress")
     if description is None or progress is None:  # no image is finished, so other settings may replace these
-        return 0
-    folder.check(_as_begun(folder, identity))
+        return _Held(fault=_EARLIER if (folder.path / "manifest.json").exists() else "")
+    before = description["identity"]
+    if PICTURES not in before:
+        return _Held(fault=_EARLIER)
+    folder.check({**before, **_recipe(identity)})
+    if before[PICTURES] != identity[PICTURES]:
+        return _Held(fault="was made of images that have changed since")
     done, count = progress.get("done"), identity[_IMAGES]
-    if not (isinstance(done, int) and 0 <= done <= count):
+    labels = progress.get(_LABELS_DONE, done)
+    if not (isinstance(done, int) and isinstance(labels, int) and 0 <= labels <= done <= count):
         raise folder.damaged("progress", ValueError(f"{done} of {count} images done"))
-    return done
+    of_labels = _of_labels(identity)
+    if any(before.get(name) != value for name, value in of_labels.items()):
+        return _Held(done, 0, "was made of labels that have changed since")
+    return _Held(done, labels)
 
 
 def _fill(folder: Folder, dataset: Dataset, backbone: Backbone, identity: dict[str, Any], device: str, command: str) -> None:
-    arrays, count, precision = _arrays(folder.path, identity), identity[_IMAGES], identity["feature_dtype"]
+    count, precision = identity[_IMAGES], identity["feature_dtype"]
     with features_in_memory(backbone, _checked_size(identity), _BATCH) as at_once, torch.inference_mode():
         _check_grid(backbone, identity, device)
-        features, labels, done = _begun(folder, arrays, identity, command)
+        features, labels, done = _begun(folder, dataset, backbone.mean.cpu(), identity, command)
         bar = tqdm(total=count, initial=done, desc=f"features of {dataset.name} {dataset.split}", unit="image")
         with bar:
             for start in range(done, count, at_once):
@@ -319,19 +368,12 @@ def _fill(folder: Folder, dataset: Dataset, backbone: Backbone, identity: dict[s
 
 
 def _begun(
-    folder: Folder, arrays: tuple[_Array, _Array], identity: Mapping[str, Any], command: str
+    folder: Folder, dataset: Dataset, mean: Tensor, identity: dict[str, Any], command: str
 ) -> tuple[np.memmap[Any, Any], np.memmap[Any, Any], int]:
     """Begin a cache, or go on with it: features and labels as writable memory maps, and how many images are finished."""
-    done = _done(folder, identity)
-    if any(array.bytes_on_disk != array.bytes for array in arrays):
-        done = 0
+    arrays = _arrays(folder.path, identity)
     _require_space(arrays)
-    if (folder.path / "manifest.json").exists():
-        print(f"{folder.path} is of an earlier version: its features are computed once more", file=sys.stderr)
-    if not done:  # nothing may count what the arrays held, because they are about to be overwritten
-        for name in ("progress.json", "settings.json", "manifest.json"):  # earlier versions had the last
-            (folder.path / name).unlink(missing_ok=True)
-    folder.begin(_as_begun(folder, identity), command)
+    done = _begin(folder, dataset, mean, identity, command)
     features, labels = (np.memmap(path, dtype, "r+" if done else "w+", shape=shape) for path, dtype, shape in arrays)
     return features, labels, done
 
@@ -342,6 +384,44 @@ def _checked_size(identity: Mapping[str, Any]) -> tuple[int, int]:
     if min(height, width) < 1 or (height - 1) % stride or (width - 1) % stride:
         raise InputError(f"`image_size` {height} {width} must be {stride}·k + 1 each, such as {16 * stride + 1}")
     return height, width
+
+
+def _begin(folder: Folder, dataset: Dataset, mean: Tensor, identity: dict[str, Any], command: str) -> int:
+    """Begin the cache, or bring what it holds up to date; how many images are finished then."""
+    held, (features, labels) = _held(folder, identity), _arrays(folder.path, identity)
+    has_labels = labels.bytes_on_disk == labels.bytes or held.labels < held.done  # which are replaced
+    if features.bytes_on_disk != features.bytes or not has_labels:
+        held = _Held(fault=held.fault)
+    if held.fault:
+        redone = "its labels are copied once more, its features remain" if held.done else "its features are computed once more"
+        print(f"{folder.path} {held.fault}: {redone}", file=sys.stderr)
+    if not held.done:  # nothing may count what the arrays held, because they are about to be overwritten
+        for name in ("progress.json", "settings.json", "manifest.json"):  # earlier versions had the last
+            (folder.path / name).unlink(missing_ok=True)
+        for array in (features, labels):  # a search that reads them goes on with the files that it has open
+            array.path.unlink(missing_ok=True)
+    elif held.labels < held.done:
+        _copy_labels(folder, dataset, mean, identity, held.done)
+    folder.begin(_as_begun(folder, identity), command, origin=origin_of(dataset))
+    if held.labels < held.done:
+        folder.write_result("progress", {"done": held.done})
+    return held.done
+
+
+def _copy_labels(folder: Folder, dataset: Dataset, mean: Tensor, identity: Mapping[str, Any], done: int) -> None:
+    """Copy the labels of the finished images anew, beside the old ones, which a search may be reading."""
+    folder.write_result("progress", {"done": done, _LABELS_DONE: 0})  # from here on the cache is unfinished
+    _, (path, dtype, shape) = _arrays(folder.path, identity)
+    aside = _Array(path.with_name(f"{path.name}.partial"), dtype, shape)
+    aside.path.unlink(missing_ok=True)
+    _require_space((aside,))
+    labels = np.memmap(aside.path, dtype, "w+", shape=shape)
+    for start in trange(0, done, _BATCH, desc=f"labels of {dataset.name} {dataset.split}", unit="batch"):
+        stop = min(start + _BATCH, done)
+        labels[start:stop] = _batch(dataset, range(start, stop), identity["image_size"], mean)[1]
+    labels.flush()
+    aside.path.replace(path)
+    (folder.path / "settings.json").unlink()  # which says what the old ones were made from
 
 
 def _check_grid(backbone: Backbone, identity: Mapping[str, Any], device: str) -> None:
@@ -355,7 +435,7 @@ def _check_grid(backbone: Backbone, identity: Mapping[str, Any], device: str) ->
         )
 
 
-def _require_space(arrays: tuple[_Array, ...]) -> None:
+def _require_space(arrays: Sequence[_Array]) -> None:
     """Refuse a disk without enough space: a memory map on a full disk kills the process without a message."""
     needed = sum(array.bytes for array in arrays)
     present = sum(array.path.stat().st_blocks * 512 for array in arrays if array.path.is_file())

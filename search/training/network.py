@@ -15,11 +15,11 @@ from fast.dense_prediction_cell import DensePredictionCell
 from fast.segmentation import SegmentationHead, SegmentationNetwork
 from reference.cell import Cell
 from search.backbones import completed_backbone, create_backbone
-from search.datasets import Dataset
+from search.datasets import Dataset, contents
 from search.dense_tasks import DenseTask, restored_task
 from search.devices import Devices
 from search.errors import InputError
-from search.settings import BackboneSettings, TrainingPictures, TrainingSettings, fingerprints, given, known, scored
+from search.settings import BackboneSettings, TrainingPictures, TrainingSettings, given, known, scored
 
 
 def completed_training(settings: TrainingSettings, pictures: TrainingPictures, init: Path | None = None) -> TrainingSettings:
@@ -157,7 +157,8 @@ def training_identity(
         "cell": str(context.cell),
         "backbone": network.backbone.name,
         "output_stride": network.backbone.output_stride,
-        **fingerprints(train.fingerprint(), val.fingerprint()),
+        **contents("train_split", train.fingerprint()),
+        **contents("val_split", val.fingerprint()),
         "number of devices": devices.count,
     }
     if init is None:

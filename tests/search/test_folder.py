@@ -53,6 +53,28 @@ def test_another_identity_is_refused_by_the_names_of_what_differs(tmp_path: Path
     assert (tmp_path / "settings.json").read_bytes() == before
 
 
+def test_files_that_hold_something_else_need_another_folder(tmp_path: Path) -> None:
+    names = [f"content of the {part} of `{split}_split`" for split in ("train", "val") for part in ("images", "labels")]
+    before = IDENTITY | dict.fromkeys(names, "ab" * 32)
+    folder = Folder(tmp_path)
+    folder.begin(before, "python -m x")
+    folder.begin(before, "python -m x")
+    with pytest.raises(InputError) as refused:
+        folder.begin(before | {names[1]: "cd" * 32, names[2]: "cd" * 32}, "python -m x")
+    assert str(refused.value) == (
+        f"run {tmp_path} was started with other labels of `train_split` and other images of `val_split` than now "
+        "(python -m x): restore them, give another `out`, or delete that folder"
+    )
+
+
+def test_a_folder_that_knew_no_content_says_so(tmp_path: Path) -> None:
+    folder = begun(tmp_path)
+    with pytest.raises(
+        InputError, match=r"run .* was started by an earlier version, .* nobody knows whether the pictures are"
+    ):
+        folder.begin(IDENTITY | {"content of the images of `train_split`": "ab" * 32}, "python -m x")
+
+
 def test_a_setting_that_is_new_or_gone_differs() -> None:
     assert differences({"a": 1}, {"b": 1}) == "`a` 1, now it is unknown, and `b` unknown, now it is 1"
     assert (

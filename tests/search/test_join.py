@@ -181,7 +181,7 @@ def test_what_cannot_be_joined_is_refused(searched: RandomSettings, run: Run, tm
             f"was trained on {BACKBONE} with the weights .*…, these are .*…",
         ),
         (JoinSettings(run=run.directory, backbone=stride), "at output stride 16: leave out `backbone` and `output_stride`"),
-        (JoinSettings(run=run.directory, data_dir=pictures), r"scored on other pictures: with `data_dir` or `val_split`"),
+        (JoinSettings(run=run.directory, data_dir=pictures), r"scored on other images of `val_split` and other labels"),
     ):
         with pytest.raises(InputError, match=sentence):
             search.join.main(changed(settings, out=tmp_path / "network.safetensors"))

@@ -108,6 +108,28 @@ def test_the_same_command_predicts_only_what_is_new_or_changed(settings: Predict
     assert list(shares(settings.out)) == ["a", "city.2/b.c", "new"]
 
 
+def test_a_picture_that_was_put_in_place_with_an_older_time_is_predicted_anew(settings: PredictSettings) -> None:
+    main(settings)
+    before = made(settings.out)
+    picture = settings.pictures[0] / "a.JPG"
+    Image.fromarray(pixels(7, (20, 30))).save(picture)
+    os.utime(picture, (1, 1))
+    main(settings)
+    after = made(settings.out)
+    assert {name for name, at in after.items() if before[name] != at} == {"masks/a.png", "overlays/a.png"}
+
+
+def test_folders_behind_links_are_predicted_without_what_systems_leave(settings: PredictSettings, tmp_path: Path) -> None:
+    folder = settings.pictures[0]
+    (folder / "city.2").rename(tmp_path / "elsewhere")
+    (folder / "city.2").symlink_to(tmp_path / "elsewhere")
+    (folder / "around").symlink_to(folder)
+    (folder / "__MACOSX").mkdir()
+    Image.fromarray(pixels(8)).save(folder / "__MACOSX" / "a.png")
+    main(settings)
+    assert set(shares(settings.out)) == set(NAMES)
+
+
 def test_it_goes_on_where_it_was_stopped(settings: PredictSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     main(settings)
     table = (settings.out / "shares.csv").read_text()

@@ -728,7 +728,7 @@ def test_missing_and_superfluous_files_are_named(tmp_path: Path) -> None:
         open_dataset(str(path), "train", None)
     (tmp_path / "lists" / "images" / "a.png").unlink()
     made.write_list(tmp_path / "lists" / "val.txt", ["d", "e", "d"])
-    with pytest.raises(InputError, match=r"val\.txt lists d 2 times; .* \(2 more: `python -m search.datasets check "):
+    with pytest.raises(InputError, match=r"val\.txt lists d 2 times; .* \(1 more: `python -m search.datasets check "):
         open_dataset(str(path), "val", None)
     (tmp_path / "lists" / "val.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match=r"val\.txt is no text in UTF-8 .*; correct .*, field splits\.val\.list, or restore"):

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
 
-from search.datasets import DATASETS, IGNORE_INDEX, SPLITS, Dataset, Sample, camvid, open_dataset, shapes
+from search.datasets import DATASETS, IGNORE_INDEX, SPLITS, Dataset, Fingerprint, Sample, camvid, open_dataset, shapes
 from search.errors import InputError
 
 REAL_CAMVID = Path(__file__).parents[3].parent / "shared" / "data" / "camvid"
@@ -225,7 +225,7 @@ def test_fingerprint_of_camvid_follows_its_files(tmp_path: Path) -> None:
     copy = tmp_path / "elsewhere"
     shutil.copytree(folder, copy)
 
-    def fingerprint(path: Path, split: str = "train") -> str:
+    def fingerprint(path: Path, split: str = "train") -> Fingerprint:
         return open_dataset("camvid", split, path).fingerprint()
 
     before = fingerprint(folder)

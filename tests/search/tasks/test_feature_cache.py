@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import search.tasks.feature_cache
 from fast.backbone import Backbone
-from search.datasets import IGNORE_INDEX, Sample
+from search.datasets import IGNORE_INDEX, Fingerprint, Sample
 from search.dense_tasks import DenseTask
 from search.dense_tasks.segmentation import Segmentation
 from search.errors import InputError
@@ -29,6 +29,7 @@ from search.features import FeaturesSettings, main
 from search.folder import Folder
 from search.settings import BackboneSettings, DataSettings, FeatureSettings, MachineSettings
 from search.tasks.feature_cache import FeatureCache, HalfWrittenError, build_cache, caches_of, open_cache, prepare_caches
+from tests.search import dataset_folders as made
 from tests.search.composed import composed
 from tests.strategies import rng_seeds
 
@@ -56,12 +57,16 @@ def pixel_backbone(scale: float = 1.0, output_stride: int = STRIDE) -> Backbone:
 
 @dataclass(frozen=True)
 class Pictures:
-    """Random pictures of given sizes; label (y, x) is a function of the red pixel there. Picture `broken` raises `error`."""
+    """Random pictures of given sizes; label (y, x) is a function of the red pixel there. Picture `broken` raises `error`.
+
+    Where labels are `corrected`, the two classes are exchanged.
+    """
 
     sizes: tuple[tuple[int, int], ...]
     seed: int = 0
     broken: int = -1
     error: type[BaseException] = KeyboardInterrupt
+    corrected: bool = False
 
     name, split = "pictures", "train"
     task: DenseTask = Segmentation(("even", "odd"), np.zeros((2, 3), np.uint8))
@@ -74,10 +79,10 @@ class Pictures:
             raise self.error(f"picture {index}")
         rng = np.random.default_rng([self.seed, index])
         image = rng.integers(0, 256, (*self.sizes[index], 3), dtype=np.uint8)
-        return Sample(image, image[..., 0] % 2, f"picture {index}")
+        return Sample(image, (image[..., 0] + self.corrected) % 2, f"picture {index}")
 
-    def fingerprint(self) -> str:
-        return f"{self.seed} {self.sizes}"
+    def fingerprint(self) -> Fingerprint:
+        return Fingerprint(f"{self.seed} {self.sizes}", f"{self.seed} {self.sizes} {self.corrected}")
 
     def problems(self) -> list[str]:
         return []
@@ -190,19 +195,29 @@ DEATHS: dict[str, tuple[object, str, int]] = {
 }
 
 
-def build_until_death(folder: Path, death: str) -> None:
-    owner, name, last = DEATHS[death]
+def build_until_death(folder: Path, death: str, dataset: Pictures) -> None:
+    owner, name, last = (DEATHS | RELABELLING)[death]
     original, calls = getattr(owner, name), 0
 
-    def counting(*args: Any) -> Any:
+    def counting(*args: Any, **named: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == last:
             os.kill(os.getpid(), signal.SIGKILL)
-        return original(*args)
+        return original(*args, **named)
 
     setattr(owner, name, counting)
-    build(folder, TWENTY)
+    build(folder, dataset)
+
+
+def die(target: Callable[..., None], *args: object) -> None:
+    """Call it in a process that it ends by SIGKILL."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    child = context.Process(target=target, args=args)
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="a server of children that have everything imported needs fork")
@@ -214,12 +229,7 @@ def test_a_killed_cache_is_finished_to_the_same_bytes(tmp_path: Path, death: str
         build(tmp_path / "cache", replace(TWENTY, seed=1))
         (tmp_path / "cache" / "progress.json").unlink()
         (tmp_path / "cache" / "settings.json").rename(tmp_path / "cache" / "manifest.json")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    child = context.Process(target=build_until_death, args=(tmp_path / "cache", death))
-    child.start()
-    child.join()
-    assert child.exitcode == -signal.SIGKILL
+    die(build_until_death, tmp_path / "cache", death, TWENTY)
     with pytest.raises(HalfWrittenError):
         reopen(tmp_path / "cache")
     build(tmp_path / "cache", TWENTY)
@@ -247,6 +257,101 @@ def test_an_interrupted_cache_whose_arrays_were_damaged_starts_again(
     assert contents(tmp_path / "cache") == contents(tmp_path / "whole")
 
 
+# Files that hold something else by now
+
+
+OTHERS: dict[str, tuple[Pictures, str, bool]] = {  # the pictures now, what is said, and whether the features stay
+    "images": (
+        replace(TWENTY, seed=1),
+        "was made of images that have changed since: its features are computed once more",
+        False,
+    ),
+    "one image more": (
+        Pictures(((33, 49),) * 21),
+        "was made of images that have changed since: its features are computed once more",
+        False,
+    ),
+    "labels": (
+        replace(TWENTY, corrected=True),
+        "was made of labels that have changed since: its labels are copied once more, its features remain",
+        True,
+    ),
+    "meaning of labels": (
+        replace(TWENTY, task=Segmentation(("odd", "even", "none"), np.zeros((3, 3), np.uint8))),
+        "was made of labels that have changed since: its labels are copied once more, its features remain",
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+@pytest.mark.parametrize("done", [20, 16])
+def test_a_cache_is_brought_up_to_date(
+    tmp_path: Path, other: str, done: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, said, keeps_features = OTHERS[other]
+    build(tmp_path / "whole", now)
+    if done == 20:
+        build(tmp_path / "cache", TWENTY)
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            build(tmp_path / "cache", replace(TWENTY, broken=done))
+    with pytest.raises(HalfWrittenError, match="have changed since: finish it by running"):
+        open_cache(tmp_path / "cache", identity(now, pixel_backbone()))
+    reading = np.memmap(tmp_path / "cache" / "labels.bin", np.uint8, "r")
+    before, inode = bytes(reading), (tmp_path / "cache" / "features.bin").stat().st_ino
+    capsys.readouterr()
+    cache = build(tmp_path / "cache", now)
+    assert f"{tmp_path / 'cache'} {said}\n" in capsys.readouterr().err
+    assert contents(tmp_path / "cache") == contents(tmp_path / "whole")
+    assert torch.equal(cache.labels[3], torch.from_numpy(now[3].label))
+    assert bytes(reading) == before  # a search that had it open goes on with what it began with
+    if keeps_features:
+        assert (tmp_path / "cache" / "features.bin").stat().st_ino == inode
+
+    build(tmp_path / "cache", now)
+    assert not re.search("once more", capsys.readouterr().err)
+
+
+RELABELLING: dict[str, tuple[object, str, int]] = {  # as `DEATHS`
+    "before the cache counts as unfinished": (Folder, "write_result", 1),
+    "before labels are read": (search.tasks.feature_cache, "_batch", 1),
+    "in the middle of the labels": (search.tasks.feature_cache, "_batch", 2),
+    "before the cache says what its labels are": (Folder, "begin", 1),
+    "before the cache is finished": (Folder, "write_result", 2),
+}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a server of children that have everything imported needs fork")
+@pytest.mark.parametrize("death", RELABELLING)
+@pytest.mark.parametrize("corrected", [True, False])
+def test_labels_that_are_copied_once_more_are_whole_after_any_death(tmp_path: Path, death: str, corrected: bool) -> None:
+    now = replace(TWENTY, corrected=corrected)
+    build(tmp_path / "whole", now)
+    build(tmp_path / "cache", TWENTY)
+    die(build_until_death, tmp_path / "cache", death, replace(TWENTY, corrected=True))
+    with pytest.raises(HalfWrittenError):
+        open_cache(tmp_path / "cache", identity(replace(TWENTY, corrected=True), pixel_backbone()))
+    build(tmp_path / "cache", now)  # also where the correction is taken back
+    assert contents(tmp_path / "cache") == contents(tmp_path / "whole")
+
+
+def test_a_cache_of_an_earlier_version_is_computed_once_more(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    build(tmp_path / "whole", TWENTY)
+    build(tmp_path / "cache", replace(TWENTY, seed=1))
+    path = tmp_path / "cache" / "settings.json"
+    settings = json.loads(path.read_text())
+    del settings["identity"]["content of the images"], settings["identity"]["content of the labels"]
+    settings["identity"]["`data_dir` (pictures)"] = "ab" * 32
+    path.write_text(json.dumps(settings))
+    with pytest.raises(HalfWrittenError, match="is of an earlier version: finish it"):
+        reopen(tmp_path / "cache")
+    capsys.readouterr()
+    build(tmp_path / "cache", TWENTY)
+    assert "cache is of an earlier version: its features are computed once more" in capsys.readouterr().err
+    assert contents(tmp_path / "cache") == contents(tmp_path / "whole")
+
+
 def test_a_second_process_is_refused(tmp_path: Path) -> None:
     tmp_path.joinpath("cache").mkdir()
     with (
@@ -262,7 +367,6 @@ def test_a_second_process_is_refused(tmp_path: Path) -> None:
 
 STALE: dict[str, tuple[Pictures, Backbone, dict[str, Any]]] = {
     "weights_hash": (TWENTY, pixel_backbone(2.0), {}),
-    "data_fingerprint": (replace(TWENTY, seed=1), pixel_backbone(), {}),
     "output_stride": (TWENTY, pixel_backbone(output_stride=8), {}),
     "image_size": (TWENTY, pixel_backbone(), {"size": (49, 49)}),
     "mirrored": (TWENTY, pixel_backbone(), {"mirrored": True}),
@@ -280,7 +384,7 @@ def test_a_cache_of_something_else_is_refused_by_name(tmp_path: Path, field: str
         build(tmp_path, TWENTY)
     before = contents(tmp_path)
     dataset, backbone, changes = STALE[field]
-    said = {"weights_hash": "`weights` (content)", "data_fingerprint": "`data_dir` (pictures)"}.get(field, f"`{field}`")
+    said = {"weights_hash": "`weights` (content)"}.get(field, f"`{field}`")
     with pytest.raises(
         InputError,
         match=rf"feature cache {tmp_path} was started with .*{re.escape(said)} .*: use the same values \({COMMAND}\), "
@@ -303,7 +407,7 @@ def test_damaged_arrays_are_refused_by_name(tmp_path: Path, file: str, damage: C
 DAMAGED = (b"", b"{", b"{}", b"[]", b"3", b"\0\0\0", b'"text"', b"null", b"\xff\xfe")
 
 
-@pytest.mark.parametrize("content", [*DAMAGED, b'{"done": "all"}'])
+@pytest.mark.parametrize("content", [*DAMAGED, b'{"done": "all"}', b'{"done": 20, "labels": 21}'])
 def test_damaged_progress_is_refused_by_name_and_can_be_deleted(tmp_path: Path, content: bytes) -> None:
     build(tmp_path, TWENTY)
     before = contents(tmp_path)
@@ -492,6 +596,84 @@ def test_crops_that_cannot_be_cut_are_refused_before_anything_is_computed(tmp_pa
             caches_of(train, val, *settings, crop)
     assert list(tmp_path.iterdir()) == []
     assert caches_of(train, val, *settings, (17, 1))["train"].labels.shape == (1, 33, 49)
+
+
+# Which cache is whose
+
+
+def write_set(folder: Path, *, seed: int = 0, value: int = 1) -> Path:
+    """A folder of two pictures in each split and its description, called `set`; labels are 0 and `value`."""
+    for split in ("train", "val"):
+        for name in ("a", "b"):
+            made.write_image(folder / split / f"{name}.png", seed, (20, 40))
+            made.write_label(folder / split / f"{name}.bmp", np.repeat([0, value], 400).astype(np.uint8).reshape(20, 40))
+    path = folder / "set.toml"
+    path.write_text(
+        'classes = ["no", "yes", "other"]\nimages = "{split}/{name}.png"\nlabels = "{split}/{name}.bmp"\n'
+        "[splits.train]\n[splits.val]\n"
+    )
+    return path
+
+
+@pytest.fixture
+def prepare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., FeatureCache]:
+    """Prepares the caches of a description in one folder, on features that are pixels, and returns that of val."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "memory"))
+
+    def prepare(path: Path, *, scale: float = 1.0, size: tuple[int, int] | None = None) -> FeatureCache:
+        monkeypatch.setattr(search.tasks.feature_cache, "create_backbone", lambda *_: pixel_backbone(scale))
+        machine = MachineSettings(cache_dir=tmp_path / "cache", device="cpu")
+        data, features = DataSettings(dataset=str(path)), FeatureSettings(image_size=size)
+        return prepare_caches(data, BackboneSettings(), features, machine, COMMAND)["val"]
+
+    return prepare
+
+
+def test_a_label_corrected_in_place_reaches_the_cache(
+    tmp_path: Path, prepare: Callable[..., FeatureCache], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_set(tmp_path / "set")
+    before = prepare(path)
+    assert np.unique(before.labels.numpy()).tolist() == [0, 1, 255]
+    label = tmp_path / "set" / "val" / "b.bmp"
+    size = label.stat().st_size
+    made.write_label(label, np.full((20, 40), 2, np.uint8))
+    assert label.stat().st_size == size
+    capsys.readouterr()
+    after = prepare(path)
+    said = capsys.readouterr().err
+    assert said.count("was made of labels that have changed since: its labels are copied once more") == 1  # not those of train
+    assert after.directory == before.directory
+    assert np.unique(after.labels[1, :20, :40].numpy()).tolist() == [2]
+    assert torch.equal(after.labels[0], before.labels[0])
+    assert torch.equal(after.features, before.features)
+
+
+def test_data_sets_of_one_name_have_caches_of_their_own(
+    tmp_path: Path, prepare: Callable[..., FeatureCache], capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = [write_set(tmp_path / str(seed), seed=seed) for seed in range(3)]
+    first, second, third = map(prepare, paths)
+    assert first.directory.name == "set-val-pixels-os16"
+    assert second.directory.name.startswith("set-val-pixels-os16-")
+    assert not torch.equal(first.features, second.features)
+    capsys.readouterr()
+    for path, cache in zip(paths, (first, second, third), strict=True):
+        again = prepare(path)
+        assert again.directory == cache.directory
+        assert torch.equal(again.features, cache.features)
+    assert not capsys.readouterr().err  # nothing is computed
+    shutil.move(tmp_path / "2", tmp_path / "moved")
+    assert prepare(tmp_path / "moved" / "set.toml").directory == third.directory
+    assert not capsys.readouterr().err
+
+
+def test_other_features_have_caches_of_their_own(tmp_path: Path, prepare: Callable[..., FeatureCache]) -> None:
+    path = write_set(tmp_path / "set")
+    kinds: list[dict[str, Any]] = [{}, {"size": (49, 49)}, {"scale": 2.0}, {"scale": 2.0, "size": (49, 49)}]
+    directories = [prepare(path, **kind).directory for kind in kinds]
+    assert len(set(directories)) == len(kinds)
+    assert [prepare(path, **kind).directory for kind in reversed(kinds)] == directories[::-1]
 
 
 def test_a_file_in_place_of_the_caches_is_refused(tmp_path: Path, asked: list[str]) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 import search.training.memory
 from fast.segmentation import SegmentationNetwork, predict_scales
-from search.datasets import IGNORE_INDEX, Sample
+from search.datasets import IGNORE_INDEX, Fingerprint, Sample
 from search.dense_tasks import DenseTask, Scores
 from search.dense_tasks.segmentation import Segmentation
 from search.errors import InputError
@@ -37,8 +37,8 @@ class Made:
         label[rng.random(label.shape) < 0.1] = IGNORE_INDEX
         return Sample(image, label, f"city/{index}")
 
-    def fingerprint(self) -> str:
-        return "made"
+    def fingerprint(self) -> Fingerprint:
+        return Fingerprint("made", "made")
 
     def problems(self) -> list[str]:
         return []
