@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from search.datasets import IGNORE_INDEX
-from search.datasets.pictures import PictureReader, palette_of
+from search.datasets.pictures import PictureReader, mode_and_palette
 from search.dense_tasks import RGB
 from search.errors import InputError
 
@@ -133,8 +133,10 @@ class DepthReader:
 
 def shown_as(path: Path, pictures: PictureReader = _ANY) -> dict[RGB, int]:
     """The values in a palette picture, by the colours that it shows them in, if each has its own; {} for other files."""
-    palette = None if path.suffix == ".mat" else palette_of(path)
-    if palette is None:
+    if path.suffix == ".mat":
+        return {}
+    mode, palette = mode_and_palette(path)
+    if mode != "P" or not len(palette):
         return {}
     values = np.unique(np.array(pictures.label(path)))
     colours = [(r, g, b) for r, g, b in palette[np.minimum(values, len(palette) - 1)].tolist()]
@@ -146,8 +148,8 @@ def label_colours(path: Path, values: Sequence[int]) -> NDArray[np.uint8] | None
 
     None if it has no palette, or if not all of these colours can be told apart, as in a ramp of greys.
     """
-    table = palette_of(path)
-    if table is None or len(table) <= max(values):
+    _, table = mode_and_palette(path)
+    if len(table) <= max(values):
         return None
     colours = table[list(values)]
     apart = np.abs(colours[:, None].astype(int) - colours[None]).max(axis=2)
