@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from search.datasets import IGNORE_INDEX
-from search.datasets.pictures import PictureReader, storage_of
+from search.datasets.pictures import PictureReader, mode_and_palette
 from search.dense_tasks import RGB
 from search.errors import InputError
 
@@ -151,10 +151,12 @@ class DepthReader:
 
 
 def storage(path: Path) -> tuple[str, list[RGB]]:
-    """How a label file stores its pixels, in words, and its palette, read from its header alone; nothing of other files."""
-    mode, palette = ("", None) if path.suffix == ".mat" else storage_of(path)
-    form = _FORMS.get(mode, f"in mode {mode}") if mode else ""  # said when the label is read
-    return form, [] if palette is None else [(r, g, b) for r, g, b in palette.tolist()]
+    """How a label file stores its pixels, in words, and its palette, read from its head alone; nothing of other files."""
+    if path.suffix == ".mat":
+        return "", []
+    mode, palette = mode_and_palette(path)  # of a damaged file nothing; that is said when the label is read
+    form = _FORMS.get(mode, f"in mode {mode}") if mode else ""
+    return form, [(r, g, b) for r, g, b in palette.tolist()] if mode == "P" else []
 
 
 def label_colours(path: Path, values: Sequence[int]) -> NDArray[np.uint8] | None:
@@ -162,8 +164,8 @@ def label_colours(path: Path, values: Sequence[int]) -> NDArray[np.uint8] | None
 
     None if it has no palette, or if not all of these colours can be told apart, as in a ramp of greys.
     """
-    _, table = storage_of(path)
-    if table is None or len(table) <= max(values):
+    _, table = mode_and_palette(path)
+    if len(table) <= max(values):
         return None
     colours = table[list(values)]
     apart = np.abs(colours[:, None].astype(int) - colours[None]).max(axis=2)

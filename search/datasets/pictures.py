@@ -133,16 +133,18 @@ def picture_size(path: Path, remedy: str = RESTORE) -> tuple[int, int]:
         raise _unreadable(path, error, remedy) from error
 
 
-def storage_of(path: Path) -> tuple[str, NDArray[np.uint8] | None]:
-    """Pillow's mode of a file, and the colours (K, 3) of a palette's numbers 0 to K − 1; "" and None for a damaged file."""
+def mode_and_palette(path: Path) -> tuple[str, NDArray[np.uint8]]:
+    """Pillow's name for a file's kind of pixels, and the colours (K, 3) of a palette's numbers 0 to K − 1, or (0, 3) without.
+
+    No pixel is decoded; of a damaged file the name is empty.
+    """
     try:
         with _open(path) as picture:
-            pixel = Image.new("P", (1, 1))
+            pixel = Image.new(picture.mode, (1, 1))
             pixel.palette = picture.palette  # the file's own getpalette would decode all pixels first
-            mode, entries = picture.mode, pixel.getpalette() if picture.mode == "P" else None
+            return picture.mode, np.array(pixel.getpalette() or [], np.uint8).reshape(-1, 3)
     except Exception:  # said when the file is read
-        return "", None
-    return mode, None if entries is None else np.array(entries, np.uint8).reshape(-1, 3)
+        return "", np.empty((0, 3), np.uint8)
 
 
 _opening = threading.Lock()  # what is set aside below belongs to the process

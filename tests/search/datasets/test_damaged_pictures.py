@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image, features
 
 from search.datasets.labels import ColourReader, LabelReader
-from search.datasets.pictures import PictureReader, picture_size, storage_of
+from search.datasets.pictures import PictureReader, mode_and_palette, picture_size
 from search.errors import InputError
 from tests.search.made_pictures import SRGB, exif, profile_of_colours
 
@@ -48,7 +48,7 @@ READERS: dict[Callable[[Path], NDArray[Any] | None], int] = {  # with the dimens
     lambda path: LabelReader({value: value for value in range(256)}, remedy="restore it")(path, SMALL): 2,
     lambda path: ColourReader({(0, 0, 0): 0}, "restore it", ignores_others=True)(path, SMALL): 2,
     lambda path: np.array(picture_size(path)): 1,
-    lambda path: storage_of(path)[1]: 2,
+    lambda path: mode_and_palette(path)[1]: 2,
 }
 
 
