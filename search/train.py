@@ -6,7 +6,7 @@ where the defaults differ.
 """
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from reference.cell import Cell
 from search.cells.space import load_cell
 from search.cli import Flat, print_defaults, print_next, run_command, spelled, this_command, uses_of_network
 from search.datasets import Dataset, open_splits, training_pictures
+from search.datasets.weights import completed_loss
 from search.devices import Devices, join_devices
 from search.errors import InputError
 from search.folder import Folder
@@ -25,6 +26,7 @@ from search.settings import (
     BackboneSettings,
     DataSettings,
     HeadSettings,
+    LossSettings,
     MachineSettings,
     RecipeSettings,
     TrainingPictures,
@@ -59,6 +61,7 @@ class TrainSettings:
     data: Flat[DataSettings] = DataSettings()
     backbone: Flat[BackboneSettings] = BackboneSettings()
     head: Flat[HeadSettings] = HeadSettings()
+    loss: Flat[LossSettings] = LossSettings()
     recipe: Flat[RecipeSettings] = RecipeSettings()
     machine: Flat[MachineSettings] = MachineSettings()
 
@@ -68,6 +71,7 @@ class TrainSettings:
             data=self.data,
             backbone=self.backbone,
             head=self.head,
+            loss=self.loss,
             recipe=self.recipe,
             machine=self.machine,
             seed=self.seed,
@@ -81,6 +85,7 @@ def main(settings: TrainSettings) -> None:
     train, val = open_splits(settings.data)
     training = settings.training(training_pictures(settings.data, train))
     training.check()
+    training = replace(training, loss=completed_loss(training.loss, train, training.machine.cache_dir))
     devices = join_devices(settings.machine.device)
     try:
         directory = settings.out or Path("runs") / "train" / train.name
