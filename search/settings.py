@@ -275,8 +275,8 @@ class LossSettings:
         """Raises InputError for numbers that cannot work."""
         if isinstance(self.class_weights, tuple):
             work = all(0 <= weight < math.inf for weight in self.class_weights) and any(self.class_weights)
-            given = " ".join(f"{weight:g}" for weight in self.class_weights)
-            require("class_weights", given or "none", work, "finite numbers of at least 0, not all of them 0")
+            shown = " ".join(f"{weight:g}" for weight in self.class_weights) or "none"
+            require("class_weights", shown, work, "finite numbers of at least 0, not all of them 0")
 
 
 @dataclass(frozen=True, kw_only=True)
