@@ -36,8 +36,8 @@ Versions (instructions of warps in code compiled for sm_90, at that size; not me
   1. interpolate, cross-entropy, and back by the library: six passes over 360 MB
   2. a program for each cell, classes in the slow dimension of a tile, 19 padded to 32, an exponential per pixel and class:
      146 million, 254 registers
-  3. this: 32 million where three classes meet in a program, 39 where all do; 100 registers (Triton 3.8: 121)
-     (with class weights: 168 registers)
+  3. this: 32 million where three classes meet in a program, 39 where all do; 100 registers (Triton 3.8: 121,
+     with class weights 168)
   4. a column per thread: 45 to 51 million, 72 registers; four columns: 26 to 33 million, 168 registers; see bench/tune.py
 """
 
