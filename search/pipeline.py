@@ -27,6 +27,7 @@ from search.runs.study import Run, RunSettings, load_run, open_run, ranked
 from search.runs.workers import open_workers
 from search.settings import (
     SHAPES,
+    TRAINING_DEFAULTS,
     BackboneSettings,
     DataSettings,
     FeatureSettings,
@@ -211,7 +212,8 @@ def train_network(
     devices, folder = Devices(machine.device), Folder(Path(out), "training")
     identity = training_identity(settings, network, train, val, devices) | {"`network` (content)": hash_of_weights(network)}
     with folder.locked():
-        folder.begin(identity, f"train_network(network, train, val, {str(out)!r}, ...) in Python")
+        command = f"train_network(network, train, val, {str(out)!r}, ...) in Python"
+        folder.begin(identity, command, defaults=TRAINING_DEFAULTS)
         result = Training(settings, copy.deepcopy(network), train, val, folder.path, devices).run()
     path = folder.path / "best.safetensors"
     write_card(path)
