@@ -232,8 +232,8 @@ def test_two_cells_in_turns_have_the_same_scores(settings: RandomSettings, unint
 def test_a_search_with_class_weights_says_which_it_had(
     settings: RandomSettings, uninterrupted: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    balanced = changed(settings, trials=2, class_weights="balanced")
-    run = run_search(balanced)
+    settings = changed(settings, trials=2, cache_dir=tmp_path / "cache")  # not that of the others: it will hold counts
+    run = run_search(changed(settings, class_weights="balanced"))
     printed = capsys.readouterr()
     weights = run.settings.loss.numbers
     assert weights is not None
@@ -243,10 +243,10 @@ def test_a_search_with_class_weights_says_which_it_had(
     assert [record.cell for record in run.trials] == [record.cell for record in uninterrupted.trials[:2]]
     for record, before in zip(run.trials, uninterrupted.trials, strict=False):
         assert known(record.result).loss_curve[0] != known(before.result).loss_curve[0]
-    again = run_search(changed(settings, trials=2, class_weights=weights))
+    again = run_search(changed(settings, class_weights=weights))
     assert again.trials == run.trials
     with pytest.raises(InputError, match=r"with `class_weights` \[.*\], now it is None"):
-        run_search(changed(settings, trials=2))
+        run_search(settings)
 
 
 def test_a_run_from_before_there_were_class_weights_goes_on(settings: RandomSettings) -> None:
