@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fast.kernels.library import band_rows
 from fast.kernels.matrices import resize_matrix
+from fast.upsampled_cross_entropy import fitting_weights
 from reference.upsampled_cross_entropy import IGNORE_INDEX
 
 
@@ -25,12 +26,22 @@ def mined_share(share: float, iteration: int, iterations: int) -> float:
 
 
 @torch.no_grad()
-def hardest_pixels(logits: Tensor, labels: Tensor, share: float, *, ignore_index: int = IGNORE_INDEX) -> Tensor:
+def hardest_pixels(
+    logits: Tensor,
+    labels: Tensor,
+    share: float,
+    *,
+    class_weights: Tensor | None = None,
+    ignore_index: int = IGNORE_INDEX,
+) -> Tensor:
     """`labels` (N, H, W), with `ignore_index` at every pixel whose loss of `logits` (N, K, h, w) is not among the largest.
 
-    int(share · N·H·W) pixels are kept (ignored ones count in N·H·W), but none whose loss is 0.
+    int(share · N·H·W) pixels are kept (ignored ones count in N·H·W), but none whose loss is 0. As the authors' do, class
+    weights (K,) multiply the losses before the largest are taken, so pixels of weight 0 are never kept.
     """
-    return keep_largest(_pixel_losses(logits.float(), labels, ignore_index), labels, share, ignore_index)
+    precise = logits.float()
+    weights = None if class_weights is None else fitting_weights(class_weights, precise)
+    return keep_largest(_pixel_losses(precise, labels, ignore_index, weights), labels, share, ignore_index)
 
 
 @torch.no_grad()
@@ -47,7 +58,7 @@ def keep_largest(losses: Tensor, labels: Tensor, share: float, ignore: int | flo
     return labels.where(kept.view(labels.shape), ignore)
 
 
-def _pixel_losses(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+def _pixel_losses(logits: Tensor, labels: Tensor, ignore_index: int, class_weights: Tensor | None) -> Tensor:
     """The loss of every pixel (N, H, W), 0 where it is ignored, computed in bands of rows."""
     height, width = labels.shape[1:]
     rows, columns = (resize_matrix(logits.shape[2 + i], (height, width)[i], logits.dtype, logits.device) for i in range(2))
@@ -59,6 +70,6 @@ def _pixel_losses(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
             target = labels[n, top : top + band].long()
             upsampled = rows[top : top + band] @ wide  # (K, band, W)
             losses[n, top : top + band] = F.cross_entropy(
-                upsampled[None], target[None], ignore_index=ignore_index, reduction="none"
+                upsampled[None], target[None], class_weights, ignore_index=ignore_index, reduction="none"
             )[0]
     return losses

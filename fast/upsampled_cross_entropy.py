@@ -10,16 +10,30 @@ from fast.kernels.differentiable import differentiable_once
 from reference.upsampled_cross_entropy import IGNORE_INDEX
 
 
-def upsampled_cross_entropy(logits: Tensor, labels: Tensor, *, ignore_index: int = IGNORE_INDEX) -> Tensor:
+def upsampled_cross_entropy(
+    logits: Tensor, labels: Tensor, *, class_weights: Tensor | None = None, ignore_index: int = IGNORE_INDEX
+) -> Tensor:
     """logits: (N, K, h, w), labels: (N, H, W) integer in 0..K-1 or ignore_index -> the mean loss in nats.
 
-    Computed in float32, or in float64 if the logits are. Differentiable once.
+    class_weights: (K,), on the logits' device, none below 0, multiply the losses of each class's pixels; they are not in the
+    denominator, and get no gradient. Computed in float32, or in float64 if the logits are. Differentiable once.
     """
     check_labels(logits, labels, ignore_index)
     precise = logits if logits.dtype == torch.float64 else logits.float()
+    weights = None if class_weights is None else fitting_weights(class_weights, precise)
     with torch.autocast(logits.device.type, enabled=False):  # its products would be rounded to bf16
-        loss: Tensor = _UpsampledCrossEntropy.apply(precise, labels, ignore_index)
+        loss: Tensor = _UpsampledCrossEntropy.apply(precise, labels, ignore_index, weights)
     return loss
+
+
+def fitting_weights(class_weights: Tensor, logits: Tensor) -> Tensor:
+    """The weights (K,) as kernels read them, in the logits' dtype. Raises ValueError unless they belong to (N, K, h, w)."""
+    if class_weights.shape != logits.shape[1:2] or class_weights.device != logits.device:
+        raise ValueError(
+            f"class_weights: ({logits.shape[1]},) on {logits.device} are needed, one for each class of the logits, got "
+            f"{tuple(class_weights.shape)} on {class_weights.device}"
+        )
+    return class_weights.detach().to(logits.dtype).contiguous()
 
 
 def check_labels(logits: Tensor, labels: Tensor, ignore_index: int) -> None:
@@ -35,13 +49,13 @@ def check_labels(logits: Tensor, labels: Tensor, ignore_index: int) -> None:
 
 class _UpsampledCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
-        loss, grad = operations_for(logits).upsampled_cross_entropy(logits, labels, ignore_index)
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, ignore_index: int, class_weights: Tensor | None) -> Tensor:
+        loss, grad = operations_for(logits).upsampled_cross_entropy(logits, labels, ignore_index, class_weights)
         ctx.save_for_backward(grad)
         return loss
 
     @staticmethod
     @differentiable_once("take F.cross_entropy of logits that F.interpolate has resized")
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None, None]:
         (grad,) = ctx.saved_tensors
-        return grad * grad_loss, None, None
+        return grad * grad_loss, None, None, None

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from search.datasets.from_torch import TorchDataset
     from search.errors import InputError
     from search.pipeline import Found, SearchSettings, Trained, load_found, search_cells, train_network
-    from search.settings import FeatureSettings, HeadSettings, MachineSettings, ProxySettings, RecipeSettings
+    from search.settings import FeatureSettings, HeadSettings, LossSettings, MachineSettings, ProxySettings, RecipeSettings
     from search.training.predictor import Predictor
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "Found",
     "HeadSettings",
     "InputError",
+    "LossSettings",
     "MachineSettings",
     "Predictor",
     "ProxySettings",
@@ -45,7 +46,7 @@ if sys.argv[:1] == ["-m"]:  # a command is about to run: so Python calls itself 
 
 if not TYPE_CHECKING:
     _PIPELINE = ("Found", "SearchSettings", "Trained", "load_found", "search_cells", "train_network")
-    _SETTINGS = ("FeatureSettings", "HeadSettings", "MachineSettings", "ProxySettings", "RecipeSettings")
+    _SETTINGS = ("FeatureSettings", "HeadSettings", "LossSettings", "MachineSettings", "ProxySettings", "RecipeSettings")
     _PLACES = {
         "backbone_from_module": ".backbones.from_module",
         "load_cell": ".cells.space",

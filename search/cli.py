@@ -20,6 +20,7 @@ from search.settings import (
     DataSettings,
     FileSettings,
     HeadSettings,
+    LossSettings,
     MachineSettings,
     PictureSettings,
     TrainingPictures,
@@ -110,20 +111,30 @@ def print_next(*commands: str) -> None:
 
 
 def uses_of_run(
-    run: Path, data: DataSettings, backbone: BackboneSettings, head: HeadSettings, machine: MachineSettings
+    run: Path,
+    data: DataSettings,
+    backbone: BackboneSettings,
+    head: HeadSettings,
+    loss: LossSettings,
+    machine: MachineSettings,
 ) -> list[str]:
     """Commands for a search's folder: to join its best head to the backbone, to train a network around its best cell."""
-    return [to_type("join", "--run", run), to_train(data, backbone, head, machine, "--run", run)]
+    return [to_type("join", "--run", run), to_train(data, backbone, head, loss, machine, "--run", run)]
 
 
 def to_train(
-    data: DataSettings, backbone: BackboneSettings, head: HeadSettings, machine: MachineSettings, *arguments: object
+    data: DataSettings,
+    backbone: BackboneSettings,
+    head: HeadSettings,
+    loss: LossSettings,
+    machine: MachineSettings,
+    *arguments: object,
 ) -> str:
     """A command that trains a whole network on what a search had."""
     if head.branch_channels == HeadSettings().completed(data.dataset).branch_channels:
         head = replace(head, branch_channels=None)  # what it is anyway
     kept = MachineSettings(cache_dir=machine.cache_dir)
-    return to_type("train", *arguments, *arguments_of(data, backbone, head, kept))
+    return to_type("train", *arguments, *arguments_of(data, backbone, head, loss, kept))
 
 
 def uses_of_network(network: Path, data: PictureSettings, val: Dataset, *evaluation: str) -> list[str]:

@@ -38,6 +38,7 @@ from search.cells.space import canonical_form, load_cell
 from search.cli import Flat, arguments_of, print_next, run_command, spelled, this_command, to_type
 from search.datasets import Dataset, open_dataset, training_pictures
 from search.datasets.look import look_at
+from search.datasets.weights import completed_loss, weights_in_words
 from search.dense_tasks import Measure
 from search.devices import resolve_device
 from search.errors import InputError, fields_in, with_fields
@@ -51,6 +52,7 @@ from search.settings import (
     DataSettings,
     FeatureSettings,
     HeadSettings,
+    LossSettings,
     MachineSettings,
     ProxySettings,
     RecipeSettings,
@@ -134,6 +136,7 @@ class FidelitySettings:
     """Training steps per cell under the protocol long; --iterations is for proxy and large."""
     proxy: Flat[ProxySettings] = ProxySettings(iterations=40, learning_rate=0.2)
     head: Flat[HeadSettings] = HeadSettings(branch_channels=64)
+    loss: Flat[LossSettings] = LossSettings()
     data: Flat[DataSettings] = DataSettings()
     backbone: Flat[BackboneSettings] = BackboneSettings()
     features: Flat[FeatureSettings] = FeatureSettings()
@@ -184,7 +187,11 @@ def main(settings: FidelitySettings) -> None:
     head, backbone = settings.head.completed(settings.data.dataset), completed_backbone(settings.backbone)
     settings = replace(settings, head=head, backbone=backbone)
     _check(settings)
-    directory = settings.out or Path("runs") / "fidelity" / _dataset(settings.data).name
+    train = _dataset(settings.data)
+    settings = replace(settings, loss=completed_loss(settings.loss, train, settings.machine.cache_dir))
+    if words := weights_in_words(train.task, settings.loss):
+        print(words, file=sys.stderr)
+    directory = settings.out or Path("runs") / "fidelity" / train.name
     protocols = prepare_protocols(settings, directory)
     measure = protocols[0].measure
     with Folder(directory).locked():
@@ -264,13 +271,13 @@ def _cached(
 
     def create_task() -> ProxyTask:
         train, val = (open_cache(*each) for each in to_open)
-        return ProxyTask(train, val, proxy, settings.head, device)
+        return ProxyTask(train, val, proxy, settings.head, device, settings.loss)
 
     crop_in_features(proxy, caches["train"])  # refuses a wrong one
     facts = facts_of(caches)
     if name == "large":
         facts = {_of_large(name): fact for name, fact in facts.items()}
-    groups = settings.data, settings.features, settings.head, proxy
+    groups = settings.data, settings.features, settings.head, settings.loss, proxy
     identity = scored(*groups) | facts | {"seed": settings.seed}
     if name == "long":
         identity["long_iterations"] = identity.pop("iterations")
@@ -297,6 +304,7 @@ def _end_to_end(settings: FidelitySettings, directory: Path, device: str) -> Pro
         data=data,
         backbone=settings.backbone,
         head=settings.head,
+        loss=settings.loss,
         recipe=recipe,
         machine=replace(settings.machine, device=device),
         seed=settings.seed,
@@ -390,6 +398,7 @@ def _check(settings: FidelitySettings) -> None:
     """Refuse numbers that cannot work, before anything is written."""
     settings.proxy.check()
     settings.head.check()
+    settings.loss.check()
     settings.backbone.check()
     require("seeds", settings.seeds, settings.seeds >= 1, "at least 1")
     require("seed", settings.seed, settings.seed >= 0, "at least 0")

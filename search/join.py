@@ -71,7 +71,8 @@ def main(settings: JoinSettings) -> None:
     data = replace(had, dataset=given(settings.dataset, had.dataset), data_dir=given(settings.data_dir, had.data_dir))
     val, padded = _validation(run, data), (run.identity["image_size"][0], run.identity["image_size"][1])
     scores = _score(network.to(device), val, padded)
-    source = {"run": str(run.directory), "head": str(head), "data": plain(data), "image_size": padded} | task.named(scores)
+    source = {"run": str(run.directory), "head": str(head), "data": plain(data), "image_size": padded}
+    source |= {"loss": plain(run.settings.loss)} | task.named(scores)
     evaluation = {"dataset": data.dataset, "pad_to": padded}
     save_network(out, network, task=task.describe(), source=source, evaluation=evaluation)
     print(f"{task.score.name} on {val.name} {val.split}: {task.score.text(scores.score)}")

@@ -18,6 +18,7 @@ from search.cells.sampler import LAG, create_sampler
 from search.cells.space import ASCENDING, SearchSpace, is_ascending, load_cells
 from search.datasets import Dataset, training_pictures
 from search.datasets.look import look_at, require_labels
+from search.datasets.weights import completed_loss, weights_in_words
 from search.devices import Devices, resolve_device
 from search.errors import InputError
 from search.folder import Folder
@@ -32,6 +33,7 @@ from search.settings import (
     DataSettings,
     FeatureSettings,
     HeadSettings,
+    LossSettings,
     MachineSettings,
     ProxySettings,
     RecipeSettings,
@@ -150,6 +152,7 @@ def search_cells(
     search: SearchSettings | None = None,
     proxy: ProxySettings | None = None,
     head: HeadSettings | None = None,
+    loss: LossSettings | None = None,
     features: FeatureSettings | None = None,
     machine: MachineSettings | None = None,
 ) -> Found:
@@ -161,19 +164,20 @@ def search_cells(
     """
     search, features = given(search, SearchSettings()).completed(train.name), given(features, FeatureSettings())
     proxy, head = given(proxy, ProxySettings()), given(head, HeadSettings()).completed(train.name)
-    machine = given(machine, MachineSettings())
-    for group in (search, proxy, head):
+    machine, loss = given(machine, MachineSettings()), given(loss, LossSettings())
+    for group in (search, proxy, head, loss):
         group.check()
     features.check(backbone.output_stride)
     _require_one_task(train, val)
+    loss = completed_loss(loss, train, machine.cache_dir)
     look_at(train, val)
     require_labels(train, val)
     backbone.to(resolve_device(machine.device)).eval()
     directory, command = Path(out), f"search_cells(train, val, backbone, {str(out)!r}, ...) in Python"
     caches = caches_of(train, val, backbone, features, machine, command, proxy.crop_size)
     proxy = proxy.completed(caches["train"].pictures)
-    settings = RunSettings(_data_of(train, val), _settings_of(backbone), features, head, machine)
-    groups = search, features, head, proxy
+    settings = RunSettings(_data_of(train, val), _settings_of(backbone), features, head, machine, loss)
+    groups = search, features, head, loss, proxy
     run_search(directory, search, proxy, settings, caches, {"train": train, "val": val}, groups=groups, command=command)
     return load_found(directory)
 
@@ -194,6 +198,7 @@ def train_network(
     out: Path | str,
     *,
     recipe: RecipeSettings | None = None,
+    loss: LossSettings | None = None,
     machine: MachineSettings | None = None,
     seed: int = 0,
 ) -> Trained:
@@ -202,11 +207,12 @@ def train_network(
     It begins with the network's weights. The same call goes on after an interruption; the folder has the best network as
     `best.safetensors`. Raises InputError for what cannot be used, also for a backbone that no file could build again.
     """
-    machine = given(machine, MachineSettings())
-    settings = _training_settings(network, train, val, given(recipe, RecipeSettings()), machine, seed)
+    machine, loss = given(machine, MachineSettings()), given(loss, LossSettings())
+    settings = _training_settings(network, train, val, given(recipe, RecipeSettings()), loss, machine, seed)
     settings.check()
     _require_one_task(train, val)
     _require_trainable(network, train)
+    settings = replace(settings, loss=completed_loss(loss, train, machine.cache_dir))
     look_at(train, val)
     require_labels(train, val)
     devices, folder = Devices(machine.device), Folder(Path(out), "training")
@@ -235,7 +241,13 @@ def _require_trainable(network: SegmentationNetwork, train: Dataset) -> None:
 
 
 def _training_settings(
-    network: SegmentationNetwork, train: Dataset, val: Dataset, recipe: RecipeSettings, machine: MachineSettings, seed: int
+    network: SegmentationNetwork,
+    train: Dataset,
+    val: Dataset,
+    recipe: RecipeSettings,
+    loss: LossSettings,
+    machine: MachineSettings,
+    seed: int,
 ) -> TrainingSettings:
     """The settings that a command would have been given for these objects, completed."""
     context, data = network.head.context, _data_of(train, val)
@@ -247,6 +259,7 @@ def _training_settings(
             pooling=context.pooling,
             dropout=getattr(context.dropout, "p", 0.0),  # it may have been replaced, by Identity
         ),
+        loss=loss,
         recipe=replace(recipe, decoder=network.decoder is not None),
         machine=machine,
         seed=seed,
@@ -281,7 +294,7 @@ def run_search(
     command: str,
     on_begin: Callable[[], object] = lambda: None,
 ) -> None:
-    """Search cells on these features, compare and report; `settings` have a completed head.
+    """Search cells on these features, compare and report; `settings` have a completed head and loss.
 
     `caches` and `pictures` have the splits "train" and "val". `groups` are all settings that scores depend on: with other
     values than before, the folder is refused. `command` is what the user typed. `on_begin` is called once nothing is left to
@@ -295,7 +308,7 @@ def run_search(
 
     def create_task() -> ProxyTask:
         of_train, of_val = (open_cache(*each) for each in to_open)
-        return ProxyTask(of_train, of_val, proxy, settings.head, device)
+        return ProxyTask(of_train, of_val, proxy, settings.head, device, settings.loss)
 
     run = open_run(
         directory,
@@ -316,6 +329,8 @@ def run_search(
     ):
         on_begin()
         print(f"search space: {'; '.join(space.describe())}", file=sys.stderr)
+        if words := weights_in_words(pictures["val"].task, settings.loss):
+            print(words, file=sys.stderr)
         timed_on = None
         try:
             Search(study, workers, space, plan, pictures["val"].task.score, _keeper(directory / HEADS, caches["train"])).run()

@@ -22,6 +22,7 @@ from search.backbones import completed_backbone
 from search.backbones.shapes import SHAPES_BACKBONES
 from search.cli import Flat, print_defaults, print_next, run_command, spelled, this_command, uses_of_run
 from search.datasets import open_splits
+from search.datasets.weights import completed_loss
 from search.errors import InputError
 from search.folder import Folder
 from search.pipeline import SearchSettings, run_search
@@ -31,6 +32,7 @@ from search.settings import (
     DataSettings,
     FeatureSettings,
     HeadSettings,
+    LossSettings,
     MachineSettings,
     ProxySettings,
     changes_no_score,
@@ -49,6 +51,7 @@ class RandomSettings(SearchSettings):
     """Folder of the run. None: runs/ and the data set's name."""
     proxy: Flat[ProxySettings] = ProxySettings()
     head: Flat[HeadSettings] = HeadSettings()
+    loss: Flat[LossSettings] = LossSettings()
     data: Flat[DataSettings] = DataSettings()
     backbone: Flat[BackboneSettings] = BackboneSettings()
     features: Flat[FeatureSettings] = FeatureSettings()
@@ -57,31 +60,32 @@ class RandomSettings(SearchSettings):
 
 def main(settings: RandomSettings) -> None:
     """Search, compare, report; exit with code 1 if no cell has a score."""
-    for group in (settings.proxy, settings.head, settings.backbone, settings):
+    for group in (settings.proxy, settings.head, settings.loss, settings.backbone, settings):
         group.check()
-    data, command = settings.data, this_command(_PROG)
-    machine, crop_size = settings.machine, settings.proxy.crop_size
-    caches = prepare_caches(data, settings.backbone, settings.features, machine, command, crop_size)
+    data, machine, command = settings.data, settings.machine, this_command(_PROG)
+    train, val = open_splits(data)
+    loss = completed_loss(settings.loss, train, machine.cache_dir)
+    caches = prepare_caches(data, settings.backbone, settings.features, machine, command, settings.proxy.crop_size)
     settings, typed = completed_for(caches["train"], settings), settings
     chosen = (typed, settings), (typed.proxy, settings.proxy), (typed.head, settings.head)
     origin = caches["train"].identity
     directory = settings.out or Path("runs") / origin["dataset"]
     _refuse_other_backbone(directory, origin, settings.backbone.weights)
-    groups = settings, data, settings.backbone, settings.features, settings.head, settings.proxy
+    groups = settings, data, settings.backbone, settings.features, settings.head, loss, settings.proxy
     run_search(
         directory,
         settings,
         settings.proxy,
-        RunSettings(data, settings.backbone, settings.features, settings.head, settings.machine),
+        RunSettings(data, settings.backbone, settings.features, settings.head, settings.machine, loss),
         caches,
-        dict(zip(("train", "val"), open_splits(data), strict=True)),
+        {"train": train, "val": val},
         groups=groups,
         command=command,
         on_begin=lambda: print_defaults(caches["train"].pictures, *chosen),
     )
     if not (directory / "best_cells" / "rank_01.json").exists():  # every cell has failed, as was said
         sys.exit(1)
-    print_next(*uses_of_run(directory, data, settings.backbone, settings.head, settings.machine))
+    print_next(*uses_of_run(directory, data, settings.backbone, settings.head, settings.loss, settings.machine))
 
 
 def completed_for(features: FeatureCache, settings: RandomSettings) -> RandomSettings:

@@ -48,7 +48,7 @@ def main(settings: ReportSettings) -> None:
         print(f"report: {write_report(run, device)}")
         had = run.settings
         if ranked(run.trials) and is_named(had.data.dataset):
-            print_next(*uses_of_run(run.directory, had.data, had.backbone, had.head, had.machine))
+            print_next(*uses_of_run(run.directory, had.data, had.backbone, had.head, had.loss, had.machine))
         return
     _check(settings)
     out = settings.out or Path("cells.html")

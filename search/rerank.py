@@ -19,6 +19,7 @@ from search.cells.space import canonical_form, load_cells
 from search.cli import Flat, print_defaults, print_next, run_command, spelled, this_command, to_train
 from search.datasets import training_pictures
 from search.datasets.look import look_at
+from search.datasets.weights import weights_in_words
 from search.dense_tasks import Scores
 from search.devices import resolve_device
 from search.errors import InputError
@@ -29,9 +30,11 @@ from search.runs.workers import Job, Outcome, Workers, open_workers, outcomes
 from search.settings import (
     TRAINING_DEFAULTS,
     BackboneSettings,
+    ClassWeights,
     DataSettings,
     DeviceSettings,
     HeadSettings,
+    LossSettings,
     MachineSettings,
     RecipeSettings,
     TaskName,
@@ -73,6 +76,8 @@ class RunOverrides:
     """Filters of each branch and of the cell's output. None: the run's."""
     pooling: PoolingVariant | None = None
     """Pyramid pooling: sliding_window or grid_cells. None: the run's."""
+    class_weights: ClassWeights | None = None
+    """Factors for the losses of each class's pixels: a number for each class, or balanced. None: the run's."""
     cache_dir: Path | None = None
     """Where the small backbone for shapes is kept. None: the run's."""
 
@@ -108,6 +113,9 @@ class RunOverrides:
             pooling=given(self.pooling, run.pooling),
             dropout=dropout,
         )
+
+    def loss(self, run: LossSettings) -> LossSettings:
+        return LossSettings(class_weights=given(self.class_weights, run.class_weights))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +169,8 @@ def main(settings: RerankSettings) -> None:
         folder.begin(identity, this_command(_PROG), defaults=TRAINING_DEFAULTS)
         with workers as opened:
             print_defaults(training_pictures(training.data, task.train), (training.recipe, task.settings.recipe))
+            if words := weights_in_words(task.dense_task, task.settings.loss):
+                print(words, file=sys.stderr)
             try:
                 _train(task, opened, candidates, settings)
             finally:  # also after Ctrl-C: report what there is
@@ -172,7 +182,7 @@ def _print_next(task: EndToEndTask, directory: Path) -> None:
     best, had = directory / "best_cell.json", task.settings
     if not best.exists():  # every cell has failed, which is said
         sys.exit(1)
-    print_next(to_train(had.data, had.backbone, had.head, had.machine, "--cell", best))
+    print_next(to_train(had.data, had.backbone, had.head, had.loss, had.machine, "--cell", best))
 
 
 def candidates_of(run: Run, settings: RerankSettings) -> list[Candidate]:
@@ -199,6 +209,7 @@ def training_settings(settings: RerankSettings, run: Run) -> TrainingSettings:
         data=overrides.data(of_run.data),
         backbone=overrides.network(of_run.backbone),
         head=overrides.head(of_run.head, settings.dropout),
+        loss=overrides.loss(of_run.loss),
         recipe=settings.recipe,
         machine=MachineSettings(
             device=resolve_device(settings.device.device),

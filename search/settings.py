@@ -18,6 +18,7 @@ from search.errors import InputError
 
 FeatureDtype = Literal["float16", "bfloat16"]
 TaskName = Literal["segmentation", "depth"]
+ClassWeights = tuple[float, ...] | Literal["balanced"]
 Value = TypeVar("Value")
 Group = TypeVar("Group")
 
@@ -273,6 +274,28 @@ class HeadSettings(CellSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LossSettings:
+    """The loss."""
+
+    class_weights: ClassWeights | None = None
+    """Factors for the losses of each class's pixels: a number for each class, in the order of the classes, or balanced, by
+    which the pixels of every class weigh the same in all (docs/training.md). None: every pixel weighs the same."""
+
+    @property
+    def numbers(self) -> tuple[float, ...] | None:
+        """The weights, after `search.datasets.weights.completed_loss`."""
+        assert self.class_weights != "balanced"
+        return self.class_weights
+
+    def check(self) -> None:
+        """Raises InputError for numbers that cannot work."""
+        if isinstance(self.class_weights, tuple):
+            work = all(0 <= weight < math.inf for weight in self.class_weights) and any(self.class_weights)
+            shown = " ".join(f"{weight:g}" for weight in self.class_weights) or "none"
+            require("class_weights", shown, work, "finite numbers of at least 0, not all of them 0")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ProxySettings:
     """The short training on cached features. The paper: 30,000 iterations, learning rate 0.01, batch 8."""
 
@@ -489,6 +512,7 @@ class TrainingSettings:
     data: DataSettings = DataSettings()
     backbone: BackboneSettings = BackboneSettings()
     head: HeadSettings = HeadSettings()
+    loss: LossSettings = LossSettings()
     recipe: RecipeSettings = RecipeSettings()
     machine: MachineSettings = MachineSettings()
     seed: int = 0
@@ -507,10 +531,11 @@ class TrainingSettings:
         """Check completed settings. Raises InputError for what cannot work, before anything is written."""
         self.backbone.check()
         self.head.check()
+        self.loss.check()
         self.recipe.check(self.backbone.stride)
         require("seed", self.seed, self.seed >= 0, "at least 0")
 
 
 # What a training or a folder of predictions that was begun before one of these fields existed was made with.
-TRAINING_DEFAULTS = declared(DataSettings, BackboneSettings, HeadSettings, RecipeSettings)
+TRAINING_DEFAULTS = declared(DataSettings, BackboneSettings, HeadSettings, LossSettings, RecipeSettings)
 PREDICTION_DEFAULTS = declared(PredictionSettings)

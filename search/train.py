@@ -6,7 +6,7 @@ where the defaults differ.
 """
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from search.cells.space import load_cell
 from search.cli import Flat, print_defaults, print_next, run_command, spelled, this_command, uses_of_network
 from search.datasets import Dataset, open_splits, training_pictures
 from search.datasets.look import look_at, require_labels
+from search.datasets.weights import completed_loss
 from search.devices import Devices, join_devices
 from search.errors import InputError
 from search.folder import Folder
@@ -26,6 +27,7 @@ from search.settings import (
     BackboneSettings,
     DataSettings,
     HeadSettings,
+    LossSettings,
     MachineSettings,
     RecipeSettings,
     TrainingPictures,
@@ -61,6 +63,7 @@ class TrainSettings:
     data: Flat[DataSettings] = DataSettings()
     backbone: Flat[BackboneSettings] = BackboneSettings()
     head: Flat[HeadSettings] = HeadSettings()
+    loss: Flat[LossSettings] = LossSettings()
     recipe: Flat[RecipeSettings] = RecipeSettings()
     machine: Flat[MachineSettings] = MachineSettings()
 
@@ -70,6 +73,7 @@ class TrainSettings:
             data=self.data,
             backbone=self.backbone,
             head=self.head,
+            loss=self.loss,
             recipe=self.recipe,
             machine=self.machine,
             seed=self.seed,
@@ -83,6 +87,7 @@ def main(settings: TrainSettings) -> None:
     train, val = open_splits(settings.data)
     training = settings.training(training_pictures(settings.data, train))
     training.check()
+    training = replace(training, loss=completed_loss(training.loss, train, training.machine.cache_dir))
     devices = join_devices(settings.machine.device)
     try:
         if devices.rank == 0:

@@ -101,8 +101,10 @@ class OnKernels:
         rows, columns = (resize_matrix(x.raw.shape[2 + i], size[i], *like) for i in range(2))
         return self._plane_product(x, rows, columns)
 
-    def upsampled_cross_entropy(self, logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-        return self.backend.upsampled_cross_entropy(logits, labels, ignore_index)
+    def upsampled_cross_entropy(
+        self, logits: Tensor, labels: Tensor, ignore_index: int, class_weights: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return self.backend.upsampled_cross_entropy(logits, labels, ignore_index, class_weights)
 
     def upsampled_confusion_matrix(self, logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
         return self.backend.upsampled_confusion_matrix(logits, labels, ignore_index)

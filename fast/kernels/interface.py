@@ -92,8 +92,13 @@ class Operations(Protocol):
         """Bilinear, corners aligned: (N, C, H, W) -> (N, C, *size)."""
         ...
 
-    def upsampled_cross_entropy(self, logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-        """logits: (N, K, h, w), labels: (N, H, W) integer -> the mean loss (), and its gradient (N, K, h, w)."""
+    def upsampled_cross_entropy(
+        self, logits: Tensor, labels: Tensor, ignore_index: int, class_weights: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """logits: (N, K, h, w), labels: (N, H, W) integer -> the mean loss (), and its gradient (N, K, h, w).
+
+        class_weights: (K,), dense, in the logits' dtype; None weighs all pixels alike.
+        """
         ...
 
     def upsampled_confusion_matrix(self, logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
@@ -212,8 +217,13 @@ class Backend(Protocol):
         """
         ...
 
-    def upsampled_cross_entropy(self, logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-        """logits: (N, K, h, w), labels: (N, H, W) uint8 or int64 -> the mean loss (), and its gradient (N, K, h, w)."""
+    def upsampled_cross_entropy(
+        self, logits: Tensor, labels: Tensor, ignore_index: int, class_weights: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """logits: (N, K, h, w), labels: (N, H, W) uint8 or int64 -> the mean loss (), and its gradient (N, K, h, w).
+
+        class_weights: (K,), dense, in the logits' dtype; None weighs all pixels alike, at no cost.
+        """
         ...
 
     def upsampled_confusion_matrix(self, logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:

@@ -80,7 +80,9 @@ def resize(x: NormedMap, size: tuple[int, int]) -> Tensor:
     return F.interpolate(value(x), size, mode="bilinear", align_corners=True)
 
 
-def upsampled_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+def upsampled_cross_entropy(
+    logits: Tensor, labels: Tensor, ignore_index: int, class_weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     height, width = labels.shape[1:]
     rows, columns = (
         resize_matrix(logits.shape[2 + i], (height, width)[i], logits.dtype, logits.device) for i in range(2)
@@ -95,7 +97,8 @@ def upsampled_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int) -
             first, last = top * (logits.shape[2] - 1) // max(height - 1, 1), logits.shape[2]
             last = min(last, (top + weights.shape[0] - 1) * (logits.shape[2] - 1) // max(height - 1, 1) + 2)
             weights = weights[:, first:last]
-            loss, grad_band = _softmax_cross_entropy(weights @ wide[:, first:last], labels[n, top : top + band], ignore_index)
+            upsampled, target = weights @ wide[:, first:last], labels[n, top : top + band]
+            loss, grad_band = _softmax_cross_entropy(upsampled, target, ignore_index, class_weights)
             total += loss
             grad_wide[:, first:last] += weights.T @ grad_band
         grad[n] = grad_wide @ columns
@@ -108,17 +111,22 @@ def band_rows(logits: Tensor, width: int) -> int:
     return max(1, BAND_BYTES.get(logits.device.type, 1 << 22) // (logits.shape[1] * width * logits.element_size()))
 
 
-def _softmax_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+def _softmax_cross_entropy(
+    logits: Tensor, labels: Tensor, ignore_index: int, class_weights: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Summed loss and its gradient, written over logits: (K, rows, W); labels: (rows, W)."""
     labelled = labels != ignore_index
     target = labels.long().where(labelled, 0)[None]  # (1, rows, W)
     logits -= logits.amax(dim=0)
     chosen = logits.gather(0, target)[0]  # (rows, W)
     total = logits.exp_().sum(dim=0)
-    loss = (total.log() - chosen).where(labelled, 0).sum(dtype=torch.float64)
-    logits *= labelled / total
-    logits.scatter_add_(0, target, -labelled[None].to(logits.dtype))
-    return loss, logits
+    losses, weight = total.log() - chosen, labelled.to(logits.dtype)  # (rows, W)
+    if class_weights is not None:
+        weight *= class_weights[target[0]]
+        losses *= weight
+    logits *= weight / total
+    logits.scatter_add_(0, target, -weight[None])
+    return losses.where(labelled, 0).sum(dtype=torch.float64), logits
 
 
 def upsampled_confusion_matrix(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:

@@ -6,7 +6,7 @@ features, training, search and reports work for any task, and none of them knows
 Arrays here: a label is (H, W), `labels` are (N, H, W), `outputs` are what a head gives, (N, K, h, w) for K names of outputs.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -118,6 +118,18 @@ class DenseTask(Protocol):
 
     def hardest(self, outputs: Tensor, labels: Tensor, share: float) -> Tensor:
         """The labels, without all pixels whose loss is not among the largest `share` of all pixels."""
+
+    def weighted(self, weights: tuple[float, ...] | None) -> "DenseTask":
+        """The same task, with each class's pixels multiplied by its weight in the loss; with None, all weigh the same.
+
+        Raises InputError unless labels are classes, and there is a weight for each.
+        """
+
+    def balanced(self, count: Callable[[], NDArray[np.int64]]) -> tuple[float, ...]:
+        """Weights by which the pixels of every class weigh the same in all; `count` gives the `histogram` of all labels.
+
+        Raises InputError unless labels are classes, before anything is counted, and where no pixel is labelled.
+        """
 
     # Scores
 

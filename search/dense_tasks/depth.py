@@ -5,7 +5,7 @@ Scores and logarithm follow Eigen et al., "Depth Map Prediction from a Single Im
 also what the score counts, pixels whose ratio is below 1.25.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -22,12 +22,14 @@ from fast.hard_example_mining import keep_largest
 from fast.upsampled_l1 import pixel_losses, upsampled_l1
 from reference.depth_metrics import abs_rel, delta, rmse
 from search.dense_tasks import RGB, UNLABELLED_COLOUR, Label, Measure, Scores
+from search.errors import InputError
 from search.settings import TaskName
 
 _LARGEST_LOG = 10.0  # predictions stay within 0.05 mm and 22 km, so none becomes infinite
 _EDGES = (1, 2, 5, 10, 20, 50)  # metres, between the bins that labels are counted by
 _TICKS = 5  # depths in a legend
 _MOST = 65535  # of 16 bits
+_NO_CLASSES = "`class_weights` are for labels that are classes, and those of depth are distances: leave them out"
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,14 @@ class Depth:
 
     def hardest(self, outputs: Tensor, labels: Tensor, share: float) -> Tensor:
         return keep_largest(pixel_losses(outputs, labels.log()), labels, share, torch.nan)
+
+    def weighted(self, weights: tuple[float, ...] | None) -> "Depth":
+        if weights is not None:
+            raise InputError(_NO_CLASSES)
+        return self
+
+    def balanced(self, count: Callable[[], NDArray[np.int64]]) -> tuple[float, ...]:
+        raise InputError(_NO_CLASSES)
 
     def count(self, predictions: Tensor, labels: Tensor) -> Tensor:
         """The sums of `reference/depth_metrics.py`: (6,), float64."""

@@ -1,11 +1,13 @@
 """Semantic segmentation: one of K classes at each pixel, trained by cross-entropy, scored by mIOU (paper, section 4)."""
 
+import copy
 import math
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -16,6 +18,7 @@ from fast.upsampled_cross_entropy import upsampled_cross_entropy
 from reference.mean_iou import class_iou, mean_iou
 from reference.upsampled_cross_entropy import IGNORE_INDEX
 from search.dense_tasks import RGB, UNLABELLED_COLOUR, Label, Measure, Scores
+from search.errors import InputError
 from search.settings import TaskName
 
 
@@ -23,7 +26,8 @@ class Segmentation:
     """Labels are uint8 classes 0 to K − 1, or 255 where a pixel does not count. Outputs are logits, one a class.
 
     `palette` (K, 3) uint8 RGB has the classes' colours, by default PASCAL VOC's. `label_ids` has the value of each class in
-    the data set's own label files, by default its number; if `grey_files`, these files must have no palette.
+    the data set's own label files, by default its number; if `grey_files`, these files must have no palette. `class_weights`
+    are in the loss alone, None unless `weighted` gave them.
     """
 
     name: TaskName = "segmentation"
@@ -46,6 +50,7 @@ class Segmentation:
         self.palette = voc_palette(len(class_names)) if palette is None else palette
         self.label_ids = tuple(range(len(class_names))) if label_ids is None else label_ids
         self.grey_files = grey_files
+        self.class_weights: tuple[float, ...] | None = None
 
     def unlabelled(self, size: tuple[int, int]) -> Label:
         return np.full(size, IGNORE_INDEX, np.uint8)
@@ -75,10 +80,34 @@ class Segmentation:
         return outputs.softmax(dim=1)
 
     def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        return upsampled_cross_entropy(outputs, labels)
+        return upsampled_cross_entropy(outputs, labels, class_weights=_on_device(self.class_weights, outputs.device))
 
     def hardest(self, outputs: Tensor, labels: Tensor, share: float) -> Tensor:
-        return hardest_pixels(outputs, labels, share)
+        return hardest_pixels(outputs, labels, share, class_weights=_on_device(self.class_weights, outputs.device))
+
+    def weighted(self, weights: tuple[float, ...] | None) -> "Segmentation":
+        if weights is not None and len(weights) != len(self.class_names):
+            raise InputError(
+                f"`class_weights` must be {len(self.class_names)} numbers, one for each class in this order: "
+                f"{', '.join(self.class_names)}; got {len(weights)}"
+            )
+        task = copy.copy(self)
+        task.class_weights = weights
+        return task
+
+    def balanced(self, count: Callable[[], NDArray[np.int64]]) -> tuple[float, ...]:
+        """N / (K · n) for a class of n of the N labelled pixels, where K classes have any; 0 for a class without a pixel.
+
+        So the mean weight of a labelled pixel is 1. Four digits, which people can type.
+
+        >>> Segmentation(("road", "car", "tram")).balanced(lambda: np.array([900, 100, 0, 50]))
+        (0.5556, 5.0, 0.0)
+        """
+        pixels = count()[:-1]
+        if not pixels.any():
+            raise InputError("`class_weights` balanced needs labels, and no pixel to train on has one: correct `train_split`")
+        share = pixels * np.count_nonzero(pixels) / pixels.sum()
+        return tuple(float(f"{1 / each:.4g}") if each else 0.0 for each in share)
 
     @cached_property
     def details(self) -> tuple[Measure, ...]:
@@ -149,6 +178,12 @@ class Segmentation:
 
     def describe(self) -> dict[str, Any]:
         return {"class_names": list(self.class_names), "palette": self.palette.tolist()}
+
+
+@cache
+def _on_device(weights: tuple[float, ...] | None, device: torch.device) -> Tensor | None:
+    """One tensor (K,) for all calls: a captured CUDA graph cannot copy from the host."""
+    return None if weights is None else torch.tensor(weights, device=device)
 
 
 def default_palette(class_names: tuple[str, ...]) -> NDArray[np.uint8]:

@@ -30,7 +30,16 @@ from search.dense_tasks import DenseTask, Scores, details_beside, measures_besid
 from search.errors import InputError
 from search.folder import Folder
 from search.interrupts import ctrl_c_waits
-from search.settings import BackboneSettings, DataSettings, FeatureSettings, HeadSettings, MachineSettings, plain, restored
+from search.settings import (
+    BackboneSettings,
+    DataSettings,
+    FeatureSettings,
+    HeadSettings,
+    LossSettings,
+    MachineSettings,
+    plain,
+    restored,
+)
 from search.tasks.proxy import ProxyResult
 
 
@@ -64,6 +73,7 @@ class RunSettings:
     features: FeatureSettings
     head: HeadSettings
     machine: MachineSettings
+    loss: LossSettings = LossSettings()
 
     @classmethod
     def restored(cls, content: dict[str, Any]) -> "RunSettings":
@@ -74,6 +84,7 @@ class RunSettings:
             restored(FeatureSettings, content["features"]),
             restored(HeadSettings, content["head"]),
             restored(MachineSettings, content["machine"]),
+            restored(LossSettings, content.get("loss", {})),  # earlier runs had none
         )
 
 

@@ -18,6 +18,7 @@ from search.cells.cost import module_cost
 from search.cells.space import cell_hash, load_cell
 from search.datasets import open_splits, training_pictures
 from search.datasets.look import require_labels
+from search.datasets.weights import completed_loss
 from search.dense_tasks import DenseTask, Scores
 from search.devices import Devices
 from search.files import write_text
@@ -65,8 +66,9 @@ class EndToEndTask:
         self.devices = Devices(settings.machine.device)
         self.train, self.val = open_splits(settings.data)
         require_labels(self.train, self.val)
-        self.settings = completed_training(settings, training_pictures(settings.data, self.train)).validated_last()
-        self.settings.check()
+        completed = completed_training(settings, training_pictures(settings.data, self.train)).validated_last()
+        completed.check()
+        self.settings = replace(completed, loss=completed_loss(completed.loss, self.train, completed.machine.cache_dir))
 
     @property
     def dense_task(self) -> DenseTask:

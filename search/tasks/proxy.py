@@ -26,7 +26,7 @@ from reference.dense_prediction_cell import rate_multiplier_for
 from search.cells.cost import module_cost
 from search.cells.reach import FeatureMaps
 from search.dense_tasks import Scores, totals_of_nothing
-from search.settings import HeadSettings, ProxySettings, known
+from search.settings import HeadSettings, LossSettings, ProxySettings, given, known
 from search.tasks.feature_cache import FeatureCache, require_crop
 
 _CURVE_POINTS = 100
@@ -56,12 +56,18 @@ class ProxyTask:
     """Scores cells on the features of one data set. Raises InputError for a crop that does not fit."""
 
     def __init__(
-        self, train: FeatureCache, val: FeatureCache, settings: ProxySettings, head: HeadSettings, device: str = "cpu"
+        self,
+        train: FeatureCache,
+        val: FeatureCache,
+        settings: ProxySettings,
+        head: HeadSettings,
+        device: str = "cpu",
+        loss: LossSettings | None = None,
     ) -> None:
         self.settings = settings.completed(train.pictures)
         self.head = head.completed(train.identity["dataset"])
         self.device = torch.device(device)
-        self.dense_task = train.task
+        self.dense_task = train.task.weighted(given(loss, LossSettings()).numbers)
         self.output_stride = train.output_stride
         self.crop = crop_in_features(settings, train)
         self._train, self._val = (self._resident(cache) for cache in (train, val))

@@ -28,6 +28,7 @@ from fast.checkpoint import save_network
 from fast.hard_example_mining import mined_share
 from fast.segmentation import SegmentationNetwork
 from search.datasets import Dataset, evaluation_size
+from search.datasets.weights import weights_in_words
 from search.dense_tasks import DenseTask, Scores
 from search.devices import Devices
 from search.errors import InputError
@@ -91,7 +92,8 @@ class Training:
             "pad_to": evaluation_size(val.name),
             **({} if self.tiles is None else {"tile_size": self.tiles.size, "tile_overlap": self.tiles.overlap}),
         }
-        self.task, self.val, self.directory, self.devices = train.task, val, directory, devices
+        self.task = train.task.weighted(settings.loss.numbers)
+        self.val, self.directory, self.devices = val, directory, devices
         self.iterations = known(self.recipe.iterations)
         augmentation = create_augmentation(self.recipe, network, self.task)
         self.batches = Batches(train, augmentation, self.recipe, devices, settings.seed)
@@ -115,6 +117,8 @@ class Training:
         self._begun = time.perf_counter() - self.progress.seconds
         self._quiet = on_step is not None or self.devices.rank > 0
         first = self.progress.iteration
+        if not self._quiet and (words := weights_in_words(self.task, self.settings.loss)):
+            print(words, file=sys.stderr)
         self.curve = (
             Curve(self.directory, self.task.score.key, first, self.progress.validated) if self.devices.rank == 0 else None
         )

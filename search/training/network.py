@@ -152,7 +152,7 @@ def training_identity(
             f"{settings.recipe.accumulate}, {devices.count} devices)"
         )
     context = network.head.context
-    identity = scored(settings, settings.data, settings.backbone, settings.head, settings.recipe) | {
+    identity = scored(settings, settings.data, settings.backbone, settings.head, settings.loss, settings.recipe) | {
         "dataset": train.name,
         "cell": str(context.cell),
         "backbone": network.backbone.name,

@@ -65,7 +65,8 @@ def test_beside_a_compiled_backbone_the_cell_keeps_its_kernels() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")  # of a constant matrix
-def test_a_compiled_loss_has_its_gradient() -> None:
+@pytest.mark.parametrize("weights", [None, torch.tensor([0.0, 2.0, 0.5])], ids=["", "weighted"])
+def test_a_compiled_loss_has_its_gradient(weights: torch.Tensor | None) -> None:
     torch._dynamo.reset()
     logits = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     labels = torch.ones(2, 49, 49, dtype=torch.int64)
@@ -73,7 +74,7 @@ def test_a_compiled_loss_has_its_gradient() -> None:
     eager = upsampled_cross_entropy.upsampled_cross_entropy
     for loss in (eager, torch.compile(eager, backend="aot_eager", fullgraph=True)):
         x = logits.clone().requires_grad_()
-        loss(x, labels).backward()  # type: ignore[no-untyped-call]
+        loss(x, labels, class_weights=weights).backward()  # type: ignore[no-untyped-call]
         assert x.grad is not None
         gradients.append(x.grad)
     assert torch.allclose(gradients[0], gradients[1], rtol=0, atol=ROUNDING)

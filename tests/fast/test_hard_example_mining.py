@@ -54,6 +54,20 @@ def test_exactly_the_largest_losses_are_kept(share: float) -> None:
     assert losses[kept].min() >= losses[~kept].max() - 1e-5  # two float32 ways to the same loss
 
 
+def test_the_largest_are_those_of_weighted_losses() -> None:
+    """Weights multiply before the choice: the loss is the authors', the mean over the kept of what is not 0."""
+    logits, labels = some_pixels()
+    weights = torch.tensor([0.0, 0.5, 1.0, 2.0, 8.0])
+    wide = bilinear_resize(logits, (33, 49))
+    losses = F.cross_entropy(wide, labels, weights, ignore_index=IGNORE_INDEX, reduction="none")
+    mined = hardest_pixels(logits, labels, 0.25, class_weights=weights)
+    expected = losses.flatten().topk(int(0.25 * labels.numel())).values.mean()
+    loss = upsampled_cross_entropy(logits, mined, class_weights=weights)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)  # float32 sums
+    everything = hardest_pixels(logits, labels, 1.0, class_weights=weights)
+    assert torch.equal(everything, labels.where(labels != 0, IGNORE_INDEX))  # a loss of 0 is never kept
+
+
 def test_ignored_pixels_are_counted_but_never_kept() -> None:
     logits, labels = some_pixels()
     labels[:, :30] = IGNORE_INDEX

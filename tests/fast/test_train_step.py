@@ -1,5 +1,6 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -19,6 +20,7 @@ from fast.dense_prediction_cell import DensePredictionCell, decays
 from fast.kernels import backend_for, using
 from fast.segmentation import SegmentationHead
 from fast.train_step import Precision, TrainStep
+from fast.upsampled_cross_entropy import upsampled_cross_entropy
 from reference.cell import Cell
 from tests.fast.against_reference import every_device
 from tests.strategies import rng_seeds
@@ -57,6 +59,7 @@ class PlainStep:
 
     head: SegmentationHead
     iterations: int
+    class_weights: Tensor | None = None
 
     def run(self, batches: Iterator[tuple[Tensor, Tensor]]) -> list[float]:
         decay = decays(self.head)
@@ -72,7 +75,8 @@ class PlainStep:
                 logits = self.head(features)
             size = (labels.shape[1], labels.shape[2])
             upsampled = F.interpolate(logits, size, mode="bilinear", align_corners=True)
-            loss = F.cross_entropy(upsampled, labels.long(), ignore_index=255)
+            total = F.cross_entropy(upsampled, labels.long(), self.class_weights, ignore_index=255, reduction="sum")
+            loss = total / (labels != 255).sum()
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
@@ -82,11 +86,14 @@ class PlainStep:
 
 
 @every_device
-def test_follows_plain_training(device: str) -> None:
+@pytest.mark.parametrize("weights", [None, [0.0, 0.5, 1.0, 4.0]], ids=["", "weighted"])
+def test_follows_plain_training(device: str, weights: list[float] | None) -> None:
     """Losses, weights and statistics of six iterations; the learning rate is kept in float32, hence 1e-6."""
+    class_weights = None if weights is None else torch.tensor(weights, device=device, dtype=torch.float64)
     drawn: list[tuple[Tensor, Tensor]] = []
     head, other = make_head(device), make_head(device)
-    step = make_step(head, *random_data(device), learning_rate=0.01)
+    loss = partial(upsampled_cross_entropy, class_weights=class_weights)
+    step = make_step(head, *random_data(device), learning_rate=0.01, loss=loss)
     draw = step.draw
 
     def recording(dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
@@ -96,7 +103,7 @@ def test_follows_plain_training(device: str) -> None:
     step.draw = recording  # type: ignore[method-assign]
     step._replay = step._iterate  # type: ignore[method-assign]  # what a graph draws cannot be recorded
     losses = [step().item() for _ in range(6)]
-    np.testing.assert_allclose(losses, PlainStep(other, 6).run(iter(drawn)), rtol=1e-6)
+    np.testing.assert_allclose(losses, PlainStep(other, 6, class_weights).run(iter(drawn)), rtol=1e-6)
     for (name, tensor), expected in zip(head.state_dict().items(), other.state_dict().values(), strict=True):
         assert torch.allclose(tensor, expected, rtol=1e-6, atol=1e-9), name
 

@@ -1,3 +1,5 @@
+from contextlib import nullcontext
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -7,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from fast.kernels import library
+from fast.kernels import library, using
 from fast.upsampled_cross_entropy import upsampled_cross_entropy
 from reference import upsampled_cross_entropy as reference
 from tests.fast.against_reference import (
@@ -27,10 +29,13 @@ from tests.strategies import map_sizes, rng_seeds
 ONE = np.ones(())  # the loss is a scalar: its cotangent
 
 
-def expected_step(logits: np.ndarray, labels: np.ndarray, ignore_index: int = 255) -> Step:
+def expected_step(
+    logits: np.ndarray, labels: np.ndarray, ignore_index: int = 255, class_weights: np.ndarray | None = None
+) -> Step:
+    options: dict[str, Any] = {"ignore_index": ignore_index, "class_weights": class_weights}
     return reference_step(
-        lambda x: np.asarray(reference.upsampled_cross_entropy(x, labels, ignore_index=ignore_index)),
-        lambda _, x: (reference.upsampled_cross_entropy_backward(x, labels, ignore_index=ignore_index),),
+        lambda x: np.asarray(reference.upsampled_cross_entropy(x, labels, **options)),
+        lambda _, x: (reference.upsampled_cross_entropy_backward(x, labels, **options),),
         (logits,),
         ONE,
     )
@@ -41,6 +46,11 @@ def draw_labels(
 ) -> np.ndarray:
     labels = rng.integers(num_classes, size=shape)
     return np.where(rng.random(shape) < ignored, ignore_index, labels)
+
+
+def draw_weights(num_classes: int, rng: np.random.Generator) -> np.ndarray:
+    """One of them is 0, if there are several."""
+    return rng.permutation([0.0, *rng.uniform(0.1, 5.0, num_classes - 1)]) if num_classes > 1 else np.array([2.5])
 
 
 @every_device
@@ -80,6 +90,69 @@ def test_equals_reference(
     assert_equal_steps(actual, expected_step(logits, labels), terms=terms)
 
 
+@every_device
+@pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "library"])
+@given(
+    map_sizes(6),
+    map_sizes(20),
+    st.integers(1, 5),
+    st.sampled_from((0.0, 0.3, 1.0)),
+    st.sampled_from((torch.uint8, torch.int64)),
+    st.sampled_from((1.0, 100.0)),
+    st.sampled_from(LAYOUTS),
+    rng_seeds(),
+)
+def test_class_weights_equal_reference(
+    device: str,
+    kernels: bool,
+    size: tuple[int, int],
+    label_size: tuple[int, int],
+    num_classes: int,
+    ignored: float,
+    label_dtype: torch.dtype,
+    scale: float,
+    layout: Layout,
+    seed: int,
+) -> None:
+    """With large logits, which the C++ kernel computes by another way; with a weight of 0, one class, nothing labelled."""
+    rng = np.random.default_rng(seed)
+    logits, weights = rng.normal(0.0, scale, (2, num_classes, *size)), draw_weights(num_classes, rng)
+    labels = draw_labels((2, *label_size), num_classes, ignored, 255, rng)
+    on_device, given_weights = torch.from_numpy(labels).to(device, label_dtype), torch.from_numpy(weights).to(device)
+    with nullcontext() if kernels else using(None):
+        actual = torch_step(
+            lambda x: upsampled_cross_entropy(x, on_device, class_weights=given_weights),
+            to_tensors((logits,), device, layout),
+            ONE,
+        )
+    # as above, of pixels with the largest weight
+    assert_equal_steps(actual, expected_step(logits, labels, class_weights=weights), terms=weights.max() / logits[:, 0].size)
+
+
+@every_device
+def test_class_weights_are_pytorchs_but_for_the_denominator(device: str) -> None:
+    """PyTorch's sum of weighted losses, divided by the number of labelled pixels; float32 sums of 1,000 pixels."""
+    rng = np.random.default_rng(0)
+    labels = torch.from_numpy(draw_labels((2, 21, 25), 5, 0.3, 255, rng)).to(device)
+    weights = torch.from_numpy(draw_weights(5, rng)).to(device, torch.float32)
+    given, plain = (torch.from_numpy(rng.normal(size=(2, 5, 6, 7))).to(device, torch.float32) for _ in range(2))
+    plain.copy_(given)
+    loss = upsampled_cross_entropy(given.requires_grad_(), labels, class_weights=weights)
+    wide = F.interpolate(plain.requires_grad_(), labels.shape[1:], mode="bilinear", align_corners=True)
+    expected = F.cross_entropy(wide, labels, weights, ignore_index=255, reduction="sum") / (labels != 255).sum()
+    (loss + expected).backward()  # type: ignore[no-untyped-call]
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert given.grad is not None
+    assert plain.grad is not None
+    assert torch.allclose(given.grad, plain.grad, rtol=0, atol=1e-6 * plain.grad.abs().max().item())
+
+
+@pytest.mark.parametrize("weights", [torch.ones(2), torch.ones(4), torch.ones(1, 3), torch.ones(())], ids=lambda w: w.shape)
+def test_weights_of_other_classes_are_refused(weights: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"class_weights: \(3,\) on cpu are needed, one for each class of the logits, got"):
+        upsampled_cross_entropy(torch.zeros(1, 3, 2, 2), torch.zeros(1, 9, 9).long(), class_weights=weights)
+
+
 @pytest.mark.parametrize("ignore_index", [-1, 2, 100])
 def test_other_ignore_index(ignore_index: int) -> None:
     rng = np.random.default_rng(0)
@@ -115,12 +188,15 @@ def test_gradcheck() -> None:
     logits = torch.randn(2, 3, 3, 2, dtype=torch.float64, generator=generator, requires_grad=True)
     labels = torch.randint(3, (2, 5, 4), generator=generator)
     labels[0, 1] = 255
+    weights = torch.tensor([0.0, 0.5, 4.0])
     assert torch.autograd.gradcheck(lambda x: 3.0 * upsampled_cross_entropy(x, labels), (logits,))
+    assert torch.autograd.gradcheck(lambda x: 3.0 * upsampled_cross_entropy(x, labels, class_weights=weights), (logits,))
 
 
 @every_device
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_low_precision_is_within_budget(device: str, dtype: torch.dtype) -> None:
+def test_low_precision_is_within_budget(device: str, dtype: torch.dtype, weighted: bool) -> None:
     """Logits in `dtype`; the loss is float32 for all, the gradient in the logits' dtype."""
     actual, expected, yardstick = [], [], []
     for seed in range(9):
@@ -129,19 +205,18 @@ def test_low_precision_is_within_budget(device: str, dtype: torch.dtype) -> None
         labels = draw_labels((3, 21, 25), 5, 0.2, 255, rng)
         on_device = torch.from_numpy(labels).to(device)
         inputs, plain_inputs = (to_tensors((logits,), device, dtype=dtype) for _ in range(2))
-        expected.append(expected_step(logits, labels))
-        actual.append(torch_step(lambda x, y=on_device: upsampled_cross_entropy(x, y), inputs, ONE))
-        yardstick.append(
-            torch_step(
-                lambda x, y=on_device: F.cross_entropy(
-                    F.interpolate(x.float(), y.shape[1:], mode="bilinear", align_corners=True), y, ignore_index=255
-                ),
-                plain_inputs,
-                ONE,
-            )
-        )
+        weights = rounded(draw_weights(5, rng), torch.float32) if weighted else None
+        w = None if weights is None else torch.from_numpy(weights).to(device, torch.float32)
+        expected.append(expected_step(logits, labels, class_weights=weights))
+        actual.append(torch_step(lambda x, y=on_device, w=w: upsampled_cross_entropy(x, y, class_weights=w), inputs, ONE))
+        yardstick.append(torch_step(lambda x, y=on_device, w=w: plain_cross_entropy(x, y, w), plain_inputs, ONE))
     assert_steps_within_budget(actual, expected, yardstick, dtype)
     assert upsampled_cross_entropy(torch.ones(1, 2, 1, 1, dtype=dtype), torch.zeros(1, 1, 1).long()).dtype == torch.float32
+
+
+def plain_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    wide = F.interpolate(logits.float(), labels.shape[1:], mode="bilinear", align_corners=True)
+    return F.cross_entropy(wide, labels, weights, ignore_index=255, reduction="sum") / (labels != 255).sum()
 
 
 def test_ignore_index_that_the_labels_cannot_hold_is_refused() -> None:

@@ -31,9 +31,14 @@ def test_hand_value_on_upsampled_logits() -> None:
     assert without_last == pytest.approx(-(np.log(1 / 2) + np.log(3 / 4)) / 2, abs=ROUNDING)
 
 
-@given(map_sizes(6), map_sizes(), IGNORED_SHARE, st.sampled_from((np.uint8, np.int64)), rng_seeds())
+def random_weights(rng: np.random.Generator) -> Array:
+    """One of them is 0."""
+    return rng.permutation([0.0, *rng.uniform(0.1, 5.0, NUM_CLASSES - 1)])
+
+
+@given(map_sizes(6), map_sizes(), IGNORED_SHARE, st.sampled_from((np.uint8, np.int64)), st.booleans(), rng_seeds())
 def test_equals_scipy(
-    size: tuple[int, int], label_size: tuple[int, int], ignored: float, dtype: type[np.integer], seed: int
+    size: tuple[int, int], label_size: tuple[int, int], ignored: float, dtype: type[np.integer], weighted: bool, seed: int
 ) -> None:
     rng = np.random.default_rng(seed)
     logits = 3.0 * rng.standard_normal((2, NUM_CLASSES, *size))
@@ -41,18 +46,20 @@ def test_equals_scipy(
     log_probability = special.log_softmax(scipy_resize(logits, label_size), axis=1)
     n, h, w = np.nonzero(labels != IGNORE_INDEX)
     picked = log_probability[n, labels[n, h, w], h, w]
-    expected = -picked.sum() / max(len(picked), 1)
-    assert upsampled_cross_entropy(logits, labels) == pytest.approx(expected, abs=ROUNDING)
+    weights = random_weights(rng) if weighted else None
+    expected = -(picked * (weights[labels[n, h, w]] if weights is not None else 1.0)).sum() / max(len(picked), 1)
+    assert upsampled_cross_entropy(logits, labels, class_weights=weights) == pytest.approx(expected, abs=ROUNDING)
 
 
-@given(map_sizes(6), map_sizes(), IGNORED_SHARE, rng_seeds())
-def test_gradient(size: tuple[int, int], label_size: tuple[int, int], ignored: float, seed: int) -> None:
+@given(map_sizes(6), map_sizes(), IGNORED_SHARE, st.booleans(), rng_seeds())
+def test_gradient(size: tuple[int, int], label_size: tuple[int, int], ignored: float, weighted: bool, seed: int) -> None:
     rng = np.random.default_rng(seed)
     logits, labels = rng.standard_normal((2, NUM_CLASSES, *size)), random_labels((2, *label_size), ignored, rng)
-    gradient = upsampled_cross_entropy_backward(logits, labels)
+    weights = random_weights(rng) if weighted else None
+    gradient = upsampled_cross_entropy_backward(logits, labels, class_weights=weights)
 
     def loss(logits: Array) -> Array:
-        return np.asarray(upsampled_cross_entropy(logits, labels))
+        return np.asarray(upsampled_cross_entropy(logits, labels, class_weights=weights))
 
     assert_gradient(loss, (logits,), (gradient,), np.ones(()), rng)
     assert np.abs(gradient.sum(axis=1)).max() <= ROUNDING  # one logit more for all classes changes no probability
@@ -82,6 +89,29 @@ def test_another_ignore_index_may_be_a_class() -> None:
     logits = np.log([[1.0, 3.0]]).reshape(1, 2, 1, 1)
     labels = np.array([[[0, 1]]])
     assert upsampled_cross_entropy(logits, labels, ignore_index=0) == pytest.approx(-np.log(3 / 4), abs=ROUNDING)
+
+
+def test_weights_are_not_in_the_denominator() -> None:
+    """By hand: probabilities 1/4 and 3/4, labels 0, 1 and ignored, so two pixels count, whatever their weights are."""
+    logits, labels = np.log([[1.0, 3.0]]).reshape(1, 2, 1, 1), np.array([[[0, 1, IGNORE_INDEX]]])
+    loss = upsampled_cross_entropy(logits, labels, class_weights=np.array([5.0, 2.0]))
+    assert loss == pytest.approx((5 * np.log(4) + 2 * np.log(4 / 3)) / 2, abs=ROUNDING)
+    without_first = upsampled_cross_entropy(logits, labels, class_weights=np.array([0.0, 2.0]))
+    assert without_first == pytest.approx(2 * np.log(4 / 3) / 2, abs=ROUNDING)
+
+
+@given(map_sizes(6), map_sizes(), IGNORED_SHARE, rng_seeds())
+def test_weights_of_one_change_nothing(size: tuple[int, int], label_size: tuple[int, int], ignored: float, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    logits, labels = rng.standard_normal((2, NUM_CLASSES, *size)), random_labels((2, *label_size), ignored, rng)
+    for function in (upsampled_cross_entropy, upsampled_cross_entropy_backward):
+        assert np.array_equal(function(logits, labels, class_weights=np.ones(NUM_CLASSES)), function(logits, labels))
+
+
+@pytest.mark.parametrize("weights", [[1.0], [1.0, 1.0, 1.0, -1.0], [1.0, 1.0, 1.0, np.nan], [1.0, np.inf, 1.0, 1.0]])
+def test_weights_that_are_none_are_refused(weights: list[float]) -> None:
+    with pytest.raises(ValueError, match="needs a class weight of 0 or more for each of 4 classes, got"):
+        upsampled_cross_entropy(np.zeros((1, NUM_CLASSES, 1, 1)), np.array([[[0]]]), class_weights=np.array(weights))
 
 
 def test_large_logits_do_not_overflow() -> None:

@@ -390,6 +390,11 @@ def test_crops_are_whole_images_by_default(tiny: FidelitySettings, tmp_path: Pat
         ({"iterations": 4}, "protocol .*/proxy was started with `iterations` 3, now it is 4"),
         ({"learning_rate": 0.1}, "with `learning_rate` 0.5, now it is 0.1"),
         ({"seed": 1}, "with `seed` 0, now it is 1"),
+        ({"class_weights": "balanced"}, r"with `class_weights` None, now it is \["),
+        (
+            {"protocols": ("end_to_end",), "class_weights": "balanced"},
+            r"/end_to_end was .* `class_weights` None, now it is \[",
+        ),
         ({"end_to_end.iterations": 3}, "protocol .*/end_to_end was started with `end_to_end.iterations` 2, now it is 3"),
         ({"end_to_end.batch_size": 4}, "with `end_to_end.batch_size` 2, now it is 4"),
         ({"end_to_end.learning_rate": 0.2}, "with `end_to_end.learning_rate` 0.1, now it is 0.2"),

@@ -96,6 +96,7 @@ def test_a_joined_network_has_the_searchs_score(
     expected = known(best.result).score
     assert expected > 0.02  # else nothing would be compared
     assert description["source"]["mean_iou"] == score(network, searched)
+    assert description["source"]["loss"] == {"class_weights": None}
     assert description["source"]["mean_iou"] == pytest.approx(expected, abs=0.01)  # a few of 4·33·49 pixels change
     network.backbone.body = Rounded(network.backbone.body)
     assert score(network, searched) == expected

@@ -1,6 +1,7 @@
 """A search from Python, with a data set and a backbone as objects: what it finds, and how it goes on."""
 
 import copy
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from search import (
     Found,
     HeadSettings,
     InputError,
+    LossSettings,
     MachineSettings,
     ProxySettings,
     RecipeSettings,
@@ -139,9 +141,12 @@ def test_other_parts_are_refused_in_the_same_folder(folder: Path, changes: dict[
 RECIPE = RecipeSettings(crop_size=(33, 33), batch_size=2, iterations=4, statistics_batches=1, loading_processes=0)
 
 
-def train(folder: Path, network: SegmentationNetwork, recipe: RecipeSettings = RECIPE) -> Trained:
-    machine = MachineSettings(device="cpu")
-    return train_network(network, strips("train"), strips("val", seed=1), folder / "run", recipe=recipe, machine=machine)
+def train(
+    folder: Path, network: SegmentationNetwork, recipe: RecipeSettings = RECIPE, loss: LossSettings | None = None
+) -> Trained:
+    machine = MachineSettings(device="cpu", cache_dir=folder / "cache")
+    parts = strips("train"), strips("val", seed=1), folder / "run"
+    return train_network(network, *parts, recipe=recipe, loss=loss, machine=machine)
 
 
 def timm_network(seed: int = 0, outputs: int = len(CLASS_NAMES), **options: Any) -> SegmentationNetwork:
@@ -178,6 +183,20 @@ def test_our_loop_trains_a_network_and_goes_on(tmp_path: Path, monkeypatch: pyte
     ):
         with pytest.raises(InputError, match=sentence):
             train(tmp_path / "whole", other, recipe)
+
+
+def test_our_loop_takes_class_weights_and_goes_on_where_there_were_none(tmp_path: Path) -> None:
+    network, balanced = timm_network(), LossSettings(class_weights="balanced")
+    weighted = train(tmp_path / "weighted", network, loss=balanced)
+    assert train(tmp_path / "weighted", network, loss=balanced).score == weighted.score
+    with pytest.raises(InputError, match=r"was started with `class_weights` \[.*\], now it is None"):
+        train(tmp_path / "weighted", network)
+    earlier = train(tmp_path / "earlier", network)
+    path = earlier.directory / "settings.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    del content["identity"]["class_weights"]
+    path.write_text(json.dumps(content))
+    assert train(tmp_path / "earlier", network).score == earlier.score
 
 
 def test_our_loop_refuses_what_it_could_not_save(folder: Path, tmp_path: Path) -> None:
@@ -222,6 +241,8 @@ def test_parts_come_to_one_device(folder: Path, monkeypatch: pytest.MonkeyPatch)
         ({"search": SearchSettings(compare=("nothing",))}, "there is no cell 'nothing'"),
         ({"proxy": ProxySettings(batch_size=0)}, "`batch_size` must be at least 1, got 0"),
         ({"head": HeadSettings(dropout=1.0)}, "`dropout` must be at least 0 and below 1, got 1"),
+        ({"loss": LossSettings(class_weights=(1.0, -1.0))}, "`class_weights` must be finite numbers of at least 0"),
+        ({"loss": LossSettings(class_weights=(1.0,))}, "`class_weights` must be 3 numbers, one for each class"),
     ],
 )
 def test_settings_are_checked_before_anything_is_written(tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:

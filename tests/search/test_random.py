@@ -254,6 +254,36 @@ def test_two_cells_in_turns_have_the_same_scores(settings: RandomSettings, unint
     assert comparisons(run) == comparisons(uninterrupted)
 
 
+def test_a_search_with_class_weights_says_which_it_had(
+    settings: RandomSettings, uninterrupted: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = changed(settings, trials=2, cache_dir=tmp_path / "cache")  # not that of the others: it will hold counts
+    run = run_search(changed(settings, class_weights="balanced"))
+    printed = capsys.readouterr()
+    weights = run.settings.loss.numbers
+    assert weights is not None
+    assert f"class weights: sky {weights[0]:g}, building {weights[1]:g}, " in printed.err
+    assert "--class-weights balanced" in printed.out  # of the training that may come next
+    assert run.identity["class_weights"] == list(weights)
+    assert [record.cell for record in run.trials] == [record.cell for record in uninterrupted.trials[:2]]
+    for record, before in zip(run.trials, uninterrupted.trials, strict=False):
+        assert known(record.result).loss_curve[0] != known(before.result).loss_curve[0]
+    again = run_search(changed(settings, class_weights=weights))
+    assert again.trials == run.trials
+    with pytest.raises(InputError, match=r"with `class_weights` \[.*\], now it is None"):
+        run_search(settings)
+
+
+def test_a_run_from_before_there_were_class_weights_goes_on(settings: RandomSettings) -> None:
+    before = run_search(changed(settings, trials=1))
+    path = before.directory / "settings.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    assert (content["identity"].pop("class_weights"), content["settings"].pop("loss")) == (None, {"class_weights": None})
+    path.write_text(json.dumps(content))
+    assert load_run(before.directory).settings == before.settings
+    assert run_search(changed(settings, trials=2)).trials[:1] == before.trials
+
+
 def test_another_seed_is_another_search(settings: RandomSettings, uninterrupted: Run) -> None:
     other = run_search(changed(settings, trials=2, seed=1))
     assert {record.cell for record in other.trials}.isdisjoint(record.cell for record in uninterrupted.trials)
@@ -467,6 +497,8 @@ def test_a_crop_is_a_map_of_its_own(settings: RandomSettings) -> None:
         ("learning_rate", 0.0, "`learning_rate` must be above 0"),
         ("learning_rate", float("nan"), "`learning_rate` must be above 0"),
         ("dropout", 1.0, "`dropout` must be at least 0 and below 1"),
+        ("class_weights", (0.0,), "`class_weights` must be finite numbers of at least 0, not all of them 0, got 0"),
+        ("class_weights", (1.0, 2.0), "`class_weights` must be 11 numbers"),
         ("seed", -1, "`seed` must be 0 or more"),
         ("image_size", (17, 49), "is 33×49, larger than 17×49: give a larger `image_size`"),
         ("image_size", (0, 0), r"`image_size` 0 0 must be 16·k \+ 1"),

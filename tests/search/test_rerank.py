@@ -31,7 +31,7 @@ from search.random import RandomSettings
 from search.reports.reranking import Candidate, Failed, correlation, finish_reranking
 from search.rerank import RerankSettings, candidates_of, ranks, read_outcome, training_settings
 from search.runs.study import Run, load_run, ranked
-from search.settings import BackboneSettings, DataSettings
+from search.settings import BackboneSettings, DataSettings, LossSettings
 from search.tasks.end_to_end import EndToEndResult, EndToEndTask
 from search.tasks.proxy import NotFiniteError
 from search.training.loop import Training
@@ -356,6 +356,10 @@ def test_data_and_backbone_are_the_runs_unless_given(tiny: RerankSettings, run: 
     assert (inherited.data, inherited.backbone) == (run.settings.data, run.settings.backbone)
     recipe = EndToEndTask(inherited, tmp_path).settings.recipe  # which completes it
     assert (inherited.head.branch_channels, recipe.iterations, recipe.validate_every) == (8, ITERATIONS, ITERATIONS)
+
+    weighted = replace(run, settings=replace(run.settings, loss=LossSettings(class_weights=(2.0,) * 11)))
+    assert (inherited.loss, training_settings(tiny, weighted).loss) == (LossSettings(), weighted.settings.loss)
+    assert training_settings(changed(tiny, class_weights="balanced"), weighted).loss.class_weights == "balanced"
 
     other = training_settings(changed(tiny, dataset="shapes", backbone="resnet18", validate_every=1, branch_channels=4), run)
     assert other.data == DataSettings(dataset="shapes", data_dir=None, train_split="train")

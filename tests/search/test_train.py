@@ -349,9 +349,11 @@ def test_frozen_norms_keep_their_statistics_and_learn_the_rest(tiny: TrainSettin
     assert not torch.equal(before[norm_scale], after[norm_scale])
 
 
-def test_accumulation_is_the_whole_batch(tiny: TrainSettings, tmp_path: Path) -> None:
+@pytest.mark.parametrize("weights", [None, "balanced"])
+def test_accumulation_is_the_whole_batch(tiny: TrainSettings, tmp_path: Path, weights: Any) -> None:
     """With frozen norms and no dropout, nothing else joins the crops of a batch."""
     curves = []
+    tiny = changed(tiny, class_weights=weights, cache_dir=tmp_path)
     for accumulate in (1, 2, 4):
         directory = tmp_path / str(accumulate)
         changes: dict[str, Any] = {"frozen_batch_norm": True, "learning_rate": 0.01, "dropout": 0.0, "accumulate": accumulate}
@@ -364,6 +366,47 @@ def test_accumulation_is_the_whole_batch(tiny: TrainSettings, tmp_path: Path) ->
     # the same sums in another order: float32, over 8 steps that carry the difference on
     assert curves[1] == pytest.approx(curves[0], rel=1e-5)
     assert curves[2] == pytest.approx(curves[0], rel=1e-5)
+
+
+def test_a_training_with_class_weights_goes_on_and_says_which_it_had(
+    tiny: TrainSettings, uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Balanced weights are numbers in all that is written; those numbers are then the same setting."""
+    settings = [
+        changed(tiny, class_weights="balanced", out=tmp_path / name, cache_dir=tmp_path) for name in ("whole", "killed")
+    ]
+    search.train.main(settings[0])
+    assert "class weights: sky " in capsys.readouterr().err
+    killed(settings[1], kill_at_call(Training, "_step", 6))
+    search.train.main(settings[1])
+    assert same_outcome(tmp_path / "killed", tmp_path / "whole")
+    assert losses(tmp_path / "whole") != losses(uninterrupted)
+    _, description = load_network(tmp_path / "whole" / "best.safetensors")
+    weights = description["source"]["training"]["loss"]["class_weights"]
+    assert sum(weight > 0 for weight in weights) == 4  # of eleven classes four occur
+    card = (tmp_path / "whole" / "best.safetensors.md").read_text(encoding="utf-8")
+    assert f"| class weights in the loss | {weights[0]:g}, " in card
+    search.train.main(changed(settings[0], class_weights=tuple(weights)))
+    with pytest.raises(InputError, match=r"with `class_weights` \[.*\], now it is None"):
+        search.train.main(changed(settings[0], class_weights=None))
+
+
+def test_weights_of_one_are_no_weights(tiny: TrainSettings, uninterrupted: Path, tmp_path: Path) -> None:
+    search.train.main(changed(tiny, class_weights=(1.0,) * 11, out=tmp_path))
+    assert losses(tmp_path) == pytest.approx(losses(uninterrupted), rel=1e-4)  # logarithms by themselves or as a product
+
+
+def test_a_training_from_before_there_were_class_weights_goes_on(
+    tiny: TrainSettings, uninterrupted: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(uninterrupted, tmp_path / "earlier")
+    path = tmp_path / "earlier" / "settings.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    assert content["identity"].pop("class_weights", "absent") is None
+    path.write_text(json.dumps(content))
+    search.train.main(changed(tiny, out=tmp_path / "earlier"))
+    with pytest.raises(InputError, match=r"with `class_weights` None, now it is \["):
+        search.train.main(changed(tiny, out=tmp_path / "earlier", class_weights=(2.0,) * 11))
 
 
 def test_hard_example_mining_raises_the_loss(tiny: TrainSettings, tmp_path: Path, uninterrupted: Path) -> None:
@@ -425,6 +468,8 @@ def test_defaults_are_the_papers_but_for_shapes() -> None:
         ({"learning_rate": float("nan")}, "`learning_rate` must be above 0, got nan"),
         ({"iterations": 0}, "`iterations` must be at least 1"),
         ({"hard_example_mining": 0.0}, "`hard_example_mining` must be above 0 and at most 1"),
+        ({"class_weights": (1.0, -1.0)}, "`class_weights` must be finite numbers of at least 0"),
+        ({"class_weights": (1.0, 2.0)}, "`class_weights` must be 11 numbers"),
         ({"ema": 1.0}, "`ema` must be at least 0 and below 1"),
         ({"max_scale": 0.25}, "`max_scale` must be at least `min_scale`"),
         ({"slow_start_iterations": 8}, "`slow_start_iterations` 8 leaves none"),

@@ -244,10 +244,14 @@ def plane_product(x: NormedMap, rows: Tensor, columns: Tensor) -> Tensor:
     return out
 
 
-def upsampled_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+def upsampled_cross_entropy(
+    logits: Tensor, labels: Tensor, ignore_index: int, class_weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     logits = logits.contiguous()
     grad, loss = torch.empty_like(logits), torch.zeros((), dtype=torch.float64)
-    _call_with_labels("upsampled_cross_entropy", logits, labels, ignore_index, loss, grad)
+    if class_weights is not None:
+        _check(class_weights, logits)
+    _call_with_labels("upsampled_cross_entropy", logits, labels, ignore_index, class_weights, loss, grad)
     return loss.to(logits.dtype), grad
 
 
@@ -258,12 +262,12 @@ def upsampled_confusion_matrix(logits: Tensor, labels: Tensor, ignore_index: int
     return confusion
 
 
-def _call_with_labels(name: str, logits: Tensor, labels: Tensor, ignore_index: int, *results: Tensor) -> None:
+def _call_with_labels(name: str, logits: Tensor, labels: Tensor, ignore_index: int, *rest: Tensor | None) -> None:
     n, classes, height, width = logits.shape
     if labels.dtype != torch.uint8:
         labels = labels.to(torch.int64)
     axes = (_axis(height, labels.shape[1]), _axis(width, labels.shape[2]))
-    arguments = (logits, labels.contiguous(), n, classes, *axes, ignore_index, *results)
+    arguments = (logits, labels.contiguous(), n, classes, *axes, ignore_index, *rest)
     function = _function(f"{name}_{_SUFFIX[logits.dtype]}_{_SUFFIX[labels.dtype]}", ctypes.c_bool)
     if not function(*map(_argument, arguments), torch.get_num_threads()):
         wrong = sorted(set(labels[(labels != ignore_index) & ((labels < 0) | (labels >= classes))].tolist()))

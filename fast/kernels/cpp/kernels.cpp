@@ -42,9 +42,10 @@
 #define FOR_LABELS(T, SUFFIX, LABELS, LABEL_SUFFIX)                                                                             \
     EXPORT bool upsampled_cross_entropy_##SUFFIX##_##LABEL_SUFFIX(const T* logits, const LABELS* labels, long n, long classes,  \
                                                                   const Axis* rows, const Axis* columns, long ignore,           \
-                                                                  double* loss, T* grad, int threads) {                         \
+                                                                  const T* weights, double* loss, T* grad, int threads) {       \
         const Batch<T, LABELS> batch{logits, labels, n, classes, *rows, *columns, LABELS(ignore)};                              \
-        return upsampled_cross_entropy(batch, loss, grad, threads);                                                             \
+        if (weights) return upsampled_cross_entropy<T, LABELS, true>(batch, weights, loss, grad, threads);                      \
+        return upsampled_cross_entropy<T, LABELS, false>(batch, weights, loss, grad, threads);                                  \
     }                                                                                                                           \
     EXPORT bool upsampled_confusion_matrix_##SUFFIX##_##LABEL_SUFFIX(const T* logits, const LABELS* labels, long n,             \
                                                                      long classes, const Axis* rows, const Axis* columns,       \

@@ -29,6 +29,12 @@ inline V<double> power_of_two(V<double> x) {
     return x;
 }
 
+template <class T>
+inline V<T> log_of_two(V<T> x) {
+    for (int i = 0; i < L<T>; i++) x[i] = std::log2(x[i]);
+    return x;
+}
+
 // Σ log2 of positive numbers as log2 of their product: one logarithm for all of them. After each factor the product's exponent
 // is moved to a count of its own, which leaves a product in [1, 2) that cannot overflow.
 template <class T>

@@ -2,7 +2,8 @@
 // confusion matrix of the best class.
 //
 //   z = bilinear(logits), at every pixel and for every class k
-//   loss = mean over labelled pixels of ln Σ_k e^z[k] - z[label]          ∂loss/∂logits = resizeᵀ(softmax - onehot)
+//   loss = mean over labelled pixels of w[label] · (ln Σ_k e^z[k] - z[label])
+//   ∂loss/∂logits = resizeᵀ(w[label] · (softmax - onehot)) / number of labelled pixels          w: class weights, 1 if not given
 //
 // How the loss is computed:
 //
@@ -23,6 +24,9 @@
 //   and cancels. Σ log2(total) is the logarithm of the product of all totals of a strip (powers.h). Σ z[label] is not taken
 //   pixel by pixel either: z[label] is the logit above with weight 1 - f plus the logit below with weight f, so these weights
 //   are added up for each logit of both widened rows, and then multiplied with it.
+// Class weights. Compiled apart (WEIGHTED), so that without them nothing is done for them. With them each pixel has a weight,
+//   which multiplies its share of the gradient and its weights of z[label]; the logarithm of a product knows none, so each
+//   pixel takes its own.
 // The gradient. With p[k] = 2^z[k] / total, a pixel gives (1 - f) · p[k] to the logit above it and f · p[k] to the one below.
 //   Down a column that takes two sums, Σ p and Σ f · p. The label's part, -(1 - f) and -f, are the weights that Σ z[label]
 //   needed: with them the gradients begin. `narrow` brings both rows back along x, and in the end each row of logits adds what
@@ -90,6 +94,7 @@ struct Strip {
     Strips columns;                // the pixels between a logit and the next, along x
     std::vector<T> fraction;       // (width + L,): along x
     std::vector<Lane<T>> targets;  // (rows, padded): the pixel's label, -1 where ignored
+    std::vector<T> weights;        // (rows, padded): of the pixel's class, 0 where ignored; of no use without class weights
     Scratch<T> top, step;          // (classes, padded): z = top + f · step
     const double* fractions;       // (rows,): along y, f of each row
     long rows;                     // of the strip at hand
@@ -106,6 +111,10 @@ struct Strip {
         rows = strips.size(r), fractions = batch.rows.fraction + strips.begin[r];
         widen(batch.logits + (image * classes * h + r) * w, h * w, w, r + 1 < h ? w : 0);
         return read_labels(batch.labels + (image * batch.rows.out_size + strips.begin[r]) * width, batch.ignore);
+    }
+    void read_weights(const T* class_weights) {
+        weights.resize(targets.size());
+        for (long i = 0; i < rows * padded; i++) weights[i] = targets[i] < 0 ? T(0) : class_weights[targets[i]];
     }
     V<T> logit(long k, long x, T f) const { return load(&top[k * padded + x]) + f * load(&step[k * padded + x]); }
     Mask<T> target(long y, long x) const {
@@ -203,6 +212,7 @@ struct Sums {
     explicit Sums(const Strip<T>& s) : top(s.classes * s.padded + L<T>), bottom(top.size()), classes(s.classes) {}
 
     // The gradients begin with what the labels alone give: minus the weights with which z[label] reads top and bottom.
+    template <bool WEIGHTED>
     void begin_with_labels(const Strip<T>& s) {
         std::fill(top.begin(), top.end(), T(0));
         std::fill(bottom.begin(), bottom.end(), T(0));
@@ -210,7 +220,8 @@ struct Sums {
             for (long x = 0; x < s.width; x++) {
                 const Lane<T> label = s.targets[y * s.padded + x];
                 const long place = std::max<Lane<T>>(label, 0) * s.padded + x;
-                const T weight = label < 0 ? T(0) : T(1), f = weight * T(s.fractions[y]);
+                const T weight = WEIGHTED ? s.weights[y * s.padded + x] : label < 0 ? T(0) : T(1);
+                const T f = weight * T(s.fractions[y]);
                 top[place] -= weight - f;
                 bottom[place] -= f;
             }
@@ -220,7 +231,8 @@ struct Sums {
 // What the loss of L columns is made of.
 template <class T>
 struct Loss {
-    LogSum<T> totals;            // of all columns of the strip so far
+    LogSum<T> totals;            // of all columns of the strip so far; WEIGHTED: of none
+    V<T> logs{};                 // WEIGHTED: the logarithms of totals
     V<T> shifts{};               // EXACT: what was subtracted at each labelled pixel, besides the straight line
     V<T> least = V<T>{} + T(1);  // of all totals
 };
@@ -237,7 +249,7 @@ inline void find_largest(const Strip<T>& s, long x, const T* f, V<T>* largest) {
 }
 
 // ROWS rows of L columns, from row y: adds their p to `sums`, their totals to `loss`.
-template <class T, int ROWS, bool EXACT>
+template <class T, int ROWS, bool EXACT, bool WEIGHTED>
 inline void add_rows(const Strip<T>& s, Sums<T>& sums, long y, long x, Loss<T>& loss) {
     T f[ROWS];
     V<T> largest[ROWS] = {}, total[ROWS] = {}, share[ROWS];
@@ -256,10 +268,12 @@ inline void add_rows(const Strip<T>& s, Sums<T>& sums, long y, long x, Loss<T>& 
     for (int r = 0; r < ROWS; r++) {
         const Mask<T> labelled = s.target(y + r, x) >= Mask<T>{};
         const V<T> one = V<T>{} + T(1);
-        share[r] = labelled ? one / total[r] : V<T>{};
+        const V<T> weight = WEIGHTED ? load(&s.weights[(y + r) * s.padded + x]) : one;
+        share[r] = labelled ? weight / total[r] : V<T>{};
         total[r] = labelled ? total[r] : one;
-        loss.totals.add(total[r]);
-        if (EXACT) loss.shifts += labelled ? largest[r] : V<T>{};
+        if (WEIGHTED) loss.logs += weight * log_of_two<T>(total[r]);
+        else loss.totals.add(total[r]);
+        if (EXACT) loss.shifts += labelled ? weight * largest[r] : V<T>{};
         loss.least = total[r] < loss.least ? total[r] : loss.least;
     }
     for (auto& of_class : sums.classes) {
@@ -274,12 +288,12 @@ inline void add_rows(const Strip<T>& s, Sums<T>& sums, long y, long x, Loss<T>& 
 }
 
 // All rows of L columns.
-template <class T, bool EXACT>
+template <class T, bool EXACT, bool WEIGHTED>
 inline void add_columns(const Strip<T>& s, Sums<T>& sums, long x, Loss<T>& loss) {
     for (auto& of_class : sums.classes) of_class.p = of_class.weighted_p = V<T>{};
     long y = 0;
-    for (; y + ROWS_AT_ONCE <= s.rows; y += ROWS_AT_ONCE) add_rows<T, ROWS_AT_ONCE, EXACT>(s, sums, y, x, loss);
-    for (; y < s.rows; y++) add_rows<T, 1, EXACT>(s, sums, y, x, loss);
+    for (; y + ROWS_AT_ONCE <= s.rows; y += ROWS_AT_ONCE) add_rows<T, ROWS_AT_ONCE, EXACT, WEIGHTED>(s, sums, y, x, loss);
+    for (; y < s.rows; y++) add_rows<T, 1, EXACT, WEIGHTED>(s, sums, y, x, loss);
 }
 
 // The ratios of the geometric series; returns |log2| of the one farthest from 1.
@@ -296,16 +310,16 @@ inline V<T> find_ratios(const Strip<T>& s, Sums<T>& sums, long x) {
 }
 
 // The loss of L columns of a strip in units of ln 2, but for the logarithms of what goes into `totals`; adds to the gradients.
-template <class T>
+template <class T, bool WEIGHTED>
 double columns_loss(const Strip<T>& s, Sums<T>& sums, long x, LogSum<T>& totals) {
     Loss<T> loss{totals};
     const V<T> steepest = find_ratios(s, sums, x);
-    add_columns<T, false>(s, sums, x, loss);
+    add_columns<T, false, WEIGHTED>(s, sums, x, loss);
     bool imprecise = false;  // a NaN is not: it stays one either way
     for (int i = 0; i < L<T>; i++) imprecise |= loss.least[i] < T(LEAST_TOTAL) || steepest[i] > STEEPEST;
     if (imprecise) {
         loss = {totals};
-        add_columns<T, true>(s, sums, x, loss);
+        add_columns<T, true, WEIGHTED>(s, sums, x, loss);
     }
     totals = loss.totals;
     V<T> chosen{};  // Σ z[label] over the rows
@@ -317,7 +331,7 @@ double columns_loss(const Strip<T>& s, Sums<T>& sums, long x, LogSum<T>& totals)
         store(&sums.top[place], top + (sums.classes[k].p - sums.classes[k].weighted_p));
         store(&sums.bottom[place], bottom + sums.classes[k].weighted_p);
     }
-    return double(sum<T>(loss.shifts)) - double(sum<T>(chosen));
+    return double(sum<T>(loss.logs)) + double(sum<T>(loss.shifts)) - double(sum<T>(chosen));
 }
 
 // What a strip gives to the row of logits above it and to the one below, not yet divided by the number of labelled pixels.
@@ -349,9 +363,9 @@ void add_strips(OfStrips<T>& strips, long n, long classes, long h, long w, doubl
     }
 }
 
-// Returns whether every label is a class or ignored; if not, the results are not written.
-template <class T, class Labels>
-bool upsampled_cross_entropy(const Batch<T, Labels>& batch, double* mean_loss, T* grad, int threads) {
+// Returns whether every label is a class or ignored; if not, the results are not written. WEIGHTED: by class_weights (classes,).
+template <class T, class Labels, bool WEIGHTED>
+bool upsampled_cross_entropy(const Batch<T, Labels>& batch, const T* class_weights, double* mean_loss, T* grad, int threads) {
     const long h = batch.rows.in_size, w = batch.columns.in_size, tasks = batch.tasks();
     const Strips strips(batch.rows);
     OfStrips<T> results(tasks, batch.classes * w);
@@ -365,10 +379,11 @@ bool upsampled_cross_entropy(const Batch<T, Labels>& batch, double* mean_loss, T
             results.labelled[task] = strip.read(batch, strips, task);
             if (results.labelled[task] < 0) continue;
             strip.shift();
-            sums.begin_with_labels(strip);
+            if (WEIGHTED) strip.read_weights(class_weights);
+            sums.template begin_with_labels<WEIGHTED>(strip);
             LogSum<T> totals;
             double loss = 0;
-            for (long x = 0; x < strip.width; x += L<T>) loss += columns_loss(strip, sums, x, totals);
+            for (long x = 0; x < strip.width; x += L<T>) loss += columns_loss<T, WEIGHTED>(strip, sums, x, totals);
             results.losses[task] = (loss + totals.sum()) / LOG2_E;
             strip.narrow(results.above(task), sums.top, w);
             strip.narrow(results.below(task), sums.bottom, w);

@@ -276,7 +276,9 @@ def plane_product(x: NormedMap, rows: Tensor, columns: Tensor) -> Tensor:
     return product.to(dtype).permute(0, 3, 1, 2)
 
 
-def upsampled_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+def upsampled_cross_entropy(
+    logits: Tensor, labels: Tensor, ignore_index: int, class_weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The loss is NaN if a label is neither a class nor ignore_index: raising would have to wait for the device."""
     labels, sizes = _labels_and_sizes(logits, labels)
     n, classes, height, width = logits.shape
@@ -297,7 +299,7 @@ def upsampled_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int) -
         cell_gradients_kernel,
         programs,
         launch,
-        (logits, labels, corners, losses, counts, *pixels, *logits.stride(), ignore_index, classes),
+        (logits, labels, class_weights, corners, losses, counts, *pixels, *logits.stride(), ignore_index, classes),
         **tile,
     )
     launch = _launch_of("mean_loss", 4, _positions(logits), logits)

@@ -1,8 +1,8 @@
 """Mean softmax cross-entropy of bilinearly upsampled logits, and its gradient, without full-size logits.
 
     z[k] = (1-f_y)·((1-f_x)·l₀₀[k] + f_x·l₀₁[k]) + f_y·((1-f_x)·l₁₀[k] + f_x·l₁₁[k])     (f_y, f_x): within a cell of logits
-    loss = (1 / |L|) Σ_{p ∈ L} log Σ_k exp z_p[k] - z_p[label]
-    ∂l_c[k] = (1 / |L|) Σ_{p ∈ L} weight_c(p) · (softmax(z_p)[k] - [k = label])
+    loss = (1 / |L|) Σ_{p ∈ L} w[label] · (log Σ_k exp z_p[k] - z_p[label])             (w: class weights, 1 if not given)
+    ∂l_c[k] = (1 / |L|) Σ_{p ∈ L} weight_c(p) · w[label] · (softmax(z_p)[k] - [k = label])
 
 A cell is the label pixels from a logit to the next along both axes: 16×16 at output stride 16. A program computes CELLS cells;
 a thread, a lane of its cell, has COLUMNS columns of
@@ -22,6 +22,8 @@ p = 2^z / t: a polynomial in the ratio, whose coefficients 1 / t are the same fo
 rule that is two multiply-adds per pixel and class. Summed along x they are the gradients of the corners.
 Labels are kept four to a register, as bytes. For a class that a program's labels do not have, as bits say, nothing is done;
 for one that they have, four labels are compared at once. Number and rows of its pixels give its gradient and Σ z[label].
+Class weights, if given, multiply these, and each pixel's share 1 / t; the logarithm of a product knows no weights, so that of
+each t is then taken by itself. Without them the same code is compiled as if there were none.
 Where that is not precise: if other classes lead at one corner than at another, and by far, then in between all of them lie
 far below the surface, and totals are small; a steep series leaves float32's range. Such chunks are computed row by row, with
 powers relative to each pixel's largest z, at several times the instructions: rare until the leading class is 20 ahead, half
@@ -34,7 +36,8 @@ Versions (instructions of warps in code compiled for sm_90, at that size; not me
   1. interpolate, cross-entropy, and back by the library: six passes over 360 MB
   2. a program for each cell, classes in the slow dimension of a tile, 19 padded to 32, an exponential per pixel and class:
      146 million, 254 registers
-  3. this: 32 million where three classes meet in a program, 39 where all do; 100 registers (Triton 3.8: 121)
+  3. this: 32 million where three classes meet in a program, 39 where all do; 100 registers (Triton 3.8: 121,
+     with class weights 168)
   4. a column per thread: 45 to 51 million, 72 registers; four columns: 26 to 33 million, 168 registers; see bench/tune.py
 """
 
@@ -243,7 +246,7 @@ def read_labels(pixel_ptr, rows_left, label_width, ignore_index, K, ROWS: tl.con
 
 
 @triton.jit
-def shares(totals, labels, ROWS: tl.constexpr):
+def shares(totals, labels, class_weights_ptr, K, ROWS: tl.constexpr):
     """The factor of each row's powers, the loss but for the labels' logits, the least product of four labelled totals."""
     loss, least = tl.zeros(totals[0].shape, tl.float32), tl.full(totals[0].shape, 1.0, tl.float32)
     weights = ()
@@ -252,10 +255,18 @@ def shares(totals, labels, ROWS: tl.constexpr):
         for row in tl.static_range(begin, begin + 4):
             byte = 0xFF << (8 * (row - begin))
             labelled = (labels[begin // 4] & byte) != byte
-            product *= tl.where(labelled, totals[row], 1.0)
+            total = tl.where(labelled, totals[row], 1.0)
+            product *= total
             # Where a total is NaN the gradient is, even at an ignored pixel, as PyTorch's.
-            weights = append(weights, pinned(tl.where(labelled, inverse(totals[row]), totals[row] * 0.0)))
-        loss += log_of_two(product)
+            share = tl.where(labelled, inverse(totals[row]), totals[row] * 0.0)
+            if class_weights_ptr is not None:
+                label = (labels[begin // 4] >> (8 * (row - begin))) & 0xFF
+                weight = tl.load(class_weights_ptr + label, mask=labelled & (label < K), other=0.0).to(tl.float32)
+                share *= weight
+                loss += weight * log_of_two(total)
+            weights = append(weights, pinned(share))
+        if class_weights_ptr is None:
+            loss += log_of_two(product)
         least = tl.minimum(least, product)
     return weights, loss, least
 
@@ -306,6 +317,7 @@ def add_to_corners(place, all_p, below_p, fx, lane, writes, later, exists, CELLS
 def exact_gradients(
     own_place,
     pixel_ptr,
+    class_weights_ptr,
     corner_ptrs,
     shifts,
     fx,
@@ -331,12 +343,17 @@ def exact_gradients(
         fy, there = (first_fy + row * step)[None], row < rows_left
         label = read_label(pixel_ptr + row * label_width, there, ignore_index, K)
         log_total = exact_log_total(corner_ptrs, shifts, fx, fy, stride_k, K)
+        weight = (label != -1).to(tl.float32)
+        if class_weights_ptr is not None:
+            weight *= tl.load(class_weights_ptr + label, mask=label >= 0, other=0.0).to(tl.float32)
         place = own_place
         for k in range(K):
             top, rise = line(corner_ptrs, shifts, fx, k * stride_k)
             z = top + fy * rise - log_total
-            p = (power_of_two(z) - (label == k).to(tl.float32)) * (label != -1).to(tl.float32)  # of a NaN it stays NaN
+            p = (power_of_two(z) - (label == k).to(tl.float32)) * weight  # of a NaN it stays NaN
             p = tl.where(there, p, 0.0)
+            if class_weights_ptr is not None:
+                z *= weight
             loss -= tl.sum(tl.where(label == k, z, 0.0), axis=0)
             add_to_corners(place, p, fy * p, fx, lane, writes, chunk + row > 0, exists, CELLS, LANES)
             place += place_step
@@ -354,6 +371,7 @@ STRIDES = ["stride_n", "stride_k", "stride_h", "stride_w"]
 def cell_gradients_kernel(
     logits_ptr,
     labels_ptr,  # (N, label_height, label_width)
+    class_weights_ptr,  # (K,), or None
     corners_ptr,  # (K, 4, cells), float32
     losses_ptr,  # (programs,), float32
     counts_ptr,  # (programs,), int32
@@ -403,12 +421,13 @@ def cell_gradients_kernel(
         place = own_place
         labels, classes = read_labels(pixel_ptr, rows_left, label_width, ignore_index, K, ROWS)
         totals, steepest = series_totals(corner_ptrs, shifts, fx, fy, step, stride_k, K, ROWS, SERIES)
-        weights, log_totals, least = shares(totals, labels, ROWS)
+        weights, log_totals, least = shares(totals, labels, class_weights_ptr, K, ROWS)
         imprecise = exists[None] & ((least < LEAST_PRODUCT) | (steepest * SERIES > STEEPEST) | (K > MOST_CLASSES))
         if tl.max(tl.max(imprecise.to(tl.int32), axis=0), axis=0) != 0:
             exact_loss, exact_count = exact_gradients(
                 own_place,
                 pixel_ptr,
+                class_weights_ptr,
                 corner_ptrs,
                 shifts,
                 fx,
@@ -439,8 +458,12 @@ def cell_gradients_kernel(
                 if (classes >> (k & 31)) & 1 != 0:
                     number, row_sum = label_weights(labels, k, ROWS)
                     below = fy[None] * number + step * row_sum
-                    loss -= tl.sum(tl.where(number > 0.0, number * top + below * rise, 0.0), axis=0)
                     count += tl.sum(number, axis=0)
+                    if class_weights_ptr is not None:
+                        weight = tl.load(class_weights_ptr + k).to(tl.float32)
+                        number *= weight
+                        below *= weight
+                    loss -= tl.sum(tl.where(number > 0.0, number * top + below * rise, 0.0), axis=0)
                     all_p -= number
                     below_p -= below
                 add_to_corners(place, all_p, below_p, fx, lane, writes, chunk > 0, exists, CELLS, LANES)

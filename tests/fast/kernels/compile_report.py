@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from bench.kernel_calls import CHANNELS, MAP_SIZES, RATE, Call, KernelCalls
+from bench.kernel_calls import CHANNELS, CLASSES, MAP_SIZES, RATE, Call, KernelCalls
 from bench.launch_trial import launched_by, precision_of_a_gpu
 from fast.kernels import NormedMap, Unfolded
 from fast.kernels import triton as triton_backend
 from fast.kernels.triton import compilation
 from fast.kernels.triton.launches import DEFAULT
+from reference.upsampled_cross_entropy import IGNORE_INDEX
 
 KERNELS = dict.fromkeys(kernel for kernel, _, _ in DEFAULT if kernel != "sum_partials")  # that one is launched by others
 
@@ -50,6 +51,8 @@ def calls(dtype: torch.dtype, sizes: tuple[int, int, int], variants: bool) -> It
         yield from (partial(converting_crops, made, *kinds) for kinds in CROPS)
         for loss in (KernelCalls.mean_loss, KernelCalls.confusion_matrix):
             yield from (call for _, call in loss(replace(made, classes=150)))
+        logits, labels = made.logits_and_labels()
+        yield lambda: triton_backend.upsampled_cross_entropy(logits, labels, IGNORE_INDEX, made.tensor(CLASSES))
 
 
 def autocast_convolutions(made: KernelCalls, *, need_input: bool) -> None:

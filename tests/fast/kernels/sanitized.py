@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from ctypes import CDLL
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +159,8 @@ def labels(draw: Inputs) -> None:
         target = target.to(torch.uint8)
     elif wrong:
         target = torch.where(target == classes, draw.one_of(-1, -(2**63), 2**63 - 1, 2**32, classes), target)
-    for compute in (cpp.upsampled_cross_entropy, cpp.upsampled_confusion_matrix):
+    weighted = partial(cpp.upsampled_cross_entropy, class_weights=draw.tensor(classes))
+    for compute in (cpp.upsampled_cross_entropy, weighted, cpp.upsampled_confusion_matrix):
         try:
             compute(logits, target, ignored)
         except ValueError:

@@ -610,6 +610,7 @@ ignore_indices = st.sampled_from((255, 2))
     ignore_indices,
     label_dtypes,
     layouts,
+    st.booleans(),
     rng_seeds(),
 )
 def test_upsampled_cross_entropy(
@@ -620,6 +621,7 @@ def test_upsampled_cross_entropy(
     ignore_index: int,
     label_dtype: torch.dtype,
     layout: Layout,
+    weighted: bool,
     seed: int,
 ) -> None:
     """Labels larger and smaller than the logits, maps of one row or column, one class, all pixels ignored."""
@@ -628,10 +630,12 @@ def test_upsampled_cross_entropy(
         draw_tensor(rng, 2, classes, *size, layout=layout),
         draw_labels(rng, label_size, classes, ignored, ignore_index),
     )
-    expected = upsampled_cross_entropy(to_array(logits), labels, ignore_index=ignore_index)
-    expected_grad = upsampled_cross_entropy_backward(to_array(logits), labels, ignore_index=ignore_index)
+    weights = draw_weights(rng, classes) if weighted else None
+    options: dict[str, Any] = {"ignore_index": ignore_index, "class_weights": weights}
+    expected = upsampled_cross_entropy(to_array(logits), labels, **options)
+    expected_grad = upsampled_cross_entropy_backward(to_array(logits), labels, **options)
     on_device = torch.from_numpy(labels).to(DEVICE, label_dtype)
-    loss, grad = triton_backend.upsampled_cross_entropy(logits, on_device, ignore_index)
+    loss, grad = triton_backend.upsampled_cross_entropy(logits, on_device, ignore_index, on_kernels(weights))
     assert_close(loss, np.asarray(expected))
     # Where softmax and label almost cancel, what is left is the rounding of a probability, 6e-8, times a pixel's share.
     assert bool(torch.isfinite(grad).all())
@@ -654,12 +658,13 @@ def test_upsampled_cross_entropy(
     ],
     ids=str,
 )
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
 def test_upsampled_cross_entropy_of_cells_of_any_size(
-    size: tuple[int, int], label_size: tuple[int, int], classes: int
+    size: tuple[int, int], label_size: tuple[int, int], classes: int, weighted: bool
 ) -> None:
     rng = np.random.default_rng(0)
     logits, labels = draw_tensor(rng, 2, classes, *size, layout="window"), draw_labels(rng, label_size, classes, 0.2, 255)
-    assert_loss_and_gradient(logits, labels, 3e-6)
+    assert_loss_and_gradient(logits, labels, 3e-6, draw_weights(rng, classes) if weighted else None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -680,13 +685,17 @@ def test_upsampled_cross_entropy_reads_any_dtype(dtype: torch.dtype) -> None:
     [((2, 3), (17, 33), 20.0), ((2, 3), (17, 33), 300.0), ((3, 4), (9, 10), 60.0), ((4, 4), (3, 4), 20.0)],
     ids=str,
 )
-def test_one_class_leads_by_far_at_each_logit(size: tuple[int, int], label_size: tuple[int, int], scale: float) -> None:
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
+def test_one_class_leads_by_far_at_each_logit(
+    size: tuple[int, int], label_size: tuple[int, int], scale: float, weighted: bool
+) -> None:
     """In between, all classes lie far below the interpolated largest logits, or a power's series leaves float32's range."""
     rng = np.random.default_rng(0)
     leading = rng.integers(3, size=(1, 1, *size))
     logits = draw(rng, 1, 3, *size) + scale * (leading == np.arange(3)[:, None, None])
     labels = draw_labels(rng, label_size, 3, 0.2, 255)[:1]
-    assert_loss_and_gradient(as_tensor(logits), labels, 3e-6 + 1e-7 * scale)  # the logits' own rounding
+    weights = draw_weights(rng, 3) if weighted else None
+    assert_loss_and_gradient(as_tensor(logits), labels, 3e-6 + 1e-7 * scale, weights)  # the logits' own rounding
 
 
 def test_only_one_cell_needs_the_exact_way() -> None:
@@ -707,17 +716,29 @@ def test_a_class_that_rises_from_underflow_counts() -> None:
     assert grad.ravel().tolist() == pytest.approx([0.25, 0.25, -0.25, -0.25], rel=1e-6)
 
 
-def assert_loss_and_gradient(logits: Tensor, labels: np.ndarray[Any, np.dtype[np.int64]], bound: float) -> None:
+def assert_loss_and_gradient(
+    logits: Tensor, labels: np.ndarray[Any, np.dtype[np.int64]], bound: float, weights: Array | None = None
+) -> None:
     """Labels as int64 and uint8 give the same bits, which are the reference's results."""
-    expected = upsampled_cross_entropy(to_array(logits), labels)
-    expected_grad = upsampled_cross_entropy_backward(to_array(logits), labels)
-    loss, grad = triton_backend.upsampled_cross_entropy(logits, torch.from_numpy(labels).to(DEVICE), 255)
+    expected = upsampled_cross_entropy(to_array(logits), labels, class_weights=weights)
+    expected_grad = upsampled_cross_entropy_backward(to_array(logits), labels, class_weights=weights)
+    given, of_classes = torch.from_numpy(labels).to(DEVICE), on_kernels(weights)
+    loss, grad = triton_backend.upsampled_cross_entropy(logits, given, 255, of_classes)
     assert loss.item() == pytest.approx(expected, rel=bound, abs=bound)
     assert np.abs(to_array(grad) - expected_grad).max() <= bound * max(np.abs(expected_grad).max(), 0.01)
     if logits.shape[1] <= 255:
-        others = triton_backend.upsampled_cross_entropy(logits, torch.from_numpy(labels).to(DEVICE, torch.uint8), 255)
+        others = triton_backend.upsampled_cross_entropy(logits, given.to(torch.uint8), 255, of_classes)
         assert torch.equal(others[0], loss)
         assert torch.equal(others[1], grad)
+
+
+def draw_weights(rng: np.random.Generator, classes: int) -> Array:
+    """One of them is 0, if there are several; float32 holds them exactly."""
+    return rng.permutation(np.arange(classes) % 7 / 4.0) if classes > 1 else np.array([1.75])
+
+
+def on_kernels(weights: Array | None) -> Tensor | None:
+    return None if weights is None else as_tensor(weights)
 
 
 def draw_labels(
@@ -771,11 +792,12 @@ def test_large_logits_do_not_overflow() -> None:
 @pytest.mark.parametrize("largest", [0.0, 1e3])
 @pytest.mark.parametrize("label", [5, 200, -1, 2**32])
 def test_wrong_label_makes_the_loss_nan(label: int, largest: float) -> None:
-    """What the reference raises an error for; in the confusion matrix it counts nowhere."""
+    """What the reference raises an error for, with class weights or without; in the confusion matrix it counts nowhere."""
     logits, labels = torch.zeros(1, 5, 2, 2, device=DEVICE), torch.zeros(1, 3, 3, dtype=torch.int64, device=DEVICE)
     logits[0, 3, 0, 0] = largest
     labels[0, 1, 1] = label
     assert triton_backend.upsampled_cross_entropy(logits, labels, 255)[0].isnan()
+    assert triton_backend.upsampled_cross_entropy(logits, labels, 255, torch.ones(5, device=DEVICE))[0].isnan()
     assert triton_backend.upsampled_confusion_matrix(logits, labels, 255).sum() == 8
 
 

@@ -118,6 +118,21 @@ def test_the_loss_is_the_references(
     assert task.loss(outputs, torch.from_numpy(labels)).item() == pytest.approx(expected, rel=1e-5, abs=1e-6)  # float32
 
 
+def test_class_weights_are_in_the_loss_and_in_the_choice_of_hard_pixels_alone() -> None:
+    weights = (0.25, 0.0, 3.0)
+    task = SEGMENTATION.weighted(weights)
+    outputs, labels = made_outputs(task, (2, 9, 11), 0), made_labels(SEGMENTATION, (2, 9, 11), 0)
+    given = torch.from_numpy(labels)
+    expected = upsampled_cross_entropy.upsampled_cross_entropy(
+        outputs.double().numpy(), labels, class_weights=np.array(weights)
+    )
+    assert task.loss(outputs, given).item() == pytest.approx(expected, rel=1e-5)  # float32
+    assert torch.equal(task.hardest(outputs, given, 1.0), torch.where(given == 1, 255, given))  # a loss of 0 is never kept
+    assert task.hardest(outputs, given, 0.2).ne(SEGMENTATION.hardest(outputs, given, 0.2)).any()
+    assert (task.describe(), SEGMENTATION.class_weights) == (SEGMENTATION.describe(), None)
+    assert task.weighted(None).loss(outputs, given) == SEGMENTATION.loss(outputs, given)
+
+
 @every_task
 @given(map_sizes(5), map_sizes(), rng_seeds())
 def test_counts_of_small_outputs_are_those_of_resized_ones(
