@@ -64,7 +64,7 @@ def model_card(file_name: str, file_format: str, description: Mapping[str, Any])
     kind = _KINDS[file_format]
     tags = ["dense-prediction-cell", "pytorch"]
     data = ModelCardData(library_name="dense-prediction-cell", pipeline_tag=_pipeline(description), tags=tags)
-    table = "\n".join(f"| {name} | {value} |" for name, value in _facts(description))
+    table = "\n".join(f"| {name} | {_in_table(value)} |" for name, value in _facts(description))
     return ModelCard(
         f"---\n{data.to_yaml()}\n---\n\n# {kind.name} with a Dense Prediction Cell\n\n"
         f"A context module of [*Searching for Efficient Multi-Scale Architectures for Dense Image Prediction*]({PAPER}).\n\n"
@@ -74,6 +74,11 @@ def model_card(file_name: str, file_format: str, description: Mapping[str, Any])
         "and of the backbone's weights they began with.\n\n"
         f"## Citation\n\n```bibtex\n{_CITATION}\n```\n"
     )
+
+
+def _in_table(value: object) -> str:
+    """Names that people gave, such as `a | b` or `<b>`, as they are to be read."""
+    return str(value).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
 
 
 def _pipeline(description: Mapping[str, Any]) -> str | None:

@@ -74,7 +74,8 @@ def run_command(
     except (MemoryError, RuntimeError) as error:
         if not is_full_memory(error):
             raise
-        sys.exit(_fail(f"the memory is full ({str(error).strip().splitlines()[0]}): give smaller sizes"))
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        sys.exit(_fail(f"the memory is full ({reason}): give smaller sizes"))
     except KeyboardInterrupt:
         print("\nstopped" + "; the same command goes on from here" * goes_on, file=sys.stderr)
         sys.exit(130)

@@ -12,7 +12,6 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import combinations
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -22,8 +21,10 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from search.datasets import IGNORE_INDEX, VALIDATION, Dataset, open_unchecked, split_names
+from search.datasets.copies import copies, overlaps
 from search.datasets.facts import LabelFacts, SplitFacts, label_facts, label_path, refused_facts
 from search.datasets.files import FileDataset, omissions
+from search.datasets.labels import ColourReader
 from search.datasets.rules import warnings_about
 from search.dense_tasks import RGB
 from search.dense_tasks.segmentation import Segmentation
@@ -73,13 +74,13 @@ def check_folder(
         problems += _list_problems(dataset)
     datasets, absences = _without_absent_labels(datasets)
     problems += absences.values()
-    problems += _overlaps(datasets)
+    problems += overlaps(datasets)
     findings = _read_all(datasets, processes)
     problems += dict.fromkeys(finding.problem for row in findings for finding in row if finding.problem)
     problems += [text for split, text in _unlabelled(datasets, findings).items() if split not in absences]
     problems += _of_one_class(datasets, findings)
     palettes = _palettes(datasets, findings)
-    notes += listed("warning", _warnings(datasets, findings, with_palettes=not palettes))
+    notes += listed("warning", [*_warnings(datasets, findings, with_palettes=not palettes), *copies(datasets)])
     tables = [_split_table(datasets, findings), _class_table(datasets, findings)] if datasets else []
     problems = list(dict.fromkeys(problems + palettes))  # each shared picture once
     return Verdict("\n\n".join([*tables, *notes]), problems)
@@ -124,20 +125,6 @@ def _list_problems(dataset: Dataset) -> list[str]:
     return [*dataset.faults, f"{count}; restore {dataset.listing} and what belongs to it{remedy}"]
 
 
-def _overlaps(datasets: list[Dataset]) -> list[str]:
-    """Pictures that are both in a split to train on and in one to validate or test on."""
-    names = {
-        dataset.split: {pair.image for pair in dataset.pairs}
-        for dataset in datasets
-        if isinstance(dataset, FileDataset) and dataset.split != "trainval"
-    }
-    return [
-        f"{first} and {second} have pictures in common ({len(shared):,}, such as {min(shared)}); take them out of one"
-        for first, second in combinations(names, 2)
-        if not (first.startswith("train") and second.startswith("train")) and (shared := names[first] & names[second])
-    ]
-
-
 def _without_absent_labels(datasets: list[Dataset]) -> tuple[list[Dataset], dict[str, str]]:
     """The splits, of which those without any label's file have images alone, and the problem of each of these."""
     absences = {d.split: fault for d in datasets if isinstance(d, FileDataset) and (fault := d.absence_of_all_labels())}
@@ -171,6 +158,8 @@ def _of_one_class(datasets: list[Dataset], findings: list[list[Finding]]) -> lis
         return []
     description = next((dataset.description for dataset in datasets if isinstance(dataset, FileDataset)), None)
     remedy = "correct the labels, or what says what their values mean"
+    if any(isinstance(dataset, FileDataset) and isinstance(dataset.read_label, ColourReader) for dataset in datasets):
+        remedy += " (transparent pixels do not count)"
     if description and any(IGNORE_INDEX in facts.values for facts in counted):
         remedy = f"correct the labels, or give 255 a class in label_ids of {description}"
     return [f"every labelled pixel is {present[0]}, {100 * void / (sum(pixels) + void):.2f} % are not labelled: {remedy}"]

@@ -85,6 +85,8 @@ class FileDataset:
             remedy = "restore both from the original data set"
             if self.description:
                 remedy = "scale the label without interpolation, or take the picture out of the split"
+                if image.shape[1::-1] == label.shape:
+                    remedy = "turn the label as viewers show the image, or save the image upright without its tag"
             raise InputError(
                 f"label {label_path} is {_size(label)}, its image {image_path} is {_size(image)} (height × width); "
                 f"they must be equal: {remedy}"

@@ -11,6 +11,7 @@ import torch
 
 from search.commands import spelled
 from search.datasets import Dataset
+from search.datasets.copies import copies, overlaps
 from search.datasets.counts import label_of
 from search.datasets.facts import SplitFacts, label_facts
 from search.datasets.rules import warnings_about
@@ -25,7 +26,10 @@ def look_at(train: Dataset | None, val: Dataset) -> None:
 
     Raises InputError for a label that cannot be used.
     """
-    for warning in warnings_about(None if train is None else sampled_facts(train), sampled_facts(val)):
+    warnings = warnings_about(None if train is None else sampled_facts(train), sampled_facts(val))
+    if train is not None:
+        warnings += overlaps([train, val]) + copies([train, val])
+    for warning in warnings:
         if warning not in _said:
             print(f"warning: {warning}", file=sys.stderr)
         _said.add(warning)

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from posixpath import splitext
 from typing import NamedTuple
 
-from search.datasets.walk import walk
+from search.datasets.walk import SUFFIXES, walk
 
 _SEPARATOR = re.compile(r"[\s,;]+")  # of columns
 _MOST_COMPARED = 5  # unknown names for which a similar one is looked for: that takes long among many
@@ -45,7 +45,8 @@ def index(root: Path, pattern: str, folder: str) -> Index:
     faults, unfit = [], []
     for path in sorted(found.files, key=lambda path: not path.name.endswith(suffix)):
         match = fits.fullmatch(_relative(path, root))
-        if match is None:
+        is_picture = "*" not in suffix or path.suffix.lower() in SUFFIXES  # not a.json of LabelMe beside a.jpg
+        if match is None or not is_picture:
             unfit.append(path)
         elif (other := files.setdefault(match["name"], path)) != path:
             if other.suffix != path.suffix and other.suffix == suffix:  # the pattern means one of the two
@@ -123,12 +124,14 @@ class _Meanings:
     def __init__(self, files: Mapping[str, Path], root: Path) -> None:
         self._exact = {name: name for name in files}
         self._paths: dict[str, str] = {}
+        self._whole: dict[str, str] = {}  # the same, with suffixes in small letters
         endings: dict[str, set[str]] = {}
         for name, path in files.items():
             relative = _relative(path, root)
             self._exact.setdefault(relative[max(0, relative.rfind(name)) :], name)
             for form in (relative, splitext(relative)[0]):
                 self._paths.setdefault(form, name)
+                self._whole.setdefault(_small_suffix(form), name)
                 for ending in _from_each_folder(form):
                     endings.setdefault(_small_suffix(ending), set()).add(name)
         self._endings = {ending: next(iter(names)) for ending, names in endings.items() if len(names) == 1}
@@ -144,10 +147,10 @@ class _Meanings:
 
     def _from_elsewhere(self, path: str) -> str | None:
         """The file with this path in another folder than here, such as one of another machine, if a single path is written."""
-        endings = (ending for ending in _from_each_folder(path) if ending in self._paths)
+        endings = (ending for ending in _from_each_folder(path) if _small_suffix(ending) in self._whole)
         ending = next(endings, None)
         is_one = ending is not None and not _SEPARATOR.search(path.removesuffix(ending))
-        return self._paths[ending] if ending is not None and is_one else None
+        return self._whole[_small_suffix(ending)] if ending is not None and is_one else None
 
 
 def _columns(line: str) -> Iterator[tuple[str, str]]:

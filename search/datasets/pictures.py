@@ -78,8 +78,8 @@ class PictureReader:
             raise InputError(f"{kind} {path} {error}") from error
         except FileNotFoundError as error:
             raise InputError(f"{kind} {path} does not exist: correct the path") from error
-        except MemoryError:  # of a sound file too
-            raise
+        except MemoryError as error:  # of a sound file too; a damaged one may claim any size
+            raise InputError(f"{kind} {path} needs more memory than there is: cut it into parts") from error
         except Exception as error:  # damaged files make Pillow raise whatever it stumbles over
             raise _unreadable(path, error, self.remedy) from error
 

@@ -31,7 +31,7 @@ def warnings_about(train: SplitFacts | None, val: SplitFacts | None, others: Seq
     if not splits or not isinstance(splits[0].dataset.task, Segmentation):
         return []
     found = [] if train is None or val is None else absent_classes(train, val)
-    found += void_classes(together) + presumed_void(splits) + thin_classes(splits)
+    found += one_class(splits[0]) + void_classes(together) + presumed_void(splits) + thin_classes(splits)
     for facts in splits:
         found += odd_forms(facts)
     return found + odd_colours(together) + other_numbers(together)
@@ -58,6 +58,14 @@ def absent_classes(train: SplitFacts, val: SplitFacts) -> list[str]:
             f"scores say nothing of {_it(names)}; {remedy}"
         )
     return found
+
+
+def one_class(facts: SplitFacts) -> list[str]:
+    """A single class: whatever is predicted is right."""
+    if len(_task(facts).class_names) > 1:
+        return []
+    remedy = f"name what is around it as a class, too, in {_description(facts)}" if _description(facts) else "give two or more"
+    return [f"there is one class, {_task(facts).class_names[0]}, so that every prediction is right: {remedy}"]
 
 
 def void_classes(splits: Sequence[SplitFacts]) -> list[str]:

@@ -284,7 +284,8 @@ def _place(cache_dir: Path, name: str, identity: Mapping[str, Any], origin: str)
         for path, description in begun.items()
         if all(description["identity"].get(field) == value for field, value in recipe.items())
     }
-    same = [path for path, each in alike.items() if each["identity"].get(PICTURES) == identity[PICTURES]]
+    of_files = {name: identity[name] for name in (PICTURES, LABELS)}
+    same = [path for path, each in alike.items() if all(each["identity"].get(name) == of_files[name] for name in of_files)]
     outdated = [path for path, each in alike.items() if each.get("origin") == origin or PICTURES not in each["identity"]]
     return [*same, *outdated, cache_dir / f"{name}-{own}" if usual in begun else usual][0]
 

@@ -172,6 +172,12 @@ def test_without_the_hubs_package_only_its_methods_are_missing(monkeypatch: pyte
             method(tmp_path)
 
 
+def test_names_that_would_break_a_card_stand_in_it_as_they_are(tmp_path: Path) -> None:
+    path = tmp_path / "best.safetensors"
+    save_network(path, build_network(), task={"class_names": ["a | b", "<b> & c"]})
+    assert r"| 2 classes | a \| b, &lt;b> &amp; c |" in ModelCard.load(write_card(path)).text
+
+
 def test_a_card_says_what_the_file_holds_and_how_to_load_it(tmp_path: Path) -> None:
     path = tmp_path / "best.safetensors"
     source = {"iteration": 90_000, "seconds": 3.0, "mean_iou": 0.41234, "training": {"data": {"dataset": "camvid"}}}

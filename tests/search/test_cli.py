@@ -206,9 +206,10 @@ def be_full(error: Exception) -> None:
     [
         allocate_terabytes,
         partial(be_full, MemoryError("no room")),
+        partial(be_full, MemoryError()),
         partial(be_full, torch.OutOfMemoryError("CUDA out of memory.")),
     ],
-    ids=["cpu", "numpy", "gpu"],
+    ids=["cpu", "numpy", "python", "gpu"],
 )
 def test_a_full_memory_is_one_line_and_code_2(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fill: Callable[[], None]

@@ -40,7 +40,7 @@ def write_folder(
     for split, labels in splits.items():
         for index, label in enumerate(labels):
             picture = label if isinstance(label, Image.Image) else Image.fromarray(label)
-            made.write_image(folder / split / "images" / f"{index:03}.png", index, picture.size[::-1])
+            made.write_image(folder / split / "images" / f"{index:03}.png", size=picture.size[::-1])
             (folder / split / "labels").mkdir(parents=True, exist_ok=True)
             picture.save(folder / split / "labels" / f"{index:03}.png")
     names = ", ".join(f'"{name}"' for name in classes)
@@ -161,6 +161,13 @@ def test_classes_that_no_pixel_has_are_named(tmp_path: Path) -> None:
         f"of {path}, or take them out of classes (void too counts as a class; what shall not count, goes into ignore)",
         "no pixel of val is crop (5.00 % of train are): scores say nothing of it; move pictures with it to val",
     ]
+
+
+def test_a_single_class_is_said_to_prove_nothing(tmp_path: Path) -> None:
+    labels = [np.zeros((SIDE, SIDE), np.uint8)] * 2
+    path = write_folder(tmp_path, {"train": labels, "val": labels}, ("sky",))
+    said = "there is one class, sky, so that every prediction is right: name what is around it as a class, too, in "
+    assert said + str(path) in warned(path)
 
 
 def test_a_class_called_void_that_counts_is_said(tmp_path: Path) -> None:

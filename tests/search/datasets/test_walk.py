@@ -183,6 +183,15 @@ def test_a_label_whose_image_has_another_suffix_says_so(tmp_path: Path) -> None:
         opened(path)
 
 
+def test_what_lies_beside_pictures_and_is_none_is_passed_over(tmp_path: Path) -> None:
+    path = write_set(tmp_path)
+    path.write_text(path.read_text().replace("{name}.jpg", "{name}.*"))
+    for name in ("p0.json", "p1.txt", "p2.jpg.xmp"):
+        (tmp_path / "images" / "train" / name).write_text("{}")
+    assert names_of(path) == ["p0", "p1", "p2"]
+    assert "3 not named as the patterns say (such as" in omissions(opened(path))
+
+
 # Lists
 
 
@@ -198,6 +207,8 @@ def test_a_label_whose_image_has_another_suffix_says_so(tmp_path: Path) -> None:
         "images\\train\\p1.jpg;labels\\train\\p1.png",
         '"images/train/p1.jpg","labels/train/p1.png"',
         "/home/somebody/set/images/train/p1.jpg /home/somebody/set/labels/train/p1.png",
+        "/home/somebody/set/images/train/p1.JPG",
+        "C:\\set\\images\\train\\p1.JPG",
     ],
 )
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
