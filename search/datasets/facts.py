@@ -69,10 +69,14 @@ class SplitFacts:
             self.rates[index] = sum(facts.lone.values()) / facts.edges
 
     @property
+    def is_sample(self) -> bool:
+        return self.looked < len(self.dataset)
+
+    @property
     def name(self) -> str:
         """The split, and how much of it was looked at, if that is not all."""
         split, total = self.dataset.split, len(self.dataset)
-        return split if self.looked == total else f"{split} (in {self.looked} of {total:,} labels)"
+        return f"{split} (in {self.looked} of {total:,} labels)" if self.is_sample else split
 
     @property
     def reader(self) -> LabelReader | None:

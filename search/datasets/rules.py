@@ -48,14 +48,15 @@ def absent_classes(train: SplitFacts, val: SplitFacts) -> list[str]:
         names = [classes[k] for k in absent]
         share = f" ({100 * of_val[absent].sum():.2f} % of {val.name} are)" if of_val[absent].any() else ""
         found.append(
-            f"no pixel of {train.name} is {_or(names)}{share}: nothing is learnt of {_it(names)}; {_to_fill(train, names)}"
+            f"no pixel of {train.name} is {_or(names)}{share}: {_unless(train)}nothing is learnt of {_it(names)}; "
+            f"{_to_fill(train, names)}"
         )
     if absent := [k for k in range(len(classes)) if of_train[k] and not of_val[k]]:
         names = [classes[k] for k in absent]
         remedy = f"move pictures with {_it(names)} to {val.dataset.split}" if _description(val) else _to_fill(val, names)
         found.append(
             f"no pixel of {val.name} is {_or(names)} ({100 * of_train[absent].sum():.2f} % of {train.name} are): "
-            f"scores say nothing of {_it(names)}; {remedy}"
+            f"{_unless(val)}scores say nothing of {_it(names)}; {remedy}"
         )
     return found
 
@@ -194,6 +195,10 @@ def _to_fill(facts: SplitFacts, absent: Sequence[str]) -> str:
     remedy = f"correct the labels, or label_ids of {described}, or take {_it(absent)} out of classes"
     void = [name for name in absent if name.lower() in _NO_CLASS]
     return remedy + (f" ({void[0]} too counts as a class; what shall not count, goes into ignore)" if void else "")
+
+
+def _unless(facts: SplitFacts) -> str:
+    return "unless other labels have it, " if facts.is_sample else ""
 
 
 def _task(facts: SplitFacts) -> Segmentation:

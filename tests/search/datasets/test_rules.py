@@ -11,6 +11,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+import search.datasets.look
 from search.datasets import open_dataset
 from search.datasets.check import check_folder
 from search.datasets.cityscapes import CLASS_NAMES, LABEL_IDS
@@ -356,7 +357,10 @@ def test_numbers_from_1_are_recognised_also_where_each_label_is_refused(tmp_path
 # At the start
 
 
-def test_a_sample_makes_no_claim_on_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sample_makes_no_claim_on_all(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search.datasets.look, "_MOST", 64)
     label = np.zeros((8, 8), np.uint8)
     label[:4] = 1
     labels = [label] * 70
@@ -365,10 +369,27 @@ def test_a_sample_makes_no_claim_on_all(tmp_path: Path, capsys: pytest.CaptureFi
     train, val = (open_split(path, split, None) for split in ("train", "val"))
     look_at(train, val)
     text = capsys.readouterr().err
-    assert text.startswith("warning: no pixel of train (in 64 of 70 labels) is crop (50.00 % of val are): ")
+    assert text.startswith(
+        "warning: no pixel of train (in 64 of 70 labels) is crop (50.00 % of val are): unless other labels have it, "
+    )
     look_at(train, val)
     assert capsys.readouterr().err == ""  # once
     assert warned(path) == []
+
+
+def test_a_sample_grows_until_it_has_every_class(tmp_path: Path) -> None:
+    label = np.zeros((8, 8), np.uint8)
+    label[:4] = 1
+    labels = [label] * 300
+    labels[1] = np.full((8, 8), 2, np.uint8)  # the first one beyond the sample of 64
+    splits = {"train": labels, "val": [labels[1], *labels[2:300]]}
+    train, val = (
+        sampled_facts(open_split(write_folder(tmp_path, splits, CLASSES[:3]), split, None)) for split in ("train", "val")
+    )
+    assert (train.looked, val.looked) == (65, 64)
+    assert warnings_about(train, val) == []
+    one = sampled_facts(open_split(write_folder(tmp_path, splits, CLASSES[:4]), "train", None))
+    assert one.looked == 256  # and no more, for a class that nothing has
 
 
 def test_data_from_python_are_looked_at_too(capsys: pytest.CaptureFixture[str]) -> None:
