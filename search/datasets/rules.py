@@ -16,7 +16,8 @@ from search.dense_tasks.segmentation import Segmentation
 # Lone pixels for each edge of a label. Sound ones (CamVid and PASCAL VOC, also at a third of their size by nearest neighbours)
 # have up to 0.10; CamVid's resized with smoothing, or saved as JPEG, have 0.23 to 0.57.
 _THIN, _USUAL = 0.15, 0.1
-_OF_LONE, _OF_OWN = 0.9, 0.5  # a class is drawn as a line if it has so many of the lone pixels, which are so many of its own
+# A class is drawn as a line if it has so many of the lone pixels, and if so many of its own lie between others.
+_OF_LONE, _OF_OWN = 0.9, 0.5
 _VISIBLE = 0.001  # of the pixels
 _MOST = 0.5
 _VOID = ("void", "unlabelled", "unlabeled", "ignore", "ignored")  # names for what does not count
@@ -174,7 +175,7 @@ def other_numbers(splits: Sequence[SplitFacts]) -> list[str]:
 def _thin_labels(facts: SplitFacts) -> list[int]:
     """Labels with many lone pixels; none, if these are of one class that has hardly others, and so is meant to be a line."""
     for value, lone in facts.lone.most_common(1):
-        if lone >= _OF_LONE * facts.lone.total() and lone >= _OF_OWN * facts.values[value]:
+        if lone >= _OF_LONE * facts.lone.total() and facts.lines[value] >= _OF_OWN * facts.values[value]:
             return []
     return [index for index, rate in facts.rates.items() if rate >= _THIN]
 
