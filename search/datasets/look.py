@@ -1,7 +1,8 @@
 """A look at the labels before anything is computed: what cannot be trained or scored is refused, what looks wrong is said.
 
-Warnings follow from a sample of the labels, and say so; `python -m search.datasets check` looks at all. A sample never decides
-that no pixel of a split is labelled, or all in one class: labels are read until another one is found.
+Warnings follow from a sample of the labels, and say so; `python -m search.datasets check` looks at all. The sample grows while
+it lacks a class, up to a limit: one that few pictures show is usual, and nothing to warn of. A sample never decides that no
+pixel of a split is labelled, or all in one class: labels are read until another one is found.
 """
 
 import sys
@@ -18,6 +19,7 @@ from search.datasets.rules import warnings_about
 from search.errors import InputError
 
 _SAMPLE = 64  # labels of a split
+_MOST = 256  # labels, where classes are still to be found: of one that 1 picture in 20 shows, 64 often have nothing
 _said: set[str] = set()  # by this process: a command may open its splits more than once
 
 
@@ -36,9 +38,12 @@ def look_at(train: Dataset | None, val: Dataset) -> None:
 
 
 def sampled_facts(dataset: Dataset) -> SplitFacts:
-    """The facts of evenly spaced labels. Raises InputError for a label that cannot be used."""
+    """The facts of evenly spaced labels, and of more where these lack a class. InputError for one that cannot be used."""
     facts = SplitFacts(dataset)
-    for index in _sample(len(dataset)):
+    sample, larger = _sample(len(dataset), _SAMPLE), _sample(len(dataset), _MOST)
+    for index in (*sample, *sorted(set(larger).difference(sample))):
+        if facts.looked >= _SAMPLE and facts.pixels[:-1].all():
+            break
         facts.add(index, label_facts(dataset, index))
     return facts
 
@@ -77,14 +82,14 @@ def _different(dataset: Dataset, enough: int) -> int:
     return min(len(found), enough)
 
 
-def _sample(length: int) -> list[int]:
-    """Evenly spaced numbers below `length`, each once: all, if they are few."""
-    count = min(length, _SAMPLE)
+def _sample(length: int, most: int) -> list[int]:
+    """Evenly spaced numbers below `length`, each once: all, if they are no more than `most`."""
+    count = min(length, most)
     return [place * length // count for place in range(count)]
 
 
 def _sample_first(length: int) -> Iterator[int]:
     """All numbers below `length`: a whole folder of pictures may be without labels, and so is not read to its end first."""
-    sample = _sample(length)
+    sample = _sample(length, _SAMPLE)
     yield from sample
     yield from sorted(set(range(length)).difference(sample))

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from scipy.io import loadmat
 from scipy.io.matlab import MatReadError
 
+from search.datasets.pictures import RESTORE
 from search.errors import InputError
 
 # The class in PASCAL-Person-Part of each of PASCAL-Part's names for parts of a person, of either side.
@@ -61,7 +62,5 @@ def _load(path: Path) -> dict[str, Any]:
         content: dict[str, Any] = loadmat(path, squeeze_me=True, struct_as_record=False)
     # What SciPy raises for damaged files: its own errors, those of struct and zlib, and one for MATLAB's newer format.
     except (MatReadError, zlib.error, OSError, ValueError, TypeError, LookupError, NotImplementedError, MemoryError) as error:
-        raise InputError(
-            f"label {path} is truncated or no MATLAB file ({error}); restore it from the original data set"
-        ) from error
+        raise InputError(f"label {path} is truncated or no MATLAB file ({error}); {RESTORE}") from error
     return content

@@ -14,6 +14,7 @@ from search.datasets import IGNORE_INDEX
 from search.datasets.files import FileDataset, Pair, read_lines, repeated, require_layout
 from search.datasets.labels import LabelReader
 from search.datasets.matlab import read_person_parts
+from search.datasets.pictures import RESTORE
 from search.dense_tasks.segmentation import Segmentation, voc_palette
 from search.errors import InputError
 
@@ -25,7 +26,7 @@ LENGTHS = {"train": (1716,), "val": (1817, 1831), "trainval": (3533, 3547)}
 _ORIGIN = "PASCAL-Person-Part (pictures of VOC 2010; docs/datasets.md says where from)"
 _LABELS = LabelReader(
     {**{value: value for value in range(len(CLASS_NAMES))}, IGNORE_INDEX: IGNORE_INDEX},
-    remedy="restore it from the original data set",
+    remedy=RESTORE,
     read_mat=read_person_parts,
 )
 

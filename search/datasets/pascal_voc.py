@@ -20,6 +20,7 @@ from search.datasets import IGNORE_INDEX
 from search.datasets.files import FileDataset, Pair, read_lines, repeated, require_layout
 from search.datasets.labels import LabelReader
 from search.datasets.matlab import read_class_map
+from search.datasets.pictures import RESTORE
 from search.datasets.walk import is_hidden
 from search.dense_tasks.segmentation import Segmentation, voc_palette
 from search.errors import InputError
@@ -54,7 +55,7 @@ LENGTHS = {"train": (1464,), "train_aug": (10582,), "val": (1449,), "trainval": 
 _ORIGIN = "VOCtrainval_11-May-2012.tar (host.robots.ox.ac.uk/pascal/VOC/voc2012)"
 _LABELS = LabelReader(
     {**{value: value for value in range(len(CLASS_NAMES))}, IGNORE_INDEX: IGNORE_INDEX},
-    remedy="restore it from the original data set",
+    remedy=RESTORE,
     read_mat=read_class_map,
 )
 

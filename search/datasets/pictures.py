@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from search.datasets.srgb import RefusedError, in_srgb, is_white_zero, raw_mode
 from search.errors import InputError
@@ -168,6 +168,8 @@ def _open(path: Path) -> Iterator[Image.Image]:
 
 def _unreadable(path: Path, error: Exception, remedy: str) -> InputError:
     reason = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, UnidentifiedImageError):
+        reason = f"it is none of {', '.join(_FORMATS)}"
     return InputError(f"picture {path} is truncated or unreadable ({reason}); {remedy}")
 
 

@@ -16,7 +16,8 @@ from search.dense_tasks.segmentation import Segmentation
 # Lone pixels for each edge of a label. Sound ones (CamVid and PASCAL VOC, also at a third of their size by nearest neighbours)
 # have up to 0.10; CamVid's resized with smoothing, or saved as JPEG, have 0.23 to 0.57.
 _THIN, _USUAL = 0.15, 0.1
-_OF_LONE, _OF_OWN = 0.9, 0.5  # a class is drawn as a line if it has so many of the lone pixels, which are so many of its own
+# A class is drawn as a line if it has so many of the lone pixels, and if so many of its own lie between others.
+_OF_LONE, _OF_OWN = 0.9, 0.5
 _VISIBLE = 0.001  # of the pixels
 _MOST = 0.5
 _VOID = ("void", "unlabelled", "unlabeled", "ignore", "ignored")  # names for what does not count
@@ -48,14 +49,15 @@ def absent_classes(train: SplitFacts, val: SplitFacts) -> list[str]:
         names = [classes[k] for k in absent]
         share = f" ({100 * of_val[absent].sum():.2f} % of {val.name} are)" if of_val[absent].any() else ""
         found.append(
-            f"no pixel of {train.name} is {_or(names)}{share}: nothing is learnt of {_it(names)}; {_to_fill(train, names)}"
+            f"no pixel of {train.name} is {_or(names)}{share}: {_unless(train)}nothing is learnt of {_it(names)}; "
+            f"{_to_fill(train, names)}"
         )
     if absent := [k for k in range(len(classes)) if of_train[k] and not of_val[k]]:
         names = [classes[k] for k in absent]
         remedy = f"move pictures with {_it(names)} to {val.dataset.split}" if _description(val) else _to_fill(val, names)
         found.append(
             f"no pixel of {val.name} is {_or(names)} ({100 * of_train[absent].sum():.2f} % of {train.name} are): "
-            f"scores say nothing of {_it(names)}; {remedy}"
+            f"{_unless(val)}scores say nothing of {_it(names)}; {remedy}"
         )
     return found
 
@@ -181,7 +183,7 @@ def other_numbers(splits: Sequence[SplitFacts]) -> list[str]:
 def _thin_labels(facts: SplitFacts) -> list[int]:
     """Labels with many lone pixels; none, if these are of one class that has hardly others, and so is meant to be a line."""
     for value, lone in facts.lone.most_common(1):
-        if lone >= _OF_LONE * facts.lone.total() and lone >= _OF_OWN * facts.values[value]:
+        if lone >= _OF_LONE * facts.lone.total() and facts.lines[value] >= _OF_OWN * facts.values[value]:
             return []
     return [index for index, rate in facts.rates.items() if rate >= _THIN]
 
@@ -202,6 +204,10 @@ def _to_fill(facts: SplitFacts, absent: Sequence[str]) -> str:
     remedy = f"correct the labels, or label_ids of {described}, or take {_it(absent)} out of classes"
     void = [name for name in absent if name.lower() in _NO_CLASS]
     return remedy + (f" ({void[0]} too counts as a class; what shall not count, goes into ignore)" if void else "")
+
+
+def _unless(facts: SplitFacts) -> str:
+    return "unless other labels have it, " if facts.is_sample else ""
 
 
 def _task(facts: SplitFacts) -> Segmentation:

@@ -12,7 +12,6 @@ _LEFT_BY_SYSTEMS = frozenset(
     ("__macosx", "thumbs.db", "desktop.ini", "$recycle.bin", "system volume information", "@eadir", "lost+found")
 )
 
-
 # Of pictures, in small letters.
 SUFFIXES = frozenset([".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif"])
 
@@ -47,7 +46,7 @@ def walk(folder: Path) -> Found:
         for entry in _entries(folder, ()):
             if is_hidden(entry.name):
                 found.hidden.append(Path(entry.path))
-            elif entry.is_file():
+            elif _followed(entry).is_file():
                 found.files.append(Path(entry.path))
             elif entry.is_symlink():
                 found.dangling.append(Path(entry.path))
@@ -68,7 +67,12 @@ def _entries(folder: Path, around: tuple[tuple[int, int], ...]) -> Iterator[os.D
     if here in around:  # a link led back
         return
     for entry in entries:
-        if entry.is_dir() and not is_hidden(entry.name):
+        if not is_hidden(entry.name) and _followed(entry).is_dir():
             yield from _entries(Path(entry.path), (*around, here))
         else:
             yield entry
+
+
+def _followed(entry: os.DirEntry[str]) -> os.DirEntry[str] | Path:
+    """What says whether an entry is a folder or a file; for a link a path, to which a link to itself is neither."""
+    return Path(entry.path) if entry.is_symlink() else entry

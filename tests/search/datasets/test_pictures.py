@@ -604,6 +604,13 @@ def test_an_owner_is_not_told_to_restore_the_original(tmp_path: Path) -> None:
     )
 
 
+def test_another_format_is_called_that(tmp_path: Path) -> None:
+    saved(RGB, format="TGA")(tmp_path / "a.png")
+    formats = "PNG, JPEG, TIFF, BMP, GIF, WEBP, PPM, JPEG2000, AVIF"
+    with pytest.raises(InputError, match=rf"a\.png is truncated or unreadable \(it is none of {formats}\); restore it"):
+        READER.image(tmp_path / "a.png")
+
+
 def test_pictures_of_torch_data_sets_are_taken_as_they_are_shown() -> None:
     turned = Image.fromarray(RGB)
     turned.getexif()[ORIENTATION] = 6

@@ -11,6 +11,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+import search.datasets.look
 from search.datasets import open_dataset
 from search.datasets.check import check_folder
 from search.datasets.cityscapes import CLASS_NAMES, LABEL_IDS
@@ -85,6 +86,7 @@ def test_edges_and_lone_pixels_are_these() -> None:
     facts = label_facts(dataset, 0, label)
     assert facts.edges == 2 * 40 + 4
     assert facts.lone == {1: 40}
+    assert facts.lines == {1: 40, 3: 1}
     assert facts.values == {0: 800, 1: 40, 2: 1159, 3: 1}
     label[:, 20] = 255
     assert label_facts(dataset, 0, label).lone == {}  # what is not labelled is no class that is not there
@@ -264,6 +266,16 @@ def test_a_class_that_is_a_contour_is_passed_over(tmp_path: Path, contour: int) 
     assert not any("alone" in warning for warning in warnings_about(facts[0], None))
 
 
+def test_borders_are_passed_over_that_mostly_lie_within_one_class(tmp_path: Path) -> None:
+    label = np.tile(np.arange(SIDE, dtype=np.uint8) // 16 % 2, (SIDE, 1))
+    label[::12], label[:, ::16] = 2, 2  # as between cells that touch
+    path = write_folder(tmp_path, {"train": [label]}, CLASSES[:3])
+    facts = sampled_facts(open_split(path, "train", None))
+    assert facts.rates[0] > 0.15
+    assert facts.lone[2] < 0.5 * facts.values[2]
+    assert warnings_about(facts, None) == []
+
+
 def test_colours_that_were_compressed_are_noticed_though_others_are_ignored(tmp_path: Path) -> None:
     palette = voc_palette(len(CLASSES))
     named = "[label_colours]\n" + "".join(f"{n} = {c}\n" for n, c in zip(CLASSES, palette.tolist(), strict=True))
@@ -363,7 +375,10 @@ def test_numbers_from_1_are_recognised_also_where_each_label_is_refused(tmp_path
 # At the start
 
 
-def test_a_sample_makes_no_claim_on_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sample_makes_no_claim_on_all(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search.datasets.look, "_MOST", 64)
     label = np.zeros((8, 8), np.uint8)
     label[:4] = 1
     labels = [label] * 70
@@ -372,10 +387,27 @@ def test_a_sample_makes_no_claim_on_all(tmp_path: Path, capsys: pytest.CaptureFi
     train, val = (open_split(path, split, None) for split in ("train", "val"))
     look_at(train, val)
     text = capsys.readouterr().err
-    assert text.startswith("warning: no pixel of train (in 64 of 70 labels) is crop (50.00 % of val are): ")
+    assert text.startswith(
+        "warning: no pixel of train (in 64 of 70 labels) is crop (50.00 % of val are): unless other labels have it, "
+    )
     look_at(train, val)
     assert capsys.readouterr().err == ""  # once
     assert warned(path) == []
+
+
+def test_a_sample_grows_until_it_has_every_class(tmp_path: Path) -> None:
+    label = np.zeros((8, 8), np.uint8)
+    label[:4] = 1
+    labels = [label] * 300
+    labels[1] = np.full((8, 8), 2, np.uint8)  # the first one beyond the sample of 64
+    splits = {"train": labels, "val": [labels[1], *labels[2:300]]}
+    train, val = (
+        sampled_facts(open_split(write_folder(tmp_path, splits, CLASSES[:3]), split, None)) for split in ("train", "val")
+    )
+    assert (train.looked, val.looked) == (65, 64)
+    assert warnings_about(train, val) == []
+    one = sampled_facts(open_split(write_folder(tmp_path, splits, CLASSES[:4]), "train", None))
+    assert one.looked == 256  # and no more, for a class that nothing has
 
 
 def test_data_from_python_are_looked_at_too(capsys: pytest.CaptureFixture[str]) -> None:
@@ -421,9 +453,12 @@ def test_facts_add_up() -> None:
     for index in range(3):
         edges = 100 if index else 99  # of which too few say nothing
         shown: Mapping[int, tuple[int, int, int]] = {0: (1, 2, index % 2)}
-        split.add(index, LabelFacts(np.arange(9), {0: 5, index: 7}, edges, {index: 3 * index}, "in 8-bit grey", shown))
+        split.add(
+            index, LabelFacts(np.arange(9), {0: 5, index: 7}, edges, {index: 3 * index}, {7: index}, "in 8-bit grey", shown)
+        )
     assert split.pixels.tolist() == [0, 3, 6, 9, 12, 15, 18, 21, 24]
     assert split.values == {0: 17, 1: 7, 2: 7}
+    assert split.lines == {7: 3}
     assert (split.lone, split.rates) == ({0: 0, 1: 3, 2: 6}, {1: 0.03, 2: 0.06})
     assert split.forms == {"in 8-bit grey": [0, 1, 2]}
     assert split.shown == {0: {(1, 2, 0): [0, 2], (1, 2, 1): [1]}}

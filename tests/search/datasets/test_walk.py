@@ -74,10 +74,11 @@ def test_links_are_followed_and_loops_end(tmp_path: Path) -> None:
     (tmp_path / "elsewhere" / "deep" / "back").symlink_to(tmp_path / "data")
     (tmp_path / "data" / "itself").symlink_to(tmp_path / "data")
     (tmp_path / "data" / "lost.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    (tmp_path / "data" / "circle").symlink_to(tmp_path / "data" / "circle")
     found = walk(tmp_path / "data")
     names = ("first/a.jpg", "first/deep/b.jpg", "second/a.jpg", "second/deep/b.jpg")
     assert found.files == [tmp_path / "data" / name for name in names]
-    assert found.dangling == [tmp_path / "data" / "lost.jpg"]
+    assert found.dangling == [tmp_path / "data" / name for name in ("circle", "lost.jpg")]
     assert not found.hidden
 
 
