@@ -150,6 +150,7 @@ def main(settings: RerankSettings) -> None:
     require("workers", settings.workers, settings.workers >= 1, "at least 1")
     run = load_run(settings.run)
     directory = settings.out or settings.run / "rerank"
+    candidates = candidates_of(run, settings)
     training = training_settings(settings, run)
 
     def create_task() -> EndToEndTask:
@@ -162,7 +163,6 @@ def main(settings: RerankSettings) -> None:
             f"{run.task.name}: give data of the same task; a cell can be trained on any by `{spelled('train')}`"
         )
     look_at(task.train, task.val)
-    candidates = candidates_of(run, settings)
     identity = task.identity()  # builds a network, so that one that cannot be built leaves no folder behind
     workers = open_workers(create_task, settings.workers, settings.device.device, known(task.settings.recipe.iterations))
     with folder.locked():

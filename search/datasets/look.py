@@ -17,7 +17,6 @@ from search.datasets.rules import warnings_about
 from search.errors import InputError
 
 _SAMPLE = 64  # labels of a split
-_said: set[str] = set()  # by this process: a command may open its splits more than once
 
 
 def look_at(train: Dataset | None, val: Dataset) -> None:
@@ -26,9 +25,7 @@ def look_at(train: Dataset | None, val: Dataset) -> None:
     Raises InputError for a label that cannot be used.
     """
     for warning in warnings_about(None if train is None else sampled_facts(train), sampled_facts(val)):
-        if warning not in _said:
-            print(f"warning: {warning}", file=sys.stderr)
-        _said.add(warning)
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 def sampled_facts(dataset: Dataset) -> SplitFacts:
