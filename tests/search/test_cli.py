@@ -33,7 +33,7 @@ from search.errors import InputError
 from search.features import FeaturesSettings
 from search.interrupts import ctrl_c_waits
 from search.random import RandomSettings
-from search.settings import PictureSettings
+from search.settings import PictureSettings, PredictionSettings
 
 ROOT = Path(__file__).parents[2]
 
@@ -148,6 +148,17 @@ def test_the_next_commands_admit_them_too(tmp_path: Path) -> None:
     )
     assert ["--max-megapixels 400" in command for command in admitting] == [True, True, False]  # to evaluate, predict, export
     assert not any("--max-megapixels" in command for command in plain)
+
+
+def test_what_comes_next_predicts_as_before(tmp_path: Path) -> None:
+    write_camvid(tmp_path)
+    val, data = open_dataset("camvid", "val", tmp_path), PictureSettings(dataset="camvid", max_megapixels=400)
+    prediction = PredictionSettings(tile_size=(65, 33), output_stride=8, flip=True)
+    evaluate, predict, export = uses_of_network(Path("n.safetensors"), data, val, prediction)
+    flags = "--max-megapixels 400 --flip --tile-size 65 33 --output-stride 8"
+    assert evaluate.endswith(f" --dataset camvid {flags}")
+    assert predict.endswith(f" --out n-predictions {flags}")
+    assert export.endswith(" --out n.pt2 --output-stride 8")
 
 
 def test_every_field_in_an_error_is_a_flag_of_some_command() -> None:
