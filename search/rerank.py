@@ -77,7 +77,8 @@ class RunOverrides:
     pooling: PoolingVariant | None = None
     """Pyramid pooling: sliding_window or grid_cells. None: the run's."""
     class_weights: ClassWeights | None = None
-    """Factors for the losses of each class's pixels: a number for each class, or balanced. None: the run's."""
+    """Factors for the losses of each class's pixels: a number for each class (1 for all: no weights), or balanced. None: the
+    run's, which are for the run's classes."""
     cache_dir: Path | None = None
     """Where the small backbone for shapes is kept. None: the run's."""
 
