@@ -18,12 +18,13 @@ from search.errors import InputError, as_flag, with_fields
 from search.settings import (
     BackboneSettings,
     DataSettings,
-    FileSettings,
     HeadSettings,
     LossSettings,
     MachineSettings,
     PictureSettings,
+    PredictionSettings,
     TrainingPictures,
+    given,
 )
 
 # Flat: a group of settings whose fields are flags by their own names, `data: Flat[DataSettings]`. Without it the group's name
@@ -38,6 +39,7 @@ __all__ = [
     "run_command",
     "spelled",
     "this_command",
+    "to_export",
     "to_install",
     "to_train",
     "to_type",
@@ -138,20 +140,29 @@ def to_train(
     return to_type("train", *arguments, *arguments_of(data, backbone, head, loss, kept))
 
 
-def uses_of_network(network: Path, data: PictureSettings, val: Dataset, *evaluation: str) -> list[str]:
+def uses_of_network(
+    network: Path, data: PictureSettings, val: Dataset, prediction: PredictionSettings | None = None
+) -> list[str]:
     """Commands for a network's file, scored on `val`: to evaluate it, to look at what it predicts, to export it.
 
-    `evaluation` are further flags for the first. The second has a picture of `val`, if that is in a file.
+    The second has a picture of `val`, if that is in a file. `prediction` says how pictures were predicted, if not by default.
     """
-    limit = data.max_megapixels
-    of_data = arguments_of(PictureSettings(dataset=data.dataset, data_dir=data.data_dir, max_megapixels=limit))
+    prediction = replace(given(prediction, PredictionSettings()), max_megapixels=data.max_megapixels)
+    of_data = arguments_of(PictureSettings(dataset=data.dataset, data_dir=data.data_dir))
     split = [] if val.split == "val" else ["--split", val.split]
-    commands = [to_type("evaluate", "--network", network, *of_data, *split, *evaluation)]
+    commands = [to_type("evaluate", "--network", network, *of_data, *split, *arguments_of(prediction))]
     if (picture := example_picture(val)) is not None:
         out = network.with_name(f"{network.stem}-predictions")
-        admitting = arguments_of(FileSettings(max_megapixels=limit))
-        commands.append(to_type("predict", "--network", network, "--pictures", picture, "--out", out, *admitting))
-    return [*commands, to_type("export", "--network", network, "--out", network.with_suffix(".pt2"))]
+        commands.append(
+            to_type("predict", "--network", network, "--pictures", picture, "--out", out, *arguments_of(prediction))
+        )
+    return [*commands, to_export(network, prediction)]
+
+
+def to_export(network: Path, prediction: PredictionSettings) -> str:
+    """A command that exports a network, at the output stride at which it predicted."""
+    stride = [] if prediction.output_stride is None else ["--output-stride", prediction.output_stride]
+    return to_type("export", "--network", network, "--out", network.with_suffix(".pt2"), *stride)
 
 
 def arguments_of(*groups: Any) -> list[str]:
@@ -161,14 +172,14 @@ def arguments_of(*groups: Any) -> list[str]:
     >>> arguments_of(DataSettings(dataset="camvid", data_dir="CamVid"), BackboneSettings(pretrained=True))
     ['--dataset', 'camvid', '--data-dir', 'CamVid', '--pretrained']
     """
-    given = [(f.name, getattr(group, f.name), f.default) for group in groups for f in fields(group)]
-    return _arguments({name: value for name, value, default in given if value != default})
+    settings = [(f.name, getattr(group, f.name), f.default) for group in groups for f in fields(group)]
+    return _arguments({name: value for name, value, default in settings if value != default})
 
 
 def print_defaults(pictures: TrainingPictures, *groups: tuple[Any, Any]) -> None:
-    """Say which values the fields got that were not given; `groups` are pairs of settings, as given and as completed."""
-    names = [(given, completed, f.name) for given, completed in groups for f in fields(given)]
-    chosen = {name: getattr(completed, name) for given, completed, name in names if getattr(given, name) is None}
+    """Say which values the fields got that were not given; `groups` are pairs of settings, as typed and as completed."""
+    names = [(typed, completed, f.name) for typed, completed in groups for f in fields(typed)]
+    chosen = {name: getattr(completed, name) for typed, completed, name in names if getattr(typed, name) is None}
     if flags := shlex.join(_arguments(chosen)):
         print(f"defaults for {pictures}: {flags} (docs/training.md says why)", file=sys.stderr)
 

@@ -65,7 +65,7 @@ def main(settings: EvaluateSettings) -> None:
         data_dir=settings.data_dir,
         max_megapixels=settings.prediction.max_megapixels,
     )
-    print_next(*uses_of_network(settings.network, data, dataset)[1:])
+    print_next(*uses_of_network(settings.network, data, dataset, settings.prediction)[1:])
 
 
 def _open(settings: EvaluateSettings, predictor: Predictor) -> Dataset:
@@ -122,6 +122,8 @@ def _evaluate(settings: EvaluateSettings, predictor: Predictor, dataset: Dataset
 
 
 def _scores(settings: EvaluateSettings, predictor: Predictor, dataset: Dataset, totals: NDArray[Any]) -> dict[str, Any]:
+    tiles = predictor.tiles
+    of_tiles = {"tile_size": "whole"} if tiles is None else {"tile_size": tiles.size, "tile_overlap": tiles.overlap}
     return {
         "network": str(settings.network),
         "dataset": dataset.name,
@@ -129,6 +131,8 @@ def _scores(settings: EvaluateSettings, predictor: Predictor, dataset: Dataset, 
         "pictures": len(dataset),
         **scored(settings.prediction),
         "pad_to": predictor.padding or "own",
+        "output_stride": predictor.network.backbone.output_stride,
+        **of_tiles,
         **dataset.task.facts(totals),
     }
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from search.cli import Flat, print_next, run_command, spelled, this_command, to_type
 from search.settings import BackboneSettings, DataSettings, FeatureSettings, MachineSettings
-from search.tasks.feature_cache import prepare_caches
+from search.tasks.feature_cache import open_for_features, prepare_caches
 
 _PROG = spelled("features")
 
@@ -22,8 +22,8 @@ class FeaturesSettings:
 
 def main(settings: FeaturesSettings) -> None:
     """Compute the caches of both splits and say what they hold."""
-    command = this_command(_PROG)
-    caches = prepare_caches(settings.data, settings.backbone, settings.features, settings.machine, command)
+    groups = settings.data, settings.backbone, settings.features, settings.machine
+    caches = prepare_caches(open_for_features(*groups), *groups, this_command(_PROG))
     for split, cache in caches.items():
         gigabytes = cache.features.numel() * cache.features.element_size() / 1e9
         print(f"{split}: {cache.directory}, features {tuple(cache.features.shape)} {cache.features.dtype}, {gigabytes:.2f} GB")

@@ -36,8 +36,7 @@ from search.backbones import completed_backbone
 from search.backbones.shapes import WIDE_BACKBONE
 from search.cells.space import canonical_form, load_cell
 from search.cli import Flat, arguments_of, print_next, run_command, spelled, this_command, to_type
-from search.datasets import Dataset, open_dataset, training_pictures
-from search.datasets.look import look_at
+from search.datasets import Dataset, training_pictures
 from search.datasets.weights import completed_loss, weights_in_words
 from search.dense_tasks import Measure
 from search.devices import resolve_device
@@ -66,7 +65,7 @@ from search.settings import (
     scored,
 )
 from search.tasks.end_to_end import EndToEndTask, training_folder
-from search.tasks.feature_cache import FeatureCache, facts_of, open_cache, padded_size, prepare_caches
+from search.tasks.feature_cache import FeatureCache, facts_of, open_cache, open_for_features, padded_size, prepare_caches
 from search.tasks.proxy import ProxyTask, crop_in_features
 
 ProtocolName = Literal["proxy", "long", "large", "end_to_end"]
@@ -187,12 +186,14 @@ def main(settings: FidelitySettings) -> None:
     head, backbone = settings.head.completed(settings.data.dataset), completed_backbone(settings.backbone)
     settings = replace(settings, head=head, backbone=backbone)
     _check(settings)
-    train = _dataset(settings.data)
+    splits = open_for_features(settings.data, settings.backbone, settings.features, settings.machine)
+    train = splits[0]
+    _check_end_to_end(settings, train)
     settings = replace(settings, loss=completed_loss(settings.loss, train, settings.machine.cache_dir))
     if words := weights_in_words(train.task, settings.loss):
         print(words, file=sys.stderr)
     directory = settings.out or Path("runs") / "fidelity" / train.name
-    protocols = prepare_protocols(settings, directory)
+    protocols = prepare_protocols(settings, splits, directory)
     measure = protocols[0].measure
     with Folder(directory).locked():
         for protocol in protocols:
@@ -212,7 +213,7 @@ def main(settings: FidelitySettings) -> None:
     print_next(to_type("random", *arguments_of(settings.data, settings.backbone, settings.features, settings.machine)))
 
 
-def prepare_protocols(settings: FidelitySettings, directory: Path) -> list[Protocol]:
+def prepare_protocols(settings: FidelitySettings, splits: tuple[Dataset, Dataset], directory: Path) -> list[Protocol]:
     """Prepare the protocols to be run and their caches, so that what cannot work is refused before the first training."""
     device = resolve_device(settings.machine.device)
     with _fields_of("large"):
@@ -226,7 +227,7 @@ def prepare_protocols(settings: FidelitySettings, directory: Path) -> list[Proto
     @functools.cache  # proxy and long have the same
     def caches(backbone: BackboneSettings) -> dict[str, FeatureCache]:
         groups = settings.data, backbone, settings.features, settings.machine
-        return prepare_caches(*groups, this_command(_PROG), settings.proxy.crop_size)
+        return prepare_caches(splits, *groups, this_command(_PROG), settings.proxy.crop_size)
 
     def prepare(name: ProtocolName) -> Protocol:
         match name:
@@ -237,7 +238,7 @@ def prepare_protocols(settings: FidelitySettings, directory: Path) -> list[Proto
             case "large":
                 return _cached(name, settings, settings.proxy, caches(large), device)
             case "end_to_end":
-                return _end_to_end(settings, _trainings(directory), device)
+                return _end_to_end(settings, splits[0], _trainings(directory), device)
 
     protocols = []
     for name in PROTOCOLS:
@@ -245,11 +246,6 @@ def prepare_protocols(settings: FidelitySettings, directory: Path) -> list[Proto
             with _fields_of(name):
                 protocols.append(prepare(name))
     return protocols
-
-
-def _dataset(data: DataSettings) -> Dataset:
-    """The split to train on."""
-    return open_dataset(data.dataset, data.train_split, data.data_dir, data.task, data.max_megapixels)
 
 
 def _fields_of(protocol: ProtocolName) -> AbstractContextManager[None]:
@@ -293,10 +289,10 @@ def _of_large(name: str) -> str:
     return with_fields(name, lambda field: f"`large.{field}`" if field in fields else f"`{field}`")
 
 
-def _end_to_end(settings: FidelitySettings, directory: Path, device: str) -> Protocol:
+def _end_to_end(settings: FidelitySettings, train: Dataset, directory: Path, device: str) -> Protocol:
     data, recipe = settings.data, settings.end_to_end
     if recipe.crop_size is None:  # whole pictures, as on cached features
-        size = padded_size(settings.features, _dataset(data), settings.backbone.stride)
+        size = padded_size(settings.features, train, settings.backbone.stride)
         recipe = replace(recipe, crop_size=size)
     if data.dataset == SHAPES:  # a short training learns one scale at best
         recipe = replace(recipe, min_scale=given(recipe.min_scale, 1.0), max_scale=given(recipe.max_scale, 1.0))
@@ -314,7 +310,6 @@ def _end_to_end(settings: FidelitySettings, directory: Path, device: str) -> Pro
         return EndToEndTask(training, directory)
 
     task = create_task()
-    look_at(task.train, task.val)
     completed = task.settings.recipe
     own = scored(completed)
     parts = task.identity()
@@ -409,8 +404,12 @@ def _check(settings: FidelitySettings) -> None:
     if "large" in settings.protocols:
         with _fields_of("large"):
             settings.large.check()
+
+
+def _check_end_to_end(settings: FidelitySettings, train: Dataset) -> None:
+    """Refuse numbers of end_to_end that cannot work, before any features are computed."""
     if "end_to_end" in settings.protocols:
-        pictures = training_pictures(settings.data, _dataset(settings.data))
+        pictures = training_pictures(settings.data, train)
         with _fields_of("end_to_end"):
             stride = settings.backbone.stride
             settings.end_to_end.completed(pictures, stride).check(stride)

@@ -169,9 +169,9 @@ def search_cells(
         group.check()
     features.check(backbone.output_stride)
     _require_one_task(train, val)
-    loss = completed_loss(loss, train, machine.cache_dir)
     look_at(train, val)
     require_labels(train, val)
+    loss = completed_loss(loss, train, machine.cache_dir)
     backbone.to(resolve_device(machine.device)).eval()
     directory, command = Path(out), f"search_cells(train, val, backbone, {str(out)!r}, ...) in Python"
     caches = caches_of(train, val, backbone, features, machine, command, proxy.crop_size)
@@ -212,9 +212,9 @@ def train_network(
     settings.check()
     _require_one_task(train, val)
     _require_trainable(network, train)
-    settings = replace(settings, loss=completed_loss(loss, train, machine.cache_dir))
     look_at(train, val)
     require_labels(train, val)
+    settings = replace(settings, loss=completed_loss(loss, train, machine.cache_dir))
     devices, folder = Devices(machine.device), Folder(Path(out), "training")
     identity = training_identity(settings, network, train, val, devices) | {"`network` (content)": hash_of_weights(network)}
     network = copy.deepcopy(network)

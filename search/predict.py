@@ -20,7 +20,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from search.cli import Flat, in_flags, print_next, run_command, spelled, this_command, to_type
+from search.cli import Flat, in_flags, print_next, run_command, spelled, this_command, to_export
 from search.datasets.walk import SUFFIXES, walk
 from search.dense_tasks import DenseTask
 from search.errors import InputError
@@ -62,7 +62,7 @@ def main(settings: PredictSettings) -> None:
     if failures:
         print(f"{failures} of {len(pictures)} pictures could not be predicted, as said above", file=sys.stderr)
         sys.exit(1)
-    print_next(to_type("export", "--network", settings.network, "--out", settings.network.with_suffix(".pt2")))
+    print_next(to_export(settings.network, settings.prediction))
 
 
 def _pictures(given: tuple[Path, ...], out: Path) -> dict[str, Path]:

@@ -21,7 +21,6 @@ from typing import Any
 from search.backbones import completed_backbone
 from search.backbones.shapes import SHAPES_BACKBONES
 from search.cli import Flat, print_defaults, print_next, run_command, spelled, this_command, uses_of_run
-from search.datasets import open_splits
 from search.datasets.weights import completed_loss
 from search.errors import InputError
 from search.folder import Folder
@@ -37,7 +36,7 @@ from search.settings import (
     ProxySettings,
     changes_no_score,
 )
-from search.tasks.feature_cache import WEIGHTS, FeatureCache, prepare_caches
+from search.tasks.feature_cache import WEIGHTS, FeatureCache, open_for_features, prepare_caches
 
 _PROG = spelled("random")
 _RENAMED = {"--cells": "--trials", "--name": "--out FOLDER", "--runs-dir": "--out FOLDER"}
@@ -63,9 +62,10 @@ def main(settings: RandomSettings) -> None:
     for group in (settings.proxy, settings.head, settings.loss, settings.backbone, settings):
         group.check()
     data, machine, command = settings.data, settings.machine, this_command(_PROG)
-    train, val = open_splits(data)
+    of_features = data, settings.backbone, settings.features, machine
+    train, val = open_for_features(*of_features)
     loss = completed_loss(settings.loss, train, machine.cache_dir)
-    caches = prepare_caches(data, settings.backbone, settings.features, machine, command, settings.proxy.crop_size)
+    caches = prepare_caches((train, val), *of_features, command, settings.proxy.crop_size)
     settings, typed = completed_for(caches["train"], settings), settings
     chosen = (typed, settings), (typed.proxy, settings.proxy), (typed.head, settings.head)
     origin = caches["train"].identity

@@ -77,7 +77,8 @@ class RunOverrides:
     pooling: PoolingVariant | None = None
     """Pyramid pooling: sliding_window or grid_cells. None: the run's."""
     class_weights: ClassWeights | None = None
-    """Factors for the losses of each class's pixels: a number for each class, or balanced. None: the run's."""
+    """Factors for the losses of each class's pixels: a number for each class (1 for all: no weights), or balanced. None: the
+    run's, which are for the run's classes."""
     cache_dir: Path | None = None
     """Where the small backbone for shapes is kept. None: the run's."""
 
@@ -150,6 +151,7 @@ def main(settings: RerankSettings) -> None:
     require("workers", settings.workers, settings.workers >= 1, "at least 1")
     run = load_run(settings.run)
     directory = settings.out or settings.run / "rerank"
+    candidates = candidates_of(run, settings)
     training = training_settings(settings, run)
 
     def create_task() -> EndToEndTask:
@@ -162,7 +164,6 @@ def main(settings: RerankSettings) -> None:
             f"{run.task.name}: give data of the same task; a cell can be trained on any by `{spelled('train')}`"
         )
     look_at(task.train, task.val)
-    candidates = candidates_of(run, settings)
     identity = task.identity()  # builds a network, so that one that cannot be built leaves no folder behind
     workers = open_workers(create_task, settings.workers, settings.device.device, known(task.settings.recipe.iterations))
     with folder.locked():

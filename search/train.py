@@ -87,12 +87,12 @@ def main(settings: TrainSettings) -> None:
     train, val = open_splits(settings.data)
     training = settings.training(training_pictures(settings.data, train))
     training.check()
-    training = replace(training, loss=completed_loss(training.loss, train, training.machine.cache_dir))
     devices = join_devices(settings.machine.device)
     try:
         if devices.rank == 0:
             look_at(train, val)
         require_labels(train, val)
+        training = replace(training, loss=completed_loss(training.loss, train, training.machine.cache_dir))
         directory = settings.out or Path("runs") / "train" / train.name
         result = _train(settings, training, train, val, directory, devices)
         if devices.rank == 0:

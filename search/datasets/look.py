@@ -20,7 +20,6 @@ from search.errors import InputError
 
 _SAMPLE = 64  # labels of a split
 _MOST = 256  # labels, where classes are still to be found: of one that 1 picture in 20 shows, 64 often have nothing
-_said: set[str] = set()  # by this process: a command may open its splits more than once
 
 
 def look_at(train: Dataset | None, val: Dataset) -> None:
@@ -32,9 +31,7 @@ def look_at(train: Dataset | None, val: Dataset) -> None:
     if train is not None:
         warnings += overlaps([train, val]) + copies([train, val])
     for warning in warnings:
-        if warning not in _said:
-            print(f"warning: {warning}", file=sys.stderr)
-        _said.add(warning)
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 def sampled_facts(dataset: Dataset) -> SplitFacts:

@@ -132,7 +132,23 @@ def build_cache(
     return open_cache(directory, identity)
 
 
+def open_for_features(
+    data: DataSettings, backbone: BackboneSettings, features: FeatureSettings, machine: MachineSettings
+) -> tuple[Dataset, Dataset]:
+    """The splits to train and to score on, after a look at their labels, which prints what is odd in them.
+
+    Raises InputError for settings that cannot work, and for labels that cannot be learnt from or scored on.
+    """
+    features.check(completed_backbone(backbone).stride)
+    resolve_device(machine.device)  # refuses an absent one before anything is read
+    train, val = open_splits(data)
+    look_at(train, val)
+    require_labels(train, val)
+    return train, val
+
+
 def prepare_caches(
+    splits: tuple[Dataset, Dataset],
     data: DataSettings,
     backbone: BackboneSettings,
     features: FeatureSettings,
@@ -140,19 +156,14 @@ def prepare_caches(
     command: str,
     crop_size: tuple[int, int] | None = None,
 ) -> dict[str, FeatureCache]:
-    """The caches of the splits "train" and "val", opened if they exist and computed if not, by the typed `command`.
+    """The caches "train" and "val" of the splits of `data`, opened if they exist and computed if not, by the typed `command`.
 
-    Looks at the labels before, and prints what is odd in them. `crop_size` is the height and width of what will be cut from
-    the training pictures. Raises InputError as `caches_of`, and for labels that cannot be learnt from or scored on.
+    `crop_size` is the height and width of what will be cut from the training pictures. Raises InputError as `caches_of`.
     """
     backbone = completed_backbone(backbone)
     features.check(backbone.stride)
-    resolve_device(machine.device)  # refuses an absent one before a backbone is trained
-    train, val = open_splits(data)
-    look_at(train, val)
-    require_labels(train, val)
     network = create_backbone(backbone, data.dataset, machine.cache_dir)
-    return caches_of(train, val, network, features, machine, command, crop_size)
+    return caches_of(*splits, network, features, machine, command, crop_size)
 
 
 def caches_of(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from inspect import signature
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
@@ -24,16 +24,22 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import search.commands
+import search.datasets
 import search.features
+import search.fidelity
 import search.random
+import search.train
 from search import TorchDataset, backbone_from_module, search_cells, train_network
 from search.cli import Flat, flags_of, run_command, spelled, to_install, uses_of_network
-from search.datasets import open_dataset
+from search.datasets import Dataset, open_dataset
 from search.errors import InputError
 from search.features import FeaturesSettings
+from search.fidelity import FidelitySettings
 from search.interrupts import ctrl_c_waits
 from search.random import RandomSettings
-from search.settings import PictureSettings
+from search.settings import PictureSettings, PredictionSettings
+from search.train import TrainSettings
+from tests.search.composed import changed, composed
 
 ROOT = Path(__file__).parents[2]
 
@@ -148,6 +154,43 @@ def test_the_next_commands_admit_them_too(tmp_path: Path) -> None:
     )
     assert ["--max-megapixels 400" in command for command in admitting] == [True, True, False]  # to evaluate, predict, export
     assert not any("--max-megapixels" in command for command in plain)
+
+
+@pytest.mark.parametrize(
+    ("module", "settings_type"),
+    [(search.random, RandomSettings), (search.train, TrainSettings), (search.fidelity, FidelitySettings)],
+    ids=["random", "train", "fidelity"],
+)
+def test_labels_are_looked_at_before_all_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: Any, settings_type: type[Any]
+) -> None:
+    """Of splits that are opened once each."""
+    folder, opened = write_camvid(tmp_path / "camvid"), []
+    for path in (folder / "trainannot").iterdir():
+        Image.fromarray(np.full((17, 33), 11, np.uint8)).save(path)  # void
+
+    def open_counted(name: str, split: str, *options: Any) -> Dataset:
+        opened.append(split)
+        return open_dataset(name, split, *options)
+
+    monkeypatch.setattr(search.datasets, "open_dataset", open_counted)
+    monkeypatch.setattr(module, "completed_loss", lambda *_: pytest.fail("there may be thousands"))
+    settings = composed(settings_type, dataset="camvid", data_dir=folder, class_weights="balanced", cache_dir=tmp_path)
+    with pytest.raises(InputError, match=r"^no pixel of camvid train has a label to learn from"):
+        module.main(changed(settings, device="cpu", out=tmp_path / "out"))
+    assert opened == ["train", "val"]
+    assert [path.name for path in tmp_path.iterdir()] == ["camvid"]
+
+
+def test_what_comes_next_predicts_as_before(tmp_path: Path) -> None:
+    write_camvid(tmp_path)
+    val, data = open_dataset("camvid", "val", tmp_path), PictureSettings(dataset="camvid", max_megapixels=400)
+    prediction = PredictionSettings(tile_size=(65, 33), output_stride=8, flip=True)
+    evaluate, predict, export = uses_of_network(Path("n.safetensors"), data, val, prediction)
+    flags = "--max-megapixels 400 --flip --tile-size 65 33 --output-stride 8"
+    assert evaluate.endswith(f" --dataset camvid {flags}")
+    assert predict.endswith(f" --out n-predictions {flags}")
+    assert export.endswith(" --out n.pt2 --output-stride 8")
 
 
 def test_every_field_in_an_error_is_a_flag_of_some_command() -> None:

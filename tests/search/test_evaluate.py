@@ -139,6 +139,18 @@ def test_tiles_and_output_stride_are_those_that_are_asked_for(tiny: EvaluateSett
     assert json.loads((tmp_path / "scores.json").read_text())["confusion"] == counts[2]
 
 
+def test_the_scores_say_what_the_networks_file_has_decided(tiny: EvaluateSettings, tmp_path: Path) -> None:
+    network, description = load_network(tiny.network)
+    path, out = tmp_path / "n.safetensors", tmp_path / "scores.json"
+    evaluation = {"dataset": "camvid", "tile_size": (17, 33), "tile_overlap": 0.5}
+    save_network(path, network, task={"class_names": description["class_names"]}, evaluation=evaluation)
+    search.evaluate.main(changed(tiny, network=path, out=out))
+    scores = json.loads(out.read_text())
+    assert (scores["tile_size"], scores["tile_overlap"], scores["output_stride"]) == ([17, 33], 0.5, 16)
+    search.evaluate.main(changed(tiny, network=path, out=out, tile_size="whole"))
+    assert json.loads(out.read_text())["tile_size"] == "whole"
+
+
 @pytest.mark.parametrize(
     "said", [{"evaluation": {"dataset": "camvid"}}, {"source": {"training": {"data": {"dataset": "camvid"}}}}]
 )

@@ -25,7 +25,7 @@ import search.reports.fidelity
 from reference.cell import BACKBONE_FEATURE, Cell
 from search.backbones import create_backbone
 from search.cells.space import SearchSpace, canonical_form, load_cell
-from search.datasets import open_dataset
+from search.datasets import open_dataset, open_splits
 from search.dense_tasks import Measure
 from search.errors import InputError
 from search.fidelity import PROTOCOLS, FidelitySettings, fidelity_cells
@@ -380,7 +380,9 @@ def test_other_data_are_refused_by_their_split(tiny: FidelitySettings, uninterru
 
 def test_crops_are_whole_images_by_default(tiny: FidelitySettings, tmp_path: Path) -> None:
     settings = changed(tiny, crop_size=None)
-    protocols = search.fidelity.prepare_protocols(changed(settings, protocols=("end_to_end",)), tmp_path)
+    protocols = search.fidelity.prepare_protocols(
+        changed(settings, protocols=("end_to_end",)), open_splits(settings.data), tmp_path
+    )
     assert protocols[0].identity["end_to_end.crop_size"] == list(SIZE)
 
 
@@ -473,7 +475,7 @@ def test_end_to_end_crops_whole_pictures_unless_told_otherwise(
     settings: FidelitySettings, changes: dict[str, Any], crop: tuple[int, int] | None
 ) -> None:
     settings = changed(settings, protocols=("end_to_end",), **changes)
-    (protocol,) = search.fidelity.prepare_protocols(settings, known(settings.out))
+    (protocol,) = search.fidelity.prepare_protocols(settings, open_splits(settings.data), known(settings.out))
     whole = padded_size(settings.features, open_dataset("camvid", "train", settings.data.data_dir), 16)
     assert protocol.identity["end_to_end.crop_size"] == list(crop or whole)
 

@@ -28,7 +28,15 @@ from search.errors import InputError
 from search.features import FeaturesSettings, main
 from search.folder import Folder
 from search.settings import BackboneSettings, DataSettings, FeatureSettings, MachineSettings
-from search.tasks.feature_cache import FeatureCache, HalfWrittenError, build_cache, caches_of, open_cache, prepare_caches
+from search.tasks.feature_cache import (
+    FeatureCache,
+    HalfWrittenError,
+    build_cache,
+    caches_of,
+    open_cache,
+    open_for_features,
+    prepare_caches,
+)
 from tests.search import dataset_folders as made
 from tests.search.composed import composed
 from tests.strategies import rng_seeds
@@ -534,13 +542,13 @@ def test_the_command_says_what_the_caches_hold(tmp_path: Path, asked: list[str],
 def test_caches_are_made_once_for_both_splits(tmp_path: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     features, machine = FeatureSettings(mirrored=True), MachineSettings(cache_dir=tmp_path, device="cpu")
     groups = DataSettings(dataset="pictures"), BackboneSettings(), features, machine
-    caches = prepare_caches(*groups, COMMAND)
+    caches = prepare_caches(open_for_features(*groups), *groups, COMMAND)
     assert asked == ["train", "val"]
     assert {split: len(cache.features) for split, cache in caches.items()} == {"train": 6, "val": 3}  # val is never mirrored
     assert caches["val"].labels.shape[1:] == (33, 49)  # the first picture's size, rounded up to the grid
 
     monkeypatch.setattr(search.tasks.feature_cache, "build_cache", lambda *_: pytest.fail("the caches are there"))
-    again = prepare_caches(*groups, COMMAND)
+    again = prepare_caches(open_for_features(*groups), *groups, COMMAND)
     for split in ("train", "val"):
         assert torch.equal(again[split].features, caches[split].features)
         settings = json.loads((again[split].directory / "settings.json").read_text())
@@ -563,7 +571,7 @@ def test_labels_that_tell_nothing_apart_are_refused(
     monkeypatch.setattr(Pictures, "__getitem__", spoilt)
     machine = MachineSettings(cache_dir=tmp_path, device="cpu")
     with pytest.raises(InputError, match=rf"^{complaint}.*: give another `val_split`, or correct its labels"):
-        prepare_caches(DataSettings(dataset="pictures"), BackboneSettings(), FeatureSettings(), machine, COMMAND)
+        open_for_features(DataSettings(dataset="pictures"), BackboneSettings(), FeatureSettings(), machine)
 
 
 def of_sizes(split: str, *sizes: tuple[int, int]) -> Pictures:
@@ -624,7 +632,8 @@ def prepare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Fe
         monkeypatch.setattr(search.tasks.feature_cache, "create_backbone", lambda *_: pixel_backbone(scale))
         machine = MachineSettings(cache_dir=tmp_path / "cache", device="cpu")
         data, features = DataSettings(dataset=str(path)), FeatureSettings(image_size=size)
-        return prepare_caches(data, BackboneSettings(), features, machine, COMMAND)["val"]
+        groups = data, BackboneSettings(), features, machine
+        return prepare_caches(open_for_features(*groups), *groups, COMMAND)["val"]
 
     return prepare
 
@@ -679,8 +688,9 @@ def test_other_features_have_caches_of_their_own(tmp_path: Path, prepare: Callab
 def test_a_file_in_place_of_the_caches_is_refused(tmp_path: Path, asked: list[str]) -> None:
     (tmp_path / "file").write_text("in the way")
     machine = MachineSettings(cache_dir=tmp_path / "file", device="cpu")
+    groups = DataSettings(dataset="pictures"), BackboneSettings(), FeatureSettings(), machine
     with pytest.raises(InputError, match=r"cannot write .*file/pictures-train-.*give another `cache_dir`"):
-        prepare_caches(DataSettings(dataset="pictures"), BackboneSettings(), FeatureSettings(), machine, COMMAND)
+        prepare_caches(open_for_features(*groups), *groups, COMMAND)
 
 
 def test_a_cache_does_not_depend_on_the_colours_of_classes(tmp_path: Path) -> None:
