@@ -122,6 +122,7 @@ def _evaluate(settings: EvaluateSettings, predictor: Predictor, dataset: Dataset
 
 
 def _scores(settings: EvaluateSettings, predictor: Predictor, dataset: Dataset, totals: NDArray[Any]) -> dict[str, Any]:
+    tiles = predictor.tiles
     return {
         "network": str(settings.network),
         "dataset": dataset.name,
@@ -129,6 +130,9 @@ def _scores(settings: EvaluateSettings, predictor: Predictor, dataset: Dataset, 
         "pictures": len(dataset),
         **scored(settings.prediction),
         "pad_to": predictor.padding or "own",
+        "tile_size": "whole" if tiles is None else tiles.size,
+        "tile_overlap": None if tiles is None else tiles.overlap,
+        "output_stride": predictor.network.backbone.output_stride,
         **dataset.task.facts(totals),
     }
 

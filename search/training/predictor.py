@@ -8,7 +8,7 @@ From Python:
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -113,13 +113,11 @@ class Predictor:
     @property
     def tiles(self) -> Tiles | None:
         """The tiles that pictures are predicted in, None for whole pictures."""
-        match self.settings.tile_size:
-            case None:
-                return self.validated_in
-            case "whole":
-                return None
-            case (height, width):
-                return Tiles((height, width), self.settings.tile_overlap)
+        size, overlap = self.settings.tile_size, self.settings.tile_overlap
+        if size == "whole":
+            return None
+        tiles = self.validated_in if size is None else Tiles(size)
+        return tiles if tiles is None or overlap is None else replace(tiles, overlap=overlap)
 
     def predict_pixels(self, image: NDArray[np.uint8], name: str) -> Tensor:
         """The prediction of RGB pixels (H, W, 3) -> (H, W), on the device; `name` is the picture's in error messages."""

@@ -139,6 +139,21 @@ def test_tiles_and_output_stride_are_those_that_are_asked_for(tiny: EvaluateSett
     assert json.loads((tmp_path / "scores.json").read_text())["confusion"] == counts[2]
 
 
+def test_scores_say_the_tiles_and_output_stride_that_the_networks_file_says(tiny: EvaluateSettings, tmp_path: Path) -> None:
+    network, description = load_network(tiny.network)
+    path, out = tmp_path / "tiled.safetensors", tmp_path / "scores.json"
+    evaluation = {"dataset": "camvid", "tile_size": (17, 33), "tile_overlap": 0.5}
+    save_network(path, network, task={"class_names": description["class_names"]}, evaluation=evaluation)
+
+    def said(**changes: Any) -> list[Any]:
+        search.evaluate.main(changed(tiny, network=path, out=out, **changes))
+        return [json.loads(out.read_text())[name] for name in ("tile_size", "tile_overlap", "output_stride")]
+
+    assert said() == [[17, 33], 0.5, 16]
+    assert said(tile_overlap=0.0) == [[17, 33], 0.0, 16]
+    assert said(tile_size="whole") == ["whole", None, 16]
+
+
 @pytest.mark.parametrize(
     "said", [{"evaluation": {"dataset": "camvid"}}, {"source": {"training": {"data": {"dataset": "camvid"}}}}]
 )
