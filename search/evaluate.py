@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from search.cli import Flat, print_next, run_command, spelled, uses_of_network
 from search.datasets import Dataset, Sample, open_dataset
-from search.datasets.files import FileDataset
+from search.datasets.files import FileDataset, largest_picture
 from search.datasets.look import look_at, require_labelled
 from search.dense_tasks import totals_of_nothing
 from search.errors import InputError
@@ -55,6 +55,8 @@ def main(settings: EvaluateSettings) -> None:
     if not _is_withheld(dataset):
         look_at(None, dataset)
         require_labelled(dataset, "split")
+    name, picture = largest_picture(dataset)
+    predictor.require(picture, name)
     totals = _evaluate(settings, predictor, dataset)
     print(dataset.task.table(totals))
     path = settings.out or settings.network.with_name(f"{settings.network.stem}-{dataset.name}-{dataset.split}.json")

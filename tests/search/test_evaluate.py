@@ -1,6 +1,7 @@
 """Predictions in the servers' numbers and places, overlays, what the command prints and writes, and what is refused."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 import search.evaluate
+import search.training.memory
 from fast.checkpoint import load_network, save_network
 from fast.segmentation import SegmentationNetwork
 from search.datasets import IGNORE_INDEX, Sample, cityscapes, open_dataset, pascal_voc
@@ -121,6 +123,22 @@ def test_the_command_prints_and_writes_everything(
 def test_what_cannot_work_is_refused(tiny: EvaluateSettings, change: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         search.evaluate.main(changed(tiny, **change))
+
+
+def test_pictures_that_do_not_fit_in_memory_are_refused_before_any_is_predicted(
+    tiny: EvaluateSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "camvid"
+    shutil.copytree(tiny.data_dir or "", folder)
+    names = [sample.name for sample in (open_dataset("camvid", "val", folder)[i] for i in range(2))]
+    for part in ("val", "valannot"):
+        path = folder / part / f"{names[1]}.png"
+        Image.open(path).resize((300, 200), Image.Resampling.NEAREST).save(path)
+    monkeypatch.setattr(search.training.memory, "free_memory", lambda: 7_000_000)
+    settings = changed(tiny, data_dir=folder, predictions=tmp_path / "predictions", out=tmp_path / "scores.json")
+    with pytest.raises(InputError, match=rf"picture {names[1]} of .* pixels needs about .*: give `tile_size` 65 65$"):
+        search.evaluate.main(settings)
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 def test_tiles_and_output_stride_are_those_that_are_asked_for(tiny: EvaluateSettings, tmp_path: Path) -> None:
