@@ -41,7 +41,7 @@ class PredictionMemory:
     @contextmanager
     def of_picture(self, picture: tuple[int, int], padded: tuple[int, int], name: str) -> Iterator[None]:
         """Inside, a picture of this size, padded to another, is predicted; InputError before or when it does not fit."""
-        self._require(padded, name)
+        self._require(picture, padded, name)
         try:
             yield
         except (RuntimeError, MemoryError) as error:
@@ -55,12 +55,12 @@ class PredictionMemory:
         """Bytes that there are for a picture; None where that is unknown, as on a GPU what a picture needs is."""
         return free_memory() if self._device.type == "cpu" else None
 
-    def _require(self, size: tuple[int, int], name: str) -> None:
+    def _require(self, picture: tuple[int, int], padded: tuple[int, int], name: str) -> None:
         free = self.free()
-        needed = self._needed(size, self._tiles)
+        needed = self._needed(padded, self._tiles)
         if free is not None and needed > free:
-            side = self._fitting(size, free / 2)  # half of it, because this is an estimate, and others take memory too
-            raise self._refused(size, name, f"{_gigabytes(needed)} of memory, {free / 1e9:.1f} are free", side)
+            side = self._fitting(padded, free / 2)  # half of it, because this is an estimate, and others take memory too
+            raise self._refused(picture, name, f"{_gigabytes(needed)} of memory, {free / 1e9:.1f} are free", side)
 
     def _needed(self, size: tuple[int, int], tiles: Tiles | None) -> float:
         """Bytes for a picture that is padded to this size."""

@@ -500,7 +500,7 @@ def test_a_validation_that_cannot_fit_is_refused_before_the_first_step(
         Image.open(folder / name / "2.png").resize((300, 200), Image.Resampling.NEAREST).save(folder / name / "2.png")
     settings = changed(tiny, data_dir=folder, out=out, iterations=1)
     monkeypatch.setattr(search.training.memory, "free_memory", lambda: 7_000_000)
-    message = r"picture 2 \(camvid train\) of 209 × 305 pixels needs about .*: give `tile_size` 65 65$"
+    message = r"picture 2 \(camvid train\) of 200 × 300 pixels needs about .*: give `tile_size` 65 65$"
     with pytest.raises(InputError, match=message):
         search.train.main(settings)
     assert not out.exists()
