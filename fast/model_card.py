@@ -101,7 +101,8 @@ def _facts(description: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     trained = source.get("training") or {}
     if dataset := (trained.get("data") or {}).get("dataset") or backbone.get("dataset"):
         yield "data set", str(dataset)
-    if weights := (trained or source).get("loss", {}).get("class_weights"):
+    loss = (trained or source).get("loss")  # a source may say anything, such as a number
+    if isinstance(loss, Mapping) and (weights := loss.get("class_weights")):
         yield "class weights in the loss", ", ".join(f"{weight:g}" for weight in weights)
     if "iteration" in source:
         yield "iterations", f"{source['iteration']:,}"

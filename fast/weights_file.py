@@ -11,6 +11,7 @@ import pickletools
 import shlex
 import warnings
 import zipfile
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Iterator, Mapping
 from io import BytesIO
 from pathlib import Path
@@ -161,7 +162,10 @@ def _names_in_pickles(file: BinaryIO) -> set[str]:
 def _names_in_pickle(file: IO[bytes]) -> Iterator[str]:
     for opcode, argument, _ in pickletools.genops(file):
         if opcode.name == "GLOBAL":
-            yield str(argument).replace(" ", ".")
+            module, name = str(argument).split(" ", 1)
+            yield f"{module}.{name}"
+            # Pickles of PyTorch's protocol have Python 2's names, as `__builtin__ xrange`, and most are read as Python 3's.
+            yield ".".join(NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name)))
 
 
 def _states(content: Any, place: str, depth: int = _DEPTH) -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -227,7 +231,7 @@ def _describe_zip(path: Path) -> str | None:
 
 def _line_that_converts(path: Path) -> str:
     """What a user may type: it runs the code in the file, and writes its tensors beside it."""
-    source, target = json.dumps(str(path)), json.dumps(str(path.with_name(f"{path.stem}_tensors.pth")))
+    source, target = (json.dumps(str(each), ensure_ascii=False) for each in (path, path.with_name(f"{path.stem}_tensors.pth")))
     keep = (
         'keep = lambda x: x.state_dict() if hasattr(x, "state_dict") else x if isinstance(x, torch.Tensor) else '
         "{k: keep(v) for k, v in x.items()} if isinstance(x, dict) else None"

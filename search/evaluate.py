@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from search.cli import Flat, print_next, run_command, spelled, uses_of_network
 from search.datasets import Dataset, Sample, open_dataset
-from search.datasets.files import FileDataset
+from search.datasets.files import FileDataset, largest_picture
 from search.datasets.look import look_at, require_labelled
 from search.dense_tasks import totals_of_nothing
 from search.errors import InputError
@@ -55,6 +55,8 @@ def main(settings: EvaluateSettings) -> None:
     if not _is_withheld(dataset):
         look_at(None, dataset)
         require_labelled(dataset, "split")
+    name, picture = largest_picture(dataset)
+    predictor.require(picture, name)
     totals = _evaluate(settings, predictor, dataset)
     print(dataset.task.table(totals))
     path = settings.out or settings.network.with_name(f"{settings.network.stem}-{dataset.name}-{dataset.split}.json")
@@ -123,7 +125,6 @@ def _evaluate(settings: EvaluateSettings, predictor: Predictor, dataset: Dataset
 
 def _scores(settings: EvaluateSettings, predictor: Predictor, dataset: Dataset, totals: NDArray[Any]) -> dict[str, Any]:
     tiles = predictor.tiles
-    of_tiles = {"tile_size": "whole"} if tiles is None else {"tile_size": tiles.size, "tile_overlap": tiles.overlap}
     return {
         "network": str(settings.network),
         "dataset": dataset.name,
@@ -131,8 +132,9 @@ def _scores(settings: EvaluateSettings, predictor: Predictor, dataset: Dataset, 
         "pictures": len(dataset),
         **scored(settings.prediction),
         "pad_to": predictor.padding or "own",
+        "tile_size": "whole" if tiles is None else tiles.size,
+        "tile_overlap": None if tiles is None else tiles.overlap,
         "output_stride": predictor.network.backbone.output_stride,
-        **of_tiles,
         **dataset.task.facts(totals),
     }
 

@@ -472,8 +472,9 @@ class PredictionSettings(FileSettings):
     tile_size: tuple[int, int] | Literal["whole"] | None = None
     """Height and width in pixels of the tiles in which pictures are predicted, stride·k + 1 each, such as 1025 1025, or whole.
     None: what the network's file says, if it was validated in tiles, else whole."""
-    tile_overlap: float = TILE_OVERLAP
-    """Least share of a tile's height and width by which it overlaps its neighbours."""
+    tile_overlap: float | None = None
+    """Least share of a tile's height and width by which it overlaps its neighbours. None: what the network's file says of its
+    own tiles, else 0.25."""
     output_stride: Literal[8, 16] | None = None
     """Pixels per feature; a network that was trained at 16 is finer at 8, and four times as slow. None: as trained."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -486,7 +487,8 @@ class PredictionSettings(FileSettings):
         require("scales", self.scales, has_scales, "numbers above 0, at least one")
         if isinstance(self.pad_to, tuple):
             require("pad_to", self.pad_to, min(self.pad_to) >= 1, "at least 1 each, or own")
-        require("tile_overlap", self.tile_overlap, 0 <= self.tile_overlap < 1, "at least 0 and below 1")
+        if self.tile_overlap is not None:
+            require("tile_overlap", self.tile_overlap, 0 <= self.tile_overlap < 1, "at least 0 and below 1")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,8 @@ From Python:
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -113,22 +114,25 @@ class Predictor:
     @property
     def tiles(self) -> Tiles | None:
         """The tiles that pictures are predicted in, None for whole pictures."""
-        match self.settings.tile_size:
-            case None:
-                return self.validated_in
-            case "whole":
-                return None
-            case (height, width):
-                return Tiles((height, width), self.settings.tile_overlap)
+        size, overlap = self.settings.tile_size, self.settings.tile_overlap
+        if size == "whole":
+            return None
+        tiles = self.validated_in if size is None else Tiles(size)
+        return tiles if tiles is None or overlap is None else replace(tiles, overlap=overlap)
+
+    def require(self, picture: tuple[int, int], name: str) -> None:
+        """Refuse a picture of this height and width that cannot be predicted, before it is read. Raises InputError.
+
+        On a GPU, where nothing tells what a picture needs, only by `pad_to`.
+        """
+        with self._room(picture, name):
+            pass
 
     def predict_pixels(self, image: NDArray[np.uint8], name: str) -> Tensor:
         """The prediction of RGB pixels (H, W, 3) -> (H, W), on the device; `name` is the picture's in error messages."""
-        picture, pad_to = (image.shape[0], image.shape[1]), self.padding
-        if self.settings.pad_to is not None and pad_to is not None and not fits(picture, pad_to):
-            raise InputError(f"picture {name} is {picture}, larger than `pad_to` {pad_to}: give more, or own")
         device, settings = self.network.backbone.mean.device.type, self.settings
         with (
-            self._memory.of_picture(picture, input_size(self.network, picture, pad_to), name),
+            self._room((image.shape[0], image.shape[1]), name),
             torch.autocast(device, torch.bfloat16, enabled=settings.precision == "bfloat16"),
         ):
             return predict_picture(
@@ -137,9 +141,16 @@ class Predictor:
                 self.task,
                 scales=settings.scales,
                 flip=settings.flip,
-                pad_to=pad_to,
+                pad_to=self.padding,
                 tiles=self.tiles,
             )
+
+    def _room(self, picture: tuple[int, int], name: str) -> AbstractContextManager[None]:
+        """Inside, a picture of this size is predicted; InputError before or when it does not fit."""
+        pad_to = self.padding
+        if self.settings.pad_to is not None and pad_to is not None and not fits(picture, pad_to):
+            raise InputError(f"picture {name} is {picture}, larger than `pad_to` {pad_to}: give more, or own")
+        return self._memory.of_picture(picture, input_size(self.network, picture, pad_to), name)
 
     @cached_property
     def _memory(self) -> PredictionMemory:

@@ -194,6 +194,14 @@ def test_a_card_says_what_the_file_holds_and_how_to_load_it(tmp_path: Path) -> N
     assert "seconds" not in card.text
 
 
+@pytest.mark.parametrize(("loss", "row"), [({"class_weights": [0.5, 2.0]}, "0.5, 2"), (0.3, None), (None, None)], ids=str)
+def test_a_card_says_the_class_weights_whatever_else_a_source_calls_loss(tmp_path: Path, loss: Any, row: str | None) -> None:
+    save_network(tmp_path / "n.safetensors", build_network(), task=TASK, source={"loss": loss})
+    card = ModelCard.load(write_card(tmp_path / "n.safetensors"))
+    assert ("| class weights in the loss |" in card.text) == (row is not None)
+    assert row is None or f"| class weights in the loss | {row} |" in card.text
+
+
 @pytest.mark.parametrize("kind", [SegmentationNetwork, SegmentationHead, DensePredictionCell])
 def test_what_a_card_says_of_loading_is_true(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[HubModule]) -> None:
     module = part(build_network(), kind)

@@ -88,6 +88,7 @@ BESIDE: dict[str, Callable[[], Any]] = {
     "a class of one's own": lambda: Unknown([1, Unknown(2)]),
     "a class itself": lambda: Unknown,
     "a set and a complex number": lambda: [{1, 2}, complex(1, 2)],
+    "what Python 2 called otherwise": lambda: [range(3), slice(1, 2), frozenset((1,)), subprocess.call],
 }
 
 
@@ -207,7 +208,7 @@ def test_a_whole_module_is_refused_with_the_line_that_keeps_its_tensors(
     tmp_path: Path, wrap: Callable[[nn.Module], Any], place: str
 ) -> None:
     net = nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3))
-    folder = tmp_path / "it's here"
+    folder = tmp_path / "it's \N{ALEMBIC} \N{OWL} here"
     folder.mkdir()
     path = written(folder, wrap(net))
     with pytest.raises(

@@ -1,6 +1,7 @@
 """Predictions in the servers' numbers and places, overlays, what the command prints and writes, and what is refused."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 import search.evaluate
+import search.training.memory
 from fast.checkpoint import load_network, save_network
 from fast.segmentation import SegmentationNetwork
 from search.datasets import IGNORE_INDEX, Sample, cityscapes, open_dataset, pascal_voc
@@ -123,6 +125,22 @@ def test_what_cannot_work_is_refused(tiny: EvaluateSettings, change: dict[str, A
         search.evaluate.main(changed(tiny, **change))
 
 
+def test_pictures_that_do_not_fit_in_memory_are_refused_before_any_is_predicted(
+    tiny: EvaluateSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "camvid"
+    shutil.copytree(tiny.data_dir or "", folder)
+    names = [sample.name for sample in (open_dataset("camvid", "val", folder)[i] for i in range(2))]
+    for part in ("val", "valannot"):
+        path = folder / part / f"{names[1]}.png"
+        Image.open(path).resize((300, 200), Image.Resampling.NEAREST).save(path)
+    monkeypatch.setattr(search.training.memory, "free_memory", lambda: 7_000_000)
+    settings = changed(tiny, data_dir=folder, predictions=tmp_path / "predictions", out=tmp_path / "scores.json")
+    with pytest.raises(InputError, match=rf"picture {names[1]} of .* pixels needs about .*: give `tile_size` 65 65$"):
+        search.evaluate.main(settings)
+    assert list(tmp_path.iterdir()) == [folder]
+
+
 def test_tiles_and_output_stride_are_those_that_are_asked_for(tiny: EvaluateSettings, tmp_path: Path) -> None:
     settings = changed(tiny, out=tmp_path / "scores.json", tile_size=(17, 25), tile_overlap=0.5, output_stride=8)
     search.evaluate.main(settings)
@@ -139,16 +157,19 @@ def test_tiles_and_output_stride_are_those_that_are_asked_for(tiny: EvaluateSett
     assert json.loads((tmp_path / "scores.json").read_text())["confusion"] == counts[2]
 
 
-def test_the_scores_say_what_the_networks_file_has_decided(tiny: EvaluateSettings, tmp_path: Path) -> None:
+def test_scores_say_the_tiles_and_output_stride_that_the_networks_file_says(tiny: EvaluateSettings, tmp_path: Path) -> None:
     network, description = load_network(tiny.network)
-    path, out = tmp_path / "n.safetensors", tmp_path / "scores.json"
+    path, out = tmp_path / "tiled.safetensors", tmp_path / "scores.json"
     evaluation = {"dataset": "camvid", "tile_size": (17, 33), "tile_overlap": 0.5}
     save_network(path, network, task={"class_names": description["class_names"]}, evaluation=evaluation)
-    search.evaluate.main(changed(tiny, network=path, out=out))
-    scores = json.loads(out.read_text())
-    assert (scores["tile_size"], scores["tile_overlap"], scores["output_stride"]) == ([17, 33], 0.5, 16)
-    search.evaluate.main(changed(tiny, network=path, out=out, tile_size="whole"))
-    assert json.loads(out.read_text())["tile_size"] == "whole"
+
+    def said(**changes: Any) -> list[Any]:
+        search.evaluate.main(changed(tiny, network=path, out=out, **changes))
+        return [json.loads(out.read_text())[name] for name in ("tile_size", "tile_overlap", "output_stride")]
+
+    assert said() == [[17, 33], 0.5, 16]
+    assert said(tile_overlap=0.0) == [[17, 33], 0.0, 16]
+    assert said(tile_size="whole") == ["whole", None, 16]
 
 
 @pytest.mark.parametrize(

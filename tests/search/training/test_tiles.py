@@ -180,6 +180,7 @@ def test_the_network_sees_tiles_where_settings_or_its_file_say_so(tmp_path: Path
     tiled = {"tile_size": (33, 33), "tile_overlap": 0.5}
     assert seen(PredictionSettings(), {}) == [(33, 65)]
     assert seen(PredictionSettings(), tiled) == [(33, 33)] * 3
+    assert seen(PredictionSettings(tile_overlap=0.0), tiled) == [(33, 33)] * 2
     assert seen(PredictionSettings(tile_size="whole"), tiled) == [(33, 65)]
     assert seen(PredictionSettings(tile_size=(17, 65), tile_overlap=0.0), tiled) == [(17, 65)] * 2
 
