@@ -28,6 +28,8 @@ def upsampled_cross_entropy(
 
 def fitting_weights(class_weights: Tensor, logits: Tensor) -> Tensor:
     """The weights (K,) as kernels read them, in the logits' dtype. Raises ValueError unless they belong to (N, K, h, w)."""
+    if not isinstance(class_weights, Tensor):
+        raise ValueError(f"class_weights must be a tensor ({logits.shape[1]},), got a {type(class_weights).__name__}")
     if class_weights.shape != logits.shape[1:2] or class_weights.device != logits.device:
         raise ValueError(
             f"class_weights: ({logits.shape[1]},) on {logits.device} are needed, one for each class of the logits, got "

@@ -7,6 +7,7 @@ files are or who does the work. All other fields affect the scores, and so belon
 import json
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, TypeVar, get_args, get_type_hints
@@ -110,9 +111,18 @@ def given(value: Value | None, default: Value) -> Value:
     return default if value is None else value
 
 
+def _require_size(field_name: str, value: Any, or_else: str = "") -> None:
+    """Raise InputError about the field unless it is a height and a width in pixels."""
+    is_size = isinstance(value, tuple | list) and len(value) == 2 and all(type(extent) is int for extent in value)
+    require(field_name, repr(value), is_size, f"a height and a width in pixels, such as (513, 513){or_else}")
+
+
 def check_tile_size(size: tuple[int, int] | None, output_stride: int) -> None:
     """Raises InputError for tiles on which features of this stride do not reach from corner to corner."""
-    if size is not None and any(extent <= 1 or (extent - 1) % output_stride for extent in size):
+    if size is None:
+        return
+    _require_size("tile_size", size)
+    if any(extent <= 1 or (extent - 1) % output_stride for extent in size):
         near = " ".join(str(max(1, round((extent - 1) / output_stride)) * output_stride + 1) for extent in size)
         raise InputError(f"`tile_size` {size[0]} {size[1]} must be {output_stride}·k + 1 each, such as {near}")
 
@@ -281,6 +291,12 @@ class LossSettings:
     """Factors for the losses of each class's pixels: a number for each class, in the order of the classes, or balanced, by
     which the pixels of every class weigh the same in all (docs/training.md). None: every pixel weighs the same."""
 
+    def __post_init__(self) -> None:
+        if self.class_weights is None or isinstance(self.class_weights, str):
+            return
+        with suppress(TypeError, ValueError):  # what is no row of numbers, `check` refuses
+            object.__setattr__(self, "class_weights", tuple(map(float, self.class_weights)))  # arrays and tensors, too
+
     @property
     def numbers(self) -> tuple[float, ...] | None:
         """The weights, after `search.datasets.weights.completed_loss`."""
@@ -289,6 +305,9 @@ class LossSettings:
 
     def check(self) -> None:
         """Raises InputError for numbers that cannot work."""
+        if self.class_weights is not None and not isinstance(self.class_weights, tuple):
+            words = "a number for each class, in the order of the classes, or balanced"
+            require("class_weights", repr(self.class_weights), self.class_weights == "balanced", words)
         if isinstance(self.class_weights, tuple):
             work = all(0 <= weight < math.inf for weight in self.class_weights) and any(self.class_weights)
             shown = " ".join(f"{weight:g}" for weight in self.class_weights) or "none"
@@ -485,8 +504,11 @@ class PredictionSettings(FileSettings):
         super().check()
         has_scales = bool(self.scales) and all(0 < scale < math.inf for scale in self.scales)
         require("scales", self.scales, has_scales, "numbers above 0, at least one")
-        if isinstance(self.pad_to, tuple):
+        if self.pad_to is not None and self.pad_to != "own":
+            _require_size("pad_to", self.pad_to, ", or own")
             require("pad_to", self.pad_to, min(self.pad_to) >= 1, "at least 1 each, or own")
+        if self.tile_size is not None and self.tile_size != "whole":
+            _require_size("tile_size", self.tile_size, ", or whole")
         if self.tile_overlap is not None:
             require("tile_overlap", self.tile_overlap, 0 <= self.tile_overlap < 1, "at least 0 and below 1")
 

@@ -11,8 +11,11 @@ from typing import Annotated, Literal
 import tyro
 
 from search.cli import Flat, arguments_of, in_flags, print_next, run_command, spelled, to_type
+from search.datasets import open_splits
 from search.datasets.check import check_folder, listed
-from search.settings import SHAPES, DataSettings, FileSettings, TaskName, require
+from search.datasets.counts import size_for_all, size_of
+from search.errors import InputError
+from search.settings import SHAPES, BackboneSettings, DataSettings, FileSettings, TaskName, require, rounded_up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +50,19 @@ def main(settings: CheckSettings) -> None:
     if problems:
         sys.exit(1)
     data = DataSettings(dataset=settings.dataset, data_dir=settings.data_dir, task=settings.task, max_megapixels=most)
-    print_next(to_type("random", *arguments_of(data), *(["--pretrained"] if settings.dataset != SHAPES else [])))
+    weights = ["--pretrained"] if settings.dataset != SHAPES else []
+    print_next(to_type("random", *arguments_of(data), *weights, *_image_size(data)))
+
+
+def _image_size(data: DataSettings) -> list[object]:
+    """The flag that a search needs where the first pictures are not the largest ones."""
+    try:
+        splits, stride = open_splits(data), BackboneSettings().stride
+    except InputError:  # it has other splits, which were asked for
+        return []
+    size = size_for_all(splits, stride)
+    is_needed = any(size_for_all([split], stride) != rounded_up(size_of(split, 0), stride) for split in splits)
+    return ["--image-size", *size] if is_needed else []
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What labels hold, and how large pictures are, without decoding the images where that is possible."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,6 +9,7 @@ from search.datasets import Dataset
 from search.datasets.files import FileDataset
 from search.datasets.pictures import picture_size
 from search.dense_tasks import Label
+from search.settings import rounded_up
 
 
 def label_of(dataset: Dataset, index: int) -> Label:
@@ -22,6 +23,12 @@ def label_counts(dataset: Dataset, indices: Iterable[int]) -> NDArray[np.int64]:
     for index in indices:
         total += dataset.task.histogram(label_of(dataset, index))
     return total
+
+
+def size_for_all(datasets: Sequence[Dataset], output_stride: int) -> tuple[int, int]:
+    """The smallest height and width of the form stride·k + 1 that hold all pictures of these splits."""
+    heights, widths = zip(*(size_of(each, index) for each in datasets for index in range(len(each))), strict=True)
+    return rounded_up((max(heights), max(widths)), output_stride)
 
 
 def size_of(dataset: Dataset, index: int) -> tuple[int, int]:

@@ -29,7 +29,7 @@ from fast.backbone import Backbone
 from search.backbones import completed_backbone, create_backbone
 from search.commands import spelled
 from search.datasets import Dataset, Fingerprint, contents, open_splits
-from search.datasets.counts import size_of
+from search.datasets.counts import size_for_all, size_of
 from search.datasets.files import origin_of
 from search.datasets.look import look_at, require_labels
 from search.dense_tasks import DenseTask, restored_task
@@ -216,19 +216,17 @@ def _opened(directory: Path, identity: dict[str, Any]) -> FeatureCache | None:
 
 def _require_room(datasets: Mapping[str, Dataset], identities: Mapping[str, dict[str, Any]]) -> None:
     """Refuse a size that does not hold all pictures, and say which one does. Images' headers alone are read."""
-    sizes = {role: [size_of(dataset, index) for index in range(len(dataset))] for role, dataset in datasets.items()}
     for role, dataset in datasets.items():
         height, width = identities[role]["image_size"]
-        larger = [index for index, (h, w) in enumerate(sizes[role]) if h > height or w > width]
-        if not larger:
-            continue
-        extents = [max(axis) for axis in zip(*(size for of_split in sizes.values() for size in of_split), strict=True)]
-        fits = rounded_up((extents[0], extents[1]), identities[role]["output_stride"])
-        first, (h, w) = dataset[larger[0]].name, sizes[role][larger[0]]
-        raise InputError(
-            f"image {first} is {h}×{w}, larger than {height}×{width}: give a larger `image_size`; {fits[0]} {fits[1]} fits "
-            f"all pictures of {' and '.join(each.split for each in datasets.values())}"
-        )
+        for index in range(len(dataset)):
+            h, w = size_of(dataset, index)
+            if h <= height and w <= width:
+                continue
+            fits = size_for_all(list(datasets.values()), identities[role]["output_stride"])
+            raise InputError(
+                f"image {dataset[index].name} is {h}×{w}, larger than {height}×{width}: give a larger `image_size`; "
+                f"{fits[0]} {fits[1]} fits all pictures of {' and '.join(each.split for each in datasets.values())}"
+            )
 
 
 def facts_of(caches: Mapping[str, FeatureCache]) -> dict[str, Any]:

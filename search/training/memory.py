@@ -37,6 +37,7 @@ class PredictionMemory:
         self._sides = [side + 1 for side in _SIDES if side % stride == 0 and side + 1 >= least]
         self._widest = max(widest_layer(network.backbone), outputs)
         self._outputs, self._scales, self._tiles = outputs, scales, tiles
+        self._had = 0.0  # bytes that a prediction took: what is freed need not count as free, but can be had again
 
     @contextmanager
     def of_picture(self, picture: tuple[int, int], padded: tuple[int, int], name: str) -> Iterator[None]:
@@ -44,6 +45,7 @@ class PredictionMemory:
         self._require(picture, padded, name)
         try:
             yield
+            self._had = max(self._had, self._needed(padded, self._tiles))
         except (RuntimeError, MemoryError) as error:
             if not is_full_memory(error):
                 raise
@@ -58,7 +60,7 @@ class PredictionMemory:
     def _require(self, picture: tuple[int, int], padded: tuple[int, int], name: str) -> None:
         free = self.free()
         needed = self._needed(padded, self._tiles)
-        if free is not None and needed > free:
+        if free is not None and needed > max(free, self._had):
             side = self._fitting(padded, free / 2)  # half of it, because this is an estimate, and others take memory too
             raise self._refused(picture, name, f"{_gigabytes(needed)} of memory, {free / 1e9:.1f} are free", side)
 

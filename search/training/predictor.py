@@ -56,6 +56,9 @@ class Predictor:
     pad_to: tuple[int, int] | None = None
     validated_in: Tiles | None = None
 
+    def __post_init__(self) -> None:
+        self.settings.check()
+
     @classmethod
     def load(
         cls,

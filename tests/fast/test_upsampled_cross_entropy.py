@@ -151,6 +151,8 @@ def test_class_weights_are_pytorchs_but_for_the_denominator(device: str) -> None
 def test_weights_of_other_classes_are_refused(weights: torch.Tensor) -> None:
     with pytest.raises(ValueError, match=r"class_weights: \(3,\) on cpu are needed, one for each class of the logits, got"):
         upsampled_cross_entropy(torch.zeros(1, 3, 2, 2), torch.zeros(1, 9, 9).long(), class_weights=weights)
+    with pytest.raises(ValueError, match=r"class_weights must be a tensor \(3,\), got a list"):
+        upsampled_cross_entropy(torch.zeros(1, 3, 2, 2), torch.zeros(1, 9, 9).long(), class_weights=[1.0, 2.0, 3.0])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("ignore_index", [-1, 2, 100])

@@ -118,6 +118,10 @@ see that the pictures are all there, and that labels have the numbers of this da
 no problems
 """
     assert out == f"{expected}next: {begin('pascal_person_part', tmp_path)}\n"
+    made.write_image(tmp_path / "JPEGImages" / "2008_000026.jpg", size=(20, 6))
+    made.write_label(tmp_path / "SegmentationPart" / "2008_000026.png", np.zeros((20, 6), np.uint8))
+    _, out = check(capsys, "pascal_person_part", tmp_path)
+    assert out.endswith(f"next: {begin('pascal_person_part', tmp_path)} --image-size 33 17\n")
 
 
 def test_generated_scenes_can_be_checked(capsys: pytest.CaptureFixture[str]) -> None:

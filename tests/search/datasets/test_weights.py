@@ -1,9 +1,12 @@
 """Weights of classes by the training labels, which are counted once, and anew where the labels are others."""
 
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import search.datasets.weights
@@ -96,6 +99,22 @@ def test_a_damaged_file_of_counts_is_named(camvid: Dataset, tmp_path: Path) -> N
 def test_numbers_that_cannot_work_are_refused(weights: tuple[float, ...]) -> None:
     with pytest.raises(InputError, match="`class_weights` must be finite numbers of at least 0, not all of them 0, got"):
         LossSettings(class_weights=weights).check()
+
+
+@pytest.mark.parametrize("weights", ["Balanced", "1 2", {"car": 4.0}, 3.0, [[1.0], [2.0]]], ids=str)
+def test_what_is_no_row_of_numbers_is_refused(weights: Any) -> None:
+    words = "`class_weights` must be a number for each class, in the order of the classes, or balanced, got "
+    with pytest.raises(InputError, match=re.escape(words + repr(weights))):
+        LossSettings(class_weights=weights).check()
+
+
+@pytest.mark.parametrize(
+    "weights", [[0.5, 2], np.array([0.5, 2.0]), torch.tensor([0.5, 2.0])], ids=["list", "array", "tensor"]
+)
+def test_any_row_of_numbers_is_taken(weights: Any) -> None:
+    loss = LossSettings(class_weights=weights)
+    loss.check()
+    assert loss.class_weights == (0.5, 2.0)
 
 
 def test_weights_that_work_pass_the_check() -> None:

@@ -101,6 +101,20 @@ def test_where_no_tile_helps_another_remedy_is_given(system: Path) -> None:
     assert refusal(small_network(19), (65, 65), scales=(2.0,)).endswith("or fewer or smaller `scales`")
 
 
+def test_what_one_picture_had_the_next_one_can_have_again(system: Path) -> None:
+    """Where freed memory does not count as free, as under a limit of addresses."""
+    memory = PredictionMemory(small_network(19), 19)
+    with memory.of_picture((300, 400), (305, 401), "a"):
+        give(system, 1000)
+    with memory.of_picture((300, 400), (305, 401), "b"):
+        pass
+    with (
+        pytest.raises(InputError, match="picture c of 400 × 400 pixels needs"),
+        memory.of_picture((400, 400), (401, 401), "c"),
+    ):
+        pytest.fail("it was begun")
+
+
 def test_a_memory_that_turns_out_full_is_said_with_smaller_tiles() -> None:
     memory = PredictionMemory(small_network(19), 19, tiles=Tiles((513, 513)))
     with (

@@ -156,6 +156,13 @@ def test_the_file_says_what_it_was_trained_on(
         assert Predictor.load(path, device="cpu", dataset="pascal_voc").padding == (513, 513)
 
 
+@pytest.mark.parametrize("size", [513, "Whole", (257,), (257, 257, 3), (257.0, 257.0)], ids=str)
+def test_what_is_no_size_is_refused(file: Path, size: Any) -> None:
+    for field, other in (("tile_size", "whole"), ("pad_to", "own")):
+        with pytest.raises(InputError, match=f"`{field}` must be a height and a width in pixels, .*, or {other}, got "):
+            Predictor.load(file, PredictionSettings(**{field: size}), device="cpu")
+
+
 def test_what_needs_more_memory_than_there_is_is_refused(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     memory = tmp_path / "meminfo"
     monkeypatch.setattr(search.training.memory, "_MEMORY", memory)
