@@ -21,7 +21,7 @@ from fast.decoder import Decoder
 from fast.dense_prediction_cell import DensePredictionCell
 from fast.hub import HubModule
 from fast.segmentation import SegmentationHead, SegmentationNetwork
-from fast.weights_file import OWN_FORMATS, describe_non_finite
+from fast.weights_file import OWN_FORMATS, describe_unusable
 from reference.batch_norm import EPS
 from reference.cell import Cell
 
@@ -413,7 +413,7 @@ def _fill(module: nn.Module, state: dict[str, Tensor], path: str | Path, kind: s
         module.load_state_dict(state)
     except RuntimeError as error:
         raise ValueError(f"{kind} {path} does not hold the weights that its description names: {error}") from error
-    non_finite = describe_non_finite(state)
-    if non_finite is not None:
-        raise ValueError(f"{kind} {path} has {non_finite}")
+    unusable = describe_unusable(state)
+    if unusable is not None:
+        raise ValueError(f"{kind} {path} has {unusable}")
     module.eval()

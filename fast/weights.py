@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fast.weights_file import WeightsFileError, describe_non_finite, read_states
+from fast.weights_file import WeightsFileError, describe_unusable, read_states
 
 # Which part is taken of those that fit. Averaged weights come first, as in timm: they are what is meant to be used.
 PREFERRED = (
@@ -107,9 +107,9 @@ def read_fitting(path: Path, wanted: Wanted) -> dict[str, Tensor]:
             "one to use in a file of its own"
         )
     converted = {key: value.to(wanted.tensors[key].dtype) for key, value in best.found.items()}
-    non_finite = describe_non_finite(converted)
-    if non_finite is not None:
-        raise WeightsFileError(f"weights file {path} has {non_finite}")
+    unusable = describe_unusable(converted)
+    if unusable is not None:
+        raise WeightsFileError(f"weights file {path} has {unusable}")
     return {**wanted.tensors, **converted}  # counters that the file lacks are the module's
 
 

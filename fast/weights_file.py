@@ -12,7 +12,7 @@ import shlex
 import warnings
 import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import IO, Any, BinaryIO
@@ -93,14 +93,20 @@ def read_states(path: Path) -> dict[str, dict[str, Tensor]]:
     raise WeightsFileError(f"weights file {path} holds no state dict (a mapping from names to tensors)")
 
 
-def describe_non_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    """Which tensors have NaN or infinite values; None if all are finite.
+def describe_unusable(tensors: Mapping[str, Tensor]) -> str | None:
+    """Which tensors have NaN or infinite values, or variances below 0; None if all can be used.
 
-    >>> describe_non_finite({"a": torch.ones(2), "b": torch.tensor([1.0, float("nan")])})
+    >>> describe_unusable({"a": torch.ones(2), "b": torch.tensor([1.0, float("nan")])})
     "NaN in 1 of 2 tensors, first 'b'"
     """
-    for what, holds in (("NaN", torch.isnan), ("infinite numbers", torch.isinf)):
-        keys = [key for key, value in tensors.items() if value.is_floating_point() and holds(value).any()]
+    variances = {key: value for key, value in tensors.items() if key.split(".")[-1] == "running_var"}
+    faults: tuple[tuple[str, Mapping[str, Tensor], Callable[[Tensor], Tensor]], ...] = (
+        ("NaN", tensors, torch.isnan),
+        ("infinite numbers", tensors, torch.isinf),
+        ("variances below 0", variances, lambda value: value < 0),
+    )
+    for what, among, holds in faults:
+        keys = [key for key, value in among.items() if value.is_floating_point() and holds(value).any()]
         if keys:
             return f"{what} in {len(keys)} of {len(tensors)} tensors, first {keys[0]!r}"
     return None

@@ -187,6 +187,9 @@ def _load(settings: ExportSettings) -> tuple[nn.Module, dict[str, Any], int]:
         else:
             assert settings.network is not None  # one of both is given
             network, description = load_network(settings.network, output_stride=settings.output_stride)
+            if settings.output_stride is not None:  # the file's scores are those of the stride that it was trained at
+                source = (description.get("source") or {}).items()
+                description["source"] = {name: value for name, value in source if not isinstance(value, float)}
             module, channels = (_FullSize(network) if settings.full_size else network), 3
             scale = "as the input" if settings.full_size else f"one on every {network.logits_stride}th pixel"
             input_text = "images (N, 3, H, W) float32, RGB, 0 to 255"

@@ -33,6 +33,7 @@ from search.settings import MAX_MEGAPIXELS, TaskName
 
 Place = tuple[int, int]  # (number of the split, index of the picture)
 _NEEDED = ("train", *VALIDATION)  # splits, as far as a data set has them
+_DARK = 32  # of 255; 12 bits in 16 come to 15 at most
 _CHUNK = 8  # pictures per request to a process
 
 
@@ -44,11 +45,12 @@ class Verdict(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """The result of reading one picture: its (H, W), what its label shows, and the problem, if any."""
+    """The result of reading one picture: its (H, W), what its label shows, any problem, and the image's largest value."""
 
     size: tuple[int, int] | None
     facts: LabelFacts
     problem: str
+    brightest: int = 0
 
     @property
     def pixels(self) -> NDArray[np.int64]:
@@ -80,7 +82,8 @@ def check_folder(
     problems += [text for split, text in _unlabelled(datasets, findings).items() if split not in absences]
     problems += _of_one_class(datasets, findings)
     palettes = _palettes(datasets, findings)
-    notes += listed("warning", [*_warnings(datasets, findings, with_palettes=not palettes), *copies(datasets)])
+    warnings = _warnings(datasets, findings, with_palettes=not palettes)
+    notes += listed("warning", [*warnings, *_dark(datasets, findings), *copies(datasets)])
     tables = [_split_table(datasets, findings), _class_table(datasets, findings)] if datasets else []
     problems = list(dict.fromkeys(problems + palettes))  # each shared picture once
     return Verdict("\n\n".join([*tables, *notes]), problems)
@@ -195,6 +198,16 @@ def _warnings(datasets: list[Dataset], findings: list[list[Finding]], *, with_pa
     return warnings_about(train, val, [facts for facts in splits if facts is not train and facts is not val])
 
 
+def _dark(datasets: list[Dataset], findings: list[list[Finding]]) -> list[str]:
+    """Splits of which no image has anything bright."""
+    return [
+        f"no image of {dataset.split} has a value above {largest} of 255, as where cameras' 10 or 12 bits are stored in 16: "
+        "multiply them by 64 or 16, so that viewers show what is to be seen"
+        for dataset, of_split in zip(datasets, findings, strict=True)
+        if any(f.size for f in of_split) and (largest := max(f.brightest for f in of_split)) < _DARK
+    ]
+
+
 def _read_all(datasets: list[Dataset], processes: int) -> list[list[Finding]]:
     """The finding for each picture of each split; a picture that several splits share is read once."""
     keys = [[_key(dataset, index) for index in range(len(dataset))] for dataset in datasets]
@@ -246,10 +259,10 @@ def _examine_there(place: Place) -> Finding:
 
 def _examine(dataset: Dataset, index: int) -> Finding:
     try:
-        label = dataset[index].label
+        image, label, _ = dataset[index]
     except InputError as error:
         return Finding(None, _facts_of_refused(dataset, index), str(error))
-    return Finding((label.shape[0], label.shape[1]), label_facts(dataset, index, label), "")
+    return Finding((label.shape[0], label.shape[1]), label_facts(dataset, index, label), "", int(image.max()))
 
 
 def _facts_of_refused(dataset: Dataset, index: int) -> LabelFacts:

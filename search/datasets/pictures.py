@@ -129,6 +129,8 @@ def picture_size(path: Path, remedy: str = RESTORE) -> tuple[int, int]:
             if picture.format == "PNG" and (exif := _exif_of_png(path)):
                 picture.info["exif"] = exif
             return (width, height) if _orientation(picture) > 4 else (height, width)
+    except FileNotFoundError as error:
+        raise InputError(f"picture {path} does not exist: correct the path") from error
     except Exception as error:
         raise _unreadable(path, error, remedy) from error
 

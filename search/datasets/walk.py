@@ -13,7 +13,8 @@ _LEFT_BY_SYSTEMS = frozenset(
 )
 
 # Of pictures, in small letters.
-SUFFIXES = frozenset([".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif"])
+SUFFIXES = frozenset((".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"))
+SUFFIXES |= {".ppm", ".pgm", ".pbm", ".pnm", ".jp2"}
 
 
 class Found(NamedTuple):

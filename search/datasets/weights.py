@@ -37,7 +37,7 @@ def kept_counts(dataset: Dataset, cache_dir: Path) -> NDArray[np.int64]:
     folder.path.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.path / f"{name}.lock"):  # other processes of one training wait for the counts
         found = folder.result(name)
-        if found is None or found.get("origin") != origin:
+        if found is None or found.get("origin") != origin or "pixels" not in found:
             indices = tqdm(range(len(dataset)), desc=f"labels of {dataset.name} {dataset.split}", unit="label")
             found = {"origin": origin, "pixels": label_counts(dataset, indices).tolist()}
             folder.write_result(name, found)

@@ -22,7 +22,7 @@ from fast import checkpoint
 from fast.backbone import plain_backbone
 from fast.dense_prediction_cell import DensePredictionCell
 from fast.segmentation import SegmentationHead, SegmentationNetwork
-from fast.weights_file import WeightsFileError, describe_non_finite, read_states
+from fast.weights_file import WeightsFileError, describe_unusable, read_states
 from reference.cell import Cell
 from tests.strategies import rng_seeds
 
@@ -312,6 +312,11 @@ def test_our_own_files_are_left_to_their_own_reader(tmp_path: Path) -> None:
         read_states(path)
 
 
+def test_variances_below_0_are_named() -> None:
+    tensors = {"norm.running_mean": torch.tensor([-1.0]), "norm.running_var": torch.tensor([1.0, -1e-9])}
+    assert describe_unusable(tensors) == "variances below 0 in 1 of 2 tensors, first 'norm.running_var'"
+
+
 @pytest.mark.parametrize(
     ("values", "words"),
     [
@@ -322,4 +327,4 @@ def test_our_own_files_are_left_to_their_own_reader(tmp_path: Path) -> None:
 )
 def test_values_that_are_not_finite_are_named(values: tuple[float, ...], words: str | None) -> None:
     tensors = {"a": torch.ones(2), "b": torch.tensor(values), "n": torch.tensor(3)}
-    assert describe_non_finite(tensors) == words
+    assert describe_unusable(tensors) == words

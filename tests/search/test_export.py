@@ -106,7 +106,13 @@ def test_a_network_at_other_sizes(
 
 def test_a_network_at_another_output_stride(tmp_path: Path) -> None:
     path, out = network_file(tmp_path, decoder=False), tmp_path / "network.pt2"
+    network, description = load_network(path)
+    source = {"iteration": 90_000, "mean_iou": 0.4}  # which is the score at 16
+    save_network(path, network, task={"class_names": description["class_names"]}, source=source)
     main(ExportSettings(network=path, out=out, size=(65, 97), output_stride=8))
+    card = out.with_name("network.pt2.md").read_text()
+    assert "| iterations | 90,000 |" in card
+    assert "mean_iou" not in card
     extra = {"description.json": ""}
     program, images = torch.export.load(out, extra_files=extra).module(), 255 * torch.rand(1, 3, 65, 97)
     assert_close(program(images), load_network(path, output_stride=8)[0](images))

@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from search.cli import to_type
 from search.datasets import camvid, cityscapes, pascal_person_part, pascal_voc, shapes
@@ -274,3 +275,19 @@ def test_labels_for_another_task_are_checked_too(monkeypatch: pytest.MonkeyPatch
     assert not problems
     assert "below 1 m" in text
     assert "inlay" in check_folder("shapes", None, (), 1).text
+
+
+@pytest.mark.parametrize(("bits", "said"), [(12, ["train", "val"]), (16, [])])
+def test_images_of_12_bits_that_are_stored_in_16_are_noticed(tmp_path: Path, bits: int, said: list[str]) -> None:
+    (tmp_path / "set.toml").write_text(
+        'classes = ["a", "b"]\nimages = "{split}/images/{name}.png"\nlabels = "{split}/labels/{name}.png"\n'
+        "[splits.train]\n[splits.val]\n"
+    )
+    for seed, split in enumerate(("train", "val")):
+        (tmp_path / split / "images").mkdir(parents=True)
+        pixels = np.random.default_rng(seed).integers(0, 2**bits, (40, 40)).astype(np.uint16)
+        Image.fromarray(pixels).save(tmp_path / split / "images" / "a.png")
+        made.write_label(tmp_path / split / "labels" / "a.png", np.eye(40, dtype=np.uint8))
+    text, problems = check_folder(str(tmp_path / "set.toml"), None, (), 1)
+    assert not problems
+    assert re.findall(r"no image of (\w+) has a value above 1[56] of 255, as where cameras' 10 or 12 bits", text) == said
