@@ -25,11 +25,12 @@ from search.reports.page import percent, write_page
 from search.reports.predictions import laid_over
 from search.runs.search import BEST_HEAD, head_name
 from search.runs.study import Run, TrialRecord, ranked
-from search.settings import known
+from search.settings import LossSettings, declared, known
 from search.tasks.proxy import ProxyResult
 
 _TOP, _DRAWN_BEST, _DRAWN_WORST = 10, 3, 2
 _EXAMPLE_SIDE = 640  # pixels, at most
+_OF_LOSS = declared(LossSettings)  # which only some tasks have; unless given they are not named
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ def _content(run: Run, device: str | None) -> dict[str, Any]:
     fair = next((group for group in groups if best and group.name == f"trial {best[0].number}"), None)
     return {
         "run": run,
+        "identity": {name: value for name, value in run.identity.items() if value is not None or name not in _OF_LOSS},
         "best": best[0] if best else None,
         "distinct": len(best),
         "failures": [record for record in run.trials if record.failure is not None],
