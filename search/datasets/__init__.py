@@ -3,9 +3,17 @@
 A data set called `x` is the module `search/datasets/x.py`, listed in `DATASETS`, with `LENGTHS` (its splits and how many
 pictures each officially has) and a function `open_split(split, data_dir)`. One with labels for more tasks than one has the
 others' functions in `OTHER_TASKS`, by the task's name, and one whose pictures are to be padded to one size for evaluation has
-that size as `PAD_TO`. Modules are imported on first use, so a reader's
-dependencies are needed only for that data set. Any other folder is described by a TOML file (`described.py`).
-`python -m search.datasets check` verifies a folder; docs/datasets.md says where to get each data set.
+that size as `PAD_TO`. Modules are imported on first use, so a reader's dependencies are needed only for that data set. Any
+other folder is described by a TOML file (`described.py`), and data that are objects in Python by `from_torch.py`.
+
+What they share, from files to warnings:
+
+    walk, patterns     which files there are, and which of them a pattern or a list means
+    pictures, srgb     how a picture is opened, and how its pixels look; labels: what the numbers or colours of a label mean
+    files              pairs of an image and a label as a data set; digests: what its files hold, as hashes
+    counts, weights    what labels hold, in numbers; the weights of classes that follow from them
+    facts, rules       what a label shows, and what is odd in it; copies: what occurs twice
+    look, check        these at the start of every command, from a sample; and `python -m search.datasets check`, from all
 """
 
 import importlib

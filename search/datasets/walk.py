@@ -13,8 +13,8 @@ _LEFT_BY_SYSTEMS = frozenset(
 )
 
 # Of pictures, in small letters.
-SUFFIXES = frozenset((".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"))
-SUFFIXES |= {".ppm", ".pgm", ".pbm", ".pnm", ".jp2"}
+_USUAL = frozenset((".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"))
+SUFFIXES = _USUAL | {".avif", ".jp2", ".ppm", ".pgm", ".pbm", ".pnm"}
 
 
 class Found(NamedTuple):
