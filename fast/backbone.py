@@ -1,13 +1,16 @@
 """Backbones from timm: from images to the last feature map, at a chosen output stride."""
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from fast.bilinear_resize import bilinear_resize
 from fast.weights import Wanted, read_fitting
+from reference.grid import Grid
 
 WeightsOrigin = Literal["timm", "tensorflow"]
 
@@ -44,8 +47,11 @@ _XCEPTIONS = ("xception41", "xception65", "xception71")  # with the authors' blo
 class Backbone(nn.Module):
     """A network cut after its last feature map: images (N, 3, H, W), values 0 to 255 -> (N, channels, h, w).
 
-    At output stride s and H = s·k + 1 the map has h = k + 1 rows, and feature (i, j) sits on pixel (s·i, s·j). `body` gives a
-    list of maps, as timm's `features_only` models do, and takes images with `mean` subtracted and divided by `std`, (3,) each.
+    Its features lie on `grid`: at output stride s, pictures of s·k + 1 pixels have a feature on every s-th, the corners
+    included, or without `align_corners` pictures of s·k pixels have one in the middle of each patch of s × s. `body` gives a
+    list of maps from early to late, as timm's `features_only` models do, and takes images with `mean` subtracted and divided
+    by `std`, (3,) each. With several numbers of `channels` the features are the channels of as many maps, the last one first:
+    the layers −1, −2 and so on that a cell may read. They are resized to the last one's size.
     """
 
     mean: Tensor  # (1, 3, 1, 1), of pixel values 0 to 255
@@ -56,16 +62,18 @@ class Backbone(nn.Module):
         name: str,
         body: nn.Module,
         *,
-        channels: int,
+        channels: int | Sequence[int],
         output_stride: int,
         mean: Tensor,
         std: Tensor,
+        align_corners: bool = True,
         low_level: LowLevel | None = None,
         weights_origin: WeightsOrigin = "timm",
         from_timm: bool = False,
     ) -> None:
         super().__init__()
-        self.name, self.channels, self.output_stride = name, channels, output_stride
+        self.name, self.grid = name, Grid(output_stride, align_corners)
+        self.layer_channels = (channels,) if isinstance(channels, int) else tuple(channels)
         self.low_level = low_level
         self.weights_origin: WeightsOrigin = weights_origin
         self.from_timm = from_timm  # so `timm_backbone` can build it again
@@ -77,13 +85,30 @@ class Backbone(nn.Module):
             _keep_unchanged(body, low_level.module)
             body.get_submodule(low_level.module).register_forward_hook(self._tap)
 
+    @property
+    def channels(self) -> int:
+        """The number of all channels of a feature."""
+        return sum(self.layer_channels)
+
+    @property
+    def output_stride(self) -> int:
+        """Pixels per feature."""
+        return self.grid.stride
+
     def forward(self, images: Tensor, with_low_level: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """The last map, or with the low-level map before it, as `with_low_level` gives them."""
+        """The features, or with the low-level map before them, as `with_low_level` gives them."""
         maps = self._maps(images)
-        return (maps[0], maps[-1]) if with_low_level else maps[-1]
+        layers = maps[: -len(self.layer_channels) - 1 : -1]
+        size = layers[0].shape[2], layers[0].shape[3]
+        resized = [
+            layer if layer.shape[2:] == size else bilinear_resize(layer, size, align_corners=self.grid.align_corners)
+            for layer in layers
+        ]
+        features = resized[0] if len(resized) == 1 else torch.cat(resized, dim=1)
+        return (maps[0], features) if with_low_level else features
 
     def with_low_level(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The map for a decoder (N, low_level.channels, ceil(H / 4), ceil(W / 4)), and the last one.
+        """The map for a decoder (N, low_level.channels, ceil(H / 4), ceil(W / 4)), and the features.
 
         Raises ValueError for a backbone that was built without the low-level map.
         """

@@ -33,6 +33,7 @@ def hardest_pixels(
     *,
     class_weights: Tensor | None = None,
     ignore_index: int = IGNORE_INDEX,
+    align_corners: bool = True,
 ) -> Tensor:
     """`labels` (N, H, W), with `ignore_index` at every pixel whose loss of `logits` (N, K, h, w) is not among the largest.
 
@@ -41,7 +42,7 @@ def hardest_pixels(
     """
     precise = logits.float()
     weights = None if class_weights is None else fitting_weights(class_weights, precise)
-    return keep_largest(_pixel_losses(precise, labels, ignore_index, weights), labels, share, ignore_index)
+    return keep_largest(_pixel_losses(precise, labels, ignore_index, weights, align_corners), labels, share, ignore_index)
 
 
 @torch.no_grad()
@@ -58,10 +59,14 @@ def keep_largest(losses: Tensor, labels: Tensor, share: float, ignore: int | flo
     return labels.where(kept.view(labels.shape), ignore)
 
 
-def _pixel_losses(logits: Tensor, labels: Tensor, ignore_index: int, class_weights: Tensor | None) -> Tensor:
+def _pixel_losses(
+    logits: Tensor, labels: Tensor, ignore_index: int, class_weights: Tensor | None, align_corners: bool
+) -> Tensor:
     """The loss of every pixel (N, H, W), 0 where it is ignored, computed in bands of rows."""
     height, width = labels.shape[1:]
-    rows, columns = (resize_matrix(logits.shape[2 + i], (height, width)[i], logits.dtype, logits.device) for i in range(2))
+    rows, columns = (
+        resize_matrix(logits.shape[2 + i], (height, width)[i], logits.dtype, logits.device, align_corners) for i in range(2)
+    )
     band = band_rows(logits, width)
     losses = logits.new_empty(labels.shape)
     for n, logit in enumerate(logits):

@@ -11,7 +11,12 @@ from reference.upsampled_cross_entropy import IGNORE_INDEX
 
 
 def upsampled_cross_entropy(
-    logits: Tensor, labels: Tensor, *, class_weights: Tensor | None = None, ignore_index: int = IGNORE_INDEX
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    class_weights: Tensor | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    align_corners: bool = True,
 ) -> Tensor:
     """logits: (N, K, h, w), labels: (N, H, W) integer in 0..K-1 or ignore_index -> the mean loss in nats.
 
@@ -22,7 +27,7 @@ def upsampled_cross_entropy(
     precise = logits if logits.dtype == torch.float64 else logits.float()
     weights = None if class_weights is None else fitting_weights(class_weights, precise)
     with torch.autocast(logits.device.type, enabled=False):  # its products would be rounded to bf16
-        loss: Tensor = _UpsampledCrossEntropy.apply(precise, labels, ignore_index, weights)
+        loss: Tensor = _UpsampledCrossEntropy.apply(precise, labels, ignore_index, weights, align_corners)
     return loss
 
 
@@ -51,13 +56,21 @@ def check_labels(logits: Tensor, labels: Tensor, ignore_index: int) -> None:
 
 class _UpsampledCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, ignore_index: int, class_weights: Tensor | None) -> Tensor:
-        loss, grad = operations_for(logits).upsampled_cross_entropy(logits, labels, ignore_index, class_weights)
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        labels: Tensor,
+        ignore_index: int,
+        class_weights: Tensor | None,
+        align_corners: bool,
+    ) -> Tensor:
+        operations = operations_for(logits)
+        loss, grad = operations.upsampled_cross_entropy(logits, labels, ignore_index, class_weights, align_corners)
         ctx.save_for_backward(grad)
         return loss
 
     @staticmethod
     @differentiable_once("take F.cross_entropy of logits that F.interpolate has resized")
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None, None, None]:
         (grad,) = ctx.saved_tensors
-        return grad * grad_loss, None, None, None
+        return grad * grad_loss, None, None, None, None

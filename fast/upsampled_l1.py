@@ -6,23 +6,24 @@ from torch import Tensor
 from fast.kernels import NormedMap, operations_for
 
 
-def upsampled_l1(outputs: Tensor, targets: Tensor) -> Tensor:
+def upsampled_l1(outputs: Tensor, targets: Tensor, *, align_corners: bool = True) -> Tensor:
     """outputs: (N, 1, h, w), targets: (N, H, W), NaN where nothing was measured -> the mean loss, in the unit of both.
 
     Computed in float32, or in float64 if the outputs are.
     """
-    losses = pixel_losses(outputs, targets)
+    losses = pixel_losses(outputs, targets, align_corners=align_corners)
     count = (~targets.isnan()).sum().clamp(min=1)
     return (losses.sum(dtype=torch.float64) / count).to(losses.dtype)
 
 
-def pixel_losses(outputs: Tensor, targets: Tensor) -> Tensor:
+def pixel_losses(outputs: Tensor, targets: Tensor, *, align_corners: bool = True) -> Tensor:
     """outputs: (N, 1, h, w), targets: (N, H, W) -> |resize(outputs) − target|: (N, H, W), 0 where nothing was measured."""
     check_targets(outputs, targets)
     precise = outputs if outputs.dtype == torch.float64 else outputs.float()
     with torch.autocast(outputs.device.type, enabled=False):
         # Not by `bilinear_resize`: on kernels, the gradient of this resize is the same at every run.
-        upsampled = operations_for(precise).resize(NormedMap(precise), (targets.shape[1], targets.shape[2]))[:, 0]
+        size = targets.shape[1], targets.shape[2]
+        upsampled = operations_for(precise).resize(NormedMap(precise), size, align_corners)[:, 0]
         difference = upsampled - targets.to(precise.dtype)
         # NaN ends here: a difference has the gradient 1 whatever it is, and |·| never sees one.
         return difference.where(~targets.isnan(), 0.0).abs()

@@ -18,6 +18,8 @@ from reference.concat_project import DROPOUT_RATE, concat_project, concat_projec
 from reference.pointwise_conv import ConvNorm, conv1x1, conv1x1_backward
 from reference.pyramid_pooling import PoolingVariant, pyramid_pooling, pyramid_pooling_backward
 
+MIN_STRIDE, MAX_STRIDE = 4, 32  # pixels per feature; the paper has 16, and 8 for its last numbers
+
 BranchWeights: TypeAlias = ConvNorm[ArrayT] | SeparableConv[ArrayT]
 
 
@@ -32,16 +34,16 @@ class BranchOptions(NamedTuple):
     """Options of a cell's operations, besides the cell and the weights."""
 
     training: bool
-    rate_multiplier: int = 1  # 16 // output_stride
+    rate_multiplier: int = 1  # by `rate_multiplier_for`
     pooling: PoolingVariant = "sliding_window"
     pooling_size: tuple[int, int] | None = None  # map size that fixes the pooling windows; None: the map's own
 
 
 def rate_multiplier_for(output_stride: int) -> int:
-    """Rates are stated for output stride 16 and double at 8. Raises ValueError for others (the authors allow no less)."""
-    if output_stride not in (8, 16):
-        raise ValueError(f"output_stride must be 8 or 16, got {output_stride}")
-    return 16 // output_stride
+    """Rates are as stated, and double at output stride 8, as the authors' do. Raises ValueError for one not from 4 to 32."""
+    if not MIN_STRIDE <= output_stride <= MAX_STRIDE:
+        raise ValueError(f"output_stride must be {MIN_STRIDE} to {MAX_STRIDE}, got {output_stride}")
+    return 2 if output_stride == 8 else 1
 
 
 def dense_prediction_cell(

@@ -1,10 +1,10 @@
-"""Softmax cross-entropy of logits resized to the labels' size (corners aligned), averaged over the labelled pixels.
+"""Softmax cross-entropy of logits resized to the labels' size, averaged over the labelled pixels.
 
     loss = − (1 / |L|) · Σ_{p ∈ L}  w[label_p] · log softmax(resize(logits))[label_p, p],     L = {p: label_p ≠ `ignore_index`}
 
 The weights w of the classes are 1 unless given. They are not in the denominator, so weights of 2 double the loss; PyTorch's
 `F.cross_entropy(weight=w)` divides by the sum of the pixels' weights instead. Without any labelled pixel the loss is 0. The
-labels keep their full size: the logits are resized, not the labels.
+labels keep their full size: the logits are resized, not the labels, with corners aligned or not (`bilinear_resize.py`).
 Source: `add_softmax_cross_entropy_loss_for_each_scale` in research/deeplab/utils/train_utils.py (`upsample_logits=True`).
 """
 
@@ -25,6 +25,7 @@ def upsampled_cross_entropy(
     *,
     class_weights: Array | None = None,
     ignore_index: int = IGNORE_INDEX,
+    align_corners: bool = True,
 ) -> float:
     """logits: (N, K, h, w), labels: (N, H, W) in 0..K-1 or ignore_index, class_weights: (K,) -> the mean loss in nats.
 
@@ -34,7 +35,7 @@ def upsampled_cross_entropy(
     >>> round(float(np.exp(-upsampled_cross_entropy(logits, np.array([[[1, 255]]]), class_weights=np.array([9.0, 2.0])))), 6)
     0.5625
     """
-    log_probability, labelled = _log_softmax(logits, labels, ignore_index)
+    log_probability, labelled = _log_softmax(logits, labels, ignore_index, align_corners)
     target = np.where(labelled, labels, 0)[:, None]  # (N, 1, H, W)
     surprise = -np.take_along_axis(log_probability, target, axis=1)[:, 0]  # (N, H, W)
     weight = _pixel_weights(logits, labels, labelled, class_weights)
@@ -47,13 +48,14 @@ def upsampled_cross_entropy_backward(
     *,
     class_weights: Array | None = None,
     ignore_index: int = IGNORE_INDEX,
+    align_corners: bool = True,
 ) -> Array:
     """Gradient of the loss for logits: (N, K, h, w)."""
-    log_probability, labelled = _log_softmax(logits, labels, ignore_index)
+    log_probability, labelled = _log_softmax(logits, labels, ignore_index, align_corners)
     one_hot = labels[:, None] == np.arange(logits.shape[1])[:, None, None]  # (N, K, H, W)
     weight = _pixel_weights(logits, labels, labelled, class_weights)
     grad_upsampled = (np.exp(log_probability) - one_hot) * weight[:, None] / max(labelled.sum(), 1)
-    return bilinear_resize_backward(grad_upsampled, (logits.shape[2], logits.shape[3]))
+    return bilinear_resize_backward(grad_upsampled, (logits.shape[2], logits.shape[3]), align_corners=align_corners)
 
 
 def _pixel_weights(
@@ -68,7 +70,9 @@ def _pixel_weights(
     return np.where(labelled, class_weights[np.where(labelled, labels, 0)], 0.0)
 
 
-def _log_softmax(logits: Array, labels: NDArray[np.integer], ignore_index: int) -> tuple[Array, NDArray[np.bool_]]:
+def _log_softmax(
+    logits: Array, labels: NDArray[np.integer], ignore_index: int, align_corners: bool
+) -> tuple[Array, NDArray[np.bool_]]:
     """Log-probabilities at the labels' size: (N, K, H, W), and which pixels are labelled: (N, H, W)."""
     if logits.ndim != 4 or labels.ndim != 3 or logits.shape[0] != labels.shape[0]:
         raise ValueError(f"needs logits: (N, K, h, w) and labels: (N, H, W), got {logits.shape}, {labels.shape}")
@@ -76,6 +80,6 @@ def _log_softmax(logits: Array, labels: NDArray[np.integer], ignore_index: int) 
     wrong = labels[labelled & ((labels < 0) | (labels >= logits.shape[1]))]
     if wrong.size:
         raise ValueError(f"label {wrong[0]} is neither 0 to {logits.shape[1] - 1} nor ignore_index {ignore_index}")
-    upsampled = bilinear_resize(logits, (labels.shape[1], labels.shape[2]))
+    upsampled = bilinear_resize(logits, (labels.shape[1], labels.shape[2]), align_corners=align_corners)
     shifted = upsampled - upsampled.max(axis=1, keepdims=True)  # no overflow in exp
     return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)), labelled

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fast.batch_norm import LiveNorm, start
+from fast.kernels import library
 from fast.kernels.interface import Backend, Dropout, Folded, GradientSums, LiveConv, NormedMap, Unfolded, check_dropout_rate
 from fast.kernels.matrices import pooling_matrix, resize_matrix
 from reference.pyramid_pooling import PoolingVariant
@@ -96,17 +97,28 @@ class OnKernels:
         rows, columns = (pooling_matrix(x.raw.shape[2 + i], grid_size[i], variant, pins[i], *like) for i in range(2))
         return self._plane_product(x, rows, columns)
 
-    def resize(self, x: NormedMap, size: tuple[int, int]) -> Tensor:
+    def resize(self, x: NormedMap, size: tuple[int, int], align_corners: bool = True) -> Tensor:
         like = (torch.promote_types(x.raw.dtype, torch.float32), x.raw.device)
-        rows, columns = (resize_matrix(x.raw.shape[2 + i], size[i], *like) for i in range(2))
+        rows, columns = (resize_matrix(x.raw.shape[2 + i], size[i], *like, align_corners) for i in range(2))
         return self._plane_product(x, rows, columns)
 
     def upsampled_cross_entropy(
-        self, logits: Tensor, labels: Tensor, ignore_index: int, class_weights: Tensor | None = None
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        ignore_index: int,
+        class_weights: Tensor | None = None,
+        align_corners: bool = True,
     ) -> tuple[Tensor, Tensor]:
+        if not align_corners:
+            return library.upsampled_cross_entropy(logits, labels, ignore_index, class_weights, align_corners)
         return self.backend.upsampled_cross_entropy(logits, labels, ignore_index, class_weights)
 
-    def upsampled_confusion_matrix(self, logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    def upsampled_confusion_matrix(
+        self, logits: Tensor, labels: Tensor, ignore_index: int, align_corners: bool = True
+    ) -> Tensor:
+        if not align_corners:
+            return library.upsampled_confusion_matrix(logits, labels, ignore_index, align_corners)
         return self.backend.upsampled_confusion_matrix(logits, labels, ignore_index)
 
     def _conv_norm(

@@ -88,12 +88,17 @@ class Operations(Protocol):
         """The means of `reference/pyramid_pooling.py` before its convolution: (N, C, H, W) -> (N, C, rows, columns)."""
         ...
 
-    def resize(self, x: NormedMap, size: tuple[int, int]) -> Tensor:
-        """Bilinear, corners aligned: (N, C, H, W) -> (N, C, *size)."""
+    def resize(self, x: NormedMap, size: tuple[int, int], align_corners: bool = True) -> Tensor:
+        """Bilinear: (N, C, H, W) -> (N, C, *size)."""
         ...
 
     def upsampled_cross_entropy(
-        self, logits: Tensor, labels: Tensor, ignore_index: int, class_weights: Tensor | None = None
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        ignore_index: int,
+        class_weights: Tensor | None = None,
+        align_corners: bool = True,
     ) -> tuple[Tensor, Tensor]:
         """logits: (N, K, h, w), labels: (N, H, W) integer -> the mean loss (), and its gradient (N, K, h, w).
 
@@ -101,7 +106,9 @@ class Operations(Protocol):
         """
         ...
 
-    def upsampled_confusion_matrix(self, logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    def upsampled_confusion_matrix(
+        self, logits: Tensor, labels: Tensor, ignore_index: int, align_corners: bool = True
+    ) -> Tensor:
         """Pixels by (label, best class): (K, K), int64."""
         ...
 

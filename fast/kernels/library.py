@@ -76,16 +76,20 @@ def _sliding_means(x: Tensor, axis: int, grid: int, pooling_size: int | None) ->
     return F.avg_pool2d(x, (window, 1) if axis == 2 else (1, window), stride=1)
 
 
-def resize(x: NormedMap, size: tuple[int, int]) -> Tensor:
-    return F.interpolate(value(x), size, mode="bilinear", align_corners=True)
+def resize(x: NormedMap, size: tuple[int, int], align_corners: bool = True) -> Tensor:
+    return F.interpolate(value(x), size, mode="bilinear", align_corners=align_corners)
 
 
 def upsampled_cross_entropy(
-    logits: Tensor, labels: Tensor, ignore_index: int, class_weights: Tensor | None = None
+    logits: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    class_weights: Tensor | None = None,
+    align_corners: bool = True,
 ) -> tuple[Tensor, Tensor]:
     height, width = labels.shape[1:]
     rows, columns = (
-        resize_matrix(logits.shape[2 + i], (height, width)[i], logits.dtype, logits.device) for i in range(2)
+        resize_matrix(logits.shape[2 + i], (height, width)[i], logits.dtype, logits.device, align_corners) for i in range(2)
     )  # (H, h), (W, w)
     band = band_rows(logits, width)
     total, grad = logits.new_zeros((), dtype=torch.float64), torch.empty_like(logits)
@@ -94,8 +98,7 @@ def upsampled_cross_entropy(
         grad_wide = torch.zeros_like(wide)
         for top in range(0, height, band):
             weights = rows[top : top + band]  # (band, h), nonzero only between the feature rows around the band
-            first, last = top * (logits.shape[2] - 1) // max(height - 1, 1), logits.shape[2]
-            last = min(last, (top + weights.shape[0] - 1) * (logits.shape[2] - 1) // max(height - 1, 1) + 2)
+            first, last = _rows_read(logits.shape[2], height, top, top + weights.shape[0], align_corners)
             weights = weights[:, first:last]
             upsampled, target = weights @ wide[:, first:last], labels[n, top : top + band]
             loss, grad_band = _softmax_cross_entropy(upsampled, target, ignore_index, class_weights)
@@ -104,6 +107,15 @@ def upsampled_cross_entropy(
         grad[n] = grad_wide @ columns
     count = (labels != ignore_index).sum().clamp(min=1)
     return (total / count).to(logits.dtype), grad.div_(count)
+
+
+def _rows_read(in_size: int, out_size: int, top: int, end: int, align_corners: bool) -> tuple[int, int]:
+    """The first of the rows that a resize reads for outputs top ... end - 1, and the one behind the last."""
+    if align_corners:
+        first, last = (row * (in_size - 1) // max(out_size - 1, 1) for row in (top, end - 1))
+    else:
+        first, last = (max(0, ((2 * row + 1) * in_size - out_size) // (2 * out_size)) for row in (top, end - 1))
+    return first, min(last + 2, in_size)
 
 
 def band_rows(logits: Tensor, width: int) -> int:
@@ -129,11 +141,13 @@ def _softmax_cross_entropy(
     return losses.where(labelled, 0).sum(dtype=torch.float64), logits
 
 
-def upsampled_confusion_matrix(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+def upsampled_confusion_matrix(logits: Tensor, labels: Tensor, ignore_index: int, align_corners: bool = True) -> Tensor:
     classes = logits.shape[1]
     total = torch.zeros(classes, classes, dtype=torch.int64, device=logits.device)
     for logit, label in zip(logits, labels, strict=True):  # one image at a time
-        predictions = resize(NormedMap(logit[None]), (label.shape[0], label.shape[1])).argmax(dim=1)  # (1, H, W)
+        predictions = resize(NormedMap(logit[None]), (label.shape[0], label.shape[1]), align_corners).argmax(
+            dim=1
+        )  # (1, H, W)
         total += confusion_matrix(predictions[0], label, classes, ignore_index)
     return total
 

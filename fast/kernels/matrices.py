@@ -13,12 +13,12 @@ from reference.pyramid_pooling import pooling_matrix as reference_pooling_matrix
 
 
 @functools.cache
-def resize_matrix(in_size: int, out_size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def resize_matrix(in_size: int, out_size: int, dtype: torch.dtype, device: torch.device, align_corners: bool = True) -> Tensor:
     """The resize along one axis: (out_size, in_size).
 
     Kept for good: a captured CUDA graph cannot copy it again, and reads it at each replay, which no cache hears of.
     """
-    return _tensor(interpolation_matrix(in_size, out_size), dtype, device)
+    return _tensor(interpolation_matrix(in_size, out_size, align_corners=align_corners), dtype, device)
 
 
 @functools.cache  # for good, as `resize_matrix`

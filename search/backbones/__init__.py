@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 from fast.backbone import Backbone, timm_backbone
 from fast.checkpoint import describe_file, load_backbone
 from fast.weights_file import WeightsFileError
+from reference.grid import Grid
 from search.backbones.shapes import SHAPES_BACKBONES, SMALL_BACKBONE, shapes_backbone
 from search.errors import InputError
 from search.settings import SHAPES, BackboneSettings, given
@@ -55,6 +56,11 @@ def completed_backbone(settings: Settings) -> Settings:
         weights_origin=origin,
         output_stride=given(settings.output_stride, described["output_stride"]),
     )
+
+
+def grid_of(settings: BackboneSettings, dataset: str) -> Grid:
+    """Where the features of the backbone that the settings name sit on pixels, without its weights. Raises InputError."""
+    return Grid(completed_backbone(settings).stride)
 
 
 def create_backbone(settings: BackboneSettings, dataset: str, cache_dir: Path, *, low_level: bool = False) -> Backbone:

@@ -4,6 +4,7 @@
 features, training, search and reports work for any task, and none of them knows which one it has.
 
 Arrays here: a label is (H, W), `labels` are (N, H, W), `outputs` are what a head gives, (N, K, h, w) for K names of outputs.
+How outputs are resized to the labels' size, by `align_corners`, follows from the grid of the features (`reference/grid.py`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -113,10 +114,10 @@ class DenseTask(Protocol):
 
     # Loss
 
-    def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+    def loss(self, outputs: Tensor, labels: Tensor, *, align_corners: bool = True) -> Tensor:
         """The mean over labelled pixels, (), after the outputs are resized to the labels' size; 0 without any."""
 
-    def hardest(self, outputs: Tensor, labels: Tensor, share: float) -> Tensor:
+    def hardest(self, outputs: Tensor, labels: Tensor, share: float, *, align_corners: bool = True) -> Tensor:
         """The labels, without all pixels whose loss is not among the largest `share` of all pixels."""
 
     def weighted(self, weights: tuple[float, ...] | None) -> "DenseTask":
@@ -143,7 +144,7 @@ class DenseTask(Protocol):
     def count(self, predictions: Tensor, labels: Tensor) -> Tensor:
         """What the scores follow from: sums over pixels, to be added over pictures and devices. Both are (N, H, W)."""
 
-    def count_upsampled(self, outputs: Tensor, labels: Tensor) -> Tensor:
+    def count_upsampled(self, outputs: Tensor, labels: Tensor, *, align_corners: bool = True) -> Tensor:
         """The same of outputs that are yet to be resized to the labels' size."""
 
     def scores(self, totals: NDArray[Any]) -> Scores:

@@ -78,11 +78,12 @@ class Depth:
     def to_average(self, outputs: Tensor, scale: float) -> Tensor:
         return outputs + float(np.log(scale))  # of the picture at scale 1
 
-    def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        return upsampled_l1(outputs, labels.log())
+    def loss(self, outputs: Tensor, labels: Tensor, *, align_corners: bool = True) -> Tensor:
+        return upsampled_l1(outputs, labels.log(), align_corners=align_corners)
 
-    def hardest(self, outputs: Tensor, labels: Tensor, share: float) -> Tensor:
-        return keep_largest(pixel_losses(outputs, labels.log()), labels, share, torch.nan)
+    def hardest(self, outputs: Tensor, labels: Tensor, share: float, *, align_corners: bool = True) -> Tensor:
+        losses = pixel_losses(outputs, labels.log(), align_corners=align_corners)
+        return keep_largest(losses, labels, share, torch.nan)
 
     def weighted(self, weights: tuple[float, ...] | None) -> "Depth":
         if weights is not None:
@@ -96,8 +97,9 @@ class Depth:
         """The sums of `reference/depth_metrics.py`: (6,), float64."""
         return depth_totals(predictions, labels)
 
-    def count_upsampled(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        return self.count(self.predict(bilinear_resize(outputs, (labels.shape[1], labels.shape[2]))), labels)
+    def count_upsampled(self, outputs: Tensor, labels: Tensor, *, align_corners: bool = True) -> Tensor:
+        size = labels.shape[1], labels.shape[2]
+        return self.count(self.predict(bilinear_resize(outputs, size, align_corners=align_corners)), labels)
 
     def scores(self, totals: NDArray[Any]) -> Scores:
         """The share of pixels whose ratio to the truth is below 1.25; RMSE, AbsRel, and the shares below 1.25² and 1.25³."""

@@ -79,11 +79,13 @@ class Segmentation:
     def to_average(self, outputs: Tensor, scale: float) -> Tensor:
         return outputs.softmax(dim=1)
 
-    def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        return upsampled_cross_entropy(outputs, labels, class_weights=_on_device(self.class_weights, outputs.device))
+    def loss(self, outputs: Tensor, labels: Tensor, *, align_corners: bool = True) -> Tensor:
+        weights = _on_device(self.class_weights, outputs.device)
+        return upsampled_cross_entropy(outputs, labels, class_weights=weights, align_corners=align_corners)
 
-    def hardest(self, outputs: Tensor, labels: Tensor, share: float) -> Tensor:
-        return hardest_pixels(outputs, labels, share, class_weights=_on_device(self.class_weights, outputs.device))
+    def hardest(self, outputs: Tensor, labels: Tensor, share: float, *, align_corners: bool = True) -> Tensor:
+        weights = _on_device(self.class_weights, outputs.device)
+        return hardest_pixels(outputs, labels, share, class_weights=weights, align_corners=align_corners)
 
     def weighted(self, weights: tuple[float, ...] | None) -> "Segmentation":
         if weights is not None and len(weights) != len(self.class_names):
@@ -118,8 +120,8 @@ class Segmentation:
         """Pixels by (label, prediction): (K, K), int64."""
         return confusion_matrix(predictions, labels, num_classes=len(self.class_names))
 
-    def count_upsampled(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        return upsampled_confusion_matrix(outputs, labels)
+    def count_upsampled(self, outputs: Tensor, labels: Tensor, *, align_corners: bool = True) -> Tensor:
+        return upsampled_confusion_matrix(outputs, labels, align_corners=align_corners)
 
     def scores(self, totals: NDArray[Any]) -> Scores:
         """mIOU, and the IoU of each class, None where a class is neither in the labels nor predicted."""

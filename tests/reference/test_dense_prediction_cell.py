@@ -185,6 +185,6 @@ def test_every_searchable_operation_runs_on_one_pixel(operation: Operation) -> N
 
 
 def test_rate_multiplier_for() -> None:
-    assert (rate_multiplier_for(16), rate_multiplier_for(8)) == (1, 2)
-    with pytest.raises(ValueError, match="output_stride must be 8 or 16, got 32"):
-        rate_multiplier_for(32)
+    assert [rate_multiplier_for(stride) for stride in (4, 8, 14, 16, 32)] == [1, 2, 1, 1, 1]
+    with pytest.raises(ValueError, match="output_stride must be 4 to 32, got 33"):
+        rate_multiplier_for(33)
