@@ -20,6 +20,7 @@ from fast.decoder import Decoder
 from fast.dense_prediction_cell import DensePredictionCell
 from fast.segmentation import SegmentationHead, SegmentationNetwork
 from reference.cell import Cell
+from reference.grid import Grid
 from search.datasets import Sample
 from search.dense_tasks import DenseTask
 from search.dense_tasks.depth import Depth
@@ -66,7 +67,7 @@ def inside(size: tuple[int, int], tiles: Tiles, more: int) -> NDArray[np.bool_]:
     sees_all = []
     for extent, tile, reach in zip(size, tiles.size, SEES, strict=True):
         place, good = np.arange(extent), np.ones(extent, bool)
-        for start in tile_starts(extent, tile, tiles.overlap, 16):
+        for start in tile_starts(extent, tile, tiles.overlap, Grid(16)):
             first = 0 if start == 0 else start + reach + more
             last = extent - 1 if start + tile == extent else start + tile - 1 - reach - more
             good &= (place < start) | (place >= start + tile) | ((first <= place) & (place <= last))
@@ -111,24 +112,24 @@ def test_scales_and_precision_are_those_of_each_tile() -> None:
     extents=st.tuples(st.integers(1, 9), st.integers(1, 9)),
     tile=st.tuples(st.integers(1, 4), st.integers(1, 4)),
     overlap=st.sampled_from([0.0, 0.25, 0.5, 0.9]),
-    stride=st.sampled_from([1, 8]),
+    grid=st.builds(Grid, st.sampled_from([1, 8, 14]), st.booleans()),
 )
 def test_tiles_cover_the_picture_and_their_weights_sum_to_one(
-    extents: tuple[int, int], tile: tuple[int, int], overlap: float, stride: int
+    extents: tuple[int, int], tile: tuple[int, int], overlap: float, grid: Grid
 ) -> None:
-    height, width = (stride * extent + 1 for extent in extents)
-    tile_height, tile_width = (min(stride * length + 1, extent) for length, extent in zip(tile, (height, width), strict=True))
+    height, width = grid.pixels((extents[0] + 1, extents[1] + 1))
+    tile_height, tile_width = map(min, grid.pixels((tile[0] + 1, tile[1] + 1)), (height, width))
     whole = torch.arange(2.0 * height * width).reshape(2, height, width)
     seen: list[tuple[int, int]] = []
 
     def outputs(top: int, left: int) -> Tensor:
-        assert top % stride == left % stride == 0
+        assert top % grid.stride == left % grid.stride == 0
         part = whole[:, top : top + tile_height, left : left + tile_width]
         assert part.shape == (2, tile_height, tile_width)
         seen.append((top, left))
         return part
 
-    bands = [band.clone() for band in blended_rows(outputs, (height, width), (tile_height, tile_width), overlap, stride)]
+    bands = [band.clone() for band in blended_rows(outputs, (height, width), (tile_height, tile_width), overlap, grid)]
     torch.testing.assert_close(torch.cat(bands, dim=1), whole, rtol=1e-6, atol=0)
     assert max(band.shape[1] for band in bands) <= tile_height
     assert len(set(seen)) == len(seen)
@@ -136,7 +137,7 @@ def test_tiles_cover_the_picture_and_their_weights_sum_to_one(
 
 def test_neighbours_blend_into_each_other() -> None:
     """Two tiles of 17 pixels share 9, of which each counts by tenths."""
-    band = next(blended_rows(lambda top, left: torch.full((1, 1, 17), float(left > 0)), (1, 25), (1, 17), 0.5, 8))
+    band = next(blended_rows(lambda top, left: torch.full((1, 1, 17), float(left > 0)), (1, 25), (1, 17), 0.5, Grid(8)))
     expected = [0.0] * 8 + [step / 10 for step in range(1, 10)] + [1.0] * 8
     torch.testing.assert_close(band[0, 0], torch.tensor(expected))
 
