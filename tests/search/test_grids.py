@@ -12,9 +12,12 @@ import torch
 from fast.backbone import Backbone
 from fast.segmentation import predict_scales
 from reference.grid import Grid
+from search.cells.reach import FeatureMaps
 from search.datasets import Fingerprint, Sample, evaluation_size
 from search.dense_tasks.segmentation import Segmentation
 from search.errors import InputError
+from search.pipeline import SearchSettings, load_found, search_cells
+from search.runs.study import load_run
 from search.settings import (
     FeatureSettings,
     HeadSettings,
@@ -28,7 +31,7 @@ from search.settings import (
 from search.tasks.feature_cache import FeatureCache, caches_of, facts_of
 from search.tasks.proxy import ProxyTask
 from search.training.memory import PredictionMemory
-from search.training.scoring import input_size, predict_picture
+from search.training.scoring import count_split, input_size, predict_picture
 from tests.read_pixels import CONV1X1, brightness_network, sampling_backbone, step_edge
 
 TASK = Segmentation(("dark", "bright"), np.zeros((2, 3), np.uint8))
@@ -124,13 +127,15 @@ def test_pictures_are_evaluated_at_the_largest_size_on_the_grid_within_the_autho
 def test_a_size_off_the_grid_is_refused_with_the_nearest_one_that_works(
     field: str, grid: Grid, size: tuple[int, int], words: str
 ) -> None:
-    pictures = TrainingPictures("mine.toml", 40, (224, 300))
-    with pytest.raises(InputError, match=f"`{field}` {words}"):
+    def check() -> None:
         if field == "image_size":
             FeatureSettings(image_size=size).check(grid)
-        else:
-            recipe = RecipeSettings(crop_size=size) if field == "crop_size" else RecipeSettings(tile_size=size)
-            recipe.completed(pictures, grid).check(grid)
+            return
+        recipe = RecipeSettings(crop_size=size) if field == "crop_size" else RecipeSettings(tile_size=size)
+        recipe.completed(TrainingPictures("mine.toml", 40, (224, 300)), grid).check(grid)
+
+    with pytest.raises(InputError, match=f"`{field}` {words}"):
+        check()
 
 
 @pytest.mark.parametrize("size", [(512,), (512.0, 512.0), 512, "512 512"])
@@ -154,10 +159,11 @@ def test_the_proposed_tiles_lie_on_the_grid() -> None:
 
 @dataclass(frozen=True)
 class Bright:
-    """Random pictures of black and white columns, 16 pixels wide, and labels that say which."""
+    """Random pictures of black and white columns, as wide as a patch, and labels that say which."""
 
     sizes: tuple[tuple[int, int], ...] = ((64, 96),) * 6
     split: str = "train"
+    width: int = 16
 
     name, task = "bright", TASK
 
@@ -167,7 +173,8 @@ class Bright:
     def __getitem__(self, index: int) -> Sample:
         rng = np.random.default_rng([index, len(self.split)])
         height, width = self.sizes[index]
-        label = np.tile(rng.integers(0, 2, -(-width // 16), dtype=np.uint8).repeat(16)[:width], (height, 1))
+        columns = rng.integers(0, 2, -(-width // self.width), dtype=np.uint8).repeat(self.width)
+        label = np.tile(columns[:width], (height, 1))
         return Sample(np.repeat(255 * label[..., None], 3, axis=2), label, f"picture {index}")
 
     def fingerprint(self) -> Fingerprint:
@@ -229,3 +236,36 @@ def test_the_proxy_task_trains_and_scores_on_patches(tmp_path: Path) -> None:
     assert torch.equal(labels, features[:, 0].repeat_interleave(16, dim=1).repeat_interleave(16, dim=2).to(labels.dtype))
     result, _ = task.evaluate(CONV1X1, (0,))
     assert result.score > 0.95  # columns that are wider than 15 or 17 pixels would cost as much
+
+
+# A whole search
+
+
+@pytest.mark.parametrize("stride", [4, 14, 16, 32])
+def test_a_search_on_patches_of_any_size(stride: int, tmp_path: Path) -> None:
+    """From pictures to a network, whose score is that of the search."""
+    grid = Grid(stride, align_corners=False)
+    size = grid.pixels((4, 6))
+    train, val = (Bright((size,) * 4, split, stride) for split in ("train", "val"))
+    backbone = sampling_backbone(grid)
+    found = search_cells(
+        train,
+        val,
+        backbone,
+        tmp_path / "run",
+        search=SearchSettings(trials=1, branches=2, compare=("aspp",)),
+        proxy=ProxySettings(
+            iterations=20, batch_size=4, learning_rate=0.2, crop_size=grid.pixels((2, 3)), statistics_batches=2
+        ),
+        head=HeadSettings(branch_channels=4),
+        features=FeatureSettings(feature_dtype="bfloat16"),
+        machine=MachineSettings(cache_dir=tmp_path / "cache", device="cpu"),
+    )
+    assert found.backbone["align_corners"] is False
+    assert load_run(tmp_path / "run").space.maps == FeatureMaps((4, 6), (2, 3), 1, "sliding_window")
+    network = load_found(tmp_path / "run").network(backbone)
+    confusion = count_split(network, val, indices=range(4))
+    assert TASK.scores(confusion.numpy()).score == pytest.approx(found.score, abs=0.02)  # features were rounded to 16 bits
+    examples = np.load(tmp_path / "run" / "examples.npz")
+    for name in (f"prediction_{row}/best" for row in range(4)):
+        assert examples[name].shape == size

@@ -10,10 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 import search.training.scoring
-from fast.backbone import plain_backbone
+from fast.backbone import Backbone, plain_backbone
 from fast.batch_norm import recompute_statistics
 from fast.checkpoint import save_network
 from fast.decoder import Decoder
@@ -42,6 +42,7 @@ NEAR = Cell.from_json(
 SEES = (1 + 2 + 4 + 8 + 16 * (1 + 1) + 16, 1 + 2 + 4 + 8 + 16 * (1 + 3) + 16)
 
 
+CORNERS = Grid(16)
 DECODER_SEES = 4 * (1 + 1 + 1)  # two layers of 3 × 3 at stride 4, and the interpolation of their logits
 
 
@@ -62,12 +63,12 @@ class Raw(Depth):
         return outputs[:, 0]
 
 
-def inside(size: tuple[int, int], tiles: Tiles, more: int) -> NDArray[np.bool_]:
+def inside(size: tuple[int, int], tiles: Tiles, more: int, grid: Grid = CORNERS) -> NDArray[np.bool_]:
     """Which pixels see nothing beyond any of the tiles that they are in, but what lies beyond the picture."""
     sees_all = []
     for extent, tile, reach in zip(size, tiles.size, SEES, strict=True):
         place, good = np.arange(extent), np.ones(extent, bool)
-        for start in tile_starts(extent, tile, tiles.overlap, Grid(16)):
+        for start in tile_starts(extent, tile, tiles.overlap, grid):
             first = 0 if start == 0 else start + reach + more
             last = extent - 1 if start + tile == extent else start + tile - 1 - reach - more
             good &= (place < start) | (place >= start + tile) | ((first <= place) & (place <= last))
@@ -84,6 +85,35 @@ def test_what_sees_no_border_of_a_tile_is_as_in_the_whole_picture(decoder: bool,
     whole = predict_picture(network, image, Raw(), flip=flip)
     tiled = predict_picture(network, image, Raw(), flip=flip, tiles=tiles)
     exact = inside(size, tiles, more=DECODER_SEES * decoder)
+    assert 0.1 < exact.mean() < 1
+    deviation = (whole - tiled).abs().numpy()
+    assert deviation[exact].max() < 1e-5 * whole.abs().max()
+    assert deviation[~exact].max() > 1e-3 * whole.abs().max()
+
+
+class OwnPatches(nn.Module):
+    """Features that each see their own 16 × 16 pixels alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Conv2d(3, 8, kernel_size=16, stride=16)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        return [self.project(images)]
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("overlap", [0.25, 0.6])
+def test_tiles_of_patches_are_as_the_whole_picture_is(flip: bool, overlap: float) -> None:
+    torch.manual_seed(0)
+    mean, std = torch.full((3,), 127.5), torch.full((3,), 127.5)
+    backbone = Backbone("own", OwnPatches(), channels=8, output_stride=16, mean=mean, std=std, align_corners=False)
+    network = SegmentationNetwork(backbone, near_network(1).head).eval()
+    size, tiles = (352, 480), Tiles((256, 288), overlap)
+    image = pixels(size=size)
+    whole = predict_picture(network, image, Raw(), flip=flip)
+    tiled = predict_picture(network, image, Raw(), flip=flip, tiles=tiles)
+    exact = inside(size, tiles, more=0, grid=backbone.grid)
     assert 0.1 < exact.mean() < 1
     deviation = (whole - tiled).abs().numpy()
     assert deviation[exact].max() < 1e-5 * whole.abs().max()
