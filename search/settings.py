@@ -509,6 +509,7 @@ class PredictionSettings(FileSettings):
             _require_size("tile_size", self.tile_size, ", or whole")
         if self.tile_overlap is not None:
             require("tile_overlap", self.tile_overlap, 0 <= self.tile_overlap < 1, "at least 0 and below 1")
+        require("output_stride", self.output_stride, 4 <= given(self.output_stride, 16) <= 32, "4 to 32")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,11 +10,14 @@ import pytest
 import torch
 
 from fast.backbone import Backbone
+from fast.hard_example_mining import hardest_pixels
 from fast.segmentation import predict_scales
+from fast.upsampled_cross_entropy import upsampled_cross_entropy
 from reference.grid import Grid
 from search.cells.reach import FeatureMaps
 from search.datasets import Fingerprint, Sample, evaluation_size
 from search.dense_tasks.segmentation import Segmentation
+from search.devices import Devices
 from search.errors import InputError
 from search.pipeline import SearchSettings, load_found, search_cells
 from search.runs.study import load_run
@@ -25,11 +28,15 @@ from search.settings import (
     ProxySettings,
     RecipeSettings,
     TrainingPictures,
+    TrainingSettings,
     check_on_grid,
     check_tile_size,
+    known,
 )
 from search.tasks.feature_cache import FeatureCache, caches_of, facts_of
 from search.tasks.proxy import ProxyTask
+from search.training.augmentation import Crop
+from search.training.loop import Training
 from search.training.memory import PredictionMemory
 from search.training.scoring import count_split, input_size, predict_picture
 from tests.read_pixels import CONV1X1, brightness_network, sampling_backbone, step_edge
@@ -236,6 +243,29 @@ def test_the_proxy_task_trains_and_scores_on_patches(tmp_path: Path) -> None:
     assert torch.equal(labels, features[:, 0].repeat_interleave(16, dim=1).repeat_interleave(16, dim=2).to(labels.dtype))
     result, _ = task.evaluate(CONV1X1, (0,))
     assert result.score > 0.95  # columns that are wider than 15 or 17 pixels would cost as much
+
+
+# Whole trainings
+
+
+@pytest.mark.parametrize("grid", [CORNERS, CENTRES], ids=lambda grid: grid.name)
+@pytest.mark.parametrize("share", [1.0, 0.3])
+def test_the_loss_of_a_training_is_that_of_the_backbones_grid(grid: Grid, share: float, tmp_path: Path) -> None:
+    recipe = RecipeSettings(batch_size=2, iterations=1, loading_processes=0)
+    settings = TrainingSettings(recipe=recipe).completed(TrainingPictures("mine.toml", 4, (64, 96)), grid)
+    network = brightness_network(grid)
+    training = Training(settings, network, Bright(), Bright(split="val"), tmp_path, Devices("cpu"))
+    samples = [Bright((known(settings.recipe.crop_size),) * 2)[index] for index in range(2)]
+    labels = torch.from_numpy(np.stack([sample.label for sample in samples]))
+    crop = Crop(torch.from_numpy(np.stack([sample.image for sample in samples])).permute(0, 3, 1, 2).float(), labels)
+    logits = network(crop.image)
+
+    def expected(align_corners: bool) -> float:
+        kept = labels if share == 1 else hardest_pixels(logits, labels, share, align_corners=align_corners)
+        return upsampled_cross_entropy(logits, kept, align_corners=align_corners).item()
+
+    assert training._loss(crop, share).item() == pytest.approx(expected(grid.align_corners))
+    assert expected(True) != pytest.approx(expected(False), rel=1e-4)
 
 
 # A whole search
