@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from fast.backbone import Backbone
+from fast.backbone import Backbone, timm_backbone
+from fast.decoder import Decoder
+from fast.dense_prediction_cell import DensePredictionCell
 from fast.hard_example_mining import hardest_pixels
-from fast.segmentation import predict_scales
+from fast.segmentation import SegmentationHead, SegmentationNetwork, predict_scales
 from fast.upsampled_cross_entropy import upsampled_cross_entropy
 from reference.grid import Grid
 from search.cells.reach import FeatureMaps
@@ -19,12 +21,13 @@ from search.datasets import Fingerprint, Sample, evaluation_size
 from search.dense_tasks.segmentation import Segmentation
 from search.devices import Devices
 from search.errors import InputError
-from search.pipeline import SearchSettings, load_found, search_cells
+from search.pipeline import SearchSettings, load_found, search_cells, train_network
 from search.runs.study import load_run
 from search.settings import (
     FeatureSettings,
     HeadSettings,
     MachineSettings,
+    PredictionSettings,
     ProxySettings,
     RecipeSettings,
     TrainingPictures,
@@ -38,7 +41,9 @@ from search.tasks.proxy import ProxyTask
 from search.training.augmentation import Crop
 from search.training.loop import Training
 from search.training.memory import PredictionMemory
+from search.training.predictor import Predictor
 from search.training.scoring import count_split, input_size, predict_picture
+from search.training.tiles import Tiles
 from tests.read_pixels import CONV1X1, brightness_network, sampling_backbone, step_edge
 
 TASK = Segmentation(("dark", "bright"), np.zeros((2, 3), np.uint8))
@@ -266,6 +271,36 @@ def test_the_loss_of_a_training_is_that_of_the_backbones_grid(grid: Grid, share:
 
     assert training._loss(crop, share).item() == pytest.approx(expected(grid.align_corners))
     assert expected(True) != pytest.approx(expected(False), rel=1e-4)
+
+
+@pytest.mark.parametrize("decoder", [False, True])
+def test_a_network_on_patches_is_trained_kept_and_used(decoder: bool, tmp_path: Path) -> None:
+    """ConvNeXt, with random weights; pictures of several sizes, of which some are padded, in tiles where they are larger."""
+    torch.manual_seed(0)
+    backbone = timm_backbone("test_convnext", output_stride=16, low_level=decoder)
+    context = DensePredictionCell(CONV1X1, backbone.channels, branch_channels=8, cell_channels=8)
+    part = Decoder(backbone.low_level.channels, channels=8) if backbone.low_level else None
+    network = SegmentationNetwork(backbone, SegmentationHead(context, 2), part)
+    assert network.logits_grid == Grid(4 if decoder else 16, align_corners=False)
+    train, val = (Bright(((64, 96), (70, 90), (33, 50), (64, 96)), split) for split in ("train", "val"))
+    recipe = RecipeSettings(batch_size=2, iterations=4, statistics_batches=2, tile_size=(64, 64), loading_processes=0)
+    trained = train_network(network, train, val, tmp_path / "run", recipe=recipe, machine=MachineSettings(device="cpu"))
+
+    file = tmp_path / "run" / "best.safetensors"
+    predictor = Predictor.load(file, device="cpu")
+    assert (predictor.network.backbone.grid, predictor.network.logits_grid) == (CENTRES, network.logits_grid)
+    assert predictor.tiles == Tiles((64, 64), 0.25)
+    assert [predictor.predict(val[index].image).shape for index in range(4)] == list(val.sizes)
+    confusion = count_split(predictor.network, val, indices=range(4), tiles=predictor.tiles)
+    assert TASK.scores(confusion.numpy()).score == trained.score
+    for settings, words in (
+        (PredictionSettings(pad_to=(65, 96)), "`pad_to` 65 96 must be 16·k each, such as 64 96$"),
+        (PredictionSettings(tile_size=(65, 65)), "`tile_size` 65 65 must be 16·k each, such as 64 64$"),
+        (PredictionSettings(output_stride=8), "at output stride 16 alone, asked for 8; leave out `output_stride`, or give"),
+        (PredictionSettings(output_stride=2), "^`output_stride` must be 4 to 32, got 2$"),
+    ):
+        with pytest.raises(InputError, match=words):
+            Predictor.load(file, settings, device="cpu")
 
 
 # A whole search
