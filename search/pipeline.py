@@ -14,7 +14,7 @@ from fast.checkpoint import check_network, load_head, load_network, save_head
 from fast.model_card import write_card
 from fast.segmentation import SegmentationHead, SegmentationNetwork
 from reference.cell import GRID_SIZES, NUM_BRANCHES, RATES, Cell
-from search.backbones.facts import grid_fact
+from search.backbones.facts import facts_in
 from search.cells.sampler import LAG, create_sampler
 from search.cells.space import ASCENDING, SearchSpace, is_ascending, load_cells
 from search.datasets import Dataset, training_pictures
@@ -344,7 +344,7 @@ def _keeper(folder: Path, features: FeatureCache) -> Callable[[str, Segmentation
     """Writes a head that was trained on these features, by its name."""
     origin = features.identity
     backbone = {key: origin[key] for key in ("backbone", "weights_origin", "output_stride", "dataset")}
-    backbone |= grid_fact(features.grid)
+    backbone |= facts_in(origin)
     backbone |= {"weights_hash": origin[WEIGHTS], "mean": origin[MEAN], "std": origin[STD]}
 
     def keep(name: str, head: SegmentationHead) -> None:

@@ -28,7 +28,7 @@ from tqdm import tqdm, trange
 from fast.backbone import Backbone
 from reference.grid import Grid
 from search.backbones import completed_backbone, create_backbone, grid_of
-from search.backbones.facts import described_grid, grid_fact
+from search.backbones.facts import described_grid, facts_in, facts_of_backbone
 from search.commands import spelled
 from search.datasets import Dataset, Fingerprint, contents, open_splits
 from search.datasets.counts import size_for_all, size_of
@@ -236,15 +236,7 @@ def _require_room(datasets: Mapping[str, Dataset], identities: Mapping[str, dict
 def facts_of(caches: Mapping[str, FeatureCache]) -> dict[str, Any]:
     """What the features are, for the identity of who trains on them: facts in place of what the settings leave open."""
     train, val = caches["train"].identity, caches["val"].identity
-    names = (
-        "dataset",
-        "backbone",
-        WEIGHTS,
-        "weights_origin",
-        "output_stride",
-        *grid_fact(described_grid(train)),
-        "image_size",
-    )
+    names = ("dataset", "backbone", WEIGHTS, "weights_origin", "output_stride", *facts_in(train), "image_size")
     of_train, of_val = (Fingerprint(identity[PICTURES], identity[LABELS]) for identity in (train, val))
     return {name: train[name] for name in names} | contents("train_split", of_train) | contents("val_split", of_val)
 
@@ -270,7 +262,7 @@ def _identity(settings: FeatureSettings, dataset: Dataset, backbone: Backbone, m
         MEAN: backbone.mean.flatten().tolist(),
         STD: backbone.std.flatten().tolist(),
         "output_stride": backbone.output_stride,
-        **grid_fact(backbone.grid),
+        **facts_of_backbone(backbone),
         "image_size": list(padded_size(settings, dataset, backbone.grid)),
         "mirrored": mirrored,
         "feature_dtype": settings.feature_dtype,

@@ -16,7 +16,7 @@ from fast.segmentation import SegmentationHead, SegmentationNetwork
 from reference.cell import Cell
 from reference.grid import Grid
 from search.backbones import completed_backbone, create_backbone, grid_of
-from search.backbones.facts import described_grid, grid_fact
+from search.backbones.facts import described_grid, facts_of_backbone
 from search.datasets import Dataset, contents
 from search.dense_tasks import DenseTask, restored_task
 from search.devices import Devices
@@ -177,7 +177,7 @@ def training_identity(
         "cell": str(context.cell),
         "backbone": network.backbone.name,
         "output_stride": network.backbone.output_stride,
-        **grid_fact(network.backbone.grid),
+        **facts_of_backbone(network.backbone),
         **contents("train_split", train.fingerprint()),
         **contents("val_split", val.fingerprint()),
         "number of devices": devices.count,

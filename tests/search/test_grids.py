@@ -1,5 +1,6 @@
 """Either grid of features, from pictures to scores: edges stay on their pixels, and sizes off the grid are refused."""
 
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,9 +8,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
+from PIL import Image
 
+import search.evaluate
+import search.join
+import search.predict
+import search.random
 from fast.backbone import Backbone, timm_backbone
+from fast.checkpoint import load_network
 from fast.decoder import Decoder
 from fast.dense_prediction_cell import DensePredictionCell
 from fast.hard_example_mining import hardest_pixels
@@ -21,7 +29,10 @@ from search.datasets import Fingerprint, Sample, evaluation_size
 from search.dense_tasks.segmentation import Segmentation
 from search.devices import Devices
 from search.errors import InputError
+from search.evaluate import EvaluateSettings
 from search.pipeline import SearchSettings, load_found, search_cells, train_network
+from search.predict import PredictSettings
+from search.random import RandomSettings
 from search.runs.study import load_run
 from search.settings import (
     FeatureSettings,
@@ -45,6 +56,8 @@ from search.training.predictor import Predictor
 from search.training.scoring import count_split, input_size, predict_picture
 from search.training.tiles import Tiles
 from tests.read_pixels import CONV1X1, brightness_network, sampling_backbone, step_edge
+from tests.search.composed import changed, composed
+from tests.search.test_random import write_camvid
 
 TASK = Segmentation(("dark", "bright"), np.zeros((2, 3), np.uint8))
 CORNERS, CENTRES = Grid(16), Grid(16, align_corners=False)
@@ -334,3 +347,55 @@ def test_a_search_on_patches_of_any_size(stride: int, tmp_path: Path) -> None:
     examples = np.load(tmp_path / "run" / "examples.npz")
     for name in (f"prediction_{row}/best" for row in range(4)):
         assert examples[name].shape == size
+
+
+@pytest.mark.parametrize(
+    ("backbone", "options", "stride"),
+    [("test_convnext", {"output_stride": 32}, 32), ("test_vit", {}, 16), ("test_vit", {"patch_size": 14}, 14)],
+    ids=["convnext", "vit", "vit of patches of 14"],
+)
+def test_commands_on_patches(
+    backbone: str, options: dict[str, int], stride: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Search, join, evaluate, predict; nothing pads pictures that lie on the grid."""
+    monkeypatch.setattr("search.reports.run_files.write_report", lambda run, device=None: run.directory / "report.html")
+    torch.manual_seed(0)
+    torch.save(timm.create_model(backbone).state_dict(), tmp_path / "weights.pth")
+    size = Grid(stride, align_corners=False).pixels((2, 3))
+    settings = composed(
+        RandomSettings,
+        dataset="camvid",
+        data_dir=write_camvid(tmp_path / "camvid", size),
+        weights=tmp_path / "weights.pth",
+        backbone=backbone,
+        **options,
+        cache_dir=tmp_path / "cache",
+        out=tmp_path / "run",
+        device="cpu",
+        trials=1,
+        compare=(),
+        iterations=4,
+        batch_size=4,
+        branch_channels=8,
+        branches=2,
+        statistics_batches=2,
+    )
+    with pytest.raises(InputError, match=rf"`image_size` {size[0] + 1} {size[1] + 1} must be {stride}·k each, such as "):
+        search.random.main(changed(settings, image_size=(size[0] + 1, size[1] + 1)))
+    assert not (tmp_path / "cache").exists()
+    search.random.main(settings)
+    run = load_run(tmp_path / "run")
+    assert run.identity["image_size"] == list(size)
+    network = tmp_path / "network.safetensors"
+    search.join.main(search.join.JoinSettings(run=tmp_path / "run", out=network))
+    joined = load_network(network)[1]["source"]["mean_iou"]
+    assert joined == pytest.approx(known(run.trials[0].result).score, abs=0.02)  # features were rounded to 16 bits
+    scores = tmp_path / "scores.json"
+    search.evaluate.main(composed(EvaluateSettings, network=network, data_dir=tmp_path / "camvid", out=scores, device="cpu"))
+    assert json.loads(scores.read_text())["mean_iou"] == joined
+    pictures = tmp_path / "camvid" / "val"
+    search.predict.main(
+        composed(PredictSettings, network=network, pictures=(pictures,), out=tmp_path / "predicted", device="cpu")
+    )
+    with Image.open(tmp_path / "predicted" / "masks" / "0.png") as mask:
+        assert (mask.height, mask.width) == size
