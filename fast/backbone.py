@@ -91,6 +91,11 @@ class Backbone(nn.Module):
         return sum(self.layer_channels)
 
     @property
+    def layers(self) -> tuple[int, ...]:
+        """Which of the maps that the body gives make up the features, counted from the last one, −1."""
+        return tuple(range(-1, -1 - len(self.layer_channels), -1))
+
+    @property
     def output_stride(self) -> int:
         """Pixels per feature."""
         return self.grid.stride

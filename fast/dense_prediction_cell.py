@@ -27,9 +27,9 @@ from reference.pyramid_pooling import PoolingVariant
 class DensePredictionCell(HubModule):
     """A cell with weights: features (N, in_channels, H, W) -> (N, cell_channels, H, W), any H and W from 1 up.
 
-    For several layers of a backbone `in_channels` are the numbers of their channels, which follow each other in the features;
-    a branch with input −1 reads the first, with −2 the second. The attribute `in_channels` is their sum, `input_channels` each.
-    A cell without branches is `norm`, the batch norm of all features: `cell_channels` is then `in_channels`, whatever is given.
+    For several layers of a backbone `in_channels` are the channels of each, which follow each other in the features: a branch
+    with input −1 reads the first, with −2 the second, and so on. `input_channels` keeps them, and the attribute `in_channels`
+    is their sum. A cell without branches is `norm`, the batch norm of all features, and `cell_channels` is then `in_channels`.
 
     Rates are as searched at output stride 16 and double at 8 (`output_stride`). `pooling` and `pooling_size` are those of
     `reference/pyramid_pooling.py`. Initial weights follow the authors (research/deeplab/core/dense_prediction_cell.py).
@@ -137,7 +137,7 @@ class DensePredictionCell(HubModule):
     def _inputs(self, features: Tensor) -> dict[int, Tensor]:
         """The layers in the features by the index under which branches read them: −1, −2 and so on."""
         several = len(self.input_channels) > 1
-        layers = torch.split(features, self.input_channels, dim=1) if several else (features,)
+        layers = torch.split(features, list(self.input_channels), dim=1) if several else (features,)
         return {BACKBONE_FEATURE - k: layer for k, layer in enumerate(layers)}
 
     def _check_shape(self, features: Tensor) -> None:

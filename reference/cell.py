@@ -84,7 +84,9 @@ Operation: TypeAlias = Conv1x1 | AtrousSeparableConv | PyramidPooling
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """One branch: the map it reads (`BACKBONE_FEATURE`, −2 and so on for other layers, or an earlier branch), its operation."""
+    """One branch: the map it reads (`BACKBONE_FEATURE`, −2 and so on for other layers, or an earlier branch's index) and its
+    operation.
+    """
 
     input_index: int
     operation: Operation

@@ -50,7 +50,7 @@ class TrainSettings:
     """
 
     cell: str | None = None
-    """dpc, aspp, psp, or the path of a cell's JSON file. None: dpc."""
+    """linear, mlp, aspp, psp, dpc, or the path of a cell's JSON file. None: dpc."""
     run: Path | None = None
     """Folder of a search (runs/x), to train its best cell."""
     init: Path | None = None

@@ -52,6 +52,7 @@ _BATCH = 8  # images per pass of the backbone, or fewer where they would not fit
 PICTURES, LABELS, WEIGHTS = f"{CONTENT}images", f"{CONTENT}labels", "`weights` (content)"  # names of hashes in an identity
 MEAN, STD = "`backbone` (mean pixel)", "`backbone` (deviation of pixels)"  # of values 0 to 255
 _IMAGES, _CHANNELS = "number of images", "number of channels"
+LAYERS, _LAYER_CHANNELS = "layers", "numbers of channels of the layers"  # only where not the deepest one alone
 _EARLIER = "is of an earlier version"
 _LABELS_DONE = "labels"  # in the progress while labels are copied anew: of how many images that is done
 
@@ -94,6 +95,11 @@ class FeatureCache:
     @property
     def output_stride(self) -> int:
         return int(self.identity["output_stride"])
+
+    @property
+    def layer_channels(self) -> tuple[int, ...]:
+        """The channels of each layer of the backbone, which follow each other in the features."""
+        return tuple(self.identity.get(_LAYER_CHANNELS, (self.features.shape[1],)))
 
 
 def open_cache(directory: Path, identity: dict[str, Any]) -> FeatureCache:
@@ -234,7 +240,9 @@ def facts_of(caches: Mapping[str, FeatureCache]) -> dict[str, Any]:
     train, val = caches["train"].identity, caches["val"].identity
     names = ("dataset", "backbone", WEIGHTS, "weights_origin", "output_stride", "image_size")
     of_train, of_val = (Fingerprint(identity[PICTURES], identity[LABELS]) for identity in (train, val))
-    return {name: train[name] for name in names} | contents("train_split", of_train) | contents("val_split", of_val)
+    layers = {name: train[name] for name in (LAYERS,) if name in train}
+    facts = {name: train[name] for name in names} | layers
+    return facts | contents("train_split", of_train) | contents("val_split", of_val)
 
 
 def padded_size(settings: FeatureSettings, dataset: Dataset, output_stride: int) -> tuple[int, int]:
@@ -263,7 +271,14 @@ def _identity(settings: FeatureSettings, dataset: Dataset, backbone: Backbone, m
         "feature_dtype": settings.feature_dtype,
         _IMAGES: len(dataset) * (2 if mirrored else 1),
         _CHANNELS: backbone.channels,
-    }
+    } | _of_layers(backbone)
+
+
+def _of_layers(backbone: Backbone) -> dict[str, Any]:
+    """Nothing for the deepest one alone, as in caches that were made before there were others."""
+    if backbone.layers == (-1,):
+        return {}
+    return {LAYERS: list(backbone.layers), _LAYER_CHANNELS: list(backbone.layer_channels)}
 
 
 def _of_labels(identity: Mapping[str, Any]) -> dict[str, Any]:

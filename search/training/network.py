@@ -15,6 +15,7 @@ from fast.dense_prediction_cell import DensePredictionCell
 from fast.segmentation import SegmentationHead, SegmentationNetwork
 from reference.cell import Cell
 from search.backbones import completed_backbone, create_backbone
+from search.cells.space import require_layers
 from search.datasets import Dataset, contents
 from search.dense_tasks import DenseTask, restored_task
 from search.devices import Devices
@@ -52,10 +53,11 @@ def create_network(settings: TrainingSettings, cell: Cell, task: DenseTask) -> S
     backbone = create_backbone(
         settings.backbone, settings.data.dataset, settings.machine.cache_dir, low_level=settings.recipe.decoder
     )
+    require_layers("cell", str(cell), cell, len(backbone.layer_channels))
     channels = settings.head.channels
     context = DensePredictionCell(
         cell,
-        backbone.channels,
+        backbone.layer_channels,
         branch_channels=channels,
         cell_channels=channels,
         output_stride=backbone.output_stride,
@@ -65,7 +67,7 @@ def create_network(settings: TrainingSettings, cell: Cell, task: DenseTask) -> S
     )
     decoder = None
     if backbone.low_level is not None:
-        decoder = Decoder(backbone.low_level.channels, channels=channels, norm_layer=authors_norm)
+        decoder = Decoder(backbone.low_level.channels, channels=context.cell_channels, norm_layer=authors_norm)
     return SegmentationNetwork(backbone, SegmentationHead(context, len(task.outputs)), decoder)
 
 

@@ -43,7 +43,7 @@ def test_a_cell_may_read_several_layers_of_a_backbone() -> None:
     assert str(cell) == "conv1x1(F3), sep3x3 6x21(F), pool 2x4(0)"
     assert cell.num_inputs == 3
     assert cell.channels_read((8, 16, 32), branch_channels=4) == [32, 8, 4]
-    with pytest.raises(ValueError, match="^the cell reads input -3, and the backbone gives 2 layers$"):
+    with pytest.raises(ValueError, match=r"^the cell reads input -3, and the backbone gives 2 layers$"):
         cell.channels_read((8, 16), branch_channels=4)
 
 

@@ -74,7 +74,7 @@ def test_gradient_of_several_inputs(training: bool, cell: Cell, size: tuple[int,
         is_read = not cell.branches or any(branch.input_index == index for branch in cell.branches)
         assert is_read or not gradient.any()
     assert_gradient(
-        lambda *x: dense_prediction_cell(x, cell, weights, options), tuple(features), grad_features, grad_output, rng
+        lambda *x: dense_prediction_cell(x, cell, weights, options), tuple(features), tuple(grad_features), grad_output, rng
     )
     assert_gradient(
         lambda *w: dense_prediction_cell(features, cell, CellWeights(*w), options), weights, grad_weights, grad_output, rng
