@@ -82,9 +82,14 @@ def test_a_page_of_cells_that_read_several_layers_or_have_no_branches(tmp_path: 
     assert "F2 → 1" in text
     assert "batch norm alone" in text
     assert page.count("Effective receptive field of the trained cell") == 1
-    with pytest.raises(InputError, match="^`cells` .*: the cell reads input -2, and the backbone gives 1 layer; give as many"):
-        (tmp_path / "two.json").write_text(load_cell("mlp", 2).to_json())
-        main(changed(SETTINGS, cells=(str(tmp_path / "two.json"),), in_channels=(8,), out=out))
+
+
+def test_a_cell_that_reads_a_layer_too_many_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "two.json"
+    path.write_text(load_cell("mlp", 2).to_json())
+    message = r"^`cells` .*two.json: the cell reads input -2, and the backbone gives 1 layer; give as many `in_channels`"
+    with pytest.raises(InputError, match=message):
+        main(changed(SETTINGS, cells=(str(path),), in_channels=(8,), out=tmp_path / "cells.html"))
 
 
 def test_the_page_is_of_cells_on_the_given_map(tmp_path: Path) -> None:
