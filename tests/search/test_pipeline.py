@@ -114,6 +114,20 @@ def test_cells_of_several_layers_are_found_kept_and_joined(tmp_path: Path) -> No
     assert found.network(backbone).head.context.input_channels == (8, 6)
 
 
+def test_a_search_that_was_compared_with_fewer_cells_goes_on_with_more(tmp_path: Path) -> None:
+    """As runs of before there were five: scores of the others are what they were, in whatever order cells are compared."""
+    compared = []
+    for compare in (("aspp", "dpc"), SearchSettings().compare):
+        find(tmp_path, search=SearchSettings(trials=1, branches=2, compare=compare))
+        compared.append({record.name: record.result.scores for record in load_run(tmp_path / "run").baselines})
+    assert list(compared[1]) == ["aspp", "dpc", "trial 0", "linear", "mlp", "psp"]
+    assert {name: compared[1][name] for name in compared[0]} == compared[0]
+    find(tmp_path / "new", search=SearchSettings(trials=1, branches=2))
+    anew = {record.name: record.result.scores for record in load_run(tmp_path / "new" / "run").baselines}
+    assert list(anew) == ["linear", "mlp", "aspp", "psp", "dpc", "trial 0"]
+    assert anew == compared[1]
+
+
 def test_a_compared_cell_of_a_layer_that_is_not_there_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "third.json"
     path.write_text('[{"op": "conv", "kernel": 1, "input": -3}]')
