@@ -94,7 +94,7 @@ class LargeSettings(BackboneSettings):
     backbone: str | None = None
     """Any timm model with feature maps. None: a wider one trained on the spot for shapes, xception65 for the rest."""
     output_stride: int | None = None
-    """Pixels per feature, 8 or 16. None: as --output-stride."""
+    """Pixels per feature, 4 to 32. None: as --output-stride."""
 
 
 @dataclass(frozen=True, kw_only=True)

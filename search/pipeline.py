@@ -367,8 +367,13 @@ def _data_of(train: Dataset, val: Dataset) -> DataSettings:
 
 
 def _settings_of(backbone: Backbone) -> BackboneSettings:
-    name, stride, origin = backbone.name, backbone.output_stride, backbone.weights_origin
-    return BackboneSettings(backbone=name, output_stride=stride, weights_origin=origin)
+    return BackboneSettings(
+        backbone=backbone.name,
+        output_stride=backbone.output_stride,
+        layers=backbone.layers,
+        patch_size=backbone.patch_size,
+        weights_origin=backbone.weights_origin,
+    )
 
 
 def _spaced(numbers: tuple[int, ...]) -> str:

@@ -206,7 +206,8 @@ class BackboneSettings:
     """The backbone, which turns pictures into features."""
 
     backbone: str | None = None
-    """Any timm model with feature maps. None: a small one trained on the spot for shapes, mobilenetv2_100 for other data."""
+    """Any timm model with feature maps (docs/backbones.md). None: a small one trained on the spot for shapes, mobilenetv2_100
+    for other data."""
     weights: Path | None = changes_no_score(None)  # its content is checked by the hash of the weights
     """Local file of the backbone's weights (safetensors or PyTorch, as trainings write it, in timm's key names), or a network
     of this project, whose backbone is then used."""
@@ -215,16 +216,27 @@ class BackboneSettings:
     pretrained: bool = changes_no_score(False)
     """Let timm download its pretrained weights."""
     output_stride: int | None = None
-    """Pixels per feature, 8 or 16; at 8 the cells' rates double. None: 16."""
+    """Pixels per feature, 4 to 32; at 8 the cells' rates double. None: 16, or a vision transformer's patch."""
+    layers: tuple[int, ...] = (-1,)
+    """Layers of the backbone that cells read, counted from the end, the deepest first, such as -1 -4: blocks of a vision
+    transformer, stages of others. -1 is the deepest that has the output stride."""
+    patch_size: int | None = None
+    """Pixels per side of a vision transformer's patches, to which its weights are resampled. None: its own."""
 
     @property
     def stride(self) -> int:
-        """The output stride, given or not."""
+        """The output stride, after `search.backbones.completed_backbone`."""
         return given(self.output_stride, 16)
 
     def check(self) -> None:
-        """Raise InputError for an output stride other than 8 and 16."""
-        require("output_stride", self.output_stride, self.stride in (8, 16), "8 or 16")
+        """Raise InputError for numbers that no backbone has."""
+        require("output_stride", self.output_stride, 4 <= self.stride <= 32, "4 to 32")
+        require("patch_size", self.patch_size, 4 <= given(self.patch_size, 4) <= 32, "4 to 32")
+        is_row = bool(self.layers) and list(self.layers) == sorted(set(self.layers), reverse=True)
+        layers = " ".join(map(str, self.layers)) or "none"
+        require(
+            "layers", layers, is_row and max(self.layers) < 0, "numbers below 0, each once, the deepest first, such as -1 -4"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

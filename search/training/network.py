@@ -93,7 +93,14 @@ def join_head(
             f"head {path} was trained on {name} at output stride {stride}: leave out `backbone` and `output_stride`, which "
             "are in the file"
         )
-    asked = replace(asked, backbone=name, output_stride=stride, weights_origin=described["weights_origin"])
+    asked = replace(
+        asked,
+        backbone=name,
+        output_stride=stride,
+        layers=tuple(described.get("layers", BackboneSettings.layers)),
+        patch_size=described.get("patch_size"),
+        weights_origin=described["weights_origin"],
+    )
     backbone = create_backbone(asked, described.get("dataset", ""), cache_dir, low_level=decoder)
     if backbone.weights_hash() != described["weights_hash"]:
         hashes = [each[:12] for each in (described["weights_hash"], backbone.weights_hash())]

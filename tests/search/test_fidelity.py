@@ -438,7 +438,7 @@ def test_settings_of_another_protocol_do_not_matter(
         ({"large.weights": None}, "give `large.weights`, or `large.pretrained`"),
         ({"large.backbone": "no_such_model"}, "correct `large.backbone`, `large.weights`"),
         ({"crop_size": (32, 32)}, "`crop_size` 32 32 must be"),
-        ({"large.output_stride": 4}, "^`large.output_stride` must be 8 or 16, got 4"),
+        ({"large.output_stride": 3}, "^`large.output_stride` must be 4 to 32, got 3"),
         ({"end_to_end.iterations": 0}, "^`end_to_end.iterations` must be at least 1, got 0"),
         ({"end_to_end.min_scale": 0.0}, "^`end_to_end.min_scale` must be above 0"),
     ],

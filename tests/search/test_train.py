@@ -473,7 +473,7 @@ def test_defaults_are_the_papers_but_for_shapes() -> None:
         ({"ema": 1.0}, "`ema` must be at least 0 and below 1"),
         ({"max_scale": 0.25}, "`max_scale` must be at least `min_scale`"),
         ({"slow_start_iterations": 8}, "`slow_start_iterations` 8 leaves none"),
-        ({"init": None, "output_stride": 4}, "`output_stride` must be 8 or 16"),
+        ({"init": None, "output_stride": 3}, "`output_stride` must be 4 to 32"),
         ({"cell": "dpc"}, "`init` brings its own .* leave out `cell`"),
         ({"init": None, "cell": "dpc", "run": Path("runs/x")}, "`cell` and `run` both"),
         ({"init": None}, "random weights: give `weights`, or `pretrained`"),
