@@ -49,11 +49,11 @@ def _described(path: Path | None) -> tuple[FileKind, dict[str, Any]] | None:
 
 def create_network(settings: TrainingSettings, cell: Cell, task: DenseTask) -> SegmentationNetwork:
     """Build a network around the cell, with weights from the backbone's settings and the seed. Raises InputError."""
+    require_layers("cell", str(cell), cell, len(settings.backbone.layers))
     torch.manual_seed(settings.seed)
     backbone = create_backbone(
         settings.backbone, settings.data.dataset, settings.machine.cache_dir, low_level=settings.recipe.decoder
     )
-    require_layers("cell", str(cell), cell, len(backbone.layer_channels))
     channels = settings.head.channels
     context = DensePredictionCell(
         cell,
