@@ -129,6 +129,29 @@ def test_a_network_with_an_undescribed_decoder_is_not_saved(tmp_path: Path) -> N
         save_network(tmp_path / "network.safetensors", network, task={"class_names": CLASSES})
 
 
+@pytest.mark.parametrize("cell", [Cell(()), Cell((Branch(-2, Conv1x1()), *CELL.branches[:1]))], ids=["no branches", "second"])
+@pytest.mark.parametrize("in_channels", [(3, 2), (3, 2, 4)], ids=str)
+def test_round_trip_of_several_layers(tmp_path: Path, cell: Cell, in_channels: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    context = DensePredictionCell(cell, in_channels, branch_channels=4, cell_channels=5)
+    head, path = SegmentationHead(context, len(CLASSES)).train(), tmp_path / "head.safetensors"
+    features = torch.randn(2, sum(in_channels), 5, 6)
+    head(features)
+    save_head(path, head, task={"class_names": CLASSES}, backbone=BACKBONE)
+    loaded, description = load_head(path)
+    assert description["in_channels"] == list(in_channels)
+    assert loaded.context.input_channels == load_context(path).input_channels == in_channels
+    assert torch.equal(loaded(features), head.eval()(features))
+
+
+def test_a_head_fits_the_layers_of_its_backbone_alone() -> None:
+    backbone = plain_backbone("tiny", (3, 4, 4, 6), output_stride=16)
+    head = SegmentationHead(DensePredictionCell(CELL, (4, 2), branch_channels=4), 2)
+    message = r"head was built for 4 \+ 2 channels at output stride 16, backbone tiny gives 6 at 16"
+    with pytest.raises(ValueError, match=message):
+        SegmentationNetwork(backbone, head)
+
+
 @pytest.mark.parametrize("dropout", [nn.Identity(), nn.Dropout2d(0.2)])
 def test_what_computes_the_same_is_saved(tmp_path: Path, dropout: nn.Module) -> None:
     """Norms that were synchronised, and another dropout, are no others once the training is over."""

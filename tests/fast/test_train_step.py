@@ -190,6 +190,17 @@ def test_training_learns() -> None:
     assert np.mean(losses[-10:]) < 0.5 * losses[0]
 
 
+def test_a_head_without_branches_learns() -> None:
+    """The linear probe: a norm and a classifier."""
+    torch.manual_seed(0)
+    features, labels = random_data()
+    head = SegmentationHead(DensePredictionCell(Cell(()), features.shape[1]), 4).to(features.dtype)
+    step = make_step(head, features, labels, iterations=60)
+    losses = [step().item() for _ in range(60)]
+    assert np.mean(losses[-10:]) < np.mean(losses[:10])
+    assert {int(count) for count in counters(head)} == {60}
+
+
 def test_depends_on_the_seed_alone() -> None:
     def losses(seed: int) -> list[float]:
         head = make_head(dropout_rate=0.5)
