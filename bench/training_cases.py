@@ -30,6 +30,7 @@ from fast.segmentation import SegmentationHead
 from fast.train_step import Precision, TrainStep
 from reference.cell import Cell
 from reference.concat_project import DROPOUT_RATE
+from reference.grid import Grid
 from search.cells.space import SearchSpace
 from search.datasets import SPLITS, open_dataset
 from search.settings import HeadSettings, ProxySettings
@@ -55,6 +56,7 @@ class ProxyCase(Case):
     num_classes: int
     crop: tuple[int, int]  # in features
     images: int = 16
+    grid: Grid = Grid(_STRIDE)
     margin: int = 8  # an image is larger than the crop by this many features, along each axis
     learning_rate: float = 0.01
     dropout_rate: float = DROPOUT_RATE
@@ -102,8 +104,7 @@ class ProxyCase(Case):
         return features.contiguous(memory_format=provider.memory_format(device)), labels
 
     def _pixels(self, margin: int) -> tuple[int, int]:
-        height, width = (_STRIDE * (extent + margin - 1) + 1 for extent in self.crop)
-        return height, width
+        return self.grid.pixels((self.crop[0] + margin, self.crop[1] + margin))
 
     def plain(self) -> PlainHead:
         cell = PlainCell(self.cell, self.in_channels, self.channels, self.channels, self.dropout_rate)
@@ -124,7 +125,7 @@ class ProxyCase(Case):
     ) -> TrainStep | PlainTrainStep:
         """The training step, ready for its first call."""
         arguments: dict[str, Any] = {
-            "output_stride": _STRIDE,
+            "grid": self.grid,
             "crop": self.crop,
             "batch_size": self.batch,
             "iterations": 30_000,

@@ -89,7 +89,7 @@ def _step_of(case: ProxyCase, dtype: DType) -> TrainStep:
         cast(SegmentationHead, case.head(OURS)),
         features,
         labels,
-        output_stride=16,
+        grid=case.grid,
         crop=case.crop,
         batch_size=case.batch,
         iterations=1000,

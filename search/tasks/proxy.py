@@ -23,6 +23,7 @@ from fast.segmentation import SegmentationHead
 from fast.train_step import TrainStep
 from reference.cell import Cell
 from reference.dense_prediction_cell import rate_multiplier_for
+from reference.grid import Grid
 from search.cells.cost import module_cost
 from search.cells.reach import FeatureMaps
 from search.dense_tasks import Scores, totals_of_nothing
@@ -135,7 +136,7 @@ class ProxyTask:
             head,
             *self._train,
             loss=self.dense_task.loss,
-            output_stride=self.output_stride,
+            grid=Grid(self.output_stride),
             crop=self.crop,
             batch_size=settings.batch_size,
             iterations=settings.steps,
