@@ -9,10 +9,6 @@ DOCS = Path(__file__).parents[1] / "docs"
 LISTING = runpy.run_path(str(DOCS / "list_backbones.py"))
 PAGE = (DOCS / "backbones.md").read_text(encoding="utf-8").splitlines(keepends=True)
 ROWS = {line.split("|")[1].strip(): line for line in PAGE if "|" in line}
-    line.split("|")[1].strip(): line
-    for line in (DOCS / "backbones.md").read_text(encoding="utf-8").splitlines(True)
-    if "|" in line
-}
 # One of each kind: accepted on either grid, at a stride of its own, refused for its sizes, for its strides.
 SAMPLE = (
     *("convnext_atto", "efficientvit_b0", "eva02_tiny_patch14_224", "crossvit_tiny_240", "mixer_s32_224", "mobilenetv2_100"),
