@@ -41,7 +41,7 @@ from search.tasks.proxy import NotFiniteError, ProxyResult, ProxyTask
 from tests.search.composed import changed, composed
 
 BACKBONE = "test_efficientnet"
-KNOWN_CELLS = ("aspp", "dpc")
+KNOWN_CELLS = ("linear", "mlp", "aspp", "psp", "dpc")
 OUTPUTS = ("settings.json", "study.db", "cells.csv", "examples.npz", "report.html", "best_cells/rank_01.json")
 
 
@@ -151,17 +151,17 @@ def test_a_run_leaves_what_it_is_for(
         assert (int(row["trial"]), float(row["mean_iou"])) == (record.number, record.result.score)
         assert (int(row["parameters"]), Cell.from_json(row["cell"])) == (record.result.parameters, record.cell)
     assert [(record.name, record.seed) for record in uninterrupted.baselines] == [
-        ("aspp", 0),
-        ("dpc", 0),
+        *((name, 0) for name in KNOWN_CELLS),
         (f"trial {best[0].number}", 0),
     ]
-    assert [record.cell for record in uninterrupted.baselines[:2]] == [load_cell(name) for name in KNOWN_CELLS]
+    assert [record.cell for record in uninterrupted.baselines[:-1]] == [load_cell(name) for name in KNOWN_CELLS]
 
     capsys.readouterr()
     forbid_evaluation(monkeypatch)
     search.random.main(changed(tiny, out=tiny.out))
     table = capsys.readouterr().out
-    for line in (f"trial {best[0].number} ", "aspp (n=1)", "dpc (n=1)", f"trial {best[0].number} again (n=1)"):
+    names = [f"{name} (n=1)" for name in KNOWN_CELLS]
+    for line in (f"trial {best[0].number} ", *names, f"trial {best[0].number} again (n=1)"):
         assert line in table
     assert best[0].result is not None
     assert f"{100 * best[0].result.score:.2f}" in table
@@ -243,7 +243,7 @@ def test_more_comparison_seeds_keep_the_first(settings: RandomSettings, uninterr
     scores = {(record.name, record.seed): record for record in comparisons(run)}
     assert set(scores) == {(name, seed) for name in (*KNOWN_CELLS, "trial 0") for seed in (0, 1)}
     assert len(run.baselines) == len(scores)
-    assert scores["dpc", 0] == comparisons(uninterrupted)[1]
+    assert scores["dpc", 0] == comparisons(uninterrupted)[KNOWN_CELLS.index("dpc")]
     assert scores["dpc", 1].result.loss_curve != scores["dpc", 0].result.loss_curve
 
 
