@@ -335,7 +335,7 @@ def test_network_round_trip(tmp_path: Path, decoder: bool, output_stride: int) -
 
 def network_on(backbone: Backbone) -> SegmentationNetwork:
     context = DensePredictionCell(
-        CELL, backbone.channels, branch_channels=4, cell_channels=4, output_stride=backbone.output_stride
+        CELL, backbone.layer_channels, branch_channels=4, cell_channels=4, output_stride=backbone.output_stride
     )
     return SegmentationNetwork(backbone, SegmentationHead(context, len(CLASSES))).eval()
 

@@ -65,7 +65,7 @@ def test_the_grid_is_measured_and_each_feature_has_a_gradient(name: str) -> None
 def test_a_network_on_it_is_exported(name: str) -> None:
     backbone = timm_backbone(name).eval()
     cell = DensePredictionCell(
-        load_cell("aspp"), backbone.channels, branch_channels=4, cell_channels=4, output_stride=backbone.output_stride
+        load_cell("aspp"), backbone.layer_channels, branch_channels=4, cell_channels=4, output_stride=backbone.output_stride
     )
     network = SegmentationNetwork(backbone, SegmentationHead(cell, 3)).eval()
     images = images_on(backbone)

@@ -79,7 +79,9 @@ def test_a_networks_file_says_its_layers_and_grid(tmp_path: Path) -> None:
     torch.save(timm.create_model("test_vit").state_dict(), tmp_path / "vit.pth")
     given = BackboneSettings(backbone="test_vit", weights=tmp_path / "vit.pth", layers=(-1, -3), patch_size=14)
     backbone = create_backbone(given, "camvid", tmp_path)
-    cell = DensePredictionCell(load_cell("aspp"), 128, branch_channels=4, cell_channels=4, output_stride=14)
+    cell = DensePredictionCell(
+        load_cell("aspp"), backbone.layer_channels, branch_channels=4, cell_channels=4, output_stride=14
+    )
     path = tmp_path / "network.safetensors"
     save_network(path, SegmentationNetwork(backbone, SegmentationHead(cell, 3)), task={})
     settings = completed_backbone(BackboneSettings(weights=path))
