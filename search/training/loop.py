@@ -35,7 +35,7 @@ from search.errors import InputError
 from search.settings import RecipeSettings, TrainingSettings, known, plain
 from search.training.augmentation import Augmentation, Crop
 from search.training.batches import Batches
-from search.training.optimizer import parameter_groups, poly_learning_rate, set_learning_rate
+from search.training.optimizer import create_optimizer, learning_rate, set_learning_rate
 from search.training.scoring import count_split
 from search.training.state import Curve, load_state, save_state
 from search.training.tiles import Tiles
@@ -99,10 +99,7 @@ class Training:
         self.batches = Batches(train, augmentation, self.recipe, devices, settings.seed)
         self.network = network.to(devices.device)
         self._learns = self.devices.prepare(self.network)
-        groups = parameter_groups(
-            self.network, weight_decay=self.recipe.weight_decay, last_layer_multiplier=self.recipe.last_layer_multiplier
-        )
-        self.optimizer = torch.optim.SGD(groups, lr=0.0, momentum=self.recipe.momentum)
+        self.optimizer = create_optimizer(self.network, self.recipe)
         self.average = averaged(self.network, self.recipe.ema) if self.recipe.ema else None
         self.progress = _Progress()
         self._losses: list[tuple[Tensor, float]] = []  # since the last reading, with their learning rates
@@ -193,13 +190,7 @@ class Training:
         return self.task.loss(outputs, labels)
 
     def _rate(self) -> float:
-        return poly_learning_rate(
-            self.progress.iteration,
-            initial=known(self.recipe.learning_rate),
-            iterations=self.iterations,
-            slow_start_iterations=self.recipe.slow_start_iterations,
-            slow_start_rate=self.recipe.slow_start_learning_rate,
-        )
+        return learning_rate(self.recipe, self.progress.iteration)
 
     def _log(self) -> float:
         """Read the losses since the last reading, write them to the curve, and return the latest."""
