@@ -330,8 +330,8 @@ class OptimizerSettings:
     momentum: float | None = None
     """Momentum of sgd. None: 0.9."""
     weight_decay: float | None = None
-    """Decay of all weights but depthwise ones, norms and biases: an L2 penalty with sgd, times the learning rate a share of the
-    weight with adamw. None: 4e-5 with sgd, 0.05 with adamw."""
+    """Decay of all weights but depthwise ones, norms and biases: an L2 penalty with sgd; with adamw, times the learning rate,
+    a share of the weight. None: 4e-5 with sgd, 0.05 with adamw."""
 
     def with_defaults(self, sgd: float, adamw: float) -> Self:
         """With the defaults of the optimiser where nothing was given; the learning rates are those of the training."""
