@@ -98,6 +98,11 @@ class Backbone(nn.Module):
         """Pixels per feature."""
         return self.grid.stride
 
+    @property
+    def patch_size(self) -> int | None:
+        """The size to which the patches of a vision transformer were resampled; None for its own."""
+        return None if self.cut is None else self.cut.patch_size
+
     def forward(self, images: Tensor, with_low_level: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """The features, or with the low-level map before them, as `with_low_level` gives them."""
         maps = self._maps(images)

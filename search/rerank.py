@@ -71,7 +71,7 @@ class RunOverrides:
     pretrained: bool = False
     """Let timm download its pretrained weights."""
     output_stride: int | None = None
-    """Pixels per feature, 8 or 16. None: the run's."""
+    """Pixels per feature, 4 to 32. None: the run's."""
     branch_channels: int | None = None
     """Filters of each branch and of the cell's output. None: the run's."""
     pooling: PoolingVariant | None = None
@@ -97,7 +97,7 @@ class RunOverrides:
         """The backbone's settings; if other weights are given, only the name of the run's backbone is kept, if any."""
         is_another = self.backbone is not None or self.weights is not None or self.pretrained
         name = run.backbone if backbone_in(self.weights) is None else None  # a network's file has its own
-        before = BackboneSettings(backbone=name, output_stride=run.output_stride) if is_another else run
+        before = BackboneSettings(backbone=name, output_stride=run.output_stride, layers=run.layers) if is_another else run
         return replace(
             before,
             backbone=given(self.backbone, before.backbone),

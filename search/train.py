@@ -70,7 +70,7 @@ class TrainSettings:
     machine: Flat[MachineSettings] = MachineSettings()
 
     def training(self, pictures: TrainingPictures) -> TrainingSettings:
-        """The settings that every training has, completed for the pictures to train on."""
+        """The settings that every training has, completed for the pictures to train on, and checked. Raises InputError."""
         settings = TrainingSettings(
             data=self.data,
             backbone=self.backbone,
@@ -93,7 +93,6 @@ def main(settings: TrainSettings) -> None:
     _check(settings)
     train, val = open_splits(settings.data)
     training = settings.training(training_pictures(settings.data, train))
-    training.check()
     devices = join_devices(settings.machine.device)
     try:
         if devices.rank == 0:
@@ -173,8 +172,10 @@ def _check(settings: TrainSettings) -> None:
         raise InputError(f"`head` {settings.head} is a whole network: give it as `init`")
     brought: dict[str, object] = {} if settings.begun is None else {"`cell`": settings.cell, "`run`": settings.run}
     if settings.init is not None:
-        names = ("backbone", "weights", "pretrained", "output_stride")
-        brought |= {f"`{name}`": getattr(settings.backbone, name) for name in names} | {"`decoder`": settings.recipe.decoder}
+        names = ("backbone", "weights", "pretrained", "output_stride", "layers", "patch_size")
+        values = {name: getattr(settings.backbone, name) for name in names}
+        brought |= {f"`{name}`": value for name, value in values.items() if value != getattr(BackboneSettings, name)}
+        brought["`decoder`"] = settings.recipe.decoder
     if given := [field for field, value in brought.items() if value]:
         begun = "`init`" if settings.head is None else "`head`"
         raise InputError(f"{begun} brings its own architecture and weights: leave out {', '.join(given)}")

@@ -6,15 +6,17 @@ from typing import Any, TypeVar
 
 from fast.backbone import Backbone, timm_backbone
 from fast.checkpoint import describe_file, load_backbone
+from fast.timm_models import Cut, cut_of
 from fast.weights_file import WeightsFileError
 from reference.grid import Grid
 from search.backbones.shapes import SHAPES_BACKBONES, SMALL_BACKBONE, shapes_backbone
 from search.errors import InputError
-from search.settings import SHAPES, BackboneSettings, given
+from search.settings import SHAPES, BackboneSettings, given, known
 
 Settings = TypeVar("Settings", bound=BackboneSettings)
 
 DEFAULT_BACKBONE = "mobilenetv2_100"  # but for the generated scenes
+_ONLY_TIMM = "layers", "patch_size"  # settings of timm's models
 
 
 def backbone_in(path: Path | None) -> dict[str, Any] | None:
@@ -35,14 +37,17 @@ def backbone_in(path: Path | None) -> dict[str, Any] | None:
 
 
 def completed_backbone(settings: Settings) -> Settings:
-    """The settings with the name, origin and output stride of the network whose file is given as `weights`, if one is.
+    """The settings with what follows from the network whose file is given as `weights`, if one is, and from the backbone.
 
-    Raises InputError where they contradict the file.
+    That is the name, origin, layers and patch size of the file, and the output stride where it is not 16. Raises InputError
+    where the settings contradict the file, and for a timm model that has no such features.
     """
     settings.check()
     described = backbone_in(settings.weights)
     if described is None:
-        return settings
+        cut = _cut_of(settings)
+        stride = settings.stride if cut is None else cut.grid.stride
+        return settings if stride == settings.stride else replace(settings, output_stride=stride)
     name, origin = described["name"], described.get("weights_origin", "timm")
     if settings.backbone is not None and settings.backbone.split(".")[0] != name.split(".")[0]:
         raise InputError(
@@ -50,8 +55,12 @@ def completed_backbone(settings: Settings) -> Settings:
         )
     if settings.weights_origin not in ("timm", origin):  # timm is the default
         raise InputError(f"`weights` {settings.weights} is a network with weights from {origin}: leave out `weights_origin`")
+    own = replace(settings, layers=tuple(described.get("layers", (-1,))), patch_size=described.get("patch_size"))
+    for field in _ONLY_TIMM:
+        if getattr(settings, field) not in (getattr(own, field), getattr(BackboneSettings, field)):
+            raise InputError(f"`weights` {settings.weights} is a network with other `{field}`: leave that out")
     return replace(
-        settings,
+        own,
         backbone=name,
         weights_origin=origin,
         output_stride=given(settings.output_stride, described["output_stride"]),
@@ -60,7 +69,38 @@ def completed_backbone(settings: Settings) -> Settings:
 
 def grid_of(settings: BackboneSettings, dataset: str) -> Grid:
     """Where the features of the backbone that the settings name sit on pixels, without its weights. Raises InputError."""
-    return Grid(completed_backbone(settings).stride)
+    settings = completed_backbone(settings)
+    described = backbone_in(settings.weights)
+    if described is not None:
+        return Grid(settings.stride, described.get("align_corners", True))
+    cut = _cut_of(replace(settings, backbone=backbone_name(settings, dataset)))
+    return Grid(settings.stride) if cut is None else cut.grid
+
+
+def backbone_name(settings: BackboneSettings, dataset: str) -> str:
+    """The backbone's name, given or not."""
+    return settings.backbone or (SMALL_BACKBONE if dataset == SHAPES else DEFAULT_BACKBONE)
+
+
+def _cut_of(settings: BackboneSettings) -> Cut | None:
+    """How the settings' timm model is cut; None for a backbone that is none of timm's. Raises InputError."""
+    name = settings.backbone
+    if name is None or name in SHAPES_BACKBONES:
+        for field in _ONLY_TIMM:
+            if name in SHAPES_BACKBONES and getattr(settings, field) != getattr(BackboneSettings, field):
+                raise InputError(f"`{field}` is for a timm model as `backbone`, and {name} is none: leave it out")
+        return None
+    try:
+        return cut_of(name, settings.output_stride, settings.layers, settings.patch_size, settings.weights_origin)
+    except ValueError as error:
+        raise InputError(f"{error}; correct {_blamed(settings)}") from error
+
+
+def _blamed(settings: BackboneSettings, *others: str) -> str:
+    """The fields by which a backbone may be wrong."""
+    own = [f"`{name}`" for name in _ONLY_TIMM if getattr(settings, name) != getattr(BackboneSettings, name)]
+    names = ["`backbone`", *others, "`output_stride`", *own]
+    return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
 def create_backbone(settings: BackboneSettings, dataset: str, cache_dir: Path, *, low_level: bool = False) -> Backbone:
@@ -74,8 +114,10 @@ def create_backbone(settings: BackboneSettings, dataset: str, cache_dir: Path, *
             return load_backbone(settings.weights, output_stride=settings.output_stride, low_level=low_level)
         except ValueError as error:
             raise InputError(f"{error}; correct `weights`" + " or `decoder`" * low_level) from error
-    name = settings.backbone or (SMALL_BACKBONE if dataset == SHAPES else DEFAULT_BACKBONE)
+    settings = replace(settings, backbone=backbone_name(settings, dataset))
+    name = known(settings.backbone)
     if name in SHAPES_BACKBONES:
+        _cut_of(settings)  # refuses what only timm's have
         if settings.weights is not None or settings.pretrained:
             raise InputError("`weights` and `pretrained` belong to a `backbone`: name it, or leave them out")
         return shapes_backbone(cache_dir, settings.stride, name=name, low_level=low_level)
@@ -87,6 +129,8 @@ def create_backbone(settings: BackboneSettings, dataset: str, cache_dir: Path, *
         return timm_backbone(
             name,
             output_stride=settings.stride,
+            layers=settings.layers,
+            patch_size=settings.patch_size,
             weights=settings.weights,
             pretrained=settings.pretrained,
             weights_origin=settings.weights_origin,
@@ -95,7 +139,8 @@ def create_backbone(settings: BackboneSettings, dataset: str, cache_dir: Path, *
     except WeightsFileError as error:
         raise InputError(f"{error}; correct `weights`") from error
     except ValueError as error:
-        blamed = ["`backbone`", "`weights`", "`output_stride`", *(["`decoder`"] if low_level else [])]
-        raise InputError(f"{error}; correct {', '.join(blamed[:-1])} or {blamed[-1]}") from error
+        raise InputError(
+            f"{error}; correct {_blamed(settings, '`weights`', *(['`decoder`'] if low_level else []))}"
+        ) from error
     except OSError as error:
         raise InputError(f"timm could not load its weights of {name} ({error}): give a file as `weights`") from error

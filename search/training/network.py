@@ -14,7 +14,9 @@ from fast.decoder import Decoder
 from fast.dense_prediction_cell import DensePredictionCell
 from fast.segmentation import SegmentationHead, SegmentationNetwork
 from reference.cell import Cell
-from search.backbones import completed_backbone, create_backbone
+from reference.grid import Grid
+from search.backbones import completed_backbone, create_backbone, grid_of
+from search.backbones.facts import described_grid, facts_of_backbone
 from search.datasets import Dataset, contents
 from search.dense_tasks import DenseTask, restored_task
 from search.devices import Devices
@@ -24,14 +26,25 @@ from search.training.frozen import require_blocks
 
 
 def completed_training(settings: TrainingSettings, pictures: TrainingPictures, begun: Path | None = None) -> TrainingSettings:
-    """The settings with what follows from the pictures to train on, and from the file that `weights`, `init` or `head` is."""
-    backbone = completed_backbone(settings.backbone)
-    found = _described(begun)
-    if found is not None:
-        kind, description = found
-        stride = description["output_stride"] if kind != "network" else description["backbone"]["output_stride"]
-        backbone = replace(backbone, output_stride=given(backbone.output_stride, stride))
-    return replace(settings, backbone=backbone).completed(pictures)
+    """The settings with what follows from the pictures to train on, and from the file that `weights`, `init` or `head` is.
+
+    They are checked. Raises InputError for what cannot work, before anything is written.
+    """
+    settings, grid = _with_grid(settings, begun)
+    completed = settings.completed(pictures, grid)
+    completed.check(grid)
+    return completed
+
+
+def _with_grid(settings: TrainingSettings, begun: Path | None) -> tuple[TrainingSettings, Grid]:
+    """The settings with the backbone of the file that `weights`, `init` or `head` is, and the grid of its features."""
+    backbone, found = completed_backbone(settings.backbone), _described(begun)
+    if found is None:
+        return replace(settings, backbone=backbone), grid_of(backbone, settings.data.dataset)
+    _, description = found
+    grid = described_grid({"output_stride": description["output_stride"], **description.get("backbone", {})})
+    backbone = replace(backbone, output_stride=given(backbone.output_stride, grid.stride))
+    return replace(settings, backbone=backbone), grid
 
 
 def kind_of(path: Path) -> FileKind | None:
@@ -92,7 +105,14 @@ def join_head(
             f"head {path} was trained on {name} at output stride {stride}: leave out `backbone` and `output_stride`, which "
             "are in the file"
         )
-    asked = replace(asked, backbone=name, output_stride=stride, weights_origin=described["weights_origin"])
+    asked = replace(
+        asked,
+        backbone=name,
+        output_stride=stride,
+        layers=tuple(described.get("layers", BackboneSettings.layers)),
+        patch_size=described.get("patch_size"),
+        weights_origin=described["weights_origin"],
+    )
     backbone = create_backbone(asked, described.get("dataset", ""), cache_dir, low_level=decoder)
     if backbone.weights_hash() != described["weights_hash"]:
         hashes = [each[:12] for each in (described["weights_hash"], backbone.weights_hash())]
@@ -159,6 +179,7 @@ def training_identity(
         "cell": str(context.cell),
         "backbone": network.backbone.name,
         "output_stride": network.backbone.output_stride,
+        **facts_of_backbone(network.backbone),
         **contents("train_split", train.fingerprint()),
         **contents("val_split", val.fingerprint()),
         "number of devices": devices.count,

@@ -350,7 +350,7 @@ BAD_INPUT: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "unknown backbone": (add("--backbone", "resnet_of_nobody"), r"'resnet_of_nobody' is not a timm model"),
     "weights missing": (add("--weights", "nowhere.pth"), r"weights file nowhere\.pth does not exist"),
     "weights of another": (add("--backbone", "test_resnet"), r"weights\.pth is not of test_resnet: it lacks"),
-    "output stride": (add("--output-stride", "7"), r"--output-stride must be 8 or 16, got 7"),
+    "output stride": (add("--output-stride", "3"), r"--output-stride must be 4 to 32, got 3"),
     "image size": (add("--image-size", "20", "20"), r"--image-size 20 20 must be 16·k \+ 1"),
     "device": (add("--device", "abacus"), r"--device abacus cannot be used"),
     "unwritable cache": (in_the_way("--cache-dir"), r"cannot write .*file.*: give another --cache-dir"),

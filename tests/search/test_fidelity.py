@@ -23,6 +23,7 @@ import search.backbones.shapes
 import search.fidelity
 import search.reports.fidelity
 from reference.cell import BACKBONE_FEATURE, Cell
+from reference.grid import Grid
 from search.backbones import create_backbone
 from search.cells.space import SearchSpace, canonical_form, load_cell
 from search.datasets import open_dataset, open_splits
@@ -438,7 +439,7 @@ def test_settings_of_another_protocol_do_not_matter(
         ({"large.weights": None}, "give `large.weights`, or `large.pretrained`"),
         ({"large.backbone": "no_such_model"}, "correct `large.backbone`, `large.weights`"),
         ({"crop_size": (32, 32)}, "`crop_size` 32 32 must be"),
-        ({"large.output_stride": 4}, "^`large.output_stride` must be 8 or 16, got 4"),
+        ({"large.output_stride": 3}, "^`large.output_stride` must be 4 to 32, got 3"),
         ({"end_to_end.iterations": 0}, "^`end_to_end.iterations` must be at least 1, got 0"),
         ({"end_to_end.min_scale": 0.0}, "^`end_to_end.min_scale` must be above 0"),
     ],
@@ -476,7 +477,7 @@ def test_end_to_end_crops_whole_pictures_unless_told_otherwise(
 ) -> None:
     settings = changed(settings, protocols=("end_to_end",), **changes)
     (protocol,) = search.fidelity.prepare_protocols(settings, open_splits(settings.data), known(settings.out))
-    whole = padded_size(settings.features, open_dataset("camvid", "train", settings.data.data_dir), 16)
+    whole = padded_size(settings.features, open_dataset("camvid", "train", settings.data.data_dir), Grid(16))
     assert protocol.identity["end_to_end.crop_size"] == list(crop or whole)
 
 

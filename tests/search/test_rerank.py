@@ -262,7 +262,7 @@ def test_other_settings_are_refused(tiny: RerankSettings, uninterrupted: Path, c
         ({"top": 0}, "`top` must be at least 1, got 0"),
         ({"seeds": 0}, "`seeds` must be at least 1, got 0"),
         ({"iterations": 0}, "`iterations` must be at least 1, got 0"),
-        ({"output_stride": 0}, "`output_stride` must be 8 or 16, got 0"),
+        ({"output_stride": 0}, "`output_stride` must be 4 to 32, got 0"),
         ({"branch_channels": 0}, "`branch_channels` must be at least 1, got 0"),
         ({"compare": ("nothing",)}, "there is no cell 'nothing'"),
         ({"run": Path("nowhere")}, "nowhere is not a run"),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fast.checkpoint import save_network
+from reference.grid import Grid
 from search import InputError, backbone_from_module
 from search.pipeline import Found
 from tests.search.python_parts import Strided, found_head
@@ -52,9 +53,24 @@ def test_the_last_map_counts(pack: Callable[[Tensor, Tensor], Any]) -> None:
     assert backbone.body.module is module
 
 
-@pytest.mark.parametrize(("halvings", "stride"), [(3, 8), (4, 16)])
+@pytest.mark.parametrize(("halvings", "stride"), [(2, 4), (3, 8), (4, 16), (5, 32)])
 def test_the_output_stride_is_measured(halvings: int, stride: int) -> None:
-    assert backbone_of(Strided(halvings)).output_stride == stride
+    assert backbone_of(Strided(halvings)).grid == Grid(stride)
+
+
+@pytest.mark.parametrize("patch", [4, 14, 16, 32])
+def test_patches_have_their_features_at_centres(patch: int) -> None:
+    patches = nn.Conv2d(3, 8, patch, stride=patch)
+    backbone = backbone_of(patches)
+    assert backbone.grid == Grid(patch, align_corners=False)
+    images = torch.zeros(1, 3, 3 * patch, 2 * patch)
+    assert backbone(images).shape == (1, 8, 3, 2)
+    with pytest.raises(ValueError, match=rf"takes pictures of {patch}·k pixels each way, such as "):
+        backbone(torch.zeros(1, 3, 3 * patch + 1, 2 * patch))
+
+
+def test_windows_of_two_that_halve_the_map_have_their_features_at_centres() -> None:
+    assert backbone_of(nn.Sequential(*(nn.MaxPool2d(2) for _ in range(4)))).grid == Grid(16, align_corners=False)
 
 
 def test_measuring_changes_nothing() -> None:
@@ -68,10 +84,13 @@ def test_measuring_changes_nothing() -> None:
 
 
 class LeansToOneSide(nn.Sequential):
-    """Its maps have the right sizes, but a window of 2×2 begins at each feature's pixel."""
+    """Its maps have as many features as corners have, but each convolution is padded at the bottom and right alone."""
 
     def __init__(self) -> None:
-        super().__init__(*(nn.MaxPool2d(2, ceil_mode=True) for _ in range(4)))
+        super().__init__()
+        for i in range(4):
+            self.append(nn.ZeroPad2d((0, 2, 0, 2)))
+            self.append(nn.Conv2d(8 if i else 3, 8, kernel_size=3, stride=2))
 
 
 class Raises(nn.Module):
@@ -82,19 +101,24 @@ class Raises(nn.Module):
 
 
 MISFITS: dict[str, tuple[nn.Module, str]] = {
-    "output stride 32": (
-        Strided(5),
-        r"gives 5×6 features of 129×161 pixels, an output stride of 32 .*: change strides to dil",
+    "output stride 64": (
+        Strided(6),
+        r"gives 3×3 features of 129×161 pixels; .* would be 9×11, .*: pad each odd kernel by half its size",
     ),
-    "output stride 4": (Strided(2), r"gives 33×41 features .*, an output stride of 4 in place of 8 or 16"),
-    "patches": (nn.Conv2d(3, 8, 16, stride=16), r"gives 8×10 features .*; at output stride 16 it would be 9×11, .*: pad each"),
-    "even windows": (LeansToOneSide(), r"has no feature on every corner of a picture, .* leave out even kernels"),
+    "output stride 2": (
+        Strided(1),
+        r"gives 65×81 features .*, an output stride of 2, where 4 to 32 can be read: change strides to dilation",
+    ),
+    "padded on one side": (
+        LeansToOneSide(),
+        r"has features at 16·i \+ 1\d\.\d pixels: neither on every 16th pixel, .* or leave out even ones",
+    ),
     "a classifier": (
         nn.Sequential(Strided(4), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
         r"must give a map .*, got \(1, 8\): cut",
     ),
     "no tensor": (Several(lambda early, last: "maps"), r"must give a map \(N, channels, h, w\), or several, got str"),
-    "an error": (Raises(), r"gives no features of images \(1, 3, 129, 161\) \(224×224 only\): correct it"),
+    "an error": (Raises(), r"gives no features of images \(1, 3, 113, 145\) \(224×224 only\): correct it"),
 }
 
 

@@ -228,7 +228,7 @@ def test_ctrl_c_saves_and_goes_on(
     ("change", "message"),
     [
         ({"iterations": 0}, "`iterations` must be at least 1"),
-        ({"output_stride": 4}, "`output_stride` must be 8 or 16"),
+        ({"output_stride": 3}, "`output_stride` must be 4 to 32"),
         ({"dropout": 1.0}, "`dropout` must be at least 0 and below 1"),
         ({"data_dir": Path("nowhere")}, "nowhere"),
     ],

@@ -10,6 +10,7 @@ import torch
 from fast.backbone import timm_backbone
 from fast.dense_prediction_cell import DensePredictionCell, decays
 from fast.segmentation import SegmentationHead, SegmentationNetwork
+from reference.grid import Grid
 from search.cells.space import load_cell
 from search.settings import RecipeSettings, TrainingPictures
 from search.training.optimizer import create_optimizer, learning_rate, parameter_groups, set_learning_rate
@@ -99,7 +100,7 @@ def test_a_multiplied_rate_is_a_multiplied_gradient_of_loss_and_decay() -> None:
 def test_adamw_steps_as_torchs_does_at_multiples_of_the_rate(network: SegmentationNetwork, multiplier: float) -> None:
     """Its first step is by the gradient's sign, after a decay by the rate: w ← w · (1 − r·λ) − r · sign(g)."""
     recipe = RecipeSettings(optimizer="adamw", last_layer_multiplier=multiplier).completed(
-        TrainingPictures("mine.toml", 40, (65, 65)), 16
+        TrainingPictures("mine.toml", 40, (65, 65)), Grid(16)
     )
     optimizer = create_optimizer(network, recipe)
     assert (recipe.learning_rate, recipe.weight_decay) == (1e-4, 0.05)
