@@ -36,6 +36,7 @@ from fast.model_card import write_card_for
 from fast.segmentation import SegmentationHead, SegmentationNetwork
 from reference.cell import AtrousSeparableConv, Conv1x1, Operation, PyramidPooling
 from reference.grid import Grid
+from search.backbones.facts import described_grid
 from search.cli import print_next, run_command, spelled, to_install
 from search.errors import InputError
 
@@ -70,8 +71,9 @@ class ExportSettings:
     the middle of patches, as a vision transformer's, 512 512 or what is nearest, and 32 32."""
     fixed_size: bool = False
     """Fix batch size 1 and --size, also where they could stay free; some runtimes are quicker for it."""
-    output_stride: Literal[8, 16] | None = None
-    """Pixels per feature (networks only); a network that was trained at 16 is finer at 8. None: as trained."""
+    output_stride: int | None = None
+    """Pixels per feature (networks only); a network that was trained at 16 is finer at 8, if its backbone has such features.
+    None: as trained."""
     full_size: bool = False
     """Resize the logits to the image's size within the program (networks only)."""
 
@@ -253,7 +255,7 @@ def _load(settings: ExportSettings) -> _Loaded:
         if settings.head is not None:
             head, description = load_head(settings.head)
             channels: int = head.context.in_channels
-            grid = Grid(head.context.output_stride, (description.get("backbone") or {}).get("align_corners", True))
+            grid = described_grid({"output_stride": head.context.output_stride, **(description.get("backbone") or {})})
             scale = "as the input"
             module: nn.Module = head
             input_text = f"features (N, {channels}, h, w) float32"
