@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, Self, assert_never, cast
 
 import torch
@@ -350,6 +351,7 @@ class LossCase(Case):
     num_classes: int
     size: tuple[int, int]
     label_size: tuple[int, int]
+    align_corners: bool = True
     launches_count: bool = False
 
     @property
@@ -374,7 +376,7 @@ class LossCase(Case):
             if self.is_training
             else (upsampled_confusion_matrix, upsampled_confusion)
         )
-        module = Computed(ours if provider.is_ours else plain)
+        module = Computed(partial(ours if provider.is_ours else plain, align_corners=self.align_corners))
         return ModuleWorkload(module, [*self.data(dtype, device)], self, provider, dtype)
 
 

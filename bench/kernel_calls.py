@@ -16,12 +16,13 @@ from fast.kernels import triton as kernels
 from fast.kernels.triton.launches import Key, Size
 from reference.batch_norm import EPS, BatchNorm
 from reference.concat_project import DROPOUT_RATE
+from reference.grid import Grid
 from reference.upsampled_cross_entropy import IGNORE_INDEX
 
 MAP_SIZES: dict[Size, tuple[int, int, int]] = {"small": (8, 49, 49), "large": (16, 97, 97)}  # N, H, W: below and above LARGE
 LABEL_SIZE = (769, 769)
 CHANNELS, CLASSES, RATE = 256, 19, (6, 21)
-STRIDE = 16  # pixels of labels per feature
+GRID = Grid(16)  # of features on labels
 DTYPES = {2: torch.bfloat16, 4: torch.float32}  # by bytes per value
 # 1×1 convolutions as (maps, output channels, times in an iteration): the projection, the branches', the classifier.
 PRODUCTS = ((5, CHANNELS, 1), (1, CHANNELS, 5), (1, CLASSES, 1))
@@ -110,9 +111,9 @@ class KernelCalls:
         n, *crop = self.sizes
         images, height, width = 4, crop[0] + 8, crop[1] + 8
         features = self.tensor(images, CHANNELS, height, width, dtype=self.dtype, memory_format=torch.channels_last)
-        shape = (images, STRIDE * (height - 1) + 1, STRIDE * (width - 1) + 1)
+        shape = (images, *GRID.pixels((height, width)))
         labels, draws = self.integers(torch.uint8, *shape), self.integers(torch.int32, 3, n)
-        yield 1, partial(kernels.crops, features, labels, draws, (crop[0], crop[1]), STRIDE, self.dtype)
+        yield 1, partial(kernels.crops, features, labels, draws, (crop[0], crop[1]), GRID, self.dtype)
 
     def _fold(self, moments: Any, norm: BatchNorm[Tensor]) -> Folded:
         return kernels.fold(moments, norm, count=self.count, momentum=0.0, eps=EPS)

@@ -15,6 +15,7 @@ from reference.atrous_separable_conv import SeparableConv
 from reference.batch_norm import EPS, BatchNorm
 from reference.cell import BACKBONE_FEATURE, AtrousSeparableConv, Cell, Conv1x1, Operation, PyramidPooling
 from reference.dense_prediction_cell import BranchWeights, CellWeights
+from reference.grid import Grid
 from reference.pointwise_conv import ConvNorm
 from reference.pyramid_pooling import PoolingVariant, window_size
 from reference.upsampled_cross_entropy import IGNORE_INDEX
@@ -127,16 +128,16 @@ class PlainHead(nn.Module):
         return logits
 
 
-def upsampled_loss(logits: Tensor, labels: Tensor) -> Tensor:
+def upsampled_loss(logits: Tensor, labels: Tensor, *, align_corners: bool) -> Tensor:
     """logits (N, K, h, w), labels (N, H, W) uint8 -> the mean loss ()."""
-    upsampled = F.interpolate(logits, labels.shape[1:], mode="bilinear", align_corners=True)
+    upsampled = F.interpolate(logits, labels.shape[1:], mode="bilinear", align_corners=align_corners)
     return F.cross_entropy(upsampled, labels.long(), ignore_index=IGNORE_INDEX)
 
 
-def upsampled_confusion(logits: Tensor, labels: Tensor) -> Tensor:
+def upsampled_confusion(logits: Tensor, labels: Tensor, *, align_corners: bool) -> Tensor:
     """logits (N, K, h, w), labels (N, H, W) uint8 -> pixels by (label, best class): (K, K)."""
     num_classes = logits.shape[1]
-    best = F.interpolate(logits, labels.shape[1:], mode="bilinear", align_corners=True).argmax(dim=1)
+    best = F.interpolate(logits, labels.shape[1:], mode="bilinear", align_corners=align_corners).argmax(dim=1)
     # Ignored pixels are counted behind the matrix, instead of selected away: no wait for their number on a GPU.
     pairs = torch.where(labels == IGNORE_INDEX, num_classes**2, labels.long() * num_classes + best)
     counts = torch.bincount(pairs.flatten(), minlength=num_classes**2 + 1)
@@ -146,12 +147,12 @@ def upsampled_confusion(logits: Tensor, labels: Tensor) -> Tensor:
 class HeadWithLoss(nn.Module):
     """The module that a user compiles: features and labels -> the loss."""
 
-    def __init__(self, head: PlainHead) -> None:
+    def __init__(self, head: PlainHead, *, align_corners: bool) -> None:
         super().__init__()
-        self.head = head
+        self.head, self.align_corners = head, align_corners
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
-        return upsampled_loss(self.head(features), labels)
+        return upsampled_loss(self.head(features), labels, align_corners=self.align_corners)
 
 
 class PlainTrainStep:
@@ -167,7 +168,7 @@ class PlainTrainStep:
         features: Tensor,
         labels: Tensor,
         *,
-        output_stride: int,
+        grid: Grid,
         crop: tuple[int, int],
         batch_size: int,
         iterations: int,
@@ -178,7 +179,7 @@ class PlainTrainStep:
         memory_format: torch.memory_format = torch.contiguous_format,
     ) -> None:
         self._features, self._labels, self._memory_format = features, labels, memory_format
-        self._stride, self._crop, self._batch_size = output_stride, crop, batch_size
+        self._grid, self._crop, self._batch_size = grid, crop, batch_size
         self._dtype = next(head.parameters()).dtype
         decayed, parameters = decays(head), dict(head.named_parameters())
         groups = [
@@ -187,7 +188,7 @@ class PlainTrainStep:
         ]
         self._optimizer = torch.optim.SGD(groups, lr=learning_rate, momentum=momentum, fused=True)
         self._schedule = torch.optim.lr_scheduler.PolynomialLR(self._optimizer, iterations, power=0.9)
-        model: nn.Module = HeadWithLoss(head).train()
+        model: nn.Module = HeadWithLoss(head, align_corners=grid.align_corners).train()
         self._loss = torch.compile(model, mode=compile_mode, dynamic=False) if compile_mode else model
 
     def __call__(self) -> Tensor:
@@ -202,11 +203,11 @@ class PlainTrainStep:
         """Crops of features, (N, C, h, w) in the head's dtype, and their labels, (N, H, W) uint8."""
         limits = [self._features.shape[0], *(s - c + 1 for s, c in zip(self._features.shape[2:], self._crop, strict=True))]
         places = [torch.randint(limit, (self._batch_size,)).tolist() for limit in limits]
-        height, width = (self._stride * (extent - 1) + 1 for extent in self._crop)
+        (height, width), stride = self._grid.pixels(self._crop), self._grid.stride
         crops, labels = [], []
         for image, top, left in zip(*places, strict=True):
             crops.append(self._features[image, :, top : top + self._crop[0], left : left + self._crop[1]])
-            window = self._labels[image, self._stride * top :, self._stride * left :]
+            window = self._labels[image, stride * top :, stride * left :]
             labels.append(window[:height, :width])
         with torch.autocast(self._features.device.type, enabled=False):  # under bfloat16 autocast it cannot stack float16
             batch = torch.stack(crops).to(self._dtype, memory_format=self._memory_format)

@@ -56,6 +56,7 @@ class ProxyCase(Case):
     num_classes: int
     crop: tuple[int, int]  # in features
     images: int = 16
+    grid: Grid = Grid(_STRIDE)
     margin: int = 8  # an image is larger than the crop by this many features, along each axis
     learning_rate: float = 0.01
     dropout_rate: float = DROPOUT_RATE
@@ -103,8 +104,7 @@ class ProxyCase(Case):
         return features.contiguous(memory_format=provider.memory_format(device)), labels
 
     def _pixels(self, margin: int) -> tuple[int, int]:
-        height, width = (_STRIDE * (extent + margin - 1) + 1 for extent in self.crop)
-        return height, width
+        return self.grid.pixels((self.crop[0] + margin, self.crop[1] + margin))
 
     def plain(self) -> PlainHead:
         cell = PlainCell(self.cell, self.in_channels, self.channels, self.channels, self.dropout_rate)
@@ -125,6 +125,7 @@ class ProxyCase(Case):
     ) -> TrainStep | PlainTrainStep:
         """The training step, ready for its first call."""
         arguments: dict[str, Any] = {
+            "grid": self.grid,
             "crop": self.crop,
             "batch_size": self.batch,
             "iterations": 30_000,
@@ -134,18 +135,11 @@ class ProxyCase(Case):
         }
         if provider.is_ours:
             precision: Precision = "bfloat16" if dtype == "bfloat16" else "float32"
-            return TrainStep(cast(SegmentationHead, head), *data, **arguments, grid=Grid(_STRIDE), precision=precision)
+            return TrainStep(cast(SegmentationHead, head), *data, **arguments, precision=precision)
         layout = provider.memory_format(data[0].device)
         plain = cast(PlainHead, head.double() if provider.in_float64 else head)
         plain = plain.to(memory_format=layout) if layout == torch.channels_last else plain
-        return PlainTrainStep(
-            plain,
-            *data,
-            **arguments,
-            output_stride=_STRIDE,
-            compile_mode=provider.compile_mode,
-            memory_format=layout,
-        )
+        return PlainTrainStep(plain, *data, **arguments, compile_mode=provider.compile_mode, memory_format=layout)
 
 
 class _ProxyWorkload(Workload):

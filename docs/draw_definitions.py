@@ -513,7 +513,7 @@ def draw_dense_prediction_cell() -> Figure:
     cell = Cell.load(CELLS / "dpc.json")
     unit = ConvNorm(np.ones((1, 1, 1, 1)), identity_norm(1))
     separable = SeparableConv(ConvNorm(np.ones((1, 1, 3, 3)), identity_norm(1)), unit)
-    weights = CellWeights((separable,) * len(cell.branches), projection=unit)
+    weights = CellWeights((separable,) * len(cell.branches), unit)
     impulse = np.zeros((1, 1, 65, 65))
     impulse[0, 0, 32, 32] = 1.0
     outputs = [output[0, 0] for output in branch_outputs(impulse, cell, weights, BranchOptions(training=False))]

@@ -91,7 +91,7 @@ class Backbone(nn.Module):
     @property
     def layers(self) -> tuple[int, ...]:
         """The maps that the features are made of, counted from the end."""
-        return (DEEPEST,) if self.cut is None else self.cut.layers
+        return tuple(range(-1, -1 - len(self.layer_channels), -1)) if self.cut is None else self.cut.layers
 
     @property
     def output_stride(self) -> int:

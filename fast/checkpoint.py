@@ -222,7 +222,7 @@ def _describe_head(head: SegmentationHead, task: Mapping[str, Any]) -> dict[str,
 def _describe_context(context: DensePredictionCell) -> dict[str, Any]:
     return {
         "cell": json.loads(context.cell.to_json()),
-        "in_channels": context.in_channels,
+        "in_channels": context.in_channels if len(context.input_channels) == 1 else [*context.input_channels],
         "branch_channels": context.branch_channels,
         "cell_channels": context.cell_channels,
         "output_stride": context.output_stride,

@@ -6,7 +6,7 @@ the operations that run both at once.
 """
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -44,9 +44,7 @@ def conv_norm(
     else:  # TensorFlow truncates at two standard deviations
         std = truncated_normal_std
         nn.init.trunc_normal_(conv.weight, std=std, a=-2 * std, b=2 * std)
-    if isinstance(norm_layer, nn.Module):
-        raise TypeError(f"norm_layer must make a norm from a number of channels, got one: {norm_layer}")
-    conv.norm = norm_layer(channels)
+    conv.norm = new_norm(norm_layer, channels)
     return conv
 
 
@@ -56,14 +54,25 @@ def conv_norm_relu(x: Tensor, conv: nn.Conv2d) -> Tensor:
     As in the operations that fuse them, a training `nn.BatchNorm2d` takes its running statistics where a map has one value a
     channel, at which its own forward raises ValueError.
     """
-    raw, norm = conv(x), _norm_of(conv)
-    if not (isinstance(norm, nn.BatchNorm2d) and norm.training) or uses_batch_statistics(raw, training=True):
-        return F.relu(norm(raw))
+    return F.relu(normed(conv(x), _norm_of(conv)))
+
+
+def normed(x: Tensor, norm: nn.Module) -> Tensor:
+    """x: (N, C, H, W) -> (N, C, H, W): the norm, called as a module, with running statistics as in `conv_norm_relu`."""
+    if not (isinstance(norm, nn.BatchNorm2d) and norm.training) or uses_batch_statistics(x, training=True):
+        return cast(Tensor, norm(x))
     norm.eval()
     try:
-        return F.relu(norm(raw))
+        return cast(Tensor, norm(x))
     finally:
         norm.train()
+
+
+def new_norm(norm_layer: NormLayer, channels: int) -> nn.Module:
+    """The norm of so many channels. Raises TypeError for a module in place of what makes one."""
+    if isinstance(norm_layer, nn.Module):
+        raise TypeError(f"norm_layer must make a norm from a number of channels, got one: {norm_layer}")
+    return norm_layer(channels)
 
 
 def live_conv(conv: nn.Conv2d) -> LiveConv:

@@ -1,6 +1,7 @@
 """The Dense Prediction Cell as a PyTorch module; `reference/dense_prediction_cell.py` defines what it computes."""
 
 from collections import Counter
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any, TypeAlias, assert_never, cast, get_args
 
@@ -8,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fast.conv_norm import NormLayer, conv_norm, conv_norm_relu, conv_weights, live_conv
+from fast.batch_norm import live, live_batch_norm
+from fast.conv_norm import NormLayer, conv_norm, conv_norm_relu, conv_weights, live_conv, new_norm, normed
 from fast.fusion import check_traceable, fuses, refuse_script
 from fast.hub import HubModule
 from fast.kernels import NormedMap, operations_for, value
@@ -24,6 +26,10 @@ from reference.pyramid_pooling import PoolingVariant
 
 class DensePredictionCell(HubModule):
     """A cell with weights: features (N, in_channels, H, W) -> (N, cell_channels, H, W), any H and W from 1 up.
+
+    For several layers of a backbone `in_channels` are the channels of each, which follow each other in the features: a branch
+    with input −1 reads the first, with −2 the second, and so on. `input_channels` keeps them, and the attribute `in_channels`
+    is their sum. A cell without branches is `norm`, the batch norm of all features, and `cell_channels` is then `in_channels`.
 
     Rates are as searched at output stride 16 and double at 8 (`output_stride`). `pooling` and `pooling_size` are those of
     `reference/pyramid_pooling.py`. Initial weights follow the authors (research/deeplab/core/dense_prediction_cell.py).
@@ -41,7 +47,7 @@ class DensePredictionCell(HubModule):
     def __init__(
         self,
         cell: Cell,
-        in_channels: int,
+        in_channels: int | Sequence[int],
         *,
         branch_channels: int = 256,
         cell_channels: int = 256,
@@ -56,10 +62,14 @@ class DensePredictionCell(HubModule):
             raise TypeError(f"cell must be a Cell, as Cell.load and Cell.from_json give, got {cell!r}")
         if not 0.0 <= dropout_rate < 1.0:
             raise ValueError(f"dropout_rate must be at least 0 and below 1, got {dropout_rate}")
-        _check_channels(in_channels=in_channels, branch_channels=branch_channels, cell_channels=cell_channels)
+        self.input_channels = tuple(in_channels) if isinstance(in_channels, Sequence) else (in_channels,)
+        for channels in self.input_channels or (0,):
+            _check_channels(in_channels=channels)
+        _check_channels(branch_channels=branch_channels, cell_channels=cell_channels)
         _check_pooling(pooling, pooling_size)
         self.cell = cell
-        self.in_channels, self.branch_channels, self.cell_channels = in_channels, branch_channels, cell_channels
+        self.in_channels, self.branch_channels = sum(self.input_channels), branch_channels
+        self.cell_channels = cell_channels if cell.branches else self.in_channels
         self.output_stride = output_stride
         self.pooling: PoolingVariant = pooling
         self.pooling_size = pooling_size
@@ -67,13 +77,16 @@ class DensePredictionCell(HubModule):
         self._readers = Counter(inputs + list(range(len(inputs))))  # of each map: branches, and the projection of all branches
         multiplier = rate_multiplier_for(output_stride)
         self.branches = nn.ModuleList()
-        for branch in cell.branches:
-            channels = in_channels if branch.input_index == BACKBONE_FEATURE else branch_channels
+        channels_read = cell.channels_read(self.input_channels, branch_channels)
+        for branch, channels in zip(cell.branches, channels_read, strict=True):
             self.branches.append(
                 _branch(branch.operation, channels, branch_channels, multiplier, pooling, pooling_size, norm_layer)
             )
-        self.dropout = nn.Dropout(dropout_rate)
-        self.projection = conv_norm(len(cell.branches) * branch_channels, cell_channels, norm_layer)
+        self.dropout = nn.Dropout(dropout_rate)  # of what is projected
+        if cell.branches:
+            self.projection = conv_norm(len(cell.branches) * branch_channels, cell_channels, norm_layer)
+        else:
+            self.norm = new_norm(norm_layer, self.in_channels)
 
     __prepare_scriptable__ = refuse_script
 
@@ -82,7 +95,9 @@ class DensePredictionCell(HubModule):
         self._check_shape(features)
         if fuses(features, self._modules):
             return value(self.lazy(features))
-        maps = {BACKBONE_FEATURE: features}
+        if not self.cell.branches:
+            return normed(features, self.norm)
+        maps = self._inputs(features)
         for i, (branch, module) in enumerate(zip(self.cell.branches, self.branches, strict=True)):
             maps[i] = module(maps[branch.input_index])
         return conv_norm_relu(self.dropout(torch.cat([maps[i] for i in range(len(self.branches))], dim=1)), self.projection)
@@ -90,9 +105,15 @@ class DensePredictionCell(HubModule):
     def lazy(self, features: Tensor) -> NormedMap:
         """The output of the submodules, fused, with its norm not yet applied, for callers that apply it on load."""
         self._check_shape(features)
+        if not self.cell.branches:
+            norm = live(self.norm)  # half precision would lose its small gradients
+            return NormedMap(live_batch_norm(features.to(norm.tensors.scale.dtype), norm))
         operations = operations_for(features)
-        x = operations.dense(NormedMap(features))  # here once, not in every branch that reads it
-        maps = {BACKBONE_FEATURE: operations.fan_out(x, self._readers[BACKBONE_FEATURE])}  # each as often as it is read
+        maps = {}  # each as often as it is read
+        for i, x in self._inputs(features).items():
+            if readers := self._readers[i]:
+                dense = operations.dense(NormedMap(x))  # here once, not in every branch that reads it
+                maps[i] = operations.fan_out(dense, readers)
         for i, (branch, module) in enumerate(zip(self.cell.branches, self.branches, strict=True)):
             maps[i] = operations.fan_out(cast(_BranchModule, module).lazy(maps[branch.input_index].pop()), self._readers[i])
         dropout_rate = self.dropout.p if self.dropout.training else 0.0
@@ -110,7 +131,14 @@ class DensePredictionCell(HubModule):
     def weights(self) -> CellWeights[Tensor]:
         """The live parameters and statistics, in the reference's containers."""
         branches = (cast(_BranchModule, branch) for branch in self.branches)
-        return CellWeights(tuple(branch.weights() for branch in branches), conv_weights(self.projection))
+        output = conv_weights(self.projection) if self.cell.branches else live(self.norm).tensors
+        return CellWeights(tuple(branch.weights() for branch in branches), output)
+
+    def _inputs(self, features: Tensor) -> dict[int, Tensor]:
+        """The layers in the features by the index under which branches read them: −1, −2 and so on."""
+        several = len(self.input_channels) > 1
+        layers = torch.split(features, list(self.input_channels), dim=1) if several else (features,)
+        return {BACKBONE_FEATURE - k: layer for k, layer in enumerate(layers)}
 
     def _check_shape(self, features: Tensor) -> None:
         if features.ndim != 4 or features.shape[1] != self.in_channels:
@@ -131,6 +159,8 @@ def decays(module: nn.Module) -> dict[str, bool]:
     exempt |= {f"{name}.depthwise" for name, child in module.named_modules() if isinstance(child, SeparableBranch)}
     convolutions = {name: child for name, child in module.named_modules() if isinstance(child, nn.Conv2d)}
     exempt |= {f"{name}.norm" for name, conv in convolutions.items() if hasattr(conv, "norm")}  # of any kind
+    cells = {name: child for name, child in module.named_modules() if isinstance(child, DensePredictionCell)}
+    exempt |= {f"{name}.norm".removeprefix(".") for name, cell in cells.items() if not cell.cell.branches}
     exempt |= {name for name, conv in convolutions.items() if 1 < conv.groups == conv.in_channels}  # a backbone's depthwise
     return {
         name: name.endswith("weight") and parameter.ndim > 1 and name.rpartition(".")[0] not in exempt

@@ -89,7 +89,9 @@ def _pipeline(description: Mapping[str, Any]) -> str | None:
 def _facts(description: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Rows of the card's table; what the file does not say is left out."""
     yield "cell", str(Cell.from_json(json.dumps(description["cell"])))
-    yield "channels", f"{description['in_channels']} in, {description['cell_channels']} out"
+    read = description["in_channels"]  # of several layers a list
+    channels = f"{sum(read)} ({' + '.join(map(str, read))})" if isinstance(read, list) else f"{read}"
+    yield "channels", f"{channels} in, {description['cell_channels']} out"
     yield "output stride", str(description["output_stride"])
     backbone, source = description.get("backbone") or {}, description.get("source") or {}
     if name := backbone.get("name") or backbone.get("backbone"):

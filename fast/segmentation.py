@@ -67,11 +67,12 @@ class SegmentationNetwork(HubModule):
 
     def __init__(self, backbone: Backbone, head: SegmentationHead, decoder: Decoder | None = None) -> None:
         super().__init__()
-        wanted = (head.context.in_channels, head.context.output_stride)
-        if wanted != (backbone.channels, backbone.output_stride):
+        wanted = (head.context.input_channels, head.context.output_stride)
+        if wanted != (backbone.layer_channels, backbone.output_stride):
+            needed, present = (" + ".join(map(str, each)) for each in (wanted[0], backbone.layer_channels))
             raise ValueError(
-                f"head was built for {wanted[0]} channels at output stride {wanted[1]}, "
-                f"backbone {backbone.name} gives {backbone.channels} at {backbone.output_stride}"
+                f"head was built for {needed} channels at output stride {wanted[1]}, "
+                f"backbone {backbone.name} gives {present} at {backbone.output_stride}"
             )
         if decoder is not None:
             given = (head.context.cell_channels, backbone.low_level.channels if backbone.low_level is not None else None)

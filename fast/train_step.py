@@ -34,11 +34,11 @@ class TrainStep:
     """Trains `head` on random crops of features (images, C, H, W), any float dtype, and labels (images, H', W'), as the loss
     takes them.
 
-    A crop of h × w features at (i, j) belongs to the window of labels at pixel (s·i, s·j) that `grid`, of stride s, has for so
-    many features. Each call is one iteration and returns its loss, (), on the head's device. All random numbers are those of
-    `randomness`, which begins where PyTorch's default generators stand at construction, and leaves those alone. Weight decay
-    is left out where `decays` says so; `momentum` is of SGD alone. On CUDA, features that are channels last and contiguous
-    labels are cut quickest.
+    A crop of h × w features at (i, j) belongs to the window of `grid.pixels((h, w))` labels at pixel (s·i, s·j), for stride s,
+    and the loss resizes outputs to labels as the grid says. Each call is one iteration and returns its loss, (), on the head's
+    device. All random numbers are those of `randomness`, which begins where PyTorch's default generators stand at
+    construction, and leaves those alone. Weight decay is left out where `decays` says so; `momentum` is of SGD alone. On CUDA,
+    features that are channels last and contiguous labels are cut quickest.
     """
 
     def __init__(
@@ -58,15 +58,14 @@ class TrainStep:
         momentum: float = 0.9,
         weight_decay: float = 4e-5,
         precision: Precision = "auto",
-        loss: Callable[..., Tensor] = upsampled_cross_entropy,
+        loss: Callable[..., Tensor] = upsampled_cross_entropy,  # of outputs, labels and `align_corners`
     ) -> None:
         self.head = head
         self.randomness = RandomSequence(head.classifier.weight.device)
         self.device, self._dtype = head.classifier.weight.device, head.classifier.weight.dtype
         self._features, self._labels = features, labels
         self._loss_of = functools.partial(loss, align_corners=grid.align_corners)
-        self._stride, self._crop, self._batch_size = grid.stride, crop, batch_size
-        self._window = grid.pixels(crop)
+        self._grid, self._crop, self._window, self._batch_size = grid, crop, grid.pixels(crop), batch_size
         self._bf16 = precision == "bfloat16" or (precision == "auto" and has_fast_bf16(self.device))
         decay = decays(head)
         groups = [
@@ -134,7 +133,7 @@ class TrainStep:
             return batch.to(dtype), targets
         draws = torch.randint(2**31, (3, self._batch_size), dtype=torch.int32, device=self.device)
         if kernels is not None:
-            return kernels.crops(self._features, self._labels, draws, self._crop, self._stride, dtype)
+            return kernels.crops(self._features, self._labels, draws, self._crop, self._grid, dtype)
         batch, targets = self._gathered(draws)
         return batch.to(dtype), targets
 
@@ -142,7 +141,8 @@ class TrainStep:
         """What `IterationKernels.crops` gives for these draws, in the features' own dtype."""
         index, top, left = (draw.long() * limit >> 31 for draw, limit in zip(draws, self._limits(), strict=True))
         batch = _gather(self._features, index, top, left, self._crop).permute(0, 3, 1, 2)
-        targets = _gather(self._labels[:, None], index, self._stride * top, self._stride * left, self._window)[..., 0]
+        stride = self._grid.stride
+        targets = _gather(self._labels[:, None], index, stride * top, stride * left, self._window)[..., 0]
         return batch, targets
 
     def _limits(self) -> list[int]:
@@ -227,7 +227,7 @@ class TrainStep:
 
     def _cut(self, indices: list[int], tops: list[int], lefts: list[int], *, to_send: bool = False) -> tuple[Tensor, Tensor]:
         """Cut crops, in the head's dtype; with `to_send` in the features' own, mostly half the bytes, in pinned memory."""
-        (height, width), stride = self._crop, self._stride
+        (height, width), stride = self._crop, self._grid.stride
         shape = (self._batch_size, self._features.shape[1], height, width)
         batch = torch.empty(shape, dtype=self._features.dtype if to_send else self._dtype, pin_memory=to_send)
         targets = torch.empty(self._batch_size, *self._window, dtype=self._labels.dtype, pin_memory=to_send)

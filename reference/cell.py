@@ -4,6 +4,10 @@ A cell is a directed acyclic graph of B branches (paper, section 3.1). Branch i 
 (`input_index == BACKBONE_FEATURE`) or the output of an earlier branch, and applies one operation. The outputs of *all*
 branches are concatenated and projected.
 
+Two things are not the paper's. A cell may read several layers of a backbone: input −1 is the deepest, −2, −3 and so on are the
+others, in the order in which they are given. And a cell without branches, which has nothing to concatenate and to project, is
+the batch norm of its inputs alone: with a 1×1 classifier behind it, the linear probe of frozen features.
+
 The exchange format is the authors' JSON, unchanged
 (`research/deeplab/core/dense_prediction_cell_branch5_top1_cityscapes.json`): a list with one object per branch, `{"op":
 "conv", "kernel": 3, "rate": [h, w], "input": i}`, `{"op": "conv", "kernel": 1, "input": i}` or `{"op": "pyramid_pooling",
@@ -80,7 +84,9 @@ Operation: TypeAlias = Conv1x1 | AtrousSeparableConv | PyramidPooling
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """One branch: the map it reads (`BACKBONE_FEATURE` or the index of an earlier branch) and its operation."""
+    """One branch: the map it reads (`BACKBONE_FEATURE`, −2 and so on for other layers, or an earlier branch's index) and its
+    operation.
+    """
 
     input_index: int
     operation: Operation
@@ -90,30 +96,50 @@ class Branch:
 class Cell:
     """A Dense Prediction Cell: branches in order; validated, hashable, without weights.
 
-    Raises ValueError, naming the branch and the field, for an empty list or an input that is not an earlier map.
+    Raises ValueError, naming the branch and the field, for an input that is not an earlier map.
 
     >>> cell = Cell.from_json(
-    ...     '[{"op": "conv", "kernel": 1, "input": -1}, {"op": "pyramid_pooling", "grid_size": [1, 1], "input": 0}]'
+    ...     '[{"op": "conv", "kernel": 1, "input": -2}, {"op": "pyramid_pooling", "grid_size": [1, 1], "input": 0}]'
     ... )
     >>> print(cell)
-    conv1x1(F), pool 1x1(0)
+    conv1x1(F2), pool 1x1(0)
+    >>> cell.num_inputs
+    2
     >>> Cell.from_json(cell.to_json()) == cell
     True
+    >>> print(Cell(()))
+    norm
     """
 
     branches: tuple[Branch, ...]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "branches", tuple(self.branches))
-        if not self.branches:
-            raise ValueError("a cell needs at least one branch, got an empty list")
         for i, branch in enumerate(self.branches):
-            if not _is_int(branch.input_index) or not BACKBONE_FEATURE <= branch.input_index < i:
-                choices = "-1 (the backbone feature)" + (f" or an earlier branch, 0 to {i - 1}" if i else "")
+            if not _is_int(branch.input_index) or not branch.input_index < i:
+                choices = "-1 (the backbone feature), -2 and so on (its other layers)"
+                choices += f" or an earlier branch, 0 to {i - 1}" if i else ""
                 raise ValueError(f"branch {i}: input must be {choices}, got {branch.input_index!r}")
 
     def __str__(self) -> str:
-        return ", ".join(f"{b.operation}({'F' if b.input_index < 0 else b.input_index})" for b in self.branches)
+        return ", ".join(f"{b.operation}({input_name(b.input_index)})" for b in self.branches) or "norm"
+
+    @property
+    def num_inputs(self) -> int:
+        """How many layers of a backbone the cell needs, at least 1; one without branches reads all that there are."""
+        return max([1, *(-branch.input_index for branch in self.branches)])
+
+    def require_inputs(self, count: int) -> None:
+        """Raise ValueError if the cell needs more inputs than so many."""
+        if self.num_inputs > count:
+            given = "1 layer" if count == 1 else f"{count} layers"
+            raise ValueError(f"the cell reads input {-self.num_inputs}, and the backbone gives {given}")
+
+    def channels_read(self, input_channels: Sequence[int], branch_channels: int) -> list[int]:
+        """The number of channels that each branch reads. Raises ValueError if the cell needs more inputs than there are."""
+        self.require_inputs(len(input_channels))
+        indices = (branch.input_index for branch in self.branches)
+        return [input_channels[BACKBONE_FEATURE - i] if i < 0 else branch_channels for i in indices]
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -137,6 +163,13 @@ class Cell:
             return cls.from_json(Path(path).read_text(encoding="utf-8"))
         except ValueError as error:  # also a file that is not text
             raise ValueError(f"{path}: {error}") from error
+
+
+def input_name(input_index: int) -> str:
+    """F for the backbone feature, F2, F3 and so on for its other layers, or the number of a branch."""
+    if input_index == BACKBONE_FEATURE:
+        return "F"
+    return f"F{-input_index}" if input_index < 0 else f"{input_index}"
 
 
 def _branch_from_json(item: Any, i: int) -> Branch:

@@ -15,7 +15,7 @@ class DiagramSettings:
     """Draw a cell beside its receptive field."""
 
     cell: str = "dpc"
-    """dpc, aspp, psp, or the path of a cell's JSON file."""
+    """linear, mlp, aspp, psp, dpc, or the path of a cell's JSON file."""
     out: Path = Path("cell.svg")
     """Picture to write; the suffix says how: .svg, .png or .pdf."""
     feature_size: tuple[int, int] = (65, 65)

@@ -52,7 +52,7 @@ from search.training.loop import Training
 from search.training.network import training_identity
 from search.training.scoring import require_validation
 
-KNOWN_CELLS = ("aspp", "dpc")
+KNOWN_CELLS = ("linear", "mlp", "aspp", "psp", "dpc")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ class SearchSettings:
     seed: int = 0
     """Seed of everything: the cells, their initial weights, crops and dropout."""
     compare: tuple[str, ...] = changes_no_score(KNOWN_CELLS)
-    """Cells to score beside the search: aspp, dpc, psp, or paths of cell JSON files."""
+    """Cells to score beside the search: linear, mlp, aspp, psp, dpc, or paths of cell JSON files."""
     comparison_seeds: int = changes_no_score(1)
     """Seeds with which these and the best cell found are scored."""
     workers: int = changes_no_score(1)
@@ -168,6 +168,7 @@ def search_cells(
     machine, loss = given(machine, MachineSettings()), given(loss, LossSettings())
     for group in (search, proxy, head, loss):
         group.check()
+    load_cells(search.compare, len(backbone.layer_channels))  # refuses those that read a layer which is not there
     features.check(backbone.grid)
     _require_one_task(train, val)
     look_at(train, val)
@@ -302,9 +303,11 @@ def run_search(
     be refused.
     """
     device = resolve_device(settings.machine.device)
-    plan = SearchPlan(known(search.trials), load_cells(search.compare), search.comparison_seeds, search.seed)
+    num_inputs = len(caches["train"].layer_channels)
+    compare = load_cells(search.compare, num_inputs)
+    plan = SearchPlan(known(search.trials), compare, search.comparison_seeds, search.seed)
     maps = feature_maps(proxy, settings.head, **caches)  # refuses a wrong crop size before the run begins
-    space = SearchSpace(search.branches, search.rates, search.grids, maps)
+    space = SearchSpace(search.branches, search.rates, search.grids, maps, num_inputs)
     to_open = [(caches[role].directory, caches[role].identity) for role in ("train", "val")]  # workers copy no arrays
 
     def create_task() -> ProxyTask:

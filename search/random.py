@@ -20,6 +20,7 @@ from typing import Any
 
 from search.backbones import completed_backbone
 from search.backbones.shapes import SHAPES_BACKBONES
+from search.cells.space import load_cells
 from search.cli import Flat, print_defaults, print_next, run_command, spelled, this_command, uses_of_run
 from search.datasets.weights import completed_loss
 from search.errors import InputError
@@ -46,7 +47,7 @@ _RENAMED = {"--cells": "--trials", "--name": "--out FOLDER", "--runs-dir": "--ou
 
 @dataclass(frozen=True, kw_only=True)
 class RandomSettings(SearchSettings):
-    """Search dense prediction cells on the proxy task, beside ASPP and the published cell."""
+    """Search dense prediction cells on the proxy task, beside a linear probe, an MLP, ASPP, PSP and the published cell."""
 
     out: Path | None = changes_no_score(None)
     """Folder of the run. None: runs/ and the data set's name."""
@@ -63,6 +64,7 @@ def main(settings: RandomSettings) -> None:
     """Search, compare, report, and say how the best head is used; exit with code 1 if no cell has a score."""
     for group in (settings.proxy, settings.head, settings.loss, settings.backbone, settings):
         group.check()
+    load_cells(settings.compare, len(completed_backbone(settings.backbone).layers))  # refuses those of other layers
     data, machine, command = settings.data, settings.machine, this_command(_PROG)
     of_features = data, settings.backbone, settings.features, machine
     train, val = open_for_features(*of_features)

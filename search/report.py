@@ -24,11 +24,12 @@ class ReportSettings:
     run: Path | None = None
     """Folder of a run, such as runs/shapes."""
     cells: tuple[str, ...] = ()
-    """Cells instead: aspp, dpc, psp, JSON files of cells, head or network files (.safetensors)."""
+    """Cells instead: linear, mlp, aspp, psp, dpc, JSON files of cells, head or network files (.safetensors)."""
     out: Path | None = None
     """Page to write for --cells. None: cells.html; that of a run is in its folder."""
-    in_channels: int = 320
-    """Channels of the features that cells without weights read: 320 of MobileNet-v2, 2048 of Xception."""
+    in_channels: tuple[int, ...] = (320,)
+    """Channels of the features that cells without weights read: 320 of MobileNet-v2, 2048 of Xception; of several layers those
+    of each, the deepest one first."""
     output_stride: int = 16
     """Pixels per feature, 8 or 16, for cells without weights; at 8 the rates double."""
     feature_size: tuple[int, int] = (65, 129)
@@ -71,7 +72,7 @@ def main(settings: ReportSettings) -> None:
 def _check(settings: ReportSettings) -> None:
     settings.cell.check()
     require("output_stride", settings.output_stride, settings.output_stride in (8, 16), "8 or 16")
-    require("in_channels", settings.in_channels, settings.in_channels >= 1, "at least 1")
+    require("in_channels", settings.in_channels, min(settings.in_channels, default=0) >= 1, "at least 1 each")
     require("feature_size", settings.feature_size, min(settings.feature_size) >= 1, "at least 1 each")
 
 

@@ -128,7 +128,7 @@ class RerankSettings:
     top: int = 50
     """Number of cells, the best by proxy score."""
     compare: tuple[str, ...] = ("dpc", "aspp")
-    """Cells to train beside them: aspp, dpc, psp, or paths of cell JSON files."""
+    """Cells to train beside them: linear, mlp, aspp, psp, dpc, or paths of cell JSON files."""
     seeds: int = 1
     """Trainings of each cell; the k-th has the same crops for all cells."""
     seed: int = 0
@@ -194,7 +194,7 @@ def candidates_of(run: Run, settings: RerankSettings) -> list[Candidate]:
     if len(best) < settings.top:
         print(f"{run.directory} has {len(best)} cells with a score, not {settings.top}: all are trained", file=sys.stderr)
     candidates = []
-    for name, cell in load_cells(settings.compare).items():
+    for name, cell in load_cells(settings.compare, run.space.num_inputs).items():
         same = [r for r in run.baselines if r.name == name and canonical_form(r.cell) == canonical_form(cell)]
         candidates.append(Candidate(name, cell, tuple(record.result.score for record in same), None))
     for proxy_rank, record in enumerate(best, start=1):

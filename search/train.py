@@ -50,7 +50,7 @@ class TrainSettings:
     """
 
     cell: str | None = None
-    """dpc, aspp, psp, or the path of a cell's JSON file. None: dpc."""
+    """linear, mlp, aspp, psp, dpc, or the path of a cell's JSON file. None: dpc."""
     run: Path | None = None
     """Folder of a search (runs/x), to train its best cell."""
     init: Path | None = None
@@ -126,7 +126,7 @@ def _train(
     if settings.begun is not None:
         network = initial_network(training, settings.begun, train.task)
     else:
-        network = create_network(training, _cell(settings, train.name), train.task)
+        network = create_network(training, _cell(settings, train.name, len(training.backbone.layers)), train.task)
     identity = training_identity(training, network, train, val, devices, settings.begun)
     require_validation(network, val, training.recipe, devices.device)
     folder = Folder(directory, "training")
@@ -140,10 +140,10 @@ def _train(
         return Training(training, network, train, val, directory, devices, source=source).run()
 
 
-def _cell(settings: TrainSettings, dataset: str) -> Cell:
+def _cell(settings: TrainSettings, dataset: str, num_inputs: int) -> Cell:
     """The named cell, or the best of a search on this data set. Raises InputError if it has scored no cell yet."""
     if settings.run is None:
-        return load_cell(settings.cell or "dpc")
+        return load_cell(settings.cell or "dpc", num_inputs)
     path = settings.run / "best_cells" / "rank_01.json"
     if not path.is_file():
         raise InputError(

@@ -4,6 +4,7 @@ The weights of this file are not those of an initialised network: scales of both
 differ by channel, so that a forgotten or swapped one shows.
 """
 
+from collections.abc import Sequence
 from typing import assert_never
 
 import numpy as np
@@ -12,7 +13,6 @@ from hypothesis import strategies as st
 from reference.atrous_separable_conv import SeparableConv
 from reference.batch_norm import Array, BatchNorm
 from reference.cell import (
-    BACKBONE_FEATURE,
     GRID_SIZES,
     RATES,
     AtrousSeparableConv,
@@ -47,9 +47,12 @@ def operations(searchable: bool = False) -> st.SearchStrategy[Operation]:
 
 
 @st.composite
-def cells(draw: st.DrawFn, min_branches: int = 1, max_branches: int = 10, searchable: bool = False) -> Cell:
+def cells(
+    draw: st.DrawFn, min_branches: int = 1, max_branches: int = 10, searchable: bool = False, num_inputs: int = 1
+) -> Cell:
+    """Cells that read at most so many layers of a backbone."""
     num_branches = draw(st.integers(min_branches, max_branches))
-    inputs = [draw(st.integers(BACKBONE_FEATURE, i - 1)) for i in range(num_branches)]
+    inputs = [draw(st.integers(-num_inputs, i - 1)) for i in range(num_branches)]
     return Cell(tuple(Branch(input_index, draw(operations(searchable))) for input_index in inputs))
 
 
@@ -73,12 +76,14 @@ def random_separable(in_channels: int, out_channels: int, rng: np.random.Generat
 
 
 def random_cell_weights(
-    cell: Cell, in_channels: int, branch_channels: int, cell_channels: int, rng: np.random.Generator
+    cell: Cell, in_channels: int | Sequence[int], branch_channels: int, cell_channels: int, rng: np.random.Generator
 ) -> CellWeights[Array]:
     """Weights of every branch and of the projection; convolutions keep the variance of their input."""
+    input_channels = (in_channels,) if isinstance(in_channels, int) else in_channels
+    if not cell.branches:
+        return CellWeights((), random_batch_norm(sum(input_channels), rng))
     branches: list[BranchWeights[Array]] = []
-    for branch in cell.branches:
-        channels = in_channels if branch.input_index == BACKBONE_FEATURE else branch_channels
+    for branch, channels in zip(cell.branches, cell.channels_read(input_channels, branch_channels), strict=True):
         match branch.operation:
             case Conv1x1() | PyramidPooling():
                 branches.append(random_pointwise(channels, branch_channels, rng))

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from fast.batch_norm import LiveNorm, start
-from fast.kernels import library
 from fast.kernels.interface import Backend, Dropout, Folded, GradientSums, LiveConv, NormedMap, Unfolded, check_dropout_rate
 from fast.kernels.matrices import pooling_matrix, resize_matrix
 from reference.pyramid_pooling import PoolingVariant
@@ -110,16 +109,12 @@ class OnKernels:
         class_weights: Tensor | None = None,
         align_corners: bool = True,
     ) -> tuple[Tensor, Tensor]:
-        if not align_corners:
-            return library.upsampled_cross_entropy(logits, labels, ignore_index, class_weights, align_corners)
-        return self.backend.upsampled_cross_entropy(logits, labels, ignore_index, class_weights)
+        return self.backend.upsampled_cross_entropy(logits, labels, ignore_index, class_weights, align_corners)
 
     def upsampled_confusion_matrix(
         self, logits: Tensor, labels: Tensor, ignore_index: int, align_corners: bool = True
     ) -> Tensor:
-        if not align_corners:
-            return library.upsampled_confusion_matrix(logits, labels, ignore_index, align_corners)
-        return self.backend.upsampled_confusion_matrix(logits, labels, ignore_index)
+        return self.backend.upsampled_confusion_matrix(logits, labels, ignore_index, align_corners)
 
     def _conv_norm(
         self, conv: "Depthwise | Pointwise", maps: Sequence[NormedMap], weight: Tensor, norm: LiveNorm | None

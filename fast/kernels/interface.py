@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fast.batch_norm import LiveNorm
 from reference.batch_norm import BatchNorm
+from reference.grid import Grid
 from reference.pointwise_conv import ConvNorm
 from reference.pyramid_pooling import PoolingVariant
 
@@ -225,7 +226,12 @@ class Backend(Protocol):
         ...
 
     def upsampled_cross_entropy(
-        self, logits: Tensor, labels: Tensor, ignore_index: int, class_weights: Tensor | None = None
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        ignore_index: int,
+        class_weights: Tensor | None = None,
+        align_corners: bool = True,
     ) -> tuple[Tensor, Tensor]:
         """logits: (N, K, h, w), labels: (N, H, W) uint8 or int64 -> the mean loss (), and its gradient (N, K, h, w).
 
@@ -233,7 +239,9 @@ class Backend(Protocol):
         """
         ...
 
-    def upsampled_confusion_matrix(self, logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    def upsampled_confusion_matrix(
+        self, logits: Tensor, labels: Tensor, ignore_index: int, align_corners: bool = True
+    ) -> Tensor:
         """Pixels by (label, best class): (K, K), int64."""
         ...
 
@@ -260,13 +268,13 @@ class IterationKernels(Protocol):
         labels: Tensor,
         draws: Tensor,
         crop: tuple[int, int],
-        output_stride: int,
+        grid: Grid,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
         """Windows of features (images, C, H, W), in the layout of kernels, and of contiguous labels (images, H_px, W_px).
 
         draws: (3, N), int32, are random numbers of 0 to 2³¹ - 1; the n-th crop is at ⌊draw · limit / 2³¹⌋ for image, top and
-        left, in features. -> (N, C, *crop) in `dtype`, and with output stride s labels (N, s·(h - 1) + 1, s·(w - 1) + 1).
+        left, in features. -> (N, C, *crop) in `dtype`, and labels (N, *grid.pixels(crop)).
         """
         ...
 

@@ -5,11 +5,12 @@ Only convolution weights count, not batch norms. The 1×1 projection behind the 
 exactly, and all four rows of multiply-adds within one percent (the paper's rows themselves follow no single rule).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import assert_never
 
 from fast.dense_prediction_cell import DensePredictionCell
-from reference.cell import BACKBONE_FEATURE, AtrousSeparableConv, Cell, Conv1x1, Operation, PyramidPooling
+from reference.cell import AtrousSeparableConv, Cell, Conv1x1, Operation, PyramidPooling
 from reference.pyramid_pooling import PoolingVariant, window_size
 
 
@@ -38,7 +39,7 @@ class CellCost:
 
 def cell_cost(
     cell: Cell,
-    in_channels: int,
+    in_channels: int | Sequence[int],
     feature_size: tuple[int, int],
     *,
     branch_channels: int = 256,
@@ -46,24 +47,27 @@ def cell_cost(
     pooling: PoolingVariant = "sliding_window",
     pooling_size: tuple[int, int] | None = None,
 ) -> CellCost:
-    """Cost of a cell on a feature map of (h, w) = `feature_size`; `pooling` and `pooling_size` as in the cell's module.
+    """Cost of a cell on a feature map of (h, w) = `feature_size`; the other arguments are those of the cell's module.
+
+    A cell without branches has no convolution, and so costs nothing. Raises ValueError for one that needs more inputs.
 
     >>> from search.cells.space import load_cell
     >>> cell_cost(load_cell("dpc"), 320, (65, 129)).total  # a Cityscapes image at output stride 16
     Cost(parameters=356160, multiply_adds=2986401600)
     """
     branches = []
-    for branch in cell.branches:
-        channels = in_channels if branch.input_index == BACKBONE_FEATURE else branch_channels
+    input_channels = (in_channels,) if isinstance(in_channels, int) else in_channels
+    for branch, channels in zip(cell.branches, cell.channels_read(input_channels, branch_channels), strict=True):
         branches.append(_operation_cost(branch.operation, channels, branch_channels, feature_size, pooling, pooling_size))
-    return CellCost(tuple(branches), _pointwise_cost(len(branches) * branch_channels, cell_channels, feature_size))
+    projection = _pointwise_cost(len(branches) * branch_channels, cell_channels, feature_size)  # 0 without branches
+    return CellCost(tuple(branches), projection)
 
 
 def module_cost(context: DensePredictionCell, feature_size: tuple[int, int]) -> CellCost:
     """`cell_cost` of a cell with weights."""
     return cell_cost(
         context.cell,
-        context.in_channels,
+        context.input_channels,
         feature_size,
         branch_channels=context.branch_channels,
         cell_channels=context.cell_channels,

@@ -42,7 +42,8 @@ def structural_receptive_field(cell: Cell, size: Size, options: BranchOptions = 
 
     All weights are one, so a value counts the paths from the input position to the centre output; a path through a pooling
     counts as its share of the mean. Zeros beyond the map's border cut paths, as in the cell. This is the gradient of the
-    cell with unit weights and no batch norm or ReLU. Raises ValueError for a size below 1.
+    cell with unit weights and no batch norm or ReLU. Paths from all layers that it reads count, and a cell without branches
+    has the one from the centre. Raises ValueError for a size below 1.
 
     >>> cell = Cell.from_json('[{"op": "conv", "kernel": 3, "rate": [1, 2], "input": -1}]')
     >>> structural_receptive_field(cell, (5, 5))
@@ -55,10 +56,12 @@ def structural_receptive_field(cell: Cell, size: Size, options: BranchOptions = 
     _check_size(size)
     impulse = np.zeros((1, 1, *size))
     impulse[0, 0, *centre_of(size)] = 1.0
-    grads = {BACKBONE_FEATURE: np.zeros_like(impulse), **dict.fromkeys(range(len(cell.branches)), impulse)}
+    inputs = range(-cell.num_inputs, 0)
+    at_inputs = np.zeros_like(impulse) if cell.branches else impulse
+    grads = {**dict.fromkeys(inputs, at_inputs), **dict.fromkeys(range(len(cell.branches)), impulse)}
     for i, branch in reversed(list(enumerate(cell.branches))):  # all readers of branch i come after it
         grads[branch.input_index] = grads[branch.input_index] + _spread(grads[i], branch.operation, options)
-    field: NDArray[np.float64] = grads[BACKBONE_FEATURE][0, 0]
+    field: NDArray[np.float64] = sum(grads[i][0, 0] for i in inputs)
     return field
 
 
@@ -126,13 +129,16 @@ class _Gated:
     """The cell in evaluation mode as a linear map: without offsets, and every ReLU open or closed by chance."""
 
     def __init__(self, context: DensePredictionCell, generator: torch.Generator) -> None:
-        self.cell = context.cell
+        self.cell, self.input_channels = context.cell, context.input_channels
         self.options = options_of(context)
         self.weights = context.weights()
         self.generator = generator
 
     def __call__(self, x: Tensor) -> Tensor:
-        maps = {BACKBONE_FEATURE: x}
+        if not self.cell.branches:
+            gamma, _, _, var = map(_plain, self.weights.norm)
+            return x * (gamma / (var + EPS).sqrt())[:, None, None]
+        maps = {BACKBONE_FEATURE - k: layer for k, layer in enumerate(torch.split(x, list(self.input_channels), dim=1))}
         for i, (branch, weights) in enumerate(zip(self.cell.branches, self.weights.branches, strict=True)):
             maps[i] = self._branch(maps[branch.input_index], branch.operation, weights)
         concat = torch.cat([maps[i] for i in range(len(self.cell.branches))], dim=1)

@@ -1,7 +1,7 @@
 """How a study proposes cells: the paper's sampler (section 3.2) and a few of Optuna's own, for any Optuna study.
 
 A cell travels through Optuna as categorical parameters: `branch0_operation`, then `branch1_input`, `branch1_operation` and so
-on; branch 0 always reads the backbone's feature and has no input parameter.
+on; of one input, which branch 0 always reads, there is no `branch0_input`.
 
     sampler = PaperSampler(SearchSpace(), seed=0)
     study = optuna.create_study(direction="maximize", sampler=sampler)
@@ -34,21 +34,20 @@ def suggest_cell(trial: optuna.trial.BaseTrial, space: SearchSpace) -> Cell:
     return cell_from_params(params, space)
 
 
-def params_of_cell(cell: Cell) -> dict[str, str | int]:
-    """The Optuna parameters of a cell, for `study.enqueue_trial` or `optuna.trial.FixedTrial`."""
+def params_of_cell(cell: Cell, space: SearchSpace) -> dict[str, str | int]:
+    """The Optuna parameters of a cell in the space, for `study.enqueue_trial` or `optuna.trial.FixedTrial`."""
     params: dict[str, str | int] = {}
     for i, branch in enumerate(cell.branches):
-        if i > 0:
-            params[f"branch{i}_input"] = branch.input_index
-        params[f"branch{i}_operation"] = str(branch.operation)
-    return params
+        params |= {f"branch{i}_input": branch.input_index, f"branch{i}_operation": str(branch.operation)}
+    return {name: params[name] for name in _choices(space)}
 
 
 def cell_from_params(params: Mapping[str, Any], space: SearchSpace) -> Cell:
     """The cell that a trial's parameters describe; others in `params` are ignored. Raises ValueError for one that is bad."""
-    inputs = (params[f"branch{i}_input"] if i > 0 else BACKBONE_FEATURE for i in range(space.num_branches))
+    named = params if space.num_inputs > 1 else {**params, "branch0_input": BACKBONE_FEATURE}
+    inputs = (named[f"branch{i}_input"] for i in range(space.num_branches))
     by_name = _operations_by_name(space)
-    operations = (by_name[params[f"branch{i}_operation"]] for i in range(space.num_branches))
+    operations = (by_name[named[f"branch{i}_operation"]] for i in range(space.num_branches))
     try:
         return Cell(tuple(map(Branch, inputs, operations)))
     except KeyError as error:
@@ -103,7 +102,7 @@ class PaperSampler(optuna.samplers.BaseSampler):
             cell = self._draw(parents, rng)
             if self.space.canonical_form(cell).to_json() not in proposed:
                 break
-        return params_of_cell(cell)
+        return params_of_cell(cell, self.space)
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -204,8 +203,8 @@ def _operations_by_name(space: SearchSpace) -> dict[str, Operation]:
 def _choices(space: SearchSpace) -> dict[str, tuple[str | int, ...]]:
     choices: dict[str, tuple[str | int, ...]] = {}
     for i in range(space.num_branches):
-        if i > 0:
-            choices[f"branch{i}_input"] = tuple(range(BACKBONE_FEATURE, i))
+        if space.num_inputs > 1 or i > 0:
+            choices[f"branch{i}_input"] = tuple(range(-space.num_inputs, i))
         choices[f"branch{i}_operation"] = tuple(_operations_by_name(space))
     return choices
 

@@ -4,9 +4,9 @@ A cell is written as a sequence of branches, but their order does not matter, be
 concatenation is learned. `canonical_form` picks one sequence for all orders of the same graph, so that no graph is
 evaluated twice.
 
-A space may have other rates and grids, and it may know the maps that its cells are evaluated on. Then also cells of which
-all operations do the same there count as one (`SearchSpace.canonical_form`). A cell stays as it was drawn wherever it is
-shown or kept, because on larger maps it is a cell of its own.
+A space may have other rates and grids, its cells may read several layers of a backbone, and it may know the maps that they are
+evaluated on. Then also cells of which all operations do the same there count as one (`SearchSpace.canonical_form`). A cell
+stays as it was drawn wherever it is shown or kept, because on larger maps it is a cell of its own.
 """
 
 import hashlib
@@ -42,7 +42,8 @@ ASCENDING = "different integers of at least 1, in ascending order"  # what rates
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """All cells of `num_branches` branches: branch i reads one of i + 1 maps (the backbone's or an earlier branch's).
+    """All cells of `num_branches` branches: branch i reads one of i + L maps, of the backbone's L = `num_inputs` layers and of
+    the earlier branches.
 
     The operations are the 1×1 convolution, the atrous convolutions of all pairs of `rates` and the poolings of all pairs of
     `grid_sizes`, none if there are none. `maps` are those that cells are evaluated on. Raises ValueError, naming the field.
@@ -51,16 +52,20 @@ class SearchSpace:
     '4.2e+11 cells, 3.8e+10 up to the order of branches'
     >>> f"{SearchSpace(5, maps=FeatureMaps((17, 17), (17, 17))).canonical_size():.1e} on a 17×17 map"
     '1.4e+10 on a 17×17 map'
+    >>> f"{SearchSpace(5, num_inputs=4).size():.1e} on four layers"
+    '2.3e+13 on four layers'
     """
 
     num_branches: int = NUM_BRANCHES
     rates: tuple[int, ...] = RATES
     grid_sizes: tuple[int, ...] = GRID_SIZES
     maps: FeatureMaps | None = None
+    num_inputs: int = 1
 
     def __post_init__(self) -> None:
-        if self.num_branches < 1:
-            raise ValueError(f"num_branches must be at least 1, got {self.num_branches}")
+        for name in ("num_branches", "num_inputs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("rates", "grid_sizes"):
             if not is_ascending(getattr(self, name)):
                 raise ValueError(f"{name} must be {ASCENDING}, got {getattr(self, name)}")
@@ -71,22 +76,20 @@ class SearchSpace:
         return operations_of(self.rates, self.grid_sizes)
 
     def size(self) -> int:
-        """The number of cells as they are drawn, exactly: B!·81^B for 81 operations."""
-        return math.prod((i + 1) * len(self.operations) for i in range(self.num_branches))
+        """The number of cells as they are drawn, exactly: B!·81^B for 81 operations and one input."""
+        return math.prod((i + self.num_inputs) * len(self.operations) for i in range(self.num_branches))
 
     def canonical_size(self) -> int:
         """The number of different canonical forms, exactly: of cells that differ on the maps, if there are any.
 
-        A cell is a forest with an operation at each node, and a tree is an operation with a forest below. The Euler transform
-        counts the forests: n·forests[n] = Σ_k (Σ_{d | k} d·trees[d])·forests[n − k].
+        A cell is a forest with an operation at each node, and a tree is an operation with a forest below. In the cell's own
+        forest each tree also has one of the inputs that it hangs on.
         """
         different = len(set(map(self._smallest, self.operations)))
-        forests, trees = [1], [0]
-        for n in range(1, self.num_branches + 1):
-            trees.append(different * forests[n - 1])
-            weights = [sum(d * trees[d] for d in range(1, k + 1) if k % d == 0) for k in range(1, n + 1)]
-            forests.append(sum(weights[k - 1] * forests[n - k] for k in range(1, n + 1)) // n)
-        return forests[-1]
+        trees = [0]  # by the number of their nodes
+        for n in range(self.num_branches):
+            trees.append(different * _forests(trees)[n])
+        return _forests([self.num_inputs * count for count in trees])[self.num_branches]
 
     def canonical_form(self, cell: Cell) -> Cell:
         """A cell that is equal for two cells exactly if they are the same graph of operations that do the same on the maps.
@@ -98,7 +101,8 @@ class SearchSpace:
 
     def describe(self) -> list[str]:
         """How many cells there are, how many of them differ on the maps, and which rates and grids are out of reach."""
-        counted = f"{_count_text(self.size())} cells, {_count_text(self.canonical_size())} of them different"
+        layers = "" if self.num_inputs == 1 else f" that read {self.num_inputs} layers"
+        counted = f"{_count_text(self.size())} cells{layers}, {_count_text(self.canonical_size())} of them different"
         if self.maps is None:
             return [counted]
         rates = [(f"rate {rate}", AtrousSeparableConv((rate, rate))) for rate in self.rates]
@@ -107,23 +111,25 @@ class SearchSpace:
 
     def sample(self, rng: np.random.Generator) -> Cell:
         """Draw a cell, uniformly among all `size()` of them."""
-        inputs = [int(rng.integers(BACKBONE_FEATURE, i)) for i in range(self.num_branches)]
+        inputs = [int(rng.integers(-self.num_inputs, i)) for i in range(self.num_branches)]
         operations = [self.operations[k] for k in rng.integers(len(self.operations), size=self.num_branches)]
         return Cell(tuple(map(Branch, inputs, operations)))
 
     def contains(self, cell: Cell) -> bool:
-        return len(cell.branches) == self.num_branches and all(b.operation in self.operations for b in cell.branches)
+        has_shape = len(cell.branches) == self.num_branches and cell.num_inputs <= self.num_inputs
+        return has_shape and all(branch.operation in self.operations for branch in cell.branches)
 
     def check(self, cell: Cell) -> None:
         """Raise ValueError, naming the branch and the field, for a cell outside the space."""
         if len(cell.branches) != self.num_branches:
             raise ValueError(f"a cell of this search space has {self.num_branches} branches, got {len(cell.branches)}")
+        cell.require_inputs(self.num_inputs)
         for i, branch in enumerate(cell.branches):
             if branch.operation not in self.operations:
                 raise ValueError(f"branch {i}: {self._outside(branch.operation)}")
 
     def neighbours(self, cell: Cell) -> Iterator[Cell]:
-        """Every cell that differs from `cell` in one input or one operation, once: B·(B − 1)/2 + 80·B cells.
+        """Every cell that differs from `cell` in one input or one operation, once: B·(B − 1)/2 + 80·B cells of one input.
 
         Raises ValueError for a cell outside the space.
         """
@@ -138,7 +144,7 @@ class SearchSpace:
         self.check(cell)
         changes = []
         for i, branch in enumerate(cell.branches):
-            changes += [(i, Branch(j, branch.operation)) for j in range(BACKBONE_FEATURE, i) if j != branch.input_index]
+            changes += [(i, Branch(j, branch.operation)) for j in range(-self.num_inputs, i) if j != branch.input_index]
             changes += [(i, Branch(branch.input_index, op)) for op in self.operations if op != branch.operation]
         return changes
 
@@ -166,7 +172,8 @@ def canonical_form(cell: Cell) -> Cell:
     """A cell that is the same for every order of the branches: equal for two cells exactly if they are the same graph.
 
     Each branch reads a single map, so a cell is a forest. A subtree is encoded as its operation and the sorted encodings of
-    the subtrees that read it, so only isomorphic ones are equal. The canonical cell lists the forest depth first, sorted.
+    the subtrees that read it, so only isomorphic ones are equal. The canonical cell lists the forest depth first, sorted: all
+    that reads input −1 before what reads −2.
 
     >>> first, second = (
     ...     '{"op": "conv", "kernel": 1, "input": -1}',
@@ -190,7 +197,8 @@ def canonical_form(cell: Cell) -> Cell:
             branches.append(Branch(new_index, cell.branches[i].operation))
             place_readers(i, len(branches) - 1)
 
-    place_readers(BACKBONE_FEATURE, BACKBONE_FEATURE)
+    for k in range(cell.num_inputs):
+        place_readers(BACKBONE_FEATURE - k, BACKBONE_FEATURE - k)
     return Cell(tuple(branches))
 
 
@@ -199,18 +207,29 @@ def cell_hash(cell: Cell) -> str:
     return hashlib.sha256(canonical_form(cell).to_json().encode()).hexdigest()[:12]
 
 
-def load_cell(name_or_path: str) -> Cell:
-    """Load a cell of `search/cells/` by name ("dpc", "aspp", "psp"), or else the JSON file at that path.
+def known_cells(num_inputs: int = 1) -> dict[str, Cell]:
+    """The cells that searches are compared with, by name, for so many layers of a backbone.
 
-    Raises InputError if there is no such cell or its file cannot be read.
+    "linear" is the linear probe, "mlp" the head of SegFormer: a 1×1 convolution of each layer, and one of them all. They read
+    every layer. The others, in `search/cells/`, read the deepest one.
     """
-    published = {path.stem: path for path in sorted(CELLS_DIRECTORY.glob("*.json"))}
+    of_each_layer = tuple(Branch(BACKBONE_FEATURE - k, Conv1x1()) for k in range(num_inputs))
+    published = {path.stem: Cell.load(path) for path in sorted(CELLS_DIRECTORY.glob("*.json"))}
+    return {"linear": Cell(()), "mlp": Cell(of_each_layer), **published}
+
+
+def load_cell(name_or_path: str, num_inputs: int = 1) -> Cell:
+    """Load a known cell by name ("linear", "mlp", "aspp", "psp", "dpc"), or else the JSON file at that path.
+
+    `num_inputs` is the number of layers that the backbone gives. Raises InputError if there is no such cell, or its file
+    cannot be read.
+    """
+    known = known_cells(num_inputs)
     try:
-        return Cell.load(published.get(name_or_path, Path(name_or_path)))
+        return known[name_or_path] if name_or_path in known else Cell.load(name_or_path)
     except FileNotFoundError as error:
-        names = ", ".join(published)
         raise InputError(
-            f"there is no cell {name_or_path!r}: give one of {names}, or the path of a cell's JSON file"
+            f"there is no cell {name_or_path!r}: give one of {', '.join(known)}, or the path of a cell's JSON file"
         ) from error
     except OSError as error:
         raise InputError(f"cannot read the cell {name_or_path!r}: {error.strerror}; give the path of a JSON file") from error
@@ -218,10 +237,11 @@ def load_cell(name_or_path: str) -> Cell:
         raise InputError(f"{error}; correct the file, or give another cell") from error
 
 
-def load_cells(names_or_paths: Sequence[str]) -> dict[str, Cell]:
+def load_cells(names_or_paths: Sequence[str], num_inputs: int | None = None) -> dict[str, Cell]:
     """Load all cells to compare with, by short name: a known cell's own, or a file's name without folder and suffix.
 
-    Raises InputError for two files with the same short name, and for a name that the search gives to its own cells.
+    Raises InputError for two files with the same short name, and for a name that the search gives to its own cells; given the
+    number of layers that the backbone gives, also for a cell that reads another.
     """
     cells: dict[str, Cell] = {}
     for name_or_path in names_or_paths:
@@ -230,8 +250,30 @@ def load_cells(names_or_paths: Sequence[str]) -> dict[str, Cell]:
             raise InputError(f"`compare` {name_or_path}: the search has cells called {name!r} itself, rename the file")
         if name in cells:
             raise InputError(f"`compare` has two cells of the name {name!r}: rename the file {name_or_path}, or leave it out")
-        cells[name] = load_cell(name_or_path)
+        cells[name] = load_cell(name_or_path, num_inputs or 1)
+        if num_inputs is not None:
+            require_layers("compare", name_or_path, cells[name], num_inputs)
     return cells
+
+
+def require_layers(field: str, name: str, cell: Cell, num_inputs: int) -> None:
+    """Raise InputError about the field for a cell that reads a layer which the backbone does not give."""
+    try:
+        cell.require_inputs(num_inputs)
+    except ValueError as error:
+        raise InputError(f"`{field}` {name}: {error}; give as many `layers`, or another cell") from error
+
+
+def _forests(trees: Sequence[int]) -> list[int]:
+    """How many forests of 0, 1, ... nodes there are, given how many trees: the Euler transform.
+
+    n·forests[n] = Σ_k (Σ_{d | k} d·trees[d])·forests[n − k]
+    """
+    weights = [sum(d * trees[d] for d in range(1, k + 1) if k % d == 0) for k in range(len(trees))]
+    forests = [1]
+    for n in range(1, len(trees)):
+        forests.append(sum(weights[k] * forests[n - k] for k in range(1, n + 1)) // n)
+    return forests
 
 
 def _with_branch(cell: Cell, i: int, branch: Branch) -> Cell:

@@ -30,7 +30,10 @@ from search.reports.page import write_page
 
 @dataclass(frozen=True)
 class Pictures:
-    """SVG elements of one cell, of which the last two need trained weights, and what lies out of reach on the map drawn."""
+    """SVG elements of one cell, of which the last two need trained weights, and what lies out of reach on the map drawn.
+
+    A cell without branches has no weights of branches.
+    """
 
     diagram: Markup
     paths: Markup
@@ -56,21 +59,27 @@ class ShownCell:
         return branch_weights(self.context) if self.is_trained else None
 
 
-def draw_pictures(cell: Cell, maps: FeatureMaps, trained: DensePredictionCell | None = None) -> Pictures:
-    """Draw the pictures of a cell on the validation map, and of its weights if there are trained ones."""
+def draw_pictures(
+    cell: Cell, maps: FeatureMaps, trained: DensePredictionCell | None = None, layers: Sequence[int] = (-1,)
+) -> Pictures:
+    """Draw the pictures of a cell on the validation map, and of its weights if there are trained ones.
+
+    `layers` are those of the backbone that its inputs are.
+    """
     size, options = maps.validation, BranchOptions(False, maps.rate_multiplier, maps.pooling, maps.pooling_size)
-    diagram, paths, remarks = Markup(cell_svg(cell)), Markup(paths_svg(cell, size, options)), maps.cell_remarks(cell)
+    diagram, paths, remarks = Markup(cell_svg(cell, layers)), Markup(paths_svg(cell, size, options)), maps.cell_remarks(cell)
     if trained is None:
         return Pictures(diagram, paths, remarks)
     field = Markup(effective_field_svg(trained, size))
-    return Pictures(diagram, paths, remarks, Markup(branch_weights_svg(trained)), field)
+    weights = Markup(branch_weights_svg(trained)) if cell.branches else None
+    return Pictures(diagram, paths, remarks, weights, field)
 
 
 def write_cell_report(
     path: Path,
     names: Sequence[str],
     *,
-    in_channels: int,
+    in_channels: Sequence[int],
     branch_channels: int,
     output_stride: int,
     pooling: PoolingVariant,
@@ -86,7 +95,9 @@ def write_cell_report(
     contexts = {
         name: _trained_cell(Path(name))
         if _has_weights(name)
-        else DensePredictionCell(load_cell(name), in_channels, output_stride=output_stride, pooling=pooling, **widths)
+        else DensePredictionCell(
+            _known_cell(name, len(in_channels)), in_channels, output_stride=output_stride, pooling=pooling, **widths
+        )
         for name in names
     }
     costs = {name: _cost(name, context, feature_size) for name, context in contexts.items()}
@@ -106,6 +117,15 @@ def write_cell_report(
         for name, label in _labels(names).items()
     ]
     write_page(path, "cell_report.html.jinja", {"cells": shown, "latencies": latencies})
+
+
+def _known_cell(name: str, num_inputs: int) -> Cell:
+    cell = load_cell(name, num_inputs)
+    try:
+        cell.require_inputs(num_inputs)
+    except ValueError as error:
+        raise InputError(f"`cells` {name}: {error}; give as many `in_channels`, or another cell") from error
+    return cell
 
 
 def _has_weights(name: str) -> bool:

@@ -20,10 +20,11 @@ from search.runs.study import FOUND, Run, TrialRecord, comparison_label
 from search.tasks.proxy import ProxyResult
 
 _SEARCH_COLOUR = "#4a7fd0"
-# Of compared cells, in turn: Okabe and Ito's colours, which differ for every kind of colour vision.
-_COLOURS = ("#e69f00", "#cc79a7", "#d55e00", "#009e73", INK)
+# Of compared cells, in turn: Okabe and Ito's colours, which differ for every kind of colour vision, and a brown.
+_COLOURS = ("#e69f00", "#cc79a7", "#d55e00", "#009e73", INK, "#8b5e3c")
 _MARKERS = ("D", "s", "^", "v", "P", "X", "*")
 _DASHES: tuple[Any, ...] = ("-", (0, (4, 2)), (0, (1, 1.5)))  # of lines; the next one where the colours begin again
+KNOWN_LABELS = {"linear": "Linear", "mlp": "MLP", "aspp": "ASPP", "psp": "PSP", "dpc": "Published DPC"}
 _LEGEND_CHARACTERS = 76  # in a row, with six for each line or dot
 
 
@@ -40,7 +41,7 @@ class Group:
 
     @property
     def label(self) -> str:
-        return comparison_label(self.name, {"aspp": "ASPP", "dpc": "Published DPC"})
+        return comparison_label(self.name, KNOWN_LABELS)
 
     @property
     def is_found(self) -> bool:

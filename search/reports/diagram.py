@@ -1,8 +1,9 @@
 """Pictures of a cell: its graph and the weights of its branches, as in the paper's figure 5, and its receptive field.
 
-A branch reads exactly one map, so the branches form a tree below the backbone feature F. That makes the layout simple: a
-branch is one layer below its input, children share the width below their parent, and every branch with children has a
-lane to their left for its own arrow to the concatenation. So no arrows cross, for any cell.
+A branch reads exactly one map, so the branches form a tree below each layer of the backbone that is read: F, the deepest, or
+F2, F3 and so on beside it. That makes the layout simple: a branch is one row below its input, children share the width below
+their parent, and every branch with children has a lane to their left for its own arrow to the concatenation. So no arrows
+cross, for any cell.
 """
 
 import re
@@ -25,7 +26,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from fast.dense_prediction_cell import DensePredictionCell
-from reference.cell import BACKBONE_FEATURE, AtrousSeparableConv, Cell, Conv1x1, Operation, PyramidPooling
+from reference.cell import BACKBONE_FEATURE, AtrousSeparableConv, Cell, Conv1x1, Operation, PyramidPooling, input_name
 from reference.dense_prediction_cell import BranchOptions
 from search.cells.reach import Size
 from search.cells.receptive_field import centre_of, effective_receptive_field, structural_receptive_field
@@ -65,11 +66,13 @@ class Box(NamedTuple):
 
 @dataclass(frozen=True)
 class CellLayout:
-    """Positions of everything, in inches at natural size; F is the bar at the top, concat + 1×1 the one at the bottom."""
+    """Positions of everything, in inches at natural size: bars of the inputs that are read at the top, by the index under
+    which branches read them, and of the projection, or of the norm of a cell without branches, at the bottom.
+    """
 
     width: float
     height: float
-    feature: Box
+    inputs: dict[int, Box]
     projection: Box
     branches: tuple[Box, ...]
     arrows: tuple[Curve, ...]
@@ -105,10 +108,15 @@ def operation_colours(operation: Operation) -> tuple[str, str]:
             assert_never(operation)
 
 
-def layout_cell(cell: Cell) -> CellLayout:
-    """Place boxes and arrows so that no box meets another box or an arrow that is not its own."""
-    children: dict[int, list[int]] = {i: [] for i in range(BACKBONE_FEATURE, len(cell.branches))}
-    depths = {BACKBONE_FEATURE: 0}
+def layout_cell(cell: Cell, num_inputs: int = 1) -> CellLayout:
+    """Place boxes and arrows so that no box meets another box or an arrow that is not its own.
+
+    A cell without branches reads all `num_inputs` layers that the backbone gives.
+    """
+    read = {branch.input_index for branch in cell.branches if branch.input_index < 0}
+    inputs = sorted(read, reverse=True) or [BACKBONE_FEATURE - k for k in range(num_inputs)]
+    children: dict[int, list[int]] = {i: [] for i in (*inputs, *range(len(cell.branches)))}
+    depths = dict.fromkeys(inputs, 0)
     for i, branch in enumerate(cell.branches):
         children[branch.input_index].append(i)
         depths[i] = depths[branch.input_index] + 1
@@ -130,23 +138,30 @@ def layout_cell(cell: Cell) -> CellLayout:
             left = place(i, left) + COLUMN_GAP
         return left - COLUMN_GAP
 
-    width = place_row(children[BACKBONE_FEATURE], MARGIN) + MARGIN
+    ends = {}  # left and right, of the bar of each input
+    left = MARGIN
+    for i in inputs:
+        ends[i] = (left, place_row(children[i], left) if children[i] else left + BOX_WIDTH)
+        left = ends[i][1] + COLUMN_GAP
+    width = left - COLUMN_GAP + MARGIN
     layers = max(depths.values())
     height = 2 * (MARGIN + BAR_HEIGHT) + layers * BOX_HEIGHT + (layers + 1) * LAYER_GAP
     first_row = height - MARGIN - BAR_HEIGHT - LAYER_GAP - BOX_HEIGHT / 2
     rows = {i: first_row - (depth - 1) * (BOX_HEIGHT + LAYER_GAP) for i, depth in depths.items()}
     boxes = tuple(Box(centres[i], rows[i], BOX_WIDTH, BOX_HEIGHT) for i in range(len(cell.branches)))
-    feature = Box(width / 2, height - MARGIN - BAR_HEIGHT / 2, width - 2 * MARGIN, BAR_HEIGHT)
+    top = height - MARGIN - BAR_HEIGHT / 2
+    bars = {i: Box((left + right) / 2, top, right - left, BAR_HEIGHT) for i, (left, right) in ends.items()}
     projection = Box(width / 2, MARGIN + BAR_HEIGHT / 2, width - 2 * MARGIN, BAR_HEIGHT)
 
     arrows = []
     for i, (branch, box) in enumerate(zip(cell.branches, boxes, strict=True)):
-        from_feature = branch.input_index == BACKBONE_FEATURE
-        source = box._replace(y=feature.y, height=feature.height) if from_feature else boxes[branch.input_index]
+        source = box._replace(y=top, height=BAR_HEIGHT) if branch.input_index < 0 else boxes[branch.input_index]
         arrows.append(_arrow(source, source.x, box.x, box.top))
         lane_start = box.x if lanes[i] == box.x else box.x - 0.35 * BOX_WIDTH  # apart from the arrows to the children
         arrows.append(_arrow(box, lane_start, lanes[i], projection.top))
-    return CellLayout(width, height, feature, projection, boxes, tuple(arrows))
+    if not cell.branches:
+        arrows += [_arrow(bar, bar.x, bar.x, projection.top) for bar in bars.values()]
+    return CellLayout(width, height, bars, projection, boxes, tuple(arrows))
 
 
 def _arrow(source: Box, start: float, x: float, y: float) -> Curve:
@@ -163,12 +178,13 @@ def _arrow(source: Box, start: float, x: float, y: float) -> Curve:
     return Curve(vertices, codes)
 
 
-def draw_cell(cell: Cell, axes: Axes) -> None:
+def draw_cell(cell: Cell, axes: Axes, layers: Sequence[int] = (-1,)) -> None:
     """Draw the cell's graph, top to bottom, as large as `axes` allows. The figure must have its final size.
 
-    Branches have the numbers by which a cell's JSON names them as `input`; there −1 is the feature F.
+    Branches have the numbers by which a cell's JSON names them as `input`; there −1 is the feature F, −2 is F2, and so on.
+    `layers` are the backbone's layers that these are.
     """
-    layout = layout_cell(cell)
+    layout = layout_cell(cell, len(layers))
     axes.set(xlim=(0, layout.width), ylim=(0, layout.height), aspect="equal")
     axes.set_axis_off()
     inches = axes.bbox.transformed(axes.figure.dpi_scale_trans.inverted())
@@ -178,12 +194,20 @@ def draw_cell(cell: Cell, axes: Axes) -> None:
             path=curve, arrowstyle="-|>", mutation_scale=8 * scale, linewidth=1.1 * scale, color=_ARROW_COLOUR, capstyle="butt"
         )
         axes.add_patch(arrow)
-    _draw_box(axes, layout.feature, "feature F", _BAR_COLOURS, scale)
+    for i, bar in layout.inputs.items():
+        _draw_box(axes, bar, _input_label(i, layers), _BAR_COLOURS, scale)
     for i, (branch, box) in enumerate(zip(cell.branches, layout.branches, strict=True)):
         label = operation_label(branch.operation).replace(", ", "\n")
         _draw_box(axes, box, label, operation_colours(branch.operation), scale)
         _draw_number(axes, i, box, operation_colours(branch.operation), scale)
-    _draw_box(axes, layout.projection, "concat + 1×1", _BAR_COLOURS, scale)
+    _draw_box(axes, layout.projection, "concat + 1×1" if cell.branches else "batch norm", _BAR_COLOURS, scale)
+
+
+def _input_label(index: int, layers: Sequence[int]) -> str:
+    """Which feature it is, and of several layers that are known, which one."""
+    name = input_name(index)
+    known = len(layers) > 1 and -index <= len(layers)
+    return f"{name}: layer {layers[-1 - index]}".replace("-", "−") if known else f"feature {name}"
 
 
 def _draw_box(axes: Axes, box: Box, label: str, colours: tuple[str, str], scale: float) -> None:
@@ -258,6 +282,8 @@ def _mark_step(reach: int) -> int:
 
 def branch_weights(context: DensePredictionCell) -> list[float]:
     """The mean absolute weight with which the projection reads each branch (figure 5b of the paper), in the cell's order."""
+    if not context.cell.branches:
+        return []
     weight = context.weights().projection.weight.detach().double()  # (cell_channels, B·branch_channels, 1, 1)
     by_branch = weight.view(context.cell_channels, len(context.cell.branches), context.branch_channels)
     means: list[float] = by_branch.abs().mean(dim=(0, 2)).tolist()
@@ -283,9 +309,9 @@ def draw_branch_weights(context: DensePredictionCell, axes: Axes) -> None:
     axes.spines[["left", "bottom"]].set_color(INK)
 
 
-def cell_svg(cell: Cell) -> str:
-    """The cell's graph as an SVG element for a page."""
-    return figure_svg(_cell_figure(cell), f"Diagram of the cell {cell}")
+def cell_svg(cell: Cell, layers: Sequence[int] = (-1,)) -> str:
+    """The cell's graph as an SVG element for a page; `layers` as in `draw_cell`."""
+    return figure_svg(_cell_figure(cell, layers), f"Diagram of the cell {cell}")
 
 
 def paths_svg(cell: Cell, size: Size, options: BranchOptions = _SEARCHED) -> str:
@@ -375,10 +401,10 @@ def save_figure(figure: Figure, target: Path | StringIO, suffix: str, **options:
         figure.savefig(target, format=suffix, dpi=200, metadata=metadata, **options)
 
 
-def _cell_figure(cell: Cell) -> Figure:
-    layout = layout_cell(cell)
+def _cell_figure(cell: Cell, layers: Sequence[int]) -> Figure:
+    layout = layout_cell(cell, len(layers))
     figure = Figure(figsize=(layout.width, layout.height))
-    draw_cell(cell, figure.add_axes((0, 0, 1, 1)))
+    draw_cell(cell, figure.add_axes((0, 0, 1, 1)), layers)
     return figure
 
 

@@ -7,6 +7,7 @@ import jinja2
 import numpy as np
 from markupsafe import Markup, escape
 
+from reference.cell import input_name
 from search.errors import InputError
 from search.files import write_text
 from search.reports.diagram import operation_colours, operation_label, shortened
@@ -26,6 +27,7 @@ def write_page(path: Path, template: str, content: dict[str, Any]) -> None:
         "quantity": quantity,
         "operation_label": operation_label,
         "operation_colours": operation_colours,
+        "input_name": input_name,
         "milliseconds": milliseconds,
         "name": name_in_page,
     }

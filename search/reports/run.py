@@ -16,11 +16,12 @@ from PIL import Image
 from fast.checkpoint import load_context
 from fast.dense_prediction_cell import DensePredictionCell
 from reference.cell import Cell
+from search.backbones.facts import described_layers
 from search.datasets import is_named
 from search.dense_tasks import DenseTask, Label, details_beside, mean_details, measures_beside
 from search.errors import InputError
 from search.reports.cells import draw_pictures
-from search.reports.charts import Group, draw_charts, groups_of
+from search.reports.charts import KNOWN_LABELS, Group, draw_charts, groups_of
 from search.reports.in_python import in_python
 from search.reports.latency import Latencies, measure_latencies
 from search.reports.page import percent, write_page
@@ -136,7 +137,7 @@ def _trained_cells(run: Run, best: Sequence[TrialRecord], groups: Sequence[Group
 def _drawings(
     run: Run, best: Sequence[TrialRecord], groups: Sequence[Group], trained: Mapping[str, DensePredictionCell]
 ) -> Iterator[dict[str, Any]]:
-    maps = known(run.space.maps)
+    maps, layers = known(run.space.maps), described_layers(run.identity)
     worst_from = max(_DRAWN_BEST, len(best) - _DRAWN_WORST)
     for rank, record in enumerate(best):
         if record.result and (rank < _DRAWN_BEST or rank >= worst_from):
@@ -145,7 +146,7 @@ def _drawings(
                 "heading": percent(record.result.score),
                 "place": place,
                 "name": f"trial {record.number}",
-                "pictures": draw_pictures(record.cell, maps, trained.get("best") if rank == 0 else None),
+                "pictures": draw_pictures(record.cell, maps, trained.get("best") if rank == 0 else None, layers),
             }
     for group in groups:
         if best and group.name in trained and group.name != f"trial {best[0].number}":
@@ -153,7 +154,7 @@ def _drawings(
                 "heading": percent(group.results[0].score),
                 "place": f"{group.label}, seed 0",
                 "name": "beside the search",
-                "pictures": draw_pictures(group.cell, maps, trained[group.name]),
+                "pictures": draw_pictures(group.cell, maps, trained[group.name], layers),
             }
 
 
@@ -163,9 +164,9 @@ def _latencies(run: Run, rows: Sequence[Row], trained: Mapping[str, DensePredict
     cells = {
         row.label: DensePredictionCell(
             row.cell,
-            one.in_channels,
+            one.input_channels,
             branch_channels=one.branch_channels,
-            cell_channels=one.cell_channels,
+            cell_channels=one.branch_channels,  # a cell without branches has as many as it reads
             output_stride=one.output_stride,
             pooling=one.pooling,
             pooling_size=one.pooling_size,
@@ -207,7 +208,7 @@ def _example_maps(run: Run) -> list[Example]:
 
 
 def _examples(arrays: dict[str, NDArray[Any]]) -> Iterator[Example]:
-    titles = {"best": "best cell", "aspp": "ASPP", "dpc": "Published DPC"}
+    titles = {"best": "best cell", **KNOWN_LABELS}
     for row in range(sum(key.startswith("train_image_") for key in arrays)):
         yield Example("train", arrays[f"train_image_{row}"], {"label": arrays[f"train_label_{row}"]})
     for row in range(sum(key.startswith("image_") for key in arrays)):

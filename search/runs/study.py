@@ -57,7 +57,7 @@ class TrialRecord:
 
 @dataclass(frozen=True)
 class BaselineRecord:
-    """A known cell ("aspp", "dpc"), or the search's best again ("trial 7"), scored by the same proxy with its own seed."""
+    """A known cell ("linear", "dpc"), or the search's best again ("trial 7"), scored by the same proxy with its own seed."""
 
     name: str
     seed: int
@@ -264,7 +264,8 @@ def load_run(directory: Path) -> Run:
 def _restored_space(content: dict[str, Any]) -> SearchSpace:
     """Read what `plain` made of a space."""
     maps = content["maps"] and restored(FeatureMaps, content["maps"])
-    return SearchSpace(content["num_branches"], tuple(content["rates"]), tuple(content["grid_sizes"]), maps)
+    num_inputs = content.get("num_inputs", 1)  # earlier runs had one
+    return SearchSpace(content["num_branches"], tuple(content["rates"]), tuple(content["grid_sizes"]), maps, num_inputs)
 
 
 def _earlier_space(identity: Mapping[str, Any]) -> SearchSpace:

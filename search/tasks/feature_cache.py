@@ -54,6 +54,7 @@ _BATCH = 8  # images per pass of the backbone, or fewer where they would not fit
 PICTURES, LABELS, WEIGHTS = f"{CONTENT}images", f"{CONTENT}labels", "`weights` (content)"  # names of hashes in an identity
 MEAN, STD = "`backbone` (mean pixel)", "`backbone` (deviation of pixels)"  # of values 0 to 255
 _IMAGES, _CHANNELS = "number of images", "number of channels"
+_LAYER_CHANNELS = "numbers of channels of the layers"  # only where there are several
 _EARLIER = "is of an earlier version"
 _LABELS_DONE = "labels"  # in the progress while labels are copied anew: of how many images that is done
 
@@ -96,6 +97,11 @@ class FeatureCache:
     @property
     def grid(self) -> Grid:
         return described_grid(self.identity)
+
+    @property
+    def layer_channels(self) -> tuple[int, ...]:
+        """The channels of each layer of the backbone, which follow each other in the features."""
+        return tuple(self.identity.get(_LAYER_CHANNELS, (self.features.shape[1],)))
 
 
 def open_cache(directory: Path, identity: dict[str, Any]) -> FeatureCache:
@@ -268,6 +274,7 @@ def _identity(settings: FeatureSettings, dataset: Dataset, backbone: Backbone, m
         "feature_dtype": settings.feature_dtype,
         _IMAGES: len(dataset) * (2 if mirrored else 1),
         _CHANNELS: backbone.channels,
+        **({_LAYER_CHANNELS: list(backbone.layer_channels)} if len(backbone.layer_channels) > 1 else {}),
     }
 
 

@@ -68,7 +68,7 @@ class ProxyTask:
         self.head = head.completed(train.identity["dataset"])
         self.device = torch.device(device)
         self.dense_task = train.task.weighted(given(loss, LossSettings()).numbers)
-        self.grid = train.grid
+        self.grid, self.layer_channels = train.grid, train.layer_channels
         self.crop = crop_in_features(settings, train)
         self._train, self._val = (self._resident(cache) for cache in (train, val))
 
@@ -119,7 +119,7 @@ class ProxyTask:
         settings = self.head
         context = DensePredictionCell(
             cell,
-            self._train[0].shape[1],
+            self.layer_channels,
             branch_channels=settings.channels,
             cell_channels=settings.channels,
             output_stride=self.grid.stride,

@@ -16,7 +16,8 @@ from fast.segmentation import SegmentationHead, SegmentationNetwork
 from reference.cell import Cell
 from reference.grid import Grid
 from search.backbones import completed_backbone, create_backbone, grid_of
-from search.backbones.facts import described_grid, facts_of_backbone
+from search.backbones.facts import described_grid, described_layers, facts_of_backbone
+from search.cells.space import require_layers
 from search.datasets import Dataset, contents
 from search.dense_tasks import DenseTask, restored_task
 from search.devices import Devices
@@ -62,6 +63,7 @@ def _described(path: Path | None) -> tuple[FileKind, dict[str, Any]] | None:
 
 def create_network(settings: TrainingSettings, cell: Cell, task: DenseTask) -> SegmentationNetwork:
     """Build a network around the cell, with weights from the backbone's settings and the seed. Raises InputError."""
+    require_layers("cell", str(cell), cell, len(settings.backbone.layers))
     torch.manual_seed(settings.seed)
     backbone = create_backbone(
         settings.backbone, settings.data.dataset, settings.machine.cache_dir, low_level=settings.recipe.decoder
@@ -69,7 +71,7 @@ def create_network(settings: TrainingSettings, cell: Cell, task: DenseTask) -> S
     channels = settings.head.channels
     context = DensePredictionCell(
         cell,
-        backbone.channels,
+        backbone.layer_channels,
         branch_channels=channels,
         cell_channels=channels,
         output_stride=backbone.output_stride,
@@ -79,7 +81,7 @@ def create_network(settings: TrainingSettings, cell: Cell, task: DenseTask) -> S
     )
     decoder = None
     if backbone.low_level is not None:
-        decoder = Decoder(backbone.low_level.channels, channels=channels, norm_layer=authors_norm)
+        decoder = Decoder(backbone.low_level.channels, channels=context.cell_channels, norm_layer=authors_norm)
     return SegmentationNetwork(backbone, SegmentationHead(context, len(task.outputs)), decoder)
 
 
@@ -109,7 +111,7 @@ def join_head(
         asked,
         backbone=name,
         output_stride=stride,
-        layers=tuple(described.get("layers", BackboneSettings.layers)),
+        layers=described_layers(described),
         patch_size=described.get("patch_size"),
         weights_origin=described["weights_origin"],
     )

@@ -73,11 +73,12 @@ def loss(case: LossCase, dtype: str) -> Truth:
     small, classes = case.data(dtype)
     logits, labels = array(small), classes.numpy()
     if not case.is_training:
-        predictions = bilinear_resize(logits, case.label_size).argmax(axis=1)
+        predictions = bilinear_resize(logits, case.label_size, align_corners=case.align_corners).argmax(axis=1)
         return {"output": [confusion_matrix(predictions, labels, num_classes=case.num_classes).astype(np.float64)]}
     cotangent = float(normal((), SEED + 1).to(DTYPES[dtype]))
-    gradient = cotangent * upsampled_cross_entropy_backward(logits, labels)
-    return {"output": [np.array(upsampled_cross_entropy(logits, labels))], "gradients": [gradient]}
+    gradient = cotangent * upsampled_cross_entropy_backward(logits, labels, align_corners=case.align_corners)
+    output = np.array(upsampled_cross_entropy(logits, labels, align_corners=case.align_corners))
+    return {"output": [output], "gradients": [gradient]}
 
 
 def first_update(case: ProxyCase) -> Truth:
@@ -90,7 +91,8 @@ def first_update(case: ProxyCase) -> Truth:
 
     context = cells.dense_prediction_cell(x, case.cell, weights, options)
     logits = pointwise_conv(context, matrix) + array(cast(Tensor, bias))[:, None, None]
-    grad_logits = upsampled_cross_entropy_backward(logits, targets)
+    align_corners = case.grid.align_corners
+    grad_logits = upsampled_cross_entropy_backward(logits, targets, align_corners=align_corners)
     grad_context, grad_matrix = pointwise_conv_backward(grad_logits, context, matrix)
     _, grad_weights = cells.dense_prediction_cell_backward(grad_context, x, case.cell, weights, options)
     gradients = [*trainable(grad_weights), grad_matrix, grad_logits.sum(axis=(0, 2, 3))]
@@ -100,7 +102,8 @@ def first_update(case: ProxyCase) -> Truth:
         -case.learning_rate * (gradient + WEIGHT_DECAY * decayed[name] * array(parameter))
         for gradient, (name, parameter) in zip(gradients, parameters, strict=True)
     ]
-    return {"output": [np.array(upsampled_cross_entropy(logits, targets))], "gradients": updates}
+    output = np.array(upsampled_cross_entropy(logits, targets, align_corners=align_corners))
+    return {"output": [output], "gradients": updates}
 
 
 def array(tensor: Tensor) -> Array:

@@ -18,6 +18,7 @@ from fast.checkpoint import (
     FORMAT,
     NETWORK_FORMAT,
     describe_file,
+    load_backbone,
     load_context,
     load_head,
     load_network,
@@ -25,6 +26,7 @@ from fast.checkpoint import (
     save_head,
     save_network,
 )
+from fast.timm_models import cut_of
 from reference.cell import BACKBONE_FEATURE, AtrousSeparableConv, Branch, Cell, Conv1x1, PyramidPooling
 from reference.pyramid_pooling import PoolingVariant
 
@@ -127,6 +129,29 @@ def test_a_network_with_an_undescribed_decoder_is_not_saved(tmp_path: Path) -> N
     network.decoder.projection.norm = nn.GroupNorm(1, 3)
     with pytest.raises(ValueError, match=r"a file cannot describe projection\.norm of this Decoder"):
         save_network(tmp_path / "network.safetensors", network, task={"class_names": CLASSES})
+
+
+@pytest.mark.parametrize("cell", [Cell(()), Cell((Branch(-2, Conv1x1()), *CELL.branches[:1]))], ids=["no branches", "second"])
+@pytest.mark.parametrize("in_channels", [(3, 2), (3, 2, 4)], ids=str)
+def test_round_trip_of_several_layers(tmp_path: Path, cell: Cell, in_channels: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    context = DensePredictionCell(cell, in_channels, branch_channels=4, cell_channels=5)
+    head, path = SegmentationHead(context, len(CLASSES)).train(), tmp_path / "head.safetensors"
+    features = torch.randn(2, sum(in_channels), 5, 6)
+    head(features)
+    save_head(path, head, task={"class_names": CLASSES}, backbone=BACKBONE)
+    loaded, description = load_head(path)
+    assert description["in_channels"] == list(in_channels)
+    assert loaded.context.input_channels == load_context(path).input_channels == in_channels
+    assert torch.equal(loaded(features), head.eval()(features))
+
+
+def test_a_head_fits_the_layers_of_its_backbone_alone() -> None:
+    backbone = plain_backbone("tiny", (3, 4, 4, 6), output_stride=16)
+    head = SegmentationHead(DensePredictionCell(CELL, (4, 2), branch_channels=4), 2)
+    message = r"head was built for 4 \+ 2 channels at output stride 16, backbone tiny gives 6 at 16"
+    with pytest.raises(ValueError, match=message):
+        SegmentationNetwork(backbone, head)
 
 
 @pytest.mark.parametrize("dropout", [nn.Identity(), nn.Dropout2d(0.2)])
@@ -306,6 +331,48 @@ def test_network_round_trip(tmp_path: Path, decoder: bool, output_stride: int) -
     images = torch.rand(1, 3, 34, 50) * 255
     with torch.no_grad():
         assert torch.equal(loaded(images), network.eval()(images))
+
+
+def network_on(backbone: Backbone) -> SegmentationNetwork:
+    context = DensePredictionCell(
+        CELL, backbone.channels, branch_channels=4, cell_channels=4, output_stride=backbone.output_stride
+    )
+    return SegmentationNetwork(backbone, SegmentationHead(context, len(CLASSES))).eval()
+
+
+NOT_AS_BEFORE = ("align_corners", "layers", "deepest", "patch_size")
+ON_OTHER_GRIDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "blocks": ({"name": "test_vit", "layers": (-1, -4)}, {"align_corners": False, "layers": [-1, -4]}),
+    "other patches": ({"name": "test_vit", "patch_size": 14}, {"align_corners": False, "patch_size": 14}),
+    "a stage": ({"name": "test_convnext"}, {"align_corners": False, "deepest": -2}),
+    "stages": ({"name": "efficientvit_b0", "layers": (-1, -2)}, {"layers": [-1, -2], "deepest": -2}),
+    "as before": ({"name": "resnet18"}, {}),
+}
+
+
+@pytest.mark.parametrize(("arguments", "fields"), ON_OTHER_GRIDS.values(), ids=ON_OTHER_GRIDS.keys())
+def test_layers_patches_and_grid_are_in_the_file(tmp_path: Path, arguments: dict[str, Any], fields: dict[str, Any]) -> None:
+    network, path = network_on(timm_backbone(**arguments)), tmp_path / "network.safetensors"
+    save_network(path, network, task={"class_names": CLASSES})
+    cut_of.cache_clear()
+    loaded, description = load_network(path)
+    backbone = load_backbone(path)
+    assert cut_of.cache_info().misses == 0  # nothing was measured
+    assert {key: description["backbone"][key] for key in NOT_AS_BEFORE if key in description["backbone"]} == fields
+    assert loaded.backbone.cut == backbone.cut == network.backbone.cut
+    height, width = backbone.grid.pixels((3, 4))
+    images = torch.rand(1, 3, height, width) * 255
+    with torch.no_grad():
+        assert torch.equal(loaded(images), network(images))
+        assert torch.equal(backbone(images), network.backbone(images))
+
+
+def test_a_network_on_a_stage_has_one_output_stride(tmp_path: Path) -> None:
+    path = tmp_path / "network.safetensors"
+    save_network(path, network_on(timm_backbone("test_convnext")), task={"class_names": CLASSES})
+    for load in (load_network, load_backbone):
+        with pytest.raises(ValueError, match="'test_convnext' has features at output stride 16 alone, asked for 8"):
+            load(path, output_stride=8)
 
 
 def network_without_pooling(name: str) -> SegmentationNetwork:

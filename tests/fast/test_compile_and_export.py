@@ -95,6 +95,20 @@ def test_exported_program_is_the_same(training: bool) -> None:
     assert torch.allclose(program.module()(features), build().train(training)(features), rtol=0, atol=ROUNDING)
 
 
+@pytest.mark.parametrize("cell", [Cell(()), Cell((Branch(-2, Conv1x1()), *CELL.branches[:1]))], ids=["no branches", "second"])
+def test_cells_of_several_layers_are_compiled_and_exported(cell: Cell) -> None:
+    torch._dynamo.reset()
+
+    def build() -> DensePredictionCell:
+        torch.manual_seed(0)
+        return DensePredictionCell(cell, (3, 2), branch_channels=4, cell_channels=5, dropout_rate=0.0)
+
+    features = torch.randn(2, 5, 7, 9, generator=torch.Generator().manual_seed(0))
+    assert_same(train_step(build(), features, "aot_eager"), train_step(build(), features))
+    program = torch.export.export(build().eval(), (features,))
+    assert torch.allclose(program.module()(features), build().eval()(features), rtol=0, atol=ROUNDING)
+
+
 def test_import_without_triton() -> None:
     modules = ", ".join(module.__name__ for module in (fast, checkpoint, mean_iou, upsampled_cross_entropy))
     code = f"import sys; sys.modules['triton'] = None; import {modules}"

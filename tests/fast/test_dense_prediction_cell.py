@@ -57,10 +57,10 @@ def single(operation: Operation) -> Cell:
     return Cell((Branch(BACKBONE_FEATURE, operation),))
 
 
-def small_cell(cell: Cell, options: BranchOptions) -> DensePredictionCell:
+def small_cell(cell: Cell, options: BranchOptions, in_channels: int | tuple[int, ...] = IN_CHANNELS) -> DensePredictionCell:
     module = DensePredictionCell(
         cell,
-        IN_CHANNELS,
+        in_channels,
         branch_channels=BRANCH_CHANNELS,
         cell_channels=CELL_CHANNELS,
         output_stride=16 // options.rate_multiplier,
@@ -107,7 +107,7 @@ def module_step(
 ) -> Step:
     """In the dtype and on the device of the module."""
     load_reference_weights(module, weights)
-    parameter = module.projection.weight
+    parameter = next(module.parameters())
     maps = to_tensors(features, parameter.device.type, layout, parameter.dtype)
     return torch_step(lambda x, _: module(x), (maps, module.weights()), cotangent, autocast)
 
@@ -146,6 +146,77 @@ def test_step_equals_reference_with_pinned_pooling_size(
 ) -> None:
     pinned = data.draw(st.tuples(st.integers(1, size[0]), st.integers(1, size[1])))  # so that every window fits
     check(cell, size, 2, BranchOptions(training, pooling_size=pinned), layout, device, seed)
+
+
+LAYERS = (IN_CHANNELS, 2, 5)  # channels of several layers of a backbone
+
+
+@single_values_allowed
+@every_device
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("calls_submodules", [False, True], ids=["fused", "submodules"])
+@given(cells(min_branches=0, num_inputs=3), map_sizes(9), st.integers(1, 2), st.sampled_from(LAYOUTS), rng_seeds())
+def test_step_of_several_inputs_equals_reference(
+    device: str,
+    training: bool,
+    calls_submodules: bool,
+    cell: Cell,
+    size: tuple[int, int],
+    batch: int,
+    layout: Layout,
+    seed: int,
+) -> None:
+    """The layers follow each other in one map; a cell without branches is the norm of them all."""
+    rng, options = np.random.default_rng(seed), BranchOptions(training)
+    features = rng.standard_normal((batch, sum(LAYERS), *size))
+    weights = random_cell_weights(cell, LAYERS, BRANCH_CHANNELS, CELL_CHANNELS, rng)
+    cotangent = rng.standard_normal((batch, CELL_CHANNELS if cell.branches else sum(LAYERS), *size))
+
+    def split(x: Array) -> list[Array]:
+        return np.split(x, np.cumsum(LAYERS)[:-1], axis=1)
+
+    def backward(g: Array, x: Array, w: CellWeights[Array]) -> tuple[Array, CellWeights[Array]]:
+        grad_layers, grad_weights = dense_prediction_cell_backward(g, split(x), cell, w, options)
+        return np.concatenate(grad_layers, axis=1), grad_weights
+
+    expected = reference_step(
+        lambda x, w: dense_prediction_cell(split(x), cell, w, options), backward, (features, weights), cotangent
+    )
+    module = small_cell(cell, options, LAYERS).to(device, torch.float64)
+    if calls_submodules:
+        for child in module.modules():
+            if child is not module:
+                child.register_forward_hook(lambda *_: None)
+    assert_equal_steps(module_step(module, features, weights, cotangent, layout), expected)
+
+
+def test_a_cell_that_reads_a_layer_that_is_not_there_is_refused() -> None:
+    cell = Cell((Branch(-2, Conv1x1()),))
+    with pytest.raises(ValueError, match=r"^the cell reads input -2, and the backbone gives 1 layer$"):
+        DensePredictionCell(cell, 4)
+    assert DensePredictionCell(cell, (4, 3)).input_channels == (4, 3)
+
+
+def test_a_cell_without_branches_has_as_many_channels_as_it_reads() -> None:
+    module = DensePredictionCell(Cell(()), (4, 3), cell_channels=256).train()
+    assert (module.in_channels, module.cell_channels) == (7, 7)
+    assert not any(decays(module).values())
+    x = torch.randn(2, 7, 3, 3)
+    assert torch.allclose(module(x).mean((0, 2, 3)), torch.zeros(7), atol=1e-6)  # dropout would move the means
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_half_precision_is_normalised_in_the_norms_own(autocast: torch.dtype | None) -> None:
+    """Features of 16 bits, as a cache holds them: their gradients would be too small for 16 bits."""
+    module = DensePredictionCell(Cell(()), 3).train()
+    x = torch.randn(2, 3, 4, 5).half()
+    with torch.autocast("cpu", autocast, enabled=autocast is not None):
+        y = module(x)
+    assert y.dtype == torch.float32
+    (y * 1e-8 * torch.arange(y.numel()).view_as(y)).sum().backward()
+    assert isinstance(module.norm.weight, torch.Tensor)
+    assert module.norm.weight.grad is not None
+    assert module.norm.weight.grad.all()
 
 
 @every_device

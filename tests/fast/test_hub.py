@@ -49,6 +49,13 @@ def assert_same(loaded: HubModule, module: HubModule) -> None:
     assert all(torch.equal(actual[key], expected[key]) for key in expected)
 
 
+def test_a_cell_of_several_layers_says_so_on_its_card(tmp_path: Path) -> None:
+    cell = DensePredictionCell(Cell(()), (4, 2))
+    cell.save_pretrained(tmp_path)
+    assert_same(DensePredictionCell.from_pretrained(tmp_path), cell.eval())
+    assert "| cell | norm |\n| channels | 6 (4 + 2) in, 6 out |" in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("kind", [SegmentationNetwork, SegmentationHead, DensePredictionCell])
 def test_a_folder_comes_back_whole(tmp_path: Path, kind: type[HubModule]) -> None:
     module = part(build_network(), kind)

@@ -29,7 +29,7 @@ def test_confusion_matrix_equals_reference(
 
 @every_device
 @pytest.mark.parametrize("logits_dtype", [torch.float32, torch.float64], ids=str)
-@given(map_sizes(6), map_sizes(), st.integers(1, 3), st.integers(1, 5), LABEL_DTYPES, rng_seeds())
+@given(map_sizes(6), map_sizes(), st.integers(1, 3), st.integers(1, 5), LABEL_DTYPES, st.booleans(), rng_seeds())
 def test_upsampled_confusion_matrix_equals_reference(
     device: str,
     logits_dtype: torch.dtype,
@@ -38,16 +38,17 @@ def test_upsampled_confusion_matrix_equals_reference(
     batch: int,
     num_classes: int,
     dtype: torch.dtype,
+    align_corners: bool,
     seed: int,
 ) -> None:
     rng = np.random.default_rng(seed)
     logits = rng.standard_normal((batch, num_classes, *size))
     labels = np.where(rng.random((batch, *label_size)) < 0.2, 255, rng.integers(num_classes, size=(batch, *label_size)))
-    upsampled = bilinear_resize(logits, label_size)
+    upsampled = bilinear_resize(logits, label_size, align_corners=align_corners)
     best = np.sort(upsampled, axis=1)[:, -2:]
     assume(num_classes == 1 or np.min(best[:, 1] - best[:, 0]) > 1e-5)  # float32 decides ties by rounding
     on_device = torch.from_numpy(logits).to(device, logits_dtype), torch.from_numpy(labels).to(device, dtype)
-    actual = upsampled_confusion_matrix(*on_device)
+    actual = upsampled_confusion_matrix(*on_device, align_corners=align_corners)
     expected = reference.confusion_matrix(upsampled.argmax(axis=1), labels, num_classes=num_classes)
     assert np.array_equal(actual.cpu(), expected)
 

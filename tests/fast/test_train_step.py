@@ -28,16 +28,13 @@ from tests.fake_gpu import fake_gpu
 from tests.fast.against_reference import every_device
 from tests.strategies import rng_seeds
 
-STRIDE = 16
+GRID, CENTRES = Grid(16), Grid(16, align_corners=False)
+STRIDE = GRID.stride
 DECAY = 4e-5
 CELL = Cell.from_json(
     '[{"op": "conv", "kernel": 3, "rate": [1, 6], "input": -1}, {"op": "conv", "kernel": 1, "input": 0},'
     ' {"op": "pyramid_pooling", "grid_size": [2, 1], "input": 0}]'
 )
-
-
-def label_size(size: tuple[int, int]) -> tuple[int, int]:
-    return STRIDE * (size[0] - 1) + 1, STRIDE * (size[1] - 1) + 1
 
 
 def make_head(device: str = "cpu", *, in_channels: int = 3, classes: int = 4, dropout_rate: float = 0.0) -> SegmentationHead:
@@ -47,13 +44,13 @@ def make_head(device: str = "cpu", *, in_channels: int = 3, classes: int = 4, dr
 
 
 def make_step(head: SegmentationHead, features: Tensor, labels: Tensor, **settings: Any) -> TrainStep:
-    defaults: dict[str, Any] = {"grid": Grid(STRIDE), "crop": (3, 4), "batch_size": 3, "iterations": 6}
+    defaults: dict[str, Any] = {"grid": GRID, "crop": (3, 4), "batch_size": 3, "iterations": 6}
     return TrainStep(head, features, labels, **defaults | {"precision": "float32"} | settings)
 
 
-def random_data(device: str = "cpu") -> tuple[Tensor, Tensor]:
+def random_data(device: str = "cpu", grid: Grid = GRID) -> tuple[Tensor, Tensor]:
     rng = np.random.default_rng(0)
-    labels = rng.choice([0, 1, 2, 3, 255], (5, *label_size((5, 6)))).astype(np.uint8)
+    labels = rng.choice([0, 1, 2, 3, 255], (5, *grid.pixels((5, 6)))).astype(np.uint8)
     return torch.from_numpy(rng.standard_normal((5, 3, 5, 6))).to(device), torch.from_numpy(labels).to(device)
 
 
@@ -65,6 +62,7 @@ class PlainStep:
     iterations: int
     class_weights: Tensor | None = None
     adamw: bool = False
+    align_corners: bool = True
 
     def run(self, batches: Iterator[tuple[Tensor, Tensor]]) -> list[float]:
         decay = decays(self.head)
@@ -82,7 +80,7 @@ class PlainStep:
             with using(None):
                 logits = self.head(features)
             size = (labels.shape[1], labels.shape[2])
-            upsampled = F.interpolate(logits, size, mode="bilinear", align_corners=True)
+            upsampled = F.interpolate(logits, size, mode="bilinear", align_corners=self.align_corners)
             total = F.cross_entropy(upsampled, labels.long(), self.class_weights, ignore_index=255, reduction="sum")
             loss = total / (labels != 255).sum()
             optimizer.zero_grad()
@@ -94,18 +92,19 @@ class PlainStep:
 
 
 @every_device
+@pytest.mark.parametrize("grid", [GRID, CENTRES], ids=lambda grid: grid.name)
 @pytest.mark.parametrize(
     ("weights", "recipe"),
     [(None, {}), ([0.0, 0.5, 1.0, 4.0], {}), (None, {"optimizer": "adamw", "schedule": "cosine"})],
     ids=["", "weighted", "adamw"],
 )
-def test_follows_plain_training(device: str, weights: list[float] | None, recipe: dict[str, Any]) -> None:
+def test_follows_plain_training(device: str, weights: list[float] | None, recipe: dict[str, Any], grid: Grid) -> None:
     """Losses, weights and statistics of six iterations; the learning rate is kept in float32, hence 1e-6."""
     class_weights = None if weights is None else torch.tensor(weights, device=device, dtype=torch.float64)
     drawn: list[tuple[Tensor, Tensor]] = []
     head, other = make_head(device), make_head(device)
     loss = partial(upsampled_cross_entropy, class_weights=class_weights)
-    step = make_step(head, *random_data(device), learning_rate=0.01, weight_decay=DECAY, loss=loss, **recipe)
+    step = make_step(head, *random_data(device, grid), grid=grid, learning_rate=0.01, weight_decay=DECAY, loss=loss, **recipe)
     draw = step.draw
 
     def recording(dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
@@ -115,7 +114,8 @@ def test_follows_plain_training(device: str, weights: list[float] | None, recipe
     step.draw = recording  # type: ignore[method-assign]
     step._replay = step._iterate  # type: ignore[method-assign]  # what a graph draws cannot be recorded
     losses = [step().item() for _ in range(6)]
-    np.testing.assert_allclose(losses, PlainStep(other, 6, class_weights, bool(recipe)).run(iter(drawn)), rtol=1e-6)
+    plain = PlainStep(other, 6, class_weights, bool(recipe), grid.align_corners)
+    np.testing.assert_allclose(losses, plain.run(iter(drawn)), rtol=1e-6)
     for (name, tensor), expected in zip(head.state_dict().items(), other.state_dict().values(), strict=True):
         assert torch.allclose(tensor, expected, rtol=1e-6, atol=1e-9), name
 
@@ -197,7 +197,7 @@ def test_training_learns() -> None:
     torch.manual_seed(0)
     classes = torch.randint(4, (6, 5, 6))
     features = F.one_hot(classes, 4).permute(0, 3, 1, 2).double()
-    labels = torch.full((6, *label_size((5, 6))), 255, dtype=torch.uint8)
+    labels = torch.full((6, *GRID.pixels((5, 6))), 255, dtype=torch.uint8)
     labels[:, ::STRIDE, ::STRIDE] = classes
     head = make_head(in_channels=4, dropout_rate=0.1)
     step = make_step(head, features, labels, crop=(4, 5), batch_size=8, iterations=150, learning_rate=0.5)
@@ -234,6 +234,17 @@ def test_adamw_is_captured_on_a_gpu_with_a_rate_that_a_graph_can_change() -> Non
         assert gpu.launches > 0
 
 
+def test_a_head_without_branches_learns() -> None:
+    """The linear probe: a norm and a classifier."""
+    torch.manual_seed(0)
+    features, labels = random_data()
+    head = SegmentationHead(DensePredictionCell(Cell(()), features.shape[1]), 4).to(features.dtype)
+    step = make_step(head, features, labels, iterations=60)
+    losses = [step().item() for _ in range(60)]
+    assert np.mean(losses[-10:]) < np.mean(losses[:10])
+    assert {int(count) for count in counters(head)} == {60}
+
+
 def test_depends_on_the_seed_alone() -> None:
     def losses(seed: int) -> list[float]:
         head = make_head(dropout_rate=0.5)
@@ -265,29 +276,30 @@ def test_bfloat16_stays_near(monkeypatch: pytest.MonkeyPatch) -> None:
 # Crops
 
 
-def make_crops(features: Tensor, labels: Tensor, crop: tuple[int, int], batch_size: int) -> TrainStep:
-    return make_step(make_head(), features, labels.to(torch.uint8), crop=crop, batch_size=batch_size)
+def make_crops(features: Tensor, labels: Tensor, crop: tuple[int, int], batch_size: int, grid: Grid = GRID) -> TrainStep:
+    return make_step(make_head(), features, labels.to(torch.uint8), grid=grid, crop=crop, batch_size=batch_size)
 
 
 @given(
     crop=st.tuples(st.integers(1, 4), st.integers(1, 5)),
     size=st.tuples(st.integers(4, 7), st.integers(5, 7)),
+    grid=st.sampled_from((GRID, CENTRES)),
     seed=rng_seeds(),
 )
-def test_crops_of_features_lie_on_their_labels(crop: tuple[int, int], size: tuple[int, int], seed: int) -> None:
-    """Features say where they are; labels say which feature they belong to."""
+def test_crops_of_features_lie_on_their_labels(crop: tuple[int, int], size: tuple[int, int], grid: Grid, seed: int) -> None:
+    """Features say where they are; labels say which feature they belong to, at the first pixel of its patch."""
     h, w = size
     index, i, j = np.meshgrid(np.arange(3), np.arange(h), np.arange(w), indexing="ij")
     features = torch.from_numpy(np.stack([index, i, j], axis=1)).half()
-    labels = np.full((3, *label_size(size)), 255)
+    labels = np.full((3, *grid.pixels(size)), 255)
     labels[:, ::STRIDE, ::STRIDE] = index * h * w + i * w + j
-    step = make_crops(features, torch.from_numpy(labels), crop, 3)
+    step = make_crops(features, torch.from_numpy(labels), crop, 3, grid)
     torch.manual_seed(seed)
     seen = set()
     for _ in range(10):
         batch, targets = step.draw()
         assert batch.shape == (3, 3, *crop)
-        assert targets.shape == (3, *label_size(crop))
+        assert targets.shape == (3, *grid.pixels(crop))
         n, y, x = batch.long().unbind(dim=1)
         assert torch.equal(targets[:, ::STRIDE, ::STRIDE].long(), n * h * w + y * w + x)
         assert int((targets != 255).sum()) == n.numel()  # and nothing in between
@@ -302,14 +314,14 @@ def test_gathered_crops_equal_cut_ones() -> None:
     batch, targets = make_crops(features, labels, (3, 4), 3)._cut(index.tolist(), top.tolist(), left.tolist())
     gathered = fast.train_step._gather(features, index, top, left, (3, 4)).permute(0, 3, 1, 2)
     assert torch.equal(gathered, batch)
-    windows = fast.train_step._gather(labels[:, None], index, STRIDE * top, STRIDE * left, label_size((3, 4)))
+    windows = fast.train_step._gather(labels[:, None], index, STRIDE * top, STRIDE * left, GRID.pixels((3, 4)))
     assert torch.equal(windows[..., 0], targets)
 
 
 def test_crops_reach_every_picture_and_place_equally_often() -> None:
     index, i, j = np.meshgrid(np.arange(2), np.arange(4), np.arange(5), indexing="ij")
     features = torch.from_numpy(np.stack([index, i, j], axis=1)).half()
-    step = make_crops(features, torch.zeros(2, *label_size((4, 5))), (2, 3), 60)
+    step = make_crops(features, torch.zeros(2, *GRID.pixels((4, 5))), (2, 3), 60)
     torch.manual_seed(0)
     counts = np.zeros((2, 3, 3))
     for _ in range(50):

@@ -1,4 +1,5 @@
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -30,9 +31,18 @@ ONE = np.ones(())  # the loss is a scalar: its cotangent
 
 
 def expected_step(
-    logits: np.ndarray, labels: np.ndarray, ignore_index: int = 255, class_weights: np.ndarray | None = None
+    logits: np.ndarray,
+    labels: np.ndarray,
+    ignore_index: int = 255,
+    class_weights: np.ndarray | None = None,
+    *,
+    align_corners: bool = True,
 ) -> Step:
-    options: dict[str, Any] = {"ignore_index": ignore_index, "class_weights": class_weights}
+    options: dict[str, Any] = {
+        "ignore_index": ignore_index,
+        "class_weights": class_weights,
+        "align_corners": align_corners,
+    }
     return reference_step(
         lambda x: np.asarray(reference.upsampled_cross_entropy(x, labels, **options)),
         lambda _, x: (reference.upsampled_cross_entropy_backward(x, labels, **options),),
@@ -54,7 +64,8 @@ def draw_weights(num_classes: int, rng: np.random.Generator) -> np.ndarray:
 
 
 @every_device
-@example((2, 1), (6, 1), 1, 1, 0.3, 1, torch.uint8, "contiguous", 0)
+@example((2, 1), (6, 1), 1, 1, 0.3, 1, torch.uint8, "contiguous", True, 0)
+@example((4, 3), (64, 48), 2, 5, 0.3, 500, torch.uint8, "contiguous", False, 0)
 @given(
     map_sizes(6),
     map_sizes(),
@@ -64,6 +75,7 @@ def draw_weights(num_classes: int, rng: np.random.Generator) -> np.ndarray:
     st.sampled_from((1, 500, 1 << 22)),
     st.sampled_from((torch.uint8, torch.int64)),
     st.sampled_from(LAYOUTS),
+    st.booleans(),
     rng_seeds(),
 )
 def test_equals_reference(
@@ -76,6 +88,7 @@ def test_equals_reference(
     band_bytes: int,
     label_dtype: torch.dtype,
     layout: Layout,
+    align_corners: bool,
     seed: int,
 ) -> None:
     """Bands of one row, of a few, and of all; labels larger and smaller than the logits; down to 1×1 and one class."""
@@ -84,10 +97,14 @@ def test_equals_reference(
     labels = draw_labels((batch, *label_size), num_classes, ignored, 255, rng)
     on_device = torch.from_numpy(labels).to(device, label_dtype)
     with mock.patch.dict(library.BAND_BYTES, cpu=band_bytes, cuda=band_bytes):
-        actual = torch_step(lambda x: upsampled_cross_entropy(x, on_device), to_tensors((logits,), device, layout), ONE)
+        actual = torch_step(
+            lambda x: upsampled_cross_entropy(x, on_device, align_corners=align_corners),
+            to_tensors((logits,), device, layout),
+            ONE,
+        )
     # What the pixels around a logit add to its gradient: of one class alone, terms whose sum is 0.
     terms = 1 / logits[:, 0].size
-    assert_equal_steps(actual, expected_step(logits, labels), terms=terms)
+    assert_equal_steps(actual, expected_step(logits, labels, align_corners=align_corners), terms=terms)
 
 
 @every_device
@@ -100,6 +117,7 @@ def test_equals_reference(
     st.sampled_from((torch.uint8, torch.int64)),
     st.sampled_from((1.0, 100.0)),
     st.sampled_from(LAYOUTS),
+    st.booleans(),
     rng_seeds(),
 )
 def test_class_weights_equal_reference(
@@ -112,6 +130,7 @@ def test_class_weights_equal_reference(
     label_dtype: torch.dtype,
     scale: float,
     layout: Layout,
+    align_corners: bool,
     seed: int,
 ) -> None:
     """With large logits, which the C++ kernel computes by another way; with a weight of 0, one class, nothing labelled."""
@@ -121,24 +140,26 @@ def test_class_weights_equal_reference(
     on_device, given_weights = torch.from_numpy(labels).to(device, label_dtype), torch.from_numpy(weights).to(device)
     with nullcontext() if kernels else using(None):
         actual = torch_step(
-            lambda x: upsampled_cross_entropy(x, on_device, class_weights=given_weights),
+            lambda x: upsampled_cross_entropy(x, on_device, class_weights=given_weights, align_corners=align_corners),
             to_tensors((logits,), device, layout),
             ONE,
         )
+    expected = expected_step(logits, labels, class_weights=weights, align_corners=align_corners)
     # as above, of pixels with the largest weight
-    assert_equal_steps(actual, expected_step(logits, labels, class_weights=weights), terms=weights.max() / logits[:, 0].size)
+    assert_equal_steps(actual, expected, terms=weights.max() / logits[:, 0].size)
 
 
 @every_device
-def test_class_weights_are_pytorchs_but_for_the_denominator(device: str) -> None:
+@pytest.mark.parametrize("align_corners", [True, False])
+def test_class_weights_are_pytorchs_but_for_the_denominator(device: str, align_corners: bool) -> None:
     """PyTorch's sum of weighted losses, divided by the number of labelled pixels; float32 sums of 1,000 pixels."""
     rng = np.random.default_rng(0)
     labels = torch.from_numpy(draw_labels((2, 21, 25), 5, 0.3, 255, rng)).to(device)
     weights = torch.from_numpy(draw_weights(5, rng)).to(device, torch.float32)
     given, plain = (torch.from_numpy(rng.normal(size=(2, 5, 6, 7))).to(device, torch.float32) for _ in range(2))
     plain.copy_(given)
-    loss = upsampled_cross_entropy(given.requires_grad_(), labels, class_weights=weights)
-    wide = F.interpolate(plain.requires_grad_(), labels.shape[1:], mode="bilinear", align_corners=True)
+    loss = upsampled_cross_entropy(given.requires_grad_(), labels, class_weights=weights, align_corners=align_corners)
+    wide = F.interpolate(plain.requires_grad_(), labels.shape[1:], mode="bilinear", align_corners=align_corners)
     expected = F.cross_entropy(wide, labels, weights, ignore_index=255, reduction="sum") / (labels != 255).sum()
     (loss + expected).backward()  # type: ignore[no-untyped-call]
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
@@ -184,21 +205,24 @@ def test_large_logits_do_not_overflow(device: str) -> None:
     assert loss.item() == pytest.approx(2e4)
 
 
-def test_gradcheck() -> None:
+@pytest.mark.parametrize("align_corners", [True, False])
+def test_gradcheck(align_corners: bool) -> None:
     """By central differences of the fast path itself, in float64, with a gradient of the loss that is not 1."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(2, 3, 3, 2, dtype=torch.float64, generator=generator, requires_grad=True)
     labels = torch.randint(3, (2, 5, 4), generator=generator)
     labels[0, 1] = 255
     weights = torch.tensor([0.0, 0.5, 4.0])
-    assert torch.autograd.gradcheck(lambda x: 3.0 * upsampled_cross_entropy(x, labels), (logits,))
-    assert torch.autograd.gradcheck(lambda x: 3.0 * upsampled_cross_entropy(x, labels, class_weights=weights), (logits,))
+    for of_classes in (None, weights):
+        loss = partial(upsampled_cross_entropy, labels=labels, class_weights=of_classes, align_corners=align_corners)
+        assert torch.autograd.gradcheck(lambda x, loss=loss: 3.0 * loss(x), (logits,))
 
 
 @every_device
+@pytest.mark.parametrize("align_corners", [True, False])
 @pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_low_precision_is_within_budget(device: str, dtype: torch.dtype, weighted: bool) -> None:
+def test_low_precision_is_within_budget(device: str, dtype: torch.dtype, weighted: bool, align_corners: bool) -> None:
     """Logits in `dtype`; the loss is float32 for all, the gradient in the logits' dtype."""
     actual, expected, yardstick = [], [], []
     for seed in range(9):
@@ -209,16 +233,19 @@ def test_low_precision_is_within_budget(device: str, dtype: torch.dtype, weighte
         inputs, plain_inputs = (to_tensors((logits,), device, dtype=dtype) for _ in range(2))
         weights = rounded(draw_weights(5, rng), torch.float32) if weighted else None
         w = None if weights is None else torch.from_numpy(weights).to(device, torch.float32)
-        expected.append(expected_step(logits, labels, class_weights=weights))
-        actual.append(torch_step(lambda x, y=on_device, w=w: upsampled_cross_entropy(x, y, class_weights=w), inputs, ONE))
-        yardstick.append(torch_step(lambda x, y=on_device, w=w: plain_cross_entropy(x, y, w), plain_inputs, ONE))
+        expected.append(expected_step(logits, labels, class_weights=weights, align_corners=align_corners))
+        options: dict[str, Any] = {"labels": on_device, "class_weights": w, "align_corners": align_corners}
+        actual.append(torch_step(partial(upsampled_cross_entropy, **options), inputs, ONE))
+        yardstick.append(torch_step(partial(plain_cross_entropy, **options), plain_inputs, ONE))
     assert_steps_within_budget(actual, expected, yardstick, dtype)
     assert upsampled_cross_entropy(torch.ones(1, 2, 1, 1, dtype=dtype), torch.zeros(1, 1, 1).long()).dtype == torch.float32
 
 
-def plain_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
-    wide = F.interpolate(logits.float(), labels.shape[1:], mode="bilinear", align_corners=True)
-    return F.cross_entropy(wide, labels, weights, ignore_index=255, reduction="sum") / (labels != 255).sum()
+def plain_cross_entropy(
+    logits: torch.Tensor, labels: torch.Tensor, class_weights: torch.Tensor | None, align_corners: bool
+) -> torch.Tensor:
+    wide = F.interpolate(logits.float(), labels.shape[1:], mode="bilinear", align_corners=align_corners)
+    return F.cross_entropy(wide, labels, class_weights, ignore_index=255, reduction="sum") / (labels != 255).sum()
 
 
 def test_ignore_index_that_the_labels_cannot_hold_is_refused() -> None:

@@ -18,6 +18,7 @@ import numpy as np
 from hypothesis import assume
 
 import reference.batch_norm
+import reference.dense_prediction_cell
 from reference.batch_norm import EPS, Array, BatchNorm
 
 STEP = 1e-6
@@ -73,7 +74,10 @@ def with_batch_norms(function: Callable[..., Array], inputs: tuple[Any, ...]) ->
         calls.append(BatchNormCall(x, norm, training, output))
         return output
 
-    with mock.patch.object(reference.batch_norm, "batch_norm", recording):
+    with (
+        mock.patch.object(reference.batch_norm, "batch_norm", recording),
+        mock.patch.object(reference.dense_prediction_cell, "batch_norm", recording),  # of a cell without branches
+    ):
         return np.asarray(function(*inputs)), calls
 
 

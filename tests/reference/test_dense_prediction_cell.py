@@ -4,8 +4,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reference.atrous_separable_conv import SeparableConv, atrous_separable_conv
-from reference.batch_norm import Array
-from reference.cell import BACKBONE_FEATURE, OPERATIONS, AtrousSeparableConv, Branch, Cell, Operation, PyramidPooling
+from reference.batch_norm import Array, batch_norm
+from reference.cell import (
+    BACKBONE_FEATURE,
+    OPERATIONS,
+    AtrousSeparableConv,
+    Branch,
+    Cell,
+    Conv1x1,
+    Operation,
+    PyramidPooling,
+)
 from reference.dense_prediction_cell import (
     BranchOptions,
     CellWeights,
@@ -45,6 +54,55 @@ def test_branches_read_their_inputs() -> None:
     output = dense_prediction_cell(features, cell, weights, BranchOptions(training=True))
     projected = conv1x1(np.concatenate([first, second, third], axis=1), weights.projection, training=True)
     assert np.array_equal(output, projected)
+
+
+LAYERS = (IN_CHANNELS, 2, 4)  # channels of several layers of a backbone
+
+
+@pytest.mark.parametrize("training", [False, True])
+@given(cells(min_branches=0, num_inputs=3), map_sizes(5), rng_seeds())
+def test_gradient_of_several_inputs(training: bool, cell: Cell, size: tuple[int, int], seed: int) -> None:
+    """For each of them, also of those that no branch reads; a cell without branches reads all."""
+    rng, options = np.random.default_rng(seed), BranchOptions(training)
+    features = [rng.standard_normal((2, channels, *size)) for channels in LAYERS]
+    weights = random_cell_weights(cell, LAYERS, BRANCH_CHANNELS, CELL_CHANNELS, rng)
+    output = dense_prediction_cell(features, cell, weights, options)
+    assert output.shape == (2, CELL_CHANNELS if cell.branches else sum(LAYERS), *size)
+    grad_output = rng.standard_normal(output.shape)
+    grad_features, grad_weights = dense_prediction_cell_backward(grad_output, features, cell, weights, options)
+    for index, gradient in zip((-1, -2, -3), grad_features, strict=True):
+        is_read = not cell.branches or any(branch.input_index == index for branch in cell.branches)
+        assert is_read or not gradient.any()
+    assert_gradient(
+        lambda *x: dense_prediction_cell(x, cell, weights, options), tuple(features), tuple(grad_features), grad_output, rng
+    )
+    assert_gradient(
+        lambda *w: dense_prediction_cell(features, cell, CellWeights(*w), options), weights, grad_weights, grad_output, rng
+    )
+
+
+def test_branches_read_the_layers_that_they_name() -> None:
+    """The second of three: as a cell that reads the one input, when this is that layer."""
+    rng, options = np.random.default_rng(0), BranchOptions(training=True)
+    features = [rng.standard_normal((2, channels, 3, 4)) for channels in LAYERS]
+    cell = Cell((Branch(-2, Conv1x1()), Branch(0, Conv1x1())))
+    weights = random_cell_weights(cell, LAYERS, BRANCH_CHANNELS, CELL_CHANNELS, rng)
+    alone = Cell((Branch(-1, Conv1x1()), Branch(0, Conv1x1())))
+    actual = dense_prediction_cell(features, cell, weights, options)
+    assert np.array_equal(actual, dense_prediction_cell(features[1], alone, weights, options))
+    with pytest.raises(ValueError, match="the cell reads input -2, and the backbone gives 1 layer"):
+        dense_prediction_cell(features[1], cell, weights, options)
+
+
+def test_a_cell_without_branches_is_the_batch_norm_of_all_inputs() -> None:
+    """No ReLU, no dropout."""
+    rng = np.random.default_rng(0)
+    features = [rng.standard_normal((2, channels, 3, 4)) for channels in LAYERS]
+    weights = random_cell_weights(Cell(()), LAYERS, BRANCH_CHANNELS, CELL_CHANNELS, rng)
+    actual = dense_prediction_cell(features, Cell(()), weights, BranchOptions(training=True))
+    expected = batch_norm(np.concatenate(features, axis=1), weights.norm, training=True)
+    assert np.array_equal(actual, expected)
+    assert (actual < 0).any()
 
 
 @pytest.mark.parametrize(

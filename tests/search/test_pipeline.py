@@ -13,8 +13,9 @@ from torch import nn
 
 import search
 import search.pipeline
-from fast.backbone import timm_backbone
+from fast.backbone import Backbone, timm_backbone
 from fast.bilinear_resize import bilinear_resize
+from fast.checkpoint import load_head
 from fast.dense_prediction_cell import DensePredictionCell
 from fast.segmentation import SegmentationHead, SegmentationNetwork
 from search import (
@@ -73,6 +74,71 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("python")
     find(folder)
     return folder
+
+
+class TwoMaps(nn.Module):
+    """The map of `Strided(4)`, and before it one of six channels at half its stride."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.deepest, self.finer = Strided(4), nn.Conv2d(3, 6, kernel_size=9, stride=8, padding=4)
+
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        return [self.finer(images), self.deepest(images)]
+
+
+def of_two_layers() -> Backbone:
+    torch.manual_seed(0)
+    half = torch.full((3,), 127.5)
+    return Backbone("two maps", TwoMaps(), channels=(8, 6), output_stride=16, mean=half, std=half).eval()
+
+
+def test_cells_of_several_layers_are_found_kept_and_joined(tmp_path: Path) -> None:
+    path = tmp_path / "second.json"
+    path.write_text('[{"op": "conv", "kernel": 1, "input": -2}]')
+    backbone, machine = of_two_layers(), MachineSettings(device="cpu", cache_dir=tmp_path / "cache")
+    wanted = SearchSettings(trials=3, branches=2, compare=("linear", "mlp", "dpc", str(path)))
+    options = SETTINGS | {"machine": machine, "search": wanted}
+    found = search_cells(strips("train"), strips("val", seed=1), backbone, tmp_path / "run", **options)
+    run = load_run(tmp_path / "run")
+    assert run.space.num_inputs == 2
+    assert run.identity["layers"] == [-1, -2]
+    compared = {record.name: record.cell for record in run.baselines if not record.name.startswith("trial")}
+    assert [str(compared[name]) for name in ("linear", "mlp", "second")] == ["norm", "conv1x1(F), conv1x1(F2)", "conv1x1(F2)"]
+    assert "F2: layer −2" in found.report.read_text(encoding="utf-8")
+    for name in ("best", "linear_seed0", "mlp_seed0", "second_seed0"):
+        head, description = load_head(tmp_path / "run" / "heads" / f"{name}.safetensors")
+        assert description["in_channels"] == [8, 6]
+        assert description["backbone"]["layers"] == [-1, -2]
+        assert SegmentationNetwork(backbone, head)(torch.zeros(1, 3, 33, 49)).shape == (1, 3, 3, 4)
+    assert found.network(backbone).head.context.input_channels == (8, 6)
+
+
+def test_a_search_that_was_compared_with_fewer_cells_goes_on_with_more(tmp_path: Path) -> None:
+    """As runs of before there were five: scores of the others are what they were, in whatever order cells are compared."""
+    compared = []
+    for compare in (("aspp", "dpc"), SearchSettings().compare):
+        find(tmp_path, search=SearchSettings(trials=1, branches=2, compare=compare))
+        compared.append({record.name: record.result.scores for record in load_run(tmp_path / "run").baselines})
+    assert list(compared[1]) == ["aspp", "dpc", "trial 0", "linear", "mlp", "psp"]
+    assert {name: compared[1][name] for name in compared[0]} == compared[0]
+    find(tmp_path / "new", search=SearchSettings(trials=1, branches=2))
+    anew = {record.name: record.result.scores for record in load_run(tmp_path / "new" / "run").baselines}
+    assert list(anew) == ["linear", "mlp", "aspp", "psp", "dpc", "trial 0"]
+    assert anew == compared[1]
+
+
+def test_a_compared_cell_of_a_layer_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "third.json"
+    path.write_text('[{"op": "conv", "kernel": 1, "input": -3}]')
+    options = SETTINGS | {
+        "search": SearchSettings(compare=(str(path),)),
+        "machine": MachineSettings(cache_dir=tmp_path / "cache"),
+    }
+    message = r"^`compare` .*third.json: the cell reads input -3, and the backbone gives 2 layers; give as many `layers`"
+    with pytest.raises(InputError, match=message):
+        search_cells(strips("train"), strips("val", seed=1), of_two_layers(), tmp_path / "run", **options)
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_search_ends_in_a_network(folder: Path) -> None:

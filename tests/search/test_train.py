@@ -609,7 +609,7 @@ def test_the_best_cell_of_a_search_on_other_data_is_trained_only_where_the_data_
     with pytest.raises(InputError, match="searched on camvid, and this would train on shapes: give that `dataset` and `task`"):
         search.train.main(composed(TrainSettings, run=run, out=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
-    assert search.train._cell(changed(tiny, run=run), "camvid") == load_cell("psp")  # whose data set is camvid too
+    assert search.train._cell(changed(tiny, run=run), "camvid", 1) == load_cell("psp")  # whose data set is camvid too
 
 
 @pytest.mark.parametrize(

@@ -245,28 +245,34 @@ def plane_product(x: NormedMap, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def upsampled_cross_entropy(
-    logits: Tensor, labels: Tensor, ignore_index: int, class_weights: Tensor | None = None
+    logits: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    class_weights: Tensor | None = None,
+    align_corners: bool = True,
 ) -> tuple[Tensor, Tensor]:
     logits = logits.contiguous()
     grad, loss = torch.empty_like(logits), torch.zeros((), dtype=torch.float64)
     if class_weights is not None:
         _check(class_weights, logits)
-    _call_with_labels("upsampled_cross_entropy", logits, labels, ignore_index, class_weights, loss, grad)
+    _call_with_labels("upsampled_cross_entropy", logits, labels, ignore_index, align_corners, class_weights, loss, grad)
     return loss.to(logits.dtype), grad
 
 
-def upsampled_confusion_matrix(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+def upsampled_confusion_matrix(logits: Tensor, labels: Tensor, ignore_index: int, align_corners: bool = True) -> Tensor:
     logits = logits.contiguous()
     confusion = torch.zeros(logits.shape[1], logits.shape[1], dtype=torch.int64)
-    _call_with_labels("upsampled_confusion_matrix", logits, labels, ignore_index, confusion)
+    _call_with_labels("upsampled_confusion_matrix", logits, labels, ignore_index, align_corners, confusion)
     return confusion
 
 
-def _call_with_labels(name: str, logits: Tensor, labels: Tensor, ignore_index: int, *rest: Tensor | None) -> None:
+def _call_with_labels(
+    name: str, logits: Tensor, labels: Tensor, ignore_index: int, align_corners: bool, *rest: Tensor | None
+) -> None:
     n, classes, height, width = logits.shape
     if labels.dtype != torch.uint8:
         labels = labels.to(torch.int64)
-    axes = (_axis(height, labels.shape[1]), _axis(width, labels.shape[2]))
+    axes = (_axis(height, labels.shape[1], align_corners), _axis(width, labels.shape[2], align_corners))
     arguments = (logits, labels.contiguous(), n, classes, *axes, ignore_index, *rest)
     function = _function(f"{name}_{_SUFFIX[logits.dtype]}_{_SUFFIX[labels.dtype]}", ctypes.c_bool)
     if not function(*map(_argument, arguments), torch.get_num_threads()):
@@ -306,7 +312,7 @@ class _Gradient(ctypes.Structure):
 
 class _Axis(ctypes.Structure):
     _fields_ = (
-        ("low", ctypes.c_void_p),
+        ("interval", ctypes.c_void_p),
         ("fraction", ctypes.c_void_p),
         ("in_size", ctypes.c_long),
         ("out_size", ctypes.c_long),
@@ -349,11 +355,15 @@ def _pointers(moments: _Moments | None) -> tuple[Tensor | None, Tensor | None]:
 
 
 @functools.lru_cache(maxsize=64)
-def _axis(in_size: int, out_size: int) -> _Axis:
-    low, fraction = interpolation_taps(in_size, out_size)
-    low, fraction = np.ascontiguousarray(low, dtype=np.int32), np.ascontiguousarray(fraction)
-    axis = _Axis(low.ctypes.data, fraction.ctypes.data, in_size, out_size)
-    axis.arrays = (low, fraction)  # kept alive as long as the pointers
+def _axis(in_size: int, out_size: int, align_corners: bool) -> _Axis:
+    if align_corners:
+        low, fraction = interpolation_taps(in_size, out_size, align_corners=True)
+    else:  # beyond the outermost inputs the position goes on, as fractions must grow evenly there too
+        low, rest = np.divmod((2 * np.arange(out_size) + 1) * in_size - out_size, 2 * out_size)
+        fraction = rest / (2 * out_size)
+    interval, fraction = np.ascontiguousarray(low + 1, dtype=np.int32), np.ascontiguousarray(fraction)
+    axis = _Axis(interval.ctypes.data, fraction.ctypes.data, in_size, out_size)
+    axis.arrays = (interval, fraction)  # kept alive as long as the pointers
     return axis
 
 

@@ -8,8 +8,9 @@
 // How the loss is computed:
 //
 // Strips. The rows of pixels between a row of logits and the next one are a strip: 16 rows where 49 rows become 769. It is one
-//   task of one thread. Both rows of logits are widened along x. Down a column of pixels each class then goes along a straight
-//   line:
+//   task of one thread. Without aligned corners the pixels before the first logit are one too, and those after the last: both
+//   of its rows of logits are then the same one. Both rows are widened along x. Down a column of pixels each class then goes
+//   along a straight line:
 //
 //       z[k] = top[k] + f · step[k]     f: 0 at the row of logits above, 1 at the one below, growing evenly from row to row
 //
@@ -52,25 +53,29 @@ constexpr int ROWS_AT_ONCE = 4;       // of a geometric series
 constexpr int STEEPEST = 8;           // |log2 ratio|: a power rounded up to 2^-126 is then still small three rows later
 constexpr double LEAST_TOTAL = 1e-6;  // so far below the straight line logits have lost digits
 
-// Bilinear taps along one axis: output i reads inputs low[i] and low[i] + 1, the latter with weight fraction[i]. Between two
-// inputs the outputs lie at equal distances, as with aligned corners.
+// Bilinear taps along one axis. Interval j lies between inputs j - 1 and j, the first and the last one between the outermost
+// input and itself. Output i reads both ends of its interval, the upper one with weight fraction[i]. Within an interval the
+// fractions grow evenly, in the first and the last one too. With aligned corners the first one is empty.
 struct Axis {
-    const int32_t* low;      // (out_size,), never decreasing
-    const double* fraction;  // (out_size,), in [0, 1)
+    const int32_t* interval;  // (out_size,), 0 to in_size, never decreasing
+    const double* fraction;   // (out_size,), in [0, 1)
     long in_size, out_size;
 };
 
-// The outputs that lie between an input and the next: input r has begin[r] .. begin[r + 1].
+// The outputs in each interval of an axis: interval j has begin[j] .. begin[j + 1].
 struct Strips {
+    long in_size, number;
     std::vector<long> begin;
-    explicit Strips(const Axis& axis) : begin(axis.in_size + 1, axis.out_size) {
-        for (long i = axis.out_size - 1; i >= 0; i--) begin[axis.low[i]] = i;
-        for (long r = axis.in_size - 1; r >= 0; r--) begin[r] = std::min(begin[r], begin[r + 1]);
+    explicit Strips(const Axis& axis) : in_size(axis.in_size), number(in_size + 1), begin(number + 1, axis.out_size) {
+        for (long i = axis.out_size - 1; i >= 0; i--) begin[axis.interval[i]] = i;
+        for (long j = number - 1; j >= 0; j--) begin[j] = std::min(begin[j], begin[j + 1]);
     }
-    long size(long r) const { return begin[r + 1] - begin[r]; }
+    long size(long j) const { return begin[j + 1] - begin[j]; }
+    long lower(long j) const { return std::max(j - 1, 0L); }  // the inputs at the ends of interval j
+    long upper(long j) const { return std::min(j, in_size - 1); }
     long longest() const {
         long longest = 0;
-        for (size_t r = 0; r + 1 < begin.size(); r++) longest = std::max(longest, size(r));
+        for (long j = 0; j < number; j++) longest = std::max(longest, size(j));
         return longest;
     }
 };
@@ -83,15 +88,13 @@ struct Batch {
     long n, classes;
     Axis rows, columns;
     Labels ignore;  // the label of pixels that count for nothing
-
-    long tasks() const { return n * rows.in_size; }  // strips of all images; task i is strip i % in_size of its image
 };
 
 // A strip as one thread holds it. Rows are padded to whole vectors, with logits 0 and labels ignored.
 template <class T>
 struct Strip {
     long classes, width, padded;
-    Strips columns;                // the pixels between a logit and the next, along x
+    Strips columns;                // the pixels between a logit and the next one, along x
     std::vector<T> fraction;       // (width + L,): along x
     std::vector<Lane<T>> targets;  // (rows, padded): the pixel's label, -1 where ignored
     std::vector<T> weights;        // (rows, padded): of the pixel's class, 0 where ignored; of no use without class weights
@@ -104,13 +107,14 @@ struct Strip {
           fraction(x.fraction, x.fraction + width), targets(longest * padded, -1), top(classes * padded), step(top.size()) {
         fraction.resize(width + L<T>);  // a vector from the last column
     }
-    // The number of labelled pixels of a task, or -1 if a label is neither a class nor ignored.
+    // The number of labelled pixels of strip j of an image, or -1 if a label is neither a class nor ignored.
     template <class Labels>
-    int64_t read(const Batch<T, Labels>& batch, const Strips& strips, long task) {
-        const long h = batch.rows.in_size, w = batch.columns.in_size, image = task / h, r = task % h;
-        rows = strips.size(r), fractions = batch.rows.fraction + strips.begin[r];
-        widen(batch.logits + (image * classes * h + r) * w, h * w, w, r + 1 < h ? w : 0);
-        return read_labels(batch.labels + (image * batch.rows.out_size + strips.begin[r]) * width, batch.ignore);
+    int64_t read(const Batch<T, Labels>& batch, const Strips& strips, long image, long j) {
+        const long h = batch.rows.in_size, w = batch.columns.in_size;
+        rows = strips.size(j), fractions = batch.rows.fraction + strips.begin[j];
+        const T* logits = batch.logits + image * classes * h * w;
+        widen(logits + strips.lower(j) * w, h * w, (strips.upper(j) - strips.lower(j)) * w);
+        return read_labels(batch.labels + (image * batch.rows.out_size + strips.begin[j]) * width, batch.ignore);
     }
     void read_weights(const T* class_weights) {
         weights.resize(targets.size());
@@ -123,15 +127,15 @@ struct Strip {
         return lanes;
     }
     void shift();
-    void narrow(T* out, const Scratch<T>& grad, long w) const;
+    void narrow(T* out, const Scratch<T>& grad) const;
 
   private:
-    // The way along x: a row of w logits of each class, `plane` apart, and the row `below` it -> top and step.
-    void widen(const T* row, long plane, long w, long below) {
+    // The way along x: a row of logits of each class, `plane` apart, and the row `below` it -> top and step.
+    void widen(const T* row, long plane, long below) {
         for (long k = 0; k < classes; k++)
-            for (long j = 0; j < w; j++) {
-                const T* corner = row + k * plane + j;
-                const long right = j + 1 < w ? 1 : 0;
+            for (long j = 0; j < columns.number; j++) {
+                const T* corner = row + k * plane + columns.lower(j);
+                const long right = columns.upper(j) - columns.lower(j);
                 const T a = corner[0], a_step = corner[right] - a;
                 const T b = corner[below] - a, b_step = corner[below + right] - corner[below] - a_step;
                 for (long i = columns.begin[j]; i < columns.begin[j + 1]; i++) {
@@ -180,22 +184,24 @@ void Strip<T>::shift() {
 // The way back along x, from the gradient of one widened row: (classes, padded) -> (classes, w). Pixel i gives 1 - fraction[i]
 // of its own to the logit at its left, the rest to the one at its right. Lanes past a logit's pixels are masked.
 template <class T>
-void Strip<T>::narrow(T* out, const Scratch<T>& grad, long w) const {
-    std::fill(out, out + classes * w, T(0));
+void Strip<T>::narrow(T* out, const Scratch<T>& grad) const {
     Mask<T> lane;
     for (int l = 0; l < L<T>; l++) lane[l] = l;
-    for (long k = 0; k < classes; k++)
-        for (long j = 0; j < w; j++) {
+    for (long k = 0; k < classes; k++, out += columns.in_size) {
+        T before = 0;  // what the logit at the left got from the interval before
+        for (long j = 0; j < columns.number; j++) {
             V<T> all{}, right{};
             for (long i = columns.begin[j]; i < columns.begin[j + 1]; i += L<T>) {
                 const V<T> g = lane < Lane<T>(columns.begin[j + 1] - i) ? load(&grad[k * padded + i]) : V<T>{};
                 right += load(&fraction[i]) * g;
                 all += g;
             }
-            const T to_right = sum<T>(right);
-            out[k * w + j] += sum<T>(all) - to_right;
-            out[k * w + std::min(j + 1, w - 1)] += to_right;
+            const T to_right = sum<T>(right), with_left = before + (sum<T>(all) - to_right);
+            out[columns.lower(j)] = with_left;
+            before = j > 0 ? to_right : with_left + to_right;
         }
+        out[columns.in_size - 1] += before;
+    }
 }
 
 // What one thread adds up: over a strip the gradient of both widened rows of logits, and over the rows of L columns of it.
@@ -337,27 +343,30 @@ double columns_loss(const Strip<T>& s, Sums<T>& sums, long x, LogSum<T>& totals)
 // What a strip gives to the row of logits above it and to the one below, not yet divided by the number of labelled pixels.
 template <class T>
 struct OfStrips {
-    long size;             // of a row of logits, (classes, w)
-    std::vector<T> parts;  // (tasks, 2, classes, w)
+    long number, size;     // strips of an image; of a row of logits, (classes, w)
+    std::vector<T> parts;  // (n, number, 2, classes, w)
     std::vector<double> losses;
     std::vector<int64_t> labelled;
 
-    OfStrips(long tasks, long size) : size(size), parts(tasks * 2 * size), losses(tasks), labelled(tasks) {}
-    T* above(long task) { return parts.data() + task * 2 * size; }
-    T* below(long task) { return above(task) + size; }
+    OfStrips(long n, long number, long size)
+        : number(number), size(size), parts(n * number * 2 * size), losses(n * number), labelled(n * number) {}
+    T* above(long image, long j) { return parts.data() + (image * number + j) * 2 * size; }
+    T* below(long image, long j) { return above(image, j) + size; }
 };
 
-// Gradients of all logits, (n, classes, h, w): row r lies above strip r and below strip r - 1.
+// Gradients of all logits, (n, classes, h, w): row r lies below strip r and above strip r + 1. The first row lies above the first
+// strip too, the last row below the last.
 template <class T>
 void add_strips(OfStrips<T>& strips, long n, long classes, long h, long w, double mean, T* grad, int threads) {
 #pragma omp parallel for num_threads(threads)
-    for (long task = 0; task < n * h; task++) {
-        const long image = task / h, r = task % h;
+    for (long row = 0; row < n * h; row++) {
+        const long image = row / h, r = row % h;
         for (long k = 0; k < classes; k++)
             for (long x = 0; x < w; x++) {
-                T g = strips.above(task)[k * w + x];
-                if (r > 0) g += strips.below(task - 1)[k * w + x];
-                if (r == h - 1) g += strips.below(task)[k * w + x];  // below the last row lies the last row
+                const long place = k * w + x;
+                T g = strips.above(image, r + 1)[place] + strips.below(image, r)[place];
+                if (r == 0) g += strips.above(image, 0)[place];
+                if (r == h - 1) g += strips.below(image, h)[place];
                 grad[((image * classes + k) * h + r) * w + x] = T(g * mean);
             }
     }
@@ -366,17 +375,19 @@ void add_strips(OfStrips<T>& strips, long n, long classes, long h, long w, doubl
 // Returns whether every label is a class or ignored; if not, the results are not written. WEIGHTED: by class_weights (classes,).
 template <class T, class Labels, bool WEIGHTED>
 bool upsampled_cross_entropy(const Batch<T, Labels>& batch, const T* class_weights, double* mean_loss, T* grad, int threads) {
-    const long h = batch.rows.in_size, w = batch.columns.in_size, tasks = batch.tasks();
+    const long h = batch.rows.in_size, w = batch.columns.in_size;
     const Strips strips(batch.rows);
-    OfStrips<T> results(tasks, batch.classes * w);
+    const long tasks = batch.n * strips.number;
+    OfStrips<T> results(batch.n, strips.number, batch.classes * w);
 #pragma omp parallel num_threads(threads)
     {
         Strip<T> strip(batch.columns, batch.classes, strips.longest());
         Sums<T> sums(strip);
 #pragma omp for schedule(dynamic)
         for (long task = 0; task < tasks; task++) {
-            if (strips.size(task % h) == 0) continue;
-            results.labelled[task] = strip.read(batch, strips, task);
+            const long image = task / strips.number, j = task % strips.number;
+            if (strips.size(j) == 0) continue;
+            results.labelled[task] = strip.read(batch, strips, image, j);
             if (results.labelled[task] < 0) continue;
             strip.shift();
             if (WEIGHTED) strip.read_weights(class_weights);
@@ -385,8 +396,8 @@ bool upsampled_cross_entropy(const Batch<T, Labels>& batch, const T* class_weigh
             double loss = 0;
             for (long x = 0; x < strip.width; x += L<T>) loss += columns_loss<T, WEIGHTED>(strip, sums, x, totals);
             results.losses[task] = (loss + totals.sum()) / LOG2_E;
-            strip.narrow(results.above(task), sums.top, w);
-            strip.narrow(results.below(task), sums.bottom, w);
+            strip.narrow(results.above(image, j), sums.top);
+            strip.narrow(results.below(image, j), sums.bottom);
         }
     }
     if (std::count(results.labelled.begin(), results.labelled.end(), -1)) return false;
@@ -423,15 +434,17 @@ inline __attribute__((always_inline)) void count_best(const Strip<T>& s, std::ve
 template <class T, class Labels>
 bool upsampled_confusion_matrix(const Batch<T, Labels>& batch, int64_t* confusion, int threads) {
     const Strips strips(batch.rows);
-    std::vector<char> foreign(batch.tasks());
+    const long tasks = batch.n * strips.number;
+    std::vector<char> foreign(tasks);
 #pragma omp parallel num_threads(threads)
     {
         Strip<T> strip(batch.columns, batch.classes, strips.longest());
         std::vector<int64_t> counts(batch.classes * batch.classes);
 #pragma omp for schedule(dynamic)
-        for (long task = 0; task < batch.tasks(); task++) {
-            if (strips.size(task % batch.rows.in_size) == 0) continue;
-            foreign[task] = strip.read(batch, strips, task) < 0;
+        for (long task = 0; task < tasks; task++) {
+            const long image = task / strips.number, j = task % strips.number;
+            if (strips.size(j) == 0) continue;
+            foreign[task] = strip.read(batch, strips, image, j) < 0;
             if (!foreign[task]) count_best(strip, counts);
         }
 #pragma omp critical

@@ -20,6 +20,7 @@ from torch import Tensor
 from fast.kernels.interface import Dropout, Folded, NormedMap, Unfolded
 from fast.kernels.triton.launches import LARGE, Launch, table_for
 from reference.batch_norm import BatchNorm
+from reference.grid import Grid
 
 _IS_INSTALLED = importlib.util.find_spec("triton") is not None
 if _IS_INSTALLED:
@@ -277,30 +278,37 @@ def plane_product(x: NormedMap, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def upsampled_cross_entropy(
-    logits: Tensor, labels: Tensor, ignore_index: int, class_weights: Tensor | None = None
+    logits: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    class_weights: Tensor | None = None,
+    align_corners: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """The loss is NaN if a label is neither a class nor ignore_index: raising would have to wait for the device."""
-    labels, sizes = _labels_and_sizes(logits, labels)
+    labels, sizes = _labels_and_sizes(logits, labels, align_corners)
     n, classes, height, width = logits.shape
     if classes * logits.stride(1) >= 2**31:
         raise ValueError(
             f"kernels count logits of an image in 32 bits: {classes} classes {logits.stride(1)} apart are too many"
         )
-    cells, block_k = n * height * width, _power_of_two(classes)  # a cell of label pixels begins at each logit
+    # A cell of label pixels begins at each logit, and without aligned corners one before the first.
+    beyond = 0 if align_corners or logits.numel() == 0 else 1
+    cells, block_k = n * (height + beyond) * (width + beyond), _power_of_two(classes)
     launch = _launch_of("cell_gradients", 4, _positions(logits), logits)
-    rows, columns = (_largest_cell(size, label_size) for size, label_size in zip(sizes[:2], sizes[2:4], strict=True))
+    rows, columns = (_largest_cell(sizes[i], sizes[2 + i], align_corners) for i in range(2))
     tile = _label_tile(rows, columns, launch)
     programs = _ceil_div(cells, tile["CELLS"])
     grad, loss, share = torch.empty_like(logits), logits.new_empty(()), _empty(logits, 1)
     corners, losses = _empty(logits, classes, 4, cells), _empty(logits, programs)
     counts = torch.empty(programs, dtype=torch.int32, device=logits.device)
-    pixels = (cells, *sizes[:4], rows, columns)
+    pixels = (cells, *sizes, rows, columns)
     _launch(
         cell_gradients_kernel,
         programs,
         launch,
         (logits, labels, class_weights, corners, losses, counts, *pixels, *logits.stride(), ignore_index, classes),
         **tile,
+        ALIGN_CORNERS=align_corners,
     )
     launch = _launch_of("mean_loss", 4, _positions(logits), logits)
     _launch(mean_loss_kernel, 1, launch, (losses, counts, loss, share, programs), BLOCK=launch.block_p)
@@ -308,38 +316,40 @@ def upsampled_cross_entropy(
     block_q = max(1, launch.block_p * 32 // block_k)
     _launch(
         gather_corners_kernel,
-        _ceil_div(cells, block_q),
+        _ceil_div(_positions(logits), block_q),
         launch,
-        (corners, share, grad, cells, height, width, *grad.stride(), classes),
+        (corners, share, grad, _positions(logits), height, width, *grad.stride(), classes),
         BLOCK_Q=block_q,
         BLOCK_K=block_k,
+        ALIGN_CORNERS=align_corners,
     )
     return loss, grad
 
 
-def upsampled_confusion_matrix(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
-    labels, sizes = _labels_and_sizes(logits, labels)
+def upsampled_confusion_matrix(logits: Tensor, labels: Tensor, ignore_index: int, align_corners: bool = True) -> Tensor:
+    labels, sizes = _labels_and_sizes(logits, labels, align_corners)
     n, classes = logits.shape[:2]
+    cells = [max(size - 1, 1) if align_corners else size + 1 for size in sizes[:2]]  # rows and columns of them
     confusion, block_k = torch.zeros(classes, classes, dtype=torch.int64, device=logits.device), _power_of_two(classes)
     launch = _launch_of("confusion_matrix", 4, _positions(logits), logits)
     _launch(
         confusion_matrix_kernel,
-        n * sizes[4] * _ceil_div(labels.shape[2], launch.block_p),
+        n * cells[0] * _ceil_div(labels.shape[2], launch.block_p),
         _with_warps_for(block_k, launch),
-        (logits, labels, confusion, *sizes, *logits.stride(), ignore_index, classes),
+        (logits, labels, confusion, *sizes, *cells, *logits.stride(), ignore_index, classes),
         BLOCK_K=block_k,
         BLOCK_X=launch.block_p,
+        ALIGN_CORNERS=align_corners,
     )
     return confusion
 
 
 def crops(
-    features: Tensor, labels: Tensor, draws: Tensor, crop: tuple[int, int], output_stride: int, dtype: torch.dtype
+    features: Tensor, labels: Tensor, draws: Tensor, crop: tuple[int, int], grid: Grid, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Neither features nor labels are copied to be made dense: they are those of all images."""
     (images, channels, height, width), (crop_h, crop_w) = features.shape, crop
-    window = (output_stride * (crop_h - 1) + 1, output_stride * (crop_w - 1) + 1)
-    covered = (output_stride * (height - 1) + 1, output_stride * (width - 1) + 1)
+    window, covered = grid.pixels(crop), grid.pixels((height, width))
     if not features.is_contiguous(memory_format=memory_format) or not labels.is_contiguous():
         raise ValueError("crops are cut from features that are channels last, and from contiguous labels")
     if labels.ndim != 3 or len(labels) != images or labels.shape[1] < covered[0] or labels.shape[2] < covered[1]:
@@ -356,7 +366,7 @@ def crops(
     block_c = min(launch.block_n if vectors else max(launch.block_n // 4, 1), _power_of_two(crop_w * channels))
     block_x = min(launch.block_p, _power_of_two(window[1]))
     feature_programs = batch_size * crop_h * _ceil_div(crop_w * channels, block_c)
-    sizes = (batch_size, images, height, width, *crop, *labels.shape[1:], output_stride, channels)
+    sizes = (batch_size, images, height, width, *crop, *labels.shape[1:], *window, grid.stride, channels)
     _launch(
         crops_kernel,
         feature_programs + batch_size * window[0] * _ceil_div(window[1], block_x),
@@ -617,18 +627,18 @@ def _sum_partials(partials: Tensor, interleaved: int = 0) -> Tensor:
     return sums
 
 
-def _labels_and_sizes(logits: Tensor, labels: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """Dense labels in a dtype that kernels read; height and width of logits, of labels, and the number of logit cells."""
+def _labels_and_sizes(logits: Tensor, labels: Tensor, align_corners: bool) -> tuple[Tensor, tuple[int, ...]]:
+    """Dense labels in a dtype that kernels read; height and width of logits, and of labels."""
     if logits.ndim != 4 or labels.ndim != 3 or logits.shape[0] != labels.shape[0]:
         raise ValueError(f"needs logits: (N, K, h, w) and labels: (N, H, W), got {logits.shape}, {labels.shape}")
     if logits.numel() == 0 and labels.numel() > 0:
         raise ValueError(f"no logits, {tuple(logits.shape)}, for labels {tuple(labels.shape)}")
     for size, label_size in zip(logits.shape[2:], labels.shape[1:], strict=True):
-        if size * label_size >= 2**31:
+        largest = size * label_size if align_corners else 2 * (size + 1) * (label_size + 1)  # of kernels' numerators
+        if largest >= 2**31:
             raise ValueError(f"kernels count positions in 32 bits: {size} logits times {label_size} labels are too many")
     labels = labels if labels.dtype == torch.uint8 else labels.to(torch.int64)
-    cells = [max(size - 1, 1) for size in logits.shape[2:]]
-    return labels.contiguous(), (*logits.shape[2:], *labels.shape[1:], *cells)
+    return labels.contiguous(), (*logits.shape[2:], *labels.shape[1:])
 
 
 class _RowPlan(NamedTuple):
@@ -735,8 +745,10 @@ def _launch_of(kernel: str, value_bytes: int, size: int, x: Tensor) -> Launch:
     return table_for(x.device)[kernel, value_bytes, "large" if size >= LARGE else "small"]
 
 
-def _largest_cell(size: int, label_size: int) -> int:
-    """The most label pixels from a logit to the next along one axis; one logit has all of them."""
+def _largest_cell(size: int, label_size: int, align_corners: bool) -> int:
+    """The most label pixels from a logit to the next along one axis; one logit with aligned corners has all of them."""
+    if not align_corners:
+        return _ceil_div(max(label_size, 1), max(size, 1))
     return max(label_size, 1) if size == 1 else _ceil_div(max(label_size - 1, 1), size - 1)
 
 

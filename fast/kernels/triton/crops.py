@@ -2,7 +2,7 @@
 
     place = ⌊draw · limit / 2³¹⌋        limit: images, H - h + 1 tops, W - w + 1 lefts        draw: 0 ... 2³¹ - 1
     batch[n] = features[image, top : top + h, left : left + w]                 channels last, so rows are contiguous
-    targets[n] = labels[image, s·top : s·top + s·(h - 1) + 1, s·left : s·left + s·(w - 1) + 1]
+    targets[n] = labels[image, s·top : s·top + H, s·left : s·left + W]          H × W pixels belong to a crop of h × w features
 
 No place's probability differs from 1 / limit by more than 2⁻³¹.
 
@@ -40,16 +40,16 @@ def copy_part(source_ptr, target_ptr, first, length, BLOCK: tl.constexpr):
     tl.store(target_ptr + i, value.to(target_ptr.dtype.element_ty), mask=i < length)
 
 
-SIZES = ("batch_size", "images", "height", "width", "crop_h", "crop_w", "label_height", "label_width", "stride")
+SIZES = ("batch_size", "images", "height", "width", "crop_h", "crop_w", "label_height", "label_width")
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=[*SIZES, "window_h", "window_w", "stride"])
 def crops_kernel(
     features_ptr,  # (images, height, width, C)
     labels_ptr,  # (images, label_height, label_width)
     draws_ptr,  # (3, batch_size), int32, at least 0: for image, top and left
     batch_ptr,  # (batch_size, crop_h, crop_w, C)
-    targets_ptr,  # (batch_size, stride·(crop_h - 1) + 1, stride·(crop_w - 1) + 1)
+    targets_ptr,  # (batch_size, window_h, window_w)
     batch_size,
     images,
     height,
@@ -58,13 +58,14 @@ def crops_kernel(
     crop_w,
     label_height,
     label_width,
+    window_h,
+    window_w,
     stride,
     C,
     BLOCK_C: tl.constexpr,  # values of a row of features
     BLOCK_X: tl.constexpr,  # labels of a row
 ):
     """Copy one part of a row: the first programs have the features, the others the labels."""
-    window_h, window_w = stride * (crop_h - 1) + 1, stride * (crop_w - 1) + 1
     tiles_c, tiles_x = tl.cdiv(crop_w * C, BLOCK_C), tl.cdiv(window_w, BLOCK_X)
     feature_programs = batch_size * crop_h * tiles_c
     program = tl.program_id(0)

@@ -2,9 +2,10 @@
 
     M[a, b] = #{p : label_p = a ≠ ignore, first argmax_k z_p[k] = b}         z: see upsampled_cross_entropy.py
 
-A program goes down the pixel rows between two rows of logits, over BLOCK_X columns that it interpolated once. Neighbouring
-pixels mostly belong to the same entry of M; in a row the first of them adds the count of all, so there is one atomic instead
-of up to BLOCK_X. Integer atomics are exact in any order.
+A program goes down the pixel rows between two rows of logits, over BLOCK_X columns that it interpolated once; without
+ALIGN_CORNERS also those before the first row and after the last. Neighbouring pixels mostly belong to the same entry of M; in
+a row the first of them adds the count of all, so there is one atomic instead of up to BLOCK_X. Integer atomics are exact in
+any order.
 
 Bytes for N·H·W labels: N·H·W (uint8) + 4·N·h·w·K. Operations: about 4 per pixel and class, and BLOCK_X comparisons per pixel.
 
@@ -17,7 +18,13 @@ Versions (not measured: no GPU was at hand)
 import triton
 import triton.language as tl
 
-from fast.kernels.triton.upsampled_cross_entropy import SIZES, STRIDES, first_pixel, within_cell
+from fast.kernels.triton.upsampled_cross_entropy import (
+    SIZES,
+    STRIDES,
+    ends_of_cell,
+    first_pixel,
+    within_cell,
+)
 
 
 @triton.jit(do_not_specialize=[*SIZES, "cells_h", "cells_w", *STRIDES, "ignore_index"])
@@ -39,8 +46,12 @@ def confusion_matrix_kernel(
     K,
     BLOCK_K: tl.constexpr,
     BLOCK_X: tl.constexpr,
+    ALIGN_CORNERS: tl.constexpr,
 ):
-    """Count the pixels between logit rows i and i + 1 of one image, BLOCK_X columns. Labels out of range do not count."""
+    """Count the pixels of row i of cells of one image, BLOCK_X columns. Labels out of range do not count.
+
+    With ALIGN_CORNERS the last cell has the pixel on the last logit too.
+    """
     tiles_x = tl.cdiv(label_width, BLOCK_X)
     row = tl.program_id(0) // tiles_x
     n, i = row // cells_h, row % cells_h
@@ -48,20 +59,24 @@ def confusion_matrix_kernel(
     mask_x = x < label_width
     k = tl.arange(0, BLOCK_K)
     mask = (k < K)[:, None] & mask_x[None, :]
-    j = tl.minimum(x * (width - 1) // tl.maximum(label_width - 1, 1), cells_w - 1)
-    below, right = tl.minimum(i + 1, height - 1), tl.minimum(j + 1, width - 1)
+    if ALIGN_CORNERS:
+        j = tl.minimum(x * (width - 1) // tl.maximum(label_width - 1, 1), cells_w - 1)
+    else:
+        j = ((2 * x + 1) * width + label_width) // (2 * label_width)
+    above, below = ends_of_cell(i, height, ALIGN_CORNERS)
+    left, right = ends_of_cell(j, width, ALIGN_CORNERS)
     image_ptr = logits_ptr + n.to(tl.int64) * stride_n + k[:, None].to(tl.int64) * stride_k
-    left, right = (j * stride_w)[None, :], (right * stride_w)[None, :]
-    fx = within_cell(x, j, width, label_width)[None, :]
-    top = tl.load(image_ptr + i * stride_h + left, mask=mask, other=0.0).to(tl.float32) * (1.0 - fx)
-    top += tl.load(image_ptr + i * stride_h + right, mask=mask, other=0.0).to(tl.float32) * fx
+    left, right = (left * stride_w)[None, :], (right * stride_w)[None, :]
+    fx = within_cell(x, j, width, label_width, ALIGN_CORNERS)[None, :]
+    top = tl.load(image_ptr + above * stride_h + left, mask=mask, other=0.0).to(tl.float32) * (1.0 - fx)
+    top += tl.load(image_ptr + above * stride_h + right, mask=mask, other=0.0).to(tl.float32) * fx
     bottom = tl.load(image_ptr + below * stride_h + left, mask=mask, other=0.0).to(tl.float32) * (1.0 - fx)
     bottom += tl.load(image_ptr + below * stride_h + right, mask=mask, other=0.0).to(tl.float32) * fx  # (BLOCK_K, BLOCK_X)
 
-    first_y = first_pixel(i, height, label_height)
-    end_y = tl.where(i == cells_h - 1, label_height, tl.minimum(first_pixel(i + 1, height, label_height), label_height))
-    for y in range(first_y, end_y):
-        fy = within_cell(y, i, height, label_height)
+    first_y = first_pixel(i, height, label_height, ALIGN_CORNERS)
+    end_y = tl.minimum(first_pixel(i + 1, height, label_height, ALIGN_CORNERS), label_height)
+    for y in range(first_y, tl.where(i == cells_h - 1, label_height, end_y)):
+        fy = within_cell(y, i, height, label_height, ALIGN_CORNERS)
         z = top * (1.0 - fy) + bottom * fy
         z = tl.where(z != z, float("inf"), z)  # as in PyTorch, NaN is the largest, so M shows it
         z = tl.where((k < K)[:, None], z, float("-inf"))

@@ -5,10 +5,13 @@
     ∂l_c[k] = (1 / |L|) Σ_{p ∈ L} weight_c(p) · w[label] · (softmax(z_p)[k] - [k = label])
 
 A cell is the label pixels from a logit to the next along both axes: 16×16 at output stride 16. A program computes CELLS cells;
-a thread, a lane of its cell, has COLUMNS columns of
-its pixels, ROWS rows at a time: a chunk. A second kernel adds up the loss and counts the
-labelled pixels, in a fixed order; a third adds the up to four contributions of each logit. The position within a cell is a
-quotient of integers, so it is exact at any size.
+a thread, a lane of its cell, has COLUMNS columns of its pixels, ROWS rows at a time: a chunk. A second kernel adds up the loss
+and counts the labelled pixels, in a fixed order; a third adds the up to four contributions of each logit. The position within
+a cell is a quotient of integers, so it is exact at any size.
+
+With ALIGN_CORNERS a cell begins at each logit. Without, pixels lie before the first logit too, and after the last: cells whose
+two ends are one logit, on which all their pixels sit. These are (h + 1)·(w + 1) cells, so 32×32 logits of 512×512 pixels cost
+what 33×33 of 513×513 do.
 
 A surface as the shift. A softmax stays the same if one number is subtracted from all classes of a pixel, and without that
 powers overflow. The usual number, the pixel's largest z, takes a search at every pixel. Here the largest logit of each corner
@@ -38,6 +41,7 @@ Versions (instructions of warps in code compiled for sm_90, at that size; not me
      146 million, 254 registers
   3. this: 32 million where three classes meet in a program, 39 where all do; 100 registers (Triton 3.8: 121,
      with class weights 168)
+     Without ALIGN_CORNERS 0.4 % more for as many cells, 128 registers
   4. a column per thread: 45 to 51 million, 72 registers; four columns: 26 to 33 million, 168 registers; see bench/tune.py
 """
 
@@ -55,16 +59,52 @@ LEAST_PRODUCT = tl.constexpr(2.0**-64)  # of four rows' totals; beside one as sm
 
 
 @triton.jit
-def first_pixel(cell, in_size, out_size):
-    """The first output pixel whose position is at or after logit `cell` along one axis."""
-    return tl.cdiv(cell * tl.maximum(out_size - 1, 1), tl.maximum(in_size - 1, 1))
+def last_cell(in_size, ALIGN_CORNERS: tl.constexpr):
+    """The number of the last cell along one axis. Cell c begins at logit c, or without ALIGN_CORNERS at logit c - 1."""
+    return in_size - 1 if ALIGN_CORNERS else in_size
 
 
 @triton.jit
-def within_cell(pixel, cell, in_size, out_size):
-    """Position of output pixel `pixel` after logit `cell`, 0 to 1."""
-    span = tl.maximum(out_size - 1, 1)
-    return (pixel * (in_size - 1) - cell * span).to(tl.float32) / span.to(tl.float32)
+def ends_of_cell(cell, in_size, ALIGN_CORNERS: tl.constexpr):
+    """The two logits that `cell` lies between along one axis."""
+    if ALIGN_CORNERS:
+        ends = cell, tl.minimum(cell + 1, in_size - 1)
+    else:
+        ends = tl.maximum(cell - 1, 0), tl.minimum(cell, in_size - 1)
+    return ends
+
+
+@triton.jit
+def first_pixel(cell, in_size, out_size, ALIGN_CORNERS: tl.constexpr):
+    """The first output pixel whose position is in `cell` or after it along one axis."""
+    if ALIGN_CORNERS:
+        pixel = tl.cdiv(cell * tl.maximum(out_size - 1, 1), tl.maximum(in_size - 1, 1))
+    else:
+        pixel = tl.maximum(tl.cdiv((2 * cell - 1) * out_size - in_size, 2 * in_size), 0)
+    return pixel
+
+
+@triton.jit
+def within_cell(pixel, cell, in_size, out_size, ALIGN_CORNERS: tl.constexpr):
+    """Position of output pixel `pixel` in `cell`, 0 to 1 from one end to the other."""
+    if ALIGN_CORNERS:
+        span = tl.maximum(out_size - 1, 1)
+        position = (pixel * (in_size - 1) - cell * span).to(tl.float32) / span.to(tl.float32)
+    else:
+        span = 2 * out_size
+        position = ((2 * pixel + 1) * in_size - (2 * cell - 1) * out_size).to(tl.float32) / span.to(tl.float32)
+        position = tl.where(cell == 0, 1.0, tl.where(cell == in_size, 0.0, position))  # on the first logit, on the last one
+    return position
+
+
+@triton.jit
+def step_in_cell(cell, in_size, out_size, ALIGN_CORNERS: tl.constexpr):
+    """How much `within_cell` grows from one output pixel to the next."""
+    if ALIGN_CORNERS:
+        step = (in_size - 1).to(tl.float32) / tl.maximum(out_size - 1, 1).to(tl.float32)
+    else:
+        step = tl.where((cell == 0) | (cell == in_size), 0.0, in_size.to(tl.float32) / out_size.to(tl.float32))
+    return step
 
 
 @triton.jit
@@ -114,9 +154,10 @@ def bitwise_or(a, b):
 
 
 @triton.jit
-def end_of_cell(cell, in_size, out_size):
-    """The first output pixel at or after the logit that follows logit `cell`; the last logit's cell ends with the pixels."""
-    return tl.where(cell == in_size - 1, out_size, tl.minimum(first_pixel(cell + 1, in_size, out_size), out_size))
+def end_of_cell(cell, in_size, out_size, ALIGN_CORNERS: tl.constexpr):
+    """The first output pixel of the next cell along one axis; the last cell ends with the pixels."""
+    end = tl.minimum(first_pixel(cell + 1, in_size, out_size, ALIGN_CORNERS), out_size)
+    return tl.where(cell == last_cell(in_size, ALIGN_CORNERS), out_size, end)
 
 
 @triton.jit
@@ -134,12 +175,13 @@ def cell_maximum(x, CELLS: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
-def corner_pointers(logits_ptr, n, i, j, height, width, stride_n, stride_h, stride_w):
+def corner_pointers(logits_ptr, n, i, j, height, width, stride_n, stride_h, stride_w, ALIGN_CORNERS: tl.constexpr):
     """Class 0 of the four logits around each cell, in the order of the corners: four of (THREADS,)."""
-    below, right = tl.minimum(i + 1, height - 1), tl.minimum(j + 1, width - 1)
-    above_ptr = logits_ptr + (n.to(tl.int64) * stride_n + i.to(tl.int64) * stride_h)
+    above, below = ends_of_cell(i, height, ALIGN_CORNERS)
+    left, right = ends_of_cell(j, width, ALIGN_CORNERS)
+    above_ptr = logits_ptr + (n.to(tl.int64) * stride_n + above.to(tl.int64) * stride_h)
     below_ptr = logits_ptr + (n.to(tl.int64) * stride_n + below.to(tl.int64) * stride_h)
-    at_left, at_right = j.to(tl.int64) * stride_w, right.to(tl.int64) * stride_w
+    at_left, at_right = left.to(tl.int64) * stride_w, right.to(tl.int64) * stride_w
     return above_ptr + at_left, above_ptr + at_right, below_ptr + at_left, below_ptr + at_right
 
 
@@ -375,7 +417,7 @@ def cell_gradients_kernel(
     corners_ptr,  # (K, 4, cells), float32
     losses_ptr,  # (programs,), float32
     counts_ptr,  # (programs,), int32
-    cells,  # N · height · width: one begins at each logit
+    cells,  # of all images
     height,
     width,
     label_height,
@@ -393,18 +435,23 @@ def cell_gradients_kernel(
     COLUMNS: tl.constexpr,
     CELLS: tl.constexpr,
     LANES: tl.constexpr,
+    ALIGN_CORNERS: tl.constexpr,
 ):
     """Compute loss, gradients of the corners and number of labelled pixels of CELLS cells. Bad labels make the loss NaN."""
     thread = tl.arange(0, CELLS * LANES)
     lane, own_cell = thread % LANES, tl.program_id(0) * CELLS + thread // LANES
     cell = tl.minimum(own_cell, cells - 1)
-    n, i, j = cell // width // height, cell // width % height, cell % width
-    corner_ptrs = corner_pointers(logits_ptr, n, i, j, height, width, stride_n, stride_h, stride_w)
+    cells_h, cells_w = last_cell(height, ALIGN_CORNERS) + 1, last_cell(width, ALIGN_CORNERS) + 1
+    n, i, j = cell // cells_w // cells_h, cell // cells_w % cells_h, cell % cells_w
+    corner_ptrs = corner_pointers(logits_ptr, n, i, j, height, width, stride_n, stride_h, stride_w, ALIGN_CORNERS)
     shifts = largest_logits(corner_ptrs, lane, stride_k, K, CELLS, LANES)
-    first_y, first_x = first_pixel(i, height, label_height), first_pixel(j, width, label_width)
-    end_y = tl.where(own_cell < cells, end_of_cell(i, height, label_height), first_y)
-    end_x = end_of_cell(j, width, label_width)
-    step = (height - 1).to(tl.float32) / tl.maximum(label_height - 1, 1).to(tl.float32)
+    first_y, first_x = (
+        first_pixel(i, height, label_height, ALIGN_CORNERS),
+        first_pixel(j, width, label_width, ALIGN_CORNERS),
+    )
+    end_y = tl.where(own_cell < cells, end_of_cell(i, height, label_height, ALIGN_CORNERS), first_y)
+    end_x = end_of_cell(j, width, label_width, ALIGN_CORNERS)
+    step = step_in_cell(i, height, label_height, ALIGN_CORNERS)  # of each thread, or of all of them
     writes, place_step = (lane < 4) & (own_cell < cells), 4 * cells.to(tl.int64)
     own_place = corners_ptr + (lane.to(tl.int64) * cells + cell)
 
@@ -416,8 +463,8 @@ def cell_gradients_kernel(
         rows_left = tl.where(x < end_x[None], (end_y - y)[None], 0)
         exists = (y < end_y) & (left < end_x)
         pixel_ptr = labels_ptr + ((n.to(tl.int64) * label_height + y)[None] * label_width + x)
-        fx = tl.minimum(within_cell(x, j[None], width, label_width), 1.0)
-        fy = within_cell(y, i, height, label_height)
+        fx = tl.minimum(within_cell(x, j[None], width, label_width, ALIGN_CORNERS), 1.0)
+        fy = within_cell(y, i, height, label_height, ALIGN_CORNERS)
         place = own_place
         labels, classes = read_labels(pixel_ptr, rows_left, label_width, ignore_index, K, ROWS)
         totals, steepest = series_totals(corner_ptrs, shifts, fx, fy, step, stride_k, K, ROWS, SERIES)
@@ -488,7 +535,7 @@ def mean_loss_kernel(losses_ptr, counts_ptr, loss_ptr, share_ptr, programs, BLOC
 
 @triton.jit(do_not_specialize=["logits", "height", "width", *STRIDES])
 def gather_corners_kernel(
-    corners_ptr,  # (K, 4, logits): the cell of each logit begins there
+    corners_ptr,  # (K, 4, cells)
     share_ptr,  # (1,)
     grad_ptr,
     logits,  # N · height · width
@@ -501,17 +548,23 @@ def gather_corners_kernel(
     K,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    ALIGN_CORNERS: tl.constexpr,
 ):
-    """Add up the gradient of each logit from the cells before and after it, along both axes."""
+    """Add up the gradient of each logit from the cells before and after it, along both axes.
+
+    Outermost cells of pixels that all sit on one logit give everything to it, and nothing to the corners that lie beyond.
+    """
     q = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     k = tl.arange(0, BLOCK_K)
     n, i, j = q // width // height, q // width % height, q % width
     total = tl.zeros((BLOCK_Q, BLOCK_K), tl.float32)
+    cells_h, cells_w = last_cell(height, ALIGN_CORNERS) + 1, last_cell(width, ALIGN_CORNERS) + 1
+    cells = logits if ALIGN_CORNERS else logits // (height * width) * (cells_h * cells_w)
     for corner in tl.static_range(4):
-        cell_i, cell_j = i - corner // 2, j - corner % 2
+        cell_i, cell_j = i + (cells_h - height) - corner // 2, j + (cells_w - width) - corner % 2
         exists = (q < logits) & (cell_i >= 0) & (cell_j >= 0)
-        cell = (n * height + cell_i) * width + cell_j
-        corner_ptr = corners_ptr + (k.to(tl.int64) * 4 + corner) * logits
+        cell = (n * cells_h + cell_i) * cells_w + cell_j
+        corner_ptr = corners_ptr + (k.to(tl.int64) * 4 + corner) * cells
         total += tl.load(corner_ptr[None, :] + cell[:, None], mask=exists[:, None] & (k < K)[None, :], other=0.0)
     total *= tl.load(share_ptr)
     place = n.to(tl.int64) * stride_n + i.to(tl.int64) * stride_h + j.to(tl.int64) * stride_w

@@ -24,6 +24,7 @@ from fast.kernels import NormedMap, Unfolded
 from fast.kernels import triton as triton_backend
 from fast.kernels.triton import compilation
 from fast.kernels.triton.launches import DEFAULT
+from reference.grid import Grid
 from reference.upsampled_cross_entropy import IGNORE_INDEX
 
 KERNELS = dict.fromkeys(kernel for kernel, _, _ in DEFAULT if kernel != "sum_partials")  # that one is launched by others
@@ -52,7 +53,11 @@ def calls(dtype: torch.dtype, sizes: tuple[int, int, int], variants: bool) -> It
         for loss in (KernelCalls.mean_loss, KernelCalls.confusion_matrix):
             yield from (call for _, call in loss(replace(made, classes=150)))
         logits, labels = made.logits_and_labels()
-        yield lambda: triton_backend.upsampled_cross_entropy(logits, labels, IGNORE_INDEX, made.tensor(CLASSES))
+        for weights in (made.tensor(CLASSES), None):
+            for align_corners in (True, False):
+                arguments = (logits, labels, IGNORE_INDEX, weights, align_corners)
+                yield partial(triton_backend.upsampled_cross_entropy, *arguments)
+        yield partial(triton_backend.upsampled_confusion_matrix, logits, labels, IGNORE_INDEX, align_corners=False)
 
 
 def autocast_convolutions(made: KernelCalls, *, need_input: bool) -> None:
@@ -74,7 +79,7 @@ def converting_crops(made: KernelCalls, channels: int, label_dtype: torch.dtype)
     features = made.tensor(2, channels, height, width, dtype=torch.float16, memory_format=torch.channels_last)
     labels = torch.empty(2, 2 * height, 2 * width, dtype=label_dtype)
     draws = made.integers(torch.int32, 3, n)
-    triton_backend.crops(features, labels, draws, (height // 2, width), 2, made.dtype)
+    triton_backend.crops(features, labels, draws, (height // 2, width), Grid(2, align_corners=False), made.dtype)
 
 
 def report(architecture: int, dtypes: list[torch.dtype], variants: bool) -> list[dict[str, Any]]:

@@ -162,7 +162,7 @@ def labels(draw: Inputs) -> None:
     weighted = partial(cpp.upsampled_cross_entropy, class_weights=draw.tensor(classes))
     for compute in (cpp.upsampled_cross_entropy, weighted, cpp.upsampled_confusion_matrix):
         try:
-            compute(logits, target, ignored)
+            compute(logits, target, ignored, align_corners=draw.yes())
         except ValueError:
             assert wrong, "labels in range were refused"
 

@@ -216,9 +216,10 @@ def test_variance_survives_an_outlier_in_the_first_place() -> None:
     assert torch.allclose(moments.var.double(), x.double().var(dim=(0, 2, 3), correction=0), rtol=1e-3)  # float32 sums
 
 
+@pytest.mark.parametrize("align_corners", [True, False])
 @pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "library"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_nan_under_ignored_labels_is_as_pytorchs(dtype: torch.dtype, kernels: bool) -> None:
+def test_nan_under_ignored_labels_is_as_pytorchs(dtype: torch.dtype, kernels: bool, align_corners: bool) -> None:
     """The loss is that of the labelled pixels, the gradient NaN: cross_entropy(ignore_index) does the same.
 
     The library's operations upsample by dense products, which spread the NaN over the image: the loss is NaN as well.
@@ -231,7 +232,7 @@ def test_nan_under_ignored_labels_is_as_pytorchs(dtype: torch.dtype, kernels: bo
     for loss_of in (upsampled_cross_entropy, plain_upsampled_cross_entropy):
         given = logits.clone().requires_grad_()
         with using(cpp if kernels else None):
-            loss = loss_of(given, labels)
+            loss = loss_of(given, labels, align_corners=align_corners)
         loss.backward()  # type: ignore[no-untyped-call]
         assert given.grad is not None
         results.append((loss.item(), given.grad))
@@ -243,28 +244,31 @@ def test_nan_under_ignored_labels_is_as_pytorchs(dtype: torch.dtype, kernels: bo
     assert torch.isfinite(grad[0]).all()
 
 
+@pytest.mark.parametrize("align_corners", [True, False])
 @pytest.mark.parametrize("scale", [1.0, 30.0, 1000.0])
-def test_loss_where_neighbouring_logits_are_far_apart(scale: float) -> None:
+def test_loss_where_neighbouring_logits_are_far_apart(scale: float, align_corners: bool) -> None:
     """Between two rows that prefer other classes by far, all logits lie far below a straight line through the largest."""
     logits = scale * torch.randn(2, 5, 6, 7, generator=torch.Generator().manual_seed(0))
-    labels = torch.randint(0, 5, (2, 21, 25), generator=torch.Generator().manual_seed(1))
-    assert_loss_within_budget(logits, labels)
+    size = (21, 25) if align_corners else (24, 28)  # positions in quarters, or in eighths, which float32 holds exactly
+    labels = torch.randint(0, 5, (2, *size), generator=torch.Generator().manual_seed(1))
+    assert_loss_within_budget(logits, labels, align_corners)
 
 
+@pytest.mark.parametrize("align_corners", [True, False])
 @pytest.mark.parametrize("rise", [10.0, 100.0, 4000.0])
-def test_loss_where_one_class_rises_from_far_below_to_level_with_another(rise: float) -> None:
+def test_loss_where_one_class_rises_from_far_below_to_level_with_another(rise: float, align_corners: bool) -> None:
     """Beyond 87 its power at the upper row is less than a float holds: the rows below must not grow from what it became."""
     logits = torch.zeros(1, 2, 2, 3)
     logits[0, 1, 0] = -rise
-    assert_loss_within_budget(logits, torch.zeros(1, 5, 9, dtype=torch.uint8))
+    assert_loss_within_budget(logits, torch.zeros(1, 8, 9, dtype=torch.uint8), align_corners)
 
 
-def assert_loss_within_budget(logits: Tensor, labels: Tensor) -> None:
+def assert_loss_within_budget(logits: Tensor, labels: Tensor, align_corners: bool) -> None:
     results = []
     for given, backend in ((logits, cpp), (logits.double(), None), (logits, None)):
         leaf = given.clone().requires_grad_()
         with using(backend):
-            loss = upsampled_cross_entropy(leaf, labels)
+            loss = upsampled_cross_entropy(leaf, labels, align_corners=align_corners)
         loss.backward()  # type: ignore[no-untyped-call]
         assert leaf.grad is not None
         results.append(joined([loss.detach(), leaf.grad]))
@@ -272,8 +276,8 @@ def assert_loss_within_budget(logits: Tensor, labels: Tensor) -> None:
         assert_within_budget([actual], [expected], [yardstick], torch.float32)
 
 
-def plain_upsampled_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    wide = F.interpolate(logits, labels.shape[1:], mode="bilinear", align_corners=True)
+def plain_upsampled_cross_entropy(logits: Tensor, labels: Tensor, *, align_corners: bool) -> Tensor:
+    wide = F.interpolate(logits, labels.shape[1:], mode="bilinear", align_corners=align_corners)
     return F.cross_entropy(wide, labels, ignore_index=255)
 
 

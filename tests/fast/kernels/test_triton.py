@@ -43,6 +43,7 @@ from reference import upsampled_l1 as l1
 from reference.batch_norm import EPS, Array, BatchNorm, batch_norm_relu, batch_norm_relu_backward, updated_running_statistics
 from reference.bilinear_resize import bilinear_resize
 from reference.cell import Cell
+from reference.grid import Grid
 from reference.mean_iou import confusion_matrix
 from reference.pointwise_conv import pointwise_conv as reference_pointwise_conv
 from reference.pointwise_conv import pointwise_conv_backward
@@ -611,6 +612,7 @@ ignore_indices = st.sampled_from((255, 2))
     label_dtypes,
     layouts,
     st.booleans(),
+    st.booleans(),
     rng_seeds(),
 )
 def test_upsampled_cross_entropy(
@@ -622,6 +624,7 @@ def test_upsampled_cross_entropy(
     label_dtype: torch.dtype,
     layout: Layout,
     weighted: bool,
+    align_corners: bool,
     seed: int,
 ) -> None:
     """Labels larger and smaller than the logits, maps of one row or column, one class, all pixels ignored."""
@@ -631,11 +634,11 @@ def test_upsampled_cross_entropy(
         draw_labels(rng, label_size, classes, ignored, ignore_index),
     )
     weights = draw_weights(rng, classes) if weighted else None
-    options: dict[str, Any] = {"ignore_index": ignore_index, "class_weights": weights}
+    options: dict[str, Any] = {"ignore_index": ignore_index, "class_weights": weights, "align_corners": align_corners}
     expected = upsampled_cross_entropy(to_array(logits), labels, **options)
     expected_grad = upsampled_cross_entropy_backward(to_array(logits), labels, **options)
     on_device = torch.from_numpy(labels).to(DEVICE, label_dtype)
-    loss, grad = triton_backend.upsampled_cross_entropy(logits, on_device, ignore_index, on_kernels(weights))
+    loss, grad = triton_backend.upsampled_cross_entropy(logits, on_device, ignore_index, on_kernels(weights), align_corners)
     assert_close(loss, np.asarray(expected))
     # Where softmax and label almost cancel, what is left is the rounding of a probability, 6e-8, times a pixel's share.
     assert bool(torch.isfinite(grad).all())
@@ -655,16 +658,20 @@ def test_upsampled_cross_entropy(
         ((6, 7), (3, 2), 20),  # cells without a pixel
         ((1, 2), (2, 3), 260),  # labels that are no bytes
         ((2, 3), (18, 19), 1),
+        ((2, 3), (32, 48), 19),  # output stride 16 without aligned corners
     ],
     ids=str,
 )
-@pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
+@pytest.mark.parametrize(
+    ("weighted", "align_corners"), [(False, True), (True, True), (True, False)], ids=["", "weighted", "weighted, centres"]
+)
 def test_upsampled_cross_entropy_of_cells_of_any_size(
-    size: tuple[int, int], label_size: tuple[int, int], classes: int, weighted: bool
+    size: tuple[int, int], label_size: tuple[int, int], classes: int, weighted: bool, align_corners: bool
 ) -> None:
     rng = np.random.default_rng(0)
     logits, labels = draw_tensor(rng, 2, classes, *size, layout="window"), draw_labels(rng, label_size, classes, 0.2, 255)
-    assert_loss_and_gradient(logits, labels, 3e-6, draw_weights(rng, classes) if weighted else None)
+    weights = draw_weights(rng, classes) if weighted else None
+    assert_loss_and_gradient(logits, labels, 3e-6, weights, align_corners=align_corners)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -685,9 +692,11 @@ def test_upsampled_cross_entropy_reads_any_dtype(dtype: torch.dtype) -> None:
     [((2, 3), (17, 33), 20.0), ((2, 3), (17, 33), 300.0), ((3, 4), (9, 10), 60.0), ((4, 4), (3, 4), 20.0)],
     ids=str,
 )
-@pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
+@pytest.mark.parametrize(
+    ("weighted", "align_corners"), [(False, True), (True, True), (False, False)], ids=["", "weighted", "centres"]
+)
 def test_one_class_leads_by_far_at_each_logit(
-    size: tuple[int, int], label_size: tuple[int, int], scale: float, weighted: bool
+    size: tuple[int, int], label_size: tuple[int, int], scale: float, weighted: bool, align_corners: bool
 ) -> None:
     """In between, all classes lie far below the interpolated largest logits, or a power's series leaves float32's range."""
     rng = np.random.default_rng(0)
@@ -695,7 +704,8 @@ def test_one_class_leads_by_far_at_each_logit(
     logits = draw(rng, 1, 3, *size) + scale * (leading == np.arange(3)[:, None, None])
     labels = draw_labels(rng, label_size, 3, 0.2, 255)[:1]
     weights = draw_weights(rng, 3) if weighted else None
-    assert_loss_and_gradient(as_tensor(logits), labels, 3e-6 + 1e-7 * scale, weights)  # the logits' own rounding
+    bound = 3e-6 + 1e-7 * scale  # the logits' own rounding
+    assert_loss_and_gradient(as_tensor(logits), labels, bound, weights, align_corners=align_corners)
 
 
 def test_only_one_cell_needs_the_exact_way() -> None:
@@ -717,17 +727,23 @@ def test_a_class_that_rises_from_underflow_counts() -> None:
 
 
 def assert_loss_and_gradient(
-    logits: Tensor, labels: np.ndarray[Any, np.dtype[np.int64]], bound: float, weights: Array | None = None
+    logits: Tensor,
+    labels: np.ndarray[Any, np.dtype[np.int64]],
+    bound: float,
+    weights: Array | None = None,
+    *,
+    align_corners: bool = True,
 ) -> None:
     """Labels as int64 and uint8 give the same bits, which are the reference's results."""
-    expected = upsampled_cross_entropy(to_array(logits), labels, class_weights=weights)
-    expected_grad = upsampled_cross_entropy_backward(to_array(logits), labels, class_weights=weights)
+    options: dict[str, Any] = {"class_weights": weights, "align_corners": align_corners}
+    expected = upsampled_cross_entropy(to_array(logits), labels, **options)
+    expected_grad = upsampled_cross_entropy_backward(to_array(logits), labels, **options)
     given, of_classes = torch.from_numpy(labels).to(DEVICE), on_kernels(weights)
-    loss, grad = triton_backend.upsampled_cross_entropy(logits, given, 255, of_classes)
+    loss, grad = triton_backend.upsampled_cross_entropy(logits, given, 255, of_classes, align_corners)
     assert loss.item() == pytest.approx(expected, rel=bound, abs=bound)
     assert np.abs(to_array(grad) - expected_grad).max() <= bound * max(np.abs(expected_grad).max(), 0.01)
     if logits.shape[1] <= 255:
-        others = triton_backend.upsampled_cross_entropy(logits, given.to(torch.uint8), 255, of_classes)
+        others = triton_backend.upsampled_cross_entropy(logits, given.to(torch.uint8), 255, of_classes, align_corners)
         assert torch.equal(others[0], loss)
         assert torch.equal(others[1], grad)
 
@@ -749,7 +765,7 @@ def draw_labels(
 
 
 @few_examples
-@given(map_sizes(4), map_sizes(9), st.integers(1, 9), ignore_indices, label_dtypes, layouts, rng_seeds())
+@given(map_sizes(4), map_sizes(9), st.integers(1, 9), ignore_indices, label_dtypes, layouts, st.booleans(), rng_seeds())
 def test_upsampled_confusion_matrix(
     size: tuple[int, int],
     label_size: tuple[int, int],
@@ -757,6 +773,7 @@ def test_upsampled_confusion_matrix(
     ignore_index: int,
     label_dtype: torch.dtype,
     layout: Layout,
+    align_corners: bool,
     seed: int,
 ) -> None:
     rng = np.random.default_rng(seed)
@@ -764,12 +781,12 @@ def test_upsampled_confusion_matrix(
         draw_tensor(rng, 2, classes, *size, layout=layout),
         draw_labels(rng, label_size, classes, 0.3, ignore_index),
     )
-    upsampled = bilinear_resize(to_array(logits), label_size)
+    upsampled = bilinear_resize(to_array(logits), label_size, align_corners=align_corners)
     ordered = np.sort(upsampled, axis=1)
     assume(classes == 1 or np.all(ordered[:, -1] - ordered[:, -2] > CLOSE))  # ties have their own test
     expected = confusion_matrix(upsampled.argmax(axis=1), labels, num_classes=classes, ignore_index=ignore_index)
     on_device = torch.from_numpy(labels).to(DEVICE, label_dtype)
-    actual = triton_backend.upsampled_confusion_matrix(logits, on_device, ignore_index)
+    actual = triton_backend.upsampled_confusion_matrix(logits, on_device, ignore_index, align_corners)
     assert actual.dtype == torch.int64
     assert actual.tolist() == expected.tolist()
 
@@ -870,15 +887,17 @@ def assert_zero_gradients(grad_map: NormedMap | None, grad_weight: Tensor) -> No
 
 @pytest.mark.parametrize("size", [(2, 2), (1, 2), (2, 1), (1, 1)], ids=str)
 @pytest.mark.parametrize(("batch", "label_size"), [(0, (3, 4)), (2, (0, 4)), (2, (4, 0)), (2, (0, 0))])
-def test_no_labels(batch: int, label_size: tuple[int, int], size: tuple[int, int]) -> None:
+@pytest.mark.parametrize("align_corners", [True, False], ids=["corners", "centres"])
+def test_no_labels(batch: int, label_size: tuple[int, int], size: tuple[int, int], align_corners: bool) -> None:
     logits, labels = (
         torch.ones(batch, 3, *size, device=DEVICE),
         torch.zeros(batch, *label_size, dtype=torch.uint8, device=DEVICE),
     )
-    loss, grad = triton_backend.upsampled_cross_entropy(logits, labels, 255)
+    loss, grad = triton_backend.upsampled_cross_entropy(logits, labels, 255, None, align_corners)
     assert loss == 0.0
     assert torch.equal(grad, torch.zeros_like(logits))
-    assert torch.equal(triton_backend.upsampled_confusion_matrix(logits, labels, 255), torch.zeros(3, 3, device=DEVICE).long())
+    confusion = triton_backend.upsampled_confusion_matrix(logits, labels, 255, align_corners)
+    assert torch.equal(confusion, torch.zeros(3, 3, device=DEVICE).long())
 
 
 @few_examples
@@ -1120,7 +1139,7 @@ def test_autocast_computes_in_lower_precision() -> None:
     map_sizes(5),
     st.tuples(st.floats(0, 1), st.floats(0, 1)),
     channel_counts,
-    st.integers(1, 5),
+    st.builds(Grid, st.integers(1, 5), st.booleans()),
     st.sampled_from(((torch.float16, torch.float16), (torch.float16, torch.float64), (torch.float32, torch.float32))),
     st.sampled_from((torch.uint8, torch.int16, torch.int64, torch.float32)),
     rng_seeds(),
@@ -1131,20 +1150,20 @@ def test_crops_equal_windows(
     size: tuple[int, int],
     crop_part: tuple[float, float],
     channels: int,
-    stride: int,
+    grid: Grid,
     dtypes: tuple[torch.dtype, torch.dtype],
     label_dtype: torch.dtype,
     seed: int,
 ) -> None:
     """Values of every dtype as they are, NaN and infinity too; labels may be larger than what features cover."""
     rng = np.random.default_rng(seed)
-    features, labels = draw_images(rng, 3, channels, size, stride, dtypes[0], label_dtype)
+    features, labels = draw_images(rng, 3, channels, size, grid, dtypes[0], label_dtype)
     crop = tuple(1 + int(part * (extent - 1)) for part, extent in zip(crop_part, size, strict=True))
     draws = rng.integers(0, 2**31, (3, batch))
     draws[rng.random(draws.shape) < 0.3] = rng.choice([0, 2**31 - 1])  # the first place, or the last
     with tiled(tiling):
-        actual = triton_backend.crops(features, labels, on_device(draws), (crop[0], crop[1]), stride, dtypes[1])
-    expected = windows(features, labels, draws, crop, stride)
+        actual = triton_backend.crops(features, labels, on_device(draws), (crop[0], crop[1]), grid, dtypes[1])
+    expected = windows(features, labels, draws, (crop[0], crop[1]), grid)
     assert actual[0].is_contiguous(memory_format=triton_backend.memory_format)
     assert (actual[0].dtype, actual[1].dtype) == (dtypes[1], label_dtype)
     assert_equal_values(actual[0], expected[0].to(dtypes[1]))
@@ -1156,7 +1175,7 @@ def draw_images(
     images: int,
     channels: int,
     size: tuple[int, int],
-    stride: int,
+    grid: Grid,
     dtype: torch.dtype = torch.float32,
     label_dtype: torch.dtype = torch.uint8,
 ) -> tuple[Tensor, Tensor]:
@@ -1164,7 +1183,7 @@ def draw_images(
     values = rng.standard_normal((images, channels, *size))
     values[rng.random(values.shape) < 0.1] = rng.choice([np.nan, np.inf, -np.inf])
     features = torch.from_numpy(values).to(DEVICE, dtype).contiguous(memory_format=torch.channels_last)
-    label_size = (stride * (size[0] - 1) + 1 + rng.integers(3), stride * (size[1] - 1) + 1 + rng.integers(3))
+    label_size = [extent + rng.integers(3) for extent in grid.pixels(size)]
     labels = torch.from_numpy(rng.integers(0, 256, (images, *label_size))).to(DEVICE, label_dtype)
     if label_dtype.is_floating_point:
         labels[labels > 200] = torch.nan
@@ -1176,11 +1195,11 @@ def on_device(draws: np.ndarray[Any, Any]) -> Tensor:
 
 
 def windows(
-    features: Tensor, labels: Tensor, draws: np.ndarray[Any, Any], crop: tuple[int, ...], stride: int
+    features: Tensor, labels: Tensor, draws: np.ndarray[Any, Any], crop: tuple[int, int], grid: Grid
 ) -> tuple[Tensor, Tensor]:
     """The same by slices, one crop after the other."""
     limits = [len(features), *(extent - part + 1 for extent, part in zip(features.shape[2:], crop, strict=True))]
-    window = [stride * (extent - 1) + 1 for extent in crop]
+    window, stride = grid.pixels(crop), grid.stride
     batch, targets = features.new_zeros(0, features.shape[1], *crop), labels.new_zeros(0, *window)
     for places in draws.T:
         image, top, left = (int(draw) * limit // 2**31 for draw, limit in zip(places, limits, strict=True))
@@ -1200,7 +1219,7 @@ def test_crops_reach_every_picture_and_place_equally_often() -> None:
         torch.zeros(2, 4, 5, device=DEVICE),
         torch.randint(2**31, (3, 600), dtype=torch.int32, generator=torch.Generator().manual_seed(0)),
     )
-    batch, _ = triton_backend.crops(features, labels, draws.to(DEVICE), (2, 3), 1, torch.float32)
+    batch, _ = triton_backend.crops(features, labels, draws.to(DEVICE), (2, 3), Grid(1), torch.float32)
     places, counts = batch[:, 0, 0, 0].unique(return_counts=True)  # type: ignore[no-untyped-call]
     assert len(places) == 2 * 3 * 3
     expected = 600 / len(places)
@@ -1221,8 +1240,8 @@ def test_rates_are_those_of_the_iterations_and_then_the_last() -> None:
 
 def cached(rng: np.random.Generator) -> tuple[Tensor, Tensor]:
     """Features and labels of three images as a search has them: float16, uint8."""
-    features, _ = draw_images(rng, 3, 3, (4, 5), steps.STRIDE, torch.float16)
-    labels = rng.choice([0, 1, 2, 3, 255], (3, *steps.label_size((4, 5)))).astype(np.uint8)
+    features, _ = draw_images(rng, 3, 3, (4, 5), steps.GRID, torch.float16)
+    labels = rng.choice([0, 1, 2, 3, 255], (3, *steps.GRID.pixels((4, 5)))).astype(np.uint8)
     return features.nan_to_num(0.5, 0.5, 0.5), torch.from_numpy(labels).to(DEVICE)
 
 
@@ -1289,7 +1308,7 @@ def test_gathered_crops_are_those_of_the_kernel() -> None:
     """A GPU without Triton draws the same crops from the same seed."""
     step, rng = make_step(steps.make_head(DEVICE), np.random.default_rng(0)), np.random.default_rng(1)
     draws = on_device(rng.integers(0, 2**31, (3, 2)))
-    expected = triton_backend.crops(step._features, step._labels, draws, (2, 3), steps.STRIDE, torch.float16)
+    expected = triton_backend.crops(step._features, step._labels, draws, (2, 3), steps.GRID, torch.float16)
     assert all(torch.equal(a, b) for a, b in zip(step._gathered(draws), expected, strict=True))
 
 
@@ -1378,7 +1397,7 @@ def crops_of(features: Tensor, **others: Any) -> Any:
         "crop": (2, 2),
     } | others
     features = features.contiguous(memory_format=torch.channels_last)
-    return triton_backend.crops(features, **given, output_stride=2, dtype=torch.float32)
+    return triton_backend.crops(features, **given, grid=Grid(2), dtype=torch.float32)
 
 
 @pytest.mark.parametrize(

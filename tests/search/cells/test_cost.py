@@ -51,8 +51,17 @@ def test_a_mean_per_grid_cell_costs_one_product_per_cell() -> None:
     assert cell_cost(cell, 10, (7, 9), branch_channels=4, pooling_size=(4, 4)).total == Cost(40, 40 * (7 - 2 + 1) * 9)
 
 
-@given(cell=cells(max_branches=6), in_channels=st.integers(1, 20), branch_channels=st.integers(1, 8))
-def test_parameters_are_those_of_the_module(cell: Cell, in_channels: int, branch_channels: int) -> None:
+def test_a_cell_without_branches_costs_nothing() -> None:
+    cost = cell_cost(Cell(()), (10, 20), (7, 9))
+    assert (cost.total, cost.projection) == (Cost(0, 0), Cost(0, 0))
+
+
+@given(
+    cell=cells(max_branches=6, num_inputs=3),
+    in_channels=st.tuples(st.integers(1, 20), st.integers(1, 20), st.integers(1, 20)),
+    branch_channels=st.integers(1, 8),
+)
+def test_parameters_are_those_of_the_module(cell: Cell, in_channels: tuple[int, ...], branch_channels: int) -> None:
     module = DensePredictionCell(cell, in_channels, branch_channels=branch_channels, cell_channels=5)
     cost = cell_cost(cell, in_channels, (3, 4), branch_channels=branch_channels, cell_channels=5)
     counted = {name: p.numel() for name, p in module.named_parameters() if p.ndim == 4}  # convolutions

@@ -94,13 +94,36 @@ def exact_field(module: DensePredictionCell, size: tuple[int, int]) -> NDArray[n
     return squares.sqrt().numpy()
 
 
-@given(cell=cells(max_branches=4), seed=rng_seeds(), output_stride=st.sampled_from((8, 16)), size=map_sizes())
+def test_paths_from_all_layers_count() -> None:
+    conv = AtrousSeparableConv(rate=(1, 1))
+    both = structural_receptive_field(Cell((Branch(-1, conv), Branch(-3, PyramidPooling(grid_size=(1, 1))))), (5, 5))
+    alone = [
+        structural_receptive_field(Cell((Branch(-1, operation),)), (5, 5)) for operation in (conv, PyramidPooling((1, 1)))
+    ]
+    np.testing.assert_array_equal(both, alone[0] + alone[1])
+
+
+def test_a_cell_without_branches_sees_the_centre() -> None:
+    field = structural_receptive_field(Cell(()), (3, 5))
+    assert (field.sum(), field[1, 2]) == (1, 1)
+    module = DensePredictionCell(Cell(()), (3, 2)).eval()
+    gradient = effective_receptive_field(module, (3, 5))
+    assert np.argwhere(gradient).tolist() == [[1, 2]]
+    assert gradient[1, 2] == pytest.approx(5**0.5, rel=1e-4)  # of five channels, each divided by √(1 + eps)
+
+
+@given(
+    cell=cells(max_branches=4, num_inputs=2),
+    seed=rng_seeds(),
+    output_stride=st.sampled_from((8, 16)),
+    size=map_sizes(),
+)
 def test_without_chance_the_field_is_the_modules_own_gradient(
     cell: Cell, seed: int, output_stride: int, size: tuple[int, int]
 ) -> None:
     """One output channel, so a sign is all that is left of the random direction."""
     torch.manual_seed(seed)
-    module = opened(DensePredictionCell(cell, 3, branch_channels=4, cell_channels=1, output_stride=output_stride))
+    module = opened(DensePredictionCell(cell, (3, 2), branch_channels=4, cell_channels=1, output_stride=output_stride))
     expected = exact_field(module, size)
     # float32 through up to ten convolutions, in another order
     np.testing.assert_allclose(effective_receptive_field(module, size), expected, rtol=0, atol=1e-4 * expected.max())

@@ -93,17 +93,21 @@ def open_storage(tmp_path: Path) -> Iterator[Callable[[], optuna.storages.RDBSto
         storage.engine.dispose()
 
 
-@given(cell=cells(searchable=True))
+@given(cell=cells(searchable=True, num_inputs=3))
 def test_a_cell_survives_its_parameters(cell: Cell) -> None:
-    space = SearchSpace(len(cell.branches))
-    assert suggest_cell(FixedTrial(params_of_cell(cell)), space) == cell
-    assert cell_from_params(params_of_cell(cell) | {"learning_rate": 0.1}, space) == cell
+    space = SearchSpace(len(cell.branches), num_inputs=cell.num_inputs)
+    params = params_of_cell(cell, space)
+    assert ("branch0_input" in params) == (space.num_inputs > 1)
+    assert suggest_cell(FixedTrial(params), space) == cell
+    assert cell_from_params(params | {"learning_rate": 0.1}, space) == cell
 
 
 def test_parameters_of_another_space_are_refused() -> None:
-    params = params_of_cell(SearchSpace(2).sample(np.random.default_rng(0)))
+    params = params_of_cell(SearchSpace(2).sample(np.random.default_rng(0)), SearchSpace(2))
     with pytest.raises(ValueError, match="of 3 branches: 'branch2_input' missing or unknown"):
         cell_from_params(params, SearchSpace(3))
+    with pytest.raises(ValueError, match="of 2 branches: 'branch0_input' missing or unknown"):
+        cell_from_params(params, SearchSpace(2, num_inputs=2))
 
 
 @pytest.mark.parametrize("name", ["paper", "random"])
@@ -181,7 +185,7 @@ def test_samplers_keep_to_a_restricted_space(name: str) -> None:
     study.optimize(lambda trial: score(suggest_cell(trial, space)), n_trials=25)
     cells = proposals(study, space)
     assert all(map(space.contains, cells))
-    assert all(suggest_cell(FixedTrial(params_of_cell(cell)), space) == cell for cell in cells)
+    assert all(suggest_cell(FixedTrial(params_of_cell(cell, space)), space) == cell for cell in cells)
     assert not all(map(SPACE.contains, cells))
 
 
@@ -194,7 +198,7 @@ def test_a_graph_is_not_proposed_again_in_another_branch_order() -> None:
     seed = next(seed for seed in range(100) if second_cell(seed) != canonical_form(second_cell(seed)))
     form = canonical_form(second_cell(seed))
     study = create_study(PaperSampler(space, seed=seed))
-    study.enqueue_trial(params_of_cell(form))
+    study.enqueue_trial(params_of_cell(form, space))
     first, other = drive(study, 2, space=space)
     assert first == form
     assert canonical_form(other) != form
@@ -216,7 +220,7 @@ def test_pruned_and_running_trials_are_no_parents() -> None:
 def test_enqueued_cells_come_first() -> None:
     study = create_study(PaperSampler(SPACE, seed=0))
     cell = SPACE.sample(np.random.default_rng(5))
-    study.enqueue_trial(params_of_cell(cell))
+    study.enqueue_trial(params_of_cell(cell, SPACE))
     assert drive(study, 3)[0] == cell
 
 

@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 from itertools import permutations, product
 from pathlib import Path
 
@@ -10,18 +11,18 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from reference.cell import (
-    BACKBONE_FEATURE,
     GRID_SIZES,
     OPERATIONS,
     RATES,
     AtrousSeparableConv,
     Branch,
     Cell,
+    Conv1x1,
     Operation,
     PyramidPooling,
 )
 from search.cells.reach import FeatureMaps
-from search.cells.space import SearchSpace, canonical_form, cell_hash, load_cell, load_cells
+from search.cells.space import SearchSpace, canonical_form, cell_hash, known_cells, load_cell, load_cells
 from search.errors import InputError
 from tests.strategies import cells, rng_seeds
 
@@ -29,14 +30,14 @@ FALSE_ALARM_RATE = 1e-6  # of a whole test, shared by its chi-square tests (Bonf
 POOL = PyramidPooling(grid_size=(1, 1))
 
 
-def all_cells(num_branches: int, operations: tuple[Operation, ...] = OPERATIONS) -> list[Cell]:
-    branches = [[Branch(j, op) for j in range(BACKBONE_FEATURE, i) for op in operations] for i in range(num_branches)]
+def all_cells(num_branches: int, operations: tuple[Operation, ...] = OPERATIONS, num_inputs: int = 1) -> list[Cell]:
+    branches = [[Branch(j, op) for j in range(-num_inputs, i) for op in operations] for i in range(num_branches)]
     return [Cell(chosen) for chosen in product(*branches)]
 
 
 def renumbered(cell: Cell, order: tuple[int, ...]) -> Cell:
     """The same graph with branch `order[k]` in place k; ValueError where a branch would come before its input."""
-    place = {BACKBONE_FEATURE: BACKBONE_FEATURE} | {old: new for new, old in enumerate(order)}
+    place = {-k: -k for k in range(1, cell.num_inputs + 1)} | {old: new for new, old in enumerate(order)}
     return Cell(tuple(Branch(place[cell.branches[old].input_index], cell.branches[old].operation) for old in order))
 
 
@@ -54,15 +55,17 @@ def random_order(cell: Cell, rng: np.random.Generator) -> tuple[int, ...]:
     order: list[int] = []
     while len(order) < len(cell.branches):
         ready = [
-            i for i, branch in enumerate(cell.branches) if i not in order and branch.input_index in (BACKBONE_FEATURE, *order)
+            i
+            for i, branch in enumerate(cell.branches)
+            if i not in order and (branch.input_index < 0 or branch.input_index in order)
         ]
         order.append(int(rng.choice(ready)))
     return tuple(order)
 
 
-def of_two_operations(num_branches: int) -> SearchSpace:
+def of_two_operations(num_branches: int, num_inputs: int = 1) -> SearchSpace:
     """Cells of 1×1 convolutions and global poolings."""
-    return SearchSpace(num_branches, rates=(), grid_sizes=(1,))
+    return SearchSpace(num_branches, rates=(), grid_sizes=(1,), num_inputs=num_inputs)
 
 
 @pytest.mark.parametrize(
@@ -80,11 +83,13 @@ def test_sizes_count_every_cell(num_branches: int) -> None:
     assert all(map(space.contains, cells))
 
 
-@pytest.mark.parametrize("num_branches", [1, 2, 3, 4, 5])
-def test_canonical_forms_are_equal_exactly_for_isomorphic_cells(num_branches: int) -> None:
-    space = of_two_operations(num_branches)
+@pytest.mark.parametrize(
+    ("num_branches", "num_inputs"), [(1, 1), (2, 1), (3, 1), (4, 1), (5, 1), (1, 4), (2, 3), (3, 3), (4, 2)]
+)
+def test_canonical_forms_are_equal_exactly_for_isomorphic_cells(num_branches: int, num_inputs: int) -> None:
+    space = of_two_operations(num_branches, num_inputs)
     cells_of_form: dict[Cell, set[Cell]] = {}
-    for cell in all_cells(num_branches, space.operations):
+    for cell in all_cells(num_branches, space.operations, num_inputs):
         cells_of_form.setdefault(canonical_form(cell), set()).add(cell)
     for form, same in cells_of_form.items():
         assert same == isomorphic_cells(form)
@@ -167,6 +172,23 @@ def test_a_restricted_space_proposes_nothing_else() -> None:
     assert not space.contains(Cell((Branch(-1, POOL),) * 4))
 
 
+@pytest.mark.parametrize(("num_branches", "num_inputs"), [(1, 3), (2, 2), (3, 2)])
+def test_sizes_of_several_inputs_on_a_map_count_every_cell(num_branches: int, num_inputs: int) -> None:
+    space = SearchSpace(num_branches, (2, 18), (8,), FeatureMaps((3, 4), (3, 4)), num_inputs)
+    cells = all_cells(num_branches, space.operations, num_inputs)
+    assert len(set(cells)) == space.size()
+    assert len(set(map(space.canonical_form, cells))) == space.canonical_size()
+    assert all(map(space.contains, cells))
+    assert not all(map(replace(space, num_inputs=num_inputs - 1).contains, cells))
+
+
+def test_sizes_of_the_papers_cells_on_four_layers() -> None:
+    """4·5·6·7·8·81⁵."""
+    space = SearchSpace(num_inputs=4)
+    assert space.size() == 6720 * 81**5
+    assert space.describe() == ["2.3e+13 cells that read 4 layers, 7.7e+11 of them different"]
+
+
 def test_a_space_says_how_many_cells_differ_and_what_is_out_of_reach() -> None:
     assert SearchSpace(2).describe() == ["13,122 cells, 9,882 of them different"]
     assert SearchSpace(maps=FeatureMaps((17, 17), (13, 17))).describe() == [
@@ -176,7 +198,7 @@ def test_a_space_says_how_many_cells_differ_and_what_is_out_of_reach() -> None:
     ]
 
 
-@given(cell=cells(), seed=rng_seeds())
+@given(cell=cells(min_branches=0, num_inputs=3), seed=rng_seeds())
 def test_branch_order_does_not_change_the_canonical_form(cell: Cell, seed: int) -> None:
     other = renumbered(cell, random_order(cell, np.random.default_rng(seed)))
     form = canonical_form(cell)
@@ -188,6 +210,8 @@ def test_branch_order_does_not_change_the_canonical_form(cell: Cell, seed: int) 
 
 def test_cell_hash_stays_the_same_between_releases() -> None:
     assert cell_hash(load_cell("dpc")) == "e4b16ca80db4"  # stored in the results of past runs
+    others = [Cell(()), load_cell("mlp"), Cell((Branch(-2, Conv1x1()),))]
+    assert len({cell_hash(cell) for cell in others}) == 3
 
 
 def test_samples_are_uniform_in_each_choice() -> None:
@@ -211,8 +235,17 @@ def test_samples_are_uniform_over_whole_cells() -> None:
     assert stats.chisquare(list(counts.values())).pvalue > FALSE_ALARM_RATE
 
 
-def test_mutations_are_uniform_over_the_neighbours() -> None:
-    space, rng = SearchSpace(2), np.random.default_rng(2)
+def test_samples_of_several_inputs_are_uniform_over_whole_cells() -> None:
+    space, rng = of_two_operations(2, num_inputs=3), np.random.default_rng(1)
+    counts = dict.fromkeys(all_cells(2, space.operations, 3), 0)
+    for _ in range(100 * len(counts)):
+        counts[space.sample(rng)] += 1
+    assert stats.chisquare(list(counts.values())).pvalue > FALSE_ALARM_RATE
+
+
+@pytest.mark.parametrize("num_inputs", [1, 3])
+def test_mutations_are_uniform_over_the_neighbours(num_inputs: int) -> None:
+    space, rng = SearchSpace(2, num_inputs=num_inputs), np.random.default_rng(2)
     cell = space.sample(rng)
     counts = dict.fromkeys(space.neighbours(cell), 0)
     for _ in range(50 * len(counts)):
@@ -220,12 +253,13 @@ def test_mutations_are_uniform_over_the_neighbours() -> None:
     assert stats.chisquare(list(counts.values())).pvalue > FALSE_ALARM_RATE
 
 
-@given(cell=cells(max_branches=6, searchable=True))
+@given(cell=cells(max_branches=6, searchable=True, num_inputs=3))
 def test_neighbours_differ_in_one_choice(cell: Cell) -> None:
-    num_branches = len(cell.branches)
-    space = SearchSpace(num_branches)
+    num_branches, num_inputs = len(cell.branches), cell.num_inputs
+    space = SearchSpace(num_branches, num_inputs=num_inputs)
     neighbours = list(space.neighbours(cell))
-    assert len(set(neighbours)) == len(neighbours) == num_branches * (num_branches - 1) // 2 + 80 * num_branches
+    other_inputs = num_branches * (num_branches - 1) // 2 + (num_inputs - 1) * num_branches
+    assert len(set(neighbours)) == len(neighbours) == other_inputs + 80 * num_branches
     for neighbour in neighbours:
         assert space.contains(neighbour)
         pairs = zip(cell.branches, neighbour.branches, strict=True)
@@ -262,9 +296,38 @@ def test_check_counts_branches() -> None:
         SearchSpace(2).check(cell)
 
 
-def test_a_space_needs_a_branch() -> None:
+def test_a_space_needs_a_branch_and_an_input() -> None:
     with pytest.raises(ValueError, match="num_branches must be at least 1, got 0"):
         SearchSpace(0)
+    with pytest.raises(ValueError, match="num_inputs must be at least 1, got 0"):
+        SearchSpace(num_inputs=0)
+
+
+def test_a_layer_that_is_not_there_is_outside_the_space() -> None:
+    cell = Cell((Branch(-2, Conv1x1()),))
+    SearchSpace(1, num_inputs=2).check(cell)
+    assert not SearchSpace(1).contains(cell)
+    with pytest.raises(ValueError, match="the cell reads input -2, and the backbone gives 1 layer"):
+        SearchSpace(1).check(cell)
+
+
+def test_known_cells_read_all_layers_or_the_deepest() -> None:
+    known = known_cells(3)
+    assert tuple(known) == ("linear", "mlp", "aspp", "dpc", "psp")
+    assert known["linear"] == Cell(())
+    assert str(known["mlp"]) == "conv1x1(F), conv1x1(F2), conv1x1(F3)"
+    assert {known[name].num_inputs for name in ("aspp", "dpc", "psp")} == {1}
+    assert not any(map(SearchSpace().contains, (known["linear"], known["mlp"])))  # no search proposes them
+    assert str(load_cell("mlp")) == "conv1x1(F)"
+
+
+def test_a_compared_cell_that_reads_a_layer_too_many_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "deep.json"
+    path.write_text(Cell((Branch(-3, Conv1x1()),)).to_json())
+    assert load_cells([str(path), "mlp"], 3)["mlp"].num_inputs == 3
+    message = "^`compare` .*deep.json: the cell reads input -3, and the backbone gives 2 layers; give as many `layers`"
+    with pytest.raises(InputError, match=message):
+        load_cells([str(path)], 2)
 
 
 @pytest.mark.parametrize("name", ["dpc", "aspp", "psp"])
@@ -283,7 +346,7 @@ def test_load_cell_says_what_is_wrong(tmp_path: Path) -> None:
     broken.write_text(json.dumps([{"op": "conv", "kernel": 1, "inputs": -1}]))
     with pytest.raises(InputError, match=r"broken\.json: branch 0: unknown key 'inputs'"):
         load_cell(str(broken))
-    with pytest.raises(InputError, match="no cell 'dcp': give one of aspp, dpc, psp, or the path"):
+    with pytest.raises(InputError, match="no cell 'dcp': give one of linear, mlp, aspp, dpc, psp, or the path"):
         load_cell("dcp")
     with pytest.raises(InputError, match="cannot read the cell"):
         load_cell(str(tmp_path))

@@ -19,7 +19,7 @@ from search.reports.run import write_report
 from tests.search.composed import changed, composed
 from tests.search.test_report import BASELINES, make_run, visible_text
 
-SETTINGS = composed(ReportSettings, cells=("dpc",), in_channels=320, feature_size=(5, 5), device="cpu")
+SETTINGS = composed(ReportSettings, cells=("dpc",), in_channels=(320,), feature_size=(5, 5), device="cpu")
 
 
 def save_trained(path: Path, cell: Cell) -> DensePredictionCell:
@@ -41,7 +41,7 @@ def page_of(settings: ReportSettings) -> str:
 @pytest.mark.parametrize(("in_channels", "parameters"), [(320, "356,160"), (2048, "814,080")])
 def test_parameters_are_those_of_table_1(tmp_path: Path, in_channels: int, parameters: str) -> None:
     text = visible_text(
-        page_of(changed(SETTINGS, in_channels=in_channels, feature_size=(65, 65), out=tmp_path / "cells.html"))
+        page_of(changed(SETTINGS, in_channels=(in_channels,), feature_size=(65, 65), out=tmp_path / "cells.html"))
     )
     assert f"{in_channels} → 256 {parameters}" in text
     assert "327,680" in text  # the projection
@@ -55,7 +55,7 @@ def test_names_files_and_heads_stand_side_by_side(tmp_path: Path) -> None:
     (tmp_path / "mine.json").write_text(load_cell("psp").to_json(), encoding="utf-8")
     save_trained(tmp_path / "best.safetensors", load_cell("dpc"))
     cells = ("aspp", str(tmp_path / "mine.json"), str(tmp_path / "best.safetensors"))
-    settings = changed(SETTINGS, cells=cells, in_channels=8, branch_channels=4, out=tmp_path / "new" / "cells.html")
+    settings = changed(SETTINGS, cells=cells, in_channels=(8,), branch_channels=4, out=tmp_path / "new" / "cells.html")
     page = page_of(settings)
     text = visible_text(page)
     operations = [branch.operation for name in ("aspp", "psp", "dpc") for branch in load_cell(name).branches]
@@ -70,8 +70,30 @@ def test_names_files_and_heads_stand_side_by_side(tmp_path: Path) -> None:
     assert not re.search(r'(href|src)="(?!data:|#)', page)
 
 
+def test_a_page_of_cells_that_read_several_layers_or_have_no_branches(tmp_path: Path) -> None:
+    head = tmp_path / "linear.safetensors"
+    context = DensePredictionCell(Cell(()), (6, 3), branch_channels=4)
+    save_head(head, SegmentationHead(context, 3), task={"class_names": ("a", "b", "c")}, backbone={})
+    out, cells = tmp_path / "cells.html", ("mlp", "dpc", str(head))
+    page = page_of(changed(SETTINGS, cells=cells, in_channels=(8, 2), branch_channels=4, out=out))
+    text = visible_text(page)
+    assert "8 + 2 → 4" in text  # of mlp
+    assert "6 + 3 → 9" in text  # of the linear probe
+    assert "F2 → 1" in text
+    assert "batch norm alone" in text
+    assert page.count("Effective receptive field of the trained cell") == 1
+
+
+def test_a_cell_that_reads_a_layer_too_many_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "two.json"
+    path.write_text(load_cell("mlp", 2).to_json())
+    message = r"^`cells` .*two.json: the cell reads input -2, and the backbone gives 1 layer; give as many `in_channels`"
+    with pytest.raises(InputError, match=message):
+        main(changed(SETTINGS, cells=(str(path),), in_channels=(8,), out=tmp_path / "cells.html"))
+
+
 def test_the_page_is_of_cells_on_the_given_map(tmp_path: Path) -> None:
-    settings = changed(SETTINGS, in_channels=4, branch_channels=4, out=tmp_path / "cells.html")
+    settings = changed(SETTINGS, in_channels=(4,), branch_channels=4, out=tmp_path / "cells.html")
     text = visible_text(page_of(changed(settings, feature_size=(17, 33))))
     assert "out of reach on the 17×33 map: rate 18×15 of branch 1 (height)" in text
     assert "positions read of 17 × 33" in text
@@ -85,7 +107,7 @@ def test_equal_names_are_told_apart_by_their_folders(tmp_path: Path) -> None:
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "<cell>.json").write_text(load_cell("psp").to_json(), encoding="utf-8")
     names = tuple(str(tmp_path / folder / "<cell>.json") for folder in ("one", "two"))
-    page = page_of(changed(SETTINGS, cells=names, in_channels=4, branch_channels=4, out=tmp_path / "cells.html"))
+    page = page_of(changed(SETTINGS, cells=names, in_channels=(4,), branch_channels=4, out=tmp_path / "cells.html"))
     assert all(html.escape(name) in page for name in names)
     assert "<cell>" not in page
 
@@ -98,7 +120,8 @@ def test_equal_names_are_told_apart_by_their_folders(tmp_path: Path) -> None:
         ({"cells": ("nobody",)}, "there is no cell 'nobody'"),
         ({"cells": ("nobody.safetensors",)}, "nobody.safetensors cannot be read as safetensors"),
         ({"output_stride": 4}, "`output_stride` must be 8 or 16, got 4"),
-        ({"in_channels": 0}, "`in_channels` must be at least 1, got 0"),
+        ({"in_channels": (8, 0)}, "`in_channels` must be at least 1 each, got (8, 0)"),
+        ({"in_channels": ()}, "`in_channels` must be at least 1 each, got ()"),
         ({"branch_channels": 0}, "`branch_channels` must be at least 1, got 0"),
         ({"feature_size": (0, 5)}, "`feature_size` must be at least 1 each, got (0, 5)"),
         ({"device": "abacus"}, "`device` abacus cannot be used"),

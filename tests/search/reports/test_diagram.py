@@ -34,11 +34,11 @@ from search.reports.diagram import (
 )
 
 
-def random_cell(num_branches: int, seed: int) -> Cell:
-    return SearchSpace(num_branches).sample(np.random.default_rng(seed))
+def random_cell(num_branches: int, seed: int, num_inputs: int = 1) -> Cell:
+    return SearchSpace(num_branches, num_inputs=num_inputs).sample(np.random.default_rng(seed))
 
 
-cells = st.builds(random_cell, st.integers(1, 10), st.integers(0, 2**32 - 1))
+cells = st.builds(random_cell, st.integers(1, 10), st.integers(0, 2**32 - 1), st.integers(1, 4))
 
 
 def texts(svg: str) -> Counter[str]:
@@ -62,7 +62,7 @@ def points(curve: Curve) -> NDArray[np.float64]:
 @given(cells)
 def test_boxes_stand_apart_inside_the_picture(cell: Cell) -> None:
     layout = layout_cell(cell)
-    boxes = [layout.feature, layout.projection, *layout.branches]
+    boxes = [*layout.inputs.values(), layout.projection, *layout.branches]
     assert not any(overlap(first, second) for first, second in combinations(boxes, 2))
     for box in boxes:
         assert 0 <= box.x - box.width / 2 < box.x + box.width / 2 <= layout.width
@@ -72,10 +72,10 @@ def test_boxes_stand_apart_inside_the_picture(cell: Cell) -> None:
 @given(cells)
 def test_arrows_join_what_the_cell_joins_and_run_through_no_box(cell: Cell) -> None:
     layout = layout_cell(cell)
-    boxes = [layout.feature, layout.projection, *layout.branches]
+    boxes = [*layout.inputs.values(), layout.projection, *layout.branches]
     assert len(layout.arrows) == 2 * len(cell.branches)
     for i, branch in enumerate(cell.branches):
-        source = layout.feature if branch.input_index < 0 else layout.branches[branch.input_index]
+        source = {**layout.inputs, **dict(enumerate(layout.branches))}[branch.input_index]
         into, out = layout.arrows[2 * i], layout.arrows[2 * i + 1]
         for curve, start, end in ((into, source, layout.branches[i]), (out, layout.branches[i], layout.projection)):
             (start_x, start_y), (end_x, end_y) = np.asarray(curve.vertices)[[0, -1]]
@@ -98,7 +98,25 @@ def test_arrows_out_of_the_cell_never_share_a_lane(num_branches: int, seed: int)
 def test_every_branch_is_labelled_and_numbered_once(cell: Cell) -> None:
     numbers = map(str, range(len(cell.branches)))
     labels = [line for branch in cell.branches for line in operation_label(branch.operation).split(", ")]
-    assert texts(cell_svg(cell)) == Counter([*numbers, *labels, "feature F", "concat + 1×1"])
+    read = {branch.input_index for branch in cell.branches if branch.input_index < 0}
+    names = {-1: "feature F", -2: "feature F2", -3: "feature F3", -4: "feature F4"}
+    assert texts(cell_svg(cell)) == Counter([*numbers, *labels, *(names[i] for i in read), "concat + 1×1"])
+
+
+def test_layers_that_are_known_are_named() -> None:
+    cell = Cell((Branch(-3, Conv1x1()), Branch(-1, Conv1x1())))
+    shown = texts(cell_svg(cell, layers=(-1, -4, -7)))
+    assert shown.keys() >= {"F: layer −1", "F3: layer −7"}
+    assert not any("F2" in text for text in shown)  # which no branch reads
+
+
+def test_a_cell_without_branches_is_drawn_as_the_norm_of_all_layers() -> None:
+    layout = layout_cell(Cell(()), num_inputs=2)
+    boxes = [*layout.inputs.values(), layout.projection]
+    assert not any(overlap(first, second) for first, second in combinations(boxes, 2))
+    assert len(layout.arrows) == 2
+    assert texts(cell_svg(Cell(()))) == Counter(["feature F", "batch norm"])
+    assert texts(cell_svg(Cell(()), (-1, -2))) == Counter(["F: layer −1", "F2: layer −2", "batch norm"])
 
 
 def test_each_number_stands_at_its_own_box() -> None:
