@@ -349,6 +349,7 @@ def _keeper(folder: Path, features: FeatureCache) -> Callable[[str, Segmentation
     backbone = {key: origin[key] for key in ("backbone", "weights_origin", "output_stride", "dataset")}
     backbone |= facts_in(origin)
     backbone |= {"weights_hash": origin[WEIGHTS], "mean": origin[MEAN], "std": origin[STD]}
+    backbone |= {key: origin[key] for key in ("patch_size",) if key in origin}
 
     def keep(name: str, head: SegmentationHead) -> None:
         save_head(folder / f"{name}.safetensors", head, task=features.task.describe(), backbone=backbone)
