@@ -144,9 +144,43 @@ class Backbone(nn.Module):
     def _tap(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         self._tapped.append(output)
 
+    def blocks(self) -> list[nn.Module]:
+        """The blocks of the body in the order of its modules, such as a ViT's `blocks.0`, or `blocks.6.0` of a MobileNet.
+
+        They are the members of its sequences of blocks, in whatever stages these lie. A body without such sequences has its
+        layers: convolutions and linear maps.
+        """
+        layers = [module for module in self.body.modules() if not any(module.children()) and _has_matrix(module)]
+        return _blocks(self.body) or layers
+
     def weights_hash(self) -> str:
         """A hash of all weights and statistics, by which cached features are told from those of another backbone."""
         return hash_of_weights(self, self.mean, self.std)
+
+
+_SEQUENCES = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+def _blocks(module: nn.Module) -> list[nn.Module]:
+    """The blocks below: members of sequences that are themselves neither sequences, nor stages, nor a layer or a norm."""
+    found = []
+    for child in module.children():
+        if isinstance(child, _SEQUENCES) or _is_stage(child):
+            found += _blocks(child)
+        elif isinstance(module, _SEQUENCES) and any(child.children()) and _has_matrix(child):
+            found.append(child)
+    return found or [block for child in module.children() for block in _blocks(child)]
+
+
+def _is_stage(module: nn.Module) -> bool:
+    """Whether it has a sequence of blocks, as stages of ConvNeXt and Swin do; a block has at most sequences of layers."""
+    sequences = (list(child.children()) for child in module.children() if isinstance(child, _SEQUENCES))
+    return any(members and all(any(member.children()) for member in members) for members in sequences)
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    """Whether it has the weight of a convolution or a linear map; those of norms are vectors."""
+    return any(parameter.ndim > 1 for parameter in module.parameters())
 
 
 def hash_of_weights(module: nn.Module, *constants: Tensor) -> str:

@@ -2,7 +2,7 @@
 
 import contextlib
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextvars import ContextVar
 from typing import NamedTuple, cast
 
@@ -117,13 +117,14 @@ def _count(batches: Tensor) -> None:
 
 
 @torch.no_grad()
-def recompute_statistics(module: nn.Module, batches: Iterable[Tensor]) -> None:
-    """Replace all running statistics below `module` by their plain average over `batches` of its input.
+def recompute_statistics(module: nn.Module, batches: Iterable[Tensor], *, kept: Collection[nn.Module] = ()) -> None:
+    """Replace all running statistics below `module`, but those of the norms in `kept`, by their plain average over `batches`
+    of its input.
 
     After a short training, the slow moving averages still depend on the initial weights; plain averages do not. Meanwhile,
     everything but the batch norms is in evaluation mode (no dropout). Afterwards the whole module is.
     """
-    norms = [child for child in module.modules() if isinstance(child, nn.BatchNorm2d)]
+    norms = [child for child in module.modules() if isinstance(child, nn.BatchNorm2d) and child not in kept]
     momenta = [norm.momentum for norm in norms]
     module.eval()
     for norm in norms:

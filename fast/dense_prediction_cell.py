@@ -151,7 +151,10 @@ class DensePredictionCell(HubModule):
 
 
 def decays(module: nn.Module) -> dict[str, bool]:
-    """Names of all parameters, each with whether it decays: all but depthwise weights, norms and biases (deeplab)."""
+    """Names of all parameters, each with whether it decays: all but depthwise weights, norms and biases (deeplab).
+
+    Nor does what else is no weight of a layer, such as the position embeddings of a transformer.
+    """
     exempt = {name for name, child in module.named_modules() if isinstance(child, nn.BatchNorm2d)}
     exempt |= {f"{name}.depthwise" for name, child in module.named_modules() if isinstance(child, SeparableBranch)}
     convolutions = {name: child for name, child in module.named_modules() if isinstance(child, nn.Conv2d)}
@@ -160,7 +163,8 @@ def decays(module: nn.Module) -> dict[str, bool]:
     exempt |= {f"{name}.norm".removeprefix(".") for name, cell in cells.items() if not cell.cell.branches}
     exempt |= {name for name, conv in convolutions.items() if 1 < conv.groups == conv.in_channels}  # a backbone's depthwise
     return {
-        name: not name.endswith(".bias") and name.rpartition(".")[0] not in exempt for name, _ in module.named_parameters()
+        name: name.endswith("weight") and parameter.ndim > 1 and name.rpartition(".")[0] not in exempt
+        for name, parameter in module.named_parameters()
     }
 
 

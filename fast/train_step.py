@@ -1,4 +1,4 @@
-"""One iteration of the proxy task's training (paper, section 3.3): crops, forward, loss, backward, SGD.
+"""One iteration of the proxy task's training (paper, section 3.3): crops, forward, loss, backward, a step.
 
 On CUDA the whole iteration, with the drawing of crops and the learning rate, is one graph: captured once per cell, then
 replayed without Python. It begins with four launches: the next learning rate out of a table, one draw of random numbers, one
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, assert_never
 
 import torch
 from torch import Tensor
@@ -19,13 +19,14 @@ from torch import Tensor
 from fast.batch_norm import counted_at_once
 from fast.dense_prediction_cell import decays
 from fast.kernels import IterationKernels, iteration_kernels_for
+from fast.learning_rate import LearningRate, Schedule
 from fast.random_sequence import RandomSequence
 from fast.segmentation import SegmentationHead
 from fast.upsampled_cross_entropy import upsampled_cross_entropy
 from reference.grid import Grid
 
 Precision = Literal["auto", "float32", "bfloat16"]
-POWER = 0.9  # of the polynomial decay of the learning rate
+OptimizerName = Literal["sgd", "adamw"]
 EAGER_ITERATIONS = 3  # before a graph is captured, so that libraries have done their work of a first call
 
 
@@ -36,8 +37,8 @@ class TrainStep:
     A crop of h × w features at (i, j) belongs to the window of `grid.pixels((h, w))` labels at pixel (s·i, s·j), for stride s,
     and the loss resizes outputs to labels as the grid says. Each call is one iteration and returns its loss, (), on the head's
     device. All random numbers are those of `randomness`, which begins where PyTorch's default generators stand at
-    construction, and leaves those alone. Weight decay is left out where `decays` says so. On CUDA, features that are channels
-    last and contiguous labels are cut quickest.
+    construction, and leaves those alone. Weight decay is left out where `decays` says so; `momentum` is of SGD alone. On CUDA,
+    features that are channels last and contiguous labels are cut quickest.
     """
 
     def __init__(
@@ -50,7 +51,10 @@ class TrainStep:
         crop: tuple[int, int],
         batch_size: int,
         iterations: int,
+        optimizer: OptimizerName = "sgd",
         learning_rate: float = 0.01,
+        schedule: Schedule = "poly",
+        warmup_iterations: int = 0,
         momentum: float = 0.9,
         weight_decay: float = 4e-5,
         precision: Precision = "auto",
@@ -68,10 +72,12 @@ class TrainStep:
             {"params": [p for name, p in head.named_parameters() if decay[name]], "weight_decay": weight_decay},
             {"params": [p for name, p in head.named_parameters() if not decay[name]], "weight_decay": 0.0},
         ]
-        self._initial_rate, self._iterations = learning_rate, iterations
+        self._learning_rate = LearningRate(
+            initial=learning_rate, iterations=iterations, schedule=schedule, warmup_iterations=warmup_iterations
+        )
         self._rate = torch.tensor(learning_rate, device=self.device)
         self._done = torch.zeros((), dtype=torch.int64, device=self.device)  # iterations so far, counted on the device
-        self._optimizer = torch.optim.SGD(groups, lr=self._rate, momentum=momentum, fused=True)
+        self._optimizer = self._create_optimizer(optimizer, groups, momentum)
         self._calls = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         self._stream: torch.cuda.Stream | None = None
@@ -81,6 +87,16 @@ class TrainStep:
         head.train()
         if self.device.type == "cpu":
             _keep_freed_memory()
+
+    def _create_optimizer(self, name: OptimizerName, groups: list[dict[str, Any]], momentum: float) -> torch.optim.Optimizer:
+        """The optimiser, whose learning rate is a tensor, so that a graph can change it."""
+        match name:
+            case "sgd":
+                return torch.optim.SGD(groups, lr=self._rate, momentum=momentum, fused=True)
+            case "adamw":
+                return torch.optim.AdamW(groups, lr=self._rate, fused=True, capturable=self.device.type == "cuda")
+            case _:
+                assert_never(name)
 
     def __call__(self) -> Tensor:
         self._calls += 1
@@ -160,19 +176,15 @@ class TrainStep:
     def _set_rate(self) -> None:
         kernels = iteration_kernels_for(self._rate)
         if kernels is None:
-            self._rate.copy_(self._rate_after(self._done))
+            self._rate.copy_(self._learning_rate.after(self._done))
             self._done += 1
         else:
             kernels.next_rate(self._rates, self._done, self._rate)
 
-    def _rate_after(self, done: Tensor) -> Tensor:
-        """The learning rate after so many iterations."""
-        return self._initial_rate * (1 - done / self._iterations).clamp(min=0) ** POWER
-
     @functools.cached_property
     def _rates(self) -> Tensor:
         """The rates of all iterations, (iterations + 1,); the last one is 0."""
-        return self._rate_after(torch.arange(self._iterations + 1, device=self.device))
+        return self._learning_rate.after(torch.arange(self._learning_rate.iterations + 1, device=self.device))
 
     def _input_dtype(self) -> torch.dtype:
         """What the head trains on: under autocast kernels read the features as they are, mostly in half the bytes."""

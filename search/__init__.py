@@ -9,16 +9,26 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from search.backbones import create_backbone
     from search.backbones.from_module import backbone_from_module
     from search.cells.space import load_cell
     from search.datasets import open_dataset
     from search.datasets.from_torch import TorchDataset
     from search.errors import InputError
     from search.pipeline import Found, SearchSettings, Trained, load_found, search_cells, train_network
-    from search.settings import FeatureSettings, HeadSettings, LossSettings, MachineSettings, ProxySettings, RecipeSettings
+    from search.settings import (
+        BackboneSettings,
+        FeatureSettings,
+        HeadSettings,
+        LossSettings,
+        MachineSettings,
+        ProxySettings,
+        RecipeSettings,
+    )
     from search.training.predictor import Predictor
 
 __all__ = [
+    "BackboneSettings",
     "FeatureSettings",
     "Found",
     "HeadSettings",
@@ -32,6 +42,7 @@ __all__ = [
     "TorchDataset",
     "Trained",
     "backbone_from_module",
+    "create_backbone",
     "load_cell",
     "load_found",
     "open_dataset",
@@ -46,16 +57,17 @@ if sys.argv[:1] == ["-m"]:  # a command is about to run: so Python calls itself 
 
 if not TYPE_CHECKING:
     _PIPELINE = ("Found", "SearchSettings", "Trained", "load_found", "search_cells", "train_network")
-    _SETTINGS = ("FeatureSettings", "HeadSettings", "LossSettings", "MachineSettings", "ProxySettings", "RecipeSettings")
+    _GROUPS = ("Backbone", "Feature", "Head", "Loss", "Machine", "Proxy", "Recipe")
     _PLACES = {
         "backbone_from_module": ".backbones.from_module",
+        "create_backbone": ".backbones",
         "load_cell": ".cells.space",
         "open_dataset": ".datasets",
         "TorchDataset": ".datasets.from_torch",
         "InputError": ".errors",
         "Predictor": ".training.predictor",
         **dict.fromkeys(_PIPELINE, ".pipeline"),
-        **dict.fromkeys(_SETTINGS, ".settings"),
+        **{f"{group}Settings": ".settings" for group in _GROUPS},
     }
 
     def __getattr__(name: str) -> Any:

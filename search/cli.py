@@ -114,15 +114,19 @@ def print_next(*commands: str) -> None:
 
 
 def uses_of_run(
-    run: Path,
+    best: Path,
     data: DataSettings,
     backbone: BackboneSettings,
     head: HeadSettings,
     loss: LossSettings,
     machine: MachineSettings,
 ) -> list[str]:
-    """Commands for a search's folder: to join its best head to the backbone, to train a network around its best cell."""
-    return [to_type("join", "--run", run), to_train(data, backbone, head, loss, machine, "--run", run)]
+    """Commands for what a search has kept, `best` being its best head, in a folder of the run's: to join the head to the
+    backbone, to fine-tune it there, to train a network around the best cell.
+    """
+    run = best.parent.parent
+    fine_tuning = to_train(data, backbone, HeadSettings(), loss, machine, "--head", best, "--trainable-blocks", 0)
+    return [to_type("join", "--run", run), fine_tuning, to_train(data, backbone, head, loss, machine, "--run", run)]
 
 
 def to_train(

@@ -112,8 +112,8 @@ class EndToEndSettings(RecipeSettings):
     """Crops per iteration. The paper: 16."""
     iterations: int | None = 50
     """Steps of the optimiser. The paper: 90,000."""
-    learning_rate: float | None = 0.1
-    """Initial learning rate; it falls to 0 by the power 0.9 of the remaining share. The paper: 0.01."""
+    learning_rate: float | None = None
+    """The learning rate from which it falls to 0. None: 0.1; 0.0001 with adamw. The paper: 0.01."""
     validate_every: int | None = None
     """Iterations between validations. None: only after the last, which alone counts."""
 
@@ -134,7 +134,7 @@ class FidelitySettings:
     """Folder of the run. None: runs/fidelity/ and the data set's name."""
     long_iterations: int = 120
     """Training steps per cell under the protocol long; --iterations is for proxy and large."""
-    proxy: Flat[ProxySettings] = ProxySettings(iterations=40, learning_rate=0.2)
+    proxy: Flat[ProxySettings] = ProxySettings(iterations=40)
     head: Flat[HeadSettings] = HeadSettings(branch_channels=64)
     loss: Flat[LossSettings] = LossSettings()
     data: Flat[DataSettings] = DataSettings()
@@ -223,7 +223,8 @@ def prepare_protocols(settings: FidelitySettings, splits: tuple[Dataset, Dataset
         large = replace(large, backbone=WIDE_BACKBONE if settings.data.dataset == SHAPES else "xception65")
     if large.output_stride is None:
         large = replace(large, output_stride=settings.backbone.output_stride)
-    longer = replace(settings.proxy, iterations=settings.long_iterations)
+    proxy = settings.proxy.with_defaults(sgd=0.2, adamw=1e-3)
+    longer = replace(proxy, iterations=settings.long_iterations)
 
     @functools.cache  # proxy and long have the same
     def caches(backbone: BackboneSettings) -> dict[str, FeatureCache]:
@@ -233,11 +234,11 @@ def prepare_protocols(settings: FidelitySettings, splits: tuple[Dataset, Dataset
     def prepare(name: ProtocolName) -> Protocol:
         match name:
             case "proxy":
-                return _cached(name, settings, settings.proxy, caches(settings.backbone), device)
+                return _cached(name, settings, proxy, caches(settings.backbone), device)
             case "long":
                 return _cached(name, settings, longer, caches(settings.backbone), device)
             case "large":
-                return _cached(name, settings, settings.proxy, caches(large), device)
+                return _cached(name, settings, proxy, caches(large), device)
             case "end_to_end":
                 return _end_to_end(settings, splits[0], _trainings(directory), device)
 
@@ -291,7 +292,7 @@ def _of_large(name: str) -> str:
 
 
 def _end_to_end(settings: FidelitySettings, train: Dataset, directory: Path, device: str) -> Protocol:
-    data, recipe = settings.data, settings.end_to_end
+    data, recipe = settings.data, settings.end_to_end.with_defaults(sgd=0.1, adamw=1e-4)
     if recipe.crop_size is None:  # whole pictures, as on cached features
         size = padded_size(settings.features, train, grid_of(settings.backbone, data.dataset))
         recipe = replace(recipe, crop_size=size)

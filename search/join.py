@@ -20,7 +20,7 @@ from search.dense_tasks import Scores, restored_task
 from search.devices import resolve_device
 from search.errors import InputError
 from search.folder import other_files
-from search.runs.search import BEST_HEAD, HEADS, head_name
+from search.runs.search import BEST_HEAD, HEADS, best_head, head_name
 from search.runs.study import Run, load_run, ranked
 from search.settings import (
     BackboneSettings,
@@ -96,7 +96,7 @@ def _found(settings: JoinSettings) -> tuple[Run | None, Path]:
             f"{directory} was searched from Python, on objects that no command can open: join them there, by "
             f'`load_found("{directory}").network(backbone)`'
         )
-    head = settings.head or known(directory) / HEADS / f"{BEST_HEAD}.safetensors"
+    head = settings.head or best_head(known(directory))
     if not head.is_file():
         raise InputError(f"there is no head {head}: let the search score a cell first, or give another as `head`")
     return run, head

@@ -24,7 +24,7 @@ from search.devices import Devices, resolve_device
 from search.errors import InputError
 from search.folder import Folder
 from search.reports.run_files import finish_run
-from search.runs.search import BEST_HEAD, HEADS, Search, SearchPlan
+from search.runs.search import HEADS, Search, SearchPlan, best_head
 from search.runs.study import Run, RunSettings, load_run, open_run, ranked
 from search.runs.workers import open_workers
 from search.settings import (
@@ -274,7 +274,7 @@ def load_found(directory: Path | str) -> Found:
     best = next(iter(ranked(run.trials)), None)
     if best is None or best.result is None:
         raise InputError(f"no cell of {directory} has a score{_first_failure(run)}")
-    path = run.directory / HEADS / f"{BEST_HEAD}.safetensors"
+    path = best_head(run.directory)
     try:
         head, description = load_head(path)
     except ValueError as error:

@@ -26,7 +26,9 @@ from search.datasets.weights import completed_loss
 from search.errors import InputError
 from search.folder import Folder
 from search.pipeline import SearchSettings, run_search
-from search.runs.study import RunSettings
+from search.reports.in_python import in_python
+from search.runs.search import best_head
+from search.runs.study import RunSettings, load_run
 from search.settings import (
     BackboneSettings,
     DataSettings,
@@ -59,7 +61,7 @@ class RandomSettings(SearchSettings):
 
 
 def main(settings: RandomSettings) -> None:
-    """Search, compare, report; exit with code 1 if no cell has a score."""
+    """Search, compare, report, and say how the best head is used; exit with code 1 if no cell has a score."""
     for group in (settings.proxy, settings.head, settings.loss, settings.backbone, settings):
         group.check()
     load_cells(settings.compare, len(completed_backbone(settings.backbone).layers))  # refuses those of other layers
@@ -87,7 +89,8 @@ def main(settings: RandomSettings) -> None:
     )
     if not (directory / "best_cells" / "rank_01.json").exists():  # every cell has failed, as was said
         sys.exit(1)
-    print_next(*uses_of_run(directory, data, settings.backbone, settings.head, settings.loss, settings.machine))
+    print(f"\nthe best head behind its backbone, in Python:\n\n{in_python(load_run(directory))}\n")
+    print_next(*uses_of_run(best_head(directory), data, settings.backbone, settings.head, settings.loss, settings.machine))
 
 
 def completed_for(features: FeatureCache, settings: RandomSettings) -> RandomSettings:

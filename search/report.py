@@ -12,6 +12,7 @@ from search.devices import resolve_device
 from search.errors import InputError
 from search.reports.cells import write_cell_report
 from search.reports.run import write_report
+from search.runs.search import best_head
 from search.runs.study import load_run, ranked
 from search.settings import CellSettings, DeviceSettings, require
 
@@ -49,7 +50,7 @@ def main(settings: ReportSettings) -> None:
         print(f"report: {write_report(run, device)}")
         had = run.settings
         if ranked(run.trials) and is_named(had.data.dataset):
-            print_next(*uses_of_run(run.directory, had.data, had.backbone, had.head, had.loss, had.machine))
+            print_next(*uses_of_run(best_head(run.directory), had.data, had.backbone, had.head, had.loss, had.machine))
         return
     _check(settings)
     out = settings.out or Path("cells.html")

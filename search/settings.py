@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, TypeVar, get_args, get_type_hints
 
 from fast.backbone import WeightsOrigin
-from fast.train_step import Precision
+from fast.learning_rate import Schedule
+from fast.train_step import OptimizerName, Precision
 from reference.grid import Grid
 from reference.pyramid_pooling import PoolingVariant
 from search.errors import InputError
@@ -321,7 +322,50 @@ class LossSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProxySettings:
+class OptimizerSettings:
+    """The optimiser and its learning rate, in the trainings of a search and of whole networks alike."""
+
+    optimizer: OptimizerName = "sgd"
+    """The optimiser: sgd, with momentum, as in the paper, or adamw."""
+    learning_rate: float | None = None
+    """The learning rate from which it falls to 0."""
+    schedule: Schedule = "poly"
+    """How the learning rate falls to 0: poly, by the power 0.9 of the remaining share of steps, or cosine, as half a wave."""
+    warmup_iterations: int = 0
+    """First steps, in which the learning rate rises evenly from 0."""
+    momentum: float | None = None
+    """Momentum of sgd. None: 0.9."""
+    weight_decay: float | None = None
+    """Decay of all weights but depthwise ones, norms and biases: an L2 penalty with sgd; with adamw, times the learning rate,
+    a share of the weight. None: 4e-5 with sgd, 0.05 with adamw."""
+
+    def with_defaults(self, sgd: float, adamw: float) -> Self:
+        """With the defaults of the optimiser where nothing was given; the learning rates are those of the training."""
+        is_sgd = self.optimizer == "sgd"
+        return replace(
+            self,
+            learning_rate=given(self.learning_rate, sgd if is_sgd else adamw),
+            momentum=given(self.momentum, 0.9) if is_sgd else self.momentum,
+            weight_decay=given(self.weight_decay, 4e-5 if is_sgd else 0.05),
+        )
+
+    def check_optimizer(self, iterations: int | None) -> None:
+        """Raises InputError for numbers that cannot work, in so many iterations if that is known."""
+        for name, choices in (("optimizer", OptimizerName), ("schedule", Schedule)):
+            value = getattr(self, name)
+            require(name, value, value in get_args(choices), " or ".join(get_args(choices)))
+        require("learning_rate", self.learning_rate, 0 < given(self.learning_rate, 1.0) < math.inf, "above 0")
+        require("momentum", self.momentum, 0 <= given(self.momentum, 0.0) < math.inf, "at least 0")
+        require("weight_decay", self.weight_decay, 0 <= given(self.weight_decay, 0.0) < math.inf, "at least 0")
+        require("warmup_iterations", self.warmup_iterations, self.warmup_iterations >= 0, "at least 0")
+        if self.optimizer == "adamw" and self.momentum is not None:
+            raise InputError(f"`momentum` {self.momentum} is of sgd, and `optimizer` is adamw: leave one of them out")
+        if iterations is not None and self.warmup_iterations >= iterations >= 1:
+            raise InputError(f"`warmup_iterations` {self.warmup_iterations} leaves none of `iterations` {iterations}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProxySettings(OptimizerSettings):
     """The short training on cached features. The paper: 30,000 iterations, learning rate 0.01, batch 8."""
 
     iterations: int | None = None
@@ -330,12 +374,8 @@ class ProxySettings:
     batch_size: int = 8
     """Crops per step."""
     learning_rate: float | None = None
-    """Initial learning rate; it falls to 0 by the power 0.9 of the remaining share of steps. None: 0.1; the paper's 0.01 for
-    its data, 0.2 for shapes."""
-    momentum: float = 0.9
-    """Momentum of stochastic gradient descent."""
-    weight_decay: float = 4e-5
-    """L2 penalty, for all weights but depthwise ones, batch norms and biases."""
+    """The learning rate from which it falls to 0. None: 0.1; the paper's 0.01 for its data; 0.2 for shapes; 0.001 with
+    adamw."""
     crop_size: tuple[int, int] | None = None
     """Height and width in pixels of the training crops, of the form stride·k + 1, or stride·k for backbones that cut pictures
     into patches. None: whole images."""
@@ -357,20 +397,18 @@ class ProxySettings:
             iterations, rate = 30_000, 0.01
         else:
             iterations, rate = pictures.steps(30_000, 8, batch=self.batch_size, least=200), 0.1
-        return replace(self, iterations=given(self.iterations, iterations), learning_rate=given(self.learning_rate, rate))
+        return replace(self.with_defaults(sgd=rate, adamw=1e-3), iterations=given(self.iterations, iterations))
 
     def check(self) -> None:
         """Raises InputError for numbers that cannot work."""
         require("iterations", self.iterations, given(self.iterations, 1) >= 1, "at least 1")
         require("batch_size", self.batch_size, self.batch_size >= 1, "at least 1")
         require("statistics_batches", self.statistics_batches, self.statistics_batches >= 1, "at least 1")
-        require("momentum", self.momentum, self.momentum >= 0, "at least 0")
-        require("weight_decay", self.weight_decay, self.weight_decay >= 0, "at least 0")
-        require("learning_rate", self.learning_rate, given(self.learning_rate, 1.0) > 0, "above 0")
+        self.check_optimizer(self.iterations)
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecipeSettings:
+class RecipeSettings(OptimizerSettings):
     """The training of a whole network, apart from its backbone, cell and data."""
 
     decoder: bool = False
@@ -393,17 +431,16 @@ class RecipeSettings:
     """Steps of the optimiser. None: by the number of pictures (docs/training.md); 90,000 for cityscapes, 30,000 for pascal_voc
     and pascal_person_part, 150 for shapes."""
     learning_rate: float | None = None
-    """Initial learning rate; it falls to 0 by the power 0.9 of the remaining share. None: 0.01; 0.05 for shapes."""
+    """The learning rate from which it falls to 0. None: 0.01; 0.05 for shapes; 0.0001 with adamw."""
     slow_start_iterations: int = 0
     """First iterations at a fixed rate, before the fall begins."""
     slow_start_learning_rate: float = 1e-4
     """The learning rate of these iterations."""
-    momentum: float = 0.9
-    """Momentum of stochastic gradient descent."""
-    weight_decay: float = 4e-5
-    """L2 penalty, for all weights but depthwise ones, batch norms and biases."""
     last_layer_multiplier: float = 1.0
     """Learning rate of all parts but the backbone, as a multiple of the backbone's."""
+    trainable_blocks: int | None = None
+    """Learn only the backbone's last blocks, so many, and what comes behind them; 0: none of it, so that its features are
+    frozen. What does not learn keeps its norms' statistics too. None: the whole backbone."""
     frozen_batch_norm: bool = False
     """Keep the statistics of the given weights in all batch norms; for batches too small to have their own."""
     hard_example_mining: float = 1.0
@@ -442,18 +479,17 @@ class RecipeSettings:
             crop_size, batch_size, rate = pictures.crop(grid), min(16, max(4, pictures.number)), 0.01
             iterations = pictures.steps(90_000, 16, batch=max(1, given(self.batch_size, batch_size)), least=1000)
         return replace(
-            self,
+            self.with_defaults(sgd=rate, adamw=1e-4),
             crop_size=given(self.crop_size, crop_size),
             min_scale=given(self.min_scale, 0.5),
             max_scale=given(self.max_scale, 2.0),
             batch_size=given(self.batch_size, batch_size),
             iterations=given(self.iterations, iterations),
-            learning_rate=given(self.learning_rate, rate),
         )
 
     def check(self, grid: Grid) -> None:
         """Check a completed recipe for networks whose features lie on this grid. Raises InputError for what cannot work."""
-        iterations, learning_rate = known(self.iterations), known(self.learning_rate)
+        iterations = known(self.iterations)
         require("iterations", iterations, iterations >= 1, "at least 1")
         require("batch_size", self.batch_size, known(self.batch_size) >= 1, "at least 1")
         require("accumulate", self.accumulate, self.accumulate >= 1, "at least 1")
@@ -464,11 +500,11 @@ class RecipeSettings:
         require("slow_start_iterations", self.slow_start_iterations, self.slow_start_iterations >= 0, "at least 0")
         require("hard_example_iterations", self.hard_example_iterations, self.hard_example_iterations >= 0, "at least 0")
         require("scale_step", self.scale_step, self.scale_step >= 0, "at least 0")
-        require("weight_decay", self.weight_decay, 0 <= self.weight_decay < math.inf, "at least 0")
-        require("momentum", self.momentum, 0 <= self.momentum < math.inf, "at least 0")
+        self.check_optimizer(iterations)
         rate = self.slow_start_learning_rate
         require("slow_start_learning_rate", rate, 0 <= rate < math.inf, "at least 0")
-        require("learning_rate", learning_rate, 0 < learning_rate < math.inf, "above 0")
+        blocks = self.trainable_blocks
+        require("trainable_blocks", blocks, given(blocks, 0) >= 0, "at least 0")
         min_scale, max_scale = known(self.min_scale), known(self.max_scale)
         require("min_scale", min_scale, 0 < min_scale < math.inf, "above 0")
         multiplier = self.last_layer_multiplier
@@ -482,6 +518,8 @@ class RecipeSettings:
         check_tile_size(self.tile_size, grid)
         if self.slow_start_iterations >= iterations:
             raise InputError(f"`slow_start_iterations` {self.slow_start_iterations} leaves none of `iterations` {iterations}")
+        if self.slow_start_iterations and self.warmup_iterations:
+            raise InputError("`slow_start_iterations` and `warmup_iterations` are two ways to begin: leave one out")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,7 +35,7 @@ from search.settings import (
     plain,
 )
 from search.training.loop import NotFiniteTrainingError, Training, TrainingResult
-from search.training.network import completed_training, create_network, initial_network, is_head, training_identity
+from search.training.network import completed_training, create_network, initial_network, kind_of, training_identity
 from search.training.scoring import require_validation
 
 _PROG = spelled("train")
@@ -54,15 +54,17 @@ class TrainSettings:
     run: Path | None = None
     """Folder of a search (runs/x), to train its best cell."""
     init: Path | None = None
-    """Network to start from, with its architecture; with other outputs its last layer begins anew. Or a head that a search has
-    kept, beside the backbone's flags."""
+    """Network to start from, with its architecture; with other outputs its last layer begins anew."""
+    head: Path | None = None
+    """Head to start from, which a search has kept (runs/x/heads/best.safetensors), behind the backbone that it was trained on;
+    where that one's weights are, the flags of the search say."""
     seed: int = 0
     """Seed of everything: initial weights, order of the pictures, crops, dropout."""
     out: Path | None = None
     """Folder of the training. None: runs/train/ and the data set's name."""
     data: Flat[DataSettings] = DataSettings()
     backbone: Flat[BackboneSettings] = BackboneSettings()
-    head: Flat[HeadSettings] = HeadSettings()
+    new_head: Flat[HeadSettings] = HeadSettings()
     loss: Flat[LossSettings] = LossSettings()
     recipe: Flat[RecipeSettings] = RecipeSettings()
     machine: Flat[MachineSettings] = MachineSettings()
@@ -72,13 +74,18 @@ class TrainSettings:
         settings = TrainingSettings(
             data=self.data,
             backbone=self.backbone,
-            head=self.head,
+            head=self.new_head,
             loss=self.loss,
             recipe=self.recipe,
             machine=self.machine,
             seed=self.seed,
         )
-        return completed_training(settings, pictures, self.init)
+        return completed_training(settings, pictures, self.begun)
+
+    @property
+    def begun(self) -> Path | None:
+        """The file that the training begins with, a network or a head."""
+        return self.head if self.init is None else self.init
 
 
 def main(settings: TrainSettings) -> None:
@@ -116,20 +123,21 @@ def main(settings: TrainSettings) -> None:
 def _train(
     settings: TrainSettings, training: TrainingSettings, train: Dataset, val: Dataset, directory: Path, devices: Devices
 ) -> TrainingResult:
-    if settings.init is not None:
-        network = initial_network(training, settings.init, train.task)
+    if settings.begun is not None:
+        network = initial_network(training, settings.begun, train.task)
     else:
         network = create_network(training, _cell(settings, train.name, len(training.backbone.layers)), train.task)
-    identity = training_identity(training, network, train, val, devices, settings.init)
+    identity = training_identity(training, network, train, val, devices, settings.begun)
     require_validation(network, val, training.recipe, devices.device)
     folder = Folder(directory, "training")
     with folder.locked() if devices.rank == 0 else nullcontext():  # only the first process writes
         if devices.rank == 0:
             folder.begin(identity, this_command(_PROG), defaults=TRAINING_DEFAULTS)
             pictures = training_pictures(settings.data, train)
-            head = [] if settings.init is not None else [(settings.head, training.head)]  # else it is in the file
+            head = [] if settings.begun is not None else [(settings.new_head, training.head)]  # else it is in the file
             print_defaults(pictures, *head, (settings.recipe, training.recipe))
-        return Training(training, network, train, val, directory, devices, source=plain(settings) | plain(training)).run()
+        source = plain(settings) | plain(training) | {"init": plain(settings.begun)}
+        return Training(training, network, train, val, directory, devices, source=source).run()
 
 
 def _cell(settings: TrainSettings, dataset: str, num_inputs: int) -> Cell:
@@ -156,20 +164,21 @@ def _cell(settings: TrainSettings, dataset: str, num_inputs: int) -> Cell:
 def _check(settings: TrainSettings) -> None:
     if settings.cell is not None and settings.run is not None:
         raise InputError("`cell` and `run` both name a cell: leave one out")
-    if settings.init is None:
-        return
-    backbone = settings.backbone
-    brought: dict[str, object] = {"`cell`": settings.cell, "`run`": settings.run}
-    if not is_head(settings.init):
-        brought |= {
-            "`backbone`": backbone.backbone,
-            "`weights`": backbone.weights,
-            "`pretrained`": backbone.pretrained,
-            "`output_stride`": backbone.output_stride,
-            "`decoder`": settings.recipe.decoder,
-        }
+    if settings.init is not None and settings.head is not None:
+        raise InputError("`init` and `head` both begin a training: leave one out")
+    if settings.init is not None and kind_of(settings.init) == "head":
+        raise InputError(f"`init` {settings.init} is a head, which has no backbone: give it as `head`")
+    if settings.head is not None and kind_of(settings.head) == "network":
+        raise InputError(f"`head` {settings.head} is a whole network: give it as `init`")
+    brought: dict[str, object] = {} if settings.begun is None else {"`cell`": settings.cell, "`run`": settings.run}
+    if settings.init is not None:
+        names = ("backbone", "weights", "pretrained", "output_stride", "layers", "patch_size")
+        values = {name: getattr(settings.backbone, name) for name in names}
+        brought |= {f"`{name}`": value for name, value in values.items() if value != getattr(BackboneSettings, name)}
+        brought["`decoder`"] = settings.recipe.decoder
     if given := [field for field, value in brought.items() if value]:
-        raise InputError(f"`init` brings its own architecture and weights: leave out {', '.join(given)}")
+        begun = "`init`" if settings.head is None else "`head`"
+        raise InputError(f"{begun} brings its own architecture and weights: leave out {', '.join(given)}")
 
 
 if __name__ == "__main__":

@@ -30,11 +30,13 @@ H200 = SimpleNamespace(
 aten = torch.ops.aten
 ANSWERS: dict[Any, Callable[..., Any]] = {  # of operations that would have to know values, or that no fake tensor knows
     aten._local_scalar_dense.default: lambda x: 0.0 if x.is_floating_point() else 0,
+    aten.ge.Scalar: lambda x, least: torch.ones(x.shape, dtype=torch.bool),  # of a learning rate, which AdamW looks at
     aten.is_nonzero.default: lambda x: True,
     aten.equal.default: lambda a, b: True,
     aten.bincount.default: lambda x, weights=None, minlength=0: x.new_empty(minlength),
     aten._fused_sgd_.default: lambda *arguments: None,
     aten._fused_sgd_.tensor_lr: lambda *arguments: None,
+    aten._fused_adamw_.tensor_lr: lambda *arguments: None,
 }
 
 

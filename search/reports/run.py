@@ -17,10 +17,12 @@ from fast.checkpoint import load_context
 from fast.dense_prediction_cell import DensePredictionCell
 from reference.cell import Cell
 from search.backbones.facts import described_layers
+from search.datasets import is_named
 from search.dense_tasks import DenseTask, Label, details_beside, mean_details, measures_beside
 from search.errors import InputError
 from search.reports.cells import draw_pictures
 from search.reports.charts import KNOWN_LABELS, Group, draw_charts, groups_of
+from search.reports.in_python import in_python
 from search.reports.latency import Latencies, measure_latencies
 from search.reports.page import percent, write_page
 from search.reports.predictions import laid_over
@@ -66,6 +68,7 @@ def _content(run: Run, device: str | None) -> dict[str, Any]:
     fair = next((group for group in groups if best and group.name == f"trial {best[0].number}"), None)
     return {
         "run": run,
+        "in_python": in_python(run) if best and is_named(run.settings.data.dataset) else None,
         "identity": {name: value for name, value in run.identity.items() if value is not None or name not in _OF_LOSS},
         "best": best[0] if best else None,
         "distinct": len(best),

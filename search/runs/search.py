@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import optuna
 from tqdm import tqdm
@@ -33,6 +34,11 @@ class SearchPlan:
     compare: Mapping[str, Cell]
     comparison_seeds: int
     seed: int
+
+
+def best_head(directory: Path) -> Path:
+    """Where a run keeps the head of its best cell."""
+    return directory / HEADS / f"{BEST_HEAD}.safetensors"
 
 
 def head_name(compared: str) -> str:

@@ -139,9 +139,12 @@ class ProxyTask:
             crop=self.crop,
             batch_size=settings.batch_size,
             iterations=settings.steps,
+            optimizer=settings.optimizer,
             learning_rate=known(settings.learning_rate),
-            momentum=settings.momentum,
-            weight_decay=settings.weight_decay,
+            schedule=settings.schedule,
+            warmup_iterations=settings.warmup_iterations,
+            momentum=given(settings.momentum, 0.0),  # None with adamw, which has none
+            weight_decay=known(settings.weight_decay),
             precision=settings.precision,
         )
 

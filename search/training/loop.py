@@ -35,7 +35,8 @@ from search.errors import InputError
 from search.settings import RecipeSettings, TrainingSettings, known, plain
 from search.training.augmentation import Augmentation, Crop
 from search.training.batches import Batches
-from search.training.optimizer import parameter_groups, poly_learning_rate, set_learning_rate
+from search.training.frozen import freeze, frozen_part
+from search.training.optimizer import create_optimizer, learning_rate, set_learning_rate
 from search.training.scoring import count_split
 from search.training.state import Curve, load_state, save_state
 from search.training.tiles import Tiles
@@ -99,11 +100,9 @@ class Training:
         augmentation = create_augmentation(self.recipe, network, self.task)
         self.batches = Batches(train, augmentation, self.recipe, devices, settings.seed)
         self.network = network.to(devices.device)
+        freeze(self.network.backbone, self.recipe.trainable_blocks)
         self._learns = self.devices.prepare(self.network)
-        groups = parameter_groups(
-            self.network, weight_decay=self.recipe.weight_decay, last_layer_multiplier=self.recipe.last_layer_multiplier
-        )
-        self.optimizer = torch.optim.SGD(groups, lr=0.0, momentum=self.recipe.momentum)
+        self.optimizer = create_optimizer(self.network, self.recipe)
         self.average = averaged(self.network, self.recipe.ema) if self.recipe.ema else None
         self.progress = _Progress()
         self._losses: list[tuple[Tensor, float]] = []  # since the last reading, with their learning rates
@@ -159,7 +158,7 @@ class Training:
         """One iteration; returns whether to stop after it."""
         recipe, devices, iteration = self.recipe, self.devices, self.progress.iteration
         torch.manual_seed(_seed(self.settings.seed, _DROPOUT, iteration, devices.rank))
-        set_training(self.network, frozen_batch_norm=recipe.frozen_batch_norm)
+        set_training(self.network, recipe)
         share = mined_share(recipe.hard_example_mining, iteration, recipe.hard_example_iterations)
         counts = [int(self.task.is_labelled(batch.label).sum()) for batch in batches]
         labelled, stop = devices.total(
@@ -194,13 +193,7 @@ class Training:
         return self.task.loss(outputs, labels, align_corners=self._align_corners)
 
     def _rate(self) -> float:
-        return poly_learning_rate(
-            self.progress.iteration,
-            initial=known(self.recipe.learning_rate),
-            iterations=self.iterations,
-            slow_start_iterations=self.recipe.slow_start_iterations,
-            slow_start_rate=self.recipe.slow_start_learning_rate,
-        )
+        return learning_rate(self.recipe, self.progress.iteration)
 
     def _log(self) -> float:
         """Read the losses since the last reading, write them to the curve, and return the latest."""
@@ -233,7 +226,8 @@ class Training:
         self._require_finite(network)
         with self._autocast():
             if self.recipe.statistics_batches and not self.recipe.frozen_batch_norm:
-                recompute_statistics(network, self.batches.for_statistics())
+                kept = frozen_part(network.backbone, self.recipe.trainable_blocks)
+                recompute_statistics(network, self.batches.for_statistics(), kept=kept)
                 self._require_finite(network)  # statistics may overflow where no weight does
             indices = range(self.devices.rank, len(self.val), self.devices.count)
             network.eval()
@@ -340,12 +334,16 @@ def averaged(network: nn.Module, decay: float) -> AveragedModel:
     return average
 
 
-def set_training(network: nn.Module, *, frozen_batch_norm: bool) -> None:
-    """Set training mode. Frozen norms use and keep their statistics, but their scale and offset learn, as the authors' do."""
+def set_training(network: SegmentationNetwork, recipe: RecipeSettings) -> None:
+    """Set training mode, but of a frozen part. Frozen norms use and keep their statistics, but their scale and offset learn,
+    as the authors' do.
+    """
     network.train()
     for child in network.modules():
-        if frozen_batch_norm and isinstance(child, nn.BatchNorm2d):
+        if recipe.frozen_batch_norm and isinstance(child, nn.BatchNorm2d):
             child.eval()
+    for child in frozen_part(network.backbone, recipe.trainable_blocks):
+        child.eval()
 
 
 def create_augmentation(recipe: RecipeSettings, network: SegmentationNetwork, task: DenseTask) -> Augmentation:

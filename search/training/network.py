@@ -23,22 +23,23 @@ from search.dense_tasks import DenseTask, restored_task
 from search.devices import Devices
 from search.errors import InputError
 from search.settings import BackboneSettings, TrainingPictures, TrainingSettings, given, known, scored
+from search.training.frozen import require_blocks
 
 
-def completed_training(settings: TrainingSettings, pictures: TrainingPictures, init: Path | None = None) -> TrainingSettings:
-    """The settings with what follows from the pictures to train on, and from the file that `weights` or `init` is.
+def completed_training(settings: TrainingSettings, pictures: TrainingPictures, begun: Path | None = None) -> TrainingSettings:
+    """The settings with what follows from the pictures to train on, and from the file that `weights`, `init` or `head` is.
 
     They are checked. Raises InputError for what cannot work, before anything is written.
     """
-    settings, grid = _with_grid(settings, init)
+    settings, grid = _with_grid(settings, begun)
     completed = settings.completed(pictures, grid)
     completed.check(grid)
     return completed
 
 
-def _with_grid(settings: TrainingSettings, init: Path | None) -> tuple[TrainingSettings, Grid]:
-    """The settings with the backbone of the file that `weights` or `init` is, and the grid of its features."""
-    backbone, found = completed_backbone(settings.backbone), _described(init)
+def _with_grid(settings: TrainingSettings, begun: Path | None) -> tuple[TrainingSettings, Grid]:
+    """The settings with the backbone of the file that `weights`, `init` or `head` is, and the grid of its features."""
+    backbone, found = completed_backbone(settings.backbone), _described(begun)
     if found is None:
         return replace(settings, backbone=backbone), grid_of(backbone, settings.data.dataset)
     _, description = found
@@ -47,10 +48,10 @@ def _with_grid(settings: TrainingSettings, init: Path | None) -> tuple[TrainingS
     return replace(settings, backbone=backbone), grid
 
 
-def is_head(path: Path | None) -> bool:
-    """Whether a file is a head, which has no backbone. Raises InputError for a damaged one."""
+def kind_of(path: Path) -> FileKind | None:
+    """Whether a file is a head, which has no backbone, or a network. Raises InputError for a damaged one."""
     found = _described(path)
-    return found is not None and found[0] == "head"
+    return None if found is None else found[0]
 
 
 def _described(path: Path | None) -> tuple[FileKind, dict[str, Any]] | None:
@@ -132,14 +133,14 @@ def initial_network(settings: TrainingSettings, path: Path, task: DenseTask) -> 
     A head's file brings all but the backbone, which is that of the settings.
     """
     torch.manual_seed(settings.seed)
-    if is_head(path):
+    if kind_of(path) == "head":
         network, description = join_head(path, settings.backbone, settings.machine.cache_dir, decoder=settings.recipe.decoder)
     else:
         network, description = _load_network(path)
     try:
         before = restored_task(description)
     except (KeyError, ValueError) as error:
-        raise InputError(f"network {path} does not say what its outputs are; correct `init`") from error
+        raise InputError(f"{path} does not say what its outputs are: give another file") from error
     if (before.name, before.outputs) != (task.name, task.outputs):
         names = ", ".join(before.outputs[:3]) + ", ..." * (len(before.outputs) > 3)
         print(f"{path} has other outputs ({names}): the last layer begins anew", file=sys.stderr)
@@ -161,12 +162,13 @@ def training_identity(
     train: Dataset,
     val: Dataset,
     devices: Devices,
-    init: Path | None = None,
+    begun: Path | None = None,
 ) -> dict[str, Any]:
     """The settings that the losses of a training depend on: other values are refused in the same folder.
 
-    Raises InputError for a batch that cannot be divided among passes and devices.
+    Raises InputError for a batch that cannot be divided among passes and devices, and for blocks that there are not.
     """
+    require_blocks(network.backbone, settings.recipe.trainable_blocks)
     batch_size, parts = known(settings.recipe.batch_size), settings.recipe.accumulate * devices.count
     if batch_size % parts:
         raise InputError(
@@ -184,6 +186,6 @@ def training_identity(
         **contents("val_split", val.fingerprint()),
         "number of devices": devices.count,
     }
-    if init is None:
+    if begun is None:
         return identity | {"`weights` (content)": network.backbone.weights_hash()}
     return identity | {"`init` (content)": hash_of_weights(network)}

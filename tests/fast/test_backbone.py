@@ -7,7 +7,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from fast.backbone import Backbone, timm_backbone
+from fast.backbone import Backbone, plain_backbone, timm_backbone
 from fast.batch_norm import recompute_statistics
 from fast.weights_file import read_states
 
@@ -218,3 +218,28 @@ def test_imagenet_weights_load() -> None:
         features = backbone(torch.full((1, 3, 65, 33), 128.0))
     assert features.shape == (1, 320, 5, 3)
     assert features.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "last"),
+    [
+        ("test_vit", 6, "model.blocks.5"),
+        ("test_convnext", 9, "stages_3.blocks.1"),
+        ("swin_tiny_patch4_window7_224", 13, "layers_3.blocks.1"),  # patch_embed among them
+        ("mobilenetv2_100", 17, "blocks.6.0"),
+        ("test_resnet", 4, "layer4.0"),
+    ],
+)
+def test_blocks_are_those_of_the_family(name: str, count: int, last: str) -> None:
+    body = timm.create_model(name, features_only=True)
+    backbone = Backbone(name, body, channels=1, output_stride=16, mean=torch.zeros(3), std=torch.ones(3))
+    blocks = backbone.blocks()
+    assert len(blocks) == count
+    assert blocks[-1] is body.get_submodule(last)
+    order = list(body.modules())
+    assert [order.index(block) for block in blocks] == sorted(order.index(block) for block in blocks)
+
+
+def test_layers_are_the_blocks_where_there_are_no_others() -> None:
+    backbone = plain_backbone("plain", (4, 6, 8), output_stride=8)
+    assert backbone.blocks() == [backbone.body.get_submodule(f"layers.{index}") for index in (0, 3, 6)]

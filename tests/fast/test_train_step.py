@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chi2
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -19,15 +20,17 @@ import fast.train_step
 from fast.dense_prediction_cell import DensePredictionCell, decays
 from fast.kernels import backend_for, using
 from fast.segmentation import SegmentationHead
-from fast.train_step import Precision, TrainStep
+from fast.train_step import OptimizerName, Precision, TrainStep
 from fast.upsampled_cross_entropy import upsampled_cross_entropy
 from reference.cell import Cell
 from reference.grid import Grid
+from tests.fake_gpu import fake_gpu
 from tests.fast.against_reference import every_device
 from tests.strategies import rng_seeds
 
 GRID, CENTRES = Grid(16), Grid(16, align_corners=False)
 STRIDE = GRID.stride
+DECAY = 4e-5
 CELL = Cell.from_json(
     '[{"op": "conv", "kernel": 3, "rate": [1, 6], "input": -1}, {"op": "conv", "kernel": 1, "input": 0},'
     ' {"op": "pyramid_pooling", "grid_size": [2, 1], "input": 0}]'
@@ -58,16 +61,20 @@ class PlainStep:
     head: SegmentationHead
     iterations: int
     class_weights: Tensor | None = None
+    adamw: bool = False
     align_corners: bool = True
 
     def run(self, batches: Iterator[tuple[Tensor, Tensor]]) -> list[float]:
         decay = decays(self.head)
         groups = [
-            {"params": [p for n, p in self.head.named_parameters() if decay[n] is wanted], "weight_decay": 4e-5 * wanted}
+            {"params": [p for n, p in self.head.named_parameters() if decay[n] is wanted], "weight_decay": DECAY * wanted}
             for wanted in (True, False)
         ]
-        optimizer = torch.optim.SGD(groups, lr=0.01, momentum=0.9)
-        schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, self.iterations, power=0.9)
+        optimizer: torch.optim.Optimizer = torch.optim.SGD(groups, lr=0.01, momentum=0.9)
+        schedule: LRScheduler = torch.optim.lr_scheduler.PolynomialLR(optimizer, self.iterations, power=0.9)
+        if self.adamw:
+            optimizer = torch.optim.AdamW(groups, lr=0.01)
+            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.iterations)
         losses = []
         for features, labels in batches:
             with using(None):
@@ -86,14 +93,18 @@ class PlainStep:
 
 @every_device
 @pytest.mark.parametrize("grid", [GRID, CENTRES], ids=lambda grid: grid.name)
-@pytest.mark.parametrize("weights", [None, [0.0, 0.5, 1.0, 4.0]], ids=["", "weighted"])
-def test_follows_plain_training(device: str, weights: list[float] | None, grid: Grid) -> None:
+@pytest.mark.parametrize(
+    ("weights", "recipe"),
+    [(None, {}), ([0.0, 0.5, 1.0, 4.0], {}), (None, {"optimizer": "adamw", "schedule": "cosine"})],
+    ids=["", "weighted", "adamw"],
+)
+def test_follows_plain_training(device: str, weights: list[float] | None, recipe: dict[str, Any], grid: Grid) -> None:
     """Losses, weights and statistics of six iterations; the learning rate is kept in float32, hence 1e-6."""
     class_weights = None if weights is None else torch.tensor(weights, device=device, dtype=torch.float64)
     drawn: list[tuple[Tensor, Tensor]] = []
     head, other = make_head(device), make_head(device)
     loss = partial(upsampled_cross_entropy, class_weights=class_weights)
-    step = make_step(head, *random_data(device, grid), grid=grid, learning_rate=0.01, loss=loss)
+    step = make_step(head, *random_data(device, grid), grid=grid, learning_rate=0.01, weight_decay=DECAY, loss=loss, **recipe)
     draw = step.draw
 
     def recording(dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
@@ -103,7 +114,8 @@ def test_follows_plain_training(device: str, weights: list[float] | None, grid: 
     step.draw = recording  # type: ignore[method-assign]
     step._replay = step._iterate  # type: ignore[method-assign]  # what a graph draws cannot be recorded
     losses = [step().item() for _ in range(6)]
-    np.testing.assert_allclose(losses, PlainStep(other, 6, class_weights, grid.align_corners).run(iter(drawn)), rtol=1e-6)
+    plain = PlainStep(other, 6, class_weights, bool(recipe), grid.align_corners)
+    np.testing.assert_allclose(losses, plain.run(iter(drawn)), rtol=1e-6)
     for (name, tensor), expected in zip(head.state_dict().items(), other.state_dict().values(), strict=True):
         assert torch.allclose(tensor, expected, rtol=1e-6, atol=1e-9), name
 
@@ -111,7 +123,10 @@ def test_follows_plain_training(device: str, weights: list[float] | None, grid: 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=["cut by a kernel", "gathered"])
-def test_a_graph_trains_as_the_same_calls_do(precision: Precision, layout: torch.memory_format) -> None:
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_graph_trains_as_the_same_calls_do(
+    precision: Precision, layout: torch.memory_format, optimizer: OptimizerName
+) -> None:
     """Replays draw new crops and dropout from the same generator as calls would: the same losses."""
     losses = []
     features, labels = random_data("cuda")
@@ -119,7 +134,8 @@ def test_a_graph_trains_as_the_same_calls_do(precision: Precision, layout: torch
     for captured in (True, False):
         head = make_head("cuda", dropout_rate=0.1).float()
         torch.manual_seed(1)
-        step = make_step(head, features, labels, iterations=20, precision=precision)
+        recipe = {"optimizer": optimizer, "schedule": "cosine", "warmup_iterations": 6}
+        step = make_step(head, features, labels, iterations=20, precision=precision, **recipe)
         if not captured:
             step._replay = step._iterate  # type: ignore[method-assign]
         losses.append([step().item() for _ in range(12)])
@@ -187,6 +203,35 @@ def test_training_learns() -> None:
     step = make_step(head, features, labels, crop=(4, 5), batch_size=8, iterations=150, learning_rate=0.5)
     losses = [step().item() for _ in range(150)]
     assert np.mean(losses[-10:]) < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_the_first_step_of_a_warm_up_moves_nothing(optimizer: OptimizerName) -> None:
+    """Whatever the gradient: its rate is 0. The next ones do."""
+    head = make_head()
+    step = make_step(head, *random_data(), optimizer=optimizer, warmup_iterations=2, weight_decay=0.5)
+    before = [parameter.clone() for parameter in head.parameters()]
+    step()
+    assert all(torch.equal(parameter, was) for parameter, was in zip(head.parameters(), before, strict=True))
+    step()
+    assert not all(torch.equal(parameter, was) for parameter, was in zip(head.parameters(), before, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+def test_adamw_is_captured_on_a_gpu_with_a_rate_that_a_graph_can_change() -> None:
+    with fake_gpu() as gpu:
+        head = SegmentationHead(DensePredictionCell(CELL, 3, branch_channels=8, cell_channels=8), 4).to("cuda")
+        features, labels = random_data("cuda")
+        features = features.half().contiguous(memory_format=torch.channels_last)
+        step = make_step(head, features, labels, optimizer="adamw", precision="bfloat16")
+        for _ in range(fast.train_step.EAGER_ITERATIONS + 2):
+            step()
+        (group, _) = step._optimizer.param_groups
+        assert group["capturable"]
+        assert group["fused"]
+        assert group["lr"] is step._rate
+        assert all(state["step"].device.type == "cuda" for state in step._optimizer.state.values())
+        assert gpu.launches > 0
 
 
 def test_a_head_without_branches_learns() -> None:

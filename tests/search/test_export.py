@@ -18,7 +18,7 @@ from fast.checkpoint import load_head, load_network, save_head, save_network
 from reference.cell import BACKBONE_FEATURE, AtrousSeparableConv, Branch, Cell, Conv1x1, PyramidPooling
 from search.cells.space import load_cell
 from search.errors import InputError
-from search.export import TOLERANCE, ExportSettings, export, main
+from search.export import TOLERANCE, ExportSettings, Free, export, main
 from tests.search.composed import changed
 
 CLASSES = ("sky", "road", "öther")
@@ -130,7 +130,9 @@ def test_logits_of_the_images_size(tmp_path: Path) -> None:
 
 @needs_onnx
 @pytest.mark.parametrize("fixed_size", [False, True])
-def test_onnx_runs_in_onnxruntime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fixed_size: bool) -> None:
+def test_onnx_runs_in_onnxruntime(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fixed_size: bool
+) -> None:
     onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
     path, out = head_file(tmp_path), tmp_path / "head.onnx"
     main(ExportSettings(head=path, out=out, format="onnx", size=(17, 21), fixed_size=fixed_size))
@@ -142,7 +144,11 @@ def test_onnx_runs_in_onnxruntime(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert_close(torch.from_numpy(actual), head(features))
     told = json.loads(session.get_modelmeta().custom_metadata_map["description"])
     assert (told["class_names"], told["cell"]) == (list(CLASSES), description["cell"])
-    onnx.checker.check_model(onnx.load(out))
+    model = onnx.load(out)
+    onnx.checker.check_model(model)
+    said = capsys.readouterr().out
+    assert f", ONNX opset {model.opset_import[0].version}, " in said
+    assert ("batch 1, size fixed: 17 × 21 (as asked)" if fixed_size else "any batch and size") in said
     monkeypatch.chdir(tmp_path)
     names = run_card(Path("head.onnx.md"), features=features.numpy())
     assert_close(torch.from_numpy(names["logits"]), head(features))
@@ -161,10 +167,11 @@ def test_pooling_whose_windows_follow_the_size_fixes_it(
 ) -> None:
     path, out = head_file(tmp_path, POOLING, pooling=pooling), tmp_path / "head.pt2"
     main(ExportSettings(head=path, out=out, size=(17, 21)))
-    assert "features: fixed: batch 1, 17 × 21 (the windows of its pyramid pooling" in capsys.readouterr().out
+    assert "features: any batch, size fixed: 17 × 21 (the windows of its pyramid pooling" in capsys.readouterr().out
     program = torch.export.load(out).module()
-    features = 4 * torch.rand(1, 6, 17, 21)
-    assert_close(program(features), load_head(path)[0](features))
+    for batch in (1, 4):
+        features = 4 * torch.rand(batch, 6, 17, 21)
+        assert_close(program(features), load_head(path)[0](features))
     with pytest.raises(Exception, match=r"."):  # whatever torch calls it: another size is no longer taken
         program(torch.rand(1, 6, 18, 21))
 
@@ -181,6 +188,79 @@ def test_the_published_cells_are_free_in_size() -> None:
         assert (search.export._what_fixes_the_size(DensePredictionCell(load_cell(name), 3)) is not None) is depends
 
 
+class OneSize(nn.Module):
+    """Takes pictures of one size alone, and any number of them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.reshape(x.shape[0], 6, 5, 5)
+
+
+def test_what_the_tracer_does_not_follow_fixes_the_size_alone(tmp_path: Path) -> None:
+    description = {"input": {"name": "x"}, "output": {"name": "y"}}
+    shape, path = (6, 5, 5), tmp_path / "m.pt2"
+    result = export(OneSize(), shape, path, export_format="torch-export", free=Free(), description=description)
+    assert result.free == Free(size=False)
+    assert result.reason is not None
+    assert result.checked == ((1, 6, 5, 5), (3, 6, 5, 5))
+    assert torch.export.load(path).module()(torch.rand(7, *shape)).shape == (7, *shape)
+
+
+def timm_network_file(folder: Path, name: str) -> Path:
+    torch.manual_seed(0)
+    backbone = timm_backbone(name)
+    context = DensePredictionCell(DYNAMIC_CELL, backbone.channels, branch_channels=8, cell_channels=8)
+    network = SegmentationNetwork(backbone, SegmentationHead(context, 3)).eval()
+    path = folder / "network.safetensors"
+    save_network(path, network, task={"class_names": CLASSES})
+    return path
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_convnext"])
+def test_networks_on_patches_are_free_in_size(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also a transformer's, whose position embeddings are resampled; the second size that is checked lies on the grid."""
+    path, out = timm_network_file(tmp_path, name), tmp_path / "network.pt2"
+    main(ExportSettings(network=path, out=out, size=(64, 96), full_size=True))
+    assert re.search(
+        r"input images: any batch and size\nchecked on 1×3×64×96 and 3×3×112×128: deviates by", capsys.readouterr().out
+    )
+    images = 255 * torch.rand(1, 3, 96, 80)
+    logits = bilinear_resize(load_network(path)[0](images), (96, 80), align_corners=False)
+    assert_close(torch.export.load(out).module()(images), logits)
+
+
+def test_a_size_that_cuts_patches_is_refused(tmp_path: Path) -> None:
+    path = timm_network_file(tmp_path, "test_vit")
+    message = (
+        r"the input \(2, 3, 65, 96\) does not fit: backbone test_vit takes pictures of 16·k pixels each way, such as 64×96"
+    )
+    with pytest.raises(InputError, match=message):
+        main(ExportSettings(network=path, out=tmp_path / "network.pt2", size=(65, 96)))
+
+
+def test_default_sizes_follow_the_grid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, ...]] = []
+
+    def spy(module: nn.Module, shape: tuple[int, ...], *_: Any, **__: Any) -> None:
+        asked.append(shape)
+        raise InputError("enough")
+
+    monkeypatch.setattr(search.export, "export", spy)
+    files = (network_file(tmp_path, decoder=False), timm_network_file(tmp_path / "centres", "test_vit"))
+    for network in files:
+        with pytest.raises(InputError, match="enough"):
+            main(ExportSettings(network=network, out=tmp_path / "n.pt2"))
+    with pytest.raises(InputError, match="enough"):
+        main(ExportSettings(head=head_file(tmp_path), out=tmp_path / "n.pt2"))
+    assert asked == [(3, 513, 513), (3, 512, 512), (6, 33, 33)]
+
+
+def test_attention_in_windows_fixes_the_size() -> None:
+    windowed = nn.Module()
+    windowed.window_size = (7, 7)  # type: ignore[assignment]  # as timm's Swin has it
+    network = nn.Sequential(windowed, DensePredictionCell(DYNAMIC_CELL, 3))
+    assert search.export._what_fixes_the_size(network) == "the windows of its attention depend on the size"
+
+
 class Drifting(nn.Module):
     """Is traced with one constant and runs with another, as a wrong export would."""
 
@@ -195,7 +275,7 @@ def test_a_program_that_deviates_is_not_written(tmp_path: Path, old: bytes | Non
         path.write_bytes(old)
     description = {"input": {"name": "x"}, "output": {"name": "y"}}
     with pytest.raises(InputError, match=r"was not written: its outputs deviate by .*e-03 of the largest, allowed is 1e-04"):
-        export(Drifting(), (6, 5, 5), path, export_format="torch-export", is_dynamic=True, description=description)
+        export(Drifting(), (6, 5, 5), path, export_format="torch-export", free=Free(), description=description)
     assert [each.read_bytes() for each in tmp_path.iterdir()] == ([] if old is None else [old])
 
 
@@ -220,7 +300,7 @@ class Untraceable(nn.Module):
 def test_what_no_program_can_do_is_not_written(tmp_path: Path, module: nn.Module, words: str) -> None:
     description = {"input": {"name": "x"}, "output": {"name": "y"}}
     with pytest.raises(InputError, match=words):
-        export(module, (6, 5, 5), tmp_path / "m.pt2", export_format="torch-export", is_dynamic=True, description=description)
+        export(module, (6, 5, 5), tmp_path / "m.pt2", export_format="torch-export", free=Free(), description=description)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -228,7 +308,7 @@ def test_a_nan_on_the_second_input_alone_counts(monkeypatch: pytest.MonkeyPatch)
     def run(x: Tensor) -> Tensor:
         return x if x.shape[0] == 1 else x * float("nan")
 
-    _, deviation = search.export._compare(run, nn.Identity(), (3, 5, 5), is_dynamic=True)
+    _, deviation = search.export._compare(run, nn.Identity(), ((1, 3, 5, 5), (3, 3, 5, 5)))
     assert deviation != deviation
 
 

@@ -278,6 +278,40 @@ def test_a_networks_file_brings_its_backbone(searched: RandomSettings, tmp_path:
     assert not (tmp_path / "third").exists()
 
 
+@pytest.mark.parametrize("blocks", [0, 1])
+def test_a_head_is_fine_tuned_on_a_frozen_backbone(searched: RandomSettings, tmp_path: Path, blocks: int) -> None:
+    """What is frozen is the same to the last bit, norms included, and so in the average; the rest has learned."""
+    head, out = known(searched.out) / "heads" / "best.safetensors", tmp_path / "train"
+    settings = composed(
+        TrainSettings,
+        dataset="camvid",
+        data_dir=searched.data.data_dir,
+        weights=searched.backbone.weights,
+        head=head,
+        trainable_blocks=blocks,
+        optimizer="adamw",
+        out=out,
+        crop_size=(33, 33),
+        batch_size=2,
+        iterations=3,
+        ema=0.5,
+        loading_processes=0,
+        device="cpu",
+    )
+    search.train.main(settings)
+    before, after = join_head(head, searched.backbone, tmp_path)[0], load_network(out / "last.safetensors")[0]
+    block = before.backbone.blocks()[-1]
+    learning = next(name for name, module in before.named_modules() if module is block)
+    for name, value in before.state_dict().items():
+        is_frozen = name.startswith("backbone.") and not (blocks and name.startswith(f"{learning}."))
+        assert torch.equal(after.state_dict()[name], value) is is_frozen, name
+    with pytest.raises(InputError, match=f"`trainable_blocks` {blocks}, now it is None"):
+        search.train.main(changed(settings, trainable_blocks=None))
+    with pytest.raises(InputError, match=r"`trainable_blocks` 99 is more than the \d+ that test_efficientnet has: give fewer"):
+        search.train.main(changed(settings, trainable_blocks=99, out=tmp_path / "none"))
+    assert not (tmp_path / "none").exists()
+
+
 def test_a_training_begins_with_a_head_of_the_search(
     searched: RandomSettings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -287,7 +321,7 @@ def test_a_training_begins_with_a_head_of_the_search(
         dataset="camvid",
         data_dir=searched.data.data_dir,
         weights=searched.backbone.weights,
-        init=head,
+        head=head,
         out=tmp_path / "train",
         crop_size=(33, 33),
         batch_size=2,
@@ -303,8 +337,14 @@ def test_a_training_begins_with_a_head_of_the_search(
     expected, _ = join_head(head, searched.backbone, tmp_path)
     for key, value in expected.state_dict().items():  # a step of 1e-9 changes next to nothing
         torch.testing.assert_close(trained.state_dict()[key], value, rtol=0, atol=1e-6)
-    with pytest.raises(InputError, match="`init` brings its own architecture and weights: leave out `cell`"):
+    with pytest.raises(InputError, match="`head` brings its own architecture and weights: leave out `cell`"):
         search.train.main(changed(settings, cell="dpc"))
+    with pytest.raises(InputError, match=r"is a head, which has no backbone: give it as `head`$"):
+        search.train.main(changed(settings, head=None, init=head))
+    with pytest.raises(InputError, match=r"is a whole network: give it as `init`$"):
+        search.train.main(changed(settings, head=tmp_path / "train" / "last.safetensors"))
+    with pytest.raises(InputError, match="`init` and `head` both begin a training: leave one out"):
+        search.train.main(changed(settings, init=tmp_path / "train" / "last.safetensors"))
     with pytest.raises(InputError, match="random weights: give `weights`"):
         search.train.main(changed(settings, weights=None))
     scenes = changed(settings, dataset="shapes", data_dir=None, out=tmp_path / "scenes")

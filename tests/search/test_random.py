@@ -1,11 +1,14 @@
 """The main job from end to end on a tiny CamVid: it finishes, goes on after any end, repeats itself, and reports failures."""
 
 import csv
+import html
 import json
 import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -40,6 +43,7 @@ from search.tasks.feature_cache import open_cache
 from search.tasks.proxy import NotFiniteError, ProxyResult, ProxyTask
 from tests.search.composed import changed, composed
 
+ROOT = Path(__file__).parents[2]
 BACKBONE = "test_efficientnet"
 KNOWN_CELLS = ("linear", "mlp", "aspp", "psp", "dpc")
 OUTPUTS = ("settings.json", "study.db", "cells.csv", "examples.npz", "report.html", "best_cells/rank_01.json")
@@ -477,6 +481,27 @@ def test_a_crop_is_a_map_of_its_own(settings: RandomSettings) -> None:
     assert run.space.maps == FeatureMaps(validation=(3, 4), training=(2, 3), pooling="grid_cells")
 
 
+# The winner in the user's hands
+
+
+def test_the_printed_lines_load_the_best_head_behind_its_backbone(
+    tiny: RandomSettings, uninterrupted: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same command again prints them too; they run as they are, in another process, and say what the page says."""
+    assert len(uninterrupted.trials) > 0
+    search.random.main(tiny)
+    said = capsys.readouterr().out
+    lines = said.partition("in Python:\n\n")[2].partition("\n\nnext: ")[0]
+    assert len(lines.splitlines()) == 6
+    assert f"<pre>{lines}</pre>" in html.unescape((uninterrupted.directory / "report.html").read_text(encoding="utf-8"))
+    check = f"{lines}\nprint(tuple(outputs.shape), network.head.context.cell)"
+    done = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    best = ranked(uninterrupted.trials)[0].cell
+    height, width = uninterrupted.identity["image_size"]
+    assert done.stdout == f"(1, 11, {(height - 1) // 16 + 1}, {(width - 1) // 16 + 1}) {best}\n"
+
+
 # Refusals; those that features and search have in common are in test_cli.py
 
 
@@ -494,6 +519,9 @@ def test_a_crop_is_a_map_of_its_own(settings: RandomSettings) -> None:
         ("grids", (2, 2), "`grids` must be different integers of at least 1, in ascending order, got 2 2"),
         ("sampler", "grid", "`sampler` grid is unknown"),
         ("weight_decay", -1.0, "`weight_decay` must be at least 0"),
+        ("optimizer", "adam", "`optimizer` must be sgd or adamw, got adam"),
+        ("schedule", "linear", "`schedule` must be poly or cosine, got linear"),
+        ("warmup_iterations", -1, "`warmup_iterations` must be at least 0"),
         ("learning_rate", 0.0, "`learning_rate` must be above 0"),
         ("learning_rate", float("nan"), "`learning_rate` must be above 0"),
         ("dropout", 1.0, "`dropout` must be at least 0 and below 1"),

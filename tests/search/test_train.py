@@ -430,6 +430,42 @@ def test_an_averaged_training_goes_on_too(tiny: TrainSettings, tmp_path: Path) -
     assert not torch.equal(kept, state["network"][weight])
 
 
+def test_a_training_by_adamw_goes_on_too(tiny: TrainSettings, tmp_path: Path) -> None:
+    recipe: dict[str, Any] = {"optimizer": "adamw", "schedule": "cosine", "warmup_iterations": 2, "learning_rate": 0.01}
+    settings = [changed(tiny, out=tmp_path / name, **recipe) for name in ("whole", "killed")]
+    search.train.main(settings[0])
+    killed(settings[1], kill_at_call(Training, "_step", 6))
+    search.train.main(settings[1])
+    assert same_outcome(tmp_path / "killed", tmp_path / "whole")
+    rates = [rate for _, _, rate, _ in read_curve(tmp_path / "whole") if rate is not None]
+    cosine = [0.005 * (1 + np.cos(np.pi * t / 6)) for t in range(6)]
+    assert rates == pytest.approx([0.0, 0.005, *cosine], rel=1e-12)  # float64
+    identity = known(Folder(tmp_path / "whole", "training").description())["identity"]
+    assert (identity["optimizer"], identity["weight_decay"], identity["momentum"]) == ("adamw", 0.05, None)
+    with pytest.raises(InputError, match="`optimizer` adamw, now it is sgd"):
+        search.train.main(changed(tiny, out=tmp_path / "whole"))
+
+
+def test_steps_of_adamw_that_are_too_large_keep_the_last_good_state(tiny: TrainSettings, tmp_path: Path) -> None:
+    settings = changed(tiny, out=tmp_path, optimizer="adamw", learning_rate=1e38, slow_start_iterations=4)
+    with pytest.raises(InputError, match=r"(loss was nan at iteration|not finite).*`learning_rate`"):
+        search.train.main(settings)
+    state = search.training.state.load_state(tmp_path, torch.device("cpu"))
+    assert state is not None
+    assert state["progress"]["iteration"] == 4
+
+
+def test_a_training_from_before_there_were_recipes_goes_on(tiny: TrainSettings, uninterrupted: Path, tmp_path: Path) -> None:
+    shutil.copytree(uninterrupted, tmp_path / "earlier")
+    path = tmp_path / "earlier" / "settings.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    for field, default in (("optimizer", "sgd"), ("schedule", "poly"), ("warmup_iterations", 0), ("trainable_blocks", None)):
+        assert content["identity"].pop(field, "absent") == default
+    assert (content["identity"]["momentum"], content["identity"]["weight_decay"]) == (0.9, 4e-5)  # as it was then
+    path.write_text(json.dumps(content))
+    search.train.main(changed(tiny, out=tmp_path / "earlier"))
+
+
 @pytest.mark.parametrize("decoder", [False, True])
 def test_a_network_on_plain_convolutions_is_one_file(tmp_path: Path, decoder: bool) -> None:
     network = small_network(3, decoder=decoder).eval()
@@ -473,6 +509,9 @@ def test_defaults_are_the_papers_but_for_shapes() -> None:
         ({"ema": 1.0}, "`ema` must be at least 0 and below 1"),
         ({"max_scale": 0.25}, "`max_scale` must be at least `min_scale`"),
         ({"slow_start_iterations": 8}, "`slow_start_iterations` 8 leaves none"),
+        ({"warmup_iterations": 8}, "`warmup_iterations` 8 leaves none of `iterations` 8"),
+        ({"warmup_iterations": 2, "slow_start_iterations": 2}, "`slow_start_iterations` and `warmup_iterations` are two ways"),
+        ({"optimizer": "adamw", "momentum": 0.9}, "`momentum` 0.9 is of sgd, and `optimizer` is adamw"),
         ({"init": None, "output_stride": 3}, "`output_stride` must be 4 to 32"),
         ({"cell": "dpc"}, "`init` brings its own .* leave out `cell`"),
         ({"init": None, "cell": "dpc", "run": Path("runs/x")}, "`cell` and `run` both"),
@@ -592,8 +631,9 @@ def test_defaults_are_printed_kept_and_asked_for_again(
 ) -> None:
     settings = changed(tiny, crop_size=None, batch_size=None, out=tmp_path)
     search.train.main(settings)
-    said = "defaults for camvid, 5 pictures of 33×49: --crop-size 33 49 --min-scale 0.5 --max-scale 2.0 --batch-size 5 (docs/"
-    assert said in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "defaults for camvid, 5 pictures of 33×49: --momentum 0.9 --weight-decay 4e-05 --crop-size 33 49" in said
+    assert "--min-scale 0.5 --max-scale 2.0 --batch-size 5 (docs/" in said
     identity = known(Folder(tmp_path, "training").description())["identity"]
     assert (identity["crop_size"], identity["batch_size"]) == ([33, 49], 5)
     search.train.main(changed(settings, crop_size=(33, 49)))  # it goes on

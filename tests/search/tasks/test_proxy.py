@@ -194,6 +194,39 @@ def test_schedule_and_weight_decay(monkeypatch: pytest.MonkeyPatch) -> None:
     assert decay["context.branches.0.depthwise.weight"] == decay["classifier.bias"] == 0
 
 
+def test_adamw_has_its_own_defaults_and_follows_warm_up_and_cosine(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates: list[float] = []
+
+    class Spy(torch.optim.AdamW):
+        def step(self, closure: Any = None) -> Any:
+            rates.append(float(self.param_groups[0]["lr"]))
+            assert [group["weight_decay"] for group in self.param_groups] == [0.05, 0.0]
+            assert {group["betas"] for group in self.param_groups} == {(0.9, 0.999)}
+            return super().step(closure)
+
+    monkeypatch.setattr(torch.optim, "AdamW", Spy)
+    recipe: dict[str, Any] = {"optimizer": "adamw", "schedule": "cosine", "warmup_iterations": 4}
+    make_task(iterations=12, learning_rate=None, weight_decay=None, **recipe).evaluate(CELL, (0,))
+    cosine = [0.5 * (1 + np.cos(np.pi * t / 8)) for t in range(8)]
+    np.testing.assert_allclose(rates, [1e-3 * each for each in (0, 0.25, 0.5, 0.75, *cosine)], rtol=1e-5)  # float32
+
+
+def test_a_recipe_changes_the_score_and_can_be_repeated() -> None:
+    """Each of its parts is heard: other losses than without it, and the same ones again."""
+    curves = []
+    recipes: list[dict[str, Any]] = [{}, {"optimizer": "adamw"}, {"schedule": "cosine"}, {"warmup_iterations": 2}]
+    for recipe in recipes:
+        first, again = (make_task(**recipe).evaluate(CELL, (0,))[0].loss_curve for _ in range(2))
+        assert first == again
+        curves.append(first)
+    assert len(set(curves)) == 4
+
+
+def test_steps_of_adamw_that_are_too_large_end_in_the_same_sentence() -> None:
+    with pytest.raises(NotFiniteError, match=r"(loss was nan|not finite).*; try a lower learning rate"):
+        make_task(optimizer="adamw", learning_rate=1e38).evaluate(CELL, (0,))
+
+
 # Crops
 
 

@@ -10,8 +10,10 @@ import torch
 from fast.backbone import timm_backbone
 from fast.dense_prediction_cell import DensePredictionCell, decays
 from fast.segmentation import SegmentationHead, SegmentationNetwork
+from reference.grid import Grid
 from search.cells.space import load_cell
-from search.training.optimizer import parameter_groups, poly_learning_rate, set_learning_rate
+from search.settings import RecipeSettings, TrainingPictures
+from search.training.optimizer import create_optimizer, learning_rate, parameter_groups, set_learning_rate
 
 FACTS = Path(__file__).parents[4] / "shared" / "golden" / "train_facts" / "facts.json"
 
@@ -33,14 +35,14 @@ def network() -> SegmentationNetwork:
 @pytest.mark.parametrize("table", [0, 1], ids=["from_the_start", "after_a_slow_start"])
 def test_rates_are_the_authors(facts: dict[str, Any], table: int) -> None:
     wanted = facts["learning_rate"][table]
+    recipe = RecipeSettings(
+        learning_rate=wanted["base_learning_rate"],
+        iterations=wanted["training_number_of_steps"],
+        slow_start_iterations=wanted["slow_start_step"],
+        slow_start_learning_rate=wanted["slow_start_learning_rate"],
+    )
     for step, expected in zip(wanted["steps"], wanted["lr"], strict=True):
-        actual = poly_learning_rate(
-            step,
-            initial=wanted["base_learning_rate"],
-            iterations=wanted["training_number_of_steps"],
-            slow_start_iterations=wanted["slow_start_step"],
-            slow_start_rate=wanted["slow_start_learning_rate"],
-        )
+        actual = learning_rate(recipe, step)
         # TensorFlow's 1 − t is a float32: off by 6e-8 of the initial rate, times up to 2.5 where (1 − t)^0.9 is steep
         assert actual == pytest.approx(expected, rel=1e-6, abs=2e-7 * wanted["base_learning_rate"])
 
@@ -92,3 +94,24 @@ def test_a_multiplied_rate_is_a_multiplied_gradient_of_loss_and_decay() -> None:
         velocity = 0.9 * velocity + multiplier * (gradient + decay * weight)
         weight -= rate * velocity
     assert parameter.item() == pytest.approx(weight, rel=1e-14)  # rounding of float64
+
+
+@pytest.mark.parametrize("multiplier", [1.0, 10.0])
+def test_adamw_steps_as_torchs_does_at_multiples_of_the_rate(network: SegmentationNetwork, multiplier: float) -> None:
+    """Its first step is by the gradient's sign, after a decay by the rate: w ← w · (1 − r·λ) − r · sign(g)."""
+    recipe = RecipeSettings(optimizer="adamw", last_layer_multiplier=multiplier).completed(
+        TrainingPictures("mine.toml", 40, (65, 65)), Grid(16)
+    )
+    optimizer = create_optimizer(network, recipe)
+    assert (recipe.learning_rate, recipe.weight_decay) == (1e-4, 0.05)
+    set_learning_rate(optimizer, 1e-2)
+    classifier = network.head.classifier
+    assert classifier.bias is not None
+    before = [parameter.detach().clone() for parameter in (classifier.weight, classifier.bias)]
+    for parameter in network.parameters():
+        parameter.grad = torch.full_like(parameter, 3.0)
+    optimizer.step()
+    rate = 1e-2 * multiplier
+    expected = [before[0] * (1 - rate * 0.05) - rate, before[1] - 2 * rate]  # biases do not decay, and learn twice as fast
+    for actual, wanted in zip((classifier.weight, classifier.bias), expected, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-6)  # float32, and Adam's eps
