@@ -58,6 +58,7 @@ def test_the_steps_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert len(commands) == 8
     for command in commands:
         monkeypatch.setattr(sys, "argv", [command[2], *command[3:]])
+        monkeypatch.delitem(sys.modules, command[2], raising=False)  # other tests may have imported it
         runpy.run_module(command[2], run_name="__main__", alter_sys=True)  # an error would end it by SystemExit
         said[command[2]] = capsys.readouterr().out
     lines_of_python = said["search.random"].partition("in Python:\n\n")[2].partition("\n\nnext: ")[0]
