@@ -76,8 +76,8 @@ class OnItsWay:
             return
         self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
         self._host.copy_(values, non_blocking=True)
-        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        self._event = torch.cuda.current_stream(values.device).record_event(event)
+        self._event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        self._event.record(torch.cuda.current_stream(values.device))
 
     def arrived(self) -> Tensor:
         """The tensor on the host, once all of it is there."""

@@ -26,7 +26,8 @@ def test_the_next_is_read_while_one_is_used() -> None:
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_an_error_of_reading_comes_in_its_turn_and_ends_it(error: type[BaseException]) -> None:
-    asked, used = [], []
+    asked: list[int] = []
+    used: list[int] = []
 
     def read(number: int) -> int:
         asked.append(number)
