@@ -30,6 +30,7 @@ from fast.segmentation import SegmentationHead
 from fast.train_step import Precision, TrainStep
 from reference.cell import Cell
 from reference.concat_project import DROPOUT_RATE
+from reference.grid import Grid
 from search.cells.space import SearchSpace
 from search.datasets import SPLITS, open_dataset
 from search.settings import HeadSettings, ProxySettings
@@ -124,7 +125,6 @@ class ProxyCase(Case):
     ) -> TrainStep | PlainTrainStep:
         """The training step, ready for its first call."""
         arguments: dict[str, Any] = {
-            "output_stride": _STRIDE,
             "crop": self.crop,
             "batch_size": self.batch,
             "iterations": 30_000,
@@ -134,11 +134,18 @@ class ProxyCase(Case):
         }
         if provider.is_ours:
             precision: Precision = "bfloat16" if dtype == "bfloat16" else "float32"
-            return TrainStep(cast(SegmentationHead, head), *data, **arguments, precision=precision)
+            return TrainStep(cast(SegmentationHead, head), *data, **arguments, grid=Grid(_STRIDE), precision=precision)
         layout = provider.memory_format(data[0].device)
         plain = cast(PlainHead, head.double() if provider.in_float64 else head)
         plain = plain.to(memory_format=layout) if layout == torch.channels_last else plain
-        return PlainTrainStep(plain, *data, **arguments, compile_mode=provider.compile_mode, memory_format=layout)
+        return PlainTrainStep(
+            plain,
+            *data,
+            **arguments,
+            output_stride=_STRIDE,
+            compile_mode=provider.compile_mode,
+            memory_format=layout,
+        )
 
 
 class _ProxyWorkload(Workload):

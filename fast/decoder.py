@@ -2,8 +2,8 @@
 
 Chen et al., "Encoder-Decoder with Atrous Separable Convolution", ECCV 2018, section 3.1; `refine_by_decoder` in
 research/deeplab/model.py. The low-level map is projected to 48 channels, so that it does not outweigh the context; the context
-is resized to that map's size; two atrous separable convolutions of rate 1 read both. Batch norm and ReLU follow every
-convolution.
+is resized to that map's size, with corners aligned or not (`reference/grid.py`); two atrous separable convolutions of rate 1
+read both. Batch norm and ReLU follow every convolution.
 
     y = separable(separable(concat[resize(context), conv1x1(low_level)]))
 """
@@ -48,13 +48,13 @@ class Decoder(nn.Module):
 
     __prepare_scriptable__ = refuse_script
 
-    def forward(self, context: Tensor, low_level: Tensor) -> Tensor:
+    def forward(self, context: Tensor, low_level: Tensor, *, align_corners: bool = True) -> Tensor:
         check_traceable(low_level)
         if fuses(low_level, {"projection": self.projection}):
             low = value(operations_for(low_level).pointwise_conv([NormedMap(low_level)], *live_conv(self.projection)))
         else:
             low = conv_norm_relu(low_level, self.projection)
-        resized = operations_for(context).resize(NormedMap(context), (low.shape[2], low.shape[3]))
+        resized = operations_for(context).resize(NormedMap(context), (low.shape[2], low.shape[3]), align_corners)
         x = torch.cat((resized, low), dim=1)  # (N, 256 + 48, H, W)
         for branch in self.refinement:
             x = branch(x)

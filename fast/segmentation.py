@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import cast
 
 import torch
@@ -15,6 +16,7 @@ from fast.dense_prediction_cell import DensePredictionCell
 from fast.fusion import check_traceable, fuses, refuse_script
 from fast.hub import HubModule
 from fast.kernels import NormedMap, operations_for
+from reference.grid import Grid
 
 
 def _classifier(channels: int, num_classes: int) -> nn.Conv2d:
@@ -83,8 +85,15 @@ class SegmentationNetwork(HubModule):
         self.decoder = decoder
 
     @property
+    def logits_grid(self) -> Grid:
+        """Where the logits sit on the pixels of the images."""
+        grid = self.backbone.grid
+        return grid if self.decoder is None else Grid(DECODER_STRIDE, grid.align_corners)
+
+    @property
     def logits_stride(self) -> int:
-        return self.backbone.output_stride if self.decoder is None else DECODER_STRIDE
+        """Pixels per position of the logits."""
+        return self.logits_grid.stride
 
     __prepare_scriptable__ = refuse_script
 
@@ -96,13 +105,15 @@ class SegmentationNetwork(HubModule):
             logits = self.head(self.backbone(images))
         else:
             low_level, features = self.backbone.with_low_level(images)
-            logits = self.head(features, lambda context: decoder(context, low_level))
+            align_corners = self.backbone.grid.align_corners
+            logits = self.head(features, lambda context: decoder(context, low_level, align_corners=align_corners))
         return logits
 
     @torch.no_grad()
     def predict(self, images: Tensor) -> Tensor:
         """The best class per pixel: (N, 3, H, W) -> (N, H, W), int64; logits are resized before the choice."""
-        return bilinear_resize(self(images).float(), (images.shape[2], images.shape[3])).argmax(dim=1)
+        size, align_corners = (images.shape[2], images.shape[3]), self.backbone.grid.align_corners
+        return bilinear_resize(self(images).float(), size, align_corners=align_corners).argmax(dim=1)
 
 
 def class_probabilities(logits: Tensor, scale: float) -> Tensor:
@@ -124,36 +135,43 @@ def predict_scales(
     For another task than segmentation, `to_average(outputs, scale)` says what to average instead.
     This follows `predict_labels_multi_scale` of research/deeplab/model.py: the image is resized to int((H − 1)·scale + 1)
     rows, its logits to the size they have at scale 1 (larger for larger scales), then to the image's, and softmax is
-    averaged. A pinned `pooling_size` of the cell is scaled as the image is (`multi_scale_logits` in the same file). The best
-    class is the argmax over dimension 1. Raises ValueError for scales that are not above 0.
+    averaged. A pinned `pooling_size` of the cell is scaled as the image is (`multi_scale_logits` in the same file). With
+    features in the middle of patches, the image is resized to whole patches, and no resize aligns corners. The best class is
+    the argmax over dimension 1. Raises ValueError for scales that are not above 0.
     """
     if not scales or not all(scale > 0 for scale in scales):
         raise ValueError(f"scales must be numbers above 0, at least one, got {scales}")
-    size = (images.shape[2], images.shape[3])
+    size, grid = (images.shape[2], images.shape[3]), network.backbone.grid
+    resize = partial(bilinear_resize, align_corners=grid.align_corners)
     total: Tensor | None = None
     for scale in scales:
-        scaled = bilinear_resize(images.float(), _scaled(size, scale)) if scale != 1.0 else images.float()
+        scaled = resize(images.float(), grid.scaled(size, scale)) if scale != 1.0 else images.float()
         for mirrored in (False, True) if flip else (False,):
-            with _pooling_scaled(network.head.context, scale):
+            with _pooling_scaled(network.head.context, Grid(1, grid.align_corners), scale):
                 logits = network(scaled.flip(3) if mirrored else scaled).float()
             # For scales below 1, one resize to the image's size would give another result.
-            logits = bilinear_resize(logits, _scaled(size, max(1.0, scale) / network.logits_stride))
-            summand = to_average(bilinear_resize(logits.flip(3) if mirrored else logits, size), scale)
+            logits = resize(logits, _size_of_logits(network, size, max(1.0, scale)))
+            summand = to_average(resize(logits.flip(3) if mirrored else logits, size), scale)
             total = summand if total is None else total + summand
     assert total is not None  # at least one scale
     return total / (len(scales) * (2 if flip else 1))
 
 
+def _size_of_logits(network: SegmentationNetwork, size: tuple[int, int], scale: float) -> tuple[int, int]:
+    """Height and width of the logits of a picture of this size at this scale; on corners by the authors' formula."""
+    grid = network.backbone.grid
+    if grid.align_corners:
+        return grid.scaled(size, scale / network.logits_stride)
+    return network.logits_grid.features(grid.scaled(size, scale))
+
+
 @contextmanager
-def _pooling_scaled(context: DensePredictionCell, scale: float) -> Iterator[None]:
+def _pooling_scaled(context: DensePredictionCell, grid: Grid, scale: float) -> Iterator[None]:
+    """Inside, a pinned window is scaled as a map of its size, on a grid of features."""
     pinned = context.pooling_size
     if pinned is not None:
-        context.pin_pooling(_scaled(pinned, scale))
+        context.pin_pooling(grid.scaled(pinned, scale))
     try:
         yield
     finally:
         context.pin_pooling(pinned)
-
-
-def _scaled(size: tuple[int, int], scale: float) -> tuple[int, int]:
-    return int((size[0] - 1) * scale + 1), int((size[1] - 1) * scale + 1)

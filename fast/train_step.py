@@ -22,6 +22,7 @@ from fast.kernels import IterationKernels, iteration_kernels_for
 from fast.random_sequence import RandomSequence
 from fast.segmentation import SegmentationHead
 from fast.upsampled_cross_entropy import upsampled_cross_entropy
+from reference.grid import Grid
 
 Precision = Literal["auto", "float32", "bfloat16"]
 POWER = 0.9  # of the polynomial decay of the learning rate
@@ -32,8 +33,8 @@ class TrainStep:
     """Trains `head` on random crops of features (images, C, H, W), any float dtype, and labels (images, H', W'), as the loss
     takes them.
 
-    A crop of h × w features at (i, j) belongs to the window of s·(h − 1) + 1 by s·(w − 1) + 1 labels at pixel (s·i, s·j), for
-    output stride s. Each call is one iteration and returns its loss, (), on the head's device. All random numbers are those of
+    A crop of h × w features at (i, j) belongs to the window of labels at pixel (s·i, s·j) that `grid`, of stride s, has for so
+    many features. Each call is one iteration and returns its loss, (), on the head's device. All random numbers are those of
     `randomness`, which begins where PyTorch's default generators stand at construction, and leaves those alone. Weight decay
     is left out where `decays` says so. On CUDA, features that are channels last and contiguous labels are cut quickest.
     """
@@ -44,7 +45,7 @@ class TrainStep:
         features: Tensor,
         labels: Tensor,
         *,
-        output_stride: int,
+        grid: Grid,
         crop: tuple[int, int],
         batch_size: int,
         iterations: int,
@@ -52,14 +53,15 @@ class TrainStep:
         momentum: float = 0.9,
         weight_decay: float = 4e-5,
         precision: Precision = "auto",
-        loss: Callable[[Tensor, Tensor], Tensor] = upsampled_cross_entropy,
+        loss: Callable[..., Tensor] = upsampled_cross_entropy,
     ) -> None:
         self.head = head
         self.randomness = RandomSequence(head.classifier.weight.device)
         self.device, self._dtype = head.classifier.weight.device, head.classifier.weight.dtype
-        self._features, self._labels, self._loss_of = features, labels, loss
-        self._stride, self._crop, self._batch_size = output_stride, crop, batch_size
-        self._window = (output_stride * (crop[0] - 1) + 1, output_stride * (crop[1] - 1) + 1)
+        self._features, self._labels = features, labels
+        self._loss_of = functools.partial(loss, align_corners=grid.align_corners)
+        self._stride, self._crop, self._batch_size = grid.stride, crop, batch_size
+        self._window = grid.pixels(crop)
         self._bf16 = precision == "bfloat16" or (precision == "auto" and has_fast_bf16(self.device))
         decay = decays(head)
         groups = [

@@ -62,6 +62,15 @@ class Grid:
         """
         return self.pixels(self.features(size))
 
+    def rounded_down(self, size: Size) -> Size:
+        """Height and width of the largest picture on the grid within this size; at least one feature each way.
+
+        >>> Grid(16).rounded_down((769, 520)), Grid(16, align_corners=False).rounded_down((769, 520))
+        ((769, 513), (768, 512))
+        """
+        height, width = (max(1, (extent - self._border) // self.stride + self._border) for extent in size)
+        return self.pixels((height, width))
+
     def has(self, size: Size) -> bool:
         """Whether a picture of this size, at least one feature each way, begins and ends on the grid."""
         return min(size) >= 1 and self.rounded_up(size) == tuple(size)

@@ -77,7 +77,9 @@ def main(settings: ConvertSettings) -> None:
         network,
         task=task.describe(),
         source={"checkpoint": name, "variables": len(used), "moving_averages": settings.moving_averages},
-        evaluation=None if dataset is None else {"dataset": dataset, "pad_to": evaluation_size(dataset)},
+        evaluation=None
+        if dataset is None
+        else {"dataset": dataset, "pad_to": evaluation_size(dataset, network.backbone.grid)},
     )
     decoder = "a decoder" if network.decoder is not None else "no decoder"
     print(f"{network.backbone.name} at output stride {settings.output_stride}, {decoder}, {len(task.class_names)} classes")

@@ -19,7 +19,8 @@ class DiagramSettings:
     out: Path = Path("cell.svg")
     """Picture to write; the suffix says how: .svg, .png or .pdf."""
     feature_size: tuple[int, int] = (65, 65)
-    """Height and width of the features whose paths to the centre are drawn: (pixels - 1) / output stride + 1."""
+    """Height and width of the features whose paths to the centre are drawn: (pixels - 1) / output stride + 1, or
+    with patches pixels / output stride."""
 
 
 def main(settings: DiagramSettings) -> None:

@@ -32,7 +32,7 @@ from zlib import crc32
 from tqdm import tqdm
 
 from reference.cell import Cell
-from search.backbones import completed_backbone
+from search.backbones import completed_backbone, grid_of
 from search.backbones.shapes import WIDE_BACKBONE
 from search.cells.space import canonical_form, load_cell
 from search.cli import Flat, arguments_of, print_next, run_command, spelled, this_command, to_type
@@ -102,7 +102,8 @@ class EndToEndSettings(RecipeSettings):
     """The trainings of end_to_end, which share nothing with those on cached features but head, data and backbone."""
 
     crop_size: tuple[int, int] | None = None
-    """Height and width in pixels of the training crops, stride·k + 1 each. None: whole pictures."""
+    """Height and width in pixels of the training crops, stride·k + 1 each, or stride·k for backbones that cut pictures into
+    patches. None: whole pictures."""
     min_scale: float | None = None
     """Smallest random scale of a training picture. None: 0.5; 1 for shapes."""
     max_scale: float | None = None
@@ -292,7 +293,7 @@ def _of_large(name: str) -> str:
 def _end_to_end(settings: FidelitySettings, train: Dataset, directory: Path, device: str) -> Protocol:
     data, recipe = settings.data, settings.end_to_end
     if recipe.crop_size is None:  # whole pictures, as on cached features
-        size = padded_size(settings.features, train, settings.backbone.stride)
+        size = padded_size(settings.features, train, grid_of(settings.backbone, data.dataset))
         recipe = replace(recipe, crop_size=size)
     if data.dataset == SHAPES:  # a short training learns one scale at best
         recipe = replace(recipe, min_scale=given(recipe.min_scale, 1.0), max_scale=given(recipe.max_scale, 1.0))
@@ -411,8 +412,8 @@ def _check_end_to_end(settings: FidelitySettings, train: Dataset) -> None:
     if "end_to_end" in settings.protocols:
         pictures = training_pictures(settings.data, train)
         with _fields_of("end_to_end"):
-            stride = settings.backbone.stride
-            settings.end_to_end.completed(pictures, stride).check(stride)
+            grid = grid_of(settings.backbone, settings.data.dataset)
+            settings.end_to_end.completed(pictures, grid).check(grid)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from fast.checkpoint import check_network, load_head, load_network, save_head
 from fast.model_card import write_card
 from fast.segmentation import SegmentationHead, SegmentationNetwork
 from reference.cell import GRID_SIZES, NUM_BRANCHES, RATES, Cell
+from search.backbones.facts import grid_fact
 from search.cells.sampler import LAG, create_sampler
 from search.cells.space import ASCENDING, SearchSpace, is_ascending, load_cells
 from search.datasets import Dataset, training_pictures
@@ -167,7 +168,7 @@ def search_cells(
     machine, loss = given(machine, MachineSettings()), given(loss, LossSettings())
     for group in (search, proxy, head, loss):
         group.check()
-    features.check(backbone.output_stride)
+    features.check(backbone.grid)
     _require_one_task(train, val)
     look_at(train, val)
     require_labels(train, val)
@@ -209,7 +210,7 @@ def train_network(
     """
     machine, loss = given(machine, MachineSettings()), given(loss, LossSettings())
     settings = _training_settings(network, train, val, given(recipe, RecipeSettings()), loss, machine, seed)
-    settings.check()
+    settings.check(network.backbone.grid)
     _require_one_task(train, val)
     _require_trainable(network, train)
     look_at(train, val)
@@ -263,7 +264,7 @@ def _training_settings(
         recipe=replace(recipe, decoder=network.decoder is not None),
         machine=machine,
         seed=seed,
-    ).completed(training_pictures(data, train))
+    ).completed(training_pictures(data, train), network.backbone.grid)
 
 
 def load_found(directory: Path | str) -> Found:
@@ -343,6 +344,7 @@ def _keeper(folder: Path, features: FeatureCache) -> Callable[[str, Segmentation
     """Writes a head that was trained on these features, by its name."""
     origin = features.identity
     backbone = {key: origin[key] for key in ("backbone", "weights_origin", "output_stride", "dataset")}
+    backbone |= grid_fact(features.grid)
     backbone |= {"weights_hash": origin[WEIGHTS], "mean": origin[MEAN], "std": origin[STD]}
 
     def keep(name: str, head: SegmentationHead) -> None:

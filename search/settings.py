@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple, Self, TypeVar, get_args, get_type_h
 
 from fast.backbone import WeightsOrigin
 from fast.train_step import Precision
+from reference.grid import Grid
 from reference.pyramid_pooling import PoolingVariant
 from search.errors import InputError
 
@@ -117,24 +118,18 @@ def _require_size(field_name: str, value: Any, or_else: str = "") -> None:
     require(field_name, repr(value), is_size, f"a height and a width in pixels, such as (513, 513){or_else}")
 
 
-def check_tile_size(size: tuple[int, int] | None, output_stride: int) -> None:
-    """Raises InputError for tiles on which features of this stride do not reach from corner to corner."""
-    if size is None:
-        return
-    _require_size("tile_size", size)
-    if any(extent <= 1 or (extent - 1) % output_stride for extent in size):
-        near = " ".join(str(max(1, round((extent - 1) / output_stride)) * output_stride + 1) for extent in size)
-        raise InputError(f"`tile_size` {size[0]} {size[1]} must be {output_stride}·k + 1 each, such as {near}")
+def check_on_grid(field_name: str, size: tuple[int, int], grid: Grid, *, least: int = 1) -> None:
+    """Raises InputError about the field for pictures of a size on which features do not reach from border to border."""
+    _require_size(field_name, size)
+    if not grid.has(size) or min(size) < least:
+        near = " ".join(map(str, grid.nearest(size)))
+        raise InputError(f"`{field_name}` {size[0]} {size[1]} must be {grid} each, such as {near}")
 
 
-def rounded_up(size: tuple[int, int], stride: int) -> tuple[int, int]:
-    """The smallest height and width of the form stride·k + 1 that hold a picture of this size.
-
-    >>> rounded_up((224, 300), 16)
-    (225, 305)
-    """
-    height, width = (-(-(extent - 1) // stride) * stride + 1 for extent in size)
-    return height, width
+def check_tile_size(size: tuple[int, int] | None, grid: Grid) -> None:
+    """Raises InputError for tiles off the grid of features, and for those of a single pixel, which would leave gaps."""
+    if size is not None:
+        check_on_grid("tile_size", size, grid, least=2)
 
 
 class TrainingPictures(NamedTuple):
@@ -157,14 +152,15 @@ class TrainingPictures(NamedTuple):
         steps = float(f"{passes * self.number / batch:.2g}")
         return int(min(max(steps, least), paper))
 
-    def crop(self, output_stride: int) -> tuple[int, int]:
-        """The size of the pictures, rounded up to stride·k + 1, at most the paper's 769.
+    def crop(self, grid: Grid) -> tuple[int, int]:
+        """The size of the pictures, rounded up to the grid of features, at most the paper's 769.
 
-        >>> TrainingPictures("mine.toml", 40, (224, 300)).crop(16)
-        (225, 305)
+        >>> pictures = TrainingPictures("mine.toml", 40, (224, 900))
+        >>> pictures.crop(Grid(16)), pictures.crop(Grid(16, align_corners=False))
+        ((225, 769), (224, 768))
         """
-        height, width = rounded_up(self.size, output_stride)
-        return min(height, 769), min(width, 769)
+        height, width = grid.rounded_up(self.size)
+        return grid.rounded_down((min(height, 769), min(width, 769)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,19 +228,17 @@ class FeatureSettings:
     """The cache of features."""
 
     image_size: tuple[int, int] | None = None
-    """Height and width in pixels that images are padded to. None: size of the first image, rounded up to stride·k + 1."""
+    """Height and width in pixels that images are padded to. None: size of the first image, rounded up to stride·k + 1, or for
+    backbones that cut pictures into patches to stride·k."""
     mirrored: bool = False
     """Cache each training image's mirror image too."""
     feature_dtype: FeatureDtype = "float16"
     """Number format of the cached features: float16 or bfloat16."""
 
-    def check(self, output_stride: int) -> None:
-        """Raises InputError for a size on which features of this stride do not reach from corner to corner."""
-        if self.image_size is not None and any(extent < 1 or (extent - 1) % output_stride for extent in self.image_size):
-            height, width = self.image_size
-            raise InputError(
-                f"`image_size` {height} {width} must be {output_stride}·k + 1 each, such as {16 * output_stride + 1}"
-            )
+    def check(self, grid: Grid) -> None:
+        """Raises InputError for a size on which features of this grid do not reach from border to border."""
+        if self.image_size is not None:
+            check_on_grid("image_size", self.image_size, grid)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -331,7 +325,8 @@ class ProxySettings:
     weight_decay: float = 4e-5
     """L2 penalty, for all weights but depthwise ones, batch norms and biases."""
     crop_size: tuple[int, int] | None = None
-    """Height and width in pixels of the training crops, of the form stride·k + 1. None: whole images."""
+    """Height and width in pixels of the training crops, of the form stride·k + 1, or stride·k for backbones that cut pictures
+    into patches. None: whole images."""
     precision: Precision = "auto"
     """Number format of the products in training: float32, bfloat16, or auto (bfloat16 where the device is faster at it)."""
     statistics_batches: int = 16
@@ -369,8 +364,9 @@ class RecipeSettings:
     decoder: bool = False
     """Add DeepLabv3+'s decoder, which also reads a feature map at stride 4."""
     crop_size: tuple[int, int] | None = None
-    """Height and width in pixels of the training crops, stride·k + 1 each. None: the picture's, at most 769 769;
-    769 769 for cityscapes, 513 513 for pascal_voc and pascal_person_part, 257 257 for shapes."""
+    """Height and width in pixels of the training crops, stride·k + 1 each, or stride·k for backbones that cut pictures into
+    patches. None: the picture's, at most 769 769; 769 769 for cityscapes, 513 513 for pascal_voc and pascal_person_part,
+    257 257 for shapes; with patches, the next smaller stride·k."""
     min_scale: float | None = None
     """Smallest random scale of a training picture. None: 0.5."""
     max_scale: float | None = None
@@ -411,8 +407,8 @@ class RecipeSettings:
     validate_every: int | None = None
     """Iterations between validations. None: a tenth of all; in re-ranking and fidelity, only after the last."""
     tile_size: tuple[int, int] | None = None
-    """Height and width in pixels of the tiles in which validation pictures are predicted, stride·k + 1 each; for pictures that
-    do not fit in memory. None: whole pictures."""
+    """Height and width in pixels of the tiles in which validation pictures are predicted, of the crops' form; for pictures
+    that do not fit in memory. None: whole pictures."""
     tile_overlap: float = TILE_OVERLAP
     """Least share of a tile's height and width by which it overlaps its neighbours."""
     checkpoint_every: int = changes_no_score(200)
@@ -420,14 +416,18 @@ class RecipeSettings:
     loading_processes: int = changes_no_score(2)
     """Processes that load pictures, for each network in training; with 0, pictures are loaded between iterations."""
 
-    def completed(self, pictures: TrainingPictures, output_stride: int) -> Self:
-        """With defaults where nothing was given: the authors' for their data, small ones for shapes, else by the pictures."""
+    def completed(self, pictures: TrainingPictures, grid: Grid) -> Self:
+        """With defaults where nothing was given: the authors' for their data, small ones for shapes, else by the pictures.
+
+        The crops lie on the grid of the backbone's features.
+        """
         if pictures.dataset == SHAPES:
-            crop_size, batch_size, iterations, rate = (257, 257), 8, 150, 0.05
+            crop_size, batch_size, iterations, rate = grid.rounded_down((257, 257)), 8, 150, 0.05
         elif pictures.dataset in _AUTHORS:
-            (crop_size, iterations), batch_size, rate = _AUTHORS[pictures.dataset], 16, 0.01
+            (largest, iterations), batch_size, rate = _AUTHORS[pictures.dataset], 16, 0.01
+            crop_size = grid.rounded_down(largest)
         else:
-            crop_size, batch_size, rate = pictures.crop(output_stride), min(16, max(4, pictures.number)), 0.01
+            crop_size, batch_size, rate = pictures.crop(grid), min(16, max(4, pictures.number)), 0.01
             iterations = pictures.steps(90_000, 16, batch=max(1, given(self.batch_size, batch_size)), least=1000)
         return replace(
             self,
@@ -439,8 +439,8 @@ class RecipeSettings:
             learning_rate=given(self.learning_rate, rate),
         )
 
-    def check(self, output_stride: int) -> None:
-        """Check a completed recipe for networks of this output stride. Raises InputError for what cannot work."""
+    def check(self, grid: Grid) -> None:
+        """Check a completed recipe for networks whose features lie on this grid. Raises InputError for what cannot work."""
         iterations, learning_rate = known(self.iterations), known(self.learning_rate)
         require("iterations", iterations, iterations >= 1, "at least 1")
         require("batch_size", self.batch_size, known(self.batch_size) >= 1, "at least 1")
@@ -465,14 +465,9 @@ class RecipeSettings:
         require("hard_example_mining", share, 0 < share <= 1, "above 0 and at most 1")
         require("ema", self.ema, 0 <= self.ema < 1, "at least 0 and below 1")
         require("max_scale", max_scale, min_scale <= max_scale < math.inf, f"at least `min_scale`, which is {min_scale}")
-        height, width = known(self.crop_size)
-        if any(extent < 1 or (extent - 1) % output_stride for extent in (height, width)):
-            raise InputError(
-                f"`crop_size` {height} {width} must be {output_stride}·k + 1 each, such as {32 * output_stride + 1} "
-                f"{32 * output_stride + 1}"
-            )
+        check_on_grid("crop_size", known(self.crop_size), grid)
         require("tile_overlap", self.tile_overlap, 0 <= self.tile_overlap < 1, "at least 0 and below 1")
-        check_tile_size(self.tile_size, output_stride)
+        check_tile_size(self.tile_size, grid)
         if self.slow_start_iterations >= iterations:
             raise InputError(f"`slow_start_iterations` {self.slow_start_iterations} leaves none of `iterations` {iterations}")
 
@@ -486,16 +481,19 @@ class PredictionSettings(FileSettings):
     flip: bool = False
     """Average over the mirror images too."""
     pad_to: tuple[int, int] | Literal["own"] | None = None
-    """Height and width that every picture is padded to, such as 513 513; own: its own, rounded up to stride·k + 1.
-    None: what the network's file or the data set says (513 513 for pascal_voc), else own."""
+    """Height and width that every picture is padded to, such as 513 513; own: its own, rounded up to stride·k + 1, or stride·k
+    where the backbone cuts pictures into patches. None: what the network's file or the data set says (513 513 for
+    pascal_voc), else own."""
     tile_size: tuple[int, int] | Literal["whole"] | None = None
-    """Height and width in pixels of the tiles in which pictures are predicted, stride·k + 1 each, such as 1025 1025, or whole.
+    """Height and width in pixels of the tiles in which pictures are predicted, stride·k + 1 each, such as 1025 1025, or with
+    patches stride·k, or whole.
     None: what the network's file says, if it was validated in tiles, else whole."""
     tile_overlap: float | None = None
     """Least share of a tile's height and width by which it overlaps its neighbours. None: what the network's file says of its
     own tiles, else 0.25."""
-    output_stride: Literal[8, 16] | None = None
-    """Pixels per feature; a network that was trained at 16 is finer at 8, and four times as slow. None: as trained."""
+    output_stride: int | None = None
+    """Pixels per feature; a network that was trained at 16 is finer at 8, and four times as slow, if its backbone has such
+    features. None: as trained."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Number format of the products in the network: float32 or bfloat16."""
 
@@ -541,9 +539,9 @@ class TrainingSettings:
     machine: MachineSettings = MachineSettings()
     seed: int = 0
 
-    def completed(self, pictures: TrainingPictures) -> Self:
-        """With the defaults for the pictures where nothing was given."""
-        recipe = self.recipe.completed(pictures, self.backbone.stride)
+    def completed(self, pictures: TrainingPictures, grid: Grid) -> Self:
+        """With the defaults for the pictures, and for the grid of the backbone's features, where nothing was given."""
+        recipe = self.recipe.completed(pictures, grid)
         return replace(self, head=self.head.completed(pictures.dataset), recipe=recipe)
 
     def validated_last(self) -> Self:
@@ -551,12 +549,12 @@ class TrainingSettings:
         every = given(self.recipe.validate_every, known(self.recipe.iterations))
         return replace(self, recipe=replace(self.recipe, validate_every=every))
 
-    def check(self) -> None:
-        """Check completed settings. Raises InputError for what cannot work, before anything is written."""
+    def check(self, grid: Grid) -> None:
+        """Check completed settings for this grid of features. Raises InputError for what cannot work."""
         self.backbone.check()
         self.head.check()
         self.loss.check()
-        self.recipe.check(self.backbone.stride)
+        self.recipe.check(grid)
         require("seed", self.seed, self.seed >= 0, "at least 0")
 
 

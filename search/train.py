@@ -68,7 +68,7 @@ class TrainSettings:
     machine: Flat[MachineSettings] = MachineSettings()
 
     def training(self, pictures: TrainingPictures) -> TrainingSettings:
-        """The settings that every training has, completed for the pictures to train on."""
+        """The settings that every training has, completed for the pictures to train on, and checked. Raises InputError."""
         settings = TrainingSettings(
             data=self.data,
             backbone=self.backbone,
@@ -86,7 +86,6 @@ def main(settings: TrainSettings) -> None:
     _check(settings)
     train, val = open_splits(settings.data)
     training = settings.training(training_pictures(settings.data, train))
-    training.check()
     devices = join_devices(settings.machine.device)
     try:
         if devices.rank == 0:

@@ -19,6 +19,7 @@ from fast.kernels import triton as triton_backend
 from fast.kernels.triton.launches import Launch
 from fast.segmentation import SegmentationHead
 from fast.train_step import TrainStep
+from reference.grid import Grid
 
 
 class TritonLaunch(NamedTuple):
@@ -89,7 +90,7 @@ def _step_of(case: ProxyCase, dtype: DType) -> TrainStep:
         cast(SegmentationHead, case.head(OURS)),
         features,
         labels,
-        output_stride=16,
+        grid=Grid(16),
         crop=case.crop,
         batch_size=case.batch,
         iterations=1000,

@@ -23,6 +23,7 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from reference.grid import Grid
 from reference.upsampled_cross_entropy import IGNORE_INDEX as IGNORE_INDEX
 from search.commands import spelled
 from search.dense_tasks import DenseTask, Label
@@ -101,12 +102,15 @@ def split_names(name: str) -> tuple[str, ...]:
     return tuple(importlib.import_module(f".{name}", __name__).LENGTHS)
 
 
-def evaluation_size(name: str | None) -> tuple[int, int] | None:
-    """Height and width that pictures of data set `name` are padded to for evaluation; None: each has its own size."""
+def evaluation_size(name: str | None, grid: Grid) -> tuple[int, int] | None:
+    """Height and width that pictures of data set `name` are padded to for evaluation; None: each has its own size.
+
+    With features on another grid than the authors', it is the largest size on that grid within theirs: 512 for their 513.
+    """
     if name not in DATASETS:
         return None
     size: tuple[int, int] | None = getattr(importlib.import_module(f".{name}", __name__), "PAD_TO", None)
-    return size
+    return None if size is None else grid.rounded_down(size)
 
 
 def known_split(split: str, name: str) -> str:

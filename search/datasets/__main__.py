@@ -10,12 +10,13 @@ from typing import Annotated, Literal
 
 import tyro
 
+from search.backbones import grid_of
 from search.cli import Flat, arguments_of, in_flags, print_next, run_command, spelled, to_type
 from search.datasets import open_splits
 from search.datasets.check import check_folder, listed
 from search.datasets.counts import size_for_all, size_of
 from search.errors import InputError
-from search.settings import SHAPES, BackboneSettings, DataSettings, FileSettings, TaskName, require, rounded_up
+from search.settings import SHAPES, BackboneSettings, DataSettings, FileSettings, TaskName, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,11 +58,12 @@ def main(settings: CheckSettings) -> None:
 def _image_size(data: DataSettings) -> list[object]:
     """The flag that a search needs where the first pictures are not the largest ones."""
     try:
-        splits, stride = open_splits(data), BackboneSettings().stride
+        splits = open_splits(data)
     except InputError:  # it has other splits, which were asked for
         return []
-    size = size_for_all(splits, stride)
-    is_needed = any(size_for_all([split], stride) != rounded_up(size_of(split, 0), stride) for split in splits)
+    grid = grid_of(BackboneSettings(), data.dataset)
+    size = size_for_all(splits, grid)
+    is_needed = any(size_for_all([split], grid) != grid.rounded_up(size_of(split, 0)) for split in splits)
     return ["--image-size", *size] if is_needed else []
 
 

@@ -5,11 +5,11 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from reference.grid import Grid
 from search.datasets import Dataset
 from search.datasets.files import FileDataset
 from search.datasets.pictures import picture_size
 from search.dense_tasks import Label
-from search.settings import rounded_up
 
 
 def label_of(dataset: Dataset, index: int) -> Label:
@@ -25,10 +25,10 @@ def label_counts(dataset: Dataset, indices: Iterable[int]) -> NDArray[np.int64]:
     return total
 
 
-def size_for_all(datasets: Sequence[Dataset], output_stride: int) -> tuple[int, int]:
-    """The smallest height and width of the form stride·k + 1 that hold all pictures of these splits."""
+def size_for_all(datasets: Sequence[Dataset], grid: Grid) -> tuple[int, int]:
+    """The smallest height and width on the grid of features that hold all pictures of these splits."""
     heights, widths = zip(*(size_of(each, index) for each in datasets for index in range(len(each))), strict=True)
-    return rounded_up((max(heights), max(widths)), output_stride)
+    return grid.rounded_up((max(heights), max(widths)))
 
 
 def size_of(dataset: Dataset, index: int) -> tuple[int, int]:

@@ -118,7 +118,8 @@ def _predictions(directory: Path, dataset: Dataset, val: FeatureCache, compared:
         arrays |= {f"image_{row}": sample.image, f"label_{row}": sample.label}
         for name, head in heads.items():
             outputs = head(val.features[index : index + 1].float())
-            upsampled = bilinear_resize(outputs, (val.labels.shape[1], val.labels.shape[2]))
+            size = val.labels.shape[1], val.labels.shape[2]
+            upsampled = bilinear_resize(outputs, size, align_corners=val.grid.align_corners)
             predicted = dataset.task.predict(upsampled)[0, :height, :width].numpy()
             arrays[f"prediction_{row}/{name}"] = predicted.astype(dataset.task.label_dtype)
     return arrays

@@ -23,6 +23,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from reference.cell import GRID_SIZES, RATES, Cell
 from reference.dense_prediction_cell import rate_multiplier_for
+from reference.grid import Grid
 from search.cells.reach import FeatureMaps
 from search.cells.space import SearchSpace, canonical_form
 from search.commands import spelled
@@ -268,12 +269,12 @@ def _restored_space(content: dict[str, Any]) -> SearchSpace:
 
 def _earlier_space(identity: Mapping[str, Any]) -> SearchSpace:
     """The space of a run that was begun before spaces were written down: the paper's, on maps of these sizes."""
-    stride = identity["output_stride"]
+    grid = Grid(identity["output_stride"])
     whole, crop = (
-        ((height - 1) // stride + 1, (width - 1) // stride + 1)
+        grid.features((height, width))
         for height, width in (identity["image_size"], identity["crop_size"] or identity["image_size"])
     )
-    maps = FeatureMaps(whole, crop, rate_multiplier_for(stride), identity["pooling"])
+    maps = FeatureMaps(whole, crop, rate_multiplier_for(grid.stride), identity["pooling"])
     return SearchSpace(identity["branches"], RATES, GRID_SIZES, maps)
 
 

@@ -67,7 +67,6 @@ class EndToEndTask:
         self.train, self.val = open_splits(settings.data)
         require_labels(self.train, self.val)
         completed = completed_training(settings, training_pictures(settings.data, self.train)).validated_last()
-        completed.check()
         self.settings = replace(completed, loss=completed_loss(completed.loss, self.train, completed.machine.cache_dir))
 
     @property
@@ -113,9 +112,8 @@ class EndToEndTask:
             return self._result(network, result), None
 
     def _result(self, network: SegmentationNetwork, result: TrainingResult) -> EndToEndResult:
-        stride = network.backbone.output_stride
-        height, width = (-(-(extent - 1) // stride) + 1 for extent in self.val[0].label.shape)
-        cost = module_cost(network.head.context, (height, width)).total
+        height, width = self.val[0].label.shape
+        cost = module_cost(network.head.context, network.backbone.grid.features((height, width))).total
         return EndToEndResult(
             scores=result.last,
             parameters=cost.parameters,

@@ -5,8 +5,8 @@ from, and its only result, `progress.json`, counts the finished images. `open_ca
 from something else, or has files of the wrong size; `build_cache` finishes one that was interrupted, and brings one up to date
 whose files hold something else by now: labels alone are copied anew, of other images the features are computed anew.
 
-With H = s·(h − 1) + 1 for output stride s, feature (i, j) sits on pixel (s·i, s·j); smaller images are padded at the bottom
-and right with the mean pixel, which is not labelled.
+Features sit on the pixels of their backbone's grid (`reference/grid.py`), and the padded images begin and end on it; smaller
+ones are padded at the bottom and right with the mean pixel, which is not labelled.
 """
 
 import hashlib
@@ -28,7 +28,9 @@ from torch import Tensor
 from tqdm import tqdm, trange
 
 from fast.backbone import Backbone
-from search.backbones import completed_backbone, create_backbone
+from reference.grid import Grid
+from search.backbones import completed_backbone, create_backbone, grid_of
+from search.backbones.facts import described_grid, grid_fact
 from search.commands import spelled
 from search.datasets import Dataset, Fingerprint, contents, open_splits
 from search.datasets.counts import size_for_all, size_of
@@ -45,7 +47,7 @@ from search.settings import (
     FeatureSettings,
     MachineSettings,
     TrainingPictures,
-    rounded_up,
+    check_on_grid,
 )
 from search.tasks.overlap import OnItsWay, one_ahead, one_behind
 from search.training.memory import features_in_memory
@@ -96,8 +98,8 @@ class FeatureCache:
         return TrainingPictures(self.identity["dataset"], number, (height, width))
 
     @property
-    def output_stride(self) -> int:
-        return int(self.identity["output_stride"])
+    def grid(self) -> Grid:
+        return described_grid(self.identity)
 
 
 def open_cache(directory: Path, identity: dict[str, Any]) -> FeatureCache:
@@ -143,7 +145,7 @@ def open_for_features(
 
     Raises InputError for settings that cannot work, and for labels that cannot be learnt from or scored on.
     """
-    features.check(completed_backbone(backbone).stride)
+    features.check(grid_of(backbone, data.dataset))
     resolve_device(machine.device)  # refuses an absent one before anything is read
     train, val = open_splits(data)
     look_at(train, val)
@@ -165,7 +167,7 @@ def prepare_caches(
     `crop_size` is the height and width of what will be cut from the training pictures. Raises InputError as `caches_of`.
     """
     backbone = completed_backbone(backbone)
-    features.check(backbone.stride)
+    features.check(grid_of(backbone, data.dataset))
     network = create_backbone(backbone, data.dataset, machine.cache_dir)
     return caches_of(*splits, network, features, machine, command, crop_size)
 
@@ -193,7 +195,7 @@ def caches_of(
         name = f"{dataset.name}-{dataset.split}-{network.name}-os{network.output_stride}" + ("-mirrored" if mirrored else "")
         places[role] = _place(machine.cache_dir, name, identity, origin_of(dataset))
     if crop_size is not None:
-        require_crop(crop_size, identities["train"]["image_size"], network.output_stride)
+        require_crop(crop_size, identities["train"]["image_size"], network.grid)
     caches = {role: _opened(places[role], identities[role]) for role in datasets}
     if None in caches.values():
         _require_room(datasets, identities)
@@ -203,11 +205,13 @@ def caches_of(
     }
 
 
-def require_crop(crop_size: tuple[int, int], size: Sequence[int], stride: int) -> None:
+def require_crop(crop_size: tuple[int, int], size: Sequence[int], grid: Grid) -> None:
     """Refuse crops that do not begin and end on features of the cached images, of this height and width. Raises InputError."""
-    if any((extent - 1) % stride or not 1 <= extent <= most for extent, most in zip(crop_size, size, strict=True)):
-        given, most = (" ".join(map(str, sizes)) for sizes in (crop_size, size))
-        raise InputError(f"`crop_size` {given} must be {stride}·k + 1 each, at most {most}, the cached images' size")
+    height, width = size
+    if not grid.has(crop_size) or crop_size[0] > height or crop_size[1] > width:
+        near = grid.nearest(crop_size)
+        given, most, fits = (" ".join(map(str, each)) for each in (crop_size, size, map(min, near, size)))
+        raise InputError(f"`crop_size` {given} must be {grid} each, at most {most}, the cached images' size, such as {fits}")
 
 
 def _opened(directory: Path, identity: dict[str, Any]) -> FeatureCache | None:
@@ -226,7 +230,7 @@ def _require_room(datasets: Mapping[str, Dataset], identities: Mapping[str, dict
             h, w = size_of(dataset, index)
             if h <= height and w <= width:
                 continue
-            fits = size_for_all(list(datasets.values()), identities[role]["output_stride"])
+            fits = size_for_all(list(datasets.values()), described_grid(identities[role]))
             raise InputError(
                 f"image {dataset[index].name} is {h}×{w}, larger than {height}×{width}: give a larger `image_size`; "
                 f"{fits[0]} {fits[1]} fits all pictures of {' and '.join(each.split for each in datasets.values())}"
@@ -236,15 +240,23 @@ def _require_room(datasets: Mapping[str, Dataset], identities: Mapping[str, dict
 def facts_of(caches: Mapping[str, FeatureCache]) -> dict[str, Any]:
     """What the features are, for the identity of who trains on them: facts in place of what the settings leave open."""
     train, val = caches["train"].identity, caches["val"].identity
-    names = ("dataset", "backbone", WEIGHTS, "weights_origin", "output_stride", "image_size")
+    names = (
+        "dataset",
+        "backbone",
+        WEIGHTS,
+        "weights_origin",
+        "output_stride",
+        *grid_fact(described_grid(train)),
+        "image_size",
+    )
     of_train, of_val = (Fingerprint(identity[PICTURES], identity[LABELS]) for identity in (train, val))
     return {name: train[name] for name in names} | contents("train_split", of_train) | contents("val_split", of_val)
 
 
-def padded_size(settings: FeatureSettings, dataset: Dataset, output_stride: int) -> tuple[int, int]:
+def padded_size(settings: FeatureSettings, dataset: Dataset, grid: Grid) -> tuple[int, int]:
     """Height and width in pixels that images are padded to: as given, or else so that the first image fits."""
     height, width = dataset[0].label.shape
-    return settings.image_size or rounded_up((height, width), output_stride)
+    return settings.image_size or grid.rounded_up((height, width))
 
 
 def _identity(settings: FeatureSettings, dataset: Dataset, backbone: Backbone, mirrored: bool) -> dict[str, Any]:
@@ -262,7 +274,8 @@ def _identity(settings: FeatureSettings, dataset: Dataset, backbone: Backbone, m
         MEAN: backbone.mean.flatten().tolist(),
         STD: backbone.std.flatten().tolist(),
         "output_stride": backbone.output_stride,
-        "image_size": list(padded_size(settings, dataset, backbone.output_stride)),
+        **grid_fact(backbone.grid),
+        "image_size": list(padded_size(settings, dataset, backbone.grid)),
         "mirrored": mirrored,
         "feature_dtype": settings.feature_dtype,
         _IMAGES: len(dataset) * (2 if mirrored else 1),
@@ -321,8 +334,8 @@ class _Array(NamedTuple):
 
 def _arrays(directory: Path, identity: Mapping[str, Any]) -> tuple[_Array, _Array]:
     """Features (N, C, h, w), as their bits because NumPy has no bfloat16, and labels (N, H, W)."""
-    count, stride, (height, width) = identity[_IMAGES], identity["output_stride"], identity["image_size"]
-    shape = count, identity[_CHANNELS], (height - 1) // stride + 1, (width - 1) // stride + 1
+    count, (height, width) = identity[_IMAGES], identity["image_size"]
+    shape = count, identity[_CHANNELS], *described_grid(identity).features((height, width))
     features = _Array(directory / "features.bin", np.dtype(np.int16), shape)
     return features, _Array(directory / "labels.bin", restored_task(identity).label_dtype, (count, height, width))
 
@@ -406,9 +419,8 @@ def _begun(
 
 def _checked_size(identity: Mapping[str, Any]) -> tuple[int, int]:
     """The size of the padded images. Raises InputError for one off the grid of features."""
-    (height, width), stride = identity["image_size"], identity["output_stride"]
-    if min(height, width) < 1 or (height - 1) % stride or (width - 1) % stride:
-        raise InputError(f"`image_size` {height} {width} must be {stride}·k + 1 each, such as {16 * stride + 1}")
+    height, width = identity["image_size"]
+    check_on_grid("image_size", (height, width), described_grid(identity))
     return height, width
 
 
@@ -451,13 +463,14 @@ def _copy_labels(folder: Folder, dataset: Dataset, mean: Tensor, identity: Mappi
 
 
 def _check_grid(backbone: Backbone, identity: Mapping[str, Any], device: str) -> None:
-    """Raise InputError unless the backbone has a feature on every pixel (s·i, s·j) of the padded images."""
-    (height, width), stride = _checked_size(identity), identity["output_stride"]
+    """Raise InputError unless the padded images have as many features as their size on the grid says."""
+    height, width = _checked_size(identity)
     with torch.inference_mode():
         h, w = backbone(torch.zeros(1, 3, height, width, device=device)).shape[2:]
-    if (height, width) != (stride * (h - 1) + 1, stride * (w - 1) + 1):
+    if backbone.grid.features((height, width)) != (h, w):
         raise InputError(
-            f"`backbone` {backbone.name} has no feature on every {stride}th pixel, the corners included: give another"
+            f"`backbone` {backbone.name} has no feature on every {backbone.output_stride}th pixel ({backbone.grid.name}): it "
+            f"gives {h}×{w} of {height}×{width} pixels; give another"
         )
 
 

@@ -68,7 +68,7 @@ class ProxyTask:
         self.head = head.completed(train.identity["dataset"])
         self.device = torch.device(device)
         self.dense_task = train.task.weighted(given(loss, LossSettings()).numbers)
-        self.output_stride = train.output_stride
+        self.grid = train.grid
         self.crop = crop_in_features(settings, train)
         self._train, self._val = (self._resident(cache) for cache in (train, val))
 
@@ -122,7 +122,7 @@ class ProxyTask:
             self._train[0].shape[1],
             branch_channels=settings.channels,
             cell_channels=settings.channels,
-            output_stride=self.output_stride,
+            output_stride=self.grid.stride,
             dropout_rate=settings.dropout,
             pooling=settings.pooling,
             norm_layer=authors_norm,
@@ -135,7 +135,7 @@ class ProxyTask:
             head,
             *self._train,
             loss=self.dense_task.loss,
-            output_stride=self.output_stride,
+            grid=self.grid,
             crop=self.crop,
             batch_size=settings.batch_size,
             iterations=settings.steps,
@@ -167,7 +167,10 @@ class ProxyTask:
             outputs = head(features[batch].to(self.device, torch.float32))
             if not outputs.isfinite().all():
                 raise NotFiniteError("the trained cell gives scores that are not finite; try a lower learning rate")
-            total += self.dense_task.count_upsampled(outputs, labels[batch].to(self.device)).cpu()
+            counted = self.dense_task.count_upsampled(
+                outputs, labels[batch].to(self.device), align_corners=self.grid.align_corners
+            )
+            total += counted.cpu()
         return total.numpy()
 
     def _resident(self, cache: FeatureCache) -> tuple[Tensor, Tensor]:
@@ -182,12 +185,11 @@ class ProxyTask:
 
 def crop_in_features(settings: ProxySettings, cache: FeatureCache) -> tuple[int, int]:
     """Height and width of the training crops, in features. Raises InputError for a crop that does not fit."""
-    whole, stride = (cache.features.shape[2], cache.features.shape[3]), cache.output_stride
+    whole = cache.features.shape[2], cache.features.shape[3]
     if settings.crop_size is None:
         return whole
-    require_crop(settings.crop_size, [stride * (extent - 1) + 1 for extent in whole], stride)
-    height, width = ((extent - 1) // stride + 1 for extent in settings.crop_size)
-    return height, width
+    require_crop(settings.crop_size, cache.grid.pixels(whole), cache.grid)
+    return cache.grid.features(settings.crop_size)
 
 
 def feature_maps(settings: ProxySettings, head: HeadSettings, train: FeatureCache, val: FeatureCache) -> FeatureMaps:
@@ -195,7 +197,7 @@ def feature_maps(settings: ProxySettings, head: HeadSettings, train: FeatureCach
     return FeatureMaps(
         validation=(val.features.shape[2], val.features.shape[3]),
         training=crop_in_features(settings, train),
-        rate_multiplier=rate_multiplier_for(train.output_stride),
+        rate_multiplier=rate_multiplier_for(train.grid.stride),
         pooling=head.pooling,
     )
 

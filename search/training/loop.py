@@ -89,10 +89,11 @@ class Training:
         self.tiles = Tiles.of(self.recipe)
         self._evaluation = {
             "dataset": settings.data.dataset,
-            "pad_to": evaluation_size(val.name),
+            "pad_to": evaluation_size(val.name, network.backbone.grid),
             **({} if self.tiles is None else {"tile_size": self.tiles.size, "tile_overlap": self.tiles.overlap}),
         }
         self.task = train.task.weighted(settings.loss.numbers)
+        self._align_corners = network.backbone.grid.align_corners
         self.val, self.directory, self.devices = val, directory, devices
         self.iterations = known(self.recipe.iterations)
         augmentation = create_augmentation(self.recipe, network, self.task)
@@ -189,8 +190,8 @@ class Training:
         with self._autocast():
             outputs = self._learns(images)
         if share < 1:
-            labels = self.task.hardest(outputs.detach(), labels, share)
-        return self.task.loss(outputs, labels)
+            labels = self.task.hardest(outputs.detach(), labels, share, align_corners=self._align_corners)
+        return self.task.loss(outputs, labels, align_corners=self._align_corners)
 
     def _rate(self) -> float:
         return poly_learning_rate(

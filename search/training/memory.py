@@ -23,7 +23,7 @@ _MEMORY = Path("/proc/meminfo")  # of Linux, as the others
 _OWN_MEMORY = Path("/proc/self/statm")
 _OWN_GROUPS = Path("/proc/self/cgroup")
 _GROUPS = Path("/sys/fs/cgroup")
-_SIDES = (2048, 1536, 1024, 768, 512, 384, 256, 192, 128, 96, 64, 48, 32)  # of tiles to propose, but for their last pixel
+_SIDES = (2049, 1537, 1025, 769, 513, 385, 257, 193, 129, 97, 65, 49, 33)  # of tiles to propose, at most
 
 
 class PredictionMemory:
@@ -33,8 +33,8 @@ class PredictionMemory:
         self, network: SegmentationNetwork, outputs: int, scales: Sequence[float] = (1.0,), tiles: Tiles | None = None
     ) -> None:
         self._device = network.backbone.mean.device
-        stride, least = network.backbone.output_stride, max(least_size(network))
-        self._sides = [side + 1 for side in _SIDES if side % stride == 0 and side + 1 >= least]
+        on_grid = dict.fromkeys(network.backbone.grid.rounded_down((side, side))[0] for side in _SIDES)
+        self._sides = [side for side in on_grid if side > 1 and side >= max(least_size(network))]
         self._widest = max(widest_layer(network.backbone), outputs)
         self._outputs, self._scales, self._tiles = outputs, scales, tiles
         self._had = 0.0  # bytes that a prediction took: what is freed need not count as free, but can be had again
@@ -158,7 +158,7 @@ def _text(path: Path) -> str:
 
 def widest_layer(backbone: Backbone) -> float:
     """How many numbers for each pixel the widest layer of the backbone reads and gives, counted on a small picture."""
-    side, counts = 129, [0]
+    (height, width), counts = backbone.grid.nearest((129, 129)), [0]
 
     def count(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         counts.append(sum(each.numel() for each in (*inputs, output) if isinstance(each, Tensor)))
@@ -167,8 +167,8 @@ def widest_layer(backbone: Backbone) -> float:
     handles = [layer.register_forward_hook(count) for layer in layers]
     try:
         with torch.no_grad():
-            backbone(torch.zeros(1, 3, side, side, device=backbone.mean.device))
+            backbone(torch.zeros(1, 3, height, width, device=backbone.mean.device))
     finally:
         for handle in handles:
             handle.remove()
-    return max(counts) / side**2
+    return max(counts) / (height * width)

@@ -14,7 +14,9 @@ from fast.decoder import Decoder
 from fast.dense_prediction_cell import DensePredictionCell
 from fast.segmentation import SegmentationHead, SegmentationNetwork
 from reference.cell import Cell
-from search.backbones import completed_backbone, create_backbone
+from reference.grid import Grid
+from search.backbones import completed_backbone, create_backbone, grid_of
+from search.backbones.facts import described_grid, grid_fact
 from search.datasets import Dataset, contents
 from search.dense_tasks import DenseTask, restored_task
 from search.devices import Devices
@@ -23,14 +25,25 @@ from search.settings import BackboneSettings, TrainingPictures, TrainingSettings
 
 
 def completed_training(settings: TrainingSettings, pictures: TrainingPictures, init: Path | None = None) -> TrainingSettings:
-    """The settings with what follows from the pictures to train on, and from the file that `weights` or `init` is."""
-    backbone = completed_backbone(settings.backbone)
-    found = _described(init)
-    if found is not None:
-        kind, description = found
-        stride = description["output_stride"] if kind != "network" else description["backbone"]["output_stride"]
-        backbone = replace(backbone, output_stride=given(backbone.output_stride, stride))
-    return replace(settings, backbone=backbone).completed(pictures)
+    """The settings with what follows from the pictures to train on, and from the file that `weights` or `init` is.
+
+    They are checked. Raises InputError for what cannot work, before anything is written.
+    """
+    settings, grid = _with_grid(settings, init)
+    completed = settings.completed(pictures, grid)
+    completed.check(grid)
+    return completed
+
+
+def _with_grid(settings: TrainingSettings, init: Path | None) -> tuple[TrainingSettings, Grid]:
+    """The settings with the backbone of the file that `weights` or `init` is, and the grid of its features."""
+    backbone, found = completed_backbone(settings.backbone), _described(init)
+    if found is None:
+        return replace(settings, backbone=backbone), grid_of(backbone, settings.data.dataset)
+    _, description = found
+    grid = described_grid({"output_stride": description["output_stride"], **description.get("backbone", {})})
+    backbone = replace(backbone, output_stride=given(backbone.output_stride, grid.stride))
+    return replace(settings, backbone=backbone), grid
 
 
 def is_head(path: Path | None) -> bool:
@@ -157,6 +170,7 @@ def training_identity(
         "cell": str(context.cell),
         "backbone": network.backbone.name,
         "output_stride": network.backbone.output_stride,
+        **grid_fact(network.backbone.grid),
         **contents("train_split", train.fingerprint()),
         **contents("val_split", val.fingerprint()),
         "number of devices": devices.count,

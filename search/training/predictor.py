@@ -29,7 +29,7 @@ from search.datasets.srgb import RefusedError
 from search.dense_tasks import DenseTask, Label, restored_task
 from search.devices import resolve_device
 from search.errors import InputError
-from search.settings import PredictionSettings
+from search.settings import PredictionSettings, check_on_grid
 from search.training.memory import PredictionMemory
 from search.training.scoring import check_tiles, fits, input_size, predict_picture
 from search.training.tiles import Tiles
@@ -83,10 +83,13 @@ class Predictor:
             raise InputError(f"network {path} does not say what its outputs are: train or convert it again") from error
         dataset = _trained_on(description) or dataset
         evaluation = _evaluation(description)
-        size, tile = evaluation.get("pad_to", evaluation_size(dataset)), evaluation.get("tile_size")
+        grid = network.backbone.grid
+        size, tile = evaluation.get("pad_to", evaluation_size(dataset, grid)), evaluation.get("tile_size")
         tiles = Tiles((tile[0], tile[1]), float(evaluation["tile_overlap"])) if tile else None
         predictor = cls(network.to(place), task, settings, dataset, (size[0], size[1]) if size else None, tiles)
         check_tiles(network, predictor.tiles)
+        if isinstance(settings.pad_to, tuple):
+            check_on_grid("pad_to", settings.pad_to, grid)
         return predictor
 
     @property

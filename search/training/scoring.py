@@ -1,8 +1,9 @@
 """Predictions of a network for whole pictures, and what their scores on a split follow from.
 
 Every picture is padded at the bottom and right with the mean pixel: to the size that the data set is evaluated at (513 × 513
-for PASCAL VOC), or else from its own size to stride·k + 1 pixels, as the authors pad 1024 × 2048 to 1025 × 2049. Padded pixels
-are not scored. It is predicted whole, or in tiles if it is larger than those that are given.
+for PASCAL VOC), or else from its own size to the grid of features: stride·k + 1 pixels with corners, as the authors pad 1024 ×
+2048 to 1025 × 2049, and stride·k with centres. Padded pixels are not scored. It is predicted whole, or in tiles if it is
+larger than those that are given.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -43,7 +44,7 @@ def predict_picture(
     """
     height, width = image.shape[:2]
     size = input_size(network, (height, width), pad_to)
-    tile, mean = size if tiles is None else tiles.within(size), network.backbone.mean
+    tile, grid, mean = size if tiles is None else tiles.within(size), network.backbone.grid, network.backbone.mean
 
     def outputs(top: int, left: int) -> Tensor:
         """Of the tile that begins there: (1, K, *tile)."""
@@ -53,13 +54,12 @@ def predict_picture(
             np.ascontiguousarray(pixels.transpose(2, 0, 1))
         ).to(mean.device)
         if tuple(scales) == (1.0,) and not flip:  # there is nothing to average
-            return bilinear_resize(network(padded).float(), tile)
+            return bilinear_resize(network(padded).float(), tile, align_corners=grid.align_corners)
         return predict_scales(network, padded, scales=scales, flip=flip, to_average=task.to_average)
 
     if tiles is None or tile == size:
         return task.predict(outputs(0, 0))[0, :height, :width]
-    stride = network.backbone.output_stride
-    bands = blended_rows(lambda top, left: outputs(top, left)[0], size, tile, tiles.overlap, stride)
+    bands = blended_rows(lambda top, left: outputs(top, left)[0], size, tile, tiles.overlap, grid)
     prediction, top = torch.from_numpy(task.unlabelled((height, width))).to(mean.device), 0
     for band in bands:
         rows = task.predict(band[None])[0, : max(0, height - top), :width]
@@ -72,8 +72,7 @@ def input_size(
     network: SegmentationNetwork, picture: tuple[int, int], pad_to: tuple[int, int] | None = None
 ) -> tuple[int, int]:
     """Height and width that a picture of this height and width is padded to before the network sees it."""
-    stride = network.backbone.output_stride
-    height, width = (-(-(extent - 1) // stride) * stride + 1 for extent in picture)
+    height, width = network.backbone.grid.rounded_up(picture)
     if pad_to is not None and fits(picture, pad_to):
         height, width = pad_to
     least = least_size(network)
@@ -118,8 +117,7 @@ def count_split(
     They are padded to `pad_to`, or else as the data set's are evaluated. Raises InputError for one that does not fit.
     """
     total = totals_of_nothing(dataset.task).to(network.backbone.mean.device)  # one of several devices may have no picture
-    pad_to = pad_to or evaluation_size(dataset.name)
-
+    pad_to = pad_to or evaluation_size(dataset.name, network.backbone.grid)
     memory = PredictionMemory(network, len(dataset.task.outputs), tiles=tiles)
 
     def predict(sample: Sample) -> Tensor:
@@ -139,7 +137,7 @@ def require_validation(network: SegmentationNetwork, dataset: Dataset, recipe: R
     On the CPU that is an estimate; where there is none, a picture of that size is predicted. Moves the network to the device,
     in evaluation mode. Raises InputError.
     """
-    tiles, pad_to = Tiles.of(recipe), evaluation_size(dataset.name)
+    tiles, pad_to = Tiles.of(recipe), evaluation_size(dataset.name, network.backbone.grid)
     check_tiles(network.to(device).eval(), tiles)
     name, picture = largest_picture(dataset)
     memory = PredictionMemory(network, len(dataset.task.outputs), tiles=tiles)
@@ -153,7 +151,7 @@ def check_tiles(network: SegmentationNetwork, tiles: Tiles | None) -> None:
     """Raise InputError for tiles that are off the grid of features, or smaller than the windows of the network's pooling."""
     if tiles is None:
         return
-    check_tile_size(tiles.size, network.backbone.output_stride)
+    check_tile_size(tiles.size, network.backbone.grid)
     least = least_size(network)
     if not fits(least, tiles.size):
         raise InputError(

@@ -1,6 +1,6 @@
 """Pictures in tiles, for those whose maps do not fit in memory: where tiles lie, and how what they give becomes one map.
 
-Tiles lie on the grid of the output stride, so the features of a tile sit on the pixels on which those of the whole picture do.
+Tiles lie on the grid of the backbone, so the features of a tile sit on the pixels on which those of the whole picture do.
 Where tiles overlap, each counts by a weight that falls towards its borders, where it lacks context.
 """
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fast.segmentation import SegmentationNetwork
+from reference.grid import Grid
 from search.settings import TILE_OVERLAP, RecipeSettings
 
 
@@ -37,30 +38,29 @@ class Tiles:
 
 def least_size(network: SegmentationNetwork) -> tuple[int, int]:
     """Height and width of the smallest picture or tile that a network takes: its pooling windows must not exceed the map."""
-    stride, (height, width) = network.backbone.output_stride, network.head.context.pooling_size or (1, 1)
-    return stride * (height - 1) + 1, stride * (width - 1) + 1
+    return network.backbone.grid.pixels(network.head.context.pooling_size or (1, 1))
 
 
-def tile_starts(extent: int, tile: int, overlap: float, stride: int) -> list[int]:
-    """The first pixels of the tiles along one side: a step apart on the grid of the stride; the last tile ends at the border.
+def tile_starts(extent: int, tile: int, overlap: float, grid: Grid) -> list[int]:
+    """The first pixels of the tiles along one side: a step apart on the grid of features; the last tile ends at the border.
 
-    >>> tile_starts(177, 65, 0.25, 16), tile_starts(65, 65, 0.25, 16)
+    >>> tile_starts(177, 65, 0.25, Grid(16)), tile_starts(65, 65, 0.25, Grid(16))
     ([0, 48, 96, 112], [0])
+    >>> tile_starts(176, 64, 0.25, Grid(16, align_corners=False))
+    [0, 48, 96, 112]
     """
-    return [*range(0, extent - tile, _step(tile, overlap, stride)), extent - tile]
+    return [*range(0, extent - tile, _step(tile, overlap, grid)), extent - tile]
 
 
 def blended_rows(
-    outputs: Callable[[int, int], Tensor], size: tuple[int, int], tile: tuple[int, int], overlap: float, stride: int
+    outputs: Callable[[int, int], Tensor], size: tuple[int, int], tile: tuple[int, int], overlap: float, grid: Grid
 ) -> Iterator[Tensor]:
     """The outputs of a picture (K, rows, W) from the top, a few rows at a time, so that they are never there as a whole.
 
     `outputs` gives those of the tile (K, *tile) whose first row and column it is called with. What is yielded holds until the
     next rows are asked for.
     """
-    (tops, down), (lefts, across) = (
-        _places(extent, length, overlap, stride) for extent, length in zip(size, tile, strict=True)
-    )
+    (tops, down), (lefts, across) = (_places(extent, length, overlap, grid) for extent, length in zip(size, tile, strict=True))
     band: Tensor | None = None  # of the height of a tile: the rows that are under way
     for top, following, rows in zip(tops, [*tops[1:], size[0]], down, strict=True):
         for left, columns in zip(lefts, across, strict=True):
@@ -76,15 +76,16 @@ def blended_rows(
         band[:, tile[0] - finished :] = 0
 
 
-def _step(tile: int, overlap: float, stride: int) -> int:
+def _step(tile: int, overlap: float, grid: Grid) -> int:
     """The largest step on the grid that lets neighbours overlap as much; 1e-6 is for rounding, as in 0.9 · 640."""
-    return stride * max(1, int((1 - overlap) * (tile - 1) / stride + 1e-6))
+    across = tile - 1 if grid.align_corners else tile  # a whole number of strides
+    return grid.stride * max(1, int((1 - overlap) * across / grid.stride + 1e-6))
 
 
-def _places(extent: int, tile: int, overlap: float, stride: int) -> tuple[list[int], list[Tensor]]:
+def _places(extent: int, tile: int, overlap: float, grid: Grid) -> tuple[list[int], list[Tensor]]:
     """The tiles' first pixels along one side, and the weights (tile,) of each one's pixels, which sum to 1 at every pixel."""
-    starts = tile_starts(extent, tile, overlap, stride)
-    shared = tile - _step(tile, overlap, stride)  # pixels that neighbours have in common, but for the last two
+    starts = tile_starts(extent, tile, overlap, grid)
+    shared = tile - _step(tile, overlap, grid)  # pixels that neighbours have in common, but for the last two
     border = torch.arange(1, tile + 1, dtype=torch.float64)
     window = (torch.minimum(border, border.flip(0)) / (shared + 1)).clamp(max=1)
     total = torch.zeros(extent, dtype=torch.float64)

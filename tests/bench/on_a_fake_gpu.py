@@ -32,6 +32,7 @@ from fast.dense_prediction_cell import DensePredictionCell
 from fast.kernels.triton.launches import DEFAULT, Key
 from fast.segmentation import SegmentationHead
 from fast.train_step import TrainStep
+from reference.grid import Grid
 from search.cells.space import load_cell
 from tests.bench.tiny_runs import TINY, plan_of
 from tests.fake_gpu import FakeGpu, fake_gpu
@@ -147,7 +148,7 @@ def test_features_that_do_not_fit_are_sent_as_they_are(gpu: FakeGpu, dtype: torc
     context = DensePredictionCell(load_cell("dpc"), 6, branch_channels=8, cell_channels=8)
     head = SegmentationHead(context, 3).to("cuda")
     features, labels = torch.zeros(3, 6, 7, 8, dtype=dtype), torch.zeros(3, 97, 113, dtype=torch.uint8)
-    step = TrainStep(head, features, labels, output_stride=16, crop=(5, 5), batch_size=2, iterations=9)
+    step = TrainStep(head, features, labels, grid=Grid(16), crop=(5, 5), batch_size=2, iterations=9)
     for _ in range(5):
         assert step().device == step.device == torch.device("cuda:0")
     batch, targets = step.draw()

@@ -35,14 +35,18 @@ def conv_norm(decoder: Decoder, name: str) -> ConvNorm[Array]:
     return ConvNorm(state[f"{name}.weight"], BatchNorm(*(state[f"{name}.norm.{leaf}"] for leaf in leaves)))
 
 
+@pytest.mark.parametrize("align_corners", [True, False])
 @pytest.mark.parametrize(("context_size", "low_level_size"), [((3, 4), (9, 13)), ((2, 2), (8, 7)), ((1, 1), (1, 1))])
-def test_decoder_is_what_its_docstring_says(context_size: tuple[int, int], low_level_size: tuple[int, int]) -> None:
+def test_decoder_is_what_its_docstring_says(
+    context_size: tuple[int, int], low_level_size: tuple[int, int], align_corners: bool
+) -> None:
     decoder = trained_decoder(low_level_channels=7, channels=6)
     context, low_level = torch.randn(2, 6, *context_size), torch.randn(2, 7, *low_level_size)
     with torch.no_grad():
-        output = decoder(context, low_level)
+        output = decoder(context, low_level, align_corners=align_corners)
     low = conv1x1(low_level.double().numpy(), conv_norm(decoder, "projection"), training=False)
-    expected = np.concatenate((bilinear_resize(context.double().numpy(), low_level_size), low), axis=1)
+    resized = bilinear_resize(context.double().numpy(), low_level_size, align_corners=align_corners)
+    expected = np.concatenate((resized, low), axis=1)
     for i in range(2):
         weights = SeparableConv(
             conv_norm(decoder, f"refinement.{i}.depthwise"), conv_norm(decoder, f"refinement.{i}.pointwise")

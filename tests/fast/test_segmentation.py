@@ -12,6 +12,8 @@ from fast.bilinear_resize import bilinear_resize as resize
 from reference.batch_norm import Array
 from reference.bilinear_resize import bilinear_resize
 from reference.cell import BACKBONE_FEATURE, Branch, Cell, Conv1x1, PyramidPooling
+from reference.grid import Grid
+from tests.read_pixels import sampling_backbone
 
 CELL = Cell((Branch(BACKBONE_FEATURE, Conv1x1()),))
 
@@ -202,6 +204,45 @@ def test_scales_and_mirror_images_are_averaged(scales: list[float], flip: bool, 
     assert expected.std() > 0.01
     # absolute, on probabilities: float32 logits up to 20 carry 2e-6 each, resized pixels of 255 as much again
     np.testing.assert_allclose(probabilities, expected, rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("scales", [[1.0], [0.5, 1.0, 1.8], [0.75]])
+@pytest.mark.parametrize("low_level", [False, True])
+def test_scales_of_patches_are_whole_patches_and_align_no_corners(scales: list[float], flip: bool, low_level: bool) -> None:
+    torch.manual_seed(0)
+    decoder = Decoder(3, channels=6, projected_channels=3) if low_level else None
+    network = SegmentationNetwork(sampling_backbone(Grid(16, False), low_level=low_level), head(), decoder)
+    images = torch.randint(256, (2, 3, 48, 64), generator=torch.Generator().manual_seed(0)).float()
+    recompute_statistics(network, [images])
+    nn.init.normal_(network.head.classifier.weight, std=1.0)
+    assert network.logits_grid == Grid(4 if low_level else 16, align_corners=False)
+    network, total = copy.deepcopy(network).double(), np.zeros((2, 5, 48, 64))
+    with torch.no_grad():
+        for scale in scales:
+            size = {0.5: (32, 32), 0.75: (32, 48), 1.0: (48, 64), 1.8: (80, 112)}[scale]  # of 24 × 32, 36 × 48, 86.4 × 115.2
+            rows, columns = network.logits_grid.features(max(size, (48, 64)))
+            for step in (1, -1) if flip else (1,):
+                pixels = bilinear_resize(images.double().numpy()[:, :, :, ::step], size, align_corners=False)
+                logits = network(torch.from_numpy(pixels)).numpy()[:, :, :, ::step]
+                logits = bilinear_resize(logits, (rows, columns), align_corners=False)
+                exponentials = np.exp(bilinear_resize(logits, (48, 64), align_corners=False))
+                total += exponentials / exponentials.sum(axis=1, keepdims=True)
+    expected = total / (len(scales) * (2 if flip else 1))
+    assert expected.std() > 0.01
+    actual = predict_scales(network.float(), images, scales=scales, flip=flip)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=5e-5)  # as above
+
+
+def test_a_pinned_window_of_patches_is_scaled_as_patches_are() -> None:
+    cell = Cell((Branch(BACKBONE_FEATURE, PyramidPooling((2, 2))),))
+    context = DensePredictionCell(cell, 3, branch_channels=4, cell_channels=4, pooling_size=(4, 6))
+    network = SegmentationNetwork(sampling_backbone(Grid(16, False)), SegmentationHead(context, 5)).eval()
+    seen: list[tuple[int, int] | None] = []
+    context.register_forward_pre_hook(lambda module, inputs: seen.append(context.pooling_size))
+    predict_scales(network, torch.zeros(1, 3, 64, 96), scales=(0.5, 1.0, 1.75))
+    assert seen == [(2, 3), (4, 6), (7, 10)]
+    assert context.pooling_size == (4, 6)
 
 
 def test_one_scale_predicts_as_the_network_does() -> None:

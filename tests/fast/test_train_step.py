@@ -22,6 +22,7 @@ from fast.segmentation import SegmentationHead
 from fast.train_step import Precision, TrainStep
 from fast.upsampled_cross_entropy import upsampled_cross_entropy
 from reference.cell import Cell
+from reference.grid import Grid
 from tests.fast.against_reference import every_device
 from tests.strategies import rng_seeds
 
@@ -43,7 +44,7 @@ def make_head(device: str = "cpu", *, in_channels: int = 3, classes: int = 4, dr
 
 
 def make_step(head: SegmentationHead, features: Tensor, labels: Tensor, **settings: Any) -> TrainStep:
-    defaults: dict[str, Any] = {"output_stride": STRIDE, "crop": (3, 4), "batch_size": 3, "iterations": 6}
+    defaults: dict[str, Any] = {"grid": Grid(STRIDE), "crop": (3, 4), "batch_size": 3, "iterations": 6}
     return TrainStep(head, features, labels, **defaults | {"precision": "float32"} | settings)
 
 

@@ -23,6 +23,7 @@ import search.backbones.shapes
 import search.fidelity
 import search.reports.fidelity
 from reference.cell import BACKBONE_FEATURE, Cell
+from reference.grid import Grid
 from search.backbones import create_backbone
 from search.cells.space import SearchSpace, canonical_form, load_cell
 from search.datasets import open_dataset, open_splits
@@ -476,7 +477,7 @@ def test_end_to_end_crops_whole_pictures_unless_told_otherwise(
 ) -> None:
     settings = changed(settings, protocols=("end_to_end",), **changes)
     (protocol,) = search.fidelity.prepare_protocols(settings, open_splits(settings.data), known(settings.out))
-    whole = padded_size(settings.features, open_dataset("camvid", "train", settings.data.data_dir), 16)
+    whole = padded_size(settings.features, open_dataset("camvid", "train", settings.data.data_dir), Grid(16))
     assert protocol.identity["end_to_end.crop_size"] == list(crop or whole)
 
 

@@ -557,7 +557,7 @@ def test_labels_that_say_nothing_are_refused_before_a_step(tmp_path: Path, train
 
 def test_all_defaults_pass_the_check() -> None:
     for pictures in (SCENES, CITYSCAPES, TrainingPictures("mine.toml", 1, (1, 2000))):
-        composed(TrainSettings, dataset=pictures.dataset).training(pictures).check()
+        composed(TrainSettings, dataset=pictures.dataset).training(pictures)
 
 
 def test_the_best_cell_of_a_search_on_other_data_is_trained_only_where_the_data_are_named(

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import search.tasks.feature_cache
 from fast.backbone import Backbone
+from reference.grid import Grid
 from search.datasets import IGNORE_INDEX, Fingerprint, Sample, open_dataset
 from search.datasets.files import FileDataset
 from search.dense_tasks import DenseTask
@@ -138,7 +139,7 @@ def test_every_feature_and_label_is_where_it_belongs(
     assert cache.features.shape == (count, 3, 3, 4)
     assert cache.labels.shape == (count, 33, 49)
     assert str(cache.features.dtype) == f"torch.{dtype}"
-    assert (cache.task.outputs, cache.output_stride) == (("even", "odd"), STRIDE)
+    assert (cache.task.outputs, cache.grid) == (("even", "odd"), Grid(STRIDE))
 
     for index in range(count):
         image, label, _ = dataset[index % len(sizes)]

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from fast.batch_norm import MOMENTUM
+from reference.grid import Grid
 from search.cells.space import load_cell
 from search.datasets import open_dataset
 from search.devices import Devices
@@ -48,7 +49,7 @@ def test_a_training_that_had_ended_gives_the_same_result_again(tmp_path: Path) -
         branch_channels=4,
         loading_processes=0,
         device="cpu",
-    ).completed(TrainingPictures("camvid", 5, (33, 49)))
+    ).completed(TrainingPictures("camvid", 5, (33, 49)), Grid(16))
     data, out = settings.data, tmp_path / "out"
     train, val = (open_dataset("camvid", split, data.data_dir) for split in (data.train_split, data.val_split))
     out.mkdir()

@@ -10,16 +10,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 import search.training.scoring
-from fast.backbone import plain_backbone
+from fast.backbone import Backbone, plain_backbone
 from fast.batch_norm import recompute_statistics
 from fast.checkpoint import save_network
 from fast.decoder import Decoder
 from fast.dense_prediction_cell import DensePredictionCell
 from fast.segmentation import SegmentationHead, SegmentationNetwork
 from reference.cell import Cell
+from reference.grid import Grid
 from search.datasets import Sample
 from search.dense_tasks import DenseTask
 from search.dense_tasks.depth import Depth
@@ -41,6 +42,7 @@ NEAR = Cell.from_json(
 SEES = (1 + 2 + 4 + 8 + 16 * (1 + 1) + 16, 1 + 2 + 4 + 8 + 16 * (1 + 3) + 16)
 
 
+CORNERS = Grid(16)
 DECODER_SEES = 4 * (1 + 1 + 1)  # two layers of 3 × 3 at stride 4, and the interpolation of their logits
 
 
@@ -61,12 +63,12 @@ class Raw(Depth):
         return outputs[:, 0]
 
 
-def inside(size: tuple[int, int], tiles: Tiles, more: int) -> NDArray[np.bool_]:
+def inside(size: tuple[int, int], tiles: Tiles, more: int, grid: Grid = CORNERS) -> NDArray[np.bool_]:
     """Which pixels see nothing beyond any of the tiles that they are in, but what lies beyond the picture."""
     sees_all = []
     for extent, tile, reach in zip(size, tiles.size, SEES, strict=True):
         place, good = np.arange(extent), np.ones(extent, bool)
-        for start in tile_starts(extent, tile, tiles.overlap, 16):
+        for start in tile_starts(extent, tile, tiles.overlap, grid):
             first = 0 if start == 0 else start + reach + more
             last = extent - 1 if start + tile == extent else start + tile - 1 - reach - more
             good &= (place < start) | (place >= start + tile) | ((first <= place) & (place <= last))
@@ -83,6 +85,35 @@ def test_what_sees_no_border_of_a_tile_is_as_in_the_whole_picture(decoder: bool,
     whole = predict_picture(network, image, Raw(), flip=flip)
     tiled = predict_picture(network, image, Raw(), flip=flip, tiles=tiles)
     exact = inside(size, tiles, more=DECODER_SEES * decoder)
+    assert 0.1 < exact.mean() < 1
+    deviation = (whole - tiled).abs().numpy()
+    assert deviation[exact].max() < 1e-5 * whole.abs().max()
+    assert deviation[~exact].max() > 1e-3 * whole.abs().max()
+
+
+class OwnPatches(nn.Module):
+    """Features that each see their own 16 × 16 pixels alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Conv2d(3, 8, kernel_size=16, stride=16)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        return [self.project(images)]
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("overlap", [0.25, 0.6])
+def test_tiles_of_patches_are_as_the_whole_picture_is(flip: bool, overlap: float) -> None:
+    torch.manual_seed(0)
+    mean, std = torch.full((3,), 127.5), torch.full((3,), 127.5)
+    backbone = Backbone("own", OwnPatches(), channels=8, output_stride=16, mean=mean, std=std, align_corners=False)
+    network = SegmentationNetwork(backbone, near_network(1).head).eval()
+    size, tiles = (352, 480), Tiles((256, 288), overlap)
+    image = pixels(size=size)
+    whole = predict_picture(network, image, Raw(), flip=flip)
+    tiled = predict_picture(network, image, Raw(), flip=flip, tiles=tiles)
+    exact = inside(size, tiles, more=0, grid=backbone.grid)
     assert 0.1 < exact.mean() < 1
     deviation = (whole - tiled).abs().numpy()
     assert deviation[exact].max() < 1e-5 * whole.abs().max()
@@ -111,24 +142,24 @@ def test_scales_and_precision_are_those_of_each_tile() -> None:
     extents=st.tuples(st.integers(1, 9), st.integers(1, 9)),
     tile=st.tuples(st.integers(1, 4), st.integers(1, 4)),
     overlap=st.sampled_from([0.0, 0.25, 0.5, 0.9]),
-    stride=st.sampled_from([1, 8]),
+    grid=st.builds(Grid, st.sampled_from([1, 8, 14]), st.booleans()),
 )
 def test_tiles_cover_the_picture_and_their_weights_sum_to_one(
-    extents: tuple[int, int], tile: tuple[int, int], overlap: float, stride: int
+    extents: tuple[int, int], tile: tuple[int, int], overlap: float, grid: Grid
 ) -> None:
-    height, width = (stride * extent + 1 for extent in extents)
-    tile_height, tile_width = (min(stride * length + 1, extent) for length, extent in zip(tile, (height, width), strict=True))
+    height, width = grid.pixels((extents[0] + 1, extents[1] + 1))
+    tile_height, tile_width = map(min, grid.pixels((tile[0] + 1, tile[1] + 1)), (height, width))
     whole = torch.arange(2.0 * height * width).reshape(2, height, width)
     seen: list[tuple[int, int]] = []
 
     def outputs(top: int, left: int) -> Tensor:
-        assert top % stride == left % stride == 0
+        assert top % grid.stride == left % grid.stride == 0
         part = whole[:, top : top + tile_height, left : left + tile_width]
         assert part.shape == (2, tile_height, tile_width)
         seen.append((top, left))
         return part
 
-    bands = [band.clone() for band in blended_rows(outputs, (height, width), (tile_height, tile_width), overlap, stride)]
+    bands = [band.clone() for band in blended_rows(outputs, (height, width), (tile_height, tile_width), overlap, grid)]
     torch.testing.assert_close(torch.cat(bands, dim=1), whole, rtol=1e-6, atol=0)
     assert max(band.shape[1] for band in bands) <= tile_height
     assert len(set(seen)) == len(seen)
@@ -136,7 +167,7 @@ def test_tiles_cover_the_picture_and_their_weights_sum_to_one(
 
 def test_neighbours_blend_into_each_other() -> None:
     """Two tiles of 17 pixels share 9, of which each counts by tenths."""
-    band = next(blended_rows(lambda top, left: torch.full((1, 1, 17), float(left > 0)), (1, 25), (1, 17), 0.5, 8))
+    band = next(blended_rows(lambda top, left: torch.full((1, 1, 17), float(left > 0)), (1, 25), (1, 17), 0.5, Grid(8)))
     expected = [0.0] * 8 + [step / 10 for step in range(1, 10)] + [1.0] * 8
     torch.testing.assert_close(band[0, 0], torch.tensor(expected))
 
