@@ -3,16 +3,16 @@
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fast.bilinear_resize import bilinear_resize
-from fast.weights import Wanted, read_fitting
+from fast.timm_models import DEEPEST, Cut, WeightsOrigin, as_maps, channels_of, cut_of, open_model, strides_of
 from reference.grid import Grid
 
-WeightsOrigin = Literal["timm", "tensorflow"]
+__all__ = ["Backbone", "LowLevel", "PlainBody", "WeightsOrigin", "hash_of_weights", "plain_backbone", "timm_backbone"]
 
 # What weights trained in the authors' code expect (research/deeplab/core/feature_extractor.py): inputs of p / 127.5 − 1,
 # epsilon 1e-3 of the norms, and statistics that move by this share per step. MobileNet-v2 pads as TensorFlow's SAME does (at
@@ -41,17 +41,15 @@ _AUTHORS_LOW_LEVEL = {
 }
 
 
-_XCEPTIONS = ("xception41", "xception65", "xception71")  # with the authors' blocks
-
-
 class Backbone(nn.Module):
     """A network cut after its last feature map: images (N, 3, H, W), values 0 to 255 -> (N, channels, h, w).
 
     Its features lie on `grid`: at output stride s, pictures of s·k + 1 pixels have a feature on every s-th, the corners
     included, or without `align_corners` pictures of s·k pixels have one in the middle of each patch of s × s. `body` gives a
-    list of maps from early to late, as timm's `features_only` models do, and takes images with `mean` subtracted and divided
-    by `std`, (3,) each. With several numbers of `channels` the features are the channels of as many maps, the last one first:
-    the layers −1, −2 and so on that a cell may read. They are resized to the last one's size.
+    list of maps from early to late, as timm's `features_only` models do (channels last where its `output_fmt` says so), and
+    takes images with `mean` subtracted and divided by `std`, (3,) each. With several numbers of `channels` the features are
+    the channels of as many maps, the last one first: the layers −1, −2 and so on that a cell may read. They are resized to
+    the last one's size.
     """
 
     mean: Tensor  # (1, 3, 1, 1), of pixel values 0 to 255
@@ -69,14 +67,14 @@ class Backbone(nn.Module):
         align_corners: bool = True,
         low_level: LowLevel | None = None,
         weights_origin: WeightsOrigin = "timm",
-        from_timm: bool = False,
+        cut: Cut | None = None,
     ) -> None:
         super().__init__()
         self.name, self.grid = name, Grid(output_stride, align_corners)
         self.layer_channels = (channels,) if isinstance(channels, int) else tuple(channels)
         self.low_level = low_level
         self.weights_origin: WeightsOrigin = weights_origin
-        self.from_timm = from_timm  # so `timm_backbone` can build it again
+        self.cut = cut  # of a timm model, so `timm_backbone` can build it again
         self.body = body
         self.register_buffer("mean", mean.view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", std.view(1, 3, 1, 1), persistent=False)
@@ -89,6 +87,11 @@ class Backbone(nn.Module):
     def channels(self) -> int:
         """The number of all channels of a feature."""
         return sum(self.layer_channels)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The maps that the features are made of, counted from the end."""
+        return (DEEPEST,) if self.cut is None else self.cut.layers
 
     @property
     def output_stride(self) -> int:
@@ -119,10 +122,19 @@ class Backbone(nn.Module):
 
     def _maps(self, images: Tensor) -> list[Tensor]:
         self._tapped.clear()
-        maps: list[Tensor] = list(self.body((images - self.mean) / self.std))
+        self._require_whole_patches(images)
+        maps = as_maps(self.body, self.body((images - self.mean) / self.std))
         tapped = [*self._tapped, *maps]
         self._tapped.clear()  # keeps no activation alive
         return tapped
+
+    def _require_whole_patches(self, images: Tensor) -> None:
+        size = images.shape[2], images.shape[3]
+        if not self.grid.align_corners and not torch.compiler.is_compiling() and not self.grid.has(size):
+            near = "×".join(map(str, self.grid.nearest(size)))
+            raise ValueError(
+                f"backbone {self.name} takes pictures of {self.grid} pixels each way, such as {near}, got {size[0]}×{size[1]}"
+            )
 
     def _tap(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         self._tapped.append(output)
@@ -194,13 +206,21 @@ def plain_backbone(
 def timm_backbone(
     name: str,
     *,
-    output_stride: int = 16,
+    output_stride: int | None = None,
+    layers: Sequence[int] = (-1,),
+    patch_size: int | None = None,
     weights: Path | None = None,
     pretrained: bool = False,
     weights_origin: WeightsOrigin = "timm",
     low_level: bool = False,
+    cut: Cut | None = None,
 ) -> Backbone:
-    """A backbone from timm, any model with `features_only`; the paper's are mobilenetv2_100, xception65 and xception71.
+    """A backbone from timm, any model with maps of features; the paper's are mobilenetv2_100, xception65 and xception71.
+
+    Without `output_stride` it has 16 pixels per feature, or as many as a patch if it is a vision transformer. Where timm
+    cannot build a model at this stride, its last map that has it is taken. `layers` are the maps that make up the features,
+    counted from the end: −1 is that one, −2 the one before it. `patch_size` resamples a vision transformer's kernel to other
+    patches. The grid is measured (`fast/measured_grid.py`). All this is known where `cut` is that of an earlier backbone.
 
     `weights` is a local file in timm's key names, safetensors or PyTorch, as any training writes it (`fast/weights.py`);
     `pretrained=True` lets timm download its own; with neither the weights are random. `weights_origin="tensorflow"` is for
@@ -208,89 +228,44 @@ def timm_backbone(
     mean and deviation in their configuration. `low_level=True` also gives the map at stride 4 that a decoder reads. Raises
     ValueError naming the model, or the file and the keys that do not fit.
     """
-    import timm  # imported here: it takes seconds and loads torchvision, which is not needed where features are cached
-
-    if not timm.is_model(name):
-        similar = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:8]) or "see timm.list_models()"
-        raise ValueError(f"backbone {name!r} is not a timm model; similar names: {similar}")
+    if cut is None:
+        cut = cut_of(name, output_stride, tuple(layers), patch_size, weights_origin)
     tap = _AUTHORS_LOW_LEVEL.get(name.split(".")[0]) if low_level else None
-    options: dict[str, Any] = {}
-    if weights_origin == "tensorflow" and not name.startswith("xception"):
-        options["pad_type"] = "same"
-    body = _create_body(name, output_stride, pretrained, stride_4=low_level and tap is None, options=options)
-    if weights is not None:
-        _load_body(body, name, options, weights)
+    indices = cut.indices
+    if low_level and tap is None:
+        indices = (_index_at_stride_4(name, cut, weights_origin), *indices)
+    body = open_model(name, tuple(dict.fromkeys(indices)), cut, weights_origin, pretrained=pretrained, weights=weights)
     if weights_origin == "tensorflow":
         _follow_tensorflow(body, name)
     mean, std = _normalisation(body, weights_origin)
-    channels: list[int] = body.feature_info.channels()
-    if low_level and tap is None:
-        tap = LowLevel(channels[0])
+    channels = channels_of(body)
     return Backbone(
         name,
         body,
-        channels=channels[-1],
-        output_stride=output_stride,
+        channels=channels[: -len(cut.layers) - 1 : -1],
+        output_stride=cut.grid.stride,
         mean=mean,
         std=std,
-        low_level=tap,
+        align_corners=cut.grid.align_corners,
+        low_level=LowLevel(channels[0]) if low_level and tap is None else tap,
         weights_origin=weights_origin,
-        from_timm=True,
+        cut=cut,
     )
 
 
-def _create_body(name: str, output_stride: int, pretrained: bool, *, stride_4: bool, options: dict[str, Any]) -> Any:
-    """timm's `features_only` model: it returns the last map and, if wanted, before it the last one at stride 4."""
-    import timm
-
-    indices: tuple[int, ...] = (-1,)
-    try:
-        if stride_4:
-            whole: Any = timm.create_model(name, features_only=True, output_stride=output_stride)
-            reductions = whole.feature_info.reduction()
-            if 4 not in reductions[:-1]:
-                raise ValueError(f"backbone {name!r} has no map at stride 4 for a decoder, only at {reductions}")
-            indices = (len(reductions) - 1 - reductions[::-1].index(4), len(reductions) - 1)
-        # At stride 8 timm's xception71 would lack a shortcut's convolution that its weights have.
-        dilate = name.split(".")[0] in _XCEPTIONS and output_stride == 8
-        options = {"output_stride": 16 if dilate else output_stride, **options}
-        body: Any = timm.create_model(name, pretrained=pretrained, features_only=True, out_indices=indices, **options)
-    except (TypeError, NotImplementedError, AssertionError, RuntimeError) as error:
-        reason = str(error) or type(error).__name__
-        raise ValueError(f"backbone {name!r} cannot give features at output stride {output_stride} ({reason})") from error
-    reduction = body.feature_info.reduction()[-1]
-    if dilate:
-        _halve_output_stride(body)
-        reduction //= 2
-    if reduction != output_stride:
-        raise ValueError(f"backbone {name!r} gives output stride {reduction}, asked for {output_stride}")
-    return body
-
-
-def _halve_output_stride(body: nn.Module) -> None:
-    """Set the last stride of 2 to 1, and dilate the convolutions of all later blocks twice as much."""
-    blocks = [module for name, module in body.named_children() if name.startswith("blocks_")]
-    last = max(i for i, block in enumerate(blocks) if any(conv.stride == (2, 2) for conv in _convolutions(block)))
-    for conv in _convolutions(blocks[last]):
-        conv.stride = (1, 1)
-    for conv in (conv for block in blocks[last + 1 :] for conv in _convolutions(block) if conv.kernel_size == (3, 3)):
-        conv.dilation = conv.padding = (2 * conv.dilation[0], 2 * conv.dilation[1])
-
-
-def _convolutions(module: nn.Module) -> list[nn.Conv2d]:
-    return [child for child in module.modules() if isinstance(child, nn.Conv2d)]
-
-
-def _load_body(body: nn.Module, name: str, options: dict[str, Any], path: Path) -> None:
-    """Load the file; it must fit the whole timm model, or exactly the part of it that computes features."""
-    import timm
-
-    wanted = body.state_dict()
-    whole = timm.create_model(name, **options).state_dict().keys()
-    # Where timm computes features by hooks, it writes a model's `blocks.0` as `blocks_0`; a file may have either.
-    inner = {key: flat for key in whole if (flat := key.replace(".", "_", 1)) in wanted and key not in wanted}
-    head = whole - wanted.keys() - inner.keys()  # conv_head, classifier and the like
-    body.load_state_dict(read_fitting(path, Wanted(name, wanted, aliases=inner, others=head)))
+def _index_at_stride_4(name: str, cut: Cut, weights_origin: WeightsOrigin) -> int:
+    """Which of timm's maps a decoder reads, counted from the last one."""
+    strides = strides_of(open_model(name, (DEEPEST,), cut, weights_origin))
+    before = strides[: len(strides) + cut.deepest]
+    if 4 not in before:
+        has = ", ".join(map(str, sorted(set(strides[: len(before) + 1]))))
+        raise ValueError(f"backbone {name!r} has no map at stride 4 for a decoder, only at {has}")
+    index = len(before) - 1 - before[::-1].index(4) - len(strides)
+    if min(cut.indices) < index:
+        raise ValueError(
+            f"backbone {name!r} has the map at stride 4 for a decoder behind layer {min(cut.layers)}: leave that layer out"
+        )
+    return index
 
 
 def _follow_tensorflow(body: nn.Module, name: str) -> None:

@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -15,15 +16,17 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fast.backbone import Backbone, PlainBody, plain_backbone, timm_backbone
+from fast.backbone import Backbone, PlainBody, WeightsOrigin, plain_backbone, timm_backbone
 from fast.conv_norm import NormLayer
 from fast.decoder import Decoder
 from fast.dense_prediction_cell import DensePredictionCell
 from fast.hub import HubModule
 from fast.segmentation import SegmentationHead, SegmentationNetwork
+from fast.timm_models import DEEPEST, Cut, cut_of
 from fast.weights_file import OWN_FORMATS, describe_unusable
 from reference.batch_norm import EPS
 from reference.cell import Cell
+from reference.grid import Grid
 
 FileKind = Literal["cell", "head", "network"]
 
@@ -186,7 +189,8 @@ def load_backbone(path: str | Path, *, output_stride: int | None = None, low_lev
     _, description, state = _read(path, "network", NETWORK_FORMAT)
     with _building(path, "network"):
         described = description["backbone"]
-        described |= {"output_stride": output_stride or described["output_stride"]}
+        if output_stride is not None:
+            described |= _backbone_at(described, output_stride)
         backbone = _build_backbone(described, low_level=low_level)
     inner = {key.removeprefix("backbone."): tensor for key, tensor in state.items() if key.startswith("backbone.")}
     _fill(backbone, inner, path, "network")
@@ -230,15 +234,24 @@ def _describe_context(context: DensePredictionCell) -> dict[str, Any]:
 
 def _at_output_stride(description: Mapping[str, Any], output_stride: int) -> dict[str, Any]:
     """What differs in the description of a network at another output stride. Pinned windows keep their size in pixels."""
-    backbone, trained = dict(description["backbone"]), description["output_stride"]
-    if "plain_channels" in backbone and output_stride != trained:
-        backbone.setdefault("trained_output_stride", trained)
-    pinned = description["pooling_size"]
+    backbone, trained = description["backbone"], description["output_stride"]
+    pinned, border = description["pooling_size"], int(backbone.get("align_corners", True))
     return {
-        "backbone": backbone | {"output_stride": output_stride},
+        "backbone": {**backbone, **_backbone_at(backbone, output_stride)},
         "output_stride": output_stride,
-        "pooling_size": [(extent - 1) * trained // output_stride + 1 for extent in pinned] if pinned else None,
+        "pooling_size": [(extent - border) * trained // output_stride + border for extent in pinned] if pinned else None,
     }
+
+
+def _backbone_at(backbone: Mapping[str, Any], output_stride: int) -> dict[str, Any]:
+    """What differs in the description of a backbone at another output stride. Raises ValueError for one that has none."""
+    trained = backbone["output_stride"]
+    if output_stride == trained:
+        return {}
+    if "plain_channels" in backbone:
+        return {"output_stride": output_stride, "trained_output_stride": backbone.get("trained_output_stride", trained)}
+    cut = _cut_at(backbone["name"], _described_cut(backbone), output_stride, backbone["weights_origin"])
+    return {"output_stride": output_stride, **_describe_cut(cut)}
 
 
 def _build_context(description: dict[str, Any], norm_layer: NormLayer = nn.BatchNorm2d) -> DensePredictionCell:
@@ -316,7 +329,7 @@ def describe_backbone(backbone: Backbone) -> dict[str, Any]:
             "mean": backbone.mean.flatten().tolist(),
             "std": backbone.std.flatten().tolist(),
         }
-    if not backbone.from_timm:
+    if backbone.cut is None:
         raise ValueError(
             f"backbone {backbone.name} is not from timm, so a file could not tell how to build it again: save the head by "
             "`save_head`, and the backbone as your own module"
@@ -325,9 +338,37 @@ def describe_backbone(backbone: Backbone) -> dict[str, Any]:
         "name": backbone.name,
         "output_stride": backbone.output_stride,
         "weights_origin": backbone.weights_origin,  # decides padding and the norms' epsilon
+        **_describe_cut(backbone.cut),
         "mean": backbone.mean.flatten().tolist(),
         "std": backbone.std.flatten().tolist(),
     }
+
+
+def _describe_cut(cut: Cut) -> dict[str, Any]:
+    """What is not as in files from before there were these fields."""
+    values: dict[str, Any] = {"align_corners": cut.grid.align_corners, "layers": cut.layers, "deepest": cut.deepest}
+    values["patch_size"] = cut.patch_size
+    before = {"align_corners": True, "layers": (DEEPEST,), "deepest": DEEPEST, "patch_size": None}
+    return {key: value for key, value in values.items() if value != before[key]}
+
+
+def _described_cut(description: Mapping[str, Any]) -> Cut:
+    return Cut(
+        Grid(description["output_stride"], description.get("align_corners", True)),
+        tuple(description.get("layers", (DEEPEST,))),
+        description.get("deepest", DEEPEST),
+        description.get("patch_size"),
+    )
+
+
+def _cut_at(name: str, cut: Cut, output_stride: int, origin: WeightsOrigin) -> Cut:
+    """The cut of the same weights at another output stride. Raises ValueError for a model that has none there."""
+    if cut.deepest == DEEPEST and cut.grid.align_corners:  # strides become dilations, which keep features on their pixels
+        return replace(cut, grid=Grid(output_stride))
+    other = cut_of(name, output_stride, cut.layers, cut.patch_size, origin)
+    if (other.deepest, other.grid.align_corners) != (cut.deepest, cut.grid.align_corners):
+        raise ValueError(f"backbone {name!r} has features at output stride {cut.grid.stride} alone, asked for {output_stride}")
+    return other
 
 
 def check_network(network: SegmentationNetwork, task: Mapping[str, Any]) -> None:
@@ -344,8 +385,8 @@ def _build_backbone(description: dict[str, Any], *, low_level: bool) -> Backbone
             name, channels, output_stride=output_stride, trained_output_stride=trained, low_level=low_level
         )
     else:
-        origin = description["weights_origin"]
-        backbone = timm_backbone(name, output_stride=output_stride, weights_origin=origin, low_level=low_level)
+        origin, cut = description["weights_origin"], _described_cut(description)
+        backbone = timm_backbone(name, weights_origin=origin, low_level=low_level, cut=cut)
     for buffer, values in ((backbone.mean, description["mean"]), (backbone.std, description["std"])):
         buffer.copy_(torch.tensor(values).view(1, 3, 1, 1))
     return backbone

@@ -371,13 +371,10 @@ def test_a_plain_network_cannot_be_coarser_than_it_was_trained(tmp_path: Path) -
 
 def test_network_of_an_unknown_backbone_is_not_saved(tmp_path: Path) -> None:
     network = trained_network(decoder=False)
-    network.backbone.from_timm = False
+    network.backbone.cut = None
     with pytest.raises(ValueError, match="backbone mobilenetv2_035 is not from timm"):
         save_network(tmp_path / "network.safetensors", network, task={"class_names": CLASSES})
-    assert (
-        Backbone("own", torch.nn.Identity(), channels=3, output_stride=8, mean=torch.ones(3), std=torch.ones(3)).from_timm
-        is False
-    )
+    assert Backbone("own", torch.nn.Identity(), channels=3, output_stride=8, mean=torch.ones(3), std=torch.ones(3)).cut is None
 
 
 def test_network_needs_a_name_for_each_class(tmp_path: Path) -> None:
