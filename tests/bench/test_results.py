@@ -16,7 +16,7 @@ from PIL import Image
 
 import bench.run
 import bench.runner
-from bench.cases import COMPILE, EAGER, OURS, Job
+from bench.cases import COMPILE, EAGER, OURS, SUITES, Job
 from bench.costs import Cost
 from bench.measure import Run, measure, note_times
 from bench.plans import NEW_CELL
@@ -49,12 +49,12 @@ def test_a_whole_run_is_written_and_read_back(tmp_path: Path) -> None:
     assert len(read) == len(results.rows)
     timed = [line for line in read if line["status"] == "ok"]
     assert all(float(line["p20_ms"]) <= float(line["median_ms"]) <= float(line["p80_ms"]) for line in timed)
-    assert {line["suite"] for line in timed} == {"ops", "loss", "cell", "proxy", "search"}
-    assert [line["dtype"] for line in read if line["status"] == "not supported here"] == ["bfloat16"] * 5
+    assert {line["suite"] for line in timed} == set(SUITES)
+    assert [line["dtype"] for line in read if line["status"] == "not supported here"] == ["bfloat16"] * len(SUITES)
     with Image.open(paths[2]) as picture:
         assert picture.width > 1000
     summary = paths[1].read_text()
-    assert all(f"\n## {suite}, " in summary for suite in ("ops", "loss", "cell", "proxy", "search"))
+    assert all(f"\n## {suite}, " in summary for suite in SUITES)
     assert "nothing but time" in summary
     assert max(len(line) for line in table(results).splitlines() if line.startswith("|")) <= 120
     assert table(results) in summary
