@@ -141,7 +141,18 @@ def test_targets_are_met_missed_or_not_measured() -> None:
     assert found["proxy iteration: at least 4× as quick as the best of PyTorch"] == "missed: 3.00×"
     assert found["peak memory of an iteration: under 1000 MB"] == "missed: 1.2e+03 MB"
     assert found["a new cell has trained its first iteration within 1 s"] == "not measured"
-    assert len(found) == 4
+    assert found[CACHING] == "not measured"
+    assert len(found) == 5
+
+
+CACHING = "caching features: at least 0.91× as quick as the model alone"
+
+
+@pytest.mark.parametrize("cuda", ["none", "13.0"])
+@pytest.mark.parametrize(("ours_ms", "verdict"), [(105.0, "met: 0.95×"), (115.0, "missed: 0.87×")])
+def test_caching_is_judged_beside_the_model(ours_ms: float, verdict: str, cuda: str) -> None:
+    rows = [row("ours", ours_ms, suite="features"), row("eager", 100.0, suite="features")]
+    assert verdicts(results_of(*rows, cuda=cuda))[CACHING] == verdict
 
 
 ITERATION = "proxy iteration: at least 4× as quick as the best of PyTorch"
@@ -240,7 +251,7 @@ def test_gpu_targets_are_judged_on_a_gpu_only() -> None:
     found = verdicts(results_of(*rows, cuda="13.0"))
     assert found["proxy iteration: at most 0.67 ms"] == "met: 0.5 ms"
     assert found["a cell all in, 30,000 iterations and its start: at most 21.6 s"] == "met: 15.0 s"
-    assert len(found) == 8
+    assert len(found) == 9
 
 
 def test_one_slower_rate_misses_never_slower() -> None:
