@@ -3,6 +3,7 @@
 import atexit
 import functools
 import shutil
+import threading
 import weakref
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from bench.cases import CPU, IN_FLOAT64, SEED, Case, Parts, Provider, Suite, Workload, draw_labels, normal
 from bench.costs import Mode
@@ -72,6 +74,7 @@ class CachingCase(Case):
 class _Caching(Workload):
     def __init__(self, case: CachingCase, device: torch.device) -> None:
         self._dataset, self._backbone, self._device = case.dataset(), case.backbone(), str(device)
+        tqdm.set_lock(threading.RLock())  # its own is one of processes, which a worker that is killed would leave behind
         folder = mkdtemp(prefix="bench-features-")
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         machine = MachineSettings(device=self._device, cache_dir=Path(folder))
