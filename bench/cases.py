@@ -25,8 +25,8 @@ from reference.cell import AtrousSeparableConv, Cell, Conv1x1, Operation, Pyrami
 from reference.concat_project import DROPOUT_RATE
 from reference.upsampled_cross_entropy import IGNORE_INDEX
 
-Suite = Literal["proxy", "loss", "search", "cell", "ops"]
-SUITES: tuple[Suite, ...] = ("proxy", "loss", "search", "cell", "ops")  # most important first, longest last
+Suite = Literal["proxy", "loss", "search", "features", "cell", "ops"]
+SUITES: tuple[Suite, ...] = ("proxy", "loss", "search", "features", "cell", "ops")  # most important first, longest last
 
 DType = Literal["float32", "bfloat16", "float16"]
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -1,12 +1,13 @@
 """What a run measures and in which order: all suites, or what matters most in a few minutes; and in words what is left out."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from bench import profiles, stages
+from bench.caching_case import CachingCase
 from bench.cases import (
     COMPILE,
     COMPILE_MAX,
@@ -49,6 +50,7 @@ FEW_RATES = ((1, 1), (6, 6), (6, 21), (21, 21))  # the densest reads, two rates 
 FRESH_RATE = (6, 21)  # because every process takes seconds to start
 FAR_AND_DENSE = ((6, 21), (1, 1))  # reads of a convolution
 MODES: tuple[Mode, ...] = ("inference", "training")
+_PICTURES_OF_A_GPU = 16  # times as many as of a CPU: nothing is done while the first are read and the last are written
 NEW_CELL = "first iteration of a new cell"
 EVERY_KIND = Cell(  # of branch, each input normed or not, one map read twice
     (
@@ -68,6 +70,7 @@ class Scale:
     maps: tuple[tuple[int, int, int, int], ...]  # (batch, channels, height, width); the last one is larger than every cache
     proxy: ProxyCase
     search: SearchCase
+    caching: CachingCase
     rates: tuple[tuple[int, int], ...]
     grids: tuple[tuple[int, int], ...]
     random_cells: int
@@ -84,6 +87,7 @@ PAPER = Scale(
         train_images=240,
         val_images=60,
     ),
+    caching=CachingCase(pictures=32),
     rates=PUBLISHED_RATES,
     grids=tuple((h, w) for h in GRID_SIZES for w in GRID_SIZES),
     random_cells=20,
@@ -94,6 +98,7 @@ QUICK = replace(
     PAPER,
     maps=PAPER.maps[:1],
     search=replace(PAPER.search, cells=1, settings=_QUICK_SETTINGS, train_images=8, val_images=4),
+    caching=CachingCase(pictures=24, size=(256, 256)),
     rates=((6, 21),),
     grids=((2, 4),),
     random_cells=0,
@@ -165,6 +170,8 @@ def _stages_of_minutes(device: torch.device, scale: Scale) -> Iterator[Stage]:
     _, new_cell = planner.cases(["proxy"])
     yield Stage("first iteration of new cells", 60, (planner.job(new_cell, first),))
     yield Stage("search", 120, (planner.job(scale.search, first),))
+    (caching,) = planner.cases(["features"])
+    yield Stage("features", 90, (planner.job(caching, "float32"),))
 
 
 def _jobs(cases: Iterable[Case], dtype: DType, others: tuple[Provider, ...] = (EAGER, EAGER_CHANNELS_LAST)) -> tuple[Job, ...]:
@@ -180,12 +187,24 @@ class Planner:
     quick: bool
 
     def cases(self, suites: Sequence[Suite]) -> Iterator[Case]:
-        makers = {"proxy": self._proxy, "loss": self._loss, "search": self._search, "cell": self._cells, "ops": self._ops}
+        makers: dict[Suite, Callable[[], Iterator[Case]]] = {
+            "proxy": self._proxy,
+            "loss": self._loss,
+            "search": self._search,
+            "features": self._features,
+            "cell": self._cells,
+            "ops": self._ops,
+        }
         for suite in dict.fromkeys(suites):
             yield from makers[suite]()
 
     def dtypes_of(self, case: Case, dtypes: Sequence[DType]) -> tuple[DType, ...]:
-        """The dtypes of a case: training steps have no loss scaling for float16, and a search chooses its own precision."""
+        """The dtypes of a case: training steps have no loss scaling for float16, and a search chooses its own precision.
+
+        Features are always computed in float32.
+        """
+        if isinstance(case, CachingCase):
+            return ("float32",)
         if isinstance(case, SearchCase):
             return ("bfloat16" if has_fast_bf16(self.device) else "float32",)
         return tuple(dtype for dtype in dtypes if dtype != "float16" or not isinstance(case, ProxyCase))
@@ -194,7 +213,7 @@ class Planner:
         """A job, with the providers that take part."""
         if isinstance(case, SearchCase):
             return Job(case, dtype, (OURS, OURS_WITHOUT_KERNELS))
-        if isinstance(case, NewCellCase):
+        if isinstance(case, NewCellCase | CachingCase):
             return Job(case, dtype, (OURS, EAGER))
         providers = [OURS, EAGER]
         if not (self.quick and self.device.type == "cpu"):
@@ -284,6 +303,11 @@ class Planner:
 
     def _search(self) -> Iterator[Case]:
         yield self.scale.search
+
+    def _features(self) -> Iterator[Case]:
+        caching = self.scale.caching
+        many = replace(caching, pictures=_PICTURES_OF_A_GPU * caching.pictures)
+        yield many if self.device.type == "cuda" else caching
 
 
 def map_size(batch: int, in_channels: int, channels: int, height: int, width: int) -> dict[str, Any]:

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 import fast.train_step
+from bench.caching_case import CachingCase
 from bench.cases import OURS, Case, DType, Job, Workload, supported_dtypes
 from bench.launch_trial import launched_by, precision_of_a_gpu
 from bench.load import Others
@@ -246,6 +247,6 @@ def compile_kernels(architecture: int, jobs: Iterable[Job]) -> int:
 
 def _sizes_of(job: Job) -> Iterator[tuple[Case, DType]]:
     """The job's case at every size at which ours computes it."""
-    if not isinstance(job.case, NewCellCase | SearchCase):
+    if not isinstance(job.case, NewCellCase | SearchCase | CachingCase):
         sizes = [job.case.small(), job.case.without_chance(), job.case]
         yield from ((sized, job.dtype) for sized in dict.fromkeys(sizes) if sized is not None)

@@ -29,6 +29,7 @@ def _judged_on_a_cpu(results: Results) -> Iterable[tuple[str, str]]:
     yield _judged("proxy iteration: at least 4× as quick as the best of PyTorch", map(speed, iterations), at_least=4.0)
     yield _judged("peak memory of an iteration: under 1000 MB", memory, max, "{:.3g} MB", at_most=1000.0)
     yield _judged("a new cell has trained its first iteration within 1 s", starts, max, "{:.3g} s", at_most=1.0)
+    yield _judged_caching(results)
 
 
 def _judged_on_a_gpu(results: Results) -> Iterable[tuple[str, str]]:
@@ -55,6 +56,13 @@ def _judged_on_a_gpu(results: Results) -> Iterable[tuple[str, str]]:
     depthwise = [row for row in _ours(_cases(results, "ops", "depthwise", "inference")) if row.shape == _BEYOND_CACHES]
     text = "depthwise at the size beyond any cache: at least 85 % of the copy bandwidth"
     yield _judged(text, map(_percent_of_roof, depthwise), form="{:.0f} %", at_least=85.0)
+    yield _judged_caching(results)
+
+
+def _judged_caching(results: Results) -> tuple[str, str]:
+    """The row of a backbone's features, on any device."""
+    text = "caching features: at least 0.91× as quick as the model alone"
+    return _judged(text, map(speed, _cases(results, "features")), at_least=1 / 1.1)
 
 
 def _cases(results: Results, suite: Suite, name: str = "", mode: str = "") -> list[list[Row]]:

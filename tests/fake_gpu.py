@@ -63,7 +63,8 @@ class FakeGpu(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return args[0].zero_()
         args, kwargs = tree_map(self.without_values, (args, kwargs))
         with self.mode:
-            return tree_map(real_on_cpu, func(*args, **kwargs))
+            result = func(*args, **kwargs)
+        return tree_map(real_on_cpu, result)  # outside, where zeros are real
 
     def without_values(self, x: Any) -> Any:
         if not isinstance(x, Tensor) or isinstance(x, FakeTensor):
@@ -151,7 +152,14 @@ def fake_gpu() -> Iterator[FakeGpu]:
         "default_generators": (Stub(),),
     }
     library |= dict.fromkeys(("Event", "Stream", "CUDAGraph", "graph", "stream", "current_stream", "default_stream"), Stub)
+    empty = torch.empty
+
+    def unpinned(*arguments: Any, pin_memory: bool = False, **keywords: Any) -> Tensor:
+        """Also in threads, in which no mode sees what is called."""
+        return empty(*arguments, **keywords)
+
     with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(torch, "empty", unpinned))
         for name, value in driver.items():
             stack.enter_context(mock.patch.object(torch._C, name, value))
         for name, value in library.items():

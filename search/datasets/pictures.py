@@ -11,7 +11,7 @@ import struct
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -149,23 +149,52 @@ def mode_and_palette(path: Path) -> tuple[str, NDArray[np.uint8]]:
         return "", np.empty((0, 3), np.uint8)
 
 
-_opening = threading.Lock()  # what is set aside below belongs to the process
-if hasattr(os, "register_at_fork"):  # a loading process must not begin with a lock that a thread here holds
-    os.register_at_fork(before=_opening.acquire, after_in_parent=_opening.release, after_in_child=_opening.release)
+class _SetAside:
+    """A context in which Pillow's own limit and warnings are set aside: the limit here is another, and damage is an error.
+
+    They belong to the process, so they come back when the last thread leaves.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._restored = threading.Lock(), 0, ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._restored.enter_context(warnings.catch_warnings(action="ignore"))
+                self._restored.callback(setattr, Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+                Image.MAX_IMAGE_PIXELS = None
+            self._inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._restored.close()
+
+    def outlive_forks(self) -> None:
+        """See to it that a loading process begins without the threads that are inside here, and without their lock."""
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(
+                before=self._lock.acquire, after_in_parent=self._lock.release, after_in_child=self._begin_alone
+            )
+
+    def _begin_alone(self) -> None:
+        self._inside = 0
+        self._restored.close()
+        self._lock.release()
+
+
+_set_aside = _SetAside()
+_set_aside.outlive_forks()
 
 
 @contextmanager
 def _open(path: Path) -> Iterator[Image.Image]:
-    """Open a file, with Pillow's own limit and warnings set aside: the limit here is another, and damage is an error."""
-    with _opening, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-        try:
-            Image.init()
-            with Image.open(path, formats=[name for name in _FORMATS if name in Image.OPEN]) as picture:
-                yield picture
-        finally:
-            Image.MAX_IMAGE_PIXELS = limit
+    with _set_aside:
+        Image.init()
+        with Image.open(path, formats=[name for name in _FORMATS if name in Image.OPEN]) as picture:
+            yield picture
 
 
 def _unreadable(path: Path, error: Exception, remedy: str) -> InputError:

@@ -12,9 +12,11 @@ ones are padded at the bottom and right with the mean pixel, which is not labell
 import hashlib
 import json
 import math
+import os
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +34,7 @@ from search.backbones.facts import described_grid, facts_in, facts_of_backbone
 from search.commands import spelled
 from search.datasets import Dataset, Fingerprint, contents, open_splits
 from search.datasets.counts import size_for_all, size_of
-from search.datasets.files import origin_of
+from search.datasets.files import FileDataset, origin_of
 from search.datasets.look import look_at, require_labels
 from search.dense_tasks import DenseTask, restored_task
 from search.devices import resolve_device
@@ -47,9 +49,11 @@ from search.settings import (
     TrainingPictures,
     check_on_grid,
 )
+from search.tasks.overlap import OnItsWay, one_ahead, one_behind
 from search.training.memory import features_in_memory
 
 _DTYPES: dict[FeatureDtype, torch.dtype] = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+_READERS = min(8, os.cpu_count() or 1)  # threads, because decoding lets others go on
 _BATCH = 8  # images per pass of the backbone, or fewer where they would not fit into memory
 PICTURES, LABELS, WEIGHTS = f"{CONTENT}images", f"{CONTENT}labels", "`weights` (content)"  # names of hashes in an identity
 MEAN, STD = "`backbone` (mean pixel)", "`backbone` (deviation of pixels)"  # of values 0 to 255
@@ -368,25 +372,37 @@ def _held(folder: Folder, identity: Mapping[str, Any]) -> _Held:
 
 
 def _fill(folder: Folder, dataset: Dataset, backbone: Backbone, identity: dict[str, Any], device: str, command: str) -> None:
-    count, precision = identity[_IMAGES], identity["feature_dtype"]
-    with features_in_memory(backbone, _checked_size(identity), _BATCH) as at_once, torch.inference_mode():
+    """Compute what is missing; meanwhile other threads read the next pictures, and write the last features."""
+    count, size, precision = identity[_IMAGES], _checked_size(identity), identity["feature_dtype"]
+    mean, on_gpu = backbone.mean.cpu(), torch.device(device).type == "cuda"
+    readers = _READERS if isinstance(dataset, FileDataset) else 1  # others may not be made for several threads
+    with (
+        features_in_memory(backbone, size, _BATCH) as at_once,
+        torch.inference_mode(),
+        ThreadPoolExecutor(readers) as threads,
+    ):
         _check_grid(backbone, identity, device)
-        features, labels, done = _begun(folder, dataset, backbone.mean.cpu(), identity, command)
+        features, labels, done = _begun(folder, dataset, mean, identity, command)
+
+        def read(indices: range) -> tuple[range, Tensor, NDArray[Any]]:
+            return indices, *_batch(dataset, indices, size, mean, threads.map, pinned=on_gpu)
+
+        def write(indices: range, values: OnItsWay, overflown: OnItsWay, of_batch: NDArray[Any]) -> None:
+            if overflown.arrived():
+                raise InputError(f"features of {dataset.name} leave the range of {precision}: give `feature_dtype` bfloat16")
+            batch = slice(indices.start, indices.stop)
+            features[batch], labels[batch] = values.arrived().view(torch.int16).numpy(), of_batch
+            for array in (features, labels):
+                array.flush()  # the data must be on disk before they are counted
+            folder.write_result("progress", {"done": indices.stop})
+            bar.update(len(indices))
+
+        batches = [range(start, min(start + at_once, count)) for start in range(done, count, at_once)]
         bar = tqdm(total=count, initial=done, desc=f"features of {dataset.name} {dataset.split}", unit="image")
-        with bar:
-            for start in range(done, count, at_once):
-                stop = min(start + at_once, count)
-                images, labels[start:stop] = _batch(dataset, range(start, stop), identity["image_size"], backbone.mean.cpu())
-                values = backbone(images.to(device)).to(_DTYPES[precision])
-                if not values.isfinite().all():
-                    raise InputError(
-                        f"features of {dataset.name} leave the range of {precision}: give `feature_dtype` bfloat16"
-                    )
-                features[start:stop] = values.cpu().contiguous().view(torch.int16).numpy()
-                for array in (features, labels):
-                    array.flush()  # the data must be on disk before they are counted
-                folder.write_result("progress", {"done": stop})
-                bar.update(stop - start)
+        with bar, one_behind(write) as written, one_ahead(read, batches) as ready:
+            for indices, images, of_batch in ready:
+                values = backbone(images.to(device, non_blocking=True)).to(_DTYPES[precision]).contiguous()
+                written(indices, OnItsWay(values), OnItsWay((~values.isfinite()).any()), of_batch)
 
 
 def _begun(
@@ -465,11 +481,25 @@ def _require_space(arrays: Sequence[_Array]) -> None:
         raise OSError(f"needs {needed / 2**30:.1f} GiB of free disk")
 
 
-def _batch(dataset: Dataset, indices: range, size: tuple[int, int], mean: Tensor) -> tuple[Tensor, NDArray[Any]]:
-    """Images (n, 3, H, W) float32 padded with the mean pixel, and labels (n, H, W), of which no padded pixel is labelled."""
-    images = mean.expand(len(indices), 3, *size).clone()
+def _batch(
+    dataset: Dataset,
+    indices: range,
+    size: tuple[int, int],
+    mean: Tensor,
+    read_all: Callable[..., Iterable[None]] = map,
+    pinned: bool = False,
+) -> tuple[Tensor, NDArray[Any]]:
+    """Images (n, 3, H, W) float32 padded with the mean pixel, and labels (n, H, W), of which no padded pixel is labelled.
+
+    `read_all` maps a function over the pictures, as a pool of threads may; `pinned` memory can be copied to a GPU meanwhile.
+    """
+    images = torch.empty((len(indices), 3, *size), pin_memory=pinned)
+    canvas = images.numpy()  # PyTorch would begin threads of its own for each of those that read
+    canvas[:] = mean.numpy()
     labels = np.stack([dataset.task.unlabelled(size)] * len(indices))
-    for row, index in enumerate(indices):
+
+    def read(row: int) -> None:
+        index = indices[row]
         sample = dataset[index % len(dataset)]  # the mirror images follow the images
         image, label = (sample.image, sample.label) if index < len(dataset) else (sample.image[:, ::-1], sample.label[:, ::-1])
         height, width = label.shape
@@ -477,6 +507,8 @@ def _batch(dataset: Dataset, indices: range, size: tuple[int, int], mean: Tensor
             raise InputError(
                 f"image {sample.name} is {height}×{width}, larger than {size[0]}×{size[1]}: give a larger `image_size`"
             )
-        images[row, :, :height, :width] = torch.from_numpy(image.copy()).permute(2, 0, 1)
+        canvas[row, :, :height, :width] = image.transpose(2, 0, 1)
         labels[row, :height, :width] = label
+
+    list(read_all(read, range(len(indices))))  # which raises the first error
     return images, labels

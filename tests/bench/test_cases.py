@@ -8,6 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.accuracy import Error, budget, error_of
+from bench.caching_case import CachingCase
 from bench.cases import (
     EAGER,
     EAGER_CHANNELS_LAST,
@@ -41,6 +42,7 @@ every_map_case = pytest.mark.parametrize(
 # float32 through a cell's training step: eager PyTorch itself is up to 1e-6 from the truth; a flipped ReLU would show as 3e-5.
 ROUNDING = 1e-5
 ROUNDING_IN_FLOAT64 = 1e-11
+ROUNDING_IN_FLOAT16 = 5e-4  # in which features are kept, also those of the truth: an element may be rounded the other way
 
 
 def run(case: Case, provider: Provider) -> dict[str, list[torch.Tensor]]:
@@ -52,8 +54,8 @@ def run(case: Case, provider: Provider) -> dict[str, list[torch.Tensor]]:
 @every_case
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_truth_is_that_of_the_reference(case: Case, dtype: str) -> None:
-    if isinstance(case, SearchCase):
-        pytest.skip("a search is made of our own code")
+    if isinstance(case, SearchCase | CachingCase):
+        pytest.skip("a search is made of our own code, a backbone of timm's")
     small = case.small()
     expected = {kind: [torch.from_numpy(part) for part in parts] for kind, parts in reference_truth(small, dtype).items()}
     assert error_of(small.truth(dtype), expected).maximum < ROUNDING_IN_FLOAT64
@@ -65,7 +67,8 @@ def test_every_provider_computes_the_truth(case: Case, provider: Provider) -> No
     if isinstance(case, SearchCase) and provider != OURS:
         pytest.skip("a search is made of our own code")
     small = case.small()
-    assert error_of(run(small, provider), small.truth("float32")).rms < ROUNDING
+    rounding = ROUNDING_IN_FLOAT16 if isinstance(case, CachingCase) else ROUNDING
+    assert error_of(run(small, provider), small.truth("float32")).rms < rounding
 
 
 @every_case

@@ -16,7 +16,7 @@ from PIL import Image
 
 import bench.run
 import bench.runner
-from bench.cases import COMPILE, EAGER, OURS, Job
+from bench.cases import COMPILE, EAGER, OURS, SUITES, Job
 from bench.costs import Cost
 from bench.measure import Run, measure, note_times
 from bench.plans import NEW_CELL
@@ -49,12 +49,12 @@ def test_a_whole_run_is_written_and_read_back(tmp_path: Path) -> None:
     assert len(read) == len(results.rows)
     timed = [line for line in read if line["status"] == "ok"]
     assert all(float(line["p20_ms"]) <= float(line["median_ms"]) <= float(line["p80_ms"]) for line in timed)
-    assert {line["suite"] for line in timed} == {"ops", "loss", "cell", "proxy", "search"}
-    assert [line["dtype"] for line in read if line["status"] == "not supported here"] == ["bfloat16"] * 5
+    assert {line["suite"] for line in timed} == set(SUITES)
+    assert [line["dtype"] for line in read if line["status"] == "not supported here"] == ["bfloat16"] * len(SUITES)
     with Image.open(paths[2]) as picture:
         assert picture.width > 1000
     summary = paths[1].read_text()
-    assert all(f"\n## {suite}, " in summary for suite in ("ops", "loss", "cell", "proxy", "search"))
+    assert all(f"\n## {suite}, " in summary for suite in SUITES)
     assert "nothing but time" in summary
     assert max(len(line) for line in table(results).splitlines() if line.startswith("|")) <= 120
     assert table(results) in summary
@@ -141,7 +141,18 @@ def test_targets_are_met_missed_or_not_measured() -> None:
     assert found["proxy iteration: at least 4× as quick as the best of PyTorch"] == "missed: 3.00×"
     assert found["peak memory of an iteration: under 1000 MB"] == "missed: 1.2e+03 MB"
     assert found["a new cell has trained its first iteration within 1 s"] == "not measured"
-    assert len(found) == 4
+    assert found[CACHING] == "not measured"
+    assert len(found) == 5
+
+
+CACHING = "caching features: at least 0.91× as quick as the model alone"
+
+
+@pytest.mark.parametrize("cuda", ["none", "13.0"])
+@pytest.mark.parametrize(("ours_ms", "verdict"), [(105.0, "met: 0.95×"), (115.0, "missed: 0.87×")])
+def test_caching_is_judged_beside_the_model(ours_ms: float, verdict: str, cuda: str) -> None:
+    rows = [row("ours", ours_ms, suite="features"), row("eager", 100.0, suite="features")]
+    assert verdicts(results_of(*rows, cuda=cuda))[CACHING] == verdict
 
 
 ITERATION = "proxy iteration: at least 4× as quick as the best of PyTorch"
@@ -240,7 +251,7 @@ def test_gpu_targets_are_judged_on_a_gpu_only() -> None:
     found = verdicts(results_of(*rows, cuda="13.0"))
     assert found["proxy iteration: at most 0.67 ms"] == "met: 0.5 ms"
     assert found["a cell all in, 30,000 iterations and its start: at most 21.6 s"] == "met: 15.0 s"
-    assert len(found) == 8
+    assert len(found) == 9
 
 
 def test_one_slower_rate_misses_never_slower() -> None:

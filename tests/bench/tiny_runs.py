@@ -33,6 +33,7 @@ TINY = replace(
         train_images=3,
         val_images=2,
     ),
+    caching=replace(QUICK.caching, pictures=2, size=(64, 48)),
 )
 ROOFS = Roofs(copy_gb_per_s=10.0, matrix_gflops={"float32": 50.0})
 ENVIRONMENT = Environment(

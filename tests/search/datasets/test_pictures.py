@@ -4,8 +4,12 @@ Files are made from known arrays; what must come out is computed from these by t
 """
 
 import colorsys
+import multiprocessing
+import os
 import pickle
 import re
+import threading
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -560,6 +564,52 @@ def test_threads_read_at_once(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
         for pixels in pool.map(READER.image, [tmp_path / "a.png"] * 64):
             np.testing.assert_array_equal(pixels, FLAT)
+    assert limit == Image.MAX_IMAGE_PIXELS
+
+
+def test_what_is_set_aside_comes_back_with_the_last_thread(tmp_path: Path) -> None:
+    saved(FLAT)(tmp_path / "a.png")
+    limit, filters = Image.MAX_IMAGE_PIXELS, warnings.filters[:]
+    meeting = threading.Barrier(4)
+
+    def read() -> None:
+        with READER._opened(tmp_path / "a.png"):
+            meeting.wait(60)  # all have the file open
+            assert Image.MAX_IMAGE_PIXELS is None
+
+    with ThreadPoolExecutor(4) as pool:
+        for future in [pool.submit(read) for _ in range(4)]:
+            future.result()
+    assert (Image.MAX_IMAGE_PIXELS, warnings.filters) == (limit, filters)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="loading processes are not forked here")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_loading_process_begins_with_what_was_set_aside_by_others(tmp_path: Path) -> None:
+    saved(FLAT)(tmp_path / "a.png")
+    limit = Image.MAX_IMAGE_PIXELS
+    opened, forked = threading.Event(), threading.Event()
+
+    def read() -> None:
+        with READER._opened(tmp_path / "a.png"):
+            opened.set()
+            assert forked.wait(60)
+
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(read)
+        assert opened.wait(60)
+        context = multiprocessing.get_context("fork")
+        child = context.Process(target=read_alone, args=(tmp_path / "a.png", limit))
+        child.start()
+        forked.set()
+        future.result()
+        child.join(60)
+    assert child.exitcode == 0
+
+
+def read_alone(path: Path, limit: int) -> None:
+    assert limit == Image.MAX_IMAGE_PIXELS
+    assert READER.image(path).shape == FLAT.shape
     assert limit == Image.MAX_IMAGE_PIXELS
 
 

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +23,8 @@ from torch import Tensor, nn
 import search.tasks.feature_cache
 from fast.backbone import Backbone
 from reference.grid import Grid
-from search.datasets import IGNORE_INDEX, Fingerprint, Sample
+from search.datasets import IGNORE_INDEX, Fingerprint, Sample, open_dataset
+from search.datasets.files import FileDataset
 from search.dense_tasks import DenseTask
 from search.dense_tasks.segmentation import Segmentation
 from search.errors import InputError
@@ -158,6 +160,29 @@ def test_every_feature_and_label_is_where_it_belongs(
         labelled = at_features != IGNORE_INDEX
         if dtype == "float16":  # holds pixels exactly
             assert torch.equal((red % 2)[labelled], at_features[labelled])
+
+
+def test_files_are_read_by_several_threads_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(20):
+        made.write_image(tmp_path / "train" / f"{number:02}.png", number, (20, 40))
+        made.write_label(tmp_path / "train" / f"{number:02}.bmp", np.full((20, 40), number % 2, np.uint8))
+    description = 'classes = ["even", "odd"]\nimages = "{split}/{name}.png"\nlabels = "{split}/{name}.bmp"\n[splits.train]\n'
+    (tmp_path / "set.toml").write_text(description)
+    train, backbone = open_dataset(str(tmp_path / "set.toml"), "train", None), pixel_backbone()
+    of_train = search.tasks.feature_cache._identity(FeatureSettings(), train, backbone, mirrored=False)
+    original = FileDataset.__getitem__
+
+    for readers in (1, 4):
+        together = threading.Barrier(readers)
+
+        def getitem(self: FileDataset, index: int, together: threading.Barrier = together) -> Sample:
+            together.wait(60)  # for as many as are to read at a time
+            return original(self, index)
+
+        monkeypatch.setattr(FileDataset, "__getitem__", getitem)
+        monkeypatch.setattr(search.tasks.feature_cache, "_READERS", readers)
+        build_cache(tmp_path / str(readers), train, backbone, of_train, "cpu", COMMAND)
+    assert contents(tmp_path / "1") == contents(tmp_path / "4")
 
 
 def test_a_cache_cannot_be_changed_by_who_reads_it(tmp_path: Path) -> None:
@@ -466,6 +491,20 @@ def test_features_beyond_float16_are_refused_and_fit_bfloat16(tmp_path: Path) ->
         build(tmp_path / "half", TWENTY, pixel_backbone(scale=1e4))
     cache = build(tmp_path / "brain", TWENTY, pixel_backbone(scale=1e4), feature_dtype="bfloat16")
     assert bool(cache.features.isfinite().all())
+
+
+@pytest.mark.parametrize("first", [0, 8, 16, 19])
+def test_no_batch_counts_from_the_first_that_is_refused(tmp_path: Path, first: int) -> None:
+    class Overflowing(Pictures):
+        def __getitem__(self, index: int) -> Sample:
+            sample = super().__getitem__(index)
+            return sample if index == first else sample._replace(image=np.full_like(sample.image, MEAN[0]))
+
+    backbone = pixel_backbone(scale=2e3)
+    with pytest.raises(InputError, match=r"leave the range of float16"):
+        build(tmp_path, Overflowing(TWENTY.sizes), backbone)
+    with pytest.raises(HalfWrittenError, match=f"holds the features of {first // 8 * 8} of 20"):
+        open_cache(tmp_path, identity(TWENTY, backbone))
 
 
 def test_a_picture_larger_than_the_canvas_is_refused(tmp_path: Path) -> None:
