@@ -42,6 +42,7 @@ from reference.cell import (
     Operation,
     PyramidPooling,
 )
+from reference.grid import Grid
 from search.cells.space import load_cell
 from search.settings import HeadSettings, ProxySettings
 
@@ -69,6 +70,7 @@ class Scale:
 
     maps: tuple[tuple[int, int, int, int], ...]  # (batch, channels, height, width); the last one is larger than every cache
     proxy: ProxyCase
+    centres: ProxyCase  # the same iteration on the features of a vision transformer
     search: SearchCase
     caching: CachingCase
     rates: tuple[tuple[int, int], ...]
@@ -80,6 +82,16 @@ class Scale:
 PAPER = Scale(
     maps=((8, 256, 49, 49), (16, 256, 97, 97)),
     proxy=ProxyCase(cell=load_cell("dpc"), batch=8, in_channels=320, channels=256, num_classes=19, crop=(49, 49)),
+    centres=ProxyCase(
+        name="iteration, centres",
+        cell=load_cell("dpc"),
+        batch=8,
+        in_channels=384,
+        channels=256,
+        num_classes=19,
+        crop=(32, 32),
+        grid=Grid(16, align_corners=False),
+    ),
     search=SearchCase(
         cells=4,
         settings=ProxySettings(iterations=80, learning_rate=0.05),
@@ -157,6 +169,8 @@ def _stages_of_minutes(device: torch.device, scale: Scale) -> Iterator[Stage]:
         for shape in dict.fromkeys(case.shape for case in cases):
             yield Stage(f"{name}, {shape}", 75, _jobs([case for case in cases if case.shape == shape], first))
     yield Stage(f"iteration beside eager, {first}", 75, step[first])
+    both_grids = _jobs([corners_beside(scale.centres), scale.centres], first, ())
+    yield Stage(f"iterations on both grids, {first}", 60, both_grids, stages.both_grids)
     for dtype in others:
         yield Stage(f"iteration, {dtype}", 90, step[dtype], stages.iteration)
         yield Stage(f"profile, {dtype}", 60, step[dtype], profiles.profile)
@@ -172,6 +186,12 @@ def _stages_of_minutes(device: torch.device, scale: Scale) -> Iterator[Stage]:
     yield Stage("search", 120, (planner.job(scale.search, first),))
     (caching,) = planner.cases(["features"])
     yield Stage("features", 90, (planner.job(caching, "float32"),))
+
+
+def corners_beside(centres: ProxyCase) -> ProxyCase:
+    """The same iteration on the features that a CNN has of pictures of one pixel more along each side."""
+    crop = centres.crop[0] + 1, centres.crop[1] + 1
+    return replace(centres, name="iteration, corners", crop=crop, grid=Grid(centres.grid.stride))
 
 
 def _jobs(cases: Iterable[Case], dtype: DType, others: tuple[Provider, ...] = (EAGER, EAGER_CHANNELS_LAST)) -> tuple[Job, ...]:
@@ -247,6 +267,8 @@ class Planner:
         if {"ops", "cell"}.intersection(suites):
             yield f"torch.compile: at rates {rates}, one grid, the published cell and ASPP only"
             yield f"first call and memory: of the cases that are compiled, at rate {FRESH_RATE[0]}×{FRESH_RATE[1]} alone"
+        if "loss" in suites:
+            yield "the loss and the confusion matrix on centres: not by torch.compile, no first call and memory"
         if "ops" in suites and on_cpu:
             yield f"16×256×97×97 on a CPU: at rates {rates} and one grid only"
 
@@ -259,6 +281,8 @@ class Planner:
         """Whether the case represents others like it, for measurements that are too slow to do for all."""
         if isinstance(case, OperationCase):
             return case.operation in self._operations(everything=False)
+        if isinstance(case, LossCase):
+            return case.align_corners
         return not isinstance(case, CellCase) or case.name in ("dpc", "aspp")
 
     def _operations(self, *, everything: bool) -> list[Operation]:
@@ -281,11 +305,11 @@ class Planner:
                     yield DepthwiseCase(name="depthwise {}x{}".format(*rate), mode=mode, rate=rate, **size)
 
     def _loss(self) -> Iterator[Case]:
-        proxy = self.scale.proxy
-        sizes: dict[str, Any] = {"batch": proxy.batch, "num_classes": proxy.num_classes}
-        sizes |= {"size": proxy.crop, "label_size": proxy.label_size}
-        yield LossCase(name="loss and gradient", mode="training", **sizes)
-        yield LossCase(name="confusion matrix", mode="inference", **sizes)
+        for proxy, kind in ((self.scale.proxy, ""), (self.scale.centres, ", centres")):
+            sizes: dict[str, Any] = {"batch": proxy.batch, "num_classes": proxy.num_classes}
+            sizes |= {"size": proxy.crop, "label_size": proxy.label_size, "align_corners": proxy.grid.align_corners}
+            yield LossCase(name=f"loss and gradient{kind}", mode="training", **sizes)
+            yield LossCase(name=f"confusion matrix{kind}", mode="inference", **sizes)
 
     def _cells(self) -> Iterator[Case]:
         proxy, names = self.scale.proxy, ["dpc"] if self.quick else ["dpc", "aspp"]

@@ -156,6 +156,19 @@ def cold_samples(workload: Workload, device: torch.device, rounds: int, *, launc
     return interleaved({OURS.name: workload}, rounds, clock, CacheFlush(device), rng)[OURS.name]
 
 
+def both_grids(run: Run, corners: Job, centres: Job, say: Say) -> None:
+    """Time our training steps on features at corners and at centres, in turns with flushed caches, and give their ratio."""
+    device, rng = run.prepare(), np.random.default_rng(0)
+    calls = {name: job.case.workload(OURS, job.dtype, device) for name, job in (("corners", corners), ("centres", centres))}
+    for workload in calls.values():
+        for _ in range(1 + warm_up_calls(device)):
+            workload()
+    samples = interleaved(calls, run.rounds, Clock(device, launches_count=True), CacheFlush(device), rng)
+    ms = {name: Summary.of(of_grid.cold).median for name, of_grid in samples.items()}
+    say({f"{name}_ms": median for name, median in ms.items()})
+    say({"centres_by_corners": ms["centres"] / ms["corners"]})
+
+
 def graph_beside_calls(run: Run, job: Job, say: Say) -> None:
     """Compare the losses of the same steps from the same seed, by the captured graph and call by call: they must agree."""
     device, losses = run.prepare(), []

@@ -24,6 +24,7 @@ TINY = replace(
     QUICK,
     maps=((2, 6, 7, 8), (2, 6, 9, 8)),
     proxy=replace(QUICK.proxy, batch=2, in_channels=10, channels=6, num_classes=3, crop=(4, 5)),
+    centres=replace(QUICK.centres, batch=2, in_channels=10, channels=6, num_classes=3, crop=(4, 5)),
     rates=((1, 1), (6, 21)),
     random_cells=1,
     search=replace(

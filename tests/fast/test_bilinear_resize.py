@@ -16,25 +16,28 @@ from tests.strategies import map_sizes, rng_seeds
 
 
 @every_device
-@pytest.mark.parametrize("resize", [bilinear_resize, lambda x, size: operations_for(x).resize(NormedMap(x), size)])
-@given(map_sizes(), map_sizes(), st.integers(1, 2), st.sampled_from(LAYOUTS), rng_seeds())
+@pytest.mark.parametrize(
+    "resize", [bilinear_resize, lambda x, size, **grid: operations_for(x).resize(NormedMap(x), size, **grid)]
+)
+@given(map_sizes(), map_sizes(), st.integers(1, 2), st.sampled_from(LAYOUTS), st.booleans(), rng_seeds())
 def test_equals_reference(
     device: str,
-    resize: Callable[[Tensor, tuple[int, int]], Tensor],
+    resize: Callable[..., Tensor],
     in_size: tuple[int, int],
     out_size: tuple[int, int],
     batch: int,
     layout: Layout,
+    align_corners: bool,
     seed: int,
 ) -> None:
     """Larger, smaller, and to or from a single pixel."""
     rng = np.random.default_rng(seed)
     inputs = (rng.standard_normal((batch, 3, *in_size)),)
     pair = (
-        lambda x: reference.bilinear_resize(x, out_size),
-        lambda grad_output, x: (reference.bilinear_resize_backward(grad_output, in_size),),
+        lambda x: reference.bilinear_resize(x, out_size, align_corners=align_corners),
+        lambda grad_output, x: (reference.bilinear_resize_backward(grad_output, in_size, align_corners=align_corners),),
     )
-    check(lambda x: resize(x, out_size), pair, inputs, rng, device, layout)
+    check(lambda x: resize(x, out_size, align_corners=align_corners), pair, inputs, rng, device, layout)
 
 
 def test_matrix_is_made_once_and_serves_inference_and_training() -> None:

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import fast
 from fast import DensePredictionCell, checkpoint, explain, mean_iou, upsampled_cross_entropy
+from fast.bilinear_resize import bilinear_resize
 from reference.cell import BACKBONE_FEATURE, AtrousSeparableConv, Branch, Cell, Conv1x1, PyramidPooling
 from tests.fast.test_fusion import needs_kernels, network
 
@@ -65,8 +66,9 @@ def test_beside_a_compiled_backbone_the_cell_keeps_its_kernels() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")  # of a constant matrix
+@pytest.mark.parametrize("align_corners", [True, False])
 @pytest.mark.parametrize("weights", [None, torch.tensor([0.0, 2.0, 0.5])], ids=["", "weighted"])
-def test_a_compiled_loss_has_its_gradient(weights: torch.Tensor | None) -> None:
+def test_a_compiled_loss_has_its_gradient(weights: torch.Tensor | None, align_corners: bool) -> None:
     torch._dynamo.reset()
     logits = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     labels = torch.ones(2, 49, 49, dtype=torch.int64)
@@ -74,10 +76,25 @@ def test_a_compiled_loss_has_its_gradient(weights: torch.Tensor | None) -> None:
     eager = upsampled_cross_entropy.upsampled_cross_entropy
     for loss in (eager, torch.compile(eager, backend="aot_eager", fullgraph=True)):
         x = logits.clone().requires_grad_()
-        loss(x, labels, class_weights=weights).backward()  # type: ignore[no-untyped-call]
+        loss(x, labels, class_weights=weights, align_corners=align_corners).backward()  # type: ignore[no-untyped-call]
         assert x.grad is not None
         gradients.append(x.grad)
     assert torch.allclose(gradients[0], gradients[1], rtol=0, atol=ROUNDING)
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")  # of a constant matrix
+@pytest.mark.parametrize("align_corners", [True, False])
+def test_exported_resizes_and_scores_are_the_same(align_corners: bool) -> None:
+    class Counts(nn.Module):
+        def forward(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+            confusion = mean_iou.upsampled_confusion_matrix(logits, labels, align_corners=align_corners)
+            return bilinear_resize(logits, (19, 23), align_corners=align_corners), confusion
+
+    logits = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
+    labels = torch.randint(3, (2, 32, 40), generator=torch.Generator().manual_seed(1))
+    program = torch.export.export(Counts(), (logits, labels))
+    for actual, expected in zip(program.module()(logits, labels), Counts()(logits, labels), strict=True):
+        assert torch.allclose(actual.float(), expected.float(), rtol=0, atol=ROUNDING)
 
 
 def test_compiled_dropout_draws_afresh() -> None:

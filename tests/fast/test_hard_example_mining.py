@@ -45,11 +45,13 @@ def some_pixels(seed: int = 0) -> tuple[Tensor, Tensor]:
     return torch.randn(2, 5, 3, 4, generator=generator), labels
 
 
+@pytest.mark.parametrize("align_corners", [True, False])
 @pytest.mark.parametrize("share", [0.01, 0.25, 0.75])
-def test_exactly_the_largest_losses_are_kept(share: float) -> None:
+def test_exactly_the_largest_losses_are_kept(share: float, align_corners: bool) -> None:
     logits, labels = some_pixels()
-    losses = F.cross_entropy(bilinear_resize(logits, (33, 49)), labels, ignore_index=IGNORE_INDEX, reduction="none")
-    kept = hardest_pixels(logits, labels, share) != IGNORE_INDEX
+    wide = bilinear_resize(logits, (33, 49), align_corners=align_corners)
+    losses = F.cross_entropy(wide, labels, ignore_index=IGNORE_INDEX, reduction="none")
+    kept = hardest_pixels(logits, labels, share, align_corners=align_corners) != IGNORE_INDEX
     assert kept.sum() == int(share * labels.numel())
     assert losses[kept].min() >= losses[~kept].max() - 1e-5  # two float32 ways to the same loss
 

@@ -1,5 +1,6 @@
 import contextlib
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -32,10 +33,10 @@ ONE = np.ones(())  # the loss is a scalar: its cotangent
 ROUNDING = 1e-5  # float32 values of order 1
 
 
-def expected_step(outputs: Array, targets: Array) -> Step:
+def expected_step(outputs: Array, targets: Array, *, align_corners: bool = True) -> Step:
     return reference_step(
-        lambda x: np.asarray(reference.upsampled_l1(x, targets)),
-        lambda _, x: (reference.upsampled_l1_backward(x, targets),),
+        lambda x: np.asarray(reference.upsampled_l1(x, targets, align_corners=align_corners)),
+        lambda _, x: (reference.upsampled_l1_backward(x, targets, align_corners=align_corners),),
         (outputs,),
         ONE,
     )
@@ -61,13 +62,14 @@ def some_maps() -> tuple[Tensor, Tensor]:
 
 @every_device
 @pytest.mark.parametrize("kernels", [contextlib.nullcontext, lambda: using(None)], ids=["kernels", "pytorch"])
-@example((2, 1), (6, 1), 1, 0.3, "contiguous", 0)
+@example((2, 1), (6, 1), 1, 0.3, "contiguous", True, 0)
 @given(
     map_sizes(6),
     map_sizes(),
     st.integers(1, 3),
     st.sampled_from((0.0, 0.3, 0.95, 1.0)),
     st.sampled_from(LAYOUTS),
+    st.booleans(),
     rng_seeds(),
 )
 def test_equals_reference(
@@ -78,6 +80,7 @@ def test_equals_reference(
     batch: int,
     unmeasured: float,
     layout: Layout,
+    align_corners: bool,
     seed: int,
 ) -> None:
     """Targets larger and smaller than the outputs, down to 1×1; a few, most and all of them not measured."""
@@ -85,11 +88,14 @@ def test_equals_reference(
     outputs, targets = rng.standard_normal((batch, 1, *size)), draw_targets((batch, *target_size), unmeasured, rng)
     on_device = torch.from_numpy(targets).to(device)
     with kernels():
-        actual = torch_step(lambda x: upsampled_l1(x, on_device), to_tensors((outputs,), device, layout), ONE)
-        losses = pixel_losses(torch.from_numpy(outputs).to(device), on_device)
+        loss = partial(upsampled_l1, targets=on_device, align_corners=align_corners)
+        actual = torch_step(loss, to_tensors((outputs,), device, layout), ONE)
+        losses = pixel_losses(torch.from_numpy(outputs).to(device), on_device, align_corners=align_corners)
     # What the pixels around an output add to its gradient: terms of both signs, whose sum may be 0.
-    assert_equal_steps(actual, expected_step(outputs, targets), terms=1 / max(1, int((~np.isnan(targets)).sum())))
-    expected = np.nan_to_num(np.abs(bilinear_resize(outputs, target_size)[:, 0] - targets), nan=0.0)
+    terms = 1 / max(1, int((~np.isnan(targets)).sum()))
+    assert_equal_steps(actual, expected_step(outputs, targets, align_corners=align_corners), terms=terms)
+    resized = bilinear_resize(outputs, target_size, align_corners=align_corners)[:, 0]
+    expected = np.nan_to_num(np.abs(resized - targets), nan=0.0)
     np.testing.assert_allclose(losses.cpu(), expected, rtol=0, atol=1e-12)  # float64 values of order 1
 
 

@@ -144,9 +144,12 @@ def test_separable_inference_is_within_budget(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
 @pytest.mark.parametrize("lead", [0.0, 40.0])  # of a class in every third row: then pixels between are computed one by one
-@pytest.mark.parametrize(("classes", "size", "label_size"), [(19, (49, 49), (769, 769)), (150, (33, 17), (100, 333))])
+@pytest.mark.parametrize(
+    ("classes", "size", "label_size", "align_corners"),
+    [(19, (49, 49), (769, 769), True), (150, (33, 17), (100, 333), True), (19, (32, 32), (512, 512), False)],
+)
 def test_loss_is_within_budget(
-    classes: int, size: tuple[int, int], label_size: tuple[int, int], lead: float, weighted: bool
+    classes: int, size: tuple[int, int], label_size: tuple[int, int], align_corners: bool, lead: float, weighted: bool
 ) -> None:
     weights = torch.arange(classes, device="cuda") % 7 / 4 if weighted else None
 
@@ -159,7 +162,7 @@ def test_loss_is_within_budget(
 
     def plain(drawn: tuple[Tensor, Tensor], dtype: torch.dtype) -> list[Tensor]:
         logits = drawn[0].to(dtype).requires_grad_()
-        upsampled = F.interpolate(logits, label_size, mode="bilinear", align_corners=True)
+        upsampled = F.interpolate(logits, label_size, mode="bilinear", align_corners=align_corners)
         of_classes = None if weights is None else weights.to(dtype)
         loss = F.cross_entropy(upsampled, drawn[1].long(), of_classes, ignore_index=255, reduction="sum")
         loss = loss / (drawn[1] != 255).sum()
@@ -167,19 +170,22 @@ def test_loss_is_within_budget(
         assert logits.grad is not None
         return [loss, logits.grad]
 
-    assert_budget_over_draws(
-        draw, lambda drawn: triton_backend.upsampled_cross_entropy(drawn[0], drawn[1], 255, weights), plain, torch.float32
-    )
+    def ours(drawn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return triton_backend.upsampled_cross_entropy(*drawn, 255, weights, align_corners)
+
+    assert_budget_over_draws(draw, ours, plain, torch.float32)
 
 
-def test_confusion_matrix_counts_every_pixel() -> None:
+@pytest.mark.parametrize(("size", "label_size", "align_corners"), [(49, 769, True), (48, 768, False)])
+def test_confusion_matrix_counts_every_pixel(size: int, label_size: int, align_corners: bool) -> None:
     """Predictions may differ where two classes are equal up to rounding: of 2.4 million random pixels, by far below 100."""
     generator = torch.Generator("cuda").manual_seed(0)
-    logits = torch.randn(4, 19, 49, 49, generator=generator, device="cuda")
-    labels = torch.randint(19, (4, 769, 769), generator=generator, device="cuda").to(torch.uint8)
-    predictions = F.interpolate(logits.double(), (769, 769), mode="bilinear", align_corners=True).argmax(dim=1)
+    logits = torch.randn(4, 19, size, size, generator=generator, device="cuda")
+    labels = torch.randint(19, (4, label_size, label_size), generator=generator, device="cuda").to(torch.uint8)
+    wide = F.interpolate(logits.double(), (label_size, label_size), mode="bilinear", align_corners=align_corners)
+    predictions = wide.argmax(dim=1)
     expected = torch.bincount((labels.long() * 19 + predictions).ravel(), minlength=361).view(19, 19)
-    actual = triton_backend.upsampled_confusion_matrix(logits, labels, 255)
+    actual = triton_backend.upsampled_confusion_matrix(logits, labels, 255, align_corners)
     assert actual.sum() == labels.numel()
     assert (actual - expected).abs().sum() <= 100
 
