@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from fast.checkpoint import CONTEXT_FORMAT, FORMAT, NETWORK_FORMAT, read_description, write_whole
 from fast.hub import FILE
 from reference.cell import Cell
+from reference.grid import Grid
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
@@ -96,6 +97,10 @@ def _facts(description: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     backbone, source = description.get("backbone") or {}, description.get("source") or {}
     if name := backbone.get("name") or backbone.get("backbone"):
         yield "backbone", name
+    if not backbone.get("align_corners", True):
+        yield "sizes of pictures", f"{Grid(backbone['output_stride'], align_corners=False)} pixels each way"
+    if layers := backbone.get("layers"):
+        yield "layers of the backbone", ", ".join(map(str, layers))
     if description.get("decoder"):
         yield "decoder", "DeepLabv3+"
     if names := description.get("class_names"):

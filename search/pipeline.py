@@ -345,7 +345,7 @@ def run_search(
 def _keeper(folder: Path, features: FeatureCache) -> Callable[[str, SegmentationHead], None]:
     """Writes a head that was trained on these features, by its name."""
     origin = features.identity
-    names = ("backbone", "weights_origin", "output_stride", "dataset", LAYERS)
+    names = ("backbone", "weights_origin", "output_stride", "dataset", LAYERS, "patch_size")
     backbone = {name: origin[name] for name in names if name in origin}
     backbone |= {"weights_hash": origin[WEIGHTS], "mean": origin[MEAN], "std": origin[STD]}
 

@@ -30,7 +30,7 @@ class ReportSettings:
     """Channels of the features that cells without weights read: 320 of MobileNet-v2, 2048 of Xception; of several layers those
     of each, the deepest one first."""
     output_stride: int = 16
-    """Pixels per feature, 8 or 16, for cells without weights; at 8 the rates double."""
+    """Pixels per feature, 4 to 32, for cells without weights; at 8 the rates double."""
     feature_size: tuple[int, int] = (65, 129)
     """Height and width of the map of --cells, for cost, latency and pictures. Default: a Cityscapes image's at stride 16."""
     cell: Flat[CellSettings] = CellSettings(branch_channels=256)
@@ -70,7 +70,7 @@ def main(settings: ReportSettings) -> None:
 
 def _check(settings: ReportSettings) -> None:
     settings.cell.check()
-    require("output_stride", settings.output_stride, settings.output_stride in (8, 16), "8 or 16")
+    require("output_stride", settings.output_stride, 4 <= settings.output_stride <= 32, "4 to 32")
     require("in_channels", settings.in_channels, min(settings.in_channels, default=0) >= 1, "at least 1 each")
     require("feature_size", settings.feature_size, min(settings.feature_size) >= 1, "at least 1 each")
 

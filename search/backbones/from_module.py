@@ -11,7 +11,7 @@ from reference.grid import Grid
 from search.errors import InputError
 
 _PROBE = (129, 161)  # height and width in pixels, 16·k + 1 each
-_FEATURES = (8, 10)  # height and width of the maps by which strides are told apart
+_FEATURES = (33, 3)  # height and width of the maps by which strides are told apart: rows tell 31 from 32
 _STRIDES = (16, 8, 32, 14, 4, *(stride for stride in range(5, 32) if stride not in (8, 14, 16)))  # usual ones first
 
 

@@ -263,6 +263,7 @@ def _identity(settings: FeatureSettings, dataset: Dataset, backbone: Backbone, m
         "backbone": backbone.name,
         WEIGHTS: backbone.weights_hash(),
         "weights_origin": backbone.weights_origin,
+        **({} if backbone.patch_size is None else {"patch_size": backbone.patch_size}),
         MEAN: backbone.mean.flatten().tolist(),
         STD: backbone.std.flatten().tolist(),
         "output_stride": backbone.output_stride,

@@ -18,6 +18,7 @@ from fast.checkpoint import (
     FORMAT,
     NETWORK_FORMAT,
     describe_file,
+    load_backbone,
     load_context,
     load_head,
     load_network,
@@ -25,6 +26,7 @@ from fast.checkpoint import (
     save_head,
     save_network,
 )
+from fast.timm_models import cut_of
 from reference.cell import BACKBONE_FEATURE, AtrousSeparableConv, Branch, Cell, Conv1x1, PyramidPooling
 from reference.pyramid_pooling import PoolingVariant
 
@@ -329,6 +331,48 @@ def test_network_round_trip(tmp_path: Path, decoder: bool, output_stride: int) -
     images = torch.rand(1, 3, 34, 50) * 255
     with torch.no_grad():
         assert torch.equal(loaded(images), network.eval()(images))
+
+
+def network_on(backbone: Backbone) -> SegmentationNetwork:
+    context = DensePredictionCell(
+        CELL, backbone.channels, branch_channels=4, cell_channels=4, output_stride=backbone.output_stride
+    )
+    return SegmentationNetwork(backbone, SegmentationHead(context, len(CLASSES))).eval()
+
+
+NOT_AS_BEFORE = ("align_corners", "layers", "deepest", "patch_size")
+ON_OTHER_GRIDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "blocks": ({"name": "test_vit", "layers": (-1, -4)}, {"align_corners": False, "layers": [-1, -4]}),
+    "other patches": ({"name": "test_vit", "patch_size": 14}, {"align_corners": False, "patch_size": 14}),
+    "a stage": ({"name": "test_convnext"}, {"align_corners": False, "deepest": -2}),
+    "stages": ({"name": "efficientvit_b0", "layers": (-1, -2)}, {"layers": [-1, -2], "deepest": -2}),
+    "as before": ({"name": "resnet18"}, {}),
+}
+
+
+@pytest.mark.parametrize(("arguments", "fields"), ON_OTHER_GRIDS.values(), ids=ON_OTHER_GRIDS.keys())
+def test_layers_patches_and_grid_are_in_the_file(tmp_path: Path, arguments: dict[str, Any], fields: dict[str, Any]) -> None:
+    network, path = network_on(timm_backbone(**arguments)), tmp_path / "network.safetensors"
+    save_network(path, network, task={"class_names": CLASSES})
+    cut_of.cache_clear()
+    loaded, description = load_network(path)
+    backbone = load_backbone(path)
+    assert cut_of.cache_info().misses == 0  # nothing was measured
+    assert {key: description["backbone"][key] for key in NOT_AS_BEFORE if key in description["backbone"]} == fields
+    assert loaded.backbone.cut == backbone.cut == network.backbone.cut
+    height, width = backbone.grid.pixels((3, 4))
+    images = torch.rand(1, 3, height, width) * 255
+    with torch.no_grad():
+        assert torch.equal(loaded(images), network(images))
+        assert torch.equal(backbone(images), network.backbone(images))
+
+
+def test_a_network_on_a_stage_has_one_output_stride(tmp_path: Path) -> None:
+    path = tmp_path / "network.safetensors"
+    save_network(path, network_on(timm_backbone("test_convnext")), task={"class_names": CLASSES})
+    for load in (load_network, load_backbone):
+        with pytest.raises(ValueError, match="'test_convnext' has features at output stride 16 alone, asked for 8"):
+            load(path, output_stride=8)
 
 
 def network_without_pooling(name: str) -> SegmentationNetwork:

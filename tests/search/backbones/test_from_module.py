@@ -109,6 +109,10 @@ MISFITS: dict[str, tuple[nn.Module, str]] = {
         Strided(1),
         r"gives 65×81 features .*, an output stride of 2, where 4 to 32 can be read: change strides to dilation",
     ),
+    "a stride beside the kernel": (
+        nn.Conv2d(3, 8, 3, stride=16),
+        r"has features at 16·i \+ 1\.0 pixels: neither on every 16th pixel",
+    ),
     "padded on one side": (
         LeansToOneSide(),
         r"has features at 16·i \+ 1\d\.\d pixels: neither on every 16th pixel, .* or leave out even ones",
@@ -118,7 +122,7 @@ MISFITS: dict[str, tuple[nn.Module, str]] = {
         r"must give a map .*, got \(1, 8\): cut",
     ),
     "no tensor": (Several(lambda early, last: "maps"), r"must give a map \(N, channels, h, w\), or several, got str"),
-    "an error": (Raises(), r"gives no features of images \(1, 3, 113, 145\) \(224×224 only\): correct it"),
+    "an error": (Raises(), r"gives no features of images \(1, 3, 513, 33\) \(224×224 only\): correct it"),
 }
 
 

@@ -119,7 +119,7 @@ def test_equal_names_are_told_apart_by_their_folders(tmp_path: Path) -> None:
         ({"run": Path("runs")}, "give either `run` with a folder, or `cells`"),
         ({"cells": ("nobody",)}, "there is no cell 'nobody'"),
         ({"cells": ("nobody.safetensors",)}, "nobody.safetensors cannot be read as safetensors"),
-        ({"output_stride": 4}, "`output_stride` must be 8 or 16, got 4"),
+        ({"output_stride": 3}, "`output_stride` must be 4 to 32, got 3"),
         ({"in_channels": (8, 0)}, "`in_channels` must be at least 1 each, got (8, 0)"),
         ({"in_channels": ()}, "`in_channels` must be at least 1 each, got ()"),
         ({"branch_channels": 0}, "`branch_channels` must be at least 1, got 0"),
