@@ -4,6 +4,7 @@ import runpy
 from pathlib import Path
 
 import pytest
+import timm
 
 DOCS = Path(__file__).parents[1] / "docs"
 LISTING = runpy.run_path(str(DOCS / "list_backbones.py"))
@@ -21,6 +22,6 @@ def test_the_table_has_all_models() -> None:
     assert len(LISTING["MODELS"]) >= 60
 
 
-@pytest.mark.parametrize("name", SAMPLE)
+@pytest.mark.parametrize("name", [name for name in SAMPLE if timm.is_model(name)])  # the oldest timm has not all of them
 def test_rows_are_as_measured(name: str) -> None:
     assert LISTING["row"](name) == ROWS[name]
