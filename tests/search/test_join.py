@@ -170,13 +170,13 @@ def test_what_cannot_be_joined_is_refused(searched: RandomSettings, run: Run, tm
     state["conv_stem.weight"] *= 2
     torch.save(state, tmp_path / "other.pth")
     other = BackboneSettings(weights=tmp_path / "other.pth")
-    absent = run.directory / "heads" / "psp_seed0.safetensors"
+    absent = run.directory / "heads" / "psp_seed9.safetensors"
     stride = BackboneSettings(weights=searched.backbone.weights, output_stride=8)
     pictures = write_camvid(tmp_path / "camvid", (32, 49))
     for settings, sentence in (
         (JoinSettings(), "give the folder of a search as `run`, or a head"),
         (JoinSettings(run=tmp_path), "is not a run"),
-        (JoinSettings(run=run.directory, head=absent), "there is no head .*psp_seed0"),
+        (JoinSettings(run=run.directory, head=absent), "there is no head .*psp_seed9"),
         (
             JoinSettings(run=run.directory, backbone=other),
             f"was trained on {BACKBONE} with the weights .*…, these are .*…",
@@ -218,7 +218,7 @@ def test_printed_commands_lead_from_a_search_to_an_exported_network(
     (search_again,) = printed(capsys.readouterr().out)
     assert search_again == [*spelled("random").split(), *features[3:], "--image-size", "49", "65"]
     assert type_in([*spelled("report").split(), "--run", str(run.directory)], monkeypatch) == 0
-    join, train = printed(capsys.readouterr().out)
+    join, fine_tune, train = printed(capsys.readouterr().out)
     assert type_in(join, monkeypatch) == 0
     score = f"{100 * load_network(run.directory / 'network.safetensors')[1]['source']['mean_iou']:.2f}"
     evaluate, predict, export = printed(capsys.readouterr().out)
@@ -241,6 +241,12 @@ def test_printed_commands_lead_from_a_search_to_an_exported_network(
     assert (trained.cell, trained.branch_channels) == (ranked(run.trials)[0].cell, 8)
     after = [command[2] for command in printed(capsys.readouterr().out)]
     assert after == ["search.evaluate", "search.predict", "search.export"]
+    head = ["--head", str(run.directory / "heads" / "best.safetensors"), "--trainable-blocks", "0"]
+    assert fine_tune[3:7] == head
+    assert type_in([*fine_tune, *small[:-1], str(run.directory / "fine-tuned")], monkeypatch) == 0
+    tuned = load_network(run.directory / "fine-tuned" / "last.safetensors")[0]
+    joined = load_network(run.directory / "network.safetensors")[0]
+    assert tuned.backbone.weights_hash() == joined.backbone.weights_hash()  # which was frozen
 
 
 def test_a_networks_file_brings_its_backbone(searched: RandomSettings, tmp_path: Path) -> None:
