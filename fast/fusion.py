@@ -60,7 +60,8 @@ def check_traceable(x: Tensor) -> None:
             "or make the module a leaf of your tracer"
         )
     if not isinstance(x, Tensor):
-        raise TypeError(f"a map must be a tensor, got {type(x).__name__}")
+        together = ": give several layers as one, torch.cat(maps, dim=1), all of one size" * isinstance(x, list | tuple)
+        raise TypeError(f"a map must be a tensor, got {type(x).__name__}{together}")
 
 
 def refuse_script(module: nn.Module) -> NoReturn:

@@ -19,7 +19,7 @@ Size = tuple[int, int]  # height and width
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """A grid with a feature on every `stride`-th pixel: corners if `align_corners`, else centres.
+    """A grid with a feature on every `stride`-th pixel: corners if `align_corners`, else centres. Raises ValueError.
 
     >>> corners, centres = Grid(16), Grid(16, align_corners=False)
     >>> corners.pixels((33, 33)), centres.pixels((32, 32))
@@ -30,6 +30,10 @@ class Grid:
 
     stride: int
     align_corners: bool = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.stride, int) or self.stride < 1:
+            raise ValueError(f"stride must be an integer of at least 1, got {self.stride!r}")
 
     @property
     def name(self) -> str:

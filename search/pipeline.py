@@ -163,6 +163,7 @@ def search_cells(
     cells if `trials` is raised; another data set, backbone or setting is refused in the same folder. The backbone is moved to
     the machine's device and put in evaluation mode. Raises InputError for what cannot be used.
     """
+    _require_parts(train=train, val=val, backbone=backbone)
     search, features = given(search, SearchSettings()).completed(train.name), given(features, FeatureSettings())
     proxy, head = given(proxy, ProxySettings()), given(head, HeadSettings()).completed(train.name)
     machine, loss = given(machine, MachineSettings()), given(loss, LossSettings())
@@ -356,7 +357,20 @@ def _keeper(folder: Path, features: FeatureCache) -> Callable[[str, Segmentation
     return keep
 
 
+def _require_parts(*, train: Any, val: Any, backbone: Any) -> None:
+    """Refuse a data set and a module of a user's own that are not wrapped yet. Raises InputError."""
+    for name, dataset in (("train", train), ("val", val)):
+        if not (hasattr(dataset, "task") and hasattr(dataset, "fingerprint")):
+            raise InputError(f"`{name}` is a {type(dataset).__name__}: give TorchDataset({name}, class_names, ...) of it")
+    if not isinstance(backbone, Backbone):
+        raise InputError(f"`backbone` is a {type(backbone).__name__}: give backbone_from_module(backbone, ...) of it")
+
+
 def _require_one_task(train: Dataset, val: Dataset) -> None:
+    if (train.name, train.split) == (val.name, val.split) and train.fingerprint() != val.fingerprint():
+        raise InputError(
+            f"`train` and `val` are different pictures, and both are called {train.name} {train.split}: give another `split`"
+        )
     of_train, of_val = ((each.task.name, each.task.outputs) for each in (train, val))
     if of_train != of_val:
         texts = [f"{name} ({', '.join(outputs)})" for name, outputs in (of_train, of_val)]

@@ -38,9 +38,13 @@ def backbone_from_module(module: nn.Module, *, name: str, mean: Sequence[float],
     Raises InputError unless its features lie on one of the two grids (`reference/grid.py`), with a stride of 4 to 32 pixels:
     H = s·k + 1 rows of pixels give k + 1 rows of features, or s·k rows give k, each in the middle of its patch.
     """
+    if not isinstance(module, nn.Module):
+        raise InputError(f"`module` must be an nn.Module, not {module!r}: give an object of the class")
     for field, values in (("mean", mean), ("std", std)):
-        if len(values) != 3 or not all(0 <= value <= 1 for value in values):
-            raise InputError(f"`{field}` must be three numbers for pixels from 0 to 1, got {tuple(values)}")
+        if not isinstance(values, Sequence) or len(values) != 3 or not all(0 <= value <= 1 for value in values):
+            raise InputError(f"`{field}` must be three numbers for pixels from 0 to 1, got {values!r}")
+    if not all(std):
+        raise InputError(f"`std` must be above 0, got {std!r}")
     body = LastMap(module)
     channels, grid = _measured(body, name)
     backbone = Backbone(

@@ -380,7 +380,8 @@ def test_what_is_no_cell_or_no_norm_layer_is_refused(cell: Any, options: dict[st
 @pytest.mark.parametrize(
     ("features", "message"),
     [
-        (np.zeros((1, 4, 5, 5), np.float32), "a map must be a tensor, got ndarray"),
+        (np.zeros((1, 4, 5, 5), np.float32), "a map must be a tensor, got ndarray$"),
+        ([torch.zeros(1, 2, 5, 5)] * 2, r"a map must be a tensor, got list: give several layers as one, torch.cat"),
         (torch.zeros(1, 4, 5, 5, dtype=torch.uint8), "cell needs features of floating point, got torch.uint8"),
     ],
 )

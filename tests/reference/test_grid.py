@@ -35,6 +35,12 @@ def test_nothing_lies_on_no_grid() -> None:
     assert not Grid(16, align_corners=False).has((0, 16))
 
 
+@pytest.mark.parametrize("stride", [0, -16, 3.5])
+def test_a_stride_of_no_whole_pixels_is_refused(stride: float) -> None:
+    with pytest.raises(ValueError, match=f"stride must be an integer of at least 1, got {stride}"):
+        Grid(stride)  # type: ignore[arg-type]
+
+
 @given(GRIDS, SIZES, st.floats(0.3, 2.5))
 def test_a_scaled_picture_of_patches_is_one_of_patches(grid: Grid, features: tuple[int, int], scale: float) -> None:
     picture = grid.pixels(features)

@@ -284,6 +284,22 @@ def test_a_network_may_have_lost_its_dropout(tmp_path: Path) -> None:
     assert 0 <= train(tmp_path, network, replace(RECIPE, iterations=1)).score <= 1
 
 
+def test_parts_that_are_not_wrapped_are_refused(tmp_path: Path) -> None:
+    raw: Any = Strips(6, 0)
+    with pytest.raises(InputError, match=r"^`train` is a Strips: give TorchDataset\(train, class_names, \.\.\.\) of it"):
+        find(tmp_path, train=raw)
+    module: Any = Strided(4)
+    with pytest.raises(InputError, match=r"^`backbone` is a Strided: give backbone_from_module"):
+        search_cells(strips("train"), strips("val", seed=1), module, tmp_path / "run")
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_splits_of_one_name_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"different pictures, and both are called strips val: give another `split`"):
+        find(tmp_path, train=strips("val"))
+    assert not list(tmp_path.iterdir())
+
+
 def test_classes_in_another_order_are_refused(tmp_path: Path) -> None:
     other = strips("train", class_names=CLASS_NAMES[::-1])
     sentence = r"`train` is for segmentation \(right, middle, left\) and `val` for segmentation \(left, middle, right\): give"

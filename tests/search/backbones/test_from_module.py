@@ -132,10 +132,21 @@ def test_other_grids_are_refused(module: nn.Module, sentence: str) -> None:
         backbone_of(module)
 
 
-@pytest.mark.parametrize("mean", [(123.7, 116.3, 103.5), (0.5,)])
-def test_a_mean_of_other_pixels_is_refused(mean: tuple[float, ...]) -> None:
-    with pytest.raises(InputError, match=r"`mean` must be three numbers for pixels from 0 to 1, got \("):
+@pytest.mark.parametrize("mean", [(123.7, 116.3, 103.5), (0.5,), 0.5])
+def test_a_mean_of_other_pixels_is_refused(mean: Any) -> None:
+    with pytest.raises(InputError, match=r"`mean` must be three numbers for pixels from 0 to 1, got "):
         backbone_of(Strided(4), mean=mean)
+
+
+def test_a_deviation_of_nothing_is_refused() -> None:
+    with pytest.raises(InputError, match=r"`std` must be above 0, got \(0.2, 0.0, 0.2\)"):
+        backbone_from_module(Strided(4), name="mine", mean=(0.5,) * 3, std=(0.2, 0.0, 0.2))
+
+
+def test_a_class_in_place_of_a_module_is_refused() -> None:
+    of_class: Any = Strided
+    with pytest.raises(InputError, match=r"^`module` must be an nn.Module, not <class .*: give an object of the class"):
+        backbone_of(of_class)
 
 
 def test_a_network_with_it_is_not_saved_but_told_how(tmp_path: Any) -> None:
