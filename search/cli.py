@@ -21,6 +21,7 @@ from search.settings import (
     HeadSettings,
     LossSettings,
     MachineSettings,
+    OptimizerSettings,
     PictureSettings,
     PredictionSettings,
     TrainingPictures,
@@ -120,13 +121,16 @@ def uses_of_run(
     head: HeadSettings,
     loss: LossSettings,
     machine: MachineSettings,
+    proxy: OptimizerSettings,
 ) -> list[str]:
     """Commands for what a search has kept, `best` being its best head, in a folder of the run's: to join the head to the
-    backbone, to fine-tune it there, to train a network around the best cell.
+    backbone, to fine-tune it there, to train a network around the best cell. `proxy` has the optimiser of the search.
     """
     run = best.parent.parent
-    fine_tuning = to_train(data, backbone, HeadSettings(), loss, machine, "--head", best, "--trainable-blocks", 0)
-    return [to_type("join", "--run", run), fine_tuning, to_train(data, backbone, head, loss, machine, "--run", run)]
+    recipe = arguments_of(OptimizerSettings(optimizer=proxy.optimizer, schedule=proxy.schedule))
+    fine_tuning = to_train(data, backbone, HeadSettings(), loss, machine, "--head", best, "--trainable-blocks", 0, *recipe)
+    whole = to_train(data, backbone, head, loss, machine, "--run", run, *recipe)
+    return [to_type("join", "--run", run), fine_tuning, whole]
 
 
 def to_train(

@@ -141,7 +141,7 @@ class Found:
                 f"the head of {self.directory} was trained on {self.backbone['backbone']} with other weights: give that one, "
                 "or build the network with `fast.SegmentationNetwork`"
             )
-        return SegmentationNetwork(backbone, self.head.to(backbone.mean.device))
+        return SegmentationNetwork(backbone, self.head.to(backbone.mean.device)).eval()
 
 
 def search_cells(

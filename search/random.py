@@ -90,7 +90,8 @@ def main(settings: RandomSettings) -> None:
     if not (directory / "best_cells" / "rank_01.json").exists():  # every cell has failed, as was said
         sys.exit(1)
     print(f"\nthe best head behind its backbone, in Python:\n\n{in_python(load_run(directory))}\n")
-    print_next(*uses_of_run(best_head(directory), data, settings.backbone, settings.head, settings.loss, settings.machine))
+    of_search = data, settings.backbone, settings.head, settings.loss, settings.machine, settings.proxy
+    print_next(*uses_of_run(best_head(directory), *of_search))
 
 
 def completed_for(features: FeatureCache, settings: RandomSettings) -> RandomSettings:

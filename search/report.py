@@ -14,7 +14,7 @@ from search.reports.cells import write_cell_report
 from search.reports.run import write_report
 from search.runs.search import best_head
 from search.runs.study import load_run, ranked
-from search.settings import CellSettings, DeviceSettings, require
+from search.settings import CellSettings, DeviceSettings, OptimizerSettings, require, restored
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,9 @@ def main(settings: ReportSettings) -> None:
         print(f"report: {write_report(run, device)}")
         had = run.settings
         if ranked(run.trials) and is_named(had.data.dataset):
-            print_next(*uses_of_run(best_head(run.directory), had.data, had.backbone, had.head, had.loss, had.machine))
+            proxy = restored(OptimizerSettings, run.identity)
+            groups = had.data, had.backbone, had.head, had.loss, had.machine, proxy
+            print_next(*uses_of_run(best_head(run.directory), *groups))
         return
     _check(settings)
     out = settings.out or Path("cells.html")

@@ -137,7 +137,10 @@ def _train(
             head = [] if settings.begun is not None else [(settings.new_head, training.head)]  # else it is in the file
             print_defaults(pictures, *head, (settings.recipe, training.recipe))
         source = plain(settings) | plain(training) | {"init": plain(settings.begun)}
-        return Training(training, network, train, val, directory, devices, source=source).run()
+        begins_with_head = settings.head is not None
+        return Training(
+            training, network, train, val, directory, devices, source=source, validates_first=begins_with_head
+        ).run()
 
 
 def _cell(settings: TrainSettings, dataset: str, num_inputs: int) -> Cell:

@@ -72,7 +72,8 @@ class _Progress:
 class Training:
     """Trains `network` in `directory` by completed settings, for the task of the data; all that must last is in `state.pt`.
 
-    `source` is what the networks' files say of where they come from; by default the settings.
+    `source` is what the networks' files say of where they come from; by default the settings. With `validates_first` the
+    network is scored as it is before the first iteration, so that the best one is never worse than what was given.
     """
 
     def __init__(
@@ -84,7 +85,10 @@ class Training:
         directory: Path,
         devices: Devices,
         source: Any = None,
+        *,
+        validates_first: bool = False,
     ) -> None:
+        self._validates_first = validates_first
         self.settings, self.recipe = settings, settings.recipe
         self.source = plain(settings if source is None else source)
         self.tiles = Tiles.of(self.recipe)
@@ -215,17 +219,19 @@ class Training:
         iteration = self.progress.iteration
         every = self.recipe.validate_every or max(1, self.iterations // 10)
         is_due = iteration > 0 and (iteration % every == 0 or iteration == self.iterations)
-        if is_due and self.progress.validated < iteration:
+        is_first = self._validates_first and self.progress.last is None
+        if is_first or (is_due and self.progress.validated < iteration):
             self._validate()
 
     def _validate(self) -> None:
-        """Score a copy of the network with newly computed statistics; save it as the last, and as the best if it is."""
+        """Score a copy of the network; save it as the last, and as the best if it is. Once trained, its statistics are new."""
         if self._losses:
             self._log()
         network = copy.deepcopy(cast(SegmentationNetwork, self.average.module) if self.average is not None else self.network)
         self._require_finite(network)
         with self._autocast():
-            if self.recipe.statistics_batches and not self.recipe.frozen_batch_norm:
+            is_trained = self.progress.iteration > 0
+            if is_trained and self.recipe.statistics_batches and not self.recipe.frozen_batch_norm:
                 kept = frozen_part(network.backbone, self.recipe.trainable_blocks)
                 recompute_statistics(network, self.batches.for_statistics(), kept=kept)
                 self._require_finite(network)  # statistics may overflow where no weight does

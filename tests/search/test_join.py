@@ -28,6 +28,7 @@ from search.settings import BackboneSettings, known
 from search.train import TrainSettings
 from search.training.network import join_head
 from search.training.scoring import count_split
+from search.training.state import read_curve
 from tests.fast.test_backbone import IMAGENET
 from tests.search.composed import changed, composed
 from tests.search.datasets.test_readers import REAL_CAMVID
@@ -282,6 +283,38 @@ def test_a_networks_file_brings_its_backbone(searched: RandomSettings, tmp_path:
         with pytest.raises(InputError, match=sentence):
             search.features.main(changed(by_file, cache_dir=tmp_path / "third", **change))
     assert not (tmp_path / "third").exists()
+
+
+def test_fine_tuning_never_keeps_a_worse_network_than_it_began_with(searched: RandomSettings, tmp_path: Path) -> None:
+    """It is scored before the first step, as it is, and a step that ruins it does not make it the best."""
+    head, out = known(searched.out) / "heads" / "best.safetensors", tmp_path / "train"
+    settings = composed(
+        TrainSettings,
+        dataset="camvid",
+        data_dir=searched.data.data_dir,
+        weights=searched.backbone.weights,
+        head=head,
+        trainable_blocks=0,
+        out=out,
+        crop_size=(33, 33),
+        batch_size=2,
+        iterations=2,
+        learning_rate=10.0,
+        loading_processes=0,
+        device="cpu",
+    )
+    search.train.main(settings)
+    first, *later = (row for row in read_curve(out) if row[3] is not None)
+    assert (first[0], [row[0] for row in later]) == (0, [1, 2])
+    best, source = load_network(out / "best.safetensors")[0], load_network(out / "best.safetensors")[1]["source"]
+    assert source["mean_iou"] == max(known(row[3]) for row in (first, *later))
+    if source["iteration"] == 0:
+        for key, value in join_head(head, searched.backbone, tmp_path)[0].state_dict().items():
+            assert torch.equal(best.state_dict()[key], value), key
+    joined = join_head(head, searched.backbone, tmp_path)[0]
+    val = open_dataset("camvid", "val", searched.data.data_dir)
+    totals = count_split(joined, val, indices=range(len(val)))
+    assert first[3] == pytest.approx(val.task.scores(totals.numpy()).score, abs=1e-6)
 
 
 @pytest.mark.parametrize("blocks", [0, 1])

@@ -33,12 +33,22 @@ from reference.mean_iou import mean_iou
 from search.backbones import create_backbone
 from search.cells.reach import FeatureMaps
 from search.cells.space import SearchSpace, canonical_form, load_cell
+from search.cli import uses_of_run
 from search.datasets import SPLITS, open_dataset
 from search.errors import InputError
 from search.random import RandomSettings, completed_for
 from search.reports.run import write_report
 from search.runs.study import Run, load_run, ranked
-from search.settings import TrainingPictures, known
+from search.settings import (
+    BackboneSettings,
+    DataSettings,
+    HeadSettings,
+    LossSettings,
+    MachineSettings,
+    ProxySettings,
+    TrainingPictures,
+    known,
+)
 from search.tasks.feature_cache import open_cache
 from search.tasks.proxy import NotFiniteError, ProxyResult, ProxyTask
 from tests.search.composed import changed, composed
@@ -500,6 +510,16 @@ def test_the_printed_lines_load_the_best_head_behind_its_backbone(
     best = ranked(uninterrupted.trials)[0].cell
     height, width = uninterrupted.identity["image_size"]
     assert done.stdout == f"(1, 11, {(height - 1) // 16 + 1}, {(width - 1) // 16 + 1}) {best}\n"
+
+
+def test_the_printed_trainings_have_the_optimiser_of_the_search(tmp_path: Path) -> None:
+    groups = DataSettings(), BackboneSettings(), HeadSettings(), LossSettings(), MachineSettings()
+    best = tmp_path / "heads" / "best.safetensors"
+    _, *plain = uses_of_run(best, *groups, ProxySettings())
+    assert not any("--optimizer" in command for command in plain)
+    _, *others = uses_of_run(best, *groups, ProxySettings(optimizer="adamw", schedule="cosine", learning_rate=0.01))
+    assert all(command.endswith("--optimizer adamw --schedule cosine") for command in others)
+    assert len(others) == 2
 
 
 # Refusals; those that features and search have in common are in test_cli.py
