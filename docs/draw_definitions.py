@@ -420,7 +420,7 @@ def draw_bilinear_resize() -> Figure:
         for k, position in enumerate(positions):
             axes.text(position, level + 0.27, f"{k} at {position:g}", ha="center", va="bottom", fontsize=8.5, color=INK)
     axes.set(ylim=(-0.5, 1.75), xlim=(-2, 50), xticks=range(0, 49, 16), xlabel="image pixel")
-    axes.set_yticks((1, 0), ("corners aligned:\nfeature k on pixel 16 k", "half-pixel centres\n(not used here)"))
+    axes.set_yticks((1, 0), ("corners aligned:\nfeature k on pixel 16 k", "corners not aligned:\nbetween pixels"))
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
     return figure

@@ -346,10 +346,17 @@ def describe_backbone(backbone: Backbone) -> dict[str, Any]:
 
 def _describe_cut(cut: Cut) -> dict[str, Any]:
     """What is not as in files from before there were these fields."""
-    values: dict[str, Any] = {"align_corners": cut.grid.align_corners, "layers": cut.layers, "deepest": cut.deepest}
-    values["patch_size"] = cut.patch_size
-    before = {"align_corners": True, "layers": (DEEPEST,), "deepest": DEEPEST, "patch_size": None}
-    return {key: value for key, value in values.items() if value != before[key]}
+    before = _facts_of(_described_cut({"output_stride": cut.grid.stride}))
+    return {name: fact for name, fact in _facts_of(cut).items() if fact != before[name]}
+
+
+def _facts_of(cut: Cut) -> dict[str, Any]:
+    return {
+        "align_corners": cut.grid.align_corners,
+        "layers": cut.layers,
+        "deepest": cut.deepest,
+        "patch_size": cut.patch_size,
+    }
 
 
 def _described_cut(description: Mapping[str, Any]) -> Cut:

@@ -155,13 +155,15 @@ def decays(module: nn.Module) -> dict[str, bool]:
 
     Nor does what else is no weight of a layer, such as the position embeddings of a transformer.
     """
-    exempt = {name for name, child in module.named_modules() if isinstance(child, nn.BatchNorm2d)}
-    exempt |= {f"{name}.depthwise" for name, child in module.named_modules() if isinstance(child, SeparableBranch)}
-    convolutions = {name: child for name, child in module.named_modules() if isinstance(child, nn.Conv2d)}
-    exempt |= {f"{name}.norm" for name, conv in convolutions.items() if hasattr(conv, "norm")}  # of any kind
-    cells = {name: child for name, child in module.named_modules() if isinstance(child, DensePredictionCell)}
-    exempt |= {f"{name}.norm".removeprefix(".") for name, cell in cells.items() if not cell.cell.branches}
-    exempt |= {name for name, conv in convolutions.items() if 1 < conv.groups == conv.in_channels}  # a backbone's depthwise
+    exempt = set[str]()
+    for name, child in module.named_modules():
+        match child:
+            case SeparableBranch():
+                exempt.add(f"{name}.depthwise".removeprefix("."))
+            case nn.Conv2d() | DensePredictionCell():
+                exempt.add(f"{name}.norm".removeprefix("."))  # of any kind; not every one has a norm
+        if isinstance(child, nn.Conv2d) and 1 < child.groups == child.in_channels:  # a backbone's depthwise
+            exempt.add(name)
     return {
         name: name.endswith("weight") and parameter.ndim > 1 and name.rpartition(".")[0] not in exempt
         for name, parameter in module.named_parameters()

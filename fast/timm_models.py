@@ -156,7 +156,10 @@ def open_model(
     `weights` and `pretrained` are as in `timm_backbone`. Raises ValueError naming the model.
     """
     stride = cut.grid.stride if cut.deepest == DEEPEST else None
-    return _opened(name, indices, stride, cut.patch_size, weights_origin, pretrained, weights)
+    body = _opened(name, indices, stride, cut.patch_size, weights_origin, pretrained, weights)
+    if stride is not None and (only := strides_of(body)[-1]) != stride:  # timm has built it without the option
+        raise ValueError(f"backbone {name!r} gives its features at {only} alone")
+    return body
 
 
 def _opened(

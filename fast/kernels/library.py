@@ -145,9 +145,8 @@ def upsampled_confusion_matrix(logits: Tensor, labels: Tensor, ignore_index: int
     classes = logits.shape[1]
     total = torch.zeros(classes, classes, dtype=torch.int64, device=logits.device)
     for logit, label in zip(logits, labels, strict=True):  # one image at a time
-        predictions = resize(NormedMap(logit[None]), (label.shape[0], label.shape[1]), align_corners).argmax(
-            dim=1
-        )  # (1, H, W)
+        size = label.shape[0], label.shape[1]
+        predictions = resize(NormedMap(logit[None]), size, align_corners).argmax(dim=1)  # (1, H, W)
         total += confusion_matrix(predictions[0], label, classes, ignore_index)
     return total
 

@@ -375,6 +375,15 @@ def test_a_network_on_a_stage_has_one_output_stride(tmp_path: Path) -> None:
             load(path, output_stride=8)
 
 
+def test_a_cnn_that_cannot_be_dilated_has_one_output_stride(tmp_path: Path) -> None:
+    """Its features lie on corners, as those of CNNs that can be."""
+    path = tmp_path / "network.safetensors"
+    save_network(path, network_on(timm_backbone("efficientvit_b0", output_stride=32)), task={"class_names": CLASSES})
+    for load in (load_network, load_backbone):
+        with pytest.raises(ValueError, match="'efficientvit_b0' gives its features at 32 alone"):
+            load(path, output_stride=16)
+
+
 def network_without_pooling(name: str) -> SegmentationNetwork:
     torch.manual_seed(0)
     if name == "plain":

@@ -68,9 +68,9 @@ if DEVICE == "cpu" and not type(depthwise_conv.depthwise_forward_kernel).__name_
 if (
     DEVICE == "cpu"
     and np.lib.NumpyVersion(triton.__version__) < "3.7.0"
-    and np.lib.NumpyVersion(np.__version__) >= "2.5.0.dev0"
+    and np.lib.NumpyVersion(np.__version__) >= "2.4.0.dev0"
 ):
-    pytest.skip("Triton 3.6's interpreter needs NumPy below 2.5", allow_module_level=True)
+    pytest.skip("Triton 3.6's interpreter needs NumPy below 2.4", allow_module_level=True)
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),  # Triton 3.6's too
     # What a steep series of the loss overflows to is thrown away; the interpreter says so, a GPU does not.
