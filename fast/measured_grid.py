@@ -84,8 +84,8 @@ def _energy(module: nn.Module, last_map: Callable[[Any], Tensor], size: tuple[in
     generator = torch.Generator().manual_seed(0)
     device = next((each.device for each in module.parameters()), torch.device("cpu"))
     picture = 2 * torch.rand(1, 3, *size, generator=generator) - 1
-    images = torch.cat([picture, picture.flip(2, 3)]).to(device).requires_grad_()
-    with evaluating(module), torch.enable_grad():
+    with evaluating(module), torch.inference_mode(False), torch.enable_grad():
+        images = torch.cat([picture, picture.flip(2, 3)]).to(device).requires_grad_()
         features = last_map(torch.func.functional_call(module, _symmetric(module, least_scale), (images,)))
         height, width = features.shape[2:]
         if (height, width) != _FEATURES:

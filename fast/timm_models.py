@@ -69,7 +69,8 @@ def cut_of(
     """
     check_name(name)
     check_layers(layers)
-    with torch.random.fork_rng(devices=[]):
+    # Measuring takes gradients, which a model that is built in inference mode has not.
+    with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         wanted = output_stride or patch_size or _DEFAULT_STRIDE
         body = _built_at(name, wanted, patch_size, weights_origin)

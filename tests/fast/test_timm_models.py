@@ -213,6 +213,13 @@ def test_pictures_off_the_grid_are_refused(name: str) -> None:
         timm_backbone(name)(torch.zeros(1, 3, 65, 48))
 
 
+def test_it_is_built_in_inference_mode_too() -> None:
+    cut_of.cache_clear()
+    with torch.inference_mode():
+        backbone = timm_backbone("test_vit").eval()
+        assert backbone(images_on(backbone)).shape == (1, 64, 3, 4)
+
+
 def test_measuring_draws_no_random_numbers_and_costs_once() -> None:
     cut_of.cache_clear()
     torch.manual_seed(0)
