@@ -377,6 +377,15 @@ def test_a_network_on_a_stage_has_one_output_stride(tmp_path: Path) -> None:
             load(path, output_stride=output_stride)
 
 
+def test_a_network_is_not_used_at_a_stride_that_timm_does_not_build(tmp_path: Path) -> None:
+    path = tmp_path / "network.safetensors"
+    save_network(path, network_on(timm_backbone("mobilenetv3_small_050")), task={"class_names": CLASSES})
+    with pytest.raises(
+        ValueError, match=r"network\.safetensors cannot be used at output stride 12: timm builds .* at \d+ instead"
+    ):
+        load_network(path, output_stride=12)
+
+
 def network_without_pooling(name: str) -> SegmentationNetwork:
     torch.manual_seed(0)
     if name == "plain":
