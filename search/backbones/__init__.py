@@ -89,6 +89,8 @@ def _cut_of(settings: BackboneSettings) -> Cut | None:
         for field in _ONLY_TIMM:
             if name in SHAPES_BACKBONES and getattr(settings, field) != getattr(BackboneSettings, field):
                 raise InputError(f"`{field}` is for a timm model as `backbone`, and {name} is none: leave it out")
+        if name in SHAPES_BACKBONES and settings.stride not in (4, 8, 16, 32):
+            raise InputError(f"`output_stride` {settings.stride} of {name} must be 4, 8, 16 or 32")
         return None
     try:
         return cut_of(name, settings.output_stride, settings.layers, settings.patch_size, settings.weights_origin)
