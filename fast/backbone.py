@@ -204,6 +204,10 @@ class PlainBody(nn.Module):
         super().__init__()
         self.channels = channels
         self.trained_output_stride = output_stride if trained_output_stride is None else trained_output_stride
+        if output_stride & (output_stride - 1):
+            raise ValueError(
+                f"layers that halve the map have no features at output stride {output_stride}, but at 4, 8, 16 or 32"
+            )
         if output_stride > self.trained_output_stride:
             raise ValueError(f"weights trained at output stride {trained_output_stride} give no features at {output_stride}")
         layers: list[nn.Module] = []

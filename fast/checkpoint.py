@@ -22,7 +22,7 @@ from fast.decoder import Decoder
 from fast.dense_prediction_cell import DensePredictionCell
 from fast.hub import HubModule
 from fast.segmentation import SegmentationHead, SegmentationNetwork
-from fast.timm_models import DEEPEST, Cut, cut_of
+from fast.timm_models import DEEPEST, Cut, cut_of, open_model, strides_of
 from fast.weights_file import OWN_FORMATS, describe_unusable
 from reference.batch_norm import EPS
 from reference.cell import Cell
@@ -141,7 +141,7 @@ def load_network(
     the authors evaluate at 8 what they train at 16: the weights are the same, strides become dilations, and rates double.
     """
     _, description, state = _read(path, "network", NETWORK_FORMAT)
-    with _building(path, "network"):
+    with _building(path, "network", output_stride):
         if output_stride is not None:
             description |= _at_output_stride(description, output_stride)
         backbone = _build_backbone(description["backbone"], low_level=description["decoder"] is not None)
@@ -187,7 +187,7 @@ def load_backbone(path: str | Path, *, output_stride: int | None = None, low_lev
     same for both.
     """
     _, description, state = _read(path, "network", NETWORK_FORMAT)
-    with _building(path, "network"):
+    with _building(path, "network", output_stride):
         described = description["backbone"]
         if output_stride is not None:
             described |= _backbone_at(described, output_stride)
@@ -371,10 +371,18 @@ def _described_cut(description: Mapping[str, Any]) -> Cut:
 def _cut_at(name: str, cut: Cut, output_stride: int, origin: WeightsOrigin) -> Cut:
     """The cut of the same weights at another output stride. Raises ValueError for a model that has none there."""
     if cut.deepest == DEEPEST and cut.grid.align_corners:  # strides become dilations, which keep features on their pixels
-        return replace(cut, grid=Grid(output_stride))
-    other = cut_of(name, output_stride, cut.layers, cut.patch_size, origin)
+        coarser_or_finer = replace(cut, grid=Grid(output_stride))
+        built_at = strides_of(open_model(name, (DEEPEST,), coarser_or_finer, origin))[-1]
+        if built_at != output_stride:
+            raise ValueError(f"timm builds backbone {name!r} at {built_at} instead")
+        return coarser_or_finer
+    refusal = f"backbone {name!r} gives its features at {cut.grid.stride} alone"
+    try:
+        other = cut_of(name, output_stride, cut.layers, cut.patch_size, origin)
+    except ValueError as error:
+        raise ValueError(refusal) from error
     if (other.deepest, other.grid.align_corners) != (cut.deepest, cut.grid.align_corners):
-        raise ValueError(f"backbone {name!r} has features at output stride {cut.grid.stride} alone, asked for {output_stride}")
+        raise ValueError(refusal)
     return other
 
 
@@ -446,14 +454,22 @@ def _read(
 
 
 @contextmanager
-def _building(path: str | Path, kind: str) -> Iterator[None]:
-    """Turn errors inside into a ValueError that names the file, and let nothing that is built draw random numbers."""
+def _building(path: str | Path, kind: str, output_stride: int | None = None) -> Iterator[None]:
+    """Turn errors inside into a ValueError that names the file, and the output stride if one was asked for.
+
+    Nothing that is built draws random numbers.
+    """
     try:
         with torch.random.fork_rng(devices=[]):
             yield
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = f"lacks the field {error}" if isinstance(error, KeyError) else f"cannot be used: {error}"
-        raise ValueError(f"{kind} {path} has a description that {reason}") from error
+        if isinstance(error, KeyError):
+            fault = f"has a description that lacks the field {error}"
+        elif output_stride is not None:
+            fault = f"cannot be used at output stride {output_stride}: {error}"
+        else:
+            fault = f"has a description that cannot be used: {error}"
+        raise ValueError(f"{kind} {path} {fault}") from error
 
 
 def _fill(module: nn.Module, state: dict[str, Tensor], path: str | Path, kind: str) -> None:

@@ -29,10 +29,12 @@ REFUSALS = (AssertionError, RuntimeError, TypeError, ValueError, KeyError, Index
 class OffGridError(ValueError):
     """Features lie on neither grid; the message says where, as the end of a sentence about the network.
 
-    `as_many_as_corners` says whether pictures of s·k + 1 pixels have k + 1 features all the same.
+    `as_many_as_corners` says whether pictures of s·k + 1 pixels have k + 1 features all the same, `takes_neither` whether the
+    network takes pictures of neither kind.
     """
 
     as_many_as_corners = False
+    takes_neither = False
 
 
 def measured_grid(module: nn.Module, last_map: Callable[[Any], Tensor], stride: int) -> Grid:
@@ -40,13 +42,14 @@ def measured_grid(module: nn.Module, last_map: Callable[[Any], Tensor], stride: 
 
     The module is left as it is; its weights are best random ones. Raises OffGridError.
     """
-    faults, counted = [], []
+    faults, counted, refused = [], [], []
     for grid in (Grid(stride), Grid(stride, align_corners=False)):
         height, width = grid.pixels(_FEATURES)
         try:
             offset = _worst_offset(module, last_map, height, width)
         except REFUSALS as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+            refused.append(grid)
             faults.append(f"gives no features of pictures of {height}×{width} pixels ({reason})")
             continue
         if isinstance(offset, str):
@@ -61,7 +64,7 @@ def measured_grid(module: nn.Module, last_map: Callable[[Any], Tensor], stride: 
                 f"nor in the middle of patches, at {stride}·i + {(stride - 1) / 2:g}"
             )
     fault = OffGridError(faults[-1])
-    fault.as_many_as_corners = Grid(stride) in counted
+    fault.as_many_as_corners, fault.takes_neither = Grid(stride) in counted, len(refused) == 2
     raise fault
 
 
@@ -84,8 +87,8 @@ def _energy(module: nn.Module, last_map: Callable[[Any], Tensor], size: tuple[in
     generator = torch.Generator().manual_seed(0)
     device = next((each.device for each in module.parameters()), torch.device("cpu"))
     picture = 2 * torch.rand(1, 3, *size, generator=generator) - 1
-    images = torch.cat([picture, picture.flip(2, 3)]).to(device).requires_grad_()
-    with evaluating(module), torch.enable_grad():
+    with evaluating(module), torch.inference_mode(False), torch.enable_grad():
+        images = torch.cat([picture, picture.flip(2, 3)]).to(device).requires_grad_()
         features = last_map(torch.func.functional_call(module, _symmetric(module, least_scale), (images,)))
         height, width = features.shape[2:]
         if (height, width) != _FEATURES:

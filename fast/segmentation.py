@@ -1,5 +1,6 @@
 """Class scores from features (the cell with its classifier) or from images (with a backbone)."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -133,7 +134,7 @@ def predict_scales(
 ) -> Tensor:
     """Class probabilities averaged over scales and mirror images: (N, 3, H, W) -> (N, K, H, W) float32.
 
-    For another task than segmentation, `to_average(outputs, scale)` says what to average instead.
+    For another task than segmentation, `to_average(outputs, scale)` says what to average instead, of a picture so much larger.
     This follows `predict_labels_multi_scale` of research/deeplab/model.py: the image is resized to int((H − 1)·scale + 1)
     rows, its logits to the size they have at scale 1 (larger for larger scales), then to the image's, and softmax is
     averaged. A pinned `pooling_size` of the cell is scaled as the image is (`multi_scale_logits` in the same file). With
@@ -152,10 +153,18 @@ def predict_scales(
                 logits = network(scaled.flip(3) if mirrored else scaled).float()
             # For scales below 1, one resize to the image's size would give another result.
             logits = resize(logits, _size_of_logits(network, size, max(1.0, scale)))
-            summand = to_average(resize(logits.flip(3) if mirrored else logits, size), scale)
+            summand = to_average(resize(logits.flip(3) if mirrored else logits, size), _true_scale(grid, size, scale))
             total = summand if total is None else total + summand
     assert total is not None  # at least one scale
     return total / (len(scales) * (2 if flip else 1))
+
+
+def _true_scale(grid: Grid, size: tuple[int, int], scale: float) -> float:
+    """By how much a picture is enlarged once its size is rounded to the grid, both ways taken together.
+
+    On corners it is what was asked for, as with the authors, who round to pixels.
+    """
+    return scale if grid.align_corners else math.sqrt(math.prod(grid.scaled(size, scale)) / math.prod(size))
 
 
 def _size_of_logits(network: SegmentationNetwork, size: tuple[int, int], scale: float) -> tuple[int, int]:

@@ -69,7 +69,8 @@ def cut_of(
     """
     check_name(name)
     check_layers(layers)
-    with torch.random.fork_rng(devices=[]):
+    # Measuring takes gradients, which a model that is built in inference mode has not.
+    with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         wanted = output_stride or patch_size or _DEFAULT_STRIDE
         body = _built_at(name, wanted, patch_size, weights_origin)
@@ -78,7 +79,7 @@ def cut_of(
             try:
                 grid = measured_grid(body, last_map(body), wanted)
             except OffGridError as error:
-                fault = f"backbone {name!r} {error}"
+                fault = _off_grid(name, error)
                 # ResNet-D's shortcuts average 2 × 2 pixels, and so lean to one side; they count as corners all the same.
                 if error.as_many_as_corners:
                     return _with_layers(name, Cut(Grid(wanted), patch_size=patch_size), layers, strides_of(body))
@@ -119,8 +120,19 @@ def _cut_of_stages(
     try:
         grid = measured_grid(body, last_map(body), wanted)
     except OffGridError as error:
-        raise ValueError(f"backbone {name!r} {error}") from error
+        raise ValueError(_off_grid(name, error)) from error
     return _with_layers(name, Cut(grid, deepest=deepest, patch_size=patch_size), layers, strides)
+
+
+def _off_grid(name: str, error: OffGridError) -> str:
+    """What to say of a model whose features lie on no grid, or which takes pictures of one size alone."""
+    import timm
+
+    config: Any = timm.get_pretrained_cfg(name)
+    if error.takes_neither and config is not None and config.fixed_input_size:
+        _, height, width = config.input_size
+        return f"backbone {name!r} takes pictures of {height}×{width} pixels alone, where any number of features is needed"
+    return f"backbone {name!r} {error}"
 
 
 def _with_layers(name: str, cut: Cut, layers: tuple[int, ...], strides: Sequence[int]) -> Cut:

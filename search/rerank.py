@@ -94,10 +94,13 @@ class RunOverrides:
         )
 
     def network(self, run: BackboneSettings) -> BackboneSettings:
-        """The backbone's settings; if other weights are given, only the name of the run's backbone is kept, if any."""
+        """The backbone's settings; of those of the run, other weights keep the backbone's name and what its features are."""
         is_another = self.backbone is not None or self.weights is not None or self.pretrained
         name = run.backbone if backbone_in(self.weights) is None else None  # a network's file has its own
-        before = BackboneSettings(backbone=name, output_stride=run.output_stride, layers=run.layers) if is_another else run
+        before = run
+        if is_another:
+            patch_size = run.patch_size if self.backbone is None else None  # others may have no patches
+            before = BackboneSettings(backbone=name, output_stride=run.output_stride, layers=run.layers, patch_size=patch_size)
         return replace(
             before,
             backbone=given(self.backbone, before.backbone),

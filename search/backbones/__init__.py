@@ -89,6 +89,8 @@ def _cut_of(settings: BackboneSettings) -> Cut | None:
         for field in _ONLY_TIMM:
             if name in SHAPES_BACKBONES and getattr(settings, field) != getattr(BackboneSettings, field):
                 raise InputError(f"`{field}` is for a timm model as `backbone`, and {name} is none: leave it out")
+        if name in SHAPES_BACKBONES and settings.stride not in (4, 8, 16, 32):
+            raise InputError(f"`output_stride` {settings.stride} of {name} must be 4, 8, 16 or 32")
         return None
     try:
         return cut_of(name, settings.output_stride, settings.layers, settings.patch_size, settings.weights_origin)
@@ -108,16 +110,18 @@ def create_backbone(settings: BackboneSettings, dataset: str, cache_dir: Path, *
 
     `low_level=True` also gives the map at stride 4 that a decoder reads. Raises InputError naming the field.
     """
-    settings = completed_backbone(settings)
-    if settings.weights is not None and backbone_in(settings.weights) is not None:
+    settings, decoder = completed_backbone(settings), ["`decoder`"] if low_level else []
+    described = backbone_in(settings.weights)
+    if settings.weights is not None and described is not None:
         try:
             return load_backbone(settings.weights, output_stride=settings.output_stride, low_level=low_level)
         except ValueError as error:
-            raise InputError(f"{error}; correct `weights`" + " or `decoder`" * low_level) from error
+            stride = ["`output_stride`"] if settings.output_stride != described["output_stride"] else []
+            raise InputError(f"{error}; correct {' or '.join(['`weights`', *stride, *decoder])}") from error
     settings = replace(settings, backbone=backbone_name(settings, dataset))
     name = known(settings.backbone)
-    if name in SHAPES_BACKBONES:
-        _cut_of(settings)  # refuses what only timm's have
+    cut = _cut_of(settings)
+    if cut is None:
         if settings.weights is not None or settings.pretrained:
             raise InputError("`weights` and `pretrained` belong to a `backbone`: name it, or leave them out")
         return shapes_backbone(cache_dir, settings.stride, name=name, low_level=low_level)
@@ -128,9 +132,7 @@ def create_backbone(settings: BackboneSettings, dataset: str, cache_dir: Path, *
     try:
         return timm_backbone(
             name,
-            output_stride=settings.stride,
-            layers=settings.layers,
-            patch_size=settings.patch_size,
+            cut=cut,
             weights=settings.weights,
             pretrained=settings.pretrained,
             weights_origin=settings.weights_origin,
@@ -139,8 +141,6 @@ def create_backbone(settings: BackboneSettings, dataset: str, cache_dir: Path, *
     except WeightsFileError as error:
         raise InputError(f"{error}; correct `weights`") from error
     except ValueError as error:
-        raise InputError(
-            f"{error}; correct {_blamed(settings, '`weights`', *(['`decoder`'] if low_level else []))}"
-        ) from error
+        raise InputError(f"{error}; correct {_blamed(settings, '`weights`', *decoder)}") from error
     except OSError as error:
         raise InputError(f"timm could not load its weights of {name} ({error}): give a file as `weights`") from error

@@ -15,9 +15,11 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -372,20 +374,12 @@ def _held(folder: Folder, identity: Mapping[str, Any]) -> _Held:
 
 
 def _fill(folder: Folder, dataset: Dataset, backbone: Backbone, identity: dict[str, Any], device: str, command: str) -> None:
-    """Compute what is missing; meanwhile other threads read the next pictures, and write the last features."""
+    """Compute what is missing; meanwhile other threads read the next files, and write the last features."""
     count, size, precision = identity[_IMAGES], _checked_size(identity), identity["feature_dtype"]
     mean, on_gpu = backbone.mean.cpu(), torch.device(device).type == "cuda"
-    readers = _READERS if isinstance(dataset, FileDataset) else 1  # others may not be made for several threads
-    with (
-        features_in_memory(backbone, size, _BATCH) as at_once,
-        torch.inference_mode(),
-        ThreadPoolExecutor(readers) as threads,
-    ):
+    with features_in_memory(backbone, size, _BATCH) as at_once, torch.inference_mode():
         _check_grid(backbone, identity, device)
         features, labels, done = _begun(folder, dataset, mean, identity, command)
-
-        def read(indices: range) -> tuple[range, Tensor, NDArray[Any]]:
-            return indices, *_batch(dataset, indices, size, mean, threads.map, pinned=on_gpu)
 
         def write(indices: range, values: OnItsWay, overflown: OnItsWay, of_batch: NDArray[Any]) -> None:
             if overflown.arrived():
@@ -397,12 +391,31 @@ def _fill(folder: Folder, dataset: Dataset, backbone: Backbone, identity: dict[s
             folder.write_result("progress", {"done": indices.stop})
             bar.update(len(indices))
 
-        batches = [range(start, min(start + at_once, count)) for start in range(done, count, at_once)]
+        parts = [range(start, min(start + at_once, count)) for start in range(done, count, at_once)]
         bar = tqdm(total=count, initial=done, desc=f"features of {dataset.name} {dataset.split}", unit="image")
-        with bar, one_behind(write) as written, one_ahead(read, batches) as ready:
+        with bar, one_behind(write) as written, _read_batches(dataset, parts, size, mean, on_gpu) as ready:
             for indices, images, of_batch in ready:
                 values = backbone(images.to(device, non_blocking=True)).to(_DTYPES[precision]).contiguous()
                 written(indices, OnItsWay(values), OnItsWay((~values.isfinite()).any()), of_batch)
+
+
+@contextmanager
+def _read_batches(
+    dataset: Dataset, parts: Sequence[range], size: tuple[int, int], mean: Tensor, pinned: bool
+) -> Iterator[Iterator[tuple[range, Tensor, NDArray[Any]]]]:
+    """The parts' indices with their `_batch`: files are read by several threads, one batch ahead.
+
+    Another data set is read by the thread that asks: it may be tied to that one, as a connection to SQLite is.
+    """
+
+    def read(indices: range, read_all: Callable[..., Iterable[None]] = map) -> tuple[range, Tensor, NDArray[Any]]:
+        return indices, *_batch(dataset, indices, size, mean, read_all, pinned)
+
+    if not isinstance(dataset, FileDataset):
+        yield map(read, parts)
+        return
+    with ThreadPoolExecutor(_READERS) as threads, one_ahead(partial(read, read_all=threads.map), parts) as ready:
+        yield ready
 
 
 def _begun(

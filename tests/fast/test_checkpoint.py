@@ -1,3 +1,4 @@
+import itertools
 import json
 import os
 import re
@@ -370,9 +371,19 @@ def test_layers_patches_and_grid_are_in_the_file(tmp_path: Path, arguments: dict
 def test_a_network_on_a_stage_has_one_output_stride(tmp_path: Path) -> None:
     path = tmp_path / "network.safetensors"
     save_network(path, network_on(timm_backbone("test_convnext")), task={"class_names": CLASSES})
-    for load in (load_network, load_backbone):
-        with pytest.raises(ValueError, match="'test_convnext' has features at output stride 16 alone, asked for 8"):
-            load(path, output_stride=8)
+    expected = r"network\.safetensors cannot be used at output stride {}: backbone 'test_convnext' gives .* at 16 alone$"
+    for load, output_stride in itertools.product((load_network, load_backbone), (8, 12)):
+        with pytest.raises(ValueError, match=expected.format(output_stride)):
+            load(path, output_stride=output_stride)
+
+
+def test_a_network_is_not_used_at_a_stride_that_timm_does_not_build(tmp_path: Path) -> None:
+    path = tmp_path / "network.safetensors"
+    save_network(path, network_on(timm_backbone("mobilenetv3_small_050")), task={"class_names": CLASSES})
+    with pytest.raises(
+        ValueError, match=r"network\.safetensors cannot be used at output stride 12: timm builds .* at \d+ instead"
+    ):
+        load_network(path, output_stride=12)
 
 
 def test_a_cnn_that_cannot_be_dilated_has_one_output_stride(tmp_path: Path) -> None:

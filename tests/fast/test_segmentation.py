@@ -234,6 +234,23 @@ def test_scales_of_patches_are_whole_patches_and_align_no_corners(scales: list[f
     np.testing.assert_allclose(actual, expected, rtol=0, atol=5e-5)  # as above
 
 
+# Of 3 × 4 patches 2 × 3 and 5 × 7 are left, which have so many times their area.
+@pytest.mark.parametrize(
+    ("grid", "expected"), [(Grid(16), [0.7, 1.0, 1.8]), (Grid(16, False), [(6 / 12) ** 0.5, 1.0, (35 / 12) ** 0.5])]
+)
+def test_what_is_averaged_is_told_the_true_scale(grid: Grid, expected: list[float]) -> None:
+    told: list[float] = []
+
+    def to_average(outputs: Tensor, scale: float) -> Tensor:
+        told.append(scale)
+        return outputs
+
+    images = torch.zeros(1, 3, *grid.pixels((3, 4)))
+    network = SegmentationNetwork(sampling_backbone(grid), head()).eval()
+    predict_scales(network, images, scales=(0.7, 1.0, 1.8), to_average=to_average)
+    assert told == pytest.approx(expected, abs=1e-12)
+
+
 def test_a_pinned_window_of_patches_is_scaled_as_patches_are() -> None:
     cell = Cell((Branch(BACKBONE_FEATURE, PyramidPooling((2, 2))),))
     context = DensePredictionCell(cell, 3, branch_channels=4, cell_channels=4, pooling_size=(4, 6))

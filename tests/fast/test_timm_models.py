@@ -176,7 +176,10 @@ def test_means_differ() -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "pictures of one size": ({"name": "mixer_s32_224"}, r"gives no features of pictures of \d+×\d+ pixels \(Input height"),
+    "pictures of one size": (
+        {"name": "mixer_s32_224"},
+        "takes pictures of 224×224 pixels alone, where any number of features is needed",
+    ),
     "features beside the grid": ({"name": "densenet121"}, r"has features at 16·i \+ \d\.\d pixels: neither on every 16th"),
     "a stride that is not there": (
         {"name": "pvt_v2_b0", "output_stride": 12},
@@ -211,6 +214,13 @@ def test_layers_are_counted_from_the_end(layers: tuple[int, ...]) -> None:
 def test_pictures_off_the_grid_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=r"takes pictures of 16·k pixels each way, such as 64×48, got 65×48"):
         timm_backbone(name)(torch.zeros(1, 3, 65, 48))
+
+
+def test_it_is_built_in_inference_mode_too() -> None:
+    cut_of.cache_clear()
+    with torch.inference_mode():
+        backbone = timm_backbone("test_vit").eval()
+        assert backbone(images_on(backbone)).shape == (1, 64, 3, 4)
 
 
 def test_measuring_draws_no_random_numbers_and_costs_once() -> None:

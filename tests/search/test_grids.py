@@ -309,7 +309,7 @@ def test_a_network_on_patches_is_trained_kept_and_used(decoder: bool, tmp_path: 
     for settings, words in (
         (PredictionSettings(pad_to=(65, 96)), "`pad_to` 65 96 must be 16·k each, such as 64 96$"),
         (PredictionSettings(tile_size=(65, 65)), "`tile_size` 65 65 must be 16·k each, such as 64 64$"),
-        (PredictionSettings(output_stride=8), "at output stride 16 alone, asked for 8; leave out `output_stride`, or give"),
+        (PredictionSettings(output_stride=8), "at 16 alone; leave out `output_stride`, or give"),
         (PredictionSettings(output_stride=2), "^`output_stride` must be 4 to 32, got 2$"),
     ):
         with pytest.raises(InputError, match=words):

@@ -368,6 +368,10 @@ def test_data_and_backbone_are_the_runs_unless_given(tiny: RerankSettings, run: 
 
     weights = training_settings(changed(tiny, weights=Path("other.pth"), weights_origin="tensorflow"), run)
     assert weights.backbone == BackboneSettings(backbone=BACKBONE, weights=Path("other.pth"), weights_origin="tensorflow")
+    resampled = replace(run.settings.backbone, layers=(-1, -4), patch_size=16)
+    patches = replace(run, settings=replace(run.settings, backbone=resampled))
+    weights = training_settings(changed(tiny, weights=Path("other.pth")), patches)
+    assert (weights.backbone.layers, weights.backbone.patch_size) == ((-1, -4), 16)
 
 
 def pooling_cell(grid: int) -> Cell:

@@ -107,6 +107,7 @@ def test_runs_of_before_there_were_layers_go_on() -> None:
     [
         ({"layers": (-4, -1)}, "`layers` must be numbers below 0, each once, the deepest first, such as -1 -4, got -4 -1"),
         ({"patch_size": 2}, "`patch_size` must be 4 to 32, got 2"),
+        ({"backbone": "shapes_cnn", "output_stride": 12}, "`output_stride` 12 of shapes_cnn must be 4, 8, 16 or 32"),
         ({"backbone": "shapes_cnn", "layers": (-1, -2)}, "`layers` is for a timm model as `backbone`, and shapes_cnn is none"),
         ({"backbone": "test_vit", "layers": (-1, -9)}, "there is no -9; correct `backbone`, `output_stride` or `layers`"),
         ({"backbone": "test_vit", "output_stride": 8}, "stride 8, only at 16; correct `backbone` or `output_stride`"),

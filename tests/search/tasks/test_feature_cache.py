@@ -185,6 +185,18 @@ def test_files_are_read_by_several_threads_to_the_same_bytes(tmp_path: Path, mon
     assert contents(tmp_path / "1") == contents(tmp_path / "4")
 
 
+def test_another_data_set_is_read_in_the_thread_that_builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, threads = Pictures.__getitem__, set()
+
+    def getitem(self: Pictures, index: int) -> Sample:
+        threads.add(threading.current_thread())
+        return original(self, index)
+
+    monkeypatch.setattr(Pictures, "__getitem__", getitem)
+    build(tmp_path, TWENTY)
+    assert threads == {threading.current_thread()}
+
+
 def test_a_cache_cannot_be_changed_by_who_reads_it(tmp_path: Path) -> None:
     cache = build(tmp_path, TWENTY)
     before = contents(tmp_path)
