@@ -400,7 +400,10 @@ def _check(settings: FidelitySettings) -> None:
     require("seeds", settings.seeds, settings.seeds >= 1, "at least 1")
     require("seed", settings.seed, settings.seed >= 0, "at least 0")
     require("workers", settings.workers, settings.workers >= 1, "at least 1")
-    require("long_iterations", settings.long_iterations, settings.long_iterations >= 1, "at least 1")
+    long, warmup = settings.long_iterations, settings.proxy.warmup_iterations
+    require("long_iterations", long, long >= 1, "at least 1")
+    if warmup >= long:
+        raise InputError(f"`warmup_iterations` {warmup} leaves none of `long_iterations` {long}")
     if not settings.protocols or len(set(settings.protocols)) < len(settings.protocols):
         raise InputError(f"`protocols` must name some of {', '.join(PROTOCOLS)}, each once")
     if "large" in settings.protocols:

@@ -303,6 +303,7 @@ def run_search(
     values than before, the folder is refused. `command` is what the user typed. `on_begin` is called once nothing is left to
     be refused.
     """
+    proxy.check()  # once more: its iterations may follow from the number of pictures
     device = resolve_device(settings.machine.device)
     num_inputs = len(caches["train"].layer_channels)
     compare = load_cells(search.compare, num_inputs)

@@ -107,7 +107,7 @@ def join_head(
             f"head {path} was trained on {name} at output stride {stride}: leave out `backbone` and `output_stride`, which "
             "are in the file"
         )
-    asked = replace(
+    own = replace(
         asked,
         backbone=name,
         output_stride=stride,
@@ -115,7 +115,12 @@ def join_head(
         patch_size=described.get("patch_size"),
         weights_origin=described["weights_origin"],
     )
-    backbone = create_backbone(asked, described.get("dataset", ""), cache_dir, low_level=decoder)
+    for field in ("layers", "patch_size"):
+        if getattr(asked, field) not in (getattr(own, field), getattr(BackboneSettings, field)):
+            raise InputError(
+                f"head {path} was trained on other `{field}`: leave that out, or give the `weights` of its search"
+            )
+    backbone = create_backbone(own, described.get("dataset", ""), cache_dir, low_level=decoder)
     if backbone.weights_hash() != described["weights_hash"]:
         hashes = [each[:12] for each in (described["weights_hash"], backbone.weights_hash())]
         raise InputError(
@@ -153,7 +158,7 @@ def _load_network(path: Path) -> tuple[SegmentationNetwork, dict[str, Any]]:
     try:
         return load_network(path, norm_layer=authors_norm)
     except ValueError as error:
-        raise InputError(f"{error}; correct `init`") from error
+        raise InputError(f"{error}; give another file") from error
 
 
 def training_identity(

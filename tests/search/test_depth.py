@@ -279,5 +279,5 @@ def test_the_best_of_cells_that_all_score_nothing_is_kept(folder: Path, tmp_path
 def test_a_network_that_does_not_say_what_it_predicts_is_refused(folder: Path, network: Path, tmp_path: Path) -> None:
     save_network(tmp_path / "n.safetensors", load_network(network)[0], task={})
     settings = composed(TrainSettings, **(data(folder) | {"backbone": None, "weights": None}), init=tmp_path / "n.safetensors")
-    with pytest.raises(InputError, match=r"n\.safetensors does not say what its outputs are; correct `init`"):
+    with pytest.raises(InputError, match=r"n\.safetensors does not say what its outputs are: give another file"):
         search.train.main(replace(settings, out=tmp_path / "t"))

@@ -432,6 +432,7 @@ def test_settings_of_another_protocol_do_not_matter(
     [
         ({"seeds": 0}, "`seeds` must be at least 1, got 0"),
         ({"long_iterations": 0}, "`long_iterations` must be at least 1, got 0"),
+        ({"long_iterations": 2, "warmup_iterations": 2}, "`warmup_iterations` 2 leaves none of `long_iterations` 2"),
         ({"learning_rate": math.nan}, "`learning_rate` must be above 0, got nan"),
         ({"dropout": 1.0}, "`dropout` must be"),
         ({"protocols": ("proxy", "proxy")}, "`protocols` must name some of proxy, long, large, end_to_end, each once"),

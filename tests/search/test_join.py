@@ -173,6 +173,7 @@ def test_what_cannot_be_joined_is_refused(searched: RandomSettings, run: Run, tm
     other = BackboneSettings(weights=tmp_path / "other.pth")
     absent = run.directory / "heads" / "psp_seed9.safetensors"
     stride = BackboneSettings(weights=searched.backbone.weights, output_stride=8)
+    layers = BackboneSettings(weights=searched.backbone.weights, layers=(-1, -2))
     pictures = write_camvid(tmp_path / "camvid", (32, 49))
     for settings, sentence in (
         (JoinSettings(), "give the folder of a search as `run`, or a head"),
@@ -183,6 +184,7 @@ def test_what_cannot_be_joined_is_refused(searched: RandomSettings, run: Run, tm
             f"was trained on {BACKBONE} with the weights .*…, these are .*…",
         ),
         (JoinSettings(run=run.directory, backbone=stride), "at output stride 16: leave out `backbone` and `output_stride`"),
+        (JoinSettings(run=run.directory, backbone=layers), "was trained on other `layers`: leave that out"),
         (JoinSettings(run=run.directory, data_dir=pictures), r"scored on other images of `val_split` and other labels"),
     ):
         with pytest.raises(InputError, match=sentence):

@@ -568,6 +568,14 @@ def test_settings_that_cannot_work_are_refused(
     assert not list(tmp_path.rglob("*.partial*"))
 
 
+def test_a_warmup_as_long_as_a_training_by_default_is_refused(tiny: RandomSettings, tmp_path: Path) -> None:
+    """How long that is follows from the number of pictures."""
+    settings = changed(tiny, iterations=None, warmup_iterations=30_000, out=tmp_path / "refused")
+    with pytest.raises(InputError, match=r"`warmup_iterations` 30000 leaves none of `iterations` \d+"):
+        search.random.main(settings)
+    assert not (tmp_path / "refused").exists()
+
+
 @pytest.mark.parametrize(
     ("field", "value", "before"),
     [("iterations", 9, 8), ("learning_rate", 0.2, 0.5), ("seed", 1, 0), ("branches", 3, 2), ("sampler", "tpe", "paper")],
