@@ -170,7 +170,7 @@ def open_model(
     stride = cut.grid.stride if cut.deepest == DEEPEST else None
     body = _opened(name, indices, stride, cut.patch_size, weights_origin, pretrained, weights)
     if stride is not None and (only := strides_of(body)[-1]) != stride:  # timm has built it without the option
-        raise ValueError(f"backbone {name!r} gives its features at {only} alone")
+        raise ValueError(f"timm builds backbone {name!r} at output stride {only} instead")
     return body
 
 

@@ -362,7 +362,7 @@ def _require_parts(*, train: Any, val: Any, backbone: Any) -> None:
     """Refuse a data set and a module of a user's own that are not wrapped yet. Raises InputError."""
     for name, dataset in (("train", train), ("val", val)):
         if not (hasattr(dataset, "task") and hasattr(dataset, "fingerprint")):
-            raise InputError(f"`{name}` is a {type(dataset).__name__}: give TorchDataset({name}, class_names, ...) of it")
+            raise InputError(f"`{name}` is a {type(dataset).__name__}: give TorchDataset({name}, ...) of it")
     if not isinstance(backbone, Backbone):
         raise InputError(f"`backbone` is a {type(backbone).__name__}: give backbone_from_module(backbone, ...) of it")
 

@@ -381,7 +381,8 @@ def test_a_network_is_not_used_at_a_stride_that_timm_does_not_build(tmp_path: Pa
     path = tmp_path / "network.safetensors"
     save_network(path, network_on(timm_backbone("mobilenetv3_small_050")), task={"class_names": CLASSES})
     with pytest.raises(
-        ValueError, match=r"network\.safetensors cannot be used at output stride 12: timm builds .* at \d+ instead"
+        ValueError,
+        match=r"network\.safetensors cannot be used at output stride 12: timm builds .* at output stride \d+ instead",
     ):
         load_network(path, output_stride=12)
 
@@ -391,7 +392,7 @@ def test_a_cnn_that_cannot_be_dilated_has_one_output_stride(tmp_path: Path) -> N
     path = tmp_path / "network.safetensors"
     save_network(path, network_on(timm_backbone("efficientvit_b0", output_stride=32)), task={"class_names": CLASSES})
     for load in (load_network, load_backbone):
-        with pytest.raises(ValueError, match="'efficientvit_b0' gives its features at 32 alone"):
+        with pytest.raises(ValueError, match="timm builds backbone 'efficientvit_b0' at output stride 32 instead"):
             load(path, output_stride=16)
 
 

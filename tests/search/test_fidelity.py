@@ -438,7 +438,7 @@ def test_settings_of_another_protocol_do_not_matter(
         ({"protocols": ("proxy", "proxy")}, "`protocols` must name some of proxy, long, large, end_to_end, each once"),
         ({"protocols": ()}, "`protocols` must name"),
         ({"large.weights": None}, "give `large.weights`, or `large.pretrained`"),
-        ({"large.backbone": "no_such_model"}, "correct `large.backbone`, `large.weights`"),
+        ({"large.backbone": "no_such_model"}, "no_such_model.*; correct `large.backbone`"),
         ({"crop_size": (32, 32)}, "`crop_size` 32 32 must be"),
         ({"large.output_stride": 3}, "^`large.output_stride` must be 4 to 32, got 3"),
         ({"end_to_end.iterations": 0}, "^`end_to_end.iterations` must be at least 1, got 0"),
@@ -456,7 +456,7 @@ def test_what_cannot_work_is_refused_before_anything_is_written(
 @pytest.mark.parametrize(
     "changes",
     [
-        {"large.output_stride": 4},
+        {"large.output_stride": 3},
         {"end_to_end.iterations": 0},
         {"end_to_end.min_scale": 0.0},
         {"end_to_end.validate_every": 0},

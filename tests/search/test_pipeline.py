@@ -286,7 +286,7 @@ def test_a_network_may_have_lost_its_dropout(tmp_path: Path) -> None:
 
 def test_parts_that_are_not_wrapped_are_refused(tmp_path: Path) -> None:
     raw: Any = Strips(6, 0)
-    with pytest.raises(InputError, match=r"^`train` is a Strips: give TorchDataset\(train, class_names, \.\.\.\) of it"):
+    with pytest.raises(InputError, match=r"^`train` is a Strips: give TorchDataset\(train, \.\.\.\) of it"):
         find(tmp_path, train=raw)
     module: Any = Strided(4)
     with pytest.raises(InputError, match=r"^`backbone` is a Strided: give backbone_from_module"):

@@ -47,7 +47,7 @@ def make_run(directory: Path, scores: list[float | None], baselines: dict[str, l
         for name, group in (baselines or {}).items()
         for seed, score in enumerate(group)
     ]
-    identity = {"dataset": "shapes", "iterations": 1500, "crop_size": None, "learning_rate": 0.05}
+    identity = {"dataset": "shapes", "iterations": 1500, "crop_size": None, "image_size": [129, 161], "learning_rate": 0.05}
     palette = np.array([[128, 64, 128], [0, 0, 142], [70, 130, 180]], dtype=np.uint8)
     command = "python -m search.random --dataset shapes"
     settings = RunSettings(DataSettings(), BackboneSettings(), FeatureSettings(), HeadSettings(), MachineSettings())

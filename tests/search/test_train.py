@@ -519,7 +519,7 @@ def test_defaults_are_the_papers_but_for_shapes() -> None:
         ({"accumulate": 3}, "`batch_size` 4 cannot be divided into 3"),
         ({"tile_size": (33, 32)}, r"`tile_size` 33 32 must be 16·k \+ 1 each, such as 33 33"),
         ({"tile_size": (33, 33), "tile_overlap": 1.0}, "`tile_overlap` must be at least 0 and below 1, got 1.0"),
-        ({"init": Path("absent.safetensors")}, r"absent\.safetensors.*`init`"),
+        ({"init": Path("absent.safetensors")}, r"absent\.safetensors.*; give another file$"),
         ({"train_split": "nonsense"}, "split 'nonsense'"),
         ({"init": None, "run": Path("runs/nope")}, r"`run` runs/nope has no best_cells/rank_01\.json: give the folder"),
     ],

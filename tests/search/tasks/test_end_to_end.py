@@ -121,7 +121,7 @@ def test_a_cell_is_scored_as_search_train_scores_it(
 ) -> None:
     task, _ = uninterrupted
     seed = load_network(task.folder(load_cell("dpc"), SEED) / "last.safetensors")[1]["source"]["training"]["seed"]
-    groups = {name: getattr(tiny, name) for name in ("data", "backbone", "head", "recipe", "machine")}
+    groups = {name: getattr(tiny, name) for name in ("data", "backbone", "recipe", "machine")} | {"new_head": tiny.head}
     search.train.main(TrainSettings(**groups, cell="dpc", seed=seed, out=tmp_path))
     assert (tmp_path / "curve.csv").read_bytes() == curve(task, load_cell("dpc"))
 
