@@ -8,9 +8,10 @@ on; of one input, which branch 0 always reads, there is no `branch0_input`.
     study.optimize(lambda trial: score(suggest_cell(trial, SearchSpace())), n_trials=100)
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 from zlib import crc32
 
 import numpy as np
@@ -19,6 +20,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 from reference.cell import BACKBONE_FEATURE, Branch, Cell, Operation
+from search.cells.history import History, Proposed
 from search.cells.space import SearchSpace
 from search.errors import InputError
 
@@ -56,36 +58,29 @@ def cell_from_params(params: Mapping[str, Any], space: SearchSpace) -> Cell:
         ) from error
 
 
-class PaperSampler(optuna.samplers.BaseSampler):
-    """Random search as in Vizier (paper, section 3.2): cells uniformly at random, and some near the best observed so far.
+class CellSampler(optuna.samplers.BaseSampler, ABC):
+    """A sampler of cells: for the search, which keeps a history, and for any Optuna study of one objective.
 
-    With `near_best_probability` trial n is a neighbour of one of the `best_k` best distinct cells among the *visible* trials,
-    uniformly chosen; otherwise, and while none is complete, it is uniform over the space. A cell of the canonical form of an
-    earlier one (`SearchSpace.canonical_form`) is drawn again, at most `MAX_DRAWS` times. Only complete trials are parents. One
-    objective, either direction.
-
-    Trial n is a function of `seed`, n, the cells of all earlier trials and the results of the visible ones: those numbered
-    below `visible_before(n)` = n − `lag`. So the same seed gives the same cells with any number of workers up to `lag` + 1, if
-    trials are asked one after the other, each together with its cell, and trial n only once the visible ones are finished.
-    The sampler keeps no state: it may be copied, pickled and built again, and the study goes on where it stopped.
+    Trial n is a function of `seed`, n, the cells of all earlier trials, and the scores of those that are visible: numbered
+    below `visible_before(n)`. So the same seed gives the same cells with any number of workers up to `lag` + 1, if trial n is
+    asked for only once the visible ones are finished. A sampler keeps nothing that a study could not give it again: it may be
+    copied, pickled and built anew, and the study goes on where it stopped.
     """
 
-    def __init__(
-        self, space: SearchSpace, *, seed: int, near_best_probability: float = 0.5, best_k: int = 10, lag: int = LAG
-    ) -> None:
-        if not 0 <= near_best_probability <= 1:
-            raise ValueError(f"near_best_probability must be between 0 and 1, got {near_best_probability}")
-        if seed < 0 or best_k < 1 or lag < 0:
-            raise ValueError(f"seed and lag must be at least 0 and best_k at least 1, got {seed}, {lag} and {best_k}")
+    def __init__(self, space: SearchSpace, *, seed: int, lag: int = LAG) -> None:
+        if seed < 0 or lag < 0:
+            raise ValueError(f"seed and lag must be at least 0, got {seed} and {lag}")
         self.space = space
         self.seed = seed
-        self.near_best_probability = near_best_probability
-        self.best_k = best_k
         self.lag = lag
+
+    @abstractmethod
+    def propose(self, number: int, history: History) -> Cell:
+        """The cell of trial `number`; `history` has the cells of all earlier trials, and scores where they are known."""
 
     def visible_before(self, number: int) -> int:
         """Trials below this number must be finished before trial `number` is asked for; 0 if results are never used."""
-        return max(0, number - self.lag) if self.near_best_probability > 0 else 0
+        return max(0, number - self.lag)
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         return {name: CategoricalDistribution(choices) for name, choices in _choices(self.space).items()}
@@ -93,16 +88,7 @@ class PaperSampler(optuna.samplers.BaseSampler):
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        earlier = list(_known_cells(study, trial.number, self.space))
-        proposed = {known.form for known in earlier}
-        visible = [known for known in earlier if known.trial.number < self.visible_before(trial.number)]
-        parents = self._best_cells(visible, study.direction)
-        rng = np.random.default_rng([self.seed, trial.number])
-        for _ in range(MAX_DRAWS):
-            cell = self._draw(parents, rng)
-            if self.space.canonical_form(cell).to_json() not in proposed:
-                break
-        return params_of_cell(cell, self.space)
+        return params_of_cell(self.propose(trial.number, _history_of(study, trial.number, self.space)), self.space)
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -111,17 +97,45 @@ class PaperSampler(optuna.samplers.BaseSampler):
         seed = _trial_seed(self.seed, trial.number, crc32(param_name.encode()))
         return optuna.samplers.RandomSampler(seed).sample_independent(study, trial, param_name, param_distribution)
 
-    def _best_cells(self, visible: Sequence["_KnownCell"], direction: optuna.study.StudyDirection) -> list[Cell]:
-        sign = -1 if direction == optuna.study.StudyDirection.MAXIMIZE else 1
-        complete = [known for known in visible if known.trial.state == TrialState.COMPLETE]
-        distinct: dict[str, Cell] = {}
-        for known in sorted(complete, key=lambda known: (sign * known.trial.values[0], known.trial.number)):
-            distinct.setdefault(known.form, known.cell)
-        return list(distinct.values())[: self.best_k]
+    def _new(self, history: History, draw: Callable[[], Cell]) -> Cell:
+        """Draw until the cell's canonical form is new, at most `MAX_DRAWS` times."""
+        for _ in range(MAX_DRAWS):
+            cell = draw()
+            if self.space.canonical_form(cell).to_json() not in history:
+                break
+        return cell
 
-    def _draw(self, parents: Sequence[Cell], rng: np.random.Generator) -> Cell:
+
+class PaperSampler(CellSampler):
+    """Random search as in Vizier (paper, section 3.2): cells uniformly at random, and some near the best observed so far.
+
+    With `near_best_probability` trial n is a neighbour of one of the `best_k` best distinct cells among the *visible* trials,
+    uniformly chosen; otherwise, and while none is complete, it is uniform over the space. A cell of the canonical form of an
+    earlier one (`SearchSpace.canonical_form`) is drawn again, at most `MAX_DRAWS` times. Only complete trials are parents.
+    """
+
+    def __init__(
+        self, space: SearchSpace, *, seed: int, near_best_probability: float = 0.5, best_k: int = 10, lag: int = LAG
+    ) -> None:
+        if not 0 <= near_best_probability <= 1:
+            raise ValueError(f"near_best_probability must be between 0 and 1, got {near_best_probability}")
+        if best_k < 1:
+            raise ValueError(f"best_k must be at least 1, got {best_k}")
+        super().__init__(space, seed=seed, lag=lag)
+        self.near_best_probability = near_best_probability
+        self.best_k = best_k
+
+    def visible_before(self, number: int) -> int:
+        return super().visible_before(number) if self.near_best_probability > 0 else 0
+
+    def propose(self, number: int, history: History) -> Cell:
+        parents = history.best(self.best_k, self.visible_before(number))
+        rng = np.random.default_rng([self.seed, number])
+        return self._new(history, lambda: self._draw(parents, rng))
+
+    def _draw(self, parents: Sequence[Proposed], rng: np.random.Generator) -> Cell:
         if rng.random() < self.near_best_probability and parents:
-            return self.space.mutate(parents[int(rng.integers(len(parents)))], rng)
+            return self.space.mutate(parents[int(rng.integers(len(parents)))].cell, rng)
         return self.space.sample(rng)
 
 
@@ -209,22 +223,25 @@ def _choices(space: SearchSpace) -> dict[str, tuple[str | int, ...]]:
     return choices
 
 
-class _KnownCell(NamedTuple):
-    trial: FrozenTrial
-    cell: Cell
-    form: str  # JSON of the space's canonical form
+def _history_of(study: optuna.Study, before: int, space: SearchSpace) -> History:
+    """The trials below number `before`; one whose parameters are not all there (yet) is left out.
 
-
-def _known_cells(study: optuna.Study, before: int, space: SearchSpace) -> Iterator[_KnownCell]:
-    """The trials below number `before` with their cells; a trial whose parameters are not all there (yet) is left out."""
-    names = tuple(_choices(space))
+    Raises ValueError for a study of several objectives.
+    """
+    if len(study.directions) > 1:
+        raise ValueError("this sampler is for one objective")
+    sign = 1 if study.direction == optuna.study.StudyDirection.MAXIMIZE else -1
+    names, history = tuple(_choices(space)), History()
     for trial in study.get_trials(deepcopy=False):
         values = tuple(map(trial.params.get, names))
         if trial.number < before and None not in values:
-            yield _KnownCell(trial, *_cell_and_form(values, space))
+            history.propose(trial.number, *_cell_and_form(values, space))
+            if trial.state == TrialState.COMPLETE:
+                history.finish(trial.number, sign * trial.values[0])
+    return history
 
 
 @cache  # cached, because a long study is scanned at every trial and its cells do not change
-def _cell_and_form(values: tuple[Any, ...], space: SearchSpace) -> tuple[Cell, str]:
+def _cell_and_form(values: tuple[Any, ...], space: SearchSpace) -> tuple[str, str]:
     cell = cell_from_params(dict(zip(_choices(space), values, strict=True)), space)
-    return cell, space.canonical_form(cell).to_json()
+    return cell.to_json(), space.canonical_form(cell).to_json()

@@ -1,0 +1,86 @@
+"""What a sampler may know of a search: the cells that were proposed, and the scores of those that are finished.
+
+It grows by one trial at a time, and a question costs the same at the first trial and at the 28,000th.
+"""
+
+from bisect import bisect_left, insort
+from typing import NamedTuple
+
+from reference.cell import Cell
+
+
+class Proposed(NamedTuple):
+    """A trial: its number, its cell as JSON, and the canonical form of it in the space, as JSON."""
+
+    number: int
+    cell_json: str
+    form: str
+
+    @property
+    def cell(self) -> Cell:
+        return Cell.from_json(self.cell_json)
+
+
+class History:
+    """The trials of one search; a greater score is better."""
+
+    def __init__(self) -> None:
+        self._trials: dict[int, Proposed] = {}
+        self._scores: dict[int, float] = {}  # of complete trials, by number
+        self._forms: set[str] = set()
+        self._bound = 0  # trials below it are in the two lists, if they are complete
+        self._complete: list[int] = []  # their numbers, in ascending order
+        self._ranked: list[tuple[float, int]] = []  # (−score, number), in ascending order
+
+    def __len__(self) -> int:
+        """The number of proposed trials."""
+        return len(self._trials)
+
+    def __contains__(self, form: str) -> bool:
+        """Whether a trial has a cell of this canonical form."""
+        return form in self._forms
+
+    def propose(self, number: int, cell_json: str, form: str) -> None:
+        """Trial `number` is of this cell, now and for ever."""
+        self._trials[number] = Proposed(number, cell_json, form)
+        self._forms.add(form)
+
+    def finish(self, number: int, score: float) -> None:
+        """A proposed trial has a score. A failed one is never finished here, so it is no parent of others."""
+        if number in self._scores:
+            return
+        self._scores[number] = score
+        if number < self._bound:
+            self._show(number)
+
+    def score(self, number: int) -> float | None:
+        """The score of a trial; None if it has none."""
+        return self._scores.get(number)
+
+    def complete(self, before: int, newest: int | None = None) -> list[Proposed]:
+        """The trials numbered below `before` that have a score, by number; only the `newest` of them if that is given."""
+        self._advance(before)
+        end = bisect_left(self._complete, before)
+        start = 0 if newest is None else max(0, end - newest)
+        return [self._trials[number] for number in self._complete[start:end]]
+
+    def best(self, count: int, before: int) -> list[Proposed]:
+        """The best distinct cells among the complete trials numbered below `before`, best first; of equals the first."""
+        self._advance(before)
+        chosen: dict[str, Proposed] = {}
+        for _, number in self._ranked:
+            if len(chosen) == count:
+                break
+            if number < before:
+                chosen.setdefault(self._trials[number].form, self._trials[number])
+        return list(chosen.values())
+
+    def _advance(self, before: int) -> None:
+        for number in range(self._bound, before):
+            if number in self._scores:
+                self._show(number)
+        self._bound = max(self._bound, before)
+
+    def _show(self, number: int) -> None:
+        insort(self._complete, number)
+        insort(self._ranked, (-self._scores[number], number))
