@@ -53,6 +53,10 @@ class History:
         if number < self._bound:
             self._show(number)
 
+    def proposed(self, number: int) -> Proposed:
+        """Trial `number`. Raises KeyError if there is none."""
+        return self._trials[number]
+
     def score(self, number: int) -> float | None:
         """The score of a trial; None if it has none."""
         return self._scores.get(number)
