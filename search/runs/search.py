@@ -15,7 +15,8 @@ from search.cells.space import SearchSpace
 from search.dense_tasks import Measure
 from search.interrupts import ctrl_c_waits
 from search.runs.study import FOUND, Study, ranked
-from search.runs.workers import Job, Outcome, Workers
+from search.runs.workers import WAIT_SECONDS, Job, Outcome, Workers
+from search.settings import known
 from search.tasks.proxy import ProxyResult
 
 _NO_SCORE = -1.0  # below all scores: the first one is the best, also if it is 0
@@ -83,7 +84,7 @@ class Search:
                 continue
             print(f"comparison: {name}, seed {seed}", file=sys.stderr)
             self.workers.submit(Job(name, cell, (self.plan.seed, _COMPARISON, seed)))
-            outcome = self.workers.wait()
+            outcome = known(self.workers.wait())
             with ctrl_c_waits():
                 self._finish_comparison(outcome, name, seed)
 
@@ -120,7 +121,9 @@ class Search:
                     bar.update(trial.number in finished)
                 if not running:
                     return
-                outcome = self.workers.wait()
+                outcome = self.workers.wait(WAIT_SECONDS)
+                if outcome is None:
+                    continue
                 running.remove(outcome.job.key)
                 finished.add(outcome.job.key)
                 failed += outcome.failure is not None
