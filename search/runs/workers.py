@@ -1,18 +1,13 @@
-"""Evaluate cells in this process, alone or in turns, or in several workers under Ray, on one machine or a cluster.
+"""Evaluate cells in this process, alone or in turns; `search.runs.ray_workers` does it in several processes.
 
 What evaluating means is the task's: a brief training on cached features (`search.tasks.proxy`), or a whole one
-(`search.tasks.end_to_end`). Workers only evaluate; the process that asks also writes the study. A worker that dies gives
-its cell back.
+(`search.tasks.end_to_end`). Workers only evaluate; the process that asks also writes the study.
 """
 
-import logging
-import os
-import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar, cast
 
 import torch
@@ -20,14 +15,15 @@ from tqdm import tqdm
 
 from fast.segmentation import SegmentationHead
 from reference.cell import Cell
-from search.commands import to_install
 from search.devices import resolve_device
+<<<<<<< HEAD
 from search.errors import InputError
 from search.interrupts import sigterm_kept
+=======
+>>>>>>> B
 from search.tasks.proxy import NotFiniteError
 
-MAX_DEATHS = 3
-_PATIENCE = 60  # seconds between two messages about workers that are not ready yet
+WAIT_SECONDS = 1.0  # after which one looks whether more workers are there
 
 Result = TypeVar("Result")
 Result_co = TypeVar("Result_co", covariant=True)
@@ -76,10 +72,17 @@ class Outcome(Generic[Result_co]):
 class Workers(Protocol[Result_co]):
     """Submit up to `capacity` jobs, then wait for the one that is finished first."""
 
-    capacity: int
+    @property
+    def capacity(self) -> int:
+        """How many jobs may run at a time. It may change while `wait` waits, to 0 as well."""
+        ...
 
     def submit(self, job: Job) -> None: ...
-    def wait(self) -> Outcome[Result_co]: ...
+
+    def wait(self, timeout: float | None = None) -> Outcome[Result_co] | None:
+        """The next outcome, or None if there is none within `timeout` seconds, which a worker in this process ignores."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -109,8 +112,10 @@ def outcomes(workers: Workers[Result], jobs: Iterable[Job]) -> Iterator[Outcome[
         while queue and running < workers.capacity:
             workers.submit(queue.pop(0))
             running += 1
-        yield workers.wait()
-        running -= 1
+        outcome = workers.wait(WAIT_SECONDS)
+        if outcome is not None:
+            yield outcome
+            running -= 1
 
 
 @contextmanager
@@ -123,6 +128,8 @@ def open_workers(
     how many cells the worker in this process trains at a time; the task must be a `SteppedTask`.
     """
     if count > 1:
+        from search.runs.ray_workers import RayWorkers
+
         with closing(RayWorkers(create_task, count, device)) as workers:
             yield workers
         return
@@ -156,7 +163,7 @@ class InProcess(Generic[Result]):
     def submit(self, job: Job) -> None:
         self._jobs.append(job)
 
-    def wait(self) -> Outcome[Result]:
+    def wait(self, timeout: float | None = None) -> Outcome[Result]:
         job = self._jobs.pop(0)
         return evaluate(self._task, job, lambda iteration: self._on_step(job, iteration))
 
@@ -185,7 +192,7 @@ class InTurns(Generic[Result]):
             stream.wait_stream(torch.cuda.current_stream(stream.device))  # which may still copy the features
         self._running.append(_Running(job, self._task.evaluation(job.cell, job.seed), stream))
 
-    def wait(self) -> Outcome[Result]:
+    def wait(self, timeout: float | None = None) -> Outcome[Result]:
         """Go on with all jobs until one of them ends."""
         followed = self._running[0].job
         while True:
@@ -215,6 +222,7 @@ class _Running(NamedTuple, Generic[Result]):
     job: Job
     steps: Generator[int, None, tuple[Result, SegmentationHead | None]]
     stream: torch.cuda.Stream | None
+<<<<<<< HEAD
 
 
 class RayWorkers(Generic[Result]):
@@ -302,3 +310,5 @@ class _Evaluator(Generic[Result]):
 
     def evaluate(self, job: Job) -> Outcome[Result]:
         return evaluate(self._task, job)
+=======
+>>>>>>> B
