@@ -12,6 +12,7 @@ import torch
 from search.commands import to_install
 from search.devices import resolve_device
 from search.errors import InputError
+from search.interrupts import sigterm_kept
 from search.runs.workers import Job, Outcome, Result, Task, evaluate
 
 MAX_DEATHS = 3
@@ -38,7 +39,8 @@ class RayWorkers(Generic[Result]):
             raise InputError(f"`device` {device} is one GPU, `workers` {count} have one each: give cuda")
         on_gpu = (resolve_device(device) if device == "auto" else device).startswith("cuda")
         if not ray.is_initialized():
-            ray.init(logging_level=logging.ERROR, log_to_driver=False, include_dashboard=False)
+            with sigterm_kept():
+                ray.init(logging_level=logging.ERROR, log_to_driver=False, include_dashboard=False)
         gpus = 1 if on_gpu else 0
         resources: Any = ray.cluster_resources  # untyped
         available = int(resources().get("GPU", 0))
