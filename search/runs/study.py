@@ -54,6 +54,14 @@ class TrialRecord:
     failure: str | None
     duplicate_of: int | None
 
+    @property
+    def score(self) -> float | None:
+        return self.result.score if self.result else None
+
+    @property
+    def multiply_adds(self) -> int | None:
+        return self.result.multiply_adds if self.result else None
+
 
 @dataclass(frozen=True)
 class BaselineRecord:
@@ -101,6 +109,10 @@ class Run:
     space: SearchSpace
     trials: list[TrialRecord]  # finished ones, by number
     baselines: list[BaselineRecord]
+
+    def curve(self, record: TrialRecord | BaselineRecord) -> tuple[tuple[int, float], ...]:
+        """The training loss of a scored cell: (iteration, loss)."""
+        return record.result.loss_curve if record.result else ()
 
 
 FOUND = "trial "  # before the number of a trial: the name of the search's best cell among the compared ones
