@@ -15,8 +15,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
-from optuna.exceptions import OptunaError
-from sqlalchemy.exc import SQLAlchemyError
+from optuna.exceptions import OptunaError, StorageInternalError
+from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
 
 from fast.segmentation import SegmentationHead
 from reference.cell import GRID_SIZES, RATES, Cell
@@ -132,9 +132,9 @@ class Run:
     baselines: list[BaselineRecord]
     curves: Mapping[int, Curve] = field(default_factory=dict, compare=False)  # loss curves by trial; may read them when asked
 
-    def curve(self, record: TrialRecord) -> Curve:
-        """The loss curve of a trial; empty if it has none."""
-        return self.curves.get(record.number, ())
+    def curve(self, record: TrialRecord | BaselineRecord) -> Curve:
+        """The loss curve of a trial or a comparison; empty if it has none."""
+        return self.curves.get(record.number, ()) if isinstance(record, TrialRecord) else record.result.loss_curve
 
 
 def best_head(directory: Path) -> Path:
@@ -195,9 +195,14 @@ class Study:
     @ctrl_c_waits()
     def show(self) -> None:
         """Write what was finished since into Optuna's studies, and heads into the folder if this process holds it."""
-        with self._reader.alone() as is_alone:
-            if is_alone:
-                self._mirror.update(self._reader)
+        try:
+            with self._reader.alone() as is_alone:
+                if is_alone:
+                    self._mirror.update(self._reader)
+        except (OperationalError, InterfaceError, StorageInternalError):
+            if not self.store.is_server:
+                raise
+            return  # the server is away for now
         if self.holds_folder:
             for name, content, revision in self.store.new_heads(self._heads):
                 write_whole(self.directory / HEADS / f"{name}.safetensors", content)
