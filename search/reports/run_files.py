@@ -19,8 +19,8 @@ from search.dense_tasks import DenseTask, details_beside, measures_beside
 from search.files import write_text, write_whole
 from search.reports.rank_correlation import ties
 from search.reports.run import write_report
-from search.runs.search import BEST_HEAD, HEADS, head_name
-from search.runs.study import BaselineRecord, TrialRecord, comparison_label, load_run, ranked
+from search.runs.store import BEST_HEAD, head_name
+from search.runs.study import HEADS, BaselineRecord, TrialRecord, comparison_label, load_run, ranked
 from search.tasks.feature_cache import FeatureCache
 
 _EXAMPLES = 4

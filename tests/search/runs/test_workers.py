@@ -17,7 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import search.runs.workers
+import search.runs.ray_workers
 from fast.train_step import EAGER_ITERATIONS
 from reference.cell import Cell
 from search.cells.sampler import create_sampler
@@ -26,9 +26,10 @@ from search.dense_tasks import Measure, Scores
 from search.dense_tasks.segmentation import Segmentation
 from search.errors import InputError
 from search.random import RandomSettings
+from search.runs.ray_workers import MAX_DEATHS, RayWorkers
 from search.runs.search import Search, SearchPlan
 from search.runs.study import Study, TrialRecord
-from search.runs.workers import MAX_DEATHS, InProcess, InTurns, Job, Outcome, RayWorkers, evaluate, open_workers, outcomes
+from search.runs.workers import InProcess, InTurns, Job, Outcome, evaluate, open_workers, outcomes
 from search.settings import HeadSettings, ProxySettings, known
 from search.tasks.feature_cache import FeatureCache
 from search.tasks.proxy import NotFiniteError, ProxyResult, ProxyTask
@@ -55,7 +56,7 @@ class Shuffled:
         self._jobs.append(job)
         assert len(self._jobs) <= self.capacity
 
-    def wait(self) -> Outcome[ProxyResult]:
+    def wait(self, timeout: float | None = None) -> Outcome[ProxyResult]:
         if next(self._waits) == self._interrupt_at:
             raise KeyboardInterrupt
         job = self._jobs.pop(self._rng.integers(len(self._jobs)))
@@ -378,7 +379,7 @@ def test_a_device_without_a_number_is_one_for_each_worker(
     fake_ray: Callable[[set[int]], FakeRay], monkeypatch: pytest.MonkeyPatch, device: str, resolved: str
 ) -> None:
     fake_ray(set())
-    monkeypatch.setattr(search.runs.workers, "resolve_device", lambda _: resolved)
+    monkeypatch.setattr(search.runs.ray_workers, "resolve_device", lambda _: resolved)
     monkeypatch.setattr(FakeRay, "cluster_resources", lambda self: {"GPU": 2 if resolved == "cuda:0" else 0})
     with open_workers(create_task, 2, device, 1) as workers:
         assert workers.capacity == 2
