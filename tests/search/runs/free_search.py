@@ -1,56 +1,90 @@
-"""A search without work, for tests of faults: many small processes, or this one, and what each trial has to come to."""
+"""A search whose cells cost nothing, by the real loop: for tests of faults, by many processes, and what it has to come to."""
 
-import json
+import hashlib
+import sys
 import time
 from contextlib import closing, suppress
+from pathlib import Path
 
 from reference.cell import Cell
 from search.cells.history import History
 from search.cells.sampler import CellSampler, PaperSampler
 from search.cells.space import SearchSpace, cell_hash, load_cell
+from search.dense_tasks import Scores
+from search.dense_tasks.segmentation import Segmentation
 from search.interrupts import sigterm_is_ctrl_c
-from search.runs.store import SearchPlan, Store, Told
+from search.runs.search import Search
+from search.runs.store import FOUND, SEARCH, Key, SearchPlan, Store
+from search.runs.study import Study
+from search.runs.workers import Job, Outcome
+from search.tasks.proxy import ProxyResult
 
 SPACE = SearchSpace(2)
-LEASE = 2.0  # seconds; longer than any pause of a process that is alive
-NAME, IDENTITY = "a search without work", "{}"
+NAME = "a search that costs nothing"
+LEASE = 2.0  # seconds; longer than any process rests that is alive
+_COST = 0.002  # seconds for a cell, so that processes also end in the middle of one
+
+Finished = dict[Key, tuple[Cell, float | None]]  # cell and score of each job; no score if it failed
+
+
+class FreeWorkers:
+    """Workers whose cells have a score that follows from the cell and the seed, as a real one does; one in sixteen fails."""
+
+    def __init__(self, capacity: int = 2) -> None:
+        self.capacity = capacity
+        self._jobs: list[Job] = []
+
+    def submit(self, job: Job) -> None:
+        self._jobs.append(job)
+
+    def wait(self, timeout: float | None = None) -> Outcome[ProxyResult] | None:
+        time.sleep(_COST)
+        job = self._jobs.pop()
+        score = _score(job.cell, job.seed[-1])
+        if score is None:
+            return Outcome(job, failure="bad luck")
+        return Outcome(job, ProxyResult(Scores(score, (0.5, None)), ((1, score),), 1, 2, 3.0, 4))
+
+    def close(self) -> None:
+        """Nothing to stop."""
+
+
+def search(url: str, trials: int, directory: Path, log: Path) -> None:
+    """Work on the search in the database until nothing is left to do; Ctrl-C and SIGTERM end it before."""
+    sys.stderr = log.open("a", encoding="utf-8", buffering=1)
+    with sigterm_is_ctrl_c(), suppress(KeyboardInterrupt), closing(_open(url, directory)) as study:
+        Search(study, FreeWorkers(), plan(trials), Segmentation(("one", "two")).score).run()
+
+
+def plan(trials: int) -> SearchPlan:
+    return SearchPlan(trials, {"linear": load_cell("linear")}, 2, 0)
 
 
 def sampler() -> CellSampler:
     return PaperSampler(SPACE, seed=0, lag=8)
 
 
-def score(cell: Cell, number: int) -> float | None:
-    """The score of a cell as this trial, which follows from both, as that of a real one does; one in sixteen has none."""
-    digits = f"{cell_hash(cell)}{number}"
-    return None if digits[0] == "0" else int(digits[1:], 16) % 10**6 / 10**6
-
-
-def expected(trials: int) -> list[tuple[int, Cell, float | None]]:
-    """Number, cell and score of each trial, one after the other and without a store."""
-    history, proposer, found = History(), sampler(), []
+def expected(trials: int) -> Finished:
+    """What comes of the search, one trial after the other, without a store."""
+    history, proposer, found = History(), sampler(), dict[Key, tuple[Cell, float | None]]()
     for number in range(trials):
         cell = proposer.propose(number, history)
         history.propose(number, cell.to_json(), SPACE.canonical_form(cell).to_json())
-        found.append((number, cell, of_cell := score(cell, number)))
-        if of_cell is not None:
-            history.finish(number, of_cell)
+        score = _score(cell, number)
+        if score is not None:
+            history.finish(number, score)
+        found[Key(SEARCH, number)] = cell, score
+    best = history.best(1, trials)[0]
+    for name, cell in {**plan(trials).compare, f"{FOUND}{best.number}": best.cell}.items():
+        found |= {Key(name, seed): (cell, _score(cell, seed)) for seed in range(plan(trials).comparison_seeds)}
     return found
 
 
-def search(url: str, trials: int) -> None:
-    """Work on the search until nothing is left to do, as one of any number of processes."""
-    with sigterm_is_ctrl_c(), suppress(KeyboardInterrupt), closing(Store(url, NAME, IDENTITY, lease=LEASE, beat=LEASE / 8)) as store:
-        plan = SearchPlan(trials, {"linear": load_cell("linear")}, 2, 0)
-        while not store.is_finished(plan):
-            claim = store.claim(plan, SPACE, sampler())
-            if claim is None:
-                time.sleep(0.02)
-                continue
-            time.sleep(0.005)
-            of_cell = score(claim.cell, claim.key.number)
-            if of_cell is None:
-                store.tell_failure(claim.key, "bad luck")
-            else:
-                head = json.dumps(claim.key).encode()
-                store.tell(claim.key, Told(of_cell, 1, "{}", "[]", head))
+def _open(url: str, directory: Path) -> Study:
+    store = Store(url, NAME, "{}", lease=LEASE, beat=LEASE / 10)
+    return Study(directory, url, store, Segmentation(("one", "two")), SPACE, sampler(), lambda head: b"", holds_folder=False)
+
+
+def _score(cell: Cell, seed: int) -> float | None:
+    digits = hashlib.sha256(f"{cell_hash(cell)} {seed}".encode()).hexdigest()[:12]
+    return None if digits.startswith("0") else int(digits, 16) / 16**12
