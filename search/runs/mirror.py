@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import optuna
+import sqlalchemy as sa
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from reference.cell import Cell
@@ -30,18 +31,25 @@ class Mirror:
 
     def update(self, reader: Reader) -> None:
         """Add what was finished since. One process at a time (`Reader.alone`)."""
-        number = self._storage.get_n_trials(self._search._study_id)
+        number = self._count(self._search)
         for row in reader.finished(search=True, after=number - 1):
             if row.key.number != number:
                 break
             self._search.add_trial(self._trial(row, params_of_cell(Cell.from_json(row.cell), self._space)))
             number += 1
-        if self._storage.get_n_trials(self._comparison._study_id) < reader.num_finished(search=False):
+        if self._count(self._comparison) < reader.num_finished(search=False):
             trials = self._comparison.get_trials(deepcopy=False)
             there = {(trial.user_attrs["name"], trial.user_attrs["seed"]) for trial in trials}
             for row in reader.finished(search=False):
                 if row.key not in there:
                     self._comparison.add_trial(self._trial(row, {}))
+
+    def _count(self, study: optuna.Study) -> int:
+        """The number of its trials, which Optuna's own functions only tell after reading them all."""
+        trials = sa.table("trials", sa.column("study_id"))
+        query = sa.select(sa.func.count()).select_from(trials).where(trials.c.study_id == study._study_id)
+        with self._storage.engine.connect() as connection:
+            return int(connection.execute(query).scalar_one())
 
     def close(self) -> None:
         self._storage.engine.dispose()
