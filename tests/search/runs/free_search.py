@@ -6,6 +6,8 @@ import time
 from contextlib import closing, suppress
 from pathlib import Path
 
+from sqlalchemy.exc import OperationalError
+
 from reference.cell import Cell
 from search.cells.history import History
 from search.cells.sampler import CellSampler, PaperSampler
@@ -81,7 +83,12 @@ def expected(trials: int) -> Finished:
 
 
 def _open(url: str, directory: Path) -> Study:
-    store = Store(url, NAME, "{}", lease=LEASE, beat=LEASE / 10)
+    while True:
+        try:
+            store = Store(url, NAME, "{}", lease=LEASE, beat=LEASE / 10)
+            break
+        except OperationalError:  # the database is away, as it is said to who starts a search
+            time.sleep(_COST)
     return Study(directory, url, store, Segmentation(("one", "two")), SPACE, sampler(), lambda head: b"", holds_folder=False)
 
 
