@@ -45,13 +45,13 @@ class Search:
         with Progress(self.plan.trials, done, self.measure) as self._progress:
             while True:
                 self._fill()
+                self._tick()
                 if self._running:
                     self._wait()
                 elif self.study.store.is_finished(self.plan):
                     return
                 else:  # other processes have the rest
                     time.sleep(TICK)
-                self._tick()
 
     def _fill(self) -> None:
         """Claim jobs for all workers that are idle."""
