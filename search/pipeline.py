@@ -15,7 +15,8 @@ from fast.model_card import write_card
 from fast.segmentation import SegmentationHead, SegmentationNetwork
 from reference.cell import GRID_SIZES, NUM_BRANCHES, RATES, Cell
 from search.backbones.facts import facts_in
-from search.cells.sampler import LAG, create_sampler
+from search.cells.sampler import LAG
+from search.cells.samplers import create_sampler
 from search.cells.space import ASCENDING, SearchSpace, is_ascending, load_cells
 from search.datasets import Dataset, training_pictures
 from search.datasets.look import look_at, require_labels
@@ -70,7 +71,7 @@ class SearchSettings:
     grids: tuple[int, ...] = GRID_SIZES
     """Grids that pyramid poolings may have in height and width. None given: no poolings."""
     sampler: str = "paper"
-    """How cells are proposed: paper (uniform, and near the best so far), random, tpe or evolution."""
+    """How cells are proposed: paper (uniform, and near the best so far), random, evolution, local, predictor or tpe."""
     lag: int = LAG
     """The paper's sampler ignores this many latest results, so its cells are the same with up to lag + 1 workers."""
     seed: int = 0

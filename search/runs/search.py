@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from fast.segmentation import SegmentationHead
 from reference.cell import Cell
-from search.cells.sampler import PaperSampler, suggest_cell
+from search.cells.sampler import CellSampler, suggest_cell
 from search.cells.space import SearchSpace
 from search.dense_tasks import Measure
 from search.interrupts import ctrl_c_waits
@@ -136,7 +136,7 @@ class Search:
         if number >= self.plan.trials:
             return None
         sampler = self.study.search.sampler
-        visible = sampler.visible_before(number) if isinstance(sampler, PaperSampler) else 0
+        visible = sampler.visible_before(number) if isinstance(sampler, CellSampler) else 0
         return self.study.search.ask() if all(i in finished for i in range(visible)) else None
 
     def _start(self, trial: optuna.Trial, finished: set[int]) -> set[int]:

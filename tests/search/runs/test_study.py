@@ -16,7 +16,8 @@ import pytest
 
 import search.runs.study
 from reference.cell import OPERATIONS, Branch, Cell, Conv1x1
-from search.cells.sampler import create_sampler, suggest_cell
+from search.cells.sampler import suggest_cell
+from search.cells.samplers import create_sampler
 from search.cells.space import SearchSpace, load_cell
 from search.dense_tasks import DenseTask, Scores
 from search.dense_tasks.depth import Depth

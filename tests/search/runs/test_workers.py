@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 import search.runs.workers
 from fast.train_step import EAGER_ITERATIONS
 from reference.cell import Cell
-from search.cells.sampler import create_sampler
+from search.cells.samplers import create_sampler
 from search.cells.space import SearchSpace, canonical_form, cell_hash, load_cell, load_cells
 from search.dense_tasks import Measure, Scores
 from search.dense_tasks.segmentation import Segmentation
