@@ -25,15 +25,15 @@ from search.cells.space import SearchSpace
 
 @dataclass(frozen=True)
 class Predictor:
-    """What scores, as ranks in 0..1, depend on: weights of the path encoding with mean (E,) and covariance (E, E)."""
+    """What scores, as ranks in 0..1, depend on: weights of the path encoding with mean (E,) and covariance root·rootᵀ, (E, E)."""
 
     encoder: Any  # of scikit-learn, which has no types
     mean: np.ndarray
-    covariance: np.ndarray
+    root: np.ndarray
 
     def draw(self, forms: Iterable[Cell], rng: np.random.Generator) -> np.ndarray:
         """Scores (N,) of N canonical forms with weights drawn from the posterior (Thompson sampling), up to a constant."""
-        weights = rng.multivariate_normal(self.mean, self.covariance, method="eigh")  # (E,)
+        weights = self.mean + self.root @ rng.standard_normal(len(self.mean))  # (E,)
         scores: np.ndarray = self.encoder.transform(map(path_encoding, forms)) @ weights
         return scores
 
@@ -75,12 +75,12 @@ class PredictorSampler(FittedSampler[Predictor]):
         return list(cells.values())[int(model.draw(cells, rng).argmax())]
 
     def _near_best(self, number: int, history: History, rng: np.random.Generator) -> Iterator[Cell]:
-        parents = list(islice(history.best(self.visible_before(number)), self.best_k))
+        parents = [trial.cell for trial in islice(history.best(self.visible_before(number)), self.best_k)]
         for _ in range(MAX_DRAWS):
             if rng.random() < 0.1:
                 yield self.space.sample(rng)
             else:
-                yield self.space.mutate(parents[int(rng.integers(len(parents)))].cell, rng)
+                yield self.space.mutate(parents[int(rng.integers(len(parents)))], rng)
 
     def _new_ones(self, number: int, history: History, drawn: Iterator[Cell]) -> dict[Cell, Cell]:
         """Different cells that no earlier trial has, by their canonical forms."""
@@ -97,7 +97,8 @@ class PredictorSampler(FittedSampler[Predictor]):
         encoder = DictVectorizer(sparse=False)
         encodings = encoder.fit_transform(path_encoding(Cell.from_json(trial.form)) for trial in trials)  # (N, E)
         regression = BayesianRidge().fit(encodings, rankdata(scores) / len(scores))  # ranks are finite where scores are not
-        return Predictor(encoder, regression.coef_, regression.sigma_)
+        variances, axes = np.linalg.eigh(regression.sigma_)
+        return Predictor(encoder, regression.coef_, axes * np.sqrt(np.maximum(variances, 0)))  # rounding may be below 0
 
 
 def path_encoding(cell: Cell) -> Counter[str]:
