@@ -18,7 +18,8 @@ from fast.model_card import write_card
 from fast.segmentation import SegmentationHead, SegmentationNetwork
 from reference.cell import GRID_SIZES, NUM_BRANCHES, RATES, Cell
 from search.backbones.facts import facts_in
-from search.cells.sampler import LAG, CellSampler, create_sampler
+from search.cells.sampler import LAG, CellSampler
+from search.cells.samplers import create_sampler
 from search.cells.space import ASCENDING, SearchSpace, is_ascending, load_cells
 from search.datasets import Dataset, training_pictures
 from search.datasets.look import look_at, require_labels
@@ -77,7 +78,7 @@ class SearchSettings(WorkerSettings):
     grids: tuple[int, ...] = GRID_SIZES
     """Grids that pyramid poolings may have in height and width. None given: no poolings."""
     sampler: str = "paper"
-    """How cells are proposed: paper (uniform, and near the best so far), random, tpe or evolution."""
+    """How cells are proposed: paper (uniform, and near the best so far), random, evolution, local, predictor or tpe."""
     lag: int | None = None
     """Samplers that look back ignore this many latest results, so their cells are the same with up to lag + 1 workers. None:
     the run's; of a new one 4, or 4 times the workers if they are more than 5, so that no one waits for a slow cell."""

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from reference.cell import Cell
-from search.cells.sampler import distributions_of, params_of_cell
+from search.cells.sampler import distributions, params_of_cell
 from search.cells.space import SearchSpace
 from search.dense_tasks import DenseTask, Scores, details_beside, measures_beside
 from search.runs.store import FAILED, SEARCH, Reader, Row
@@ -70,7 +70,7 @@ class Mirror:
             shown["failure"] = row.failure
         if row.result is not None:
             shown |= self._shown(json.loads(row.result))
-        of_space = distributions_of(self._space)
+        of_space = distributions(self._space)
         return create_trial(
             state=TrialState.FAIL if row.state == FAILED else TrialState.COMPLETE,
             value=row.score,

@@ -32,7 +32,7 @@ from reference.cell import Branch, Cell, Conv1x1, PyramidPooling
 from reference.mean_iou import mean_iou
 from search.backbones import create_backbone
 from search.cells.reach import FeatureMaps
-from search.cells.sampler import PaperSampler
+from search.cells.samplers.paper import PaperSampler
 from search.cells.space import SearchSpace, canonical_form, load_cell
 from search.cli import uses_of_run
 from search.datasets import SPLITS, open_dataset

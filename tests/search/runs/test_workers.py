@@ -12,7 +12,8 @@ import torch
 
 from fast.train_step import EAGER_ITERATIONS
 from reference.cell import Cell
-from search.cells.sampler import LAG, SAMPLER_NAMES, create_sampler
+from search.cells.sampler import LAG
+from search.cells.samplers import SAMPLER_NAMES, create_sampler
 from search.cells.space import SearchSpace, canonical_form, cell_hash, load_cell, load_cells
 from search.dense_tasks import Measure, Scores
 from search.dense_tasks.segmentation import Segmentation
