@@ -19,7 +19,8 @@ from reference.cell import Cell
 from search.reports.diagram import INK, Titles, figure_svg, shortened, show_grid, style_axes
 from search.reports.page import quantity
 from search.reports.scatter import label_best
-from search.runs.study import FOUND, Run, TrialRecord, comparison_label
+from search.runs.store import FOUND
+from search.runs.study import Run, TrialRecord, comparison_label
 from search.tasks.proxy import ProxyResult
 
 _SEARCH_COLOUR = "#4a7fd0"
@@ -241,9 +242,9 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, flo
 
 def _draw_loss(axes: Axes, run: Run, best: Sequence[TrialRecord], groups: Sequence[Group]) -> Titles:
     for group in groups:
-        for k, again in enumerate(record for record in run.baselines if record.name == group.name):
+        for k, result in enumerate(group.results):
             label = group.label if k == 0 else None
-            axes.plot(*_smooth(run.curve(again)), linestyle=group.dashes, color=group.colour, lw=1.1, label=label, alpha=0.8)
+            axes.plot(*_smooth(result.loss_curve), linestyle=group.dashes, color=group.colour, lw=1.1, label=label, alpha=0.8)
     for record in best[:1]:
         axes.plot(*_smooth(run.curve(record)), color=_SEARCH_COLOUR, lw=2, label=f"best, trial {record.number}")
     axes.set(xlabel="iteration", ylabel="loss (per pixel)")

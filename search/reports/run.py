@@ -27,7 +27,7 @@ from search.reports.in_python import in_python
 from search.reports.latency import Latencies, measure_latencies
 from search.reports.page import percent, write_page
 from search.reports.predictions import laid_over
-from search.runs.search import BEST_HEAD, head_name
+from search.runs.store import BEST_HEAD, head_name
 from search.runs.study import Run, TrialRecord, ranked
 from search.settings import LossSettings, declared, known
 from search.tasks.proxy import ProxyResult

@@ -23,8 +23,8 @@ from search.errors import InputError
 from search.files import write_text, write_whole
 from search.reports.rank_correlation import ties
 from search.reports.run import Running, write_report
-from search.runs.search import BEST_HEAD, HEADS, head_name
-from search.runs.study import BaselineRecord, Run, TrialRecord, comparison_label, load_run, ranked
+from search.runs.store import BEST_HEAD, head_name
+from search.runs.study import HEADS, BaselineRecord, Run, TrialRecord, comparison_label, load_run, ranked
 from search.tasks.feature_cache import FeatureCache
 
 _EXAMPLES = 4

@@ -93,6 +93,7 @@ _heads = sa.Table(
     sa.Column("revision", sa.BigInteger, nullable=False),
     sa.Column("content", sa.LargeBinary, nullable=False),  # a safetensors file
 )
+_mirrors = sa.Table("dpc_mirrors", _tables, sa.Column("run", sa.ForeignKey("dpc_runs.id"), primary_key=True))  # to lock
 _processes = sa.Table(
     "dpc_processes",
     _tables,
@@ -196,11 +197,21 @@ class _State:
 class Store:
     """The jobs of the run `name`. One process of an SQLite file must keep others out (`search.folder.Folder.locked`).
 
-    `identity` is JSON: what all results of the run depend on. Raises InputError for a run of another version, and
-    SQLAlchemyError if the database cannot be used.
+    `identity` is JSON: what all results of the run depend on. A run that is begun has the jobs of `begun`, if it is given.
+    Raises InputError for a run of another version, and SQLAlchemyError if the database cannot be used.
     """
 
-    def __init__(self, url: str, name: str, identity: str, *, lease: float = LEASE, beat: float = BEAT) -> None:
+    def __init__(
+        self,
+        url: str,
+        name: str,
+        identity: str,
+        begun: "Begun | None" = None,
+        *,
+        lease: float = LEASE,
+        beat: float = BEAT,
+    ) -> None:
+        self.name = name
         self.is_server = is_server(url)
         self.id = uuid.uuid4().hex
         self.state = _State()
@@ -209,7 +220,7 @@ class Store:
         self._mine: set[Key] = set()  # jobs that this process knows to be its own
         self._watched: dict[str, _Watched] = {}
         self._closing = threading.Event()
-        self._run, self.identity = _begin(self._engine, name, identity)
+        self._run, self.identity = _begin(self._engine, name, identity, begun or Begun())
         if not self.is_server:
             self._delete_processes()  # none is alive
         self._again(lambda: self._register(0))
@@ -227,16 +238,6 @@ class Store:
         self._engine.dispose()
 
     # Claiming and telling
-
-    def fill(self, rows: Sequence["Row"], curves: Mapping[Key, str]) -> None:
-        """Write jobs that were finished elsewhere, and those that were begun there, which are then claimed here."""
-        with self._locked() as (connection, revision):
-            started = {"run": self._run, "revision": revision, "owner": "", "started": 0.0}
-            jobs = [started | row.key._asdict() | {name: getattr(row, name) for name in _COLUMNS} for row in rows]
-            of_jobs = [{"run": self._run, **key._asdict(), "curve": curve} for key, curve in curves.items()]
-            for table, values in ((_jobs, jobs), (_curves, of_jobs)):
-                if values:
-                    connection.execute(table.insert(), values)
 
     def sync(self) -> _State:
         """Read what other processes have done."""
@@ -512,14 +513,24 @@ class Row:
     finished: float | None  # seconds since 1970
 
 
+@dataclass(frozen=True)
+class Begun:
+    """Jobs that were done elsewhere, with their loss curves; those that were only begun there are claimed here."""
+
+    rows: Sequence[Row] = ()
+    curves: Mapping[Key, str] = field(default_factory=dict)
+
+
 _COLUMNS = [column.name for column in fields(Row) if column.name != "key"]
 
 
 class Reader:
-    """Reads the jobs of a run, also while processes work on it. Raises InputError if there is no run of this name."""
+    """Reads the jobs of a run, also while processes work on it. Raises KeyError if there is no run of this name."""
 
     def __init__(self, url: str, name: str) -> None:
         self._engine = _engine(url)
+        if not sa.inspect(self._engine).has_table(_runs.name):
+            raise KeyError(name)
         with self._engine.connect() as connection:
             self._run = _id_of(connection, name)
 
@@ -535,6 +546,23 @@ class Reader:
         query = sa.select(_jobs.c.name, _jobs.c.number, *columns).where(of_run).order_by(*order)
         with self._engine.connect() as connection:
             return [Row(Key(name, number), *values) for name, number, *values in connection.execute(query)]
+
+    def num_finished(self, *, search: bool) -> int:
+        """The number of finished trials, or of finished comparisons."""
+        of_run = (_jobs.c.run == self._run) & (_jobs.c.state != RUNNING)
+        of_run &= (_jobs.c.name == SEARCH) if search else (_jobs.c.name != SEARCH)
+        with self._engine.connect() as connection:
+            return int(connection.execute(sa.select(sa.func.count()).select_from(_jobs).where(of_run)).scalar_one())
+
+    @contextmanager
+    def alone(self) -> Iterator[bool]:
+        """Whether no other process is in such a block for this run; none comes in meanwhile."""
+        if not is_server(str(self._engine.url)):
+            yield True  # the file has one process
+            return
+        with self._engine.begin() as connection:
+            query = sa.select(_mirrors.c.run).where(_mirrors.c.run == self._run).with_for_update(skip_locked=True)
+            yield connection.execute(query).one_or_none() is not None
 
     def running(self) -> list[tuple[Key, str, float]]:
         """Jobs that are being evaluated, or were when their process died: the process and since when."""
@@ -583,7 +611,7 @@ def _processes_of(engine: sa.Engine, run: int) -> list[Process]:
         ]
 
 
-def _begin(engine: sa.Engine, name: str, identity: str) -> tuple[int, str]:
+def _begin(engine: sa.Engine, name: str, identity: str, begun: Begun) -> tuple[int, str]:
     """The number of the run of this name, which is begun if there is none, and its identity."""
     for _ in range(5):  # several processes may begin at once
         try:
@@ -591,8 +619,10 @@ def _begin(engine: sa.Engine, name: str, identity: str) -> tuple[int, str]:
             with engine.begin() as connection:
                 found = connection.execute(sa.select(_runs.c.id).where(_runs.c.name == name)).scalar()
                 if found is None:
-                    row = {"name": name, "schema": SCHEMA, "identity": identity, "revision": 0}
+                    row = {"name": name, "schema": SCHEMA, "identity": identity, "revision": 1}
                     connection.execute(_runs.insert().values(row))
+                    connection.execute(_mirrors.insert().values(run=_id_of(connection, name)))
+                    _fill(connection, _id_of(connection, name), begun)
                 number = _id_of(connection, name)
                 return number, str(connection.execute(sa.select(_runs.c.identity).where(_runs.c.id == number)).scalar_one())
         except (IntegrityError, ProgrammingError) as error:  # the other was first
@@ -601,11 +631,20 @@ def _begin(engine: sa.Engine, name: str, identity: str) -> tuple[int, str]:
     raise last
 
 
+def _fill(connection: sa.Connection, run: int, begun: Begun) -> None:
+    started = {"run": run, "revision": 1, "owner": "", "started": 0.0}
+    jobs = [started | row.key._asdict() | {name: getattr(row, name) for name in _COLUMNS} for row in begun.rows]
+    curves = [{"run": run, **key._asdict(), "curve": curve} for key, curve in begun.curves.items()]
+    for table, values in ((_jobs, jobs), (_curves, curves)):
+        if values:
+            connection.execute(table.insert(), values)
+
+
 def _id_of(connection: sa.Connection, name: str) -> int:
     query = sa.select(_runs.c.id, _runs.c.schema).where(_runs.c.name == name)
     row = connection.execute(query).one_or_none()
     if row is None:
-        raise InputError(f"the database has no run {name}")
+        raise KeyError(name)
     if row.schema != SCHEMA:
         raise InputError(f"run {name} is of another version of this project: give another `out`")
     return int(row.id)

@@ -25,7 +25,7 @@ import search.folder
 import search.pipeline
 import search.random
 import search.reports.run_files
-import search.runs.search
+import search.runs.study
 from fast.checkpoint import load_head
 from fast.train_step import TrainStep
 from reference.cell import Branch, Cell, Conv1x1, PyramidPooling
@@ -38,6 +38,7 @@ from search.datasets import SPLITS, open_dataset
 from search.errors import InputError
 from search.random import RandomSettings, completed_for
 from search.reports.run import write_report
+from search.runs.store import Store
 from search.runs.study import Run, load_run, ranked
 from search.settings import (
     BackboneSettings,
@@ -131,7 +132,9 @@ def measured(result: ProxyResult | None) -> ProxyResult | None:
 
 
 def trials(run: Run) -> list[Any]:
-    return [replace(record, result=measured(record.result)) for record in run.trials]
+    return [
+        (record.number, record.cell, measured(record.result), record.failure, record.duplicate_of) for record in run.trials
+    ]
 
 
 def comparisons(run: Run) -> list[Any]:
@@ -308,10 +311,11 @@ def test_another_seed_is_another_search(settings: RandomSettings, uninterrupted:
 DEATHS: dict[str, tuple[object, str, int]] = {
     "before a cache is begun": (search.folder, "write_json", 1),
     "before the first features of a cache are counted": (search.folder, "write_json", 2),
-    "before a comparison is told": (optuna.Study, "tell", 2),
+    "before a comparison is told": (Store, "tell", 2),
     "in the middle of a training": (TrainStep, "draw", 4 * 10 + 3),  # 10 batches each: the fifth job
-    "before a head is saved": (search.pipeline, "save_head", 3),
-    "after the result, before the trial is finished": (optuna.Study, "tell", 6),
+    "before a head is written": (search.runs.study, "write_whole", 3),
+    "after the result, before the trial is finished": (Store, "_finish", 7),
+    "before a trial is shown": (optuna.Study, "add_trial", 6),
     "in the last comparison": (ProxyTask, "evaluate", 2 + 6 + 1),
     "before the report": (search.pipeline, "finish_run", 1),
 }

@@ -39,9 +39,10 @@ def make_run(directory: Path, scores: list[float | None], baselines: dict[str, l
     rng = np.random.default_rng(0)
     space = SearchSpace(maps=MAPS)
     trials = [
-        TrialRecord(i, space.sample(rng), None if score is None else make_result(score), None if score else FAILURE, None)
+        TrialRecord.of(i, space.sample(rng), None if score is None else make_result(score), None if score else FAILURE, None)
         for i, score in enumerate(scores)
     ]
+    curves = {record.number: make_result(0.5).loss_curve for record in trials}
     compared = [
         BaselineRecord(name, seed, load_cell(name) if name in ("aspp", "dpc") else trials[0].cell, make_result(score))
         for name, group in (baselines or {}).items()
@@ -51,7 +52,7 @@ def make_run(directory: Path, scores: list[float | None], baselines: dict[str, l
     palette = np.array([[128, 64, 128], [0, 0, 142], [70, 130, 180]], dtype=np.uint8)
     command = "python -m search.random --dataset shapes"
     settings = RunSettings(DataSettings(), BackboneSettings(), FeatureSettings(), HeadSettings(), MachineSettings())
-    return Run(directory, identity, command, Segmentation(CLASS_NAMES, palette), settings, space, trials, compared)
+    return Run(directory, identity, command, Segmentation(CLASS_NAMES, palette), settings, space, trials, compared, curves)
 
 
 def read_report(run: Run) -> str:
@@ -121,7 +122,7 @@ def test_every_dot_says_whose_it_is(tmp_path: Path) -> None:
 def test_of_very_many_trials_the_best_and_the_front_say_whose_they_are(tmp_path: Path) -> None:
     """All others are one picture in a chart, so the page hardly grows with them."""
     run = make_run(tmp_path, [0.30, 0.32, *(0.45 - 1e-4 * k for k in range(1200))])
-    run.trials[900] = replace(run.trials[900], result=make_result(0.35, multiply_adds=1_000_000))
+    run.trials[900] = TrialRecord.of(900, run.trials[900].cell, make_result(0.35, multiply_adds=1_000_000), None, None)
     page = read_report(run)
     progress, costs = (
         re.search(rf"<h3>{heading}</h3>(.*?)</figure>", page, re.DOTALL)[1]  # type: ignore[index]
@@ -202,8 +203,7 @@ def test_small_and_broken_runs_have_a_report(
 
 def test_a_result_without_loss_curve_has_a_report(tmp_path: Path) -> None:
     run = make_run(tmp_path, [0.4])
-    run.trials[0] = replace(run.trials[0], result=replace(make_result(0.4), loss_curve=()))
-    assert "Training loss" in read_report(run)
+    assert "Training loss" in read_report(replace(run, curves={}))
 
 
 def write_examples(run: Run) -> None:
