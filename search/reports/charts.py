@@ -242,9 +242,9 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, flo
 
 def _draw_loss(axes: Axes, run: Run, best: Sequence[TrialRecord], groups: Sequence[Group]) -> Titles:
     for group in groups:
-        for k, result in enumerate(group.results):
+        for k, again in enumerate(record for record in run.baselines if record.name == group.name):
             label = group.label if k == 0 else None
-            axes.plot(*_smooth(result.loss_curve), linestyle=group.dashes, color=group.colour, lw=1.1, label=label, alpha=0.8)
+            axes.plot(*_smooth(run.curve(again)), linestyle=group.dashes, color=group.colour, lw=1.1, label=label, alpha=0.8)
     for record in best[:1]:
         axes.plot(*_smooth(run.curve(record)), color=_SEARCH_COLOUR, lw=2, label=f"best, trial {record.number}")
     axes.set(xlabel="iteration", ylabel="loss (per pixel)")

@@ -40,8 +40,8 @@ class Search:
 
     def run(self) -> None:
         """Score the known cells, then the search's, then its best cell again, because the best of many is partly luck."""
-        state = self.study.store.state
-        with Progress(self.plan.trials, state.num_finished, self.measure) as self._progress:
+        done = self.study.store.state.num_finished
+        with Progress(self.plan.trials, done, self.measure) as self._progress:
             while True:
                 self._fill()
                 if self._running:
@@ -82,16 +82,16 @@ class Search:
         if outcome.result is None:
             reason = outcome.failure or "unknown"
             self.study.tell_failure(key, reason)
-            self._progress.finished(key, reason)
+            self._progress.finished(key, failure=reason)
         else:
             self.study.tell(key, outcome.result, outcome.head)
             self._progress.finished(key)
 
     def _tick(self) -> None:
-        state, mine = self.study.store.state, self.study.store.id
-        elsewhere = [owner for owner in state.owners.values() if owner != mine]
-        self._progress.workers(self.workers.capacity)
-        self._progress.others(len(elsewhere), len(set(elsewhere)))
-        self._progress.counted(state.num_finished, failed=state.failed, best=state.best[0] if state.best else None)
         self.study.show()
+        store = self.study.store
+        self._progress.workers(self.workers.capacity)
+        self._progress.others(*store.elsewhere())
+        best = None if store.state.best is None else store.state.best[0]
+        self._progress.counted(store.state.num_finished, failed=store.state.failed, best=best)
         self._on_tick()

@@ -44,6 +44,7 @@ FOUND = "trial "  # before the number of a trial: the name of the search's best 
 BEST_HEAD = "best"  # name under which a run keeps the head of its best cell
 BEAT, LEASE = 5.0, 60.0  # seconds between two heartbeats; without one for so long, a process is taken for dead
 PATIENCE = 600.0  # seconds for which an absent server is waited for
+_LIBPQ = ("psycopg", "psycopg2")  # drivers that are told by libpq's words when a connection is lost
 
 RUNNING, COMPLETE, FAILED = "running", "complete", "failed"
 
@@ -167,6 +168,18 @@ class Process:
     jobs: int  # that it is evaluating
 
 
+class _Change:
+    """A change of one job, under the lock of the run; it is one if its revision is asked for."""
+
+    def __init__(self, connection: sa.Connection, revision: int) -> None:
+        self.connection, self._revision, self.is_made = connection, revision, False
+
+    @property
+    def revision(self) -> int:
+        self.is_made = True
+        return self._revision
+
+
 @dataclass
 class _Watched:
     beat: int
@@ -215,7 +228,7 @@ class Store:
         self.is_server = is_server(url)
         self.id = uuid.uuid4().hex
         self.state = _State()
-        self._engine = _engine(url)
+        self._engine = _engine(url, lease)
         self._lease, self._beat = lease, beat
         self._mine: set[Key] = set()  # jobs that this process knows to be its own
         self._watched: dict[str, _Watched] = {}
@@ -223,7 +236,7 @@ class Store:
         self._run, self.identity = _begin(self._engine, name, identity, begun or Begun())
         if not self.is_server:
             self._delete_processes()  # none is alive
-        self._again(lambda: self._register(0))
+        self.patiently(lambda: self._register(0))
         self._heart = threading.Thread(target=self._keep_beating, daemon=True, name="heartbeat")
         if self.is_server:
             self._heart.start()
@@ -247,7 +260,7 @@ class Store:
                 self._sync(connection)
             return self.state
 
-        return self._again(read)
+        return self.patiently(read)
 
     def claim(self, plan: SearchPlan, space: SearchSpace, sampler: Proposer) -> Claim | None:
         """The next job: a known cell, a job of a process that died, a new trial, the best cell again. None: nothing now.
@@ -255,9 +268,12 @@ class Store:
         A new trial whose cell does the same as one with a score is finished at once with that score, and the next is claimed.
         """
         while True:
-            claim = self._again(lambda: self._claim(plan, space, sampler))
-            if not isinstance(claim, _Copied):
-                return claim
+            claim = self.patiently(lambda: self._claim(plan, space, sampler))
+            if isinstance(claim, _Copied):
+                continue
+            if claim is not None:
+                self._mine.add(claim.key)  # only now: if no answer came to a commit, its job is an orphan
+            return claim
 
     def tell(self, key: Key, told: Told) -> bool:
         """Finish a job with a score. False if another process has finished it already; nothing is changed then.
@@ -268,16 +284,18 @@ class Store:
         curve = {"curve": told.curve}
 
         def tell() -> bool:
-            with self._locked() as (connection, revision):
+            with self._locked() as change:
                 before = self.state.best
-                if not self._finish(connection, revision, key, {"state": COMPLETE, **values}):
+                if not self._finish(change, key, {"state": COMPLETE, **values}):
                     return False
-                connection.execute(_curves.insert().values(run=self._run, **key._asdict(), **curve))
+                change.connection.execute(_curves.insert().values(run=self._run, **key._asdict(), **curve))
                 name = _head_to_keep(key, told.score, before)
                 if name is not None and told.head is not None:
                     which = (_heads.c.run == self._run) & (_heads.c.name == name)
-                    connection.execute(_heads.delete().where(which))
-                    connection.execute(_heads.insert().values(run=self._run, name=name, revision=revision, content=told.head))
+                    change.connection.execute(_heads.delete().where(which))
+                    change.connection.execute(
+                        _heads.insert().values(run=self._run, name=name, revision=change.revision, content=told.head)
+                    )
             return True
 
         return self._told(key, tell)
@@ -286,8 +304,8 @@ class Store:
         """Finish a job without a score, for this reason. False if another process has finished it already."""
 
         def tell() -> bool:
-            with self._locked() as (connection, revision):
-                return self._finish(connection, revision, key, {"state": FAILED, "failure": reason})
+            with self._locked() as change:
+                return self._finish(change, key, {"state": FAILED, "failure": reason})
 
         return self._told(key, tell)
 
@@ -304,14 +322,14 @@ class Store:
             with self._engine.connect() as connection:
                 return [(row.name, row.content, row.revision) for row in connection.execute(query)]
 
-        return self._again(read)
+        return self.patiently(read)
 
     def register(self, workers: int) -> None:
         """Say how many jobs this process evaluates at a time."""
-        self._again(lambda: self._register(workers))
+        self.patiently(lambda: self._register(workers))
 
     def processes(self) -> list[Process]:
-        return self._again(lambda: _processes_of(self._engine, self._run))
+        return self.patiently(lambda: _processes_of(self._engine, self._run))
 
     def is_finished(self, plan: SearchPlan) -> bool:
         """Whether nothing is left to do, as of the last `sync` or `claim`, neither here nor elsewhere."""
@@ -319,22 +337,26 @@ class Store:
         all_tried = state.finished_below >= plan.trials
         return all_tried and not state.owners and next(self._comparisons(plan), None) is None
 
+    def elsewhere(self) -> tuple[int, int]:
+        """How many jobs other processes evaluate, and how many these are, as of the last `sync` or `claim`."""
+        others = [owner for owner in self.state.owners.values() if owner != self.id]
+        return len(others), len(set(others))
+
     def _told(self, key: Key, tell: Callable[[], bool]) -> bool:
-        is_first = self._again(tell)
+        is_first = self.patiently(tell)
         self._mine.discard(key)
         self.sync()
         return is_first
 
     def _claim(self, plan: SearchPlan, space: SearchSpace, sampler: Proposer) -> "Claim | _Copied | None":
-        with self._locked() as (connection, revision):  # which changes one job, as each revision
+        with self._locked() as change:  # which changes one job, as each revision
             state = self.state
             known = next(self._comparisons(plan, with_best=False), None)
             if known is not None:
-                return self._start(connection, revision, *known, form="")
-            if orphan := self._orphan(connection):
-                values = {"owner": self.id, "revision": revision}
-                connection.execute(_jobs.update().where(self._is(orphan)).values(values))
-                self._mine.add(orphan)
+                return self._start(change, *known, form="")
+            if orphan := self._orphan(change.connection):
+                values = {"owner": self.id, "revision": change.revision}
+                change.connection.execute(_jobs.update().where(self._is(orphan)).values(values))
                 return Claim(orphan, Cell.from_json(state.cells[orphan]))
             number = state.next
             if number < plan.trials and state.finished_below >= sampler.visible_before(number):
@@ -342,11 +364,11 @@ class Store:
                 form = space.canonical_form(cell).to_json()
                 twin = state.scored.get(form)
                 if twin is None:
-                    return self._start(connection, revision, Key(SEARCH, number), cell, form)
-                self._copy(connection, revision, number, cell, form, twin)
+                    return self._start(change, Key(SEARCH, number), cell, form)
+                self._copy(change, number, cell, form, twin)
                 return _Copied()
             again = next(self._comparisons(plan), None) if state.finished_below >= plan.trials else None
-            return None if again is None else self._start(connection, revision, *again, form="")
+            return None if again is None else self._start(change, *again, form="")
 
     def _comparisons(self, plan: SearchPlan, *, with_best: bool = True) -> Iterator[tuple[Key, Cell]]:
         """Those that are not begun: of the known cells, and once all trials are finished, of the best."""
@@ -359,26 +381,25 @@ class Store:
                 if Key(name, seed) not in self.state.compared:
                     yield Key(name, seed), cell
 
-    def _start(self, connection: sa.Connection, revision: int, key: Key, cell: Cell, form: str) -> Claim:
-        self._insert(connection, revision, key, cell, form, state=RUNNING)
-        self._mine.add(key)
+    def _start(self, change: "_Change", key: Key, cell: Cell, form: str) -> Claim:
+        self._insert(change, key, cell, form, state=RUNNING)
         return Claim(key, cell)
 
-    def _copy(self, connection: sa.Connection, revision: int, number: int, cell: Cell, form: str, twin: int) -> None:
+    def _copy(self, change: "_Change", number: int, cell: Cell, form: str, twin: int) -> None:
         """Finish a new trial with the result of another one."""
         columns = _jobs.c.score, _jobs.c.multiply_adds, _jobs.c.result
-        same = connection.execute(sa.select(*columns).where(self._is(Key(SEARCH, twin)))).one()._asdict()
+        same = change.connection.execute(sa.select(*columns).where(self._is(Key(SEARCH, twin)))).one()._asdict()
         same |= {"state": COMPLETE, "finished": time.time(), "duplicate_of": twin}
-        self._insert(connection, revision, Key(SEARCH, number), cell, form, **same)
+        self._insert(change, Key(SEARCH, number), cell, form, **same)
 
-    def _insert(self, connection: sa.Connection, revision: int, key: Key, cell: Cell, form: str, **values: Any) -> None:
-        row = {"run": self._run, **key._asdict(), "revision": revision, "owner": self.id, "started": time.time()}
-        connection.execute(_jobs.insert().values(**row, cell=cell.to_json(), form=form, **values))
+    def _insert(self, change: "_Change", key: Key, cell: Cell, form: str, **values: Any) -> None:
+        row = {"run": self._run, **key._asdict(), "revision": change.revision, "owner": self.id, "started": time.time()}
+        change.connection.execute(_jobs.insert().values(**row, cell=cell.to_json(), form=form, **values))
 
-    def _finish(self, connection: sa.Connection, revision: int, key: Key, values: dict[str, Any]) -> bool:
-        values = {**values, "owner": self.id, "revision": revision, "finished": time.time()}
+    def _finish(self, change: "_Change", key: Key, values: dict[str, Any]) -> bool:
+        values = {**values, "owner": self.id, "revision": change.revision, "finished": time.time()}
         is_running = self._is(key) & (_jobs.c.state == RUNNING)
-        return connection.execute(_jobs.update().where(is_running).values(values)).rowcount == 1
+        return change.connection.execute(_jobs.update().where(is_running).values(values)).rowcount == 1
 
     def _is(self, key: Key) -> sa.ColumnElement[bool]:
         return (_jobs.c.run == self._run) & (_jobs.c.name == key.name) & (_jobs.c.number == key.number)
@@ -445,16 +466,18 @@ class Store:
     # The database
 
     @contextmanager
-    def _locked(self) -> Iterator[tuple[sa.Connection, int]]:
-        """A transaction that no other process of the run can meet, with all that they did known, and its revision."""
+    def _locked(self) -> Iterator["_Change"]:
+        """A transaction that no other process of the run can meet, with all that they did known."""
         with self._engine.execution_options(immediate=True).begin() as connection:
             query = sa.select(_runs.c.revision).where(_runs.c.id == self._run).with_for_update()
-            revision = connection.execute(query).scalar_one() + 1
+            before = connection.execute(query).scalar_one()
             self._sync(connection)
-            yield connection, revision
-            connection.execute(_runs.update().where(_runs.c.id == self._run).values(revision=revision))
+            change = _Change(connection, before + 1)
+            yield change
+            if change.is_made:
+                connection.execute(_runs.update().where(_runs.c.id == self._run).values(revision=before + 1))
 
-    def _again(self, work: Callable[[], _Value]) -> _Value:
+    def patiently(self, work: Callable[[], _Value]) -> _Value:
         """Do this work, and if the server goes away meanwhile, wait and do it again."""
         start, pause = time.monotonic(), 0.1
         while True:
@@ -650,10 +673,14 @@ def _id_of(connection: sa.Connection, name: str) -> int:
     return int(row.id)
 
 
-def _engine(url: str) -> sa.Engine:
-    """Of SQLite, transactions begin when they say so, and one that is to write keeps others from writing at once."""
+def _engine(url: str, lease: float = LEASE) -> sa.Engine:
+    """Of SQLite, transactions begin when they say so, and one that is to write keeps others from writing at once.
+
+    PostgreSQL ends a transaction, and with it the locks, of a process that does nothing for the lease in the middle of it,
+    because it was suspended, or its machine is gone.
+    """
     if is_server(url):
-        return sa.create_engine(url)
+        return _engine_of_server(sa.make_url(url), lease)
     engine = sa.create_engine(url, connect_args={"timeout": 60})
 
     @sa.event.listens_for(engine, "connect")
@@ -664,5 +691,19 @@ def _engine(url: str) -> sa.Engine:
     def begin(connection: sa.Connection) -> None:
         immediate = connection.get_execution_options().get("immediate")
         connection.exec_driver_sql("BEGIN IMMEDIATE" if immediate else "BEGIN")
+
+    return engine
+
+
+def _engine_of_server(url: sa.URL, lease: float) -> sa.Engine:
+    limits = {"connect_timeout": 10, "tcp_user_timeout": int(1000 * lease)} if url.get_driver_name() in _LIBPQ else {}
+    engine = sa.create_engine(url, connect_args={name: value for name, value in limits.items() if name not in url.query})
+    if engine.dialect.name == "postgresql":
+
+        @sa.event.listens_for(engine, "connect")
+        def limit_transactions(connection: Any, record: Any) -> None:
+            with connection.cursor() as cursor:
+                cursor.execute(f"SET idle_in_transaction_session_timeout = {int(1000 * lease)}")
+            connection.commit()
 
     return engine

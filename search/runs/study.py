@@ -11,11 +11,11 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Self
 
-from optuna.exceptions import OptunaError
+from optuna.exceptions import OptunaError, StorageInternalError
 from sqlalchemy.exc import SQLAlchemyError
 
 from fast.segmentation import SegmentationHead
@@ -132,9 +132,9 @@ class Run:
     baselines: list[BaselineRecord]
     curves: Mapping[int, Curve] = field(default_factory=dict, compare=False)  # loss curves by trial; may read them when asked
 
-    def curve(self, record: TrialRecord) -> Curve:
-        """The loss curve of a trial; empty if it has none."""
-        return self.curves.get(record.number, ())
+    def curve(self, record: TrialRecord | BaselineRecord) -> Curve:
+        """The loss curve of a trial or a comparison; empty if it has none."""
+        return self.curves.get(record.number, ()) if isinstance(record, TrialRecord) else record.result.loss_curve
 
 
 def best_head(directory: Path) -> Path:
@@ -170,7 +170,8 @@ class Study:
         self.holds_folder = holds_folder
         self.store = store
         self._space, self._sampler, self._file_of = space, sampler, file_of
-        self._mirror, self._reader = Mirror(url, store.name, task, space), Reader(url, store.name)
+        self._mirror: Mirror | None = None
+        self._open_mirror, self._reader = partial(Mirror, url, store.name, task, space), Reader(url, store.name)
         self._heads = 0  # revision up to which the folder has the heads
         self.store.sync()
         self.show()
@@ -195,18 +196,27 @@ class Study:
     @ctrl_c_waits()
     def show(self) -> None:
         """Write what was finished since into Optuna's studies, and heads into the folder if this process holds it."""
-        with self._reader.alone() as is_alone:
-            if is_alone:
-                self._mirror.update(self._reader)
+        self.store.patiently(self._update_mirror)
         if self.holds_folder:
             for name, content, revision in self.store.new_heads(self._heads):
                 write_whole(self.directory / HEADS / f"{name}.safetensors", content)
                 self._heads = revision
 
+    def _update_mirror(self) -> None:
+        """Add to Optuna's studies what was finished since, unless another process is at it, which may even make the tables."""
+        with self._reader.alone() as is_alone:
+            if is_alone:
+                try:
+                    self._mirror = self._mirror or self._open_mirror()
+                    self._mirror.update(self._reader)
+                except StorageInternalError as error:  # Optuna's name for an error of the database
+                    raise error.__cause__ or error from None
+
     def close(self) -> None:
         """Give back unfinished jobs."""
         for part in (self.store, self._mirror, self._reader):
-            part.close()
+            if part is not None:
+                part.close()
 
 
 @contextmanager

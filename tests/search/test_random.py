@@ -32,6 +32,7 @@ from reference.cell import Branch, Cell, Conv1x1, PyramidPooling
 from reference.mean_iou import mean_iou
 from search.backbones import create_backbone
 from search.cells.reach import FeatureMaps
+from search.cells.sampler import PaperSampler
 from search.cells.space import SearchSpace, canonical_form, load_cell
 from search.cli import uses_of_run
 from search.datasets import SPLITS, open_dataset
@@ -431,7 +432,7 @@ def test_a_learning_rate_that_ruins_every_cell_still_ends_in_order(
 def test_an_equal_graph_is_not_evaluated_twice(settings: RandomSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     pool = PyramidPooling(grid_size=(1, 1))
     cells = [Cell(tuple(Branch(-1, op) for op in order)) for order in ((Conv1x1(), pool), (pool, Conv1x1()))]
-    monkeypatch.setattr(search.runs.search, "suggest_cell", lambda trial, space: cells[trial.number % 2])
+    monkeypatch.setattr(PaperSampler, "propose", lambda self, number, history: cells[number % 2])
     evaluated = []
     original = ProxyTask.evaluate
 
@@ -440,7 +441,7 @@ def test_an_equal_graph_is_not_evaluated_twice(settings: RandomSettings, monkeyp
         return original(self, cell, *rest)
 
     monkeypatch.setattr(ProxyTask, "evaluate", evaluate)
-    run = run_search(changed(settings, trials=4, sampler="tpe"))
+    run = run_search(changed(settings, trials=4))
     assert evaluated.count(cells[0]) == 2  # as trial 0, and as the best once more
     assert evaluated.count(cells[1]) == 0
     assert [record.duplicate_of for record in run.trials] == [None, 0, 0, 0]

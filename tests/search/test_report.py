@@ -122,7 +122,8 @@ def test_every_dot_says_whose_it_is(tmp_path: Path) -> None:
 def test_of_very_many_trials_the_best_and_the_front_say_whose_they_are(tmp_path: Path) -> None:
     """All others are one picture in a chart, so the page hardly grows with them."""
     run = make_run(tmp_path, [0.30, 0.32, *(0.45 - 1e-4 * k for k in range(1200))])
-    run.trials[900] = TrialRecord.of(900, run.trials[900].cell, make_result(0.35, multiply_adds=1_000_000), None, None)
+    cheap = make_result(0.35, multiply_adds=1_000_000)
+    run.trials[900] = TrialRecord.of(900, run.trials[900].cell, cheap, None, None)
     page = read_report(run)
     progress, costs = (
         re.search(rf"<h3>{heading}</h3>(.*?)</figure>", page, re.DOTALL)[1]  # type: ignore[index]
