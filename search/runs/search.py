@@ -86,7 +86,7 @@ class Search:
             self._progress.finished(key, failure=reason)
         else:
             self.study.tell(key, outcome.result, outcome.head)
-            self._progress.finished(key, outcome.result.score)
+            self._progress.finished(key)
 
     def _tick(self) -> None:
         self.study.show()
