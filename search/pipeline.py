@@ -6,11 +6,12 @@ import copy
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 from fast.backbone import Backbone, hash_of_weights
-from fast.checkpoint import check_network, load_head, load_network, save_head
+from fast.checkpoint import check_network, head_content, load_head, load_network
 from fast.model_card import write_card
 from fast.segmentation import SegmentationHead, SegmentationNetwork
 from reference.cell import GRID_SIZES, NUM_BRANCHES, RATES, Cell
@@ -24,8 +25,9 @@ from search.devices import Devices, resolve_device
 from search.errors import InputError
 from search.folder import Folder
 from search.reports.run_files import finish_run
-from search.runs.search import HEADS, Search, SearchPlan, best_head
-from search.runs.study import Run, RunSettings, load_run, open_run, ranked
+from search.runs.search import Search
+from search.runs.store import SearchPlan
+from search.runs.study import Run, RunSettings, best_head, load_run, open_run, ranked
 from search.runs.workers import open_workers
 from search.settings import (
     SHAPES,
@@ -320,6 +322,7 @@ def run_search(
         directory,
         scored(*groups) | facts_of(caches),
         create_sampler(search.sampler, space, search.seed, lag=search.lag),
+        _file_of(caches["train"]),
         storage=search.storage,
         command=command,
         task=pictures["val"].task,
@@ -339,23 +342,20 @@ def run_search(
             print(words, file=sys.stderr)
         timed_on = None
         try:
-            Search(study, workers, space, plan, pictures["val"].task.score, _keeper(directory / HEADS, caches["train"])).run()
+            Search(study, workers, plan, pictures["val"].task.score).run()
             timed_on = device
         finally:  # also after Ctrl-C: report what there is, without latencies, which would take seconds
-            finish_run(directory, pictures, caches["val"], plan.compare, timed_on)
+            if study.holds_folder:
+                finish_run(directory, pictures, caches["val"], plan.compare, timed_on)
 
 
-def _keeper(folder: Path, features: FeatureCache) -> Callable[[str, SegmentationHead], None]:
-    """Writes a head that was trained on these features, by its name."""
+def _file_of(features: FeatureCache) -> Callable[[SegmentationHead], bytes]:
+    """Makes the content of the file of a head that was trained on these features."""
     origin = features.identity
     backbone = {key: origin[key] for key in ("backbone", "weights_origin", "output_stride", "dataset")}
     backbone |= facts_in(origin)
     backbone |= {"weights_hash": origin[WEIGHTS], "mean": origin[MEAN], "std": origin[STD]}
-
-    def keep(name: str, head: SegmentationHead) -> None:
-        save_head(folder / f"{name}.safetensors", head, task=features.task.describe(), backbone=backbone)
-
-    return keep
+    return partial(head_content, task=features.task.describe(), backbone=backbone)
 
 
 def _require_parts(*, train: Any, val: Any, backbone: Any) -> None:

@@ -27,8 +27,7 @@ from search.errors import InputError
 from search.folder import Folder
 from search.pipeline import SearchSettings, run_search
 from search.reports.in_python import in_python
-from search.runs.search import best_head
-from search.runs.study import RunSettings, load_run
+from search.runs.study import RunSettings, best_head, load_run
 from search.settings import (
     BackboneSettings,
     DataSettings,

@@ -44,6 +44,11 @@ def params_of_cell(cell: Cell, space: SearchSpace) -> dict[str, str | int]:
     return {name: params[name] for name in _choices(space)}
 
 
+def distributions_of(space: SearchSpace) -> dict[str, BaseDistribution]:
+    """The distributions of these parameters."""
+    return {name: CategoricalDistribution(choices) for name, choices in _choices(space).items()}
+
+
 def cell_from_params(params: Mapping[str, Any], space: SearchSpace) -> Cell:
     """The cell that a trial's parameters describe; others in `params` are ignored. Raises ValueError for one that is bad."""
     named = params if space.num_inputs > 1 else {**params, "branch0_input": BACKBONE_FEATURE}
@@ -83,7 +88,7 @@ class CellSampler(optuna.samplers.BaseSampler, ABC):
         return max(0, number - self.lag)
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        return {name: CategoricalDistribution(choices) for name, choices in _choices(self.space).items()}
+        return distributions_of(self.space)
 
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]

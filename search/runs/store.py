@@ -93,6 +93,7 @@ _heads = sa.Table(
     sa.Column("revision", sa.BigInteger, nullable=False),
     sa.Column("content", sa.LargeBinary, nullable=False),  # a safetensors file
 )
+_mirrors = sa.Table("dpc_mirrors", _tables, sa.Column("run", sa.ForeignKey("dpc_runs.id"), primary_key=True))  # to lock
 _processes = sa.Table(
     "dpc_processes",
     _tables,
@@ -166,6 +167,18 @@ class Process:
     jobs: int  # that it is evaluating
 
 
+class _Change:
+    """A change of one job, under the lock of the run; it is one if its revision is asked for."""
+
+    def __init__(self, connection: sa.Connection, revision: int) -> None:
+        self.connection, self._revision, self.is_made = connection, revision, False
+
+    @property
+    def revision(self) -> int:
+        self.is_made = True
+        return self._revision
+
+
 @dataclass
 class _Watched:
     beat: int
@@ -196,11 +209,21 @@ class _State:
 class Store:
     """The jobs of the run `name`. One process of an SQLite file must keep others out (`search.folder.Folder.locked`).
 
-    `identity` is JSON: what all results of the run depend on. Raises InputError for a run of another version, and
-    SQLAlchemyError if the database cannot be used.
+    `identity` is JSON: what all results of the run depend on. A run that is begun has the jobs of `begun`, if it is given.
+    Raises InputError for a run of another version, and SQLAlchemyError if the database cannot be used.
     """
 
-    def __init__(self, url: str, name: str, identity: str, *, lease: float = LEASE, beat: float = BEAT) -> None:
+    def __init__(
+        self,
+        url: str,
+        name: str,
+        identity: str,
+        begun: "Begun | None" = None,
+        *,
+        lease: float = LEASE,
+        beat: float = BEAT,
+    ) -> None:
+        self.name = name
         self.is_server = is_server(url)
         self.id = uuid.uuid4().hex
         self.state = _State()
@@ -209,7 +232,7 @@ class Store:
         self._mine: set[Key] = set()  # jobs that this process knows to be its own
         self._watched: dict[str, _Watched] = {}
         self._closing = threading.Event()
-        self._run, self.identity = _begin(self._engine, name, identity)
+        self._run, self.identity = _begin(self._engine, name, identity, begun or Begun())
         if not self.is_server:
             self._delete_processes()  # none is alive
         self._again(lambda: self._register(0))
@@ -227,16 +250,6 @@ class Store:
         self._engine.dispose()
 
     # Claiming and telling
-
-    def fill(self, rows: Sequence["Row"], curves: Mapping[Key, str]) -> None:
-        """Write jobs that were finished elsewhere, and those that were begun there, which are then claimed here."""
-        with self._locked() as (connection, revision):
-            started = {"run": self._run, "revision": revision, "owner": "", "started": 0.0}
-            jobs = [started | row.key._asdict() | {name: getattr(row, name) for name in _COLUMNS} for row in rows]
-            of_jobs = [{"run": self._run, **key._asdict(), "curve": curve} for key, curve in curves.items()]
-            for table, values in ((_jobs, jobs), (_curves, of_jobs)):
-                if values:
-                    connection.execute(table.insert(), values)
 
     def sync(self) -> _State:
         """Read what other processes have done."""
@@ -267,16 +280,18 @@ class Store:
         curve = {"curve": told.curve}
 
         def tell() -> bool:
-            with self._locked() as (connection, revision):
+            with self._locked() as change:
                 before = self.state.best
-                if not self._finish(connection, revision, key, {"state": COMPLETE, **values}):
+                if not self._finish(change, key, {"state": COMPLETE, **values}):
                     return False
-                connection.execute(_curves.insert().values(run=self._run, **key._asdict(), **curve))
+                change.connection.execute(_curves.insert().values(run=self._run, **key._asdict(), **curve))
                 name = _head_to_keep(key, told.score, before)
                 if name is not None and told.head is not None:
                     which = (_heads.c.run == self._run) & (_heads.c.name == name)
-                    connection.execute(_heads.delete().where(which))
-                    connection.execute(_heads.insert().values(run=self._run, name=name, revision=revision, content=told.head))
+                    change.connection.execute(_heads.delete().where(which))
+                    change.connection.execute(
+                        _heads.insert().values(run=self._run, name=name, revision=change.revision, content=told.head)
+                    )
             return True
 
         return self._told(key, tell)
@@ -285,8 +300,8 @@ class Store:
         """Finish a job without a score, for this reason. False if another process has finished it already."""
 
         def tell() -> bool:
-            with self._locked() as (connection, revision):
-                return self._finish(connection, revision, key, {"state": FAILED, "failure": reason})
+            with self._locked() as change:
+                return self._finish(change, key, {"state": FAILED, "failure": reason})
 
         return self._told(key, tell)
 
@@ -318,6 +333,11 @@ class Store:
         all_tried = state.finished_below >= plan.trials
         return all_tried and not state.owners and next(self._comparisons(plan), None) is None
 
+    def elsewhere(self) -> tuple[int, int]:
+        """How many jobs other processes evaluate, and how many these are, as of the last `sync` or `claim`."""
+        others = [owner for owner in self.state.owners.values() if owner != self.id]
+        return len(others), len(set(others))
+
     def _told(self, key: Key, tell: Callable[[], bool]) -> bool:
         is_first = self._again(tell)
         self._mine.discard(key)
@@ -325,14 +345,14 @@ class Store:
         return is_first
 
     def _claim(self, plan: SearchPlan, space: SearchSpace, sampler: Proposer) -> "Claim | _Copied | None":
-        with self._locked() as (connection, revision):  # which changes one job, as each revision
+        with self._locked() as change:  # which changes one job, as each revision
             state = self.state
             known = next(self._comparisons(plan, with_best=False), None)
             if known is not None:
-                return self._start(connection, revision, *known, form="")
-            if orphan := self._orphan(connection):
-                values = {"owner": self.id, "revision": revision}
-                connection.execute(_jobs.update().where(self._is(orphan)).values(values))
+                return self._start(change, *known, form="")
+            if orphan := self._orphan(change.connection):
+                values = {"owner": self.id, "revision": change.revision}
+                change.connection.execute(_jobs.update().where(self._is(orphan)).values(values))
                 self._mine.add(orphan)
                 return Claim(orphan, Cell.from_json(state.cells[orphan]))
             number = state.next
@@ -341,11 +361,11 @@ class Store:
                 form = space.canonical_form(cell).to_json()
                 twin = state.scored.get(form)
                 if twin is None:
-                    return self._start(connection, revision, Key(SEARCH, number), cell, form)
-                self._copy(connection, revision, number, cell, form, twin)
+                    return self._start(change, Key(SEARCH, number), cell, form)
+                self._copy(change, number, cell, form, twin)
                 return _Copied()
             again = next(self._comparisons(plan), None) if state.finished_below >= plan.trials else None
-            return None if again is None else self._start(connection, revision, *again, form="")
+            return None if again is None else self._start(change, *again, form="")
 
     def _comparisons(self, plan: SearchPlan, *, with_best: bool = True) -> Iterator[tuple[Key, Cell]]:
         """Those that are not begun: of the known cells, and once all trials are finished, of the best."""
@@ -358,26 +378,26 @@ class Store:
                 if Key(name, seed) not in self.state.compared:
                     yield Key(name, seed), cell
 
-    def _start(self, connection: sa.Connection, revision: int, key: Key, cell: Cell, form: str) -> Claim:
-        self._insert(connection, revision, key, cell, form, state=RUNNING)
+    def _start(self, change: "_Change", key: Key, cell: Cell, form: str) -> Claim:
+        self._insert(change, key, cell, form, state=RUNNING)
         self._mine.add(key)
         return Claim(key, cell)
 
-    def _copy(self, connection: sa.Connection, revision: int, number: int, cell: Cell, form: str, twin: int) -> None:
+    def _copy(self, change: "_Change", number: int, cell: Cell, form: str, twin: int) -> None:
         """Finish a new trial with the result of another one."""
         columns = _jobs.c.score, _jobs.c.multiply_adds, _jobs.c.result
-        same = connection.execute(sa.select(*columns).where(self._is(Key(SEARCH, twin)))).one()._asdict()
+        same = change.connection.execute(sa.select(*columns).where(self._is(Key(SEARCH, twin)))).one()._asdict()
         same |= {"state": COMPLETE, "finished": time.time(), "duplicate_of": twin}
-        self._insert(connection, revision, Key(SEARCH, number), cell, form, **same)
+        self._insert(change, Key(SEARCH, number), cell, form, **same)
 
-    def _insert(self, connection: sa.Connection, revision: int, key: Key, cell: Cell, form: str, **values: Any) -> None:
-        row = {"run": self._run, **key._asdict(), "revision": revision, "owner": self.id, "started": time.time()}
-        connection.execute(_jobs.insert().values(**row, cell=cell.to_json(), form=form, **values))
+    def _insert(self, change: "_Change", key: Key, cell: Cell, form: str, **values: Any) -> None:
+        row = {"run": self._run, **key._asdict(), "revision": change.revision, "owner": self.id, "started": time.time()}
+        change.connection.execute(_jobs.insert().values(**row, cell=cell.to_json(), form=form, **values))
 
-    def _finish(self, connection: sa.Connection, revision: int, key: Key, values: dict[str, Any]) -> bool:
-        values = {**values, "owner": self.id, "revision": revision, "finished": time.time()}
+    def _finish(self, change: "_Change", key: Key, values: dict[str, Any]) -> bool:
+        values = {**values, "owner": self.id, "revision": change.revision, "finished": time.time()}
         is_running = self._is(key) & (_jobs.c.state == RUNNING)
-        return connection.execute(_jobs.update().where(is_running).values(values)).rowcount == 1
+        return change.connection.execute(_jobs.update().where(is_running).values(values)).rowcount == 1
 
     def _is(self, key: Key) -> sa.ColumnElement[bool]:
         return (_jobs.c.run == self._run) & (_jobs.c.name == key.name) & (_jobs.c.number == key.number)
@@ -444,14 +464,16 @@ class Store:
     # The database
 
     @contextmanager
-    def _locked(self) -> Iterator[tuple[sa.Connection, int]]:
-        """A transaction that no other process of the run can meet, with all that they did known, and its revision."""
+    def _locked(self) -> Iterator["_Change"]:
+        """A transaction that no other process of the run can meet, with all that they did known."""
         with self._engine.execution_options(immediate=True).begin() as connection:
             query = sa.select(_runs.c.revision).where(_runs.c.id == self._run).with_for_update()
-            revision = connection.execute(query).scalar_one() + 1
+            before = connection.execute(query).scalar_one()
             self._sync(connection)
-            yield connection, revision
-            connection.execute(_runs.update().where(_runs.c.id == self._run).values(revision=revision))
+            change = _Change(connection, before + 1)
+            yield change
+            if change.is_made:
+                connection.execute(_runs.update().where(_runs.c.id == self._run).values(revision=before + 1))
 
     def _again(self, work: Callable[[], _Value]) -> _Value:
         """Do this work, and if the server goes away meanwhile, wait and do it again."""
@@ -512,14 +534,24 @@ class Row:
     finished: float | None  # seconds since 1970
 
 
+@dataclass(frozen=True)
+class Begun:
+    """Jobs that were done elsewhere, with their loss curves; those that were only begun there are claimed here."""
+
+    rows: Sequence[Row] = ()
+    curves: Mapping[Key, str] = field(default_factory=dict)
+
+
 _COLUMNS = [column.name for column in fields(Row) if column.name != "key"]
 
 
 class Reader:
-    """Reads the jobs of a run, also while processes work on it. Raises InputError if there is no run of this name."""
+    """Reads the jobs of a run, also while processes work on it. Raises KeyError if there is no run of this name."""
 
     def __init__(self, url: str, name: str) -> None:
         self._engine = _engine(url)
+        if not sa.inspect(self._engine).has_table(_runs.name):
+            raise KeyError(name)
         with self._engine.connect() as connection:
             self._run = _id_of(connection, name)
 
@@ -535,6 +567,23 @@ class Reader:
         query = sa.select(_jobs.c.name, _jobs.c.number, *columns).where(of_run).order_by(*order)
         with self._engine.connect() as connection:
             return [Row(Key(name, number), *values) for name, number, *values in connection.execute(query)]
+
+    def num_finished(self, *, search: bool) -> int:
+        """The number of finished trials, or of finished comparisons."""
+        of_run = (_jobs.c.run == self._run) & (_jobs.c.state != RUNNING)
+        of_run &= (_jobs.c.name == SEARCH) if search else (_jobs.c.name != SEARCH)
+        with self._engine.connect() as connection:
+            return int(connection.execute(sa.select(sa.func.count()).select_from(_jobs).where(of_run)).scalar_one())
+
+    @contextmanager
+    def alone(self) -> Iterator[bool]:
+        """Whether no other process is in such a block for this run; none comes in meanwhile."""
+        if not is_server(str(self._engine.url)):
+            yield True  # the file has one process
+            return
+        with self._engine.begin() as connection:
+            query = sa.select(_mirrors.c.run).where(_mirrors.c.run == self._run).with_for_update(skip_locked=True)
+            yield connection.execute(query).one_or_none() is not None
 
     def running(self) -> list[tuple[Key, str, float]]:
         """Jobs that are being evaluated, or were when their process died: the process and since when."""
@@ -583,7 +632,7 @@ def _processes_of(engine: sa.Engine, run: int) -> list[Process]:
         ]
 
 
-def _begin(engine: sa.Engine, name: str, identity: str) -> tuple[int, str]:
+def _begin(engine: sa.Engine, name: str, identity: str, begun: Begun) -> tuple[int, str]:
     """The number of the run of this name, which is begun if there is none, and its identity."""
     for _ in range(5):  # several processes may begin at once
         try:
@@ -591,8 +640,10 @@ def _begin(engine: sa.Engine, name: str, identity: str) -> tuple[int, str]:
             with engine.begin() as connection:
                 found = connection.execute(sa.select(_runs.c.id).where(_runs.c.name == name)).scalar()
                 if found is None:
-                    row = {"name": name, "schema": SCHEMA, "identity": identity, "revision": 0}
+                    row = {"name": name, "schema": SCHEMA, "identity": identity, "revision": 1}
                     connection.execute(_runs.insert().values(row))
+                    connection.execute(_mirrors.insert().values(run=_id_of(connection, name)))
+                    _fill(connection, _id_of(connection, name), begun)
                 number = _id_of(connection, name)
                 return number, str(connection.execute(sa.select(_runs.c.identity).where(_runs.c.id == number)).scalar_one())
         except (IntegrityError, ProgrammingError) as error:  # the other was first
@@ -601,11 +652,20 @@ def _begin(engine: sa.Engine, name: str, identity: str) -> tuple[int, str]:
     raise last
 
 
+def _fill(connection: sa.Connection, run: int, begun: Begun) -> None:
+    started = {"run": run, "revision": 1, "owner": "", "started": 0.0}
+    jobs = [started | row.key._asdict() | {name: getattr(row, name) for name in _COLUMNS} for row in begun.rows]
+    curves = [{"run": run, **key._asdict(), "curve": curve} for key, curve in begun.curves.items()]
+    for table, values in ((_jobs, jobs), (_curves, curves)):
+        if values:
+            connection.execute(table.insert(), values)
+
+
 def _id_of(connection: sa.Connection, name: str) -> int:
     query = sa.select(_runs.c.id, _runs.c.schema).where(_runs.c.name == name)
     row = connection.execute(query).one_or_none()
     if row is None:
-        raise InputError(f"the database has no run {name}")
+        raise KeyError(name)
     if row.schema != SCHEMA:
         raise InputError(f"run {name} is of another version of this project: give another `out`")
     return int(row.id)
