@@ -1,14 +1,15 @@
-"""What keeps the trials of a search: plain Optuna as anyone would use it, and the store of `search/runs/`.
+"""What keeps the trials of a search: a run of ours, and plain Optuna as anyone would use it.
 
-Each keeps the same of a trial: its cell, its score, its result, and a loss curve of 100 points. Cells are drawn by whoever
-keeps them; a score is a function of the trial's number, so that nobody can lose one unseen.
+Each keeps the same of a trial: its cell, its score, its result, and a loss curve of 100 points. A score is a function of the
+trial's number, so that nobody can lose one unseen.
 """
 
 import json
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,28 +17,26 @@ from typing import Any
 import numpy as np
 import optuna
 import sqlalchemy as sa
-from optuna.distributions import distribution_to_json
-from optuna.storages._rdb import models
-from optuna.trial import TrialState
 
-from reference.cell import Cell
-from search.cells.sampler import PaperSampler, params_of_cell, suggest_cell
+from bench.optuna_rows import ScoredCell, create_filled_study
+from search.cells.sampler import PaperSampler, suggest_cell
 from search.cells.space import SearchSpace
-from search.runs.store import COMPLETE, SEARCH, Key, Reader, Row, SearchPlan, Store, Told
+from search.dense_tasks import Scores
+from search.dense_tasks.segmentation import Segmentation
+from search.folder import Folder
+from search.reports.run import write_report
+from search.runs.store import COMPLETE, SEARCH, Begun, Key, Row, SearchPlan, Store
+from search.runs.study import RunSettings, Study, load_run, open_run
+from search.settings import BackboneSettings, DataSettings, FeatureSettings, HeadSettings, MachineSettings, plain
+from search.tasks.proxy import ProxyResult
 
-CURVE_POINTS = 100
-RESULT: dict[str, Any] = {  # as `search.tasks.proxy.ProxyResult`, without score and curve
-    "details": [0.5 + k / 100 for k in range(19)],  # a score for each class
-    "parameters": 4_512_345,
-    "multiply_adds": 12_345_678_901,
-    "seconds": 12.3,
-    "peak_memory_bytes": 1_234_567_890,
-}
-LOSS_CURVE = [(300 * k, round(2.5 / (1 + k / 10), 6)) for k in range(CURVE_POINTS)]  # (iteration, loss)
-SEED = 0
-LAG = 63  # of the paper's sampler, enough for 64 processes
-_NAME = "search"  # of the run and of the study
-_ROWS = 20_000  # inserted at once
+_SPACE, _SEED = SearchSpace(), 0
+_LAG = 63  # of the paper's sampler, enough for 64 processes
+_NAME = "search"  # of the run, and of Optuna's study
+_CURVE = tuple((300 * k, round(2.5 / (1 + k / 10), 6)) for k in range(100))
+_TASK = Segmentation(tuple(f"class {k}" for k in range(19)))
+_IDENTITY: dict[str, Any] = {"dataset": "cityscapes", "iterations": 30_000, "crop_size": None, "image_size": [769, 769]}
+_SETTINGS = RunSettings(DataSettings(), BackboneSettings(), FeatureSettings(), HeadSettings(), MachineSettings())
 
 
 def score_of(number: int) -> float:
@@ -49,15 +48,21 @@ def score_of(number: int) -> float:
     return 0.3 + 0.4 * (number * 0.6180339887498949 % 1)
 
 
-def _told(number: int) -> Told:
-    score = score_of(number)
-    return Told(score, RESULT["multiply_adds"], json.dumps(RESULT), json.dumps(LOSS_CURVE))
+def result_of(number: int) -> ProxyResult:
+    """What a trial of the proxy task came to."""
+    scores = Scores(score_of(number), tuple(0.5 + k / 100 for k in range(19)))
+    return ProxyResult(scores, _CURVE, 804_000, 6 * 10**8 + number * 7919 % 10**9, 12.3, 10**9)
 
 
-def drawn_cells(trials: int) -> Iterator[Cell]:
-    """Cells for a store that is to be filled."""
-    space, rng = SearchSpace(), np.random.default_rng(SEED)
-    return (space.sample(rng) for _ in range(trials))
+def without_curve(result: ProxyResult) -> dict[str, Any]:
+    """The result as JSON has it, beside its loss curve."""
+    return {name: value for name, value in asdict(result).items() if name != "loss_curve"}
+
+
+def drawn_trials(count: int) -> list[ScoredCell]:
+    """Trials for a store that is to be filled."""
+    rng = np.random.default_rng(_SEED)
+    return [ScoredCell(_SPACE.sample(rng), score_of(number)) for number in range(count)]
 
 
 class Keeper(ABC):
@@ -68,7 +73,7 @@ class Keeper(ABC):
 
     @abstractmethod
     def fill(self, trials: int) -> None:
-        """Put so many finished trials into the empty database, by another way than one after the other."""
+        """Put so many finished trials into the empty database, all at once."""
 
     @abstractmethod
     def ask_and_tell(self) -> None:
@@ -80,51 +85,75 @@ class Keeper(ABC):
 
     def report(self) -> int:
         """Write the page of all trials, as a process that starts -> its bytes."""
-        raise NotImplementedError("no page of its own")
+        raise NotImplementedError("only we have one")
 
 
 class OurKeeper(Keeper):
-    """The store of a search, with the paper's sampler."""
+    """A run with the paper's sampler, and its mirror for dashboards, as a search writes them."""
 
-    _PLAN = SearchPlan(trials=10**9, compare={}, comparison_seeds=0, seed=SEED)
-
-    @cached_property
-    def _store(self) -> Store:
-        return Store(self.url, _NAME, "{}")
+    _plan = SearchPlan(trials=10**9, compare={}, comparison_seeds=0, seed=_SEED)
 
     @cached_property
-    def _sampler(self) -> PaperSampler:
-        return PaperSampler(SearchSpace(), seed=SEED, lag=LAG)
+    def _study(self) -> Study:
+        self._open = ExitStack()  # as long as the process
+        begun = open_run(
+            self.folder,
+            _IDENTITY,
+            PaperSampler(_SPACE, seed=_SEED, lag=_LAG),
+            lambda head: b"",
+            storage=self.url,
+            command="",
+            task=_TASK,
+            settings=_SETTINGS,
+            space=_SPACE,
+            defaults={},
+        )
+        return self._open.enter_context(begun)
 
     def fill(self, trials: int) -> None:
-        space, curve = SearchSpace(), json.dumps(LOSS_CURVE)
-        rows, curves = list[Row](), dict[Key, str]()
-        for number, cell in enumerate(drawn_cells(trials)):
-            told, form = _told(number), space.canonical_form(cell).to_json()
-            costs = told.score, told.multiply_adds
-            rows.append(Row(Key(SEARCH, number), COMPLETE, cell.to_json(), form, *costs, None, None, told.result, 0.0))
-            curves[Key(SEARCH, number)] = curve
-        store = Store(self.url, _NAME, "{}")
-        store.fill(rows, curves)
-        store.close()
+        drawn = drawn_trials(trials)
+        rows = [_row(number, trial) for number, trial in enumerate(drawn)]
+        curves = {row.key: json.dumps(_CURVE) for row in rows}
+        settings = {"settings": plain(asdict(_SETTINGS)), "space": plain(asdict(_SPACE))}
+        Folder(self.folder).begin(_IDENTITY, "", id=_NAME, storage=self.url, **settings, **_TASK.describe())
+        Store(self.url, _NAME, json.dumps(_IDENTITY), Begun(rows, curves)).close()
+        shown = {"cell": str(drawn[0].cell) if drawn else "", "parameters": 804_000, "multiply-adds": 10**9, "seconds": 12.3}
+        create_filled_study(self.url, f"{_NAME} search", _SPACE, drawn, shown)
 
     def ask_and_tell(self) -> None:
-        while (claim := self._store.claim(self._PLAN, SearchSpace(), self._sampler)) is None:
+        while (claim := self._study.claim(self._plan)) is None:
             time.sleep(0.002)  # until a trial is finished that the sampler has to know
-        self._store.tell(claim.key, _told(claim.key.number))
+        self._study.tell(claim.key, result_of(claim.key.number))
+        self._study.show()
 
     def load(self) -> Sequence[float | None]:
-        reader = Reader(self.url, _NAME)
-        scores = [row.score for row in reader.finished(search=True)]
-        reader.close()
-        return scores
+        return [record.score for record in load_run(self.folder).trials]
+
+    def report(self) -> int:
+        return write_report(load_run(self.folder)).stat().st_size
+
+
+def _row(number: int, trial: ScoredCell) -> Row:
+    result = result_of(number)
+    return Row(
+        key=Key(SEARCH, number),
+        state=COMPLETE,
+        cell=trial.cell.to_json(),
+        form=_SPACE.canonical_form(trial.cell).to_json(),
+        score=trial.score,
+        multiply_adds=result.multiply_adds,
+        duplicate_of=None,
+        failure=None,
+        result=json.dumps(without_curve(result)),
+        finished=0.0,
+    )
 
 
 class OptunaKeeper(Keeper):
-    """Plain Optuna: a study with a sampler; results and curves are user attributes."""
+    """Plain Optuna: a study with its random sampler; results and curves are user attributes."""
 
     def sampler(self) -> optuna.samplers.BaseSampler:
-        return optuna.samplers.RandomSampler(SEED)
+        return optuna.samplers.RandomSampler(_SEED)
 
     @cached_property
     def _study(self) -> optuna.Study:
@@ -135,33 +164,27 @@ class OptunaKeeper(Keeper):
         return optuna.load_study(study_name=_NAME, storage=self.url, sampler=self.sampler())
 
     def fill(self, trials: int) -> None:
-        """`study.add_trials` would take some milliseconds a trial, so the rows are made here, as Optuna makes them."""
+        attributes = {"result": without_curve(result_of(0)), "loss_curve": _CURVE}
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        optuna.create_study(study_name=_NAME, storage=self.url, direction="maximize")
-        engine = sa.create_engine(self.url)
-        with engine.begin() as connection:
-            study_id = connection.execute(sa.select(models.StudyModel.study_id)).scalar_one()
-            for model, rows in _rows_of(trials, study_id).items():
-                for start in range(0, len(rows), _ROWS):
-                    connection.execute(sa.insert(model), rows[start : start + _ROWS])
-        engine.dispose()
+        create_filled_study(self.url, _NAME, _SPACE, drawn_trials(trials), attributes)
 
     def ask_and_tell(self) -> None:
         trial = self._study.ask()
-        suggest_cell(trial, SearchSpace())
-        trial.set_user_attr("result", RESULT)
-        trial.set_user_attr("loss_curve", LOSS_CURVE)
-        self._study.tell(trial, score_of(trial.number))
+        suggest_cell(trial, _SPACE)
+        result = result_of(trial.number)
+        trial.set_user_attr("result", without_curve(result))
+        trial.set_user_attr("loss_curve", result.loss_curve)
+        self._study.tell(trial, result.score)
 
     def load(self) -> Sequence[float | None]:
         return [trial.value for trial in self._opened().get_trials(deepcopy=False)]
 
 
 class OptunaWithPaperSampler(OptunaKeeper):
-    """The same with the paper's sampler in the study."""
+    """The same with the paper's sampler in the study, as anyone may use it."""
 
     def sampler(self) -> optuna.samplers.BaseSampler:
-        return PaperSampler(SearchSpace(), seed=SEED, lag=LAG)
+        return PaperSampler(_SPACE, seed=_SEED, lag=_LAG)
 
 
 def new_database(server: str, name: str) -> str:
@@ -171,30 +194,3 @@ def new_database(server: str, name: str) -> str:
         connection.execute(sa.text(f"CREATE DATABASE {name}"))
     engine.dispose()
     return engine.url.set(database=name).render_as_string(hide_password=False)
-
-
-def _rows_of(trials: int, study_id: int) -> dict[type[Any], list[dict[str, Any]]]:
-    """The rows of finished trials in Optuna's tables, whose first ones they are: trial n has the id n + 1."""
-    space, now = SearchSpace(), datetime.now(UTC).replace(tzinfo=None)
-    space_of = PaperSampler(space, seed=SEED).infer_relative_search_space
-    distributions: dict[str, Any] = space_of(optuna.create_study(), optuna.trial.create_trial(value=0.0))
-    as_json = {name: distribution_to_json(distribution) for name, distribution in distributions.items()}
-    places = {name: {choice: float(k) for k, choice in enumerate(d.choices)} for name, d in distributions.items()}
-    attributes = {"result": json.dumps(RESULT), "loss_curve": json.dumps(LOSS_CURVE)}
-    rows: dict[type[Any], list[dict[str, Any]]] = {
-        model: []
-        for model in (models.TrialModel, models.TrialParamModel, models.TrialValueModel, models.TrialUserAttributeModel)
-    }
-    finished = {"study_id": study_id, "state": TrialState.COMPLETE, "_datetime_start_utc": now, "_datetime_complete_utc": now}
-    value_type = models.TrialValueModel.TrialValueType.FINITE
-    for number, cell in enumerate(drawn_cells(trials)):
-        of_trial = {"trial_id": number + 1}
-        rows[models.TrialModel].append({"number": number, **finished})
-        rows[models.TrialParamModel] += [
-            of_trial | {"param_name": name, "param_value": places[name][choice], "distribution_json": as_json[name]}
-            for name, choice in params_of_cell(cell, space).items()
-        ]
-        value = {"objective": 0, "value": score_of(number), "value_type": value_type}
-        rows[models.TrialValueModel].append(of_trial | value)
-        rows[models.TrialUserAttributeModel] += [of_trial | {"key": k, "value_json": v} for k, v in attributes.items()]
-    return rows
