@@ -44,6 +44,7 @@ FOUND = "trial "  # before the number of a trial: the name of the search's best 
 BEST_HEAD = "best"  # name under which a run keeps the head of its best cell
 BEAT, LEASE = 5.0, 60.0  # seconds between two heartbeats; without one for so long, a process is taken for dead
 PATIENCE = 600.0  # seconds for which an absent server is waited for
+_LIBPQ = ("psycopg", "psycopg2")  # drivers that are told by libpq's words when a connection is lost
 
 RUNNING, COMPLETE, FAILED = "running", "complete", "failed"
 
@@ -227,7 +228,7 @@ class Store:
         self.is_server = is_server(url)
         self.id = uuid.uuid4().hex
         self.state = _State()
-        self._engine = _engine(url)
+        self._engine = _engine(url, lease)
         self._lease, self._beat = lease, beat
         self._mine: set[Key] = set()  # jobs that this process knows to be its own
         self._watched: dict[str, _Watched] = {}
@@ -235,7 +236,7 @@ class Store:
         self._run, self.identity = _begin(self._engine, name, identity, begun or Begun())
         if not self.is_server:
             self._delete_processes()  # none is alive
-        self._again(lambda: self._register(0))
+        self.patiently(lambda: self._register(0))
         self._heart = threading.Thread(target=self._keep_beating, daemon=True, name="heartbeat")
         if self.is_server:
             self._heart.start()
@@ -259,7 +260,7 @@ class Store:
                 self._sync(connection)
             return self.state
 
-        return self._again(read)
+        return self.patiently(read)
 
     def claim(self, plan: SearchPlan, space: SearchSpace, sampler: Proposer) -> Claim | None:
         """The next job: a known cell, a job of a process that died, a new trial, the best cell again. None: nothing now.
@@ -267,9 +268,12 @@ class Store:
         A new trial whose cell does the same as one with a score is finished at once with that score, and the next is claimed.
         """
         while True:
-            claim = self._again(lambda: self._claim(plan, space, sampler))
-            if not isinstance(claim, _Copied):
-                return claim
+            claim = self.patiently(lambda: self._claim(plan, space, sampler))
+            if isinstance(claim, _Copied):
+                continue
+            if claim is not None:
+                self._mine.add(claim.key)  # only now: if no answer came to a commit, its job is an orphan
+            return claim
 
     def tell(self, key: Key, told: Told) -> bool:
         """Finish a job with a score. False if another process has finished it already; nothing is changed then.
@@ -318,14 +322,14 @@ class Store:
             with self._engine.connect() as connection:
                 return [(row.name, row.content, row.revision) for row in connection.execute(query)]
 
-        return self._again(read)
+        return self.patiently(read)
 
     def register(self, workers: int) -> None:
         """Say how many jobs this process evaluates at a time."""
-        self._again(lambda: self._register(workers))
+        self.patiently(lambda: self._register(workers))
 
     def processes(self) -> list[Process]:
-        return self._again(lambda: _processes_of(self._engine, self._run))
+        return self.patiently(lambda: _processes_of(self._engine, self._run))
 
     def is_finished(self, plan: SearchPlan) -> bool:
         """Whether nothing is left to do, as of the last `sync` or `claim`, neither here nor elsewhere."""
@@ -339,7 +343,7 @@ class Store:
         return len(others), len(set(others))
 
     def _told(self, key: Key, tell: Callable[[], bool]) -> bool:
-        is_first = self._again(tell)
+        is_first = self.patiently(tell)
         self._mine.discard(key)
         self.sync()
         return is_first
@@ -353,7 +357,6 @@ class Store:
             if orphan := self._orphan(change.connection):
                 values = {"owner": self.id, "revision": change.revision}
                 change.connection.execute(_jobs.update().where(self._is(orphan)).values(values))
-                self._mine.add(orphan)
                 return Claim(orphan, Cell.from_json(state.cells[orphan]))
             number = state.next
             if number < plan.trials and state.finished_below >= sampler.visible_before(number):
@@ -380,7 +383,6 @@ class Store:
 
     def _start(self, change: "_Change", key: Key, cell: Cell, form: str) -> Claim:
         self._insert(change, key, cell, form, state=RUNNING)
-        self._mine.add(key)
         return Claim(key, cell)
 
     def _copy(self, change: "_Change", number: int, cell: Cell, form: str, twin: int) -> None:
@@ -475,7 +477,7 @@ class Store:
             if change.is_made:
                 connection.execute(_runs.update().where(_runs.c.id == self._run).values(revision=before + 1))
 
-    def _again(self, work: Callable[[], _Value]) -> _Value:
+    def patiently(self, work: Callable[[], _Value]) -> _Value:
         """Do this work, and if the server goes away meanwhile, wait and do it again."""
         start, pause = time.monotonic(), 0.1
         while True:
@@ -671,10 +673,14 @@ def _id_of(connection: sa.Connection, name: str) -> int:
     return int(row.id)
 
 
-def _engine(url: str) -> sa.Engine:
-    """Of SQLite, transactions begin when they say so, and one that is to write keeps others from writing at once."""
+def _engine(url: str, lease: float = LEASE) -> sa.Engine:
+    """Of SQLite, transactions begin when they say so, and one that is to write keeps others from writing at once.
+
+    PostgreSQL ends a transaction, and with it the locks, of a process that does nothing for the lease in the middle of it,
+    because it was suspended, or its machine is gone.
+    """
     if is_server(url):
-        return sa.create_engine(url)
+        return _engine_of_server(sa.make_url(url), lease)
     engine = sa.create_engine(url, connect_args={"timeout": 60})
 
     @sa.event.listens_for(engine, "connect")
@@ -685,5 +691,19 @@ def _engine(url: str) -> sa.Engine:
     def begin(connection: sa.Connection) -> None:
         immediate = connection.get_execution_options().get("immediate")
         connection.exec_driver_sql("BEGIN IMMEDIATE" if immediate else "BEGIN")
+
+    return engine
+
+
+def _engine_of_server(url: sa.URL, lease: float) -> sa.Engine:
+    limits = {"connect_timeout": 10, "tcp_user_timeout": int(1000 * lease)} if url.get_driver_name() in _LIBPQ else {}
+    engine = sa.create_engine(url, connect_args={name: value for name, value in limits.items() if name not in url.query})
+    if engine.dialect.name == "postgresql":
+
+        @sa.event.listens_for(engine, "connect")
+        def limit_transactions(connection: Any, record: Any) -> None:
+            with connection.cursor() as cursor:
+                cursor.execute(f"SET idle_in_transaction_session_timeout = {int(1000 * lease)}")
+            connection.commit()
 
     return engine

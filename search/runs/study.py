@@ -11,12 +11,12 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Self
 
 from optuna.exceptions import OptunaError, StorageInternalError
-from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import SQLAlchemyError
 
 from fast.segmentation import SegmentationHead
 from reference.cell import GRID_SIZES, RATES, Cell
@@ -150,7 +150,7 @@ def comparison_label(name: str, known: Mapping[str, str] | None = None) -> str:
 class Study:
     """The jobs of a run, for a process that works on them; what people look at is written beside.
 
-    `file_of` makes the content of a head's file. `holds_folder` says whether this process writes into the run's folder.
+    `file_of` makes the content of a head's file. `hold` locks the run's folder and says whether this process may write there.
     """
 
     @ctrl_c_waits()
@@ -164,13 +164,15 @@ class Study:
         sampler: CellSampler,
         file_of: Callable[[SegmentationHead], bytes],
         *,
-        holds_folder: bool,
+        hold: Callable[[], bool] = lambda: True,
     ) -> None:
         self.directory = directory
-        self.holds_folder = holds_folder
+        self._hold = hold
+        self.holds_folder = hold()
         self.store = store
         self._space, self._sampler, self._file_of = space, sampler, file_of
-        self._mirror, self._reader = Mirror(url, store.name, task, space), Reader(url, store.name)
+        self._mirror: Mirror | None = None
+        self._open_mirror, self._reader = partial(Mirror, url, store.name, task, space), Reader(url, store.name)
         self._heads = 0  # revision up to which the folder has the heads
         self.store.sync()
         self.show()
@@ -195,23 +197,34 @@ class Study:
     @ctrl_c_waits()
     def show(self) -> None:
         """Write what was finished since into Optuna's studies, and heads into the folder if this process holds it."""
-        try:
-            with self._reader.alone() as is_alone:
-                if is_alone:
-                    self._mirror.update(self._reader)
-        except (OperationalError, InterfaceError, StorageInternalError):
-            if not self.store.is_server:
-                raise
-            return  # the server is away for now
+        self.store.patiently(self._update_mirror)
         if self.holds_folder:
             for name, content, revision in self.store.new_heads(self._heads):
                 write_whole(self.directory / HEADS / f"{name}.safetensors", content)
                 self._heads = revision
 
+    def _update_mirror(self) -> None:
+        """Add to Optuna's studies what was finished since, unless another process is at it, which may even make the tables."""
+        with self._reader.alone() as is_alone:
+            if is_alone:
+                try:
+                    self._mirror = self._mirror or self._open_mirror()
+                    self._mirror.update(self._reader)
+                except StorageInternalError as error:  # Optuna's name for an error of the database
+                    raise error.__cause__ or error from None
+
+    def take_folder(self) -> bool:
+        """Whether this process writes into the run's folder: that which did may have died."""
+        if not self.holds_folder and self._hold():
+            self.holds_folder = True
+            self.show()
+        return self.holds_folder
+
     def close(self) -> None:
         """Give back unfinished jobs."""
         for part in (self.store, self._mirror, self._reader):
-            part.close()
+            if part is not None:
+                part.close()
 
 
 @contextmanager
@@ -237,6 +250,8 @@ def open_run(
     try:
         with ExitStack() as stack:
             holds_folder = _hold(folder, stack, url)
+            if not holds_folder:
+                print(f"{directory} is in use: this process helps the one that holds it", file=sys.stderr)
             before = folder.description()
             name = _run_id(folder, before) if before else _new_id(directory, url)
             folder.check(identity, defaults)
@@ -246,7 +261,8 @@ def open_run(
                 folder.begin(identity, command, defaults=defaults, **description)
             store = stack.enter_context(closing(_open_store(url, name, identity, defaults, space)))
             arguments = directory, url, store, task, space, sampler, file_of
-            study = stack.enter_context(closing(Study(*arguments, holds_folder=holds_folder)))
+            hold = partial(_hold, folder, stack, url)
+            study = stack.enter_context(closing(Study(*arguments, hold=(lambda: True) if holds_folder else hold)))
             yield study
     except (SQLAlchemyError, OptunaError, ImportError) as error:
         raise InputError(f"the study {url} cannot be used ({_first_line(error)}): check `storage` and the disk") from error
@@ -263,7 +279,6 @@ def _hold(folder: Folder, stack: ExitStack, url: str) -> bool:
             raise InputError(
                 f"{error}; on a database server (`storage`) the same command, typed again, helps the first one"
             ) from error
-        print(f"{folder.path} is in use: this process helps the one that holds it", file=sys.stderr)
         return False
     return True
 
