@@ -35,14 +35,18 @@ class Mirror:
         for row in reader.finished(search=True, after=number - 1):
             if row.key.number != number:
                 break
-            self._search.add_trial(self._trial(row, params_of_cell(Cell.from_json(row.cell), self._space)))
+            self._add(self._search, self._trial(row, params_of_cell(Cell.from_json(row.cell), self._space)))
             number += 1
         if self._count(self._comparison) < reader.num_finished(search=False):
             trials = self._comparison.get_trials(deepcopy=False)
             there = {(trial.user_attrs["name"], trial.user_attrs["seed"]) for trial in trials}
             for row in reader.finished(search=False):
                 if row.key not in there:
-                    self._comparison.add_trial(self._trial(row, {}))
+                    self._add(self._comparison, self._trial(row, {}))
+
+    def _add(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        """As `study.add_trial`, which would also keep every trial in memory."""
+        self._storage.create_new_trial(study._study_id, trial)
 
     def _count(self, study: optuna.Study) -> int:
         """The number of its trials, which Optuna's own functions only tell after reading them all."""
