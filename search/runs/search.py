@@ -1,6 +1,5 @@
 """The loop of a search: claim a job, have it evaluated, tell the study, until nothing is left to do here or elsewhere."""
 
-import sys
 import time
 from collections.abc import Callable
 
@@ -41,8 +40,8 @@ class Search:
 
     def run(self) -> None:
         """Score the known cells, then the search's, then its best cell again, because the best of many is partly luck."""
-        state = self.study.store.state
-        with Progress(self.plan.trials, state.num_finished, self.measure) as self._progress:
+        done = self.study.store.state.num_finished
+        with Progress(self.plan.trials, done, self.measure) as self._progress:
             while True:
                 self._fill()
                 if self._running:
@@ -68,8 +67,7 @@ class Search:
             job = Job(number, claim.cell, (self.plan.seed, _TRIAL, number))
         else:
             job = Job(f"comparison: {name}, seed {number}", claim.cell, (self.plan.seed, _COMPARISON, number))
-            print(job.key, file=sys.stderr)
-        self._progress.started(job.key)
+        self._progress.started(claim.key)
         self.workers.submit(job)
         self._running[job.key] = claim.key
 
@@ -84,12 +82,16 @@ class Search:
         if outcome.result is None:
             reason = outcome.failure or "unknown"
             self.study.tell_failure(key, reason)
-            what = f"trial {key.number}" if key.name == SEARCH else outcome.job.key
-            print(f"{what} failed: {reason}", file=sys.stderr)
+            self._progress.finished(key, failure=reason)
         else:
             self.study.tell(key, outcome.result, outcome.head)
+            self._progress.finished(key, outcome.result.score)
 
     def _tick(self) -> None:
-        self._progress.workers(self.workers.capacity)
         self.study.show()
+        store = self.study.store
+        self._progress.workers(self.workers.capacity)
+        self._progress.others(*store.elsewhere())
+        best = None if store.state.best is None else store.state.best[0]
+        self._progress.counted(store.state.num_finished, failed=store.state.failed, best=best)
         self._on_tick()

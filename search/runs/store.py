@@ -168,6 +168,18 @@ class Process:
     jobs: int  # that it is evaluating
 
 
+class _Change:
+    """A change of one job, under the lock of the run; it is one if its revision is asked for."""
+
+    def __init__(self, connection: sa.Connection, revision: int) -> None:
+        self.connection, self._revision, self.is_made = connection, revision, False
+
+    @property
+    def revision(self) -> int:
+        self.is_made = True
+        return self._revision
+
+
 @dataclass
 class _Watched:
     beat: int
@@ -272,16 +284,18 @@ class Store:
         curve = {"curve": told.curve}
 
         def tell() -> bool:
-            with self._locked() as (connection, revision):
+            with self._locked() as change:
                 before = self.state.best
-                if not self._finish(connection, revision, key, {"state": COMPLETE, **values}):
+                if not self._finish(change, key, {"state": COMPLETE, **values}):
                     return False
-                connection.execute(_curves.insert().values(run=self._run, **key._asdict(), **curve))
+                change.connection.execute(_curves.insert().values(run=self._run, **key._asdict(), **curve))
                 name = _head_to_keep(key, told.score, before)
                 if name is not None and told.head is not None:
                     which = (_heads.c.run == self._run) & (_heads.c.name == name)
-                    connection.execute(_heads.delete().where(which))
-                    connection.execute(_heads.insert().values(run=self._run, name=name, revision=revision, content=told.head))
+                    change.connection.execute(_heads.delete().where(which))
+                    change.connection.execute(
+                        _heads.insert().values(run=self._run, name=name, revision=change.revision, content=told.head)
+                    )
             return True
 
         return self._told(key, tell)
@@ -290,8 +304,8 @@ class Store:
         """Finish a job without a score, for this reason. False if another process has finished it already."""
 
         def tell() -> bool:
-            with self._locked() as (connection, revision):
-                return self._finish(connection, revision, key, {"state": FAILED, "failure": reason})
+            with self._locked() as change:
+                return self._finish(change, key, {"state": FAILED, "failure": reason})
 
         return self._told(key, tell)
 
@@ -323,6 +337,11 @@ class Store:
         all_tried = state.finished_below >= plan.trials
         return all_tried and not state.owners and next(self._comparisons(plan), None) is None
 
+    def elsewhere(self) -> tuple[int, int]:
+        """How many jobs other processes evaluate, and how many these are, as of the last `sync` or `claim`."""
+        others = [owner for owner in self.state.owners.values() if owner != self.id]
+        return len(others), len(set(others))
+
     def _told(self, key: Key, tell: Callable[[], bool]) -> bool:
         is_first = self.patiently(tell)
         self._mine.discard(key)
@@ -330,14 +349,14 @@ class Store:
         return is_first
 
     def _claim(self, plan: SearchPlan, space: SearchSpace, sampler: Proposer) -> "Claim | _Copied | None":
-        with self._locked() as (connection, revision):  # which changes one job, as each revision
+        with self._locked() as change:  # which changes one job, as each revision
             state = self.state
             known = next(self._comparisons(plan, with_best=False), None)
             if known is not None:
-                return self._start(connection, revision, *known, form="")
-            if orphan := self._orphan(connection):
-                values = {"owner": self.id, "revision": revision}
-                connection.execute(_jobs.update().where(self._is(orphan)).values(values))
+                return self._start(change, *known, form="")
+            if orphan := self._orphan(change.connection):
+                values = {"owner": self.id, "revision": change.revision}
+                change.connection.execute(_jobs.update().where(self._is(orphan)).values(values))
                 return Claim(orphan, Cell.from_json(state.cells[orphan]))
             number = state.next
             if number < plan.trials and state.finished_below >= sampler.visible_before(number):
@@ -345,11 +364,11 @@ class Store:
                 form = space.canonical_form(cell).to_json()
                 twin = state.scored.get(form)
                 if twin is None:
-                    return self._start(connection, revision, Key(SEARCH, number), cell, form)
-                self._copy(connection, revision, number, cell, form, twin)
+                    return self._start(change, Key(SEARCH, number), cell, form)
+                self._copy(change, number, cell, form, twin)
                 return _Copied()
             again = next(self._comparisons(plan), None) if state.finished_below >= plan.trials else None
-            return None if again is None else self._start(connection, revision, *again, form="")
+            return None if again is None else self._start(change, *again, form="")
 
     def _comparisons(self, plan: SearchPlan, *, with_best: bool = True) -> Iterator[tuple[Key, Cell]]:
         """Those that are not begun: of the known cells, and once all trials are finished, of the best."""
@@ -362,25 +381,25 @@ class Store:
                 if Key(name, seed) not in self.state.compared:
                     yield Key(name, seed), cell
 
-    def _start(self, connection: sa.Connection, revision: int, key: Key, cell: Cell, form: str) -> Claim:
-        self._insert(connection, revision, key, cell, form, state=RUNNING)
+    def _start(self, change: "_Change", key: Key, cell: Cell, form: str) -> Claim:
+        self._insert(change, key, cell, form, state=RUNNING)
         return Claim(key, cell)
 
-    def _copy(self, connection: sa.Connection, revision: int, number: int, cell: Cell, form: str, twin: int) -> None:
+    def _copy(self, change: "_Change", number: int, cell: Cell, form: str, twin: int) -> None:
         """Finish a new trial with the result of another one."""
         columns = _jobs.c.score, _jobs.c.multiply_adds, _jobs.c.result
-        same = connection.execute(sa.select(*columns).where(self._is(Key(SEARCH, twin)))).one()._asdict()
+        same = change.connection.execute(sa.select(*columns).where(self._is(Key(SEARCH, twin)))).one()._asdict()
         same |= {"state": COMPLETE, "finished": time.time(), "duplicate_of": twin}
-        self._insert(connection, revision, Key(SEARCH, number), cell, form, **same)
+        self._insert(change, Key(SEARCH, number), cell, form, **same)
 
-    def _insert(self, connection: sa.Connection, revision: int, key: Key, cell: Cell, form: str, **values: Any) -> None:
-        row = {"run": self._run, **key._asdict(), "revision": revision, "owner": self.id, "started": time.time()}
-        connection.execute(_jobs.insert().values(**row, cell=cell.to_json(), form=form, **values))
+    def _insert(self, change: "_Change", key: Key, cell: Cell, form: str, **values: Any) -> None:
+        row = {"run": self._run, **key._asdict(), "revision": change.revision, "owner": self.id, "started": time.time()}
+        change.connection.execute(_jobs.insert().values(**row, cell=cell.to_json(), form=form, **values))
 
-    def _finish(self, connection: sa.Connection, revision: int, key: Key, values: dict[str, Any]) -> bool:
-        values = {**values, "owner": self.id, "revision": revision, "finished": time.time()}
+    def _finish(self, change: "_Change", key: Key, values: dict[str, Any]) -> bool:
+        values = {**values, "owner": self.id, "revision": change.revision, "finished": time.time()}
         is_running = self._is(key) & (_jobs.c.state == RUNNING)
-        return connection.execute(_jobs.update().where(is_running).values(values)).rowcount == 1
+        return change.connection.execute(_jobs.update().where(is_running).values(values)).rowcount == 1
 
     def _is(self, key: Key) -> sa.ColumnElement[bool]:
         return (_jobs.c.run == self._run) & (_jobs.c.name == key.name) & (_jobs.c.number == key.number)
@@ -447,14 +466,16 @@ class Store:
     # The database
 
     @contextmanager
-    def _locked(self) -> Iterator[tuple[sa.Connection, int]]:
-        """A transaction that no other process of the run can meet, with all that they did known, and its revision."""
+    def _locked(self) -> Iterator["_Change"]:
+        """A transaction that no other process of the run can meet, with all that they did known."""
         with self._engine.execution_options(immediate=True).begin() as connection:
             query = sa.select(_runs.c.revision).where(_runs.c.id == self._run).with_for_update()
-            revision = connection.execute(query).scalar_one() + 1
+            before = connection.execute(query).scalar_one()
             self._sync(connection)
-            yield connection, revision
-            connection.execute(_runs.update().where(_runs.c.id == self._run).values(revision=revision))
+            change = _Change(connection, before + 1)
+            yield change
+            if change.is_made:
+                connection.execute(_runs.update().where(_runs.c.id == self._run).values(revision=before + 1))
 
     def patiently(self, work: Callable[[], _Value]) -> _Value:
         """Do this work, and if the server goes away meanwhile, wait and do it again."""

@@ -132,9 +132,9 @@ class Run:
     baselines: list[BaselineRecord]
     curves: Mapping[int, Curve] = field(default_factory=dict, compare=False)  # loss curves by trial; may read them when asked
 
-    def curve(self, record: TrialRecord) -> Curve:
-        """The loss curve of a trial; empty if it has none."""
-        return self.curves.get(record.number, ())
+    def curve(self, record: TrialRecord | BaselineRecord) -> Curve:
+        """The loss curve of a trial or a comparison; empty if it has none."""
+        return self.curves.get(record.number, ()) if isinstance(record, TrialRecord) else record.result.loss_curve
 
 
 def best_head(directory: Path) -> Path:

@@ -23,7 +23,7 @@ from search.tasks.proxy import ProxyResult
 
 SPACE = SearchSpace(2)
 NAME = "a search that costs nothing"
-LEASE = 2.0  # seconds; longer than any process rests that is alive
+LEASE = 1.0  # seconds; longer than any process rests that is alive
 _COST = 0.002  # seconds for a cell, so that processes also end in the middle of one
 
 Finished = dict[Key, tuple[Cell, float | None]]  # cell and score of each job; no score if it failed

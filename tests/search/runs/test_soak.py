@@ -18,8 +18,8 @@ from tests.postgres import Server, running_server
 from tests.search.runs import free_search
 from tests.search.runs.free_search import NAME, expected
 
-TRIALS, PROCESSES = 300, 6
-FAULTS = {"kill": 24, "terminate": 12, "pause": 6, "cut": 6, "restart": 4, "crash": 4}
+TRIALS, PROCESSES = 2000, 6
+FAULTS = {"kill": 16, "terminate": 8, "pause": 4, "cut": 4, "restart": 3, "crash": 3}
 _POLL = 0.05  # seconds
 
 
@@ -120,6 +120,7 @@ def test_processes_and_their_database_are_killed_and_every_job_is_finished_once_
             while members.finished() < due:
                 time.sleep(_POLL)
             members.wake()
+            print(time.monotonic(), due, members.finished(), fault, flush=True)
             members.meet(fault, int(rng.integers(PROCESSES)))
         members.join()
         with closing(Reader(members.url, NAME)) as reader:
