@@ -74,6 +74,7 @@ def main(settings: RandomSettings) -> None:
     origin = caches["train"].identity
     directory = settings.out or Path("runs") / origin["dataset"]
     _refuse_other_backbone(directory, origin, settings.backbone.weights)
+    settings = settings.with_lag(directory, machine.device)
     groups = settings, data, settings.backbone, settings.features, settings.head, loss, settings.proxy
     run_search(
         directory,

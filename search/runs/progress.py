@@ -128,9 +128,9 @@ class Progress:
             state.append(f"{_duration(left)} left")
         if rate := self._pace.per_second(now, self._at_once):
             per_hour = 3600 * rate
-            state.append(f"{per_hour:,.0f} trials/h" if per_hour >= 10 else f"{per_hour:.1f} trials/h")
+            state.append(f"{per_hour:,.0f}/h" if per_hour >= 10 else f"{per_hour:.1f}/h")
         if self._capacity > 1:
-            state.append(f"{self._busy}/{self._capacity} workers")
+            state.append(f"{self._busy}/{self._capacity} workers busy")
         if cells and not self._is_waiting:
             state.append(f"{_count(cells, 'cell')} with {_other(processes)}")
         if self._failed:

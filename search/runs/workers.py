@@ -5,7 +5,7 @@ What evaluating means is the task's: a brief training on cached features (`searc
 """
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar, cast
@@ -16,6 +16,9 @@ from tqdm import tqdm
 from fast.segmentation import SegmentationHead
 from reference.cell import Cell
 from search.devices import resolve_device
+from search.runs.cluster import demand_of, is_in_process
+from search.settings import WorkerSettings
+from search.tasks.feature_cache import FeatureCache
 from search.tasks.proxy import NotFiniteError
 
 WAIT_SECONDS = 1.0  # after which one looks whether more workers are there
@@ -115,17 +118,25 @@ def outcomes(workers: Workers[Result], jobs: Iterable[Job]) -> Iterator[Outcome[
 
 @contextmanager
 def open_workers(
-    create_task: Callable[[], Task[Result]], count: int, device: str, iterations: int, *, in_turns: int = 1
+    create_task: Callable[..., Task[Result]],
+    settings: WorkerSettings,
+    device: str,
+    iterations: int,
+    *,
+    caches: Mapping[str, FeatureCache] | None = None,
+    in_turns: int = 1,
+    most: int | None = None,
 ) -> Iterator[Workers[Result]]:
-    """`count` workers with tasks by `create_task` under Ray, or one in this process with a bar of a cell's iterations.
+    """Workers with tasks by `create_task(**caches)` under Ray, or one in this process with a bar of a cell's iterations.
 
-    `device` as the user gave it: cuda is one GPU for each worker, cuda:1 is refused for more than one. Above 1, `in_turns` is
-    how many cells the worker in this process trains at a time; the task must be a `SteppedTask`.
+    `device` as the user gave it: cuda is one GPU for each worker, or its share of one, cuda:1 is refused for more than one.
+    Above 1, `in_turns` is how many cells the worker in this process trains at a time; the task must be a `SteppedTask`. There
+    are at most `most` workers.
     """
-    if count > 1:
+    if not is_in_process(settings, device):
         from search.runs.ray_workers import RayWorkers
 
-        with closing(RayWorkers(create_task, count, device)) as workers:
+        with closing(RayWorkers(create_task, demand_of(settings, device, most), caches)) as workers:
             yield workers
         return
     with tqdm(total=iterations, unit="step", leave=False, position=1, disable=None) as bar:
@@ -139,9 +150,9 @@ def open_workers(
             bar.update(iteration - bar.n)  # a continued training does not begin at 1
 
         if in_turns == 1:
-            yield InProcess(create_task(), on_step)
+            yield InProcess(create_task(**(caches or {})), on_step)
         else:
-            task = cast(SteppedTask[Result], create_task())
+            task = cast(SteppedTask[Result], create_task(**(caches or {})))
             yield InTurns(task, in_turns, torch.device(resolve_device(device)), on_step)
 
 

@@ -65,7 +65,7 @@ def test_the_bar_says_score_time_left_rate_workers_and_failures(clock: Clock) ->
         progress.workers(4)
         state = last_state(terminal)
     assert "12/100" in state
-    assert "best mIOU 50.00 %, 44 min left, 120 trials/h, 2/4 workers, 2 failed" in state
+    assert "best mIOU 50.00 %, 44 min left, 120/h, 2/4 workers busy, 2 failed" in state
     assert "trial 11 failed: the loss was nan at iteration 3" in terminal.getvalue()
 
 
@@ -95,7 +95,7 @@ def test_the_time_left_is_of_the_recent_rate_and_not_of_resumed_trials(clock: Cl
         for number in range(900, 950):
             clock.now += 60 if number < 920 else 120  # cells have become slower
             progress.counted(number + 1, failed=0, best=None)
-    assert "1 h 40 min left, 30 trials/h" in last_state(terminal)
+    assert "1 h 40 min left, 30/h" in last_state(terminal)
 
 
 def test_duplicates_and_trials_of_other_processes_count(clock: Clock) -> None:
@@ -105,7 +105,7 @@ def test_duplicates_and_trials_of_other_processes_count(clock: Clock) -> None:
         progress.others(cells=4, processes=2)
         progress.counted(15, failed=0, best=0.4)
     assert "15/30" in last_state(terminal)
-    assert "1 h 0 min left, 15 trials/h" in last_state(terminal)
+    assert "1 h 0 min left, 15/h" in last_state(terminal)
 
 
 def test_who_has_nothing_to_do_says_with_whom_the_cells_are(clock: Clock) -> None:

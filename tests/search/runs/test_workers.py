@@ -1,36 +1,27 @@
-"""Several workers: the same cells and scores as one, whoever finishes first, and no cell lost when a worker dies."""
+"""Several workers: the same cells and scores as one, whoever finishes first."""
 
-import os
-import signal
-import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-import search.runs.ray_workers
 from fast.train_step import EAGER_ITERATIONS
 from reference.cell import Cell
-from search.cells.sampler import SAMPLER_NAMES, create_sampler
+from search.cells.sampler import LAG, SAMPLER_NAMES, create_sampler
 from search.cells.space import SearchSpace, canonical_form, cell_hash, load_cell, load_cells
 from search.dense_tasks import Measure, Scores
 from search.dense_tasks.segmentation import Segmentation
-from search.errors import InputError
 from search.random import RandomSettings
-from search.runs.ray_workers import MAX_DEATHS, RayWorkers
 from search.runs.search import Search
 from search.runs.store import Reader, Row, SearchPlan, Store
 from search.runs.study import Study
 from search.runs.workers import InProcess, InTurns, Job, Outcome, evaluate, open_workers, outcomes
-from search.settings import HeadSettings, ProxySettings, known
+from search.settings import HeadSettings, ProxySettings, WorkerSettings, known
 from search.tasks.feature_cache import FeatureCache
 from search.tasks.proxy import NotFiniteError, ProxyResult, ProxyTask
 from tests.fast.against_reference import every_device
@@ -79,7 +70,7 @@ class UnshownStudy(Study):
 def open_study(directory: Path, settings: RandomSettings = SETTINGS) -> Iterator[Study]:
     """On an SQLite file, which is held as a search holds its folder."""
     space, url = SearchSpace(settings.branches), f"sqlite:///{directory}/study.db"
-    sampler = create_sampler(settings.sampler, space, settings.seed, lag=known(settings.lag))
+    sampler = create_sampler(settings.sampler, space, settings.seed, lag=LAG)
     store, task = Store(url, "run", "{}"), Segmentation(("one", "two"))
     with closing(UnshownStudy(directory, url, store, task, space, sampler, lambda head: b"", holds_folder=False)) as study:
         yield study
@@ -278,171 +269,6 @@ def test_a_bug_in_a_job_is_raised() -> None:
 
 
 def test_workers_in_turns_are_opened_for_one_gpu() -> None:
-    with open_workers(create_task, 1, "cpu", 3, in_turns=3) as workers:
+    with open_workers(create_task, WorkerSettings(), "cpu", 3, in_turns=3) as workers:
         assert isinstance(workers, InTurns)
         assert workers.capacity == 3
-
-
-# Ray
-
-
-class FakeRay:
-    """As much of Ray as the workers use, in this process; the actors named in `dying` die at their first evaluation."""
-
-    def __init__(self, dying: set[int]) -> None:
-        names = ("RayActorError", "ObjectLostError", "OutOfMemoryError")
-        self.exceptions = SimpleNamespace(**{name: type(name, (Exception,), {}) for name in names})
-        self.created = 0
-        self.dying = dying
-        self.killed: list[int] = []
-        self.is_down = False
-        self._results: dict[int, Callable[[], Any]] = {}
-
-    def is_initialized(self) -> bool:
-        return True
-
-    def cluster_resources(self) -> dict[str, float]:
-        return {"GPU": 1.0}
-
-    def shutdown(self) -> None:
-        self.is_down = True
-
-    def remote(self, **_: Any) -> Callable[[type], Any]:
-        return lambda cls: SimpleNamespace(remote=lambda *arguments: self._actor(cls(*arguments)))
-
-    def _actor(self, instance: Any) -> Any:
-        number = self.created
-        self.created += 1
-
-        def evaluate(job: Job) -> int:
-            reference = len(self._results)
-
-            def result() -> Any:
-                if number in self.dying:
-                    raise [*vars(self.exceptions).values()][number % 3]
-                return instance.evaluate(job)
-
-            self._results[reference] = result
-            return reference
-
-        remote = {"evaluate": evaluate, "ready": lambda: None}
-        return SimpleNamespace(number=number, **{name: SimpleNamespace(remote=call) for name, call in remote.items()})
-
-    def kill(self, actor: Any, no_restart: bool) -> None:
-        assert no_restart
-        self.killed.append(actor.number)
-
-    def wait(self, references: list[int], num_returns: int, timeout: float | None = None) -> tuple[list[int], list[int]]:
-        return references[-num_returns:], references[:-num_returns]  # the latest first
-
-    def get(self, reference: Any) -> Any:
-        return self._results[reference]() if isinstance(reference, int) else None
-
-
-@pytest.fixture
-def fake_ray(monkeypatch: pytest.MonkeyPatch) -> Callable[[set[int]], FakeRay]:
-    def install(dying: set[int]) -> FakeRay:
-        ray = FakeRay(dying)
-        monkeypatch.setitem(sys.modules, "ray", ray)
-        return ray
-
-    return install
-
-
-def evaluate_all(workers: RayWorkers[ProxyResult], jobs: list[Job]) -> dict[Any, Outcome[ProxyResult]]:
-    by_key = {outcome.job.key: outcome for outcome in outcomes(workers, jobs)}
-    assert len(by_key) == len(jobs)
-    return by_key
-
-
-@given(dying=st.sets(st.integers(0, 5), max_size=2))
-def test_a_worker_that_dies_gives_its_cell_back(dying: set[int]) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        ray = FakeRay(dying)
-        patch.setitem(sys.modules, "ray", ray)
-        with closing(RayWorkers(create_task, 2, "cpu")) as workers:
-            by_key = evaluate_all(workers, JOBS)
-    assert ray.is_down
-    assert ray.created == 2 + len(dying & set(range(ray.created)))
-    assert set(ray.killed) == dying & set(range(ray.created))
-    assert {key: measured(outcome) for key, outcome in by_key.items()} == {
-        job.key: measured(evaluate(create_task(), job)) for job in JOBS
-    }
-
-
-@pytest.mark.parametrize(("device", "resolved"), [("cuda", "cuda:0"), ("auto", "cuda:0"), ("auto", "cpu"), ("cpu", "cpu")])
-def test_a_device_without_a_number_is_one_for_each_worker(
-    fake_ray: Callable[[set[int]], FakeRay], monkeypatch: pytest.MonkeyPatch, device: str, resolved: str
-) -> None:
-    fake_ray(set())
-    monkeypatch.setattr(search.runs.ray_workers, "resolve_device", lambda _: resolved)
-    monkeypatch.setattr(FakeRay, "cluster_resources", lambda self: {"GPU": 2 if resolved == "cuda:0" else 0})
-    with open_workers(create_task, 2, device, 1) as workers:
-        assert workers.capacity == 2
-
-
-def test_more_workers_than_gpus_are_refused(fake_ray: Callable[[set[int]], FakeRay]) -> None:
-    fake_ray(set())
-    with pytest.raises(InputError, match="`workers` 2 on CUDA needs 2 GPUs, Ray has 1: give fewer"):
-        RayWorkers(create_task, 2, "cuda")
-
-
-def test_one_gpu_by_name_is_no_device_for_workers(fake_ray: Callable[[set[int]], FakeRay]) -> None:
-    fake_ray(set())
-    with pytest.raises(InputError, match="`device` cuda:1 is one GPU, `workers` 2 have one each: give cuda"):
-        RayWorkers(create_task, 2, "cuda:1")
-
-
-def test_workers_that_are_late_are_waited_for_with_a_word(
-    fake_ray: Callable[[set[int]], FakeRay], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    ray = fake_ray(set())
-    ready = iter([([], [None, None]), ([None], [None]), ([None], [])])
-    monkeypatch.setattr(ray, "wait", lambda references, num_returns, timeout: next(ready))
-    RayWorkers(create_task, 2, "cpu")
-    assert [line.split(":")[0] for line in capsys.readouterr().err.splitlines()] == [
-        "2 of 2 workers are not ready yet",
-        "1 of 2 workers are not ready yet",
-    ]
-
-
-def test_a_cell_that_kills_its_workers_is_given_up(fake_ray: Callable[[set[int]], FakeRay]) -> None:
-    fake_ray(set(range(MAX_DEATHS)))
-    with closing(RayWorkers(create_task, 1, "cpu")) as workers:
-        by_key = evaluate_all(workers, JOBS[:2])
-    assert by_key[0].failure == f"its worker died {MAX_DEATHS} times"
-    assert by_key[0].is_passing
-    assert by_key[1].result is not None
-
-
-def test_without_ray_more_workers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(InputError, match=r"`workers` above 1 needs Ray: pip install .*\[workers\]"):
-        RayWorkers(create_task, 2, "cpu")
-
-
-class Suicidal(ProxyTask):
-    """Dies with its process at its first evaluation on this machine."""
-
-    def evaluate(self, *arguments: Any) -> Any:
-        mark = Path(os.environ["SUICIDE_MARK"])
-        if not mark.exists():
-            mark.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().evaluate(*arguments)
-
-
-def create_suicidal_task() -> ProxyTask:
-    return Suicidal(make_cache(0, 3), make_cache(1, 2), PROXY, HEAD)
-
-
-def test_real_ray_gives_the_same_results_and_survives_a_death(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("ray", reason="Ray is an extra: pip install -e '.[workers]'")
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))
-    monkeypatch.setenv("SUICIDE_MARK", str(tmp_path / "mark"))
-    with closing(RayWorkers(create_suicidal_task, 2, "cpu")) as workers:
-        by_key = evaluate_all(workers, JOBS)
-    assert (tmp_path / "mark").exists()
-    assert {key: measured(outcome) for key, outcome in by_key.items()} == {
-        job.key: measured(evaluate(create_task(), job)) for job in JOBS
-    }

@@ -23,6 +23,7 @@ from search.cells.cost import cell_cost
 from search.cells.space import load_cell
 from search.datasets import camvid
 from search.errors import InputError
+from search.runs.cluster import Demand
 from search.runs.ray_workers import RayWorkers
 from search.runs.workers import InProcess, Job, Outcome
 from search.settings import TrainingSettings, known
@@ -249,7 +250,7 @@ def test_real_ray_gives_the_same_results_and_says_bad_input_as_it_is(
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))
     jobs = [Job(name, load_cell(name), SEED) for name in ("dpc", "aspp")]
     folders = [tmp_path / name for name in ("alone", "ray")]
-    with closing(RayWorkers(lambda: EndToEndTask(tiny, folders[1]), 2, "cpu")) as workers:
+    with closing(RayWorkers(lambda: EndToEndTask(tiny, folders[1]), Demand(2))) as workers:
         for job in jobs:
             workers.submit(job)
         outcomes: list[Outcome[EndToEndResult]] = [known(workers.wait()) for _ in jobs]
