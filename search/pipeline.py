@@ -26,7 +26,7 @@ from search.datasets.weights import completed_loss, weights_in_words
 from search.devices import Devices, resolve_device
 from search.errors import InputError
 from search.folder import Folder
-from search.reports.run_files import finish_run
+from search.reports.run_files import ReportRefresher, finish_run
 from search.runs.cluster import count_workers
 from search.runs.search import Search
 from search.runs.store import SearchPlan
@@ -322,8 +322,8 @@ def load_found(directory: Path | str) -> Found:
         head, description = load_head(path)
     except ValueError as error:
         raise InputError(f"{error}; copy that file too, or search in another folder") from error
-    if head.context.cell != best.cell:  # it is written before its score
-        raise InputError(f"{path} is of a cell whose score is yet to be written: let the search go on")
+    if head.context.cell != best.cell:  # its score is written before it
+        raise InputError(f"{path} is of another cell than the best by now: let the search go on")
     return Found(run.directory, best.cell, best.result.score, head, description["backbone"])
 
 
@@ -338,12 +338,12 @@ def run_search(
     groups: Sequence[Any],
     command: str,
     on_begin: Callable[[], object] = lambda: None,
-) -> None:
+) -> bool:
     """Search cells on these features, compare and report; `search` has a lag, `settings` have a completed head and loss.
 
     `caches` and `pictures` have the splits "train" and "val". `groups` are all settings that scores depend on: with other
     values than before, the folder is refused. `command` is what the user typed. `on_begin` is called once nothing is left to
-    be refused.
+    be refused. Returns whether this process wrote the report: another one may hold the folder and be helped by this one.
     """
     proxy.check()  # once more: its iterations may follow from the number of pictures
     device = resolve_device(settings.machine.device)
@@ -386,12 +386,16 @@ def run_search(
         if words := weights_in_words(pictures["val"].task, settings.loss):
             print(words, file=sys.stderr)
         timed_on = None
+        refresher = ReportRefresher(partial(load_run, directory), plan.trials)
         try:
-            Search(study, workers, plan, pictures["val"].task.score).run()
+            Search(
+                study, workers, plan, pictures["val"].task.score, refresher.tick if study.holds_folder else lambda: None
+            ).run()
             timed_on = device
         finally:  # also after Ctrl-C: report what there is, without latencies, which would take seconds
-            if study.holds_folder:
+            if study.take_folder():
                 finish_run(directory, pictures, caches["val"], plan.compare, timed_on)
+        return study.holds_folder
 
 
 def _file_of(features: FeatureCache) -> Callable[[SegmentationHead], bytes]:

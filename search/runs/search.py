@@ -36,6 +36,7 @@ class Search:
         self.plan = plan
         self.measure = measure
         self._on_tick = on_tick
+        self._capacity = 0  # as it was last said
         self._running: dict[int | str, Key] = {}  # by the key of the workers' job
 
     def run(self) -> None:
@@ -90,7 +91,10 @@ class Search:
     def _tick(self) -> None:
         self.study.show()
         store = self.study.store
-        self._progress.workers(self.workers.capacity)
+        if self.workers.capacity != self._capacity:
+            self._capacity = self.workers.capacity
+            store.register(self._capacity)
+            self._progress.workers(self._capacity)
         self._progress.others(*store.elsewhere())
         best = None if store.state.best is None else store.state.best[0]
         self._progress.counted(store.state.num_finished, failed=store.state.failed, best=best)

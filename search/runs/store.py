@@ -4,6 +4,10 @@ A job is a trial of the search, or a comparison: a known cell, or the best one a
 to, and what people and samplers look for is in columns of its own, so that no question reads what it does not ask for:
 results are read for reports alone, loss curves of what is drawn.
 
+Why not Optuna's own tables: there a trial is some thirty rows, each of its parameters and attributes is a transaction, and
+an ask looks at all trials; a lost trial comes back under another number, and so with another seed. So Optuna's studies are
+written from here (`search.runs.mirror`), for people, and a search never reads them.
+
 Every process claims jobs, evaluates them and tells. What must not go wrong:
 
 - *A job is finished once.* Telling changes a row that is still running, or nothing.

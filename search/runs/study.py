@@ -150,7 +150,7 @@ def comparison_label(name: str, known: Mapping[str, str] | None = None) -> str:
 class Study:
     """The jobs of a run, for a process that works on them; what people look at is written beside.
 
-    `file_of` makes the content of a head's file. `holds_folder` says whether this process writes into the run's folder.
+    `file_of` makes the content of a head's file. `hold` locks the run's folder and says whether this process may write there.
     """
 
     @ctrl_c_waits()
@@ -164,10 +164,11 @@ class Study:
         sampler: CellSampler,
         file_of: Callable[[SegmentationHead], bytes],
         *,
-        holds_folder: bool,
+        hold: Callable[[], bool] = lambda: True,
     ) -> None:
         self.directory = directory
-        self.holds_folder = holds_folder
+        self._hold = hold
+        self.holds_folder = hold()
         self.store = store
         self._space, self._sampler, self._file_of = space, sampler, file_of
         self._mirror: Mirror | None = None
@@ -214,6 +215,13 @@ class Study:
             except StorageInternalError as error:  # Optuna's name for an error of the database
                 raise error.__cause__ or error from None
 
+    def take_folder(self) -> bool:
+        """Whether this process writes into the run's folder: that which did may have died."""
+        if not self.holds_folder and self._hold():
+            self.holds_folder = True
+            self.show()
+        return self.holds_folder
+
     def close(self) -> None:
         """Give back unfinished jobs."""
         for part in (self.store, self._reader):
@@ -243,6 +251,8 @@ def open_run(
     try:
         with ExitStack() as stack:
             holds_folder = _hold(folder, stack, url)
+            if not holds_folder:
+                print(f"{directory} is in use: this process helps the one that holds it", file=sys.stderr)
             before = folder.description()
             name = _run_id(folder, before) if before else _new_id(directory, url)
             folder.check(identity, defaults)
@@ -252,7 +262,8 @@ def open_run(
                 folder.begin(identity, command, defaults=defaults, **description)
             store = stack.enter_context(closing(_open_store(url, name, identity, defaults, space)))
             arguments = directory, url, store, task, space, sampler, file_of
-            study = stack.enter_context(closing(Study(*arguments, holds_folder=holds_folder)))
+            hold = partial(_hold, folder, stack, url)
+            study = stack.enter_context(closing(Study(*arguments, hold=(lambda: True) if holds_folder else hold)))
             yield study
     except (SQLAlchemyError, OptunaError, ImportError) as error:
         raise InputError(f"the study {url} cannot be used ({_first_line(error)}): check `storage` and the disk") from error
@@ -269,7 +280,6 @@ def _hold(folder: Folder, stack: ExitStack, url: str) -> bool:
             raise InputError(
                 f"{error}; on a database server (`storage`) the same command, typed again, helps the first one"
             ) from error
-        print(f"{folder.path} is in use: this process helps the one that holds it", file=sys.stderr)
         return False
     return True
 

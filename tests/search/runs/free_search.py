@@ -89,7 +89,7 @@ def _open(url: str, directory: Path) -> Study:
             break
         except OperationalError:  # the database is away, as it is said to who starts a search
             time.sleep(_COST)
-    return Study(directory, url, store, Segmentation(("one", "two")), SPACE, sampler(), lambda head: b"", holds_folder=False)
+    return Study(directory, url, store, Segmentation(("one", "two")), SPACE, sampler(), lambda head: b"", hold=lambda: False)
 
 
 def _score(cell: Cell, seed: int) -> float | None:

@@ -72,7 +72,7 @@ def open_study(directory: Path, settings: RandomSettings = SETTINGS) -> Iterator
     space, url = SearchSpace(settings.branches), f"sqlite:///{directory}/study.db"
     sampler = create_sampler(settings.sampler, space, settings.seed, lag=LAG)
     store, task = Store(url, "run", "{}"), Segmentation(("one", "two"))
-    with closing(UnshownStudy(directory, url, store, task, space, sampler, lambda head: b"", holds_folder=False)) as study:
+    with closing(UnshownStudy(directory, url, store, task, space, sampler, lambda head: b"")) as study:
         yield study
 
 
