@@ -267,7 +267,7 @@ class Store:
         return self.patiently(read)
 
     def claim(self, plan: SearchPlan, space: SearchSpace, sampler: Proposer) -> Claim | None:
-        """The next job: a known cell, a job of a process that died, a new trial, the best cell again. None: nothing now.
+        """The next job: one of a process that died, a known cell, a new trial, the best cell again. None: nothing now.
 
         A new trial whose cell does the same as one with a score is finished at once with that score, and the next is claimed.
         """
@@ -355,13 +355,13 @@ class Store:
     def _claim(self, plan: SearchPlan, space: SearchSpace, sampler: Proposer) -> "Claim | _Copied | None":
         with self._locked() as change:  # which changes one job, as each revision
             state = self.state
-            known = next(self._comparisons(plan, with_best=False), None)
-            if known is not None:
-                return self._start(change, *known, form="")
             if orphan := self._orphan(change.connection):
                 values = {"owner": self.id, "revision": change.revision}
                 change.connection.execute(_jobs.update().where(self._is(orphan)).values(values))
                 return Claim(orphan, Cell.from_json(state.cells[orphan]))
+            known = next(self._comparisons(plan, with_best=False), None)
+            if known is not None:
+                return self._start(change, *known, form="")
             number = state.next
             if number < plan.trials and state.finished_below >= sampler.visible_before(number):
                 cell = sampler.propose(number, state.history)
@@ -566,11 +566,11 @@ class Reader:
         self._engine.dispose()
 
     def finished(self, *, search: bool, after: int = -1, at_most: int | None = None) -> list[Row]:
-        """The finished trials numbered above `after` in their order, or the finished comparisons in that of time."""
+        """The finished trials numbered above `after`, in order, or the finished comparisons as they were begun."""
         columns = [_jobs.c[name] for name in _COLUMNS]
         of_run = (_jobs.c.run == self._run) & (_jobs.c.state != RUNNING) & (_jobs.c.number > after)
         of_run &= (_jobs.c.name == SEARCH) if search else (_jobs.c.name != SEARCH)
-        order = (_jobs.c.number,) if search else (_jobs.c.revision,)
+        order = (_jobs.c.number,) if search else (_jobs.c.started, _jobs.c.name, _jobs.c.number)
         query = sa.select(_jobs.c.name, _jobs.c.number, *columns).where(of_run).order_by(*order).limit(at_most)
         with self._engine.connect() as connection:
             return [Row(Key(name, number), *values) for name, number, *values in connection.execute(query)]
@@ -658,8 +658,11 @@ def _begin(engine: sa.Engine, name: str, identity: str, begun: Begun) -> tuple[i
 
 
 def _fill(connection: sa.Connection, run: int, begun: Begun) -> None:
-    started = {"run": run, "revision": 1, "owner": "", "started": 0.0}
-    jobs = [started | row.key._asdict() | {name: getattr(row, name) for name in _COLUMNS} for row in begun.rows]
+    started = {"run": run, "revision": 1, "owner": ""}
+    jobs = [
+        started | row.key._asdict() | {name: getattr(row, name) for name in _COLUMNS} | {"started": float(position)}
+        for position, row in enumerate(begun.rows)  # of when they were begun, only the order is known
+    ]
     curves = [{"run": run, **key._asdict(), "curve": curve} for key, curve in begun.curves.items()]
     for table, values in ((_jobs, jobs), (_curves, curves)):
         if values:
