@@ -37,6 +37,7 @@ class Search:
         self.measure = measure
         self._on_tick = on_tick
         self._capacity = 0  # as it was last said
+        self._shown = time.monotonic()  # when others could last see what is finished
         self._running: dict[int | str, Key] = {}  # by the key of the workers' job
 
     def run(self) -> None:
@@ -49,6 +50,7 @@ class Search:
                 if self._running:
                     self._wait()
                 elif self.study.store.is_finished(self.plan):
+                    self.study.show()
                     return
                 else:  # other processes have the rest
                     time.sleep(TICK)
@@ -89,7 +91,9 @@ class Search:
             self._progress.finished(key)
 
     def _tick(self) -> None:
-        self.study.show()
+        if time.monotonic() - self._shown >= TICK:
+            self.study.show()
+            self._shown = time.monotonic()
         store = self.study.store
         if self.workers.capacity != self._capacity:
             self._capacity = self.workers.capacity

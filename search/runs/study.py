@@ -194,24 +194,26 @@ class Study:
         """Record that a cell has no score, and why; it is not tried again (`Store.tell_failure`)."""
         return self.store.tell_failure(key, reason)
 
-    @ctrl_c_waits()
     def show(self) -> None:
         """Write what was finished since into Optuna's studies, and heads into the folder if this process holds it."""
-        self.store.patiently(self._update_mirror)
+        while not self.store.patiently(self._update_mirror):
+            pass
         if self.holds_folder:
             for name, content, revision in self.store.new_heads(self._heads):
                 write_whole(self.directory / HEADS / f"{name}.safetensors", content)
                 self._heads = revision
 
-    def _update_mirror(self) -> None:
-        """Add to Optuna's studies what was finished since, unless another process is at it, which may even make the tables."""
-        with self._reader.alone() as is_alone:
-            if is_alone:
-                try:
-                    self._mirror = self._mirror or self._open_mirror()
-                    self._mirror.update(self._reader)
-                except StorageInternalError as error:  # Optuna's name for an error of the database
-                    raise error.__cause__ or error from None
+    @ctrl_c_waits()
+    def _update_mirror(self) -> bool:
+        """Add to Optuna's studies, or make them; returns whether all is there, or another process is at it."""
+        with self._reader.alone() as connection:
+            if connection is None:
+                return True
+            try:
+                self._mirror = self._mirror or self._open_mirror()
+                return self._mirror.update(connection, self._reader)
+            except StorageInternalError as error:  # Optuna's name for an error of the database
+                raise error.__cause__ or error from None
 
     def take_folder(self) -> bool:
         """Whether this process writes into the run's folder: that which did may have died."""
@@ -222,9 +224,8 @@ class Study:
 
     def close(self) -> None:
         """Give back unfinished jobs."""
-        for part in (self.store, self._mirror, self._reader):
-            if part is not None:
-                part.close()
+        for part in (self.store, self._reader):
+            part.close()
 
 
 @contextmanager
