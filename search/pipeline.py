@@ -10,8 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
-from optuna.samplers import BaseSampler
-
 from fast.backbone import Backbone, hash_of_weights
 from fast.checkpoint import check_network, head_content, load_head, load_network
 from fast.model_card import write_card
@@ -31,7 +29,7 @@ from search.reports.run_files import ReportRefresher, finish_run
 from search.runs.cluster import count_workers
 from search.runs.search import Search
 from search.runs.store import SearchPlan
-from search.runs.study import Run, RunSettings, best_head, load_run, open_run, ranked
+from search.runs.study import Run, RunSettings, best_head, identity_before, load_run, open_run, ranked
 from search.runs.workers import open_workers
 from search.settings import (
     SHAPES,
@@ -115,9 +113,7 @@ class SearchSettings(WorkerSettings):
     @property
     def most_at_once(self) -> int | None:
         """How many cells the sampler lets be evaluated at a time; None if it never looks back and so waits for none."""
-        sampler = self._sampler()
-        looks_back = isinstance(sampler, CellSampler) and sampler.visible_before(sys.maxsize) > 0
-        return given(self.lag, LAG) + 1 if looks_back else None
+        return given(self.lag, LAG) + 1 if self._sampler().uses_scores else None
 
     def with_lag(self, directory: Path, device: str) -> Self:
         """With the lag of the run in `directory`, or of a new one; says so if that is not as usual, or not enough.
@@ -125,8 +121,8 @@ class SearchSettings(WorkerSettings):
         A sampler that looks back waits for all but the `lag` latest trials. With little more than that at work, a slow cell
         soon stops the others.
         """
-        before = Folder(directory).description()
-        fixed = self.lag if before is None else given(self.lag, before["identity"].get("lag"))
+        before = identity_before(directory, self.storage)
+        fixed = self.lag if before is None else given(self.lag, before.get("lag"))
         search = replace(self, lag=given(fixed, LAG))
         if (most := search.most_at_once) is None:
             return search
@@ -148,7 +144,7 @@ class SearchSettings(WorkerSettings):
             )
         return search
 
-    def _sampler(self) -> BaseSampler:
+    def _sampler(self) -> CellSampler:
         return create_sampler(
             self.sampler, SearchSpace(self.branches, self.rates, self.grids), self.seed, lag=given(self.lag, LAG)
         )

@@ -23,6 +23,7 @@ Every process claims jobs, evaluates them and tells. What must not go wrong:
 This module needs no PyTorch, so many small processes can use it.
 """
 
+import json
 import os
 import platform
 import sys
@@ -565,6 +566,12 @@ class Reader:
 
     def close(self) -> None:
         self._engine.dispose()
+
+    def identity(self) -> dict[str, Any]:
+        """What the run was begun with."""
+        with self._engine.connect() as connection:
+            text = connection.execute(sa.select(_runs.c.identity).where(_runs.c.id == self._run)).scalar_one()
+        return dict(json.loads(text))
 
     def finished(self, *, search: bool, after: int = -1, at_most: int | None = None) -> list[Row]:
         """The finished trials numbered above `after`, in order, or the finished comparisons as they were begun."""
