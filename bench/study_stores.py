@@ -20,7 +20,8 @@ import sqlalchemy as sa
 
 from bench.optuna_rows import ScoredCell, create_filled_study
 from search.cells.reach import FeatureMaps
-from search.cells.sampler import PaperSampler, suggest_cell
+from search.cells.sampler import suggest_cell
+from search.cells.samplers.paper import PaperSampler
 from search.cells.space import SearchSpace
 from search.dense_tasks import Scores
 from search.dense_tasks.segmentation import Segmentation

@@ -4,6 +4,10 @@ A job is a trial of the search, or a comparison: a known cell, or the best one a
 to, and what people and samplers look for is in columns of its own, so that no question reads what it does not ask for:
 results are read for reports alone, loss curves of what is drawn.
 
+Why not Optuna's own tables: there a trial is some thirty rows, each of its parameters and attributes is a transaction, and
+an ask looks at all trials; a lost trial comes back under another number, and so with another seed. So Optuna's studies are
+written from here (`search.runs.mirror`), for people, and a search never reads them.
+
 Every process claims jobs, evaluates them and tells. What must not go wrong:
 
 - *A job is finished once.* Telling changes a row that is still running, or nothing.
@@ -19,6 +23,7 @@ Every process claims jobs, evaluates them and tells. What must not go wrong:
 This module needs no PyTorch, so many small processes can use it.
 """
 
+import json
 import os
 import platform
 import sys
@@ -264,7 +269,7 @@ class Store:
         return self.patiently(read)
 
     def claim(self, plan: SearchPlan, space: SearchSpace, sampler: Proposer) -> Claim | None:
-        """The next job: a known cell, a job of a process that died, a new trial, the best cell again. None: nothing now.
+        """The next job: one of a process that died, a known cell, a new trial, the best cell again. None: nothing now.
 
         A new trial whose cell does the same as one with a score is finished at once with that score, and the next is claimed.
         """
@@ -352,13 +357,13 @@ class Store:
     def _claim(self, plan: SearchPlan, space: SearchSpace, sampler: Proposer) -> "Claim | _Copied | None":
         with self._locked() as change:  # which changes one job, as each revision
             state = self.state
-            known = next(self._comparisons(plan, with_best=False), None)
-            if known is not None:
-                return self._start(change, *known, form="")
             if orphan := self._orphan(change.connection):
                 values = {"owner": self.id, "revision": change.revision}
                 change.connection.execute(_jobs.update().where(self._is(orphan)).values(values))
                 return Claim(orphan, Cell.from_json(state.cells[orphan]))
+            known = next(self._comparisons(plan, with_best=False), None)
+            if known is not None:
+                return self._start(change, *known, form="")
             number = state.next
             if number < plan.trials and state.finished_below >= sampler.visible_before(number):
                 cell = sampler.propose(number, state.history)
@@ -484,8 +489,9 @@ class Store:
         while True:
             try:
                 return work()
-            except (OperationalError, InterfaceError) as error:
-                if not self.is_server or time.monotonic() - start > PATIENCE or self._closing.is_set():
+            except DBAPIError as error:
+                is_away = isinstance(error, OperationalError | InterfaceError) or error.connection_invalidated
+                if not is_away or not self.is_server or time.monotonic() - start > PATIENCE or self._closing.is_set():
                     raise
                 if pause > 3:
                     first = str(error.orig).strip().splitlines()[0]
@@ -561,13 +567,19 @@ class Reader:
     def close(self) -> None:
         self._engine.dispose()
 
-    def finished(self, *, search: bool, after: int = -1) -> list[Row]:
-        """The finished trials numbered above `after`, or the finished comparisons, by name and number."""
+    def identity(self) -> dict[str, Any]:
+        """What the run was begun with."""
+        with self._engine.connect() as connection:
+            text = connection.execute(sa.select(_runs.c.identity).where(_runs.c.id == self._run)).scalar_one()
+        return dict(json.loads(text))
+
+    def finished(self, *, search: bool, after: int = -1, at_most: int | None = None) -> list[Row]:
+        """The finished trials numbered above `after`, in order, or the finished comparisons as they were begun."""
         columns = [_jobs.c[name] for name in _COLUMNS]
         of_run = (_jobs.c.run == self._run) & (_jobs.c.state != RUNNING) & (_jobs.c.number > after)
         of_run &= _is_trial if search else _is_comparison
-        order = (_jobs.c.number,) if search else (_jobs.c.revision,)
-        query = sa.select(_jobs.c.name, _jobs.c.number, *columns).where(of_run).order_by(*order)
+        order = (_jobs.c.number,) if search else (_jobs.c.started, _jobs.c.name, _jobs.c.number)
+        query = sa.select(_jobs.c.name, _jobs.c.number, *columns).where(of_run).order_by(*order).limit(at_most)
         with self._engine.connect() as connection:
             return [Row(Key(name, number), *values) for name, number, *values in connection.execute(query)]
 
@@ -579,14 +591,12 @@ class Reader:
             return int(connection.execute(sa.select(sa.func.count()).select_from(_jobs).where(of_run)).scalar_one())
 
     @contextmanager
-    def alone(self) -> Iterator[bool]:
-        """Whether no other process is in such a block for this run; none comes in meanwhile."""
-        if not is_server(str(self._engine.url)):
-            yield True  # the file has one process
-            return
+    def alone(self) -> Iterator[sa.Connection | None]:
+        """A transaction that one process of this run has at a time, or None if another one has it."""
         with self._engine.begin() as connection:
             query = sa.select(_mirrors.c.run).where(_mirrors.c.run == self._run).with_for_update(skip_locked=True)
-            yield connection.execute(query).one_or_none() is not None
+            is_alone = not is_server(str(self._engine.url)) or connection.execute(query).one_or_none() is not None
+            yield connection if is_alone else None  # a file has one process
 
     def running(self) -> list[tuple[Key, str, float]]:
         """Jobs that are being evaluated, or were when their process died: the process and since when."""
@@ -656,8 +666,11 @@ def _begin(engine: sa.Engine, name: str, identity: str, begun: Begun) -> tuple[i
 
 
 def _fill(connection: sa.Connection, run: int, begun: Begun) -> None:
-    started = {"run": run, "revision": 1, "owner": "", "started": 0.0}
-    jobs = [started | row.key._asdict() | {name: getattr(row, name) for name in _COLUMNS} for row in begun.rows]
+    started = {"run": run, "revision": 1, "owner": ""}
+    jobs = [
+        started | row.key._asdict() | {name: getattr(row, name) for name in _COLUMNS} | {"started": float(position)}
+        for position, row in enumerate(begun.rows)  # of when they were begun, only the order is known
+    ]
     curves = [{"run": run, **key._asdict(), "curve": curve} for key, curve in begun.curves.items()]
     for table, values in ((_jobs, jobs), (_curves, curves)):
         if values:

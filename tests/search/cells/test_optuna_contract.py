@@ -1,0 +1,57 @@
+"""Optuna's public contract tests (`optuna.testing.pytest_samplers`, since Optuna 4.8) on every sampler of cells.
+
+All samplers that use scores are for one objective and must say so; random search uses none and serves any number.
+
+Of `RelativeSamplerTestCase` only the last test applies. The others give `sample_relative` parameters `x` and `y` and want
+values of them, but what a sampler of cells samples together is always the cell, of which it says so by
+`infer_relative_search_space`; any other parameter is independent, as the other tests hold.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import optuna
+import pytest
+from optuna.testing.pytest_samplers import (
+    BasicSamplerTestCase,
+    MultiObjectiveSamplerTestCase,
+    RelativeSamplerTestCase,
+    SingleOnlySamplerTestCase,
+)
+
+from search.cells.samplers import SAMPLER_NAMES, create_sampler
+from search.cells.space import SearchSpace
+
+Create = Callable[[], optuna.samplers.BaseSampler]
+
+
+@pytest.fixture(autouse=True)
+def _quiet_optuna() -> Iterator[None]:
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    yield
+    optuna.logging.set_verbosity(verbosity)
+
+
+def sampler_of(request: pytest.FixtureRequest) -> Create:
+    return partial(create_sampler, request.param, SearchSpace(), 0)
+
+
+class TestEverySampler(BasicSamplerTestCase):
+    @pytest.fixture(params=SAMPLER_NAMES)
+    def sampler(self, request: pytest.FixtureRequest) -> Create:
+        return sampler_of(request)
+
+    test_trial_relative_params = RelativeSamplerTestCase.test_trial_relative_params
+
+
+class TestSamplersThatUseScores(SingleOnlySamplerTestCase):
+    @pytest.fixture(params=[name for name in SAMPLER_NAMES if name != "random"])
+    def sampler(self, request: pytest.FixtureRequest) -> Create:
+        return sampler_of(request)
+
+
+class TestRandomSearch(MultiObjectiveSamplerTestCase):
+    @pytest.fixture(params=["random"])
+    def sampler(self, request: pytest.FixtureRequest) -> Create:
+        return sampler_of(request)
