@@ -29,13 +29,13 @@ def create_filled_study(
     url: str, name: str, space: SearchSpace, trials: Sequence[ScoredCell], attributes: Mapping[str, Any]
 ) -> None:
     """Make a study of these trials, each with these user attributes, in a database that has no trials yet."""
-    study = optuna.create_study(study_name=name, storage=url, direction="maximize")
-    engine = sa.create_engine(url)
-    with engine.begin() as connection:
+    storage = optuna.storages.RDBStorage(url)
+    study = optuna.create_study(study_name=name, storage=storage, direction="maximize")
+    with storage.engine.begin() as connection:
         for model, rows in _rows(study._study_id, space, trials, attributes).items():
             for start in range(0, len(rows), _ROWS):
                 connection.execute(sa.insert(model), rows[start : start + _ROWS])
-    engine.dispose()
+    storage.engine.dispose()
 
 
 def _rows(

@@ -103,7 +103,7 @@ PAPER = Scale(
         val_images=60,
     ),
     caching=CachingCase(pictures=32),
-    study=StudyScale(trials=(0, 1000, 28_000), processes=64, at_once=640),
+    study=StudyScale(trials=(0, 1000, 28_000), processes=64, at_once=320),
     rates=PUBLISHED_RATES,
     grids=tuple((h, w) for h in GRID_SIZES for w in GRID_SIZES),
     random_cells=20,

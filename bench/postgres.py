@@ -39,6 +39,7 @@ def postgres() -> Iterator[str]:
             shutil.chown(folder, user)
         data, log = folder / "data", stack.enter_context((folder / "log").open("wb"))
         made: list[str | Path] = [bin_folder / "initdb", "--pgdata", data, "--username", _USER, "--auth", "trust"]
+        made += ["--encoding", "UTF8", "--no-locale"]  # so that no order of texts depends on the machine
         subprocess.run(made, check=True, capture_output=True, user=user, cwd=folder)
         options = [f"unix_socket_directories={folder}", "listen_addresses=", "max_connections=300"]
         command: list[str | Path] = [bin_folder / "postgres", "-D", data]

@@ -102,10 +102,11 @@ class StudyCase(Case):
         return workload
 
     def truth(self, dtype: str) -> Parts:
-        """The scores, as they depend on the trials' numbers: one more trial than there were, if one was told."""
+        """The scores, as they depend on the trials' numbers, of those that there were and those that a first call has told."""
         from bench.study_stores import score_of
 
         told = self.at_once if self.name in (ASK_TELL, AT_ONCE) else 0
+        told += self.processes if self.processes > 1 else 0
         return {"output": [torch.tensor([score_of(number) for number in range(self.trials + told)], dtype=torch.float64)]}
 
 
@@ -119,18 +120,20 @@ class StudyScale:
     databases: tuple[Database, ...] = ("SQLite", "PostgreSQL")
 
     def cases(self, device: torch.device) -> Iterator[StudyCase]:
-        databases = () if _why_not(device) else tuple(name for name in self.databases if name == "SQLite" or programs())
-        for database in databases:
-            for trials in self.trials:
-                yield StudyCase(name=ASK_TELL, trials=trials, database=database)
-            for trials in filter(None, self.trials):
-                yield StudyCase(name=LOAD, trials=trials, database=database)
-        if "SQLite" in databases:
-            yield StudyCase(name=REPORT, trials=self.trials[-1])
-        if "PostgreSQL" in databases:
-            for trials in filter(None, self.trials):
-                many: dict[str, Any] = {"processes": self.processes, "at_once": self.at_once}
-                yield StudyCase(name=AT_ONCE, trials=trials, database="PostgreSQL", **many)
+        """Those of all cases that this machine can measure."""
+        for case in () if _why_not(device) else self.all_cases():
+            if case.database == "SQLite" or programs():
+                yield case
+
+    def all_cases(self) -> Iterator[StudyCase]:
+        filled = [trials for trials in self.trials if trials]
+        for database in self.databases:
+            yield from (StudyCase(name=ASK_TELL, trials=trials, database=database) for trials in self.trials)
+            yield from (StudyCase(name=LOAD, trials=trials, database=database) for trials in filled)
+        yield StudyCase(name=REPORT, trials=self.trials[-1])
+        if "PostgreSQL" in self.databases:
+            many: dict[str, Any] = {"database": "PostgreSQL", "processes": self.processes, "at_once": self.at_once}
+            yield from (StudyCase(name=AT_ONCE, trials=trials, **many) for trials in filled)
 
     def omissions(self, device: torch.device) -> Iterator[str]:
         """What is left out, and why."""
@@ -155,6 +158,7 @@ class _OfStudy(Workload):
     def __init__(self, case: StudyCase, keeper: "Keeper") -> None:
         self._case, self._keeper = case, keeper
         self._together = Together(keeper, case.processes) if case.processes > 1 else None
+        weakref.finalize(self, keeper.close)
 
     def __call__(self) -> None:
         match self._case.name:
@@ -213,6 +217,8 @@ def _work(keeper: "Keeper", connection: Connection, left: Any) -> None:
             connection.send(None)
     except Exception as error:
         connection.send(f"{type(error).__name__}: {error}"[:300])
+    finally:
+        keeper.close()
 
 
 def _end(connections: Sequence[Connection], workers: Sequence[Any]) -> None:

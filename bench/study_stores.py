@@ -7,8 +7,8 @@ trial's number, so that nobody can lose one unseen.
 import json
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ import optuna
 import sqlalchemy as sa
 
 from bench.optuna_rows import ScoredCell, create_filled_study
+from search.cells.reach import FeatureMaps
 from search.cells.sampler import suggest_cell
 from search.cells.samplers.paper import PaperSampler
 from search.cells.space import SearchSpace
@@ -31,7 +32,8 @@ from search.runs.study import RunSettings, Study, load_run, open_run
 from search.settings import BackboneSettings, DataSettings, FeatureSettings, HeadSettings, MachineSettings, plain
 from search.tasks.proxy import ProxyResult
 
-_SPACE, _SEED = SearchSpace(), 0
+_SPACE = SearchSpace(maps=FeatureMaps(validation=(65, 129), training=(49, 49)))  # the paper's, on Cityscapes
+_SEED = 0
 _LAG = 63  # of the paper's sampler, enough for 64 processes
 _NAME = "search"  # of the run, and of Optuna's study
 _CURVE = tuple((300 * k, round(2.5 / (1 + k / 10), 6)) for k in range(100))
@@ -71,6 +73,7 @@ class Keeper(ABC):
 
     def __init__(self, url: str, folder: Path) -> None:
         self.url, self.folder = url, folder
+        self._open = ExitStack()
 
     @abstractmethod
     def fill(self, trials: int) -> None:
@@ -88,6 +91,10 @@ class Keeper(ABC):
         """Write the page of all trials, as a process that starts -> its bytes."""
         raise NotImplementedError("only we have one")
 
+    def close(self) -> None:
+        """Close the database, if it is open."""
+        self._open.close()
+
 
 class OurKeeper(Keeper):
     """A run with the paper's sampler, and its mirror for dashboards, as a search writes them."""
@@ -96,7 +103,6 @@ class OurKeeper(Keeper):
 
     @cached_property
     def _study(self) -> Study:
-        self._open = ExitStack()  # as long as the process
         begun = open_run(
             self.folder,
             _IDENTITY,
@@ -158,11 +164,16 @@ class OptunaKeeper(Keeper):
 
     @cached_property
     def _study(self) -> optuna.Study:
-        return self._opened()
+        return self._open.enter_context(self._opened())
 
-    def _opened(self) -> optuna.Study:
+    @contextmanager
+    def _opened(self) -> Iterator[optuna.Study]:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        return optuna.load_study(study_name=_NAME, storage=self.url, sampler=self.sampler())
+        storage = optuna.storages.RDBStorage(self.url)
+        try:
+            yield optuna.load_study(study_name=_NAME, storage=storage, sampler=self.sampler())
+        finally:
+            storage.engine.dispose()
 
     def fill(self, trials: int) -> None:
         attributes = {"result": without_curve(result_of(0)), "loss_curve": _CURVE}
@@ -178,7 +189,8 @@ class OptunaKeeper(Keeper):
         self._study.tell(trial, result.score)
 
     def load(self) -> Sequence[float | None]:
-        return [trial.value for trial in self._opened().get_trials(deepcopy=False)]
+        with self._opened() as study:
+            return [trial.value for trial in study.get_trials(deepcopy=False)]
 
 
 class OptunaWithPaperSampler(OptunaKeeper):
