@@ -56,6 +56,7 @@ from search.settings import (
     ProxySettings,
     RecipeSettings,
     TrainingSettings,
+    WorkerSettings,
     declared,
     field_names,
     given,
@@ -65,7 +66,7 @@ from search.settings import (
     scored,
 )
 from search.tasks.end_to_end import EndToEndTask, training_folder
-from search.tasks.feature_cache import FeatureCache, facts_of, open_cache, open_for_features, padded_size, prepare_caches
+from search.tasks.feature_cache import FeatureCache, facts_of, open_for_features, padded_size, prepare_caches
 from search.tasks.proxy import ProxyTask, crop_in_features
 
 ProtocolName = Literal["proxy", "long", "large", "end_to_end"]
@@ -119,7 +120,7 @@ class EndToEndSettings(RecipeSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FidelitySettings:
+class FidelitySettings(WorkerSettings):
     """Score a space of 31 cells under several protocols, and say how alike these order them."""
 
     protocols: tuple[ProtocolName, ...] = PROTOCOLS
@@ -128,8 +129,6 @@ class FidelitySettings:
     """Trainings of each cell under each protocol; 2 or more show how well a protocol agrees with itself."""
     seed: int = 0
     """Seed of everything: initial weights, crops, dropout."""
-    workers: int = 1
-    """Cells scored at a time; above 1 by Ray (install the extra `workers`), on CUDA with one GPU each."""
     out: Path | None = None
     """Folder of the run. None: runs/fidelity/ and the data set's name."""
     long_iterations: int = 120
@@ -150,7 +149,8 @@ class Protocol:
     """A way to score cells, ready to be used. `identity` maps the settings that its scores depend on to their values."""
 
     name: ProtocolName
-    create_task: Callable[[], Task[Any]]
+    create_task: Callable[..., Task[Any]]  # of the caches
+    caches: Mapping[str, FeatureCache]
     measure: Measure  # what its scores are
     iterations: int
     identity: dict[str, Any]
@@ -265,10 +265,8 @@ def _cached(
     name: ProtocolName, settings: FidelitySettings, proxy: ProxySettings, caches: dict[str, FeatureCache], device: str
 ) -> Protocol:
     """A protocol on these cached features, with trainings like this."""
-    to_open = [(caches[role].directory, caches[role].identity) for role in ("train", "val")]  # workers copy no arrays
 
-    def create_task() -> ProxyTask:
-        train, val = (open_cache(*each) for each in to_open)
+    def create_task(train: FeatureCache, val: FeatureCache) -> ProxyTask:
         return ProxyTask(train, val, proxy, settings.head, device, settings.loss)
 
     crop_in_features(proxy, caches["train"])  # refuses a wrong one
@@ -280,7 +278,7 @@ def _cached(
     if name == "long":
         identity["long_iterations"] = identity.pop("iterations")
     measure, defaults = caches["train"].task.score, declared(*map(type, groups))
-    return Protocol(name, create_task, measure, proxy.steps, plain(identity), defaults)
+    return Protocol(name, create_task, caches, measure, proxy.steps, plain(identity), defaults)
 
 
 def _of_large(name: str) -> str:
@@ -317,7 +315,7 @@ def _end_to_end(settings: FidelitySettings, train: Dataset, directory: Path, dev
     parts = task.identity()
     identity = {f"end_to_end.{name}" if name in own else name: value for name, value in parts.items()}
     measure, iterations = task.dense_task.score, known(completed.iterations)
-    return Protocol("end_to_end", create_task, measure, iterations, plain(identity), TRAINING_DEFAULTS)
+    return Protocol("end_to_end", create_task, {}, measure, iterations, plain(identity), TRAINING_DEFAULTS)
 
 
 def _run(settings: FidelitySettings, protocols: list[Protocol], directory: Path) -> None:
@@ -329,7 +327,9 @@ def _run(settings: FidelitySettings, protocols: list[Protocol], directory: Path)
             jobs = [job for job in _jobs(settings, protocol.name, cells) if not _is_scored(folder, job)]
             bar.update(len(cells) * settings.seeds - len(jobs))
             if jobs:
-                opened = open_workers(protocol.create_task, settings.workers, settings.machine.device, protocol.iterations)
+                opened = open_workers(
+                    protocol.create_task, settings, settings.machine.device, protocol.iterations, caches=protocol.caches
+                )
                 with _fields_of(protocol.name), opened as workers:
                     for outcome in outcomes(workers, jobs):
                         _record(directory, outcome)
@@ -399,7 +399,7 @@ def _check(settings: FidelitySettings) -> None:
     settings.backbone.check()
     require("seeds", settings.seeds, settings.seeds >= 1, "at least 1")
     require("seed", settings.seed, settings.seed >= 0, "at least 0")
-    require("workers", settings.workers, settings.workers >= 1, "at least 1")
+    settings.check()
     long, warmup = settings.long_iterations, settings.proxy.warmup_iterations
     require("long_iterations", long, long >= 1, "at least 1")
     if warmup >= long:

@@ -6,16 +6,17 @@ import copy
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 from fast.backbone import Backbone, hash_of_weights
-from fast.checkpoint import check_network, load_head, load_network, save_head
+from fast.checkpoint import check_network, head_content, load_head, load_network
 from fast.model_card import write_card
 from fast.segmentation import SegmentationHead, SegmentationNetwork
 from reference.cell import GRID_SIZES, NUM_BRANCHES, RATES, Cell
 from search.backbones.facts import facts_in
-from search.cells.sampler import LAG
+from search.cells.sampler import LAG, CellSampler
 from search.cells.samplers import create_sampler
 from search.cells.space import ASCENDING, SearchSpace, is_ascending, load_cells
 from search.datasets import Dataset, training_pictures
@@ -24,9 +25,11 @@ from search.datasets.weights import completed_loss, weights_in_words
 from search.devices import Devices, resolve_device
 from search.errors import InputError
 from search.folder import Folder
-from search.reports.run_files import finish_run
-from search.runs.search import HEADS, Search, SearchPlan, best_head
-from search.runs.study import Run, RunSettings, load_run, open_run, ranked
+from search.reports.run_files import ReportRefresher, finish_run
+from search.runs.cluster import count_workers
+from search.runs.search import Search
+from search.runs.store import SearchPlan
+from search.runs.study import Run, RunSettings, best_head, load_run, open_run, ranked
 from search.runs.workers import open_workers
 from search.settings import (
     SHAPES,
@@ -40,6 +43,7 @@ from search.settings import (
     ProxySettings,
     RecipeSettings,
     TrainingSettings,
+    WorkerSettings,
     changes_no_score,
     declared,
     given,
@@ -47,17 +51,18 @@ from search.settings import (
     require,
     scored,
 )
-from search.tasks.feature_cache import MEAN, STD, WEIGHTS, FeatureCache, caches_of, facts_of, open_cache
+from search.tasks.feature_cache import MEAN, STD, WEIGHTS, FeatureCache, caches_of, facts_of
 from search.tasks.proxy import ProxyTask, feature_maps
 from search.training.loop import Training
 from search.training.network import training_identity
 from search.training.scoring import require_validation
 
+SLACK = 4  # how many times as long as the others a cell may take before they wait for it, where the lag is chosen
 KNOWN_CELLS = ("linear", "mlp", "aspp", "psp", "dpc")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchSettings:
+class SearchSettings(WorkerSettings):
     """Which cells are tried, and beside which ones they are compared."""
 
     storage: str | None = None
@@ -72,16 +77,15 @@ class SearchSettings:
     """Grids that pyramid poolings may have in height and width. None given: no poolings."""
     sampler: str = "paper"
     """How cells are proposed: paper (uniform, and near the best so far), random, evolution, local, predictor or tpe."""
-    lag: int = LAG
-    """The paper's sampler ignores this many latest results, so its cells are the same with up to lag + 1 workers."""
+    lag: int | None = None
+    """Samplers that look back ignore this many latest results, so their cells are the same with up to lag + 1 workers. None:
+    the run's; of a new one 4, or 4 times the workers if they are more than 5, so that no one waits for a slow cell."""
     seed: int = 0
     """Seed of everything: the cells, their initial weights, crops and dropout."""
     compare: tuple[str, ...] = changes_no_score(KNOWN_CELLS)
     """Cells to score beside the search: linear, mlp, aspp, psp, dpc, or paths of cell JSON files."""
     comparison_seeds: int = changes_no_score(1)
     """Seeds with which these and the best cell found are scored."""
-    workers: int = changes_no_score(1)
-    """Cells evaluated at a time; above 1 by Ray (install the extra `workers`), on CUDA with one GPU each."""
     cells_per_gpu: int = changes_no_score(1)
     """Cells trained at a time on one GPU, which one alone does not fill; scores are the same. It gains nothing on a CPU."""
 
@@ -91,26 +95,59 @@ class SearchSettings:
 
     def check(self) -> None:
         """Raise InputError for what cannot work."""
+        super().check()
         require("trials", self.trials, given(self.trials, 1) >= 1, "at least 1")
         require("branches", self.branches, self.branches >= 1, "at least 1")
         require("rates", _spaced(self.rates), is_ascending(self.rates), ASCENDING)
         require("grids", _spaced(self.grids), is_ascending(self.grids), ASCENDING)
         require("comparison_seeds", self.comparison_seeds, self.comparison_seeds >= 1, "at least 1")
-        require("workers", self.workers, self.workers >= 1, "at least 1")
         require("cells_per_gpu", self.cells_per_gpu, self.cells_per_gpu >= 1, "at least 1")
-        require("lag", self.lag, self.lag >= 0, "at least 0")
-        if self.workers > 1 and self.cells_per_gpu > 1:
+        require("lag", self.lag, given(self.lag, LAG) >= 0, "at least 0")
+        if self.workers != 1 and self.cells_per_gpu > 1:
             raise InputError(
                 f"`cells_per_gpu` {self.cells_per_gpu} needs `workers` 1: with more, each trains one cell at a time"
             )
-        for field in ("workers", "cells_per_gpu"):
-            count = getattr(self, field)
-            if self.sampler == "paper" and count > self.lag + 1:
-                raise InputError(
-                    f"`{field}` {count} needs `lag` {count - 1} or more: the paper's sampler waits for all but so many cells"
-                )
-        create_sampler(self.sampler, SearchSpace(self.branches, self.rates, self.grids), self.seed, lag=self.lag)
+        self._sampler()
         load_cells(self.compare)
+
+    @property
+    def most_at_once(self) -> int | None:
+        """How many cells the sampler lets be evaluated at a time; None if it never looks back and so waits for none."""
+        return given(self.lag, LAG) + 1 if self._sampler().uses_scores else None
+
+    def with_lag(self, directory: Path, device: str) -> Self:
+        """With the lag of the run in `directory`, or of a new one; says so if that is not as usual, or not enough.
+
+        A sampler that looks back waits for all but the `lag` latest trials. With little more than that at work, a slow cell
+        soon stops the others.
+        """
+        before = Folder(directory).description()
+        fixed = self.lag if before is None else given(self.lag, before["identity"].get("lag"))
+        search = replace(self, lag=given(fixed, LAG))
+        if (most := search.most_at_once) is None:
+            return search
+        wanted = max(count_workers(self, device), self.cells_per_gpu)
+        if wanted <= most:
+            return search
+        if fixed is None:
+            search = replace(self, lag=SLACK * wanted)
+            print(
+                f"lag {search.lag} for {wanted} cells at a time: the sampler ignores so many latest results, so that no cell "
+                f"waits for another that takes up to {SLACK} times as long",
+                file=sys.stderr,
+            )
+        else:
+            print(
+                f"{most} of {wanted} cells are evaluated at a time, because the sampler of this run waits for all but the "
+                f"{fixed} latest (its lag)",
+                file=sys.stderr,
+            )
+        return search
+
+    def _sampler(self) -> CellSampler:
+        return create_sampler(
+            self.sampler, SearchSpace(self.branches, self.rates, self.grids), self.seed, lag=given(self.lag, LAG)
+        )
 
 
 @dataclass(frozen=True)
@@ -180,6 +217,7 @@ def search_cells(
     directory, command = Path(out), f"search_cells(train, val, backbone, {str(out)!r}, ...) in Python"
     caches = caches_of(train, val, backbone, features, machine, command, proxy.crop_size)
     proxy = proxy.completed(caches["train"].pictures)
+    search = search.with_lag(directory, machine.device)
     settings = RunSettings(_data_of(train, val), _settings_of(backbone), features, head, machine, loss)
     groups = search, features, head, loss, proxy
     run_search(directory, search, proxy, settings, caches, {"train": train, "val": val}, groups=groups, command=command)
@@ -281,8 +319,8 @@ def load_found(directory: Path | str) -> Found:
         head, description = load_head(path)
     except ValueError as error:
         raise InputError(f"{error}; copy that file too, or search in another folder") from error
-    if head.context.cell != best.cell:  # it is written before its score
-        raise InputError(f"{path} is of a cell whose score is yet to be written: let the search go on")
+    if head.context.cell != best.cell:  # its score is written before it
+        raise InputError(f"{path} is of another cell than the best by now: let the search go on")
     return Found(run.directory, best.cell, best.result.score, head, description["backbone"])
 
 
@@ -297,12 +335,12 @@ def run_search(
     groups: Sequence[Any],
     command: str,
     on_begin: Callable[[], object] = lambda: None,
-) -> None:
-    """Search cells on these features, compare and report; `settings` have a completed head and loss.
+) -> bool:
+    """Search cells on these features, compare and report; `search` has a lag, `settings` have a completed head and loss.
 
     `caches` and `pictures` have the splits "train" and "val". `groups` are all settings that scores depend on: with other
     values than before, the folder is refused. `command` is what the user typed. `on_begin` is called once nothing is left to
-    be refused.
+    be refused. Returns whether this process wrote the report: another one may hold the folder and be helped by this one.
     """
     proxy.check()  # once more: its iterations may follow from the number of pictures
     device = resolve_device(settings.machine.device)
@@ -311,16 +349,16 @@ def run_search(
     plan = SearchPlan(known(search.trials), compare, search.comparison_seeds, search.seed)
     maps = feature_maps(proxy, settings.head, **caches)  # refuses a wrong crop size before the run begins
     space = SearchSpace(search.branches, search.rates, search.grids, maps, num_inputs)
-    to_open = [(caches[role].directory, caches[role].identity) for role in ("train", "val")]  # workers copy no arrays
 
-    def create_task() -> ProxyTask:
-        of_train, of_val = (open_cache(*each) for each in to_open)
-        return ProxyTask(of_train, of_val, proxy, settings.head, device, settings.loss)
+    def create_task(train: FeatureCache, val: FeatureCache) -> ProxyTask:
+        return ProxyTask(train, val, proxy, settings.head, device, settings.loss)
 
+    most = search.most_at_once
     run = open_run(
         directory,
         scored(*groups) | facts_of(caches),
-        create_sampler(search.sampler, space, search.seed, lag=search.lag),
+        create_sampler(search.sampler, space, search.seed, lag=known(search.lag)),
+        _file_of(caches["train"]),
         storage=search.storage,
         command=command,
         task=pictures["val"].task,
@@ -331,7 +369,13 @@ def run_search(
     with (
         run as study,
         open_workers(
-            create_task, search.workers, settings.machine.device, proxy.steps, in_turns=search.cells_per_gpu
+            create_task,
+            search,
+            settings.machine.device,
+            proxy.steps,
+            caches=caches,
+            in_turns=search.cells_per_gpu if most is None else min(search.cells_per_gpu, most),
+            most=most,
         ) as workers,
     ):
         on_begin()
@@ -339,24 +383,25 @@ def run_search(
         if words := weights_in_words(pictures["val"].task, settings.loss):
             print(words, file=sys.stderr)
         timed_on = None
+        refresher = ReportRefresher(partial(load_run, directory), plan.trials)
         try:
-            Search(study, workers, space, plan, pictures["val"].task.score, _keeper(directory / HEADS, caches["train"])).run()
+            Search(
+                study, workers, plan, pictures["val"].task.score, refresher.tick if study.holds_folder else lambda: None
+            ).run()
             timed_on = device
         finally:  # also after Ctrl-C: report what there is, without latencies, which would take seconds
-            finish_run(directory, pictures, caches["val"], plan.compare, timed_on)
+            if study.take_folder():
+                finish_run(directory, pictures, caches["val"], plan.compare, timed_on)
+        return study.holds_folder
 
 
-def _keeper(folder: Path, features: FeatureCache) -> Callable[[str, SegmentationHead], None]:
-    """Writes a head that was trained on these features, by its name."""
+def _file_of(features: FeatureCache) -> Callable[[SegmentationHead], bytes]:
+    """Makes the content of the file of a head that was trained on these features."""
     origin = features.identity
     backbone = {key: origin[key] for key in ("backbone", "weights_origin", "output_stride", "dataset")}
     backbone |= facts_in(origin)
     backbone |= {"weights_hash": origin[WEIGHTS], "mean": origin[MEAN], "std": origin[STD]}
-
-    def keep(name: str, head: SegmentationHead) -> None:
-        save_head(folder / f"{name}.safetensors", head, task=features.task.describe(), backbone=backbone)
-
-    return keep
+    return partial(head_content, task=features.task.describe(), backbone=backbone)
 
 
 def _require_parts(*, train: Any, val: Any, backbone: Any) -> None:

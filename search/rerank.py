@@ -39,6 +39,7 @@ from search.settings import (
     RecipeSettings,
     TaskName,
     TrainingSettings,
+    WorkerSettings,
     given,
     known,
     require,
@@ -123,7 +124,7 @@ class RunOverrides:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RerankSettings:
+class RerankSettings(WorkerSettings):
     """Train the best cells of a search end to end, rank them again, and compare with their ranks on the proxy task."""
 
     run: Path
@@ -136,8 +137,6 @@ class RerankSettings:
     """Trainings of each cell; the k-th has the same crops for all cells."""
     seed: int = 0
     """Seed of everything: initial weights, order of the pictures, crops, dropout."""
-    workers: int = 1
-    """Cells trained at a time; above 1 by Ray (install the extra `workers`), on CUDA with one GPU each."""
     out: Path | None = None
     """Folder of the re-ranking. None: rerank/ in the run's folder."""
     dropout: float = HeadSettings.dropout
@@ -151,7 +150,7 @@ def main(settings: RerankSettings) -> None:
     """Train what is not trained yet, then rank."""
     require("top", settings.top, settings.top >= 1, "at least 1")
     require("seeds", settings.seeds, settings.seeds >= 1, "at least 1")
-    require("workers", settings.workers, settings.workers >= 1, "at least 1")
+    settings.check()
     run = load_run(settings.run)
     directory = settings.out or settings.run / "rerank"
     candidates = candidates_of(run, settings)
@@ -168,7 +167,7 @@ def main(settings: RerankSettings) -> None:
         )
     look_at(task.train, task.val)
     identity = task.identity()  # builds a network, so that one that cannot be built leaves no folder behind
-    workers = open_workers(create_task, settings.workers, settings.device.device, known(task.settings.recipe.iterations))
+    workers = open_workers(create_task, settings, settings.device.device, known(task.settings.recipe.iterations))
     with folder.locked():
         folder.begin(identity, this_command(_PROG), defaults=TRAINING_DEFAULTS)
         with workers as opened:

@@ -579,6 +579,24 @@ class MachineSettings(DeviceSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class WorkerSettings:
+    """Who evaluates cells."""
+
+    workers: int | Literal["auto"] = changes_no_score(1)
+    """Cells evaluated at a time; above 1 by Ray (install the extra `workers`). auto: as many as the cluster, or this machine,
+    has GPUs for, or CPUs; they follow the cluster as it grows and shrinks."""
+    gpus_per_worker: float = changes_no_score(1.0)
+    """GPUs of each worker on CUDA, where there are several: 0.25 puts four on a GPU."""
+
+    def check(self) -> None:
+        """Raise InputError for what cannot work."""
+        require("workers", self.workers, self.workers == "auto" or self.workers >= 1, "auto or at least 1")
+        require("gpus_per_worker", self.gpus_per_worker, 0 < self.gpus_per_worker <= 1, "more than 0, and at most 1")
+        if self.workers == 1 and self.gpus_per_worker < 1:
+            raise InputError(f"`gpus_per_worker` {self.gpus_per_worker} needs several `workers`, or auto")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainingSettings:
     """All settings of a whole network's training, but the cell."""
 

@@ -54,6 +54,10 @@ class History:
         if number < self._bound:
             self._show(number)
 
+    def proposed(self, number: int) -> Proposed:
+        """Trial `number`. Raises KeyError if there is none."""
+        return self._trials[number]
+
     def scores(self, trials: Iterable[Proposed]) -> list[float]:
         """The scores of complete trials. Raises KeyError for one without."""
         return [self._scores[trial.number] for trial in trials]

@@ -1,18 +1,13 @@
-"""Evaluate cells in this process, alone or in turns, or in several workers under Ray, on one machine or a cluster.
+"""Evaluate cells in this process, alone or in turns; `search.runs.ray_workers` does it in several processes.
 
 What evaluating means is the task's: a brief training on cached features (`search.tasks.proxy`), or a whole one
-(`search.tasks.end_to_end`). Workers only evaluate; the process that asks also writes the study. A worker that dies gives
-its cell back.
+(`search.tasks.end_to_end`). Workers only evaluate; the process that asks also writes the study.
 """
 
-import logging
-import os
-import sys
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar, cast
 
 import torch
@@ -20,13 +15,13 @@ from tqdm import tqdm
 
 from fast.segmentation import SegmentationHead
 from reference.cell import Cell
-from search.commands import to_install
 from search.devices import resolve_device
-from search.errors import InputError
+from search.runs.cluster import demand_of, is_in_process
+from search.settings import WorkerSettings
+from search.tasks.feature_cache import FeatureCache
 from search.tasks.proxy import NotFiniteError
 
-MAX_DEATHS = 3
-_PATIENCE = 60  # seconds between two messages about workers that are not ready yet
+WAIT_SECONDS = 1.0  # after which one looks whether more workers are there
 
 Result = TypeVar("Result")
 Result_co = TypeVar("Result_co", covariant=True)
@@ -75,10 +70,17 @@ class Outcome(Generic[Result_co]):
 class Workers(Protocol[Result_co]):
     """Submit up to `capacity` jobs, then wait for the one that is finished first."""
 
-    capacity: int
+    @property
+    def capacity(self) -> int:
+        """How many jobs may run at a time. It may change while `wait` waits, to 0 as well."""
+        ...
 
     def submit(self, job: Job) -> None: ...
-    def wait(self) -> Outcome[Result_co]: ...
+
+    def wait(self, timeout: float | None = None) -> Outcome[Result_co] | None:
+        """The next outcome, or None if there is none within `timeout` seconds, which a worker in this process ignores."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -108,21 +110,33 @@ def outcomes(workers: Workers[Result], jobs: Iterable[Job]) -> Iterator[Outcome[
         while queue and running < workers.capacity:
             workers.submit(queue.pop(0))
             running += 1
-        yield workers.wait()
-        running -= 1
+        outcome = workers.wait(WAIT_SECONDS)
+        if outcome is not None:
+            yield outcome
+            running -= 1
 
 
 @contextmanager
 def open_workers(
-    create_task: Callable[[], Task[Result]], count: int, device: str, iterations: int, *, in_turns: int = 1
+    create_task: Callable[..., Task[Result]],
+    settings: WorkerSettings,
+    device: str,
+    iterations: int,
+    *,
+    caches: Mapping[str, FeatureCache] | None = None,
+    in_turns: int = 1,
+    most: int | None = None,
 ) -> Iterator[Workers[Result]]:
-    """`count` workers with tasks by `create_task` under Ray, or one in this process with a bar of a cell's iterations.
+    """Workers with tasks by `create_task(**caches)` under Ray, or one in this process with a bar of a cell's iterations.
 
-    `device` as the user gave it: cuda is one GPU for each worker, cuda:1 is refused for more than one. Above 1, `in_turns` is
-    how many cells the worker in this process trains at a time; the task must be a `SteppedTask`.
+    `device` as the user gave it: cuda is one GPU for each worker, or its share of one, cuda:1 is refused for more than one.
+    Above 1, `in_turns` is how many cells the worker in this process trains at a time; the task must be a `SteppedTask`. There
+    are at most `most` workers.
     """
-    if count > 1:
-        with closing(RayWorkers(create_task, count, device)) as workers:
+    if not is_in_process(settings, device):
+        from search.runs.ray_workers import RayWorkers
+
+        with closing(RayWorkers(create_task, demand_of(settings, device, most), caches)) as workers:
             yield workers
         return
     with tqdm(total=iterations, unit="step", leave=False, position=1, disable=None) as bar:
@@ -136,9 +150,9 @@ def open_workers(
             bar.update(iteration - bar.n)  # a continued training does not begin at 1
 
         if in_turns == 1:
-            yield InProcess(create_task(), on_step)
+            yield InProcess(create_task(**(caches or {})), on_step)
         else:
-            task = cast(SteppedTask[Result], create_task())
+            task = cast(SteppedTask[Result], create_task(**(caches or {})))
             yield InTurns(task, in_turns, torch.device(resolve_device(device)), on_step)
 
 
@@ -155,7 +169,7 @@ class InProcess(Generic[Result]):
     def submit(self, job: Job) -> None:
         self._jobs.append(job)
 
-    def wait(self) -> Outcome[Result]:
+    def wait(self, timeout: float | None = None) -> Outcome[Result]:
         job = self._jobs.pop(0)
         return evaluate(self._task, job, lambda iteration: self._on_step(job, iteration))
 
@@ -184,7 +198,7 @@ class InTurns(Generic[Result]):
             stream.wait_stream(torch.cuda.current_stream(stream.device))  # which may still copy the features
         self._running.append(_Running(job, self._task.evaluation(job.cell, job.seed), stream))
 
-    def wait(self) -> Outcome[Result]:
+    def wait(self, timeout: float | None = None) -> Outcome[Result]:
         """Go on with all jobs until one of them ends."""
         followed = self._running[0].job
         while True:
@@ -214,89 +228,3 @@ class _Running(NamedTuple, Generic[Result]):
     job: Job
     steps: Generator[int, None, tuple[Result, SegmentationHead | None]]
     stream: torch.cuda.Stream | None
-
-
-class RayWorkers(Generic[Result]):
-    """`count` Ray actors, each with a task of its own made by `create_task`; one GPU each if the device is CUDA.
-
-    Joins the cluster that RAY_ADDRESS names, or else starts Ray on this machine. Relative paths are those of this process, so
-    on several machines the folder must exist on all. Raises InputError if Ray is not installed, or for too few GPUs.
-    """
-
-    def __init__(self, create_task: Callable[[], Task[Result]], count: int, device: str) -> None:
-        try:
-            import ray
-        except ImportError as error:
-            raise InputError(f"`workers` above 1 needs Ray: {to_install('workers')}") from error
-        self._ray: Any = ray
-        self.capacity = count
-        errors = ("RayActorError", "ObjectLostError", "OutOfMemoryError")  # the last is raised by Ray's memory monitor
-        self._deaths = tuple(getattr(ray.exceptions, name) for name in errors)
-        if device.startswith("cuda:"):
-            raise InputError(f"`device` {device} is one GPU, `workers` {count} have one each: give cuda")
-        on_gpu = (resolve_device(device) if device == "auto" else device).startswith("cuda")
-        if not ray.is_initialized():
-            ray.init(logging_level=logging.ERROR, log_to_driver=False, include_dashboard=False)
-        gpus = 1 if on_gpu else 0
-        resources: Any = ray.cluster_resources  # untyped
-        available = int(resources().get("GPU", 0))
-        if gpus * count > available:
-            raise InputError(f"`workers` {count} on CUDA needs {count} GPUs, Ray has {available}: give fewer workers")
-        threads = max(1, torch.get_num_threads() // count)
-        actor_class: Any = ray.remote(num_gpus=gpus, num_cpus=0)(_Evaluator)
-        self._create: Callable[[], Any] = lambda: actor_class.remote(create_task, threads, Path.cwd())
-        self._idle = [self._create() for _ in range(count)]
-        self._wait_until_ready()
-        self._running: dict[Any, tuple[Job, Any, int]] = {}  # Ray reference -> the job, its actor, deaths so far
-
-    def _wait_until_ready(self) -> None:
-        missing = [actor.ready.remote() for actor in self._idle]
-        try:
-            while missing:
-                ready, missing = self._ray.wait(missing, num_returns=len(missing), timeout=_PATIENCE)
-                self._ray.get(ready)
-                if missing:
-                    what = "they load their data, or wait for a free GPU"
-                    print(f"{len(missing)} of {self.capacity} workers are not ready yet: {what}", file=sys.stderr)
-        except self._deaths as error:  # no failure of a cell, so raised before the first cell
-            raise InputError(f"the workers cannot start: {str(error).strip().splitlines()[-1]}") from error
-
-    def submit(self, job: Job, deaths: int = 0) -> None:
-        actor = self._idle.pop()
-        self._running[actor.evaluate.remote(job)] = (job, actor, deaths)
-
-    def wait(self) -> Outcome[Result]:
-        """Wait for the next outcome. Raises what a worker raised for bad input or a full disk; no cell causes that."""
-        while True:
-            (reference,), _ = self._ray.wait(list(self._running), num_returns=1)
-            job, actor, deaths = self._running.pop(reference)
-            try:
-                outcome: Outcome[Result] = self._ray.get(reference)
-            except self._deaths:
-                self._ray.kill(actor, no_restart=True)  # if it only cannot be reached, two would train in one folder
-                self._idle.append(self._create())
-                if deaths + 1 == MAX_DEATHS:
-                    return Outcome(job, failure=f"its worker died {MAX_DEATHS} times", is_passing=True)
-                self.submit(job, deaths + 1)
-            except (InputError, OSError) as error:
-                raise getattr(error, "cause", error) from None  # without the worker's traceback
-            else:
-                self._idle.append(actor)
-                return outcome
-
-    def close(self) -> None:
-        """Stop the workers; the cells that they were evaluating will be evaluated again by the next run."""
-        self._ray.shutdown()
-
-
-class _Evaluator(Generic[Result]):
-    def __init__(self, create_task: Callable[[], Task[Result]], threads: int, folder: Path) -> None:
-        os.chdir(folder)
-        torch.set_num_threads(threads)
-        self._task = create_task()
-
-    def ready(self) -> None:
-        """Returns when the task is made."""
-
-    def evaluate(self, job: Job) -> Outcome[Result]:
-        return evaluate(self._task, job)

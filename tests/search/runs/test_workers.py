@@ -1,35 +1,28 @@
-"""Several workers: the same cells and scores as one, whoever finishes first, and no cell lost when a worker dies."""
+"""Several workers: the same cells and scores as one, whoever finishes first."""
 
-import os
-import signal
-import sys
-from collections.abc import Callable, Generator
-from contextlib import closing
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import optuna
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-import search.runs.workers
 from fast.train_step import EAGER_ITERATIONS
 from reference.cell import Cell
-from search.cells.samplers import create_sampler
+from search.cells.sampler import LAG
+from search.cells.samplers import SAMPLER_NAMES, create_sampler
 from search.cells.space import SearchSpace, canonical_form, cell_hash, load_cell, load_cells
 from search.dense_tasks import Measure, Scores
 from search.dense_tasks.segmentation import Segmentation
-from search.errors import InputError
 from search.random import RandomSettings
-from search.runs.search import Search, SearchPlan
-from search.runs.study import Study, TrialRecord
-from search.runs.workers import MAX_DEATHS, InProcess, InTurns, Job, Outcome, RayWorkers, evaluate, open_workers, outcomes
-from search.settings import HeadSettings, ProxySettings, known
+from search.runs.search import Search
+from search.runs.store import Reader, Row, SearchPlan, Store
+from search.runs.study import Study
+from search.runs.workers import InProcess, InTurns, Job, Outcome, evaluate, open_workers, outcomes
+from search.settings import HeadSettings, ProxySettings, WorkerSettings, known
 from search.tasks.feature_cache import FeatureCache
 from search.tasks.proxy import NotFiniteError, ProxyResult, ProxyTask
 from tests.fast.against_reference import every_device
@@ -55,7 +48,7 @@ class Shuffled:
         self._jobs.append(job)
         assert len(self._jobs) <= self.capacity
 
-    def wait(self) -> Outcome[ProxyResult]:
+    def wait(self, timeout: float | None = None) -> Outcome[ProxyResult]:
         if next(self._waits) == self._interrupt_at:
             raise KeyboardInterrupt
         job = self._jobs.pop(self._rng.integers(len(self._jobs)))
@@ -67,85 +60,81 @@ class Shuffled:
         """Nothing to stop."""
 
 
-class HeadlessSearch(Search):
-    """The loop of the main job without heads to save."""
+class UnshownStudy(Study):
+    """A run of which people see nothing."""
 
-    def _save(self, outcome: Outcome[ProxyResult], name: str) -> None:
-        """These outcomes have no head."""
-
-
-class InMemoryStudy(Study):
-    """A run that is kept in memory, where a trial takes a millisecond instead of a tenth of a second."""
-
-    def __init__(self, storage: optuna.storages.BaseStorage, sampler: optuna.samplers.BaseSampler) -> None:
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self._storage: Any = storage
-        self._task = Segmentation(("one", "two"))
-        self.search, self.comparison = (
-            optuna.create_study(storage=storage, study_name=part, direction="maximize", sampler=sampler, load_if_exists=True)
-            for part in ("search", "comparison")
-        )
+    def show(self) -> None:
+        """No file, and no study of Optuna's."""
 
 
-def create_study(settings: RandomSettings = SETTINGS, storage: optuna.storages.BaseStorage | None = None) -> Study:
-    sampler = create_sampler(settings.sampler, SearchSpace(settings.branches), settings.seed, lag=settings.lag)
-    return InMemoryStudy(storage or optuna.storages.InMemoryStorage(), sampler)
+@contextmanager
+def open_study(directory: Path, settings: RandomSettings = SETTINGS) -> Iterator[Study]:
+    """On an SQLite file, which is held as a search holds its folder."""
+    space, url = SearchSpace(settings.branches), f"sqlite:///{directory}/study.db"
+    sampler = create_sampler(settings.sampler, space, settings.seed, lag=LAG)
+    store, task = Store(url, "run", "{}"), Segmentation(("one", "two"))
+    with closing(UnshownStudy(directory, url, store, task, space, sampler, lambda head: b"")) as study:
+        yield study
 
 
-def searched(workers: Shuffled, study: Study | None = None, settings: RandomSettings = SETTINGS) -> list[TrialRecord]:
-    study = study or create_study(settings)
+def searched(workers: Shuffled, directory: Path, settings: RandomSettings = SETTINGS) -> list[Row]:
+    """The finished trials, without who finished them when."""
     plan = SearchPlan(known(settings.trials), load_cells(settings.compare), settings.comparison_seeds, settings.seed)
-    HeadlessSearch(
-        study, workers, SearchSpace(settings.branches), plan, Measure("mIOU", "mean_iou"), lambda name, head: None
-    ).run()
-    return study.records()
+    with open_study(directory, settings) as study:
+        Search(study, workers, plan, Measure("mIOU", "mean_iou")).run()
+    with closing(Reader(f"sqlite:///{directory}/study.db", "run")) as reader:
+        return [replace(row, finished=None) for row in reader.finished(search=True)]
+
+
+def cells(rows: list[Row]) -> list[Cell]:
+    return [Cell.from_json(row.cell) for row in rows]
 
 
 @pytest.fixture(scope="module")
-def alone() -> list[TrialRecord]:
-    return searched(Shuffled(1))
+def alone(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
+    return searched(Shuffled(1), tmp_path_factory.mktemp("alone"))
 
 
-def test_the_search_is_worth_comparing(alone: list[TrialRecord]) -> None:
-    assert [record.number for record in alone] == list(range(known(SETTINGS.trials)))
-    assert len({canonical_form(record.cell) for record in alone}) == SETTINGS.trials
-    assert 0 < sum(record.failure is not None for record in alone) < 10
-    neighbours = {cell for record in alone for cell in SearchSpace(2).neighbours(record.cell)}
-    assert sum(record.cell in neighbours for record in alone) > 5  # some are near the best, which depends on the scores
+def test_the_search_is_worth_comparing(alone: list[Row]) -> None:
+    assert [row.key.number for row in alone] == list(range(known(SETTINGS.trials)))
+    assert len({canonical_form(cell) for cell in cells(alone)}) == SETTINGS.trials
+    assert 0 < sum(row.failure is not None for row in alone) < 10
+    neighbours = {cell for cell in cells(alone) for cell in SearchSpace(2).neighbours(cell)}
+    assert sum(cell in neighbours for cell in cells(alone)) > 5  # some are near the best, which depends on the scores
 
 
 @pytest.mark.parametrize("capacity", [2, 3, 5, 8])
-def test_cells_and_scores_do_not_depend_on_the_workers(alone: list[TrialRecord], capacity: int) -> None:
+def test_cells_and_scores_do_not_depend_on_the_workers(alone: list[Row], capacity: int, tmp_path: Path) -> None:
     for seed in range(2):
-        assert searched(Shuffled(capacity, seed)) == alone
+        (tmp_path / f"{seed}").mkdir()
+        assert searched(Shuffled(capacity, seed), tmp_path / f"{seed}") == alone
 
 
 @pytest.mark.parametrize("capacity", [1, 3])
 @pytest.mark.parametrize("interrupt_at", [1, 2, 9, 26])
 def test_an_interrupted_search_goes_on_with_any_number_of_workers(
-    alone: list[TrialRecord], capacity: int, interrupt_at: int
+    alone: list[Row], capacity: int, interrupt_at: int, tmp_path: Path
 ) -> None:
-    storage = optuna.storages.InMemoryStorage()
     with pytest.raises(KeyboardInterrupt):
-        searched(Shuffled(3, interrupt_at=interrupt_at), create_study(storage=storage))
-    assert searched(Shuffled(capacity), create_study(storage=storage)) == alone
+        searched(Shuffled(3, interrupt_at=interrupt_at), tmp_path)
+    assert searched(Shuffled(capacity), tmp_path) == alone
 
 
-@pytest.mark.parametrize("sampler", ["random", "tpe", "evolution"])
-def test_other_samplers_run_with_workers(sampler: str) -> None:
+@pytest.mark.parametrize("sampler", [name for name in SAMPLER_NAMES if name != "paper"])
+def test_other_samplers_run_with_workers(sampler: str, tmp_path: Path) -> None:
     settings = replace(SETTINGS, sampler=sampler, trials=12)
-    records = searched(Shuffled(3), settings=settings)
-    assert [record.number for record in records] == list(range(12))
+    rows = searched(Shuffled(3), tmp_path, settings)
+    assert [row.key.number for row in rows] == list(range(12))
 
 
-def test_equal_cells_are_evaluated_once_in_a_space_that_is_used_up() -> None:
+def test_equal_cells_are_evaluated_once_in_a_space_that_is_used_up(tmp_path: Path) -> None:
     settings = replace(SETTINGS, branches=1, trials=90)  # of 81 cells
-    records = searched(Shuffled(1), settings=settings)
-    assert len(records) == 90
-    scored = [record for record in records if record.result is not None]
-    first = {record.cell: record.number for record in reversed(scored)}
-    for record in scored:
-        assert record.duplicate_of == (None if first[record.cell] == record.number else first[record.cell])
+    rows = searched(Shuffled(1), tmp_path, settings)
+    assert len(rows) == 90
+    scored = [row for row in rows if row.score is not None]
+    first = {row.cell: row.key.number for row in reversed(scored)}
+    for row in scored:
+        assert row.duplicate_of == (None if first[row.cell] == row.key.number else first[row.cell])
 
 
 # Evaluating
@@ -281,171 +270,6 @@ def test_a_bug_in_a_job_is_raised() -> None:
 
 
 def test_workers_in_turns_are_opened_for_one_gpu() -> None:
-    with open_workers(create_task, 1, "cpu", 3, in_turns=3) as workers:
+    with open_workers(create_task, WorkerSettings(), "cpu", 3, in_turns=3) as workers:
         assert isinstance(workers, InTurns)
         assert workers.capacity == 3
-
-
-# Ray
-
-
-class FakeRay:
-    """As much of Ray as the workers use, in this process; the actors named in `dying` die at their first evaluation."""
-
-    def __init__(self, dying: set[int]) -> None:
-        names = ("RayActorError", "ObjectLostError", "OutOfMemoryError")
-        self.exceptions = SimpleNamespace(**{name: type(name, (Exception,), {}) for name in names})
-        self.created = 0
-        self.dying = dying
-        self.killed: list[int] = []
-        self.is_down = False
-        self._results: dict[int, Callable[[], Any]] = {}
-
-    def is_initialized(self) -> bool:
-        return True
-
-    def cluster_resources(self) -> dict[str, float]:
-        return {"GPU": 1.0}
-
-    def shutdown(self) -> None:
-        self.is_down = True
-
-    def remote(self, **_: Any) -> Callable[[type], Any]:
-        return lambda cls: SimpleNamespace(remote=lambda *arguments: self._actor(cls(*arguments)))
-
-    def _actor(self, instance: Any) -> Any:
-        number = self.created
-        self.created += 1
-
-        def evaluate(job: Job) -> int:
-            reference = len(self._results)
-
-            def result() -> Any:
-                if number in self.dying:
-                    raise [*vars(self.exceptions).values()][number % 3]
-                return instance.evaluate(job)
-
-            self._results[reference] = result
-            return reference
-
-        remote = {"evaluate": evaluate, "ready": lambda: None}
-        return SimpleNamespace(number=number, **{name: SimpleNamespace(remote=call) for name, call in remote.items()})
-
-    def kill(self, actor: Any, no_restart: bool) -> None:
-        assert no_restart
-        self.killed.append(actor.number)
-
-    def wait(self, references: list[int], num_returns: int, timeout: float | None = None) -> tuple[list[int], list[int]]:
-        return references[-num_returns:], references[:-num_returns]  # the latest first
-
-    def get(self, reference: Any) -> Any:
-        return self._results[reference]() if isinstance(reference, int) else None
-
-
-@pytest.fixture
-def fake_ray(monkeypatch: pytest.MonkeyPatch) -> Callable[[set[int]], FakeRay]:
-    def install(dying: set[int]) -> FakeRay:
-        ray = FakeRay(dying)
-        monkeypatch.setitem(sys.modules, "ray", ray)
-        return ray
-
-    return install
-
-
-def evaluate_all(workers: RayWorkers[ProxyResult], jobs: list[Job]) -> dict[Any, Outcome[ProxyResult]]:
-    by_key = {outcome.job.key: outcome for outcome in outcomes(workers, jobs)}
-    assert len(by_key) == len(jobs)
-    return by_key
-
-
-@given(dying=st.sets(st.integers(0, 5), max_size=2))
-def test_a_worker_that_dies_gives_its_cell_back(dying: set[int]) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        ray = FakeRay(dying)
-        patch.setitem(sys.modules, "ray", ray)
-        with closing(RayWorkers(create_task, 2, "cpu")) as workers:
-            by_key = evaluate_all(workers, JOBS)
-    assert ray.is_down
-    assert ray.created == 2 + len(dying & set(range(ray.created)))
-    assert set(ray.killed) == dying & set(range(ray.created))
-    assert {key: measured(outcome) for key, outcome in by_key.items()} == {
-        job.key: measured(evaluate(create_task(), job)) for job in JOBS
-    }
-
-
-@pytest.mark.parametrize(("device", "resolved"), [("cuda", "cuda:0"), ("auto", "cuda:0"), ("auto", "cpu"), ("cpu", "cpu")])
-def test_a_device_without_a_number_is_one_for_each_worker(
-    fake_ray: Callable[[set[int]], FakeRay], monkeypatch: pytest.MonkeyPatch, device: str, resolved: str
-) -> None:
-    fake_ray(set())
-    monkeypatch.setattr(search.runs.workers, "resolve_device", lambda _: resolved)
-    monkeypatch.setattr(FakeRay, "cluster_resources", lambda self: {"GPU": 2 if resolved == "cuda:0" else 0})
-    with open_workers(create_task, 2, device, 1) as workers:
-        assert workers.capacity == 2
-
-
-def test_more_workers_than_gpus_are_refused(fake_ray: Callable[[set[int]], FakeRay]) -> None:
-    fake_ray(set())
-    with pytest.raises(InputError, match="`workers` 2 on CUDA needs 2 GPUs, Ray has 1: give fewer"):
-        RayWorkers(create_task, 2, "cuda")
-
-
-def test_one_gpu_by_name_is_no_device_for_workers(fake_ray: Callable[[set[int]], FakeRay]) -> None:
-    fake_ray(set())
-    with pytest.raises(InputError, match="`device` cuda:1 is one GPU, `workers` 2 have one each: give cuda"):
-        RayWorkers(create_task, 2, "cuda:1")
-
-
-def test_workers_that_are_late_are_waited_for_with_a_word(
-    fake_ray: Callable[[set[int]], FakeRay], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    ray = fake_ray(set())
-    ready = iter([([], [None, None]), ([None], [None]), ([None], [])])
-    monkeypatch.setattr(ray, "wait", lambda references, num_returns, timeout: next(ready))
-    RayWorkers(create_task, 2, "cpu")
-    assert [line.split(":")[0] for line in capsys.readouterr().err.splitlines()] == [
-        "2 of 2 workers are not ready yet",
-        "1 of 2 workers are not ready yet",
-    ]
-
-
-def test_a_cell_that_kills_its_workers_is_given_up(fake_ray: Callable[[set[int]], FakeRay]) -> None:
-    fake_ray(set(range(MAX_DEATHS)))
-    with closing(RayWorkers(create_task, 1, "cpu")) as workers:
-        by_key = evaluate_all(workers, JOBS[:2])
-    assert by_key[0].failure == f"its worker died {MAX_DEATHS} times"
-    assert by_key[0].is_passing
-    assert by_key[1].result is not None
-
-
-def test_without_ray_more_workers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(InputError, match=r"`workers` above 1 needs Ray: pip install .*\[workers\]"):
-        RayWorkers(create_task, 2, "cpu")
-
-
-class Suicidal(ProxyTask):
-    """Dies with its process at its first evaluation on this machine."""
-
-    def evaluate(self, *arguments: Any) -> Any:
-        mark = Path(os.environ["SUICIDE_MARK"])
-        if not mark.exists():
-            mark.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().evaluate(*arguments)
-
-
-def create_suicidal_task() -> ProxyTask:
-    return Suicidal(make_cache(0, 3), make_cache(1, 2), PROXY, HEAD)
-
-
-def test_real_ray_gives_the_same_results_and_survives_a_death(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("ray", reason="Ray is an extra: pip install -e '.[workers]'")
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))
-    monkeypatch.setenv("SUICIDE_MARK", str(tmp_path / "mark"))
-    with closing(RayWorkers(create_suicidal_task, 2, "cpu")) as workers:
-        by_key = evaluate_all(workers, JOBS)
-    assert (tmp_path / "mark").exists()
-    assert {key: measured(outcome) for key, outcome in by_key.items()} == {
-        job.key: measured(evaluate(create_task(), job)) for job in JOBS
-    }

@@ -23,8 +23,10 @@ from search.cells.cost import cell_cost
 from search.cells.space import load_cell
 from search.datasets import camvid
 from search.errors import InputError
-from search.runs.workers import InProcess, Job, Outcome, RayWorkers
-from search.settings import TrainingSettings
+from search.runs.cluster import Demand
+from search.runs.ray_workers import RayWorkers
+from search.runs.workers import InProcess, Job, Outcome
+from search.settings import TrainingSettings, known
 from search.tasks.end_to_end import EndToEndResult, EndToEndTask
 from search.train import TrainSettings
 from search.training.loop import Training
@@ -205,6 +207,7 @@ def test_a_full_disk_is_no_failure_of_a_cell(tiny: TrainingSettings, tmp_path: P
         workers.wait()
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_saves_and_goes_on(
     tiny: TrainingSettings,
     uninterrupted: tuple[EndToEndTask, EndToEndResult],
@@ -247,10 +250,10 @@ def test_real_ray_gives_the_same_results_and_says_bad_input_as_it_is(
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))
     jobs = [Job(name, load_cell(name), SEED) for name in ("dpc", "aspp")]
     folders = [tmp_path / name for name in ("alone", "ray")]
-    with closing(RayWorkers(lambda: EndToEndTask(tiny, folders[1]), 2, "cpu")) as workers:
+    with closing(RayWorkers(lambda: EndToEndTask(tiny, folders[1]), Demand(2))) as workers:
         for job in jobs:
             workers.submit(job)
-        outcomes: list[Outcome[EndToEndResult]] = [workers.wait() for _ in jobs]
+        outcomes: list[Outcome[EndToEndResult]] = [known(workers.wait()) for _ in jobs]
         bad = Job("psp", load_cell("psp"), SEED)
         broken = EndToEndTask(tiny, folders[1]).folder(bad.cell, bad.seed)
         broken.mkdir()
