@@ -37,6 +37,9 @@ class History:
         """The number of proposed trials."""
         return len(self._trials)
 
+    def __contains__(self, number: int) -> bool:
+        return number in self._trials
+
     def has_form(self, form: str, before: int) -> bool:
         """Whether a trial numbered below `before` has a cell of this canonical form."""
         return self._first.get(form, before) < before

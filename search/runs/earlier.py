@@ -1,14 +1,18 @@
 """Runs of earlier versions, whose jobs were trials of Optuna's studies: all that they held is taken over into the store."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import optuna
+import sqlalchemy as sa
+from optuna.storages._rdb import models
 from optuna.trial import FrozenTrial, TrialState
 
 from reference.cell import Cell
 from search.cells.sampler import cell_from_params
 from search.cells.space import SearchSpace
+from search.runs.mirror import optunas_storage
 from search.runs.store import COMPLETE, FAILED, RUNNING, SEARCH, Begun, Key, Row
 
 
@@ -16,28 +20,19 @@ class EarlierRun:
     """The finished and interrupted jobs of such a run, and their loss curves. Raises KeyError if there is no such run."""
 
     def __init__(self, url: str, name: str, space: SearchSpace) -> None:
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self._storage = optuna.storages.RDBStorage(url)
+        names = [f"{name} {part}" for part in ("search", "comparison")]
+        _require_studies(url, names)
+        storage = optunas_storage(url)
         self._space = space
-        self._studies = [
-            optuna.load_study(storage=self._storage, study_name=f"{name} {part}") for part in ("search", "comparison")
-        ]
         self._curves: dict[Key, str] = {}
-        search, comparison = (study.get_trials(deepcopy=False) for study in self._studies)
+        search, comparison = (optuna.load_study(storage=storage, study_name=each).get_trials(deepcopy=False) for each in names)
+        storage.engine.dispose()
         rows = [row for trial in search if (row := self._row(trial, SEARCH, trial.number))]
         for trial in comparison:
             told = trial.user_attrs | trial.system_attrs
             if "name" in told and (row := self._row(trial, told["name"], told["seed"])) and row.state != RUNNING:
                 rows.append(row)
         self.begun = Begun(rows, self._curves)
-
-    def remove(self) -> None:
-        """Delete the studies, once their content is in the store, which is shown in others of the same names."""
-        for study in self._studies:
-            optuna.delete_study(study_name=study.study_name, storage=self._storage)
-
-    def close(self) -> None:
-        self._storage.engine.dispose()
 
     def _row(self, trial: FrozenTrial, name: str, number: int) -> Row | None:
         """None for a trial that was killed before it had a cell, and what came of no cell."""
@@ -64,6 +59,20 @@ class EarlierRun:
             result=json.dumps(result) if result is not None else None,
             finished=when,
         )
+
+
+def _require_studies(url: str, names: Sequence[str]) -> None:
+    """Raise KeyError if one of these studies is not there. Nothing is written, as Optuna does where it has no tables."""
+    query = sa.select(models.StudyModel.study_name).where(models.StudyModel.study_name.in_(names))
+    engine = sa.create_engine(url)
+    try:
+        with engine.connect() as connection:
+            has_studies = sa.inspect(connection).has_table(models.StudyModel.__tablename__)
+            found = set(connection.execute(query).scalars()) if has_studies else set()
+    finally:
+        engine.dispose()
+    if missing := set(names) - found:
+        raise KeyError(min(missing))
 
 
 _STATES = {TrialState.COMPLETE: COMPLETE, TrialState.FAIL: FAILED}

@@ -1,7 +1,8 @@
 """The finished jobs of a run as two Optuna studies in the same database, for people: dashboards, plots, `optuna.load_study`.
 
 The store (`search.runs.store`) is what a search reads and writes; nothing here is read again. Trials come in the order of
-their numbers, which are the same in both, so a slow cell holds back those after it.
+their numbers, which are the same in both, so a slow cell holds back those after it. Studies of these names that are no such
+copies are those of an earlier version, whose content the store has taken over: copies take their place.
 
 Rows are written by Optuna's own tables and not by its functions: those take a transaction for every trial, so that a process
 that dies, or is suspended while another one does its work, would leave a trial out or write it twice. Besides, they take fifty
@@ -11,6 +12,7 @@ times as long. A test holds what is written to what Optuna writes.
 import json
 import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from datetime import datetime
 from itertools import count, takewhile
 from typing import Any
@@ -26,21 +28,30 @@ from reference.cell import Cell
 from search.cells.sampler import distributions_of, params_of_cell
 from search.cells.space import SearchSpace
 from search.dense_tasks import DenseTask, Scores, details_beside, measures_beside
-from search.runs.store import FAILED, SEARCH, Key, Reader, Row
+from search.errors import InputError
+from search.runs.store import FAILED, SEARCH, Key, Reader, Row, without_password
 
+_COPY = "copy of the table", "dpc_jobs"  # a user attribute of these studies
 _AT_ONCE = 500  # trials in a transaction; it may take a second
 
 
 class Mirror:
-    """The studies `<name> search` and `<name> comparison`, which are made if they are not there."""
+    """The studies `<name> search` and `<name> comparison`, which are made if they are not there.
+
+    Raises InputError if Optuna cannot use its tables there.
+    """
 
     def __init__(self, url: str, name: str, task: DenseTask, space: SearchSpace) -> None:
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._task, self._space = task, space
         self._distributions = {name: (each, distribution_to_json(each)) for name, each in distributions_of(space).items()}
-        storage = optuna.storages.RDBStorage(url)
+        storage = optunas_storage(url)
         self._search, self._comparison = (self._open(storage, f"{name} {part}") for part in ("search", "comparison"))
         storage.engine.dispose()
+
+    def is_there(self, connection: sa.Connection) -> bool:
+        """Whether both studies are there: anybody may delete one in a dashboard."""
+        query = sa.select(sa.func.count()).where(models.StudyModel.study_id.in_((self._search, self._comparison)))
+        return int(connection.execute(query).scalar_one()) == 2
 
     def update(self, connection: sa.Connection, reader: Reader) -> bool:
         """Add what was finished since, or a part of it, in the transaction of `Reader.alone`; returns whether it was all."""
@@ -48,16 +59,23 @@ class Mirror:
             first = self._count(session, self._search)
             rows = reader.finished(search=True, after=first - 1, at_most=_AT_ONCE)
             in_order = [row for row, number in takewhile(lambda each: each[0].key.number == each[1], zip(rows, count(first)))]
-            self._add(session, self._search, first, in_order)
-            first = self._count(session, self._comparison)
-            if first < reader.num_finished(search=False):
+            # All is read before a row is written: many rows lock a file of SQLite, also for the reader.
+            first_compared, compared = self._count(session, self._comparison), list[Row]()
+            if first_compared < reader.num_finished(search=False):
                 there = self._compared(session)
-                self._add(session, self._comparison, first, [r for r in reader.finished(search=False) if r.key not in there])
+                compared = [row for row in reader.finished(search=False) if row.key not in there]
+            self._add(session, self._search, first, in_order)
+            self._add(session, self._comparison, first_compared, compared)
             session.commit()
         return len(in_order) < _AT_ONCE
 
     def _open(self, storage: optuna.storages.RDBStorage, name: str) -> int:
+        with suppress(KeyError):
+            before = optuna.load_study(study_name=name, storage=storage)
+            if _COPY not in before.user_attrs.items():
+                _delete(storage, before._study_id)
         study = optuna.create_study(storage=storage, study_name=name, direction="maximize", load_if_exists=True)
+        study.set_user_attr(*_COPY)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             study.set_metric_names([self._task.score.name])
@@ -114,6 +132,26 @@ class Mirror:
         beside = {measure.heading: value for measure, value in zip(measures, values, strict=True)}
         cost = {"parameters": result["parameters"], "multiply-adds": result["multiply_adds"]}
         return {**beside, **cost, "seconds": round(result["seconds"], 1)}
+
+
+def optunas_storage(url: str) -> optuna.storages.RDBStorage:
+    """Optuna's tables in this database, which are made if they are not there. Raises InputError if its version has others."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        return optuna.storages.RDBStorage(url)
+    except RuntimeError as error:
+        raise InputError(f"Optuna cannot use its tables in {without_password(url)}: {error}") from error
+
+
+def _delete(storage: optuna.storages.RDBStorage, study: int) -> None:
+    """Delete a study at once; Optuna would read all of it before."""
+    trials = sa.select(models.TrialModel.trial_id).where(models.TrialModel.study_id == study)
+    with storage.engine.begin() as connection:
+        for table in reversed(models.BaseModel.metadata.sorted_tables):  # those that refer to others come first
+            if "study_id" in table.c:
+                connection.execute(table.delete().where(table.c.study_id == study))
+            elif "trial_id" in table.c:
+                connection.execute(table.delete().where(table.c.trial_id.in_(trials)))
 
 
 def _trial(study: int, number: int, row: Row) -> models.TrialModel:

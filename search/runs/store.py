@@ -12,11 +12,12 @@ Every process claims jobs, evaluates them and tells. What must not go wrong:
 
 - *A job is finished once.* Telling changes a row that is still running, or nothing.
 - *Cells do not depend on how many processes there are.* Jobs are claimed under a lock on the row of the run, so trial n is
-  proposed when the cells of all trials before it are known, and once the results that its sampler may look at are there.
-- *Nothing is lost with a process.* Each has a row with a counter, its heartbeat. Others watch it by their own clocks, which
-  only measure how long it stands still: after `LEASE` seconds the process is taken for dead, and its jobs are claimed again.
-  No time of day decides anything. A process that was only slow goes on, and whoever tells a job first is right: both results
-  are the same.
+  proposed when the cells of all trials before it are known, and once the results that its sampler may look at are there. If
+  one of them does the same, its score is waited for: trained once more, with other random numbers, it would get another.
+- *Nothing is lost with a process.* Each has a row with a counter, its heartbeat. One that stands still while that of the
+  observer moves for `LEASE` seconds is taken for dead, and its jobs are claimed again. No clock decides anything, and while
+  the server is away, all hearts stand still. A process that was only slow goes on, and whoever tells a job first is right:
+  both results are the same.
 - *A connection or a server that goes away is waited for*, and what was being done is done again; each change is either there
   or not.
 
@@ -36,7 +37,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import sqlalchemy as sa
-from sqlalchemy.exc import DBAPIError, IntegrityError, InterfaceError, OperationalError, ProgrammingError
+from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, InterfaceError, OperationalError, ProgrammingError
 
 from reference.cell import Cell
 from search.cells.history import History
@@ -189,7 +190,7 @@ class _Change:
 @dataclass
 class _Watched:
     beat: int
-    since: float  # by the clock of this process
+    since: int  # heartbeat of this process
 
 
 @dataclass
@@ -198,7 +199,7 @@ class _State:
 
     revision: int = 0
     history: History = field(default_factory=History)
-    scored: dict[str, int] = field(default_factory=dict)  # form of a cell with a score -> the first trial with it
+    originals: dict[str, int] = field(default_factory=dict)  # form of a cell -> the trial that has its score, or will
     best: tuple[float, int] | None = None  # score and number of the best trial; of equal ones the first
     cells: dict[Key, str] = field(default_factory=dict)  # of jobs that run
     owners: dict[Key, str] = field(default_factory=dict)  # of jobs that run
@@ -206,7 +207,7 @@ class _State:
     finished: set[int] = field(default_factory=set)  # numbers of finished trials, from `finished_below` on
     finished_below: int = 0  # all trials below it are finished
     failed: int = 0
-    next: int = 0  # number of the next trial
+    next: int = 0  # number of the next trial: the lowest without a cell
 
     @property
     def num_finished(self) -> int:
@@ -235,11 +236,13 @@ class Store:
         self.id = uuid.uuid4().hex
         self.state = _State()
         self._engine = _engine(url, lease)
-        self._lease, self._beat = lease, beat
+        self._beat, self._beats_of_lease = beat, lease / beat
         self._mine: set[Key] = set()  # jobs that this process knows to be its own
         self._watched: dict[str, _Watched] = {}
+        self._beats = 0  # of this process
         self._closing = threading.Event()
-        self._run, self.identity = _begin(self._engine, name, identity, begun or Begun())
+        with _disposed_on_error(self._engine):
+            self._run, self.identity = _begin(self._engine, name, identity, begun or Begun())
         if not self.is_server:
             self._delete_processes()  # none is alive
         self.patiently(lambda: self._register(0))
@@ -271,7 +274,7 @@ class Store:
     def claim(self, plan: SearchPlan, space: SearchSpace, sampler: Proposer) -> Claim | None:
         """The next job: one of a process that died, a known cell, a new trial, the best cell again. None: nothing now.
 
-        A new trial whose cell does the same as one with a score is finished at once with that score, and the next is claimed.
+        A new trial whose cell does the same as an earlier one is finished with the score of that, and the next is claimed.
         """
         while True:
             claim = self.patiently(lambda: self._claim(plan, space, sampler))
@@ -368,10 +371,12 @@ class Store:
             if number < plan.trials and state.finished_below >= sampler.visible_before(number):
                 cell = sampler.propose(number, state.history)
                 form = space.canonical_form(cell).to_json()
-                twin = state.scored.get(form)
-                if twin is None:
+                original = state.originals.get(form)
+                if original is None:
                     return self._start(change, Key(SEARCH, number), cell, form)
-                self._copy(change, number, cell, form, twin)
+                if Key(SEARCH, original) in state.owners:
+                    return None
+                self._copy(change, number, cell, form, original)
                 return _Copied()
             again = next(self._comparisons(plan), None) if state.finished_below >= plan.trials else None
             return None if again is None else self._start(change, *again, form="")
@@ -391,11 +396,11 @@ class Store:
         self._insert(change, key, cell, form, state=RUNNING)
         return Claim(key, cell)
 
-    def _copy(self, change: "_Change", number: int, cell: Cell, form: str, twin: int) -> None:
+    def _copy(self, change: "_Change", number: int, cell: Cell, form: str, original: int) -> None:
         """Finish a new trial with the result of another one."""
         columns = _jobs.c.score, _jobs.c.multiply_adds, _jobs.c.result
-        same = change.connection.execute(sa.select(*columns).where(self._is(Key(SEARCH, twin)))).one()._asdict()
-        same |= {"state": COMPLETE, "finished": time.time(), "duplicate_of": twin}
+        same = change.connection.execute(sa.select(*columns).where(self._is(Key(SEARCH, original)))).one()._asdict()
+        same |= {"state": COMPLETE, "finished": time.time(), "duplicate_of": original}
         self._insert(change, Key(SEARCH, number), cell, form, **same)
 
     def _insert(self, change: "_Change", key: Key, cell: Cell, form: str, **values: Any) -> None:
@@ -421,8 +426,8 @@ class Store:
         return min(orphans, default=None)
 
     def _alive(self, connection: sa.Connection) -> set[str]:
-        """The other processes whose counter has moved, seen from here, within the lease. Those that are not are forgotten."""
-        now = time.monotonic()
+        """The other processes whose counter has moved while ours did for the lease. Those that are not are forgotten."""
+        now = self._beats
         query = sa.select(_processes.c.id, _processes.c.beat).where(_processes.c.run == self._run)
         beats = {row.id: row.beat for row in connection.execute(query)}
         self._watched = {
@@ -430,7 +435,7 @@ class Store:
             for owner, beat in beats.items()
         }
         for owner, seen in list(self._watched.items()):
-            if now - seen.since >= self._lease and owner != self.id:
+            if now - seen.since >= self._beats_of_lease and owner != self.id:
                 connection.execute(_processes.delete().where((_processes.c.run == self._run) & (_processes.c.id == owner)))
                 del self._watched[owner]
         return self._watched.keys() - {self.id}
@@ -454,14 +459,19 @@ class Store:
         if key.name != SEARCH:
             state.compared.add(key)
             return
-        state.next = max(state.next, key.number + 1)
         state.history.propose(key.number, row.cell, row.form)
+        while state.next in state.history:  # runs of earlier versions may lack a number
+            state.next += 1
+        if row.duplicate_of is None:
+            state.originals.setdefault(row.form, key.number)
         if row.state == RUNNING:
             return
-        state.failed += row.state == FAILED
-        if row.state == COMPLETE:
+        if row.state == FAILED:
+            state.failed += 1
+            if state.originals[row.form] == key.number:
+                del state.originals[row.form]  # the next one of this form is tried
+        else:
             state.history.finish(key.number, row.score)
-            state.scored.setdefault(row.form, key.number)
             if state.best is None or (-row.score, key.number) < (-state.best[0], state.best[1]):
                 state.best = row.score, key.number
         state.finished.add(key.number)
@@ -518,6 +528,7 @@ class Store:
                     is_there = connection.execute(beat).rowcount
                 if not is_there:  # others took it for dead
                     self._register(self._workers)
+                self._beats += 1
             except DBAPIError:
                 continue  # the server is away: the process that is to claim or tell waits for it
 
@@ -559,9 +570,9 @@ class Reader:
 
     def __init__(self, url: str, name: str) -> None:
         self._engine = _engine(url)
-        if not sa.inspect(self._engine).has_table(_runs.name):
-            raise KeyError(name)
-        with self._engine.connect() as connection:
+        with _disposed_on_error(self._engine), self._engine.connect() as connection:
+            if not sa.inspect(connection).has_table(_runs.name):
+                raise KeyError(name)
             self._run = _id_of(connection, name)
 
     def close(self) -> None:
@@ -591,12 +602,18 @@ class Reader:
             return int(connection.execute(sa.select(sa.func.count()).select_from(_jobs).where(of_run)).scalar_one())
 
     @contextmanager
-    def alone(self) -> Iterator[sa.Connection | None]:
-        """A transaction that one process of this run has at a time, or None if another one has it."""
-        with self._engine.begin() as connection:
+    def alone(self, *, writes: bool) -> Iterator[sa.Connection | None]:
+        """A transaction that one process of this run has at a time, or None if another one has it.
+
+        One that does not write itself keeps out all runs of the database, and lets other connections write.
+        """
+        with self._engine.execution_options(immediate=writes).begin() as connection:
             query = sa.select(_mirrors.c.run).where(_mirrors.c.run == self._run).with_for_update(skip_locked=True)
-            is_alone = not is_server(str(self._engine.url)) or connection.execute(query).one_or_none() is not None
-            yield connection if is_alone else None  # a file has one process
+            is_file = self._engine.dialect.name == "sqlite"  # which has one process
+            is_alone = is_file or connection.execute(query).one_or_none() is not None
+            if is_alone and not (is_file or writes):
+                connection.execute(sa.text(f"LOCK TABLE {_mirrors.name} IN SHARE ROW EXCLUSIVE MODE"))
+            yield connection if is_alone else None
 
     def running(self) -> list[tuple[Key, str, float]]:
         """Jobs that are being evaluated, or were when their process died: the process and since when."""
@@ -614,6 +631,14 @@ class Reader:
 
     def processes(self) -> list[Process]:
         return _processes_of(self._engine, self._run)
+
+
+def without_password(url: str) -> str:
+    """The URL as people may read it."""
+    try:
+        return sa.make_url(url).render_as_string(hide_password=True)
+    except ArgumentError:
+        return url
 
 
 def is_server(url: str) -> bool:
@@ -691,10 +716,15 @@ def _engine(url: str, lease: float = LEASE) -> sa.Engine:
     """Of SQLite, transactions begin when they say so, and one that is to write keeps others from writing at once.
 
     PostgreSQL ends a transaction, and with it the locks, of a process that does nothing for the lease in the middle of it,
-    because it was suspended, or its machine is gone.
+    because it was suspended, or its machine is gone. Raises InputError for another database, and for SQLite in memory.
     """
+    parsed = sa.make_url(url)
+    if (kind := parsed.get_backend_name()) not in ("sqlite", "postgresql"):
+        raise InputError(f"`storage` is of {kind}: give the URL of PostgreSQL (postgresql+psycopg://…) or of an SQLite file")
     if is_server(url):
-        return _engine_of_server(sa.make_url(url), lease)
+        return _engine_of_server(parsed, lease)
+    if parsed.database in (None, "", ":memory:"):
+        raise InputError(f"`storage` {url} is in memory: give an SQLite file, such as sqlite:///study.db")
     engine = sa.create_engine(url, connect_args={"timeout": 60})
 
     @sa.event.listens_for(engine, "connect")
@@ -709,15 +739,24 @@ def _engine(url: str, lease: float = LEASE) -> sa.Engine:
     return engine
 
 
+@contextmanager
+def _disposed_on_error(engine: sa.Engine) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        engine.dispose()
+        raise
+
+
 def _engine_of_server(url: sa.URL, lease: float) -> sa.Engine:
     limits = {"connect_timeout": 10, "tcp_user_timeout": int(1000 * lease)} if url.get_driver_name() in _LIBPQ else {}
-    engine = sa.create_engine(url, connect_args={name: value for name, value in limits.items() if name not in url.query})
-    if engine.dialect.name == "postgresql":
+    limits = {name: value for name, value in limits.items() if name not in url.query}
+    engine = sa.create_engine(url, connect_args=limits, isolation_level="READ COMMITTED")  # whatever the server's default is
 
-        @sa.event.listens_for(engine, "connect")
-        def limit_transactions(connection: Any, record: Any) -> None:
-            with connection.cursor() as cursor:
-                cursor.execute(f"SET idle_in_transaction_session_timeout = {int(1000 * lease)}")
-            connection.commit()
+    @sa.event.listens_for(engine, "connect")
+    def limit_transactions(connection: Any, record: Any) -> None:
+        with connection.cursor() as cursor:
+            cursor.execute(f"SET idle_in_transaction_session_timeout = {int(1000 * lease)}")
+        connection.commit()
 
     return engine

@@ -33,7 +33,21 @@ from search.folder import Folder, InUseError, differences
 from search.interrupts import ctrl_c_waits
 from search.runs.earlier import EarlierRun
 from search.runs.mirror import Mirror
-from search.runs.store import BEST_HEAD, FOUND, RUNNING, SEARCH, Claim, Key, Reader, Row, SearchPlan, Store, Told, is_server
+from search.runs.store import (
+    BEST_HEAD,
+    FOUND,
+    RUNNING,
+    SEARCH,
+    Claim,
+    Key,
+    Reader,
+    Row,
+    SearchPlan,
+    Store,
+    Told,
+    is_server,
+    without_password,
+)
 from search.settings import (
     BackboneSettings,
     DataSettings,
@@ -207,14 +221,19 @@ class Study:
     @ctrl_c_waits()
     def _update_mirror(self) -> bool:
         """Add to Optuna's studies, or make them; returns whether all is there, or another process is at it."""
-        with self._reader.alone() as connection:
+        with self._reader.alone(writes=self._mirror is not None) as connection:
             if connection is None:
                 return True
-            try:
-                self._mirror = self._mirror or self._open_mirror()
+            if self._mirror is not None and self._mirror.is_there(connection):
                 return self._mirror.update(connection, self._reader)
+            if self._mirror is not None:
+                self._mirror = None
+                return False
+            try:
+                self._mirror = self._open_mirror()  # by connections of its own
             except StorageInternalError as error:  # Optuna's name for an error of the database
                 raise error.__cause__ or error from None
+            return False
 
     def take_folder(self) -> bool:
         """Whether this process writes into the run's folder: that which did may have died."""
@@ -257,11 +276,11 @@ def open_run(
             before = folder.description()
             name = _run_id(folder, before) if before else _new_id(directory, url)
             folder.check(identity, defaults)
-            if holds_folder:
+            store = stack.enter_context(closing(_open_store(url, name, identity, defaults, space)))
+            if holds_folder:  # only now: a folder of a run that is refused would refuse what is right
                 description = {"id": name, "storage": storage, "settings": plain(asdict(settings))}
                 description |= task.describe() | {"space": plain(asdict(space))}
                 folder.begin(identity, command, defaults=defaults, **description)
-            store = stack.enter_context(closing(_open_store(url, name, identity, defaults, space)))
             arguments = directory, url, store, task, space, sampler, file_of
             hold = partial(_hold, folder, stack, url)
             study = stack.enter_context(closing(Study(*arguments, hold=(lambda: True) if holds_folder else hold)))
@@ -292,7 +311,8 @@ def identity_before(directory: Path, storage: str | None) -> dict[str, Any] | No
 
 
 def _unusable(url: str, error: Exception) -> InputError:
-    return InputError(f"the study {url} cannot be used ({_first_line(error)}): check `storage` and the disk")
+    text = f"the study {without_password(url)} cannot be used ({_first_line(error)})"
+    return InputError(f"{text}: check `storage` and the disk")
 
 
 def _hold(folder: Folder, stack: ExitStack, url: str) -> bool:
@@ -315,15 +335,12 @@ def _open_store(url: str, name: str, identity: dict[str, Any], defaults: Mapping
     )  # hosts may spell it otherwise
     now = json.loads(text)
     earlier = _earlier_run(url, name, space)
-    store = Store(url, name, text, None if earlier is None else earlier.begun)
+    store = Store(url, name, text, earlier.begun if earlier else None)
     if different := differences(json.loads(store.identity), now, defaults):
         store.close()
         raise InputError(
             f"run {name} in the database was started with {different}: use the same values, or give another `out`"
         )
-    if earlier is not None:
-        with closing(earlier):
-            earlier.remove()
     return store
 
 
@@ -365,7 +382,6 @@ def load_run(directory: Path) -> Run:
 
 def _records(url: str, name: str, space: SearchSpace) -> tuple[list[TrialRecord], list[BaselineRecord], Mapping[int, Curve]]:
     if earlier := _earlier_run(url, name, space):
-        earlier.close()
         finished = sorted((row for row in earlier.begun.rows if row.state != RUNNING), key=lambda row: row.key.number)
         of_search = [row for row in finished if row.key.name == SEARCH]
         compared = [(row, earlier.begun.curves.get(row.key)) for row in earlier.begun.rows if row.key.name != SEARCH]

@@ -215,6 +215,20 @@ def test_a_process_is_dead_when_its_counter_stands_still_and_not_before(database
             assert [process.id for process in store.processes()] == [store.id]
 
 
+def test_while_no_heart_beats_nobody_is_dead(database: str) -> None:
+    """As while the server is away, or all processes are suspended: whoever is back first takes nothing from the others."""
+    with (
+        closing(Store(database, "run", IDENTITY, lease=0.4, beat=0.2)) as other,
+        closing(Store(database, "run", IDENTITY, lease=0.4, beat=0.2)) as store,
+    ):
+        other._beat = store._beat = 1e9
+        store._closing.wait(0.5)  # each has beaten for the last time
+        first = known(claim(other))
+        assert known(claim(store)).key != first.key  # and has seen the other one's heart
+        store._closing.wait(0.5)
+        assert known(claim(store)).key != first.key
+
+
 def test_heads_are_of_the_best_trial_and_of_seed_0(store: Store, alone: list[Row]) -> None:
     work(store)
     names = [name for name, _, _ in store.new_heads(0)]
@@ -236,6 +250,46 @@ def test_a_run_may_begin_with_jobs_that_were_done_elsewhere(url: str, alone: lis
         finish(store, first)
         work(store)
     assert content(url) == alone
+
+
+def test_a_number_that_was_left_out_elsewhere_is_tried(url: str, alone: list[Row]) -> None:
+    """An earlier version may have been killed before a trial had a cell, when later ones had begun."""
+    with closing(Store(url, "run", IDENTITY, Begun([*alone[:4], *alone[5:9]]))) as store:
+        assert known(claim(store, replace(PLAN, compare={}))).key == Key(SEARCH, 4)
+        assert known(claim(store, replace(PLAN, compare={}))).key == Key(SEARCH, 9)
+
+
+@pytest.mark.parametrize("position", [0, -1], ids=["oldest first", "newest first"])
+def test_cells_that_do_the_same_have_the_score_of_the_first_whichever_ends_first(tmp_path: Path, position: int) -> None:
+    space = SearchSpace(1, (1,), ())  # of two cells
+    sampler, plan = PaperSampler(space, seed=0), SearchPlan(12, {}, 1, 0)
+
+    def outcomes(name: str, at_once: int) -> list[Row]:
+        url, running = f"sqlite:///{tmp_path / name}", list[Claim]()
+        with closing(Store(url, "run", IDENTITY)) as store:
+            while True:
+                claimed = store.claim(plan, space, sampler) if len(running) < at_once else None
+                if claimed is not None:
+                    running.append(claimed)
+                elif running:
+                    key = running.pop(position).key  # a training's score depends on its number, by its seed
+                    store.tell(key, Told(key.number * 7 % 5 / 5, 10, "{}", "[]"))
+                else:
+                    break
+        with closing(Reader(url, "run")) as reader:
+            return [replace(row, finished=None) for row in reader.finished(search=True)]
+
+    assert outcomes("several", at_once=5) == outcomes("one", at_once=1)
+
+
+@pytest.mark.parametrize(
+    ("storage", "reason"),
+    [("mysql+pymysql://host/name", "is of mysql: give the URL of PostgreSQL"), ("sqlite://", "is in memory: give an SQLite")],
+)
+def test_other_databases_are_refused(storage: str, reason: str) -> None:
+    for open_it in (lambda: Store(storage, "run", IDENTITY), lambda: Reader(storage, "run")):
+        with pytest.raises(InputError, match=f"`storage` .*{reason}"):
+            open_it()
 
 
 def test_runs_in_one_database_do_not_meet(url: str, alone: list[Row]) -> None:

@@ -4,8 +4,11 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
+import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -178,6 +181,33 @@ def test_a_slow_trial_holds_back_those_after_it_so_numbers_are_the_same(director
         assert len(stored(directory)["search"][2]) == 5
 
 
+@pytest.mark.parametrize("on", ["file", "server"])
+def test_what_somebody_deletes_in_a_dashboard_is_written_again(
+    tmp_path: Path, on: str, request: pytest.FixtureRequest
+) -> None:
+    url = request.getfixturevalue("database") if on == "server" else f"sqlite:///{tmp_path / 'study.db'}"
+    with begin(tmp_path / "run", storage=url) as study:
+        study.tell(claim(study).key, make_result())
+        study.show()
+        storage, name = optuna.storages.RDBStorage(url), f"{study.store.name} comparison"
+        optuna.delete_study(study_name=name, storage=storage)
+        study.tell(claim(study).key, make_result())
+        study.show()
+        assert len(optuna.load_study(study_name=name, storage=storage).trials) == 2
+        storage.engine.dispose()
+
+
+def test_a_search_waits_for_another_program_that_writes_into_its_file(directory: Path) -> None:
+    with begin(directory) as study, closing(sqlite3.connect(directory / "study.db", check_same_thread=False)) as other:
+        study.tell(claim(study).key, make_result())
+        other.execute("BEGIN IMMEDIATE")
+        end = threading.Timer(0.3, other.commit)
+        end.start()
+        study.show()
+        end.join()
+    assert len(stored(directory)["search"][2]) == 4
+
+
 def test_a_dashboard_shows_the_errors_of_depth(tmp_path: Path) -> None:
     with begin(tmp_path / "run", task=Depth(1.0)) as study:
         scores = Scores(0.5, (1.5, 0.25, 0.75, None))
@@ -244,6 +274,38 @@ def test_a_run_of_an_earlier_version_is_read_and_goes_on(original: Path, tmp_pat
             )
             assert study.store.state.next == 4
     assert len(stored(tmp_path / "run")["search"][2]) == 3
+
+
+def test_a_run_of_an_earlier_version_whose_takeover_was_interrupted_is_shown_as_any_other(
+    original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    earlier_run(tmp_path / "run", original, attributes="system")
+    with monkeypatch.context() as patched:
+        patched.setattr(Store, "_register", None)  # killed once the store had all, and Optuna's studies were there
+        with pytest.raises(TypeError):
+            begin(tmp_path / "run").__enter__()
+    with begin(tmp_path / "run"):
+        pass
+    shown = stored(original)
+    assert stored(tmp_path / "run")["search"] == shown["search"]
+    assert stored(tmp_path / "run")["comparison"][2] == shown["comparison"][2][:1]  # the other one has failed, with no result
+
+
+def test_processes_may_begin_at_the_same_moment(tmp_path: Path, database: str) -> None:
+    """In folders of their own, as on machines that share none."""
+    moment = threading.Barrier(3)
+
+    def work(machine: int) -> tuple[str, Key]:
+        moment.wait()
+        with begin(tmp_path / f"{machine}" / "run", storage=database) as study:
+            claimed = study.store.name, claim(study).key
+            moment.wait()
+            return claimed
+
+    with ThreadPoolExecutor(3) as threads:
+        claimed = list(threads.map(work, range(3)))
+    assert len(set(claimed)) == 3
+    assert {name for name, _ in claimed} == {"run"}
 
 
 def test_a_run_can_be_read_while_it_is_written(directory: Path) -> None:
@@ -335,6 +397,23 @@ def test_other_settings_are_refused_by_flag(directory: Path, field: str, value: 
 def test_all_other_settings_are_named_at_once(directory: Path) -> None:
     with pytest.raises(InputError, match=r"`iterations` 10, now it is 20, and `learning_rate` 0\.1, now it is 0\.2: "):
         begin(directory, {"iterations": 20, "learning_rate": 0.2}).__enter__()
+
+
+def test_a_folder_is_not_begun_by_what_is_refused(tmp_path: Path, database: str) -> None:
+    with begin(tmp_path / "here" / "run", storage=database):
+        pass
+    for storage, changes in ((f"{database}x", {}), (database, {"iterations": 20})):
+        with pytest.raises(InputError, match=r"cannot be used|was started with `iterations` 10, now it is 20"):
+            begin(tmp_path / "elsewhere" / "run", dict[str, object](changes), storage=storage).__enter__()
+    with begin(tmp_path / "elsewhere" / "run", storage=database):
+        pass
+
+
+def test_no_password_is_said(tmp_path: Path) -> None:
+    url = "postgresql+psycopg://me:secret@127.0.0.1:1/name"
+    with pytest.raises(InputError, match=r"the study postgresql\+psycopg://me:\*\*\*@127") as caught:
+        begin(tmp_path / "run", storage=url).__enter__()
+    assert "secret" not in str(caught.value)
 
 
 def test_a_second_process_is_refused(directory: Path) -> None:
