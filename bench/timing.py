@@ -112,7 +112,8 @@ class FirstCall(NamedTuple):
     """A fresh process's, which has imported everything and holds inputs and weights."""
 
     seconds: float
-    peak_memory_bytes: int | None  # of an iteration, above what was used before; None if unknown
+    peak_mb: float | None  # of an iteration, above what was used before; None if unknown
+    written_mb: float | None = None  # what it has written
 
 
 def first_call(case: Case, provider: Provider, dtype: str, device_name: str, threads: int) -> FirstCall:
@@ -133,7 +134,8 @@ def first_call(case: Case, provider: Provider, dtype: str, device_name: str, thr
     for _ in range(warm_up_calls(device)):
         workload()
     synchronise(device)
-    return FirstCall(seconds, meter.peak())
+    peak, written = (None if number is None else number / 1e6 for number in (meter.peak(), workload.written_bytes))
+    return FirstCall(seconds, peak, written)
 
 
 class _MemoryMeter:

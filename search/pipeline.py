@@ -10,15 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
-from optuna.samplers import BaseSampler
-
 from fast.backbone import Backbone, hash_of_weights
 from fast.checkpoint import check_network, head_content, load_head, load_network
 from fast.model_card import write_card
 from fast.segmentation import SegmentationHead, SegmentationNetwork
 from reference.cell import GRID_SIZES, NUM_BRANCHES, RATES, Cell
 from search.backbones.facts import facts_in
-from search.cells.sampler import LAG, CellSampler, create_sampler
+from search.cells.sampler import LAG, CellSampler
+from search.cells.samplers import create_sampler
 from search.cells.space import ASCENDING, SearchSpace, is_ascending, load_cells
 from search.datasets import Dataset, training_pictures
 from search.datasets.look import look_at, require_labels
@@ -30,7 +29,7 @@ from search.reports.run_files import ReportRefresher, finish_run
 from search.runs.cluster import count_workers
 from search.runs.search import Search
 from search.runs.store import SearchPlan
-from search.runs.study import Run, RunSettings, best_head, load_run, open_run, ranked
+from search.runs.study import Run, RunSettings, best_head, identity_before, load_run, open_run, ranked
 from search.runs.workers import open_workers
 from search.settings import (
     SHAPES,
@@ -77,7 +76,7 @@ class SearchSettings(WorkerSettings):
     grids: tuple[int, ...] = GRID_SIZES
     """Grids that pyramid poolings may have in height and width. None given: no poolings."""
     sampler: str = "paper"
-    """How cells are proposed: paper (uniform, and near the best so far), random, tpe or evolution."""
+    """How cells are proposed: paper (uniform, and near the best so far), random, evolution, local, predictor or tpe."""
     lag: int | None = None
     """Samplers that look back ignore this many latest results, so their cells are the same with up to lag + 1 workers. None:
     the run's; of a new one 4, or 4 times the workers if they are more than 5, so that no one waits for a slow cell."""
@@ -114,9 +113,7 @@ class SearchSettings(WorkerSettings):
     @property
     def most_at_once(self) -> int | None:
         """How many cells the sampler lets be evaluated at a time; None if it never looks back and so waits for none."""
-        sampler = self._sampler()
-        looks_back = isinstance(sampler, CellSampler) and sampler.visible_before(sys.maxsize) > 0
-        return given(self.lag, LAG) + 1 if looks_back else None
+        return given(self.lag, LAG) + 1 if self._sampler().uses_scores else None
 
     def with_lag(self, directory: Path, device: str) -> Self:
         """With the lag of the run in `directory`, or of a new one; says so if that is not as usual, or not enough.
@@ -124,8 +121,8 @@ class SearchSettings(WorkerSettings):
         A sampler that looks back waits for all but the `lag` latest trials. With little more than that at work, a slow cell
         soon stops the others.
         """
-        before = Folder(directory).description()
-        fixed = self.lag if before is None else given(self.lag, before["identity"].get("lag"))
+        before = identity_before(directory, self.storage)
+        fixed = self.lag if before is None else given(self.lag, before.get("lag"))
         search = replace(self, lag=given(fixed, LAG))
         if (most := search.most_at_once) is None:
             return search
@@ -147,7 +144,7 @@ class SearchSettings(WorkerSettings):
             )
         return search
 
-    def _sampler(self) -> BaseSampler:
+    def _sampler(self) -> CellSampler:
         return create_sampler(
             self.sampler, SearchSpace(self.branches, self.rates, self.grids), self.seed, lag=given(self.lag, LAG)
         )

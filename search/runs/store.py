@@ -23,6 +23,7 @@ Every process claims jobs, evaluates them and tells. What must not go wrong:
 This module needs no PyTorch, so many small processes can use it.
 """
 
+import json
 import os
 import platform
 import sys
@@ -111,6 +112,7 @@ _processes = sa.Table(
     sa.Column("started", sa.Float, nullable=False),  # seconds since 1970, for people
 )
 
+_is_trial, _is_comparison = _jobs.c.name == SEARCH, _jobs.c.name > SEARCH  # for ">" an index knows where they begin
 _Value = TypeVar("_Value")
 
 
@@ -564,11 +566,17 @@ class Reader:
     def close(self) -> None:
         self._engine.dispose()
 
+    def identity(self) -> dict[str, Any]:
+        """What the run was begun with."""
+        with self._engine.connect() as connection:
+            text = connection.execute(sa.select(_runs.c.identity).where(_runs.c.id == self._run)).scalar_one()
+        return dict(json.loads(text))
+
     def finished(self, *, search: bool, after: int = -1, at_most: int | None = None) -> list[Row]:
         """The finished trials numbered above `after`, in order, or the finished comparisons as they were begun."""
         columns = [_jobs.c[name] for name in _COLUMNS]
         of_run = (_jobs.c.run == self._run) & (_jobs.c.state != RUNNING) & (_jobs.c.number > after)
-        of_run &= (_jobs.c.name == SEARCH) if search else (_jobs.c.name != SEARCH)
+        of_run &= _is_trial if search else _is_comparison
         order = (_jobs.c.number,) if search else (_jobs.c.started, _jobs.c.name, _jobs.c.number)
         query = sa.select(_jobs.c.name, _jobs.c.number, *columns).where(of_run).order_by(*order).limit(at_most)
         with self._engine.connect() as connection:
@@ -577,7 +585,7 @@ class Reader:
     def num_finished(self, *, search: bool) -> int:
         """The number of finished trials, or of finished comparisons."""
         of_run = (_jobs.c.run == self._run) & (_jobs.c.state != RUNNING)
-        of_run &= (_jobs.c.name == SEARCH) if search else (_jobs.c.name != SEARCH)
+        of_run &= _is_trial if search else _is_comparison
         with self._engine.connect() as connection:
             return int(connection.execute(sa.select(sa.func.count()).select_from(_jobs).where(of_run)).scalar_one())
 

@@ -170,7 +170,8 @@ class Study:
         self._hold = hold
         self.holds_folder = hold()
         self.store = store
-        self._space, self._sampler, self._file_of = space, sampler, file_of
+        self.sampler = sampler
+        self._space, self._file_of = space, file_of
         self._mirror: Mirror | None = None
         self._open_mirror, self._reader = partial(Mirror, url, store.name, task, space), Reader(url, store.name)
         self._heads = 0  # revision up to which the folder has the heads
@@ -180,7 +181,7 @@ class Study:
     @ctrl_c_waits()
     def claim(self, plan: SearchPlan) -> Claim | None:
         """The next job of this process (`Store.claim`)."""
-        return self.store.claim(plan, self._space, self._sampler)
+        return self.store.claim(plan, self._space, self.sampler)
 
     @ctrl_c_waits()
     def tell(self, key: Key, result: ProxyResult, head: SegmentationHead | None = None) -> bool:
@@ -266,9 +267,32 @@ def open_run(
             study = stack.enter_context(closing(Study(*arguments, hold=(lambda: True) if holds_folder else hold)))
             yield study
     except (SQLAlchemyError, OptunaError, ImportError) as error:
-        raise InputError(f"the study {url} cannot be used ({_first_line(error)}): check `storage` and the disk") from error
+        raise _unusable(url, error) from error
     except OSError as error:
         raise InputError(f"cannot write {directory} ({error}): give another `out`, or make room and run again") from error
+
+
+def identity_before(directory: Path, storage: str | None) -> dict[str, Any] | None:
+    """What the run was begun with, here or, of a database server, anywhere; None for a new one.
+
+    Raises InputError if the database cannot be used.
+    """
+    if before := Folder(directory).description():
+        return dict(before["identity"])
+    url = _storage_url(directory, storage)
+    if not is_server(url):
+        return None
+    try:
+        with closing(Reader(url, _new_id(directory, url))) as reader:
+            return reader.identity()
+    except KeyError:
+        return None
+    except (SQLAlchemyError, ImportError) as error:
+        raise _unusable(url, error) from error
+
+
+def _unusable(url: str, error: Exception) -> InputError:
+    return InputError(f"the study {url} cannot be used ({_first_line(error)}): check `storage` and the disk")
 
 
 def _hold(folder: Folder, stack: ExitStack, url: str) -> bool:
@@ -286,9 +310,12 @@ def _hold(folder: Folder, stack: ExitStack, url: str) -> bool:
 
 def _open_store(url: str, name: str, identity: dict[str, Any], defaults: Mapping[str, Any], space: SearchSpace) -> Store:
     """The run's jobs; those of an earlier version are taken over."""
-    now = json.loads(json.dumps(identity))
+    text = json.dumps(
+        {field: value for field, value in identity.items() if field != "storage"}
+    )  # hosts may spell it otherwise
+    now = json.loads(text)
     earlier = _earlier_run(url, name, space)
-    store = Store(url, name, json.dumps(identity), None if earlier is None else earlier.begun)
+    store = Store(url, name, text, None if earlier is None else earlier.begun)
     if different := differences(json.loads(store.identity), now, defaults):
         store.close()
         raise InputError(

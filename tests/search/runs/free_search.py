@@ -9,7 +9,8 @@ from sqlalchemy.exc import OperationalError
 
 from reference.cell import Cell
 from search.cells.history import History
-from search.cells.sampler import CellSampler, PaperSampler
+from search.cells.sampler import CellSampler
+from search.cells.samplers.paper import PaperSampler
 from search.cells.space import SearchSpace, cell_hash, load_cell
 from search.dense_tasks import Scores
 from search.dense_tasks.segmentation import Segmentation
@@ -81,7 +82,7 @@ def expected(trials: int) -> Finished:
         if score is not None:
             history.finish(number, score)
         found[Key(SEARCH, number)] = cell, score
-    best = history.best(1, trials)[0]
+    best = next(history.best(trials))
     for name, cell in {**plan(trials).compare, f"{FOUND}{best.number}": best.cell}.items():
         found |= {Key(name, seed): (cell, _score(cell, seed)) for seed in range(plan(trials).comparison_seeds)}
     return found

@@ -12,7 +12,7 @@ import pytest
 import sqlalchemy as sa
 
 from reference.cell import Cell
-from search.cells.sampler import PaperSampler
+from search.cells.samplers.paper import PaperSampler
 from search.cells.space import SearchSpace, load_cell
 from search.errors import InputError
 from search.runs.store import (

@@ -16,7 +16,8 @@ import pytest
 from optuna.trial import TrialState
 
 from reference.cell import OPERATIONS, Branch, Cell, Conv1x1
-from search.cells.sampler import cell_from_params, create_sampler, distributions_of, params_of_cell, suggest_cell
+from search.cells.sampler import cell_from_params, distributions_of, params_of_cell, suggest_cell
+from search.cells.samplers import create_sampler
 from search.cells.space import SearchSpace, load_cell
 from search.dense_tasks import DenseTask, Scores
 from search.dense_tasks.depth import Depth
