@@ -40,7 +40,7 @@ def _free_port() -> int:
 def dashboard(url: str, log: Path) -> Iterator[str]:
     """The address of a dashboard of this storage."""
     port = _free_port()
-    command = [Path(sys.executable).with_name("optuna-dashboard"), url, "--port", str(port), "--server", "wsgiref"]
+    command = [str(Path(sys.executable).with_name("optuna-dashboard")), url, "--port", str(port), "--server", "wsgiref"]
     with log.open("wb") as output, subprocess.Popen(command, stdout=output, stderr=output) as process:
         try:
             deadline = time.monotonic() + _PATIENCE
@@ -66,7 +66,7 @@ def ask(address: str) -> dict[str, Any]:
 def test_the_dashboard_shows_scores_cells_costs_and_failures(tmp_path: Path, storage: str | None) -> None:
     scores = iter((0.25, 0.5, None, 0.75))
     with begin(tmp_path / "mine", storage=storage) as study:
-        told = []
+        told: list[tuple[str, list[float] | None, str]] = []
         while len(told) < 3:
             key, cell = claim(study)
             if key.name != SEARCH:
