@@ -53,7 +53,7 @@ def test_a_filled_study_is_one_that_optuna_writes(tmp_path: Path) -> None:
     written, filled = (f"sqlite:///{tmp_path / name}.db" for name in ("written", "filled"))
     study = optuna.create_study(storage=written, study_name="it", direction="maximize")
     for cell, score in trials:
-        params, of_space = params_of_cell(cell, space), distributions(space)
+        params, of_space = params_of_cell(cell, space), dict(distributions(space))
         trial = optuna.trial.create_trial(value=score, params=params, distributions=of_space, user_attrs=attributes)
         study.add_trial(trial)
     create_filled_study(filled, "it", space, trials, attributes)
