@@ -29,7 +29,7 @@ from search.reports.run_files import ReportRefresher, finish_run
 from search.runs.cluster import count_workers
 from search.runs.search import Search
 from search.runs.store import SearchPlan
-from search.runs.study import Run, RunSettings, best_head, load_run, open_run, ranked
+from search.runs.study import Run, RunSettings, best_head, identity_before, load_run, open_run, ranked
 from search.runs.workers import open_workers
 from search.settings import (
     SHAPES,
@@ -121,8 +121,8 @@ class SearchSettings(WorkerSettings):
         A sampler that looks back waits for all but the `lag` latest trials. With little more than that at work, a slow cell
         soon stops the others.
         """
-        before = Folder(directory).description()
-        fixed = self.lag if before is None else given(self.lag, before["identity"].get("lag"))
+        before = identity_before(directory, self.storage)
+        fixed = self.lag if before is None else given(self.lag, before.get("lag"))
         search = replace(self, lag=given(fixed, LAG))
         if (most := search.most_at_once) is None:
             return search

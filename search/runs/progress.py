@@ -23,8 +23,7 @@ _SAME_FAILURES, _OF_MORE = 5, 10  # for the same reason, lines that are written 
 class Progress:
     """Follows a search of `total` trials, of which `done` are finished; a context manager. `measure` is what a score is.
 
-    The loop says what it begins and what came of it. It may call `counted`, `others` and `workers` as often as it likes, and
-    does so every second or so, since time goes on.
+    Who searches says what begins and what ends, and about every second what `counted`, `others` and `workers` are to know.
     """
 
     def __init__(self, total: int, done: int, measure: Measure, clock: Callable[[], float] = time.monotonic) -> None:
@@ -35,7 +34,7 @@ class Progress:
         self._busy = 0
         self._capacity = 1
         self._elsewhere = (0, 0)  # cells, and the processes that they are with
-        self._pace = Pace(clock(), done)
+        self._pace: Pace | None = None  # from the first trial on: comparisons take as long, and are none
         self._shown_at = self._line_at = clock()
         self._line_of = (done, False)  # what the last line said: trials, and whether this process waits for others
 
@@ -55,24 +54,21 @@ class Progress:
         self._busy += 1
         if key.name != SEARCH:
             self._write(_named(key))
+        elif self._pace is None:
+            self._pace = Pace(self._clock(), self._done)
         self._show()
 
-    def finished(self, key: Key, score: float | None = None, failure: str | None = None) -> None:
-        """A job of this process has ended with a score, or for this reason with none."""
+    def finished(self, key: Key, failure: str | None = None) -> None:
+        """A job of this process has ended: with a score, or for this reason with none."""
         self._busy -= 1
         if failure is not None:
             self._write_failure(key, failure)
-        if key.name == SEARCH:
-            best = max((each for each in (score, self._best) if each is not None), default=None)
-            self.counted(self._done + 1, failed=self._failed + (failure is not None), best=best)
-
-    def skipped(self) -> None:
-        """A trial was finished without an evaluation, as a duplicate."""
-        self.counted(self._done + 1, failed=self._failed, best=self._best)
 
     def counted(self, done: int, *, failed: int, best: float | None) -> None:
-        """What the trials have come to by now, those of other processes and of earlier days with them."""
+        """What the trials have come to by now: all that are finished, those without a score, and the best one."""
         if done > self._done:
+            if self._pace is None:  # others have begun
+                self._pace = Pace(self._clock(), done)
             self._pace.add(self._clock(), done, self._at_once)
         self._done, self._failed, self._best = done, failed, best
         self._show()
@@ -123,12 +119,8 @@ class Progress:
             state.append(f"waiting: {_count(cells, 'cell')} {'is' if cells == 1 else 'are'} with {_other(processes)}")
         if self._best is not None:
             state.append(f"best {self._measure.name} {self._measure.text(self._best)}")
-        left = self._pace.seconds_for(self._total - self._done, now, self._at_once)
-        if left is not None and self._done < self._total:
-            state.append(f"{_duration(left)} left")
-        if rate := self._pace.per_second(now, self._at_once):
-            per_hour = 3600 * rate
-            state.append(f"{per_hour:,.0f}/h" if per_hour >= 10 else f"{per_hour:.1f}/h")
+        if self._pace is not None:
+            state += self._pace.said(self._total - self._done, now, self._at_once)
         if self._capacity > 1:
             state.append(f"{self._busy}/{self._capacity} workers busy")
         if cells and not self._is_waiting:
@@ -171,6 +163,15 @@ class Pace:
             if now - time_of_next < _WINDOW or done - done_at_next < _ROUNDS * at_once:
                 return
             self._ends.popleft()
+
+    def said(self, trials: int, now: float, at_once: int) -> list[str]:
+        """How long so many trials will take, and how many an hour there are; nothing before the first end."""
+        rate, left = self.per_second(now, at_once), self.seconds_for(trials, now, at_once)
+        if rate is None or left is None:
+            return []
+        per_hour = 3600 * rate
+        number = f"{per_hour:,.0f}/h" if per_hour >= 10 else f"{per_hour:.1f}/h"
+        return [f"{_duration(left)} left", number] if trials > 0 else [number]
 
     def per_second(self, now: float, at_once: int) -> float | None:
         """Trials a second; None before the first end."""

@@ -1,5 +1,6 @@
 """The loop of a search: claim a job, have it evaluated, tell the study, until nothing is left to do here or elsewhere."""
 
+import sys
 import time
 from collections.abc import Callable
 
@@ -36,7 +37,9 @@ class Search:
         self.plan = plan
         self.measure = measure
         self._on_tick = on_tick
+        self._has_waited = False
         self._capacity = 0  # as it was last said
+        self._shown = time.monotonic()  # when others could last see what is finished
         self._running: dict[int | str, Key] = {}  # by the key of the workers' job
 
     def run(self) -> None:
@@ -45,13 +48,14 @@ class Search:
         with Progress(self.plan.trials, done, self.measure) as self._progress:
             while True:
                 self._fill()
+                self._tick()
                 if self._running:
                     self._wait()
                 elif self.study.store.is_finished(self.plan):
+                    self.study.show()
                     return
                 else:  # other processes have the rest
                     time.sleep(TICK)
-                self._tick()
 
     def _fill(self) -> None:
         """Claim jobs for all workers that are idle."""
@@ -59,8 +63,17 @@ class Search:
             with ctrl_c_waits():
                 claim = self.study.claim(self.plan)
                 if claim is None:
+                    self._say_why_it_waits()
                     return
                 self._start(claim)
+
+    def _say_why_it_waits(self) -> None:
+        """Once, if trials are left, and nobody here has one."""
+        lag, state = self.study.sampler.lag, self.study.store.state
+        if not self._running and state.next < self.plan.trials and not self._has_waited:
+            self._has_waited = True
+            at_once = f"at most {lag + 1} cells are evaluated at a time by all processes together (its lag is {lag})"
+            print(f"waiting: the sampler of this run looks back, so {at_once}", file=sys.stderr)
 
     def _start(self, claim: Claim) -> None:
         name, number = claim.key
@@ -86,10 +99,12 @@ class Search:
             self._progress.finished(key, failure=reason)
         else:
             self.study.tell(key, outcome.result, outcome.head)
-            self._progress.finished(key, outcome.result.score)
+            self._progress.finished(key)
 
     def _tick(self) -> None:
-        self.study.show()
+        if time.monotonic() - self._shown >= TICK:
+            self.study.show()
+            self._shown = time.monotonic()
         store = self.study.store
         if self.workers.capacity != self._capacity:
             self._capacity = self.workers.capacity

@@ -52,6 +52,10 @@ class Source:
             (cache.name, name): (cache.directory / name).open("rb") for cache in caches for name in cache.sizes
         }
 
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+
     def read(self, cache: str, name: str, number: int) -> tuple[bytes, str]:
         """A piece of a file, and its hash."""
         file = self._files[cache, name]

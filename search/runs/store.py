@@ -23,6 +23,7 @@ Every process claims jobs, evaluates them and tells. What must not go wrong:
 This module needs no PyTorch, so many small processes can use it.
 """
 
+import json
 import os
 import platform
 import sys
@@ -111,6 +112,7 @@ _processes = sa.Table(
     sa.Column("started", sa.Float, nullable=False),  # seconds since 1970, for people
 )
 
+_is_trial, _is_comparison = _jobs.c.name == SEARCH, _jobs.c.name > SEARCH  # for ">" an index knows where they begin
 _Value = TypeVar("_Value")
 
 
@@ -487,13 +489,13 @@ class Store:
         while True:
             try:
                 return work()
-            except (OperationalError, InterfaceError) as error:
-                if not self.is_server or time.monotonic() - start > PATIENCE or self._closing.is_set():
+            except DBAPIError as error:
+                is_away = isinstance(error, OperationalError | InterfaceError) or error.connection_invalidated
+                if not is_away or not self.is_server or time.monotonic() - start > PATIENCE or self._closing.is_set():
                     raise
                 if pause > 3:
                     first = str(error.orig).strip().splitlines()[0]
                     print(f"the database does not answer ({first}): trying again", file=sys.stderr)
-                self._engine.dispose()
                 time.sleep(pause)
                 pause = min(2 * pause, 10.0)
 
@@ -564,32 +566,36 @@ class Reader:
     def close(self) -> None:
         self._engine.dispose()
 
-    def finished(self, *, search: bool, after: int = -1) -> list[Row]:
-        """The finished trials numbered above `after`, or the finished comparisons as they were begun."""
+    def identity(self) -> dict[str, Any]:
+        """What the run was begun with."""
+        with self._engine.connect() as connection:
+            text = connection.execute(sa.select(_runs.c.identity).where(_runs.c.id == self._run)).scalar_one()
+        return dict(json.loads(text))
+
+    def finished(self, *, search: bool, after: int = -1, at_most: int | None = None) -> list[Row]:
+        """The finished trials numbered above `after`, in order, or the finished comparisons as they were begun."""
         columns = [_jobs.c[name] for name in _COLUMNS]
         of_run = (_jobs.c.run == self._run) & (_jobs.c.state != RUNNING) & (_jobs.c.number > after)
-        of_run &= (_jobs.c.name == SEARCH) if search else (_jobs.c.name != SEARCH)
+        of_run &= _is_trial if search else _is_comparison
         order = (_jobs.c.number,) if search else (_jobs.c.started, _jobs.c.name, _jobs.c.number)
-        query = sa.select(_jobs.c.name, _jobs.c.number, *columns).where(of_run).order_by(*order)
+        query = sa.select(_jobs.c.name, _jobs.c.number, *columns).where(of_run).order_by(*order).limit(at_most)
         with self._engine.connect() as connection:
             return [Row(Key(name, number), *values) for name, number, *values in connection.execute(query)]
 
     def num_finished(self, *, search: bool) -> int:
         """The number of finished trials, or of finished comparisons."""
         of_run = (_jobs.c.run == self._run) & (_jobs.c.state != RUNNING)
-        of_run &= (_jobs.c.name == SEARCH) if search else (_jobs.c.name != SEARCH)
+        of_run &= _is_trial if search else _is_comparison
         with self._engine.connect() as connection:
             return int(connection.execute(sa.select(sa.func.count()).select_from(_jobs).where(of_run)).scalar_one())
 
     @contextmanager
-    def alone(self) -> Iterator[bool]:
-        """Whether no other process is in such a block for this run; none comes in meanwhile."""
-        if not is_server(str(self._engine.url)):
-            yield True  # the file has one process
-            return
+    def alone(self) -> Iterator[sa.Connection | None]:
+        """A transaction that one process of this run has at a time, or None if another one has it."""
         with self._engine.begin() as connection:
             query = sa.select(_mirrors.c.run).where(_mirrors.c.run == self._run).with_for_update(skip_locked=True)
-            yield connection.execute(query).one_or_none() is not None
+            is_alone = not is_server(str(self._engine.url)) or connection.execute(query).one_or_none() is not None
+            yield connection if is_alone else None  # a file has one process
 
     def running(self) -> list[tuple[Key, str, float]]:
         """Jobs that are being evaluated, or were when their process died: the process and since when."""

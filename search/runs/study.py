@@ -170,7 +170,8 @@ class Study:
         self._hold = hold
         self.holds_folder = hold()
         self.store = store
-        self._space, self._sampler, self._file_of = space, sampler, file_of
+        self.sampler = sampler
+        self._space, self._file_of = space, file_of
         self._mirror: Mirror | None = None
         self._open_mirror, self._reader = partial(Mirror, url, store.name, task, space), Reader(url, store.name)
         self._heads = 0  # revision up to which the folder has the heads
@@ -180,7 +181,7 @@ class Study:
     @ctrl_c_waits()
     def claim(self, plan: SearchPlan) -> Claim | None:
         """The next job of this process (`Store.claim`)."""
-        return self.store.claim(plan, self._space, self._sampler)
+        return self.store.claim(plan, self._space, self.sampler)
 
     @ctrl_c_waits()
     def tell(self, key: Key, result: ProxyResult, head: SegmentationHead | None = None) -> bool:
@@ -194,24 +195,26 @@ class Study:
         """Record that a cell has no score, and why; it is not tried again (`Store.tell_failure`)."""
         return self.store.tell_failure(key, reason)
 
-    @ctrl_c_waits()
     def show(self) -> None:
         """Write what was finished since into Optuna's studies, and heads into the folder if this process holds it."""
-        self.store.patiently(self._update_mirror)
+        while not self.store.patiently(self._update_mirror):
+            pass
         if self.holds_folder:
             for name, content, revision in self.store.new_heads(self._heads):
                 write_whole(self.directory / HEADS / f"{name}.safetensors", content)
                 self._heads = revision
 
-    def _update_mirror(self) -> None:
-        """Add to Optuna's studies what was finished since, unless another process is at it, which may even make the tables."""
-        with self._reader.alone() as is_alone:
-            if is_alone:
-                try:
-                    self._mirror = self._mirror or self._open_mirror()
-                    self._mirror.update(self._reader)
-                except StorageInternalError as error:  # Optuna's name for an error of the database
-                    raise error.__cause__ or error from None
+    @ctrl_c_waits()
+    def _update_mirror(self) -> bool:
+        """Add to Optuna's studies, or make them; returns whether all is there, or another process is at it."""
+        with self._reader.alone() as connection:
+            if connection is None:
+                return True
+            try:
+                self._mirror = self._mirror or self._open_mirror()
+                return self._mirror.update(connection, self._reader)
+            except StorageInternalError as error:  # Optuna's name for an error of the database
+                raise error.__cause__ or error from None
 
     def take_folder(self) -> bool:
         """Whether this process writes into the run's folder: that which did may have died."""
@@ -222,9 +225,8 @@ class Study:
 
     def close(self) -> None:
         """Give back unfinished jobs."""
-        for part in (self.store, self._mirror, self._reader):
-            if part is not None:
-                part.close()
+        for part in (self.store, self._reader):
+            part.close()
 
 
 @contextmanager
@@ -265,9 +267,32 @@ def open_run(
             study = stack.enter_context(closing(Study(*arguments, hold=(lambda: True) if holds_folder else hold)))
             yield study
     except (SQLAlchemyError, OptunaError, ImportError) as error:
-        raise InputError(f"the study {url} cannot be used ({_first_line(error)}): check `storage` and the disk") from error
+        raise _unusable(url, error) from error
     except OSError as error:
         raise InputError(f"cannot write {directory} ({error}): give another `out`, or make room and run again") from error
+
+
+def identity_before(directory: Path, storage: str | None) -> dict[str, Any] | None:
+    """What the run was begun with, here or, of a database server, anywhere; None for a new one.
+
+    Raises InputError if the database cannot be used.
+    """
+    if before := Folder(directory).description():
+        return dict(before["identity"])
+    url = _storage_url(directory, storage)
+    if not is_server(url):
+        return None
+    try:
+        with closing(Reader(url, _new_id(directory, url))) as reader:
+            return reader.identity()
+    except KeyError:
+        return None
+    except (SQLAlchemyError, ImportError) as error:
+        raise _unusable(url, error) from error
+
+
+def _unusable(url: str, error: Exception) -> InputError:
+    return InputError(f"the study {url} cannot be used ({_first_line(error)}): check `storage` and the disk")
 
 
 def _hold(folder: Folder, stack: ExitStack, url: str) -> bool:
@@ -285,9 +310,12 @@ def _hold(folder: Folder, stack: ExitStack, url: str) -> bool:
 
 def _open_store(url: str, name: str, identity: dict[str, Any], defaults: Mapping[str, Any], space: SearchSpace) -> Store:
     """The run's jobs; those of an earlier version are taken over."""
-    now = json.loads(json.dumps(identity))
+    text = json.dumps(
+        {field: value for field, value in identity.items() if field != "storage"}
+    )  # hosts may spell it otherwise
+    now = json.loads(text)
     earlier = _earlier_run(url, name, space)
-    store = Store(url, name, json.dumps(identity), None if earlier is None else earlier.begun)
+    store = Store(url, name, text, None if earlier is None else earlier.begun)
     if different := differences(json.loads(store.identity), now, defaults):
         store.close()
         raise InputError(

@@ -1,9 +1,8 @@
 """A search whose cells cost nothing, by the real loop: for tests of faults, by many processes, and what it has to come to."""
 
 import hashlib
-import sys
 import time
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, redirect_stderr, suppress
 from pathlib import Path
 
 from sqlalchemy.exc import OperationalError
@@ -23,8 +22,9 @@ from search.runs.workers import Job, Outcome
 from search.tasks.proxy import ProxyResult
 
 SPACE = SearchSpace(2)
+TASK = Segmentation(("one", "two"))
 NAME = "a search that costs nothing"
-LEASE = 2.0  # seconds; longer than any process rests that is alive
+LEASE = 1.0  # seconds; longer than any process rests that is alive
 _COST = 0.002  # seconds for a cell, so that processes also end in the middle of one
 
 Finished = dict[Key, tuple[Cell, float | None]]  # cell and score of each job; no score if it failed
@@ -54,9 +54,14 @@ class FreeWorkers:
 
 def search(url: str, trials: int, directory: Path, log: Path) -> None:
     """Work on the search in the database until nothing is left to do; Ctrl-C and SIGTERM end it before."""
-    sys.stderr = log.open("a", encoding="utf-8", buffering=1)
-    with sigterm_is_ctrl_c(), suppress(KeyboardInterrupt), closing(_open(url, directory)) as study:
-        Search(study, FreeWorkers(), plan(trials), Segmentation(("one", "two")).score).run()
+    with (
+        log.open("a", encoding="utf-8", buffering=1) as said,
+        redirect_stderr(said),
+        sigterm_is_ctrl_c(),
+        suppress(KeyboardInterrupt),
+        closing(_open(url, directory)) as study,
+    ):
+        Search(study, FreeWorkers(), plan(trials), TASK.score).run()
 
 
 def plan(trials: int) -> SearchPlan:
@@ -85,12 +90,12 @@ def expected(trials: int) -> Finished:
 
 def _open(url: str, directory: Path) -> Study:
     while True:
-        try:
-            store = Store(url, NAME, "{}", lease=LEASE, beat=LEASE / 10)
-            break
-        except OperationalError:  # the database is away, as it is said to who starts a search
-            time.sleep(_COST)
-    return Study(directory, url, store, Segmentation(("one", "two")), SPACE, sampler(), lambda head: b"", hold=lambda: False)
+        with ExitStack() as stack, suppress(OperationalError):  # the database is away: who starts a search would try again
+            store = stack.enter_context(closing(Store(url, NAME, "{}", lease=LEASE, beat=LEASE / 10)))
+            study = Study(directory, url, store, TASK, SPACE, sampler(), lambda head: b"", hold=lambda: False)
+            stack.pop_all()
+            return study
+        time.sleep(_COST)
 
 
 def _score(cell: Cell, seed: int) -> float | None:

@@ -10,16 +10,18 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
+import optuna
 import sqlalchemy as sa
 
 from reference.cell import Cell
-from search.runs.store import COMPLETE, Reader
+from search.cells.sampler import cell_from_params
+from search.runs.store import COMPLETE, SEARCH, Reader
 from tests.postgres import Server, running_server
 from tests.search.runs import free_search
-from tests.search.runs.free_search import NAME, expected
+from tests.search.runs.free_search import NAME, SPACE, expected
 
-TRIALS, PROCESSES = 300, 6
-FAULTS = {"kill": 24, "terminate": 12, "pause": 6, "cut": 6, "restart": 4, "crash": 4}
+TRIALS, PROCESSES = 2000, 6
+FAULTS = {"kill": 16, "terminate": 8, "pause": 4, "cut": 4, "restart": 3, "crash": 3}
 _POLL = 0.05  # seconds
 
 
@@ -125,7 +127,11 @@ def test_processes_and_their_database_are_killed_and_every_job_is_finished_once_
         with closing(Reader(members.url, NAME)) as reader:
             rows, running = reader.finished(search=True) + reader.finished(search=False), reader.running()
             with_curve = {row.key for row in rows if reader.curve(row.key) is not None}
+            study = optuna.load_study(study_name=f"{NAME} search", storage=members.url)
+            mirrored = {trial.number: (cell_from_params(trial.params, SPACE), trial.value) for trial in study.trials}
+            assert len(mirrored) == len(study.trials)
     assert running == []
     assert len(rows) == len({row.key for row in rows})
     assert {row.key: (Cell.from_json(row.cell), row.score) for row in rows} == expected(TRIALS)
+    assert mirrored == {key.number: found for key, found in expected(TRIALS).items() if key.name == SEARCH}
     assert with_curve == {row.key for row in rows if row.state == COMPLETE}

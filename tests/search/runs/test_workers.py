@@ -22,10 +22,10 @@ from search.runs.search import Search
 from search.runs.store import Reader, Row, SearchPlan, Store
 from search.runs.study import Study
 from search.runs.workers import InProcess, InTurns, Job, Outcome, evaluate, open_workers, outcomes
-from search.settings import HeadSettings, ProxySettings, WorkerSettings, known
-from search.tasks.feature_cache import FeatureCache
-from search.tasks.proxy import NotFiniteError, ProxyResult, ProxyTask
+from search.settings import WorkerSettings, known
+from search.tasks.proxy import NotFiniteError, ProxyResult
 from tests.fast.against_reference import every_device
+from tests.search.runs.small_tasks import PROXY, create_task
 
 SETTINGS = RandomSettings(trials=25, branches=2)
 
@@ -138,22 +138,6 @@ def test_equal_cells_are_evaluated_once_in_a_space_that_is_used_up(tmp_path: Pat
 
 
 # Evaluating
-
-
-def make_cache(seed: int, count: int) -> FeatureCache:
-    rng = np.random.default_rng(seed)
-    features = torch.from_numpy(rng.normal(size=(count, 4, 3, 3))).half()
-    labels = torch.from_numpy(rng.integers(0, 3, (count, 33, 33))).to(torch.uint8)
-    identity = {"dataset": "noise", "class_names": ["a", "b", "c"], "output_stride": 16}
-    return FeatureCache(Path("in memory"), features, labels, identity)
-
-
-PROXY = ProxySettings(iterations=3, batch_size=2, learning_rate=0.1, statistics_batches=1)
-HEAD = HeadSettings(branch_channels=4)
-
-
-def create_task(settings: ProxySettings = PROXY, device: str = "cpu") -> ProxyTask:
-    return ProxyTask(make_cache(0, 3), make_cache(1, 2), settings, HEAD, device)
 
 
 JOBS = [Job(i, load_cell(name), (0, i)) for i, name in enumerate(("aspp", "dpc", "psp", "dpc"))]
