@@ -46,6 +46,7 @@ class StudyCase(Case):
 
     suite: Suite = "study"
     mode: Mode = "storage"
+    seconds: float = 120.0
     trials: int
     database: Database = "SQLite"
     processes: int = 1
