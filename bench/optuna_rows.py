@@ -12,7 +12,7 @@ from optuna.storages._rdb import models
 from optuna.trial import TrialState
 
 from reference.cell import Cell
-from search.cells.sampler import distributions, params_of_cell
+from search.cells.sampler import distributions_of, params_of_cell
 from search.cells.space import SearchSpace
 
 _ROWS = 20_000  # inserted at once
@@ -46,7 +46,7 @@ def _rows(
     finished = {"study_id": study_id, "state": TrialState.COMPLETE, "_datetime_start_utc": now, "_datetime_complete_utc": now}
     value = {"objective": 0, "value_type": models.TrialValueModel.TrialValueType.FINITE}
     shown = [{"key": key, "value_json": json.dumps(content)} for key, content in attributes.items()]
-    of_space: Mapping[str, Any] = distributions(space)
+    of_space: Mapping[str, Any] = distributions_of(space)
     as_json = {name: distribution_to_json(distribution) for name, distribution in of_space.items()}
     index = {name: {choice: float(k) for k, choice in enumerate(d.choices)} for name, d in of_space.items()}
 

@@ -48,6 +48,11 @@ def params_of_cell(cell: Cell, space: SearchSpace) -> dict[str, str | int]:
     return {name: params[name] for name in choices_of(space)}
 
 
+def distributions_of(space: SearchSpace) -> dict[str, BaseDistribution]:
+    """The distributions of these parameters."""
+    return {name: CategoricalDistribution(choices) for name, choices in choices_of(space).items()}
+
+
 def cell_from_params(params: Mapping[str, Any], space: SearchSpace) -> Cell:
     """The cell that a trial's parameters describe; others in `params` are ignored. Raises ValueError for one that is bad."""
     named = params if space.num_inputs > 1 else {**params, "branch0_input": BACKBONE_FEATURE}
@@ -138,7 +143,7 @@ class CellSampler(optuna.samplers.BaseSampler, ABC):
         return max(0, number - self.lag) if self.uses_scores else 0
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        return dict(distributions(self.space))
+        return distributions_of(self.space)
 
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
@@ -184,12 +189,6 @@ def seed_of(*entropy: int) -> int:
 @cache
 def _operations_by_name(space: SearchSpace) -> dict[str, Operation]:
     return {str(operation): operation for operation in space.operations}
-
-
-@cache
-def distributions(space: SearchSpace) -> Mapping[str, BaseDistribution]:
-    """The Optuna parameters of the space's cells, and what they may be."""
-    return {name: CategoricalDistribution(choices) for name, choices in choices_of(space).items()}
 
 
 @cache

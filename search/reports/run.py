@@ -63,8 +63,9 @@ def write_report(run: Run, device: str | None = None, running: Running | None = 
     """Write `report.html` into the run's folder, whole or not at all; returns its path.
 
     Given a device, and if the run has a trained head (which says what features it reads), latencies are measured on that
-    device. The page of a `running` search loads itself again, and is without examples, which are of its end. Raises
-    InputError if the page cannot be written, or a file of the run is damaged.
+    device. The page of a `running` search loads itself again; so as not to hold up the search, it is without what needs heads,
+    and without examples, which are of an earlier end. Raises InputError if the page cannot be written, or a file of the run
+    is damaged.
     """
     path = run.directory / "report.html"
     write_page(path, "report.html.jinja", _content(run, device, running))
@@ -74,7 +75,7 @@ def write_report(run: Run, device: str | None = None, running: Running | None = 
 def _content(run: Run, device: str | None, running: Running | None) -> dict[str, Any]:
     best, groups = ranked(run.trials), groups_of(run)
     failures = [record for record in run.trials if record.failure is not None]
-    trained = _trained_cells(run, best, groups)
+    trained = {} if running else _trained_cells(run, best, groups)
     rows = list(_rows(run, best, groups))
     examples = [] if running else _example_maps(run)
     fair = next((group for group in groups if best and group.name == f"trial {best[0].number}"), None)

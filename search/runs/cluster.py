@@ -4,7 +4,6 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -95,9 +94,8 @@ def count_workers(settings: WorkerSettings, device: str) -> int:
     """
     if settings.workers != "auto":
         return settings.workers
-    demand = demand_of(settings, device)
-    nodes = _nodes_of_cluster() or [_this_machine()]
-    return require_room(demand, nodes)
+    demand, nodes = demand_of(settings, device), _nodes_of_cluster()
+    return require_room(demand, [_this_machine()] if nodes is None else nodes)
 
 
 def is_in_process(settings: WorkerSettings, device: str) -> bool:
@@ -134,13 +132,22 @@ def import_ray() -> Any:
 def join(address: str | None = None) -> bool:
     """Join the cluster that RAY_ADDRESS names or that runs on this machine, or else start Ray here; False if joined before.
 
-    With the address "auto" nothing is started: raises ConnectionError if there is no cluster.
+    With the address "auto" nothing is started: raises ConnectionError if there is no cluster. Raises InputError for one that
+    RAY_ADDRESS names and that is not there, or lets nobody in.
     """
     ray = import_ray()
     if ray.is_initialized():
         return False
-    with sigterm_kept():
-        ray.init(address, logging_level=logging.ERROR, log_to_driver=False, include_dashboard=False)
+    named = os.environ.get("RAY_ADDRESS")
+    try:
+        with sigterm_kept():
+            ray.init(address, logging_level=logging.ERROR, log_to_driver=False, include_dashboard=False)
+    except ConnectionError as error:
+        if address == "auto" and not named:
+            raise
+        raise InputError(f"Ray cannot join {named or 'the cluster of this machine'}: {_brief(error)}") from error
+    except ray.exceptions.RayError as error:  # such as a missing token
+        raise InputError(f"Ray cannot join {named or 'the cluster of this machine'}: {_brief(error)}") from error
     return True
 
 
@@ -156,14 +163,30 @@ def alive_nodes() -> list[Node]:
 
 def _nodes_of_cluster() -> list[Node] | None:
     """The nodes of a cluster that is there already; None if there is none, or no Ray."""
-    with suppress(InputError, ConnectionError):
+    if not _is_installed():
+        return None
+    try:
         is_new = join("auto")
-        try:
-            return alive_nodes()
-        finally:
-            if is_new:
-                import_ray().shutdown()
-    return None
+    except ConnectionError:
+        return None
+    try:
+        return alive_nodes()
+    finally:
+        if is_new:
+            import_ray().shutdown()
+
+
+def _is_installed() -> bool:
+    """Whether there is Ray, which is an extra."""
+    try:
+        import_ray()
+    except InputError:
+        return False
+    return True
+
+
+def _brief(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
 
 
 def _this_machine() -> Node:

@@ -23,7 +23,7 @@ from optuna.trial import TrialState
 from sqlalchemy.orm import Session
 
 from reference.cell import Cell
-from search.cells.sampler import distributions, params_of_cell
+from search.cells.sampler import distributions_of, params_of_cell
 from search.cells.space import SearchSpace
 from search.dense_tasks import DenseTask, Scores, details_beside, measures_beside
 from search.runs.store import FAILED, SEARCH, Key, Reader, Row
@@ -37,7 +37,7 @@ class Mirror:
     def __init__(self, url: str, name: str, task: DenseTask, space: SearchSpace) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._task, self._space = task, space
-        self._distributions = {name: (each, distribution_to_json(each)) for name, each in distributions(space).items()}
+        self._distributions = {name: (each, distribution_to_json(each)) for name, each in distributions_of(space).items()}
         storage = optuna.storages.RDBStorage(url)
         self._search, self._comparison = (self._open(storage, f"{name} {part}") for part in ("search", "comparison"))
         storage.engine.dispose()

@@ -496,7 +496,6 @@ class Store:
                 if pause > 3:
                     first = str(error.orig).strip().splitlines()[0]
                     print(f"the database does not answer ({first}): trying again", file=sys.stderr)
-                self._engine.dispose()
                 time.sleep(pause)
                 pause = min(2 * pause, 10.0)
 

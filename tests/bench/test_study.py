@@ -18,7 +18,7 @@ from bench.plans import PAPER, make_plan
 from bench.postgres import programs
 from bench.study_case import ASK_TELL, AT_ONCE, LOAD, OPTUNA, OPTUNA_PAPER, REPORT, StudyCase, Together
 from bench.study_stores import OptunaKeeper, OurKeeper, drawn_trials, score_of
-from search.cells.sampler import distributions, params_of_cell
+from search.cells.sampler import distributions_of, params_of_cell
 from search.cells.space import SearchSpace
 from search.runs.study import load_run
 from tests.bench.tiny_runs import CPU
@@ -53,7 +53,7 @@ def test_a_filled_study_is_one_that_optuna_writes(tmp_path: Path) -> None:
     written, filled = (f"sqlite:///{tmp_path / name}.db" for name in ("written", "filled"))
     study = optuna.create_study(storage=written, study_name="it", direction="maximize")
     for cell, score in trials:
-        params, of_space = params_of_cell(cell, space), dict(distributions(space))
+        params, of_space = params_of_cell(cell, space), distributions_of(space)
         trial = optuna.trial.create_trial(value=score, params=params, distributions=of_space, user_attrs=attributes)
         study.add_trial(trial)
     create_filled_study(filled, "it", space, trials, attributes)

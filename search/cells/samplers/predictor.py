@@ -25,7 +25,7 @@ from search.cells.space import SearchSpace
 
 @dataclass(frozen=True)
 class Predictor:
-    """What scores, as ranks in 0..1, depend on: weights of the encoding of mean (E,) and covariance root·rootᵀ, (E, E)."""
+    """Weights of the path encoding for scores as ranks in 0..1, with mean (E,) and covariance root·rootᵀ, (E, E)."""
 
     encoder: Any  # of scikit-learn, which has no types
     mean: np.ndarray

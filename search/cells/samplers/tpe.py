@@ -7,7 +7,7 @@ import optuna
 
 from reference.cell import Cell
 from search.cells.history import History, Proposed
-from search.cells.sampler import LAG, cell_from_params, choices_of, distributions, params_of_cell, seed_of
+from search.cells.sampler import LAG, cell_from_params, choices_of, distributions_of, params_of_cell, seed_of
 from search.cells.samplers.fitted import FittedSampler
 from search.cells.space import SearchSpace
 
@@ -39,7 +39,7 @@ class TPESampler(FittedSampler[optuna.Study]):
 
     def _cells(self, study: optuna.Study, number: int) -> Iterator[Cell]:
         tpe = optuna.samplers.TPESampler(seed=seed_of(self.seed, number), n_startup_trials=0, constant_liar=False)
-        space = {name: each for name, each in distributions(self.space).items() if not each.single()}
+        space = {name: each for name, each in distributions_of(self.space).items() if not each.single()}
         fixed = {name: choices[0] for name, choices in choices_of(self.space).items()}
         trial = optuna.trial.create_trial(state=optuna.trial.TrialState.RUNNING)
         for _ in range(MAX_MODEL_DRAWS):
@@ -47,7 +47,7 @@ class TPESampler(FittedSampler[optuna.Study]):
 
     def _fit(self, trials: list[Proposed], scores: list[float]) -> optuna.Study:
         study = _silent_study()
-        of_space = dict(distributions(self.space))
+        of_space = distributions_of(self.space)
         for trial, score in zip(trials, scores, strict=True):
             params = params_of_cell(trial.cell, self.space)
             study.add_trial(optuna.trial.create_trial(params=params, distributions=of_space, value=score))

@@ -2,9 +2,8 @@
 
 All samplers that use scores are for one objective and must say so; random search uses none and serves any number.
 
-Of `RelativeSamplerTestCase` only the last test applies. The others give `sample_relative` parameters `x` and `y` and want
-values of them, but what a sampler of cells samples together is always the cell, of which it says so by
-`infer_relative_search_space`; any other parameter is independent, as the other tests hold.
+Of `RelativeSamplerTestCase` only the last test applies. The others want `sample_relative` to draw parameters `x` and `y`, but
+what these samplers draw together is a cell, as they say by `infer_relative_search_space`. Any other one is independent.
 """
 
 from collections.abc import Callable, Iterator

@@ -64,10 +64,14 @@ def test_a_page_says_how_far_a_running_search_is_and_loads_itself_until_it_is_fi
     assert "As of" not in finished
 
 
-def test_the_page_of_a_running_search_is_without_the_examples_of_an_earlier_end(tmp_path: Path) -> None:
+def test_the_page_of_a_running_search_is_without_heads_and_examples_of_an_earlier_end(tmp_path: Path) -> None:
     run = make_run(tmp_path, [0.4])
     write_examples(run)
     assert "data:image/jpeg" in write_report(run).read_text(encoding="utf-8")
+    (tmp_path / "heads").mkdir()
+    (tmp_path / "heads" / "best.safetensors").write_bytes(b"of no use")
+    with pytest.raises(InputError, match=r"best\.safetensors"):
+        write_report(run)
     assert "data:image/jpeg" not in write_report(run, running=Running(3, datetime.now(UTC))).read_text(encoding="utf-8")
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import search.runs.cluster
 from search.errors import InputError
 from search.runs.cluster import THREADS, Demand, Node, count_workers, demand_of, is_in_process, require_room
+from search.runs.workers import open_workers
 from search.settings import WorkerSettings
 
 AUTO = WorkerSettings(workers="auto")
@@ -72,11 +73,15 @@ def test_who_sets_fewer_threads_gets_more_workers(monkeypatch: pytest.MonkeyPatc
 # Here or on a cluster
 
 
+class RayError(Exception):
+    """Ray's own."""
+
+
 class Ray(SimpleNamespace):
     """A cluster of these nodes, or none."""
 
     def __init__(self, *resources: dict[str, float]) -> None:
-        super().__init__(resources=resources, is_joined=False)
+        super().__init__(resources=resources, is_joined=False, exceptions=SimpleNamespace(RayError=RayError))
 
     def is_initialized(self) -> bool:
         return bool(self.is_joined)
@@ -185,3 +190,21 @@ def test_one_gpu_by_name_is_no_device_for_workers() -> None:
 def test_settings_that_cannot_work_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         WorkerSettings(**change).check()
+
+
+@pytest.mark.parametrize("workers", ["auto", 2])
+@pytest.mark.parametrize("error", [ConnectionError, RayError])
+def test_a_cluster_that_lets_nobody_in_is_named(monkeypatch: pytest.MonkeyPatch, workers: Any, error: type[Exception]) -> None:
+    def init(address: str | None, **_: Any) -> None:
+        raise error("no token\nand much more")
+
+    ray = Ray({"CPU": 8.0})
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    settings = WorkerSettings(workers=workers)
+    with (
+        pytest.raises(InputError, match=r"^Ray cannot join 10\.0\.0\.1:6379: no token$"),
+        open_workers(pytest.fail, settings, "cpu", 1),
+    ):
+        pass

@@ -382,9 +382,8 @@ def test_a_node_without_the_features_is_sent_them_once(
     if subprocess.run([*start, "true"], capture_output=True).returncode:
         pytest.skip("this machine lets nobody mount")
     join = ["-m", "ray.scripts.scripts", "start", f"--address={cluster.address}", "--num-cpus=4", "--block"]
-    node = subprocess.Popen(
-        [*start, sys.executable, *join], env=os.environ | {"XDG_CACHE_HOME": str(home)}, stdout=subprocess.DEVNULL
-    )
+    environment = os.environ | {"XDG_CACHE_HOME": str(home), "RAY_AUTH_MODE": "disabled"}
+    node = subprocess.Popen([*start, sys.executable, *join], env=environment, stdout=subprocess.DEVNULL)
     try:
         cluster.wait_for_nodes(1)
         with closing(RayWorkers(create_cached_task, Demand(None), {"train": cache})) as workers:

@@ -16,7 +16,7 @@ import pytest
 from optuna.trial import TrialState
 
 from reference.cell import OPERATIONS, Branch, Cell, Conv1x1
-from search.cells.sampler import cell_from_params, distributions, params_of_cell, suggest_cell
+from search.cells.sampler import cell_from_params, distributions_of, params_of_cell, suggest_cell
 from search.cells.samplers import create_sampler
 from search.cells.space import SearchSpace, load_cell
 from search.dense_tasks import DenseTask, Scores
@@ -209,7 +209,7 @@ def earlier_run(directory: Path, original: Path, *, attributes: str) -> Run:
             storage.set_trial_system_attr(trial_id, key, value)
 
     for record in run.trials:
-        trial = search.ask(dict(distributions(SPACE))) if record.failure else search.ask()
+        trial = search.ask(distributions_of(SPACE)) if record.failure else search.ask()
         shown: dict[str, Any] = {"cell": str(record.cell)} | ({"failure": record.failure} if record.failure else {})
         whole: dict[str, Any] = {"cell": json.loads(record.cell.to_json())}
         if record.result:
@@ -217,7 +217,7 @@ def earlier_run(directory: Path, original: Path, *, attributes: str) -> Run:
         write(search, trial.number, shown, whole)
         search.tell(trial.number, record.score, state=TrialState.FAIL if record.failure else TrialState.COMPLETE)
     search.enqueue_trial(params_of_cell(SPACE.sample(np.random.default_rng(5)), SPACE))
-    search.ask(dict(distributions(SPACE)))  # interrupted
+    search.ask(distributions_of(SPACE))  # interrupted
     search.ask()  # killed before it had a cell
     for baseline in run.baselines:
         whole = {"cell": json.loads(baseline.cell.to_json()), "result": asdict(baseline.result)}
