@@ -1,11 +1,12 @@
 """The cases to measure: each has its inputs, its cost, and the workload of each provider."""
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, Self, assert_never, cast
+from typing import Any, Literal, Self, assert_never, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +26,8 @@ from reference.cell import AtrousSeparableConv, Cell, Conv1x1, Operation, Pyrami
 from reference.concat_project import DROPOUT_RATE
 from reference.upsampled_cross_entropy import IGNORE_INDEX
 
-Suite = Literal["proxy", "loss", "search", "features", "cell", "ops"]
-SUITES: tuple[Suite, ...] = ("proxy", "loss", "search", "features", "cell", "ops")  # most important first, longest last
+Suite = Literal["proxy", "loss", "search", "features", "study", "cell", "ops"]
+SUITES: tuple[Suite, ...] = get_args(Suite)  # most important first, longest last
 
 DType = Literal["float32", "bfloat16", "float16"]
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -68,6 +69,8 @@ IN_FLOAT64 = Provider("eager in float64", in_float64=True)  # what the others ar
 class Workload(ABC):
     """One provider's computation of one case: call it to compute, then read its results."""
 
+    written_bytes: int | None = None  # size of the page that the last call has written
+
     @abstractmethod
     def __call__(self) -> None: ...
 
@@ -91,6 +94,8 @@ class Case(ABC):
     """On a GPU: whether the time that a user waits is measured, with launches, instead of the device's busy time."""
     repeats: bool = False
     """Whether a long run consists of many such calls, one after the other."""
+    seconds: float = math.inf
+    """No round begins after so long, if each provider has a process of its own; three are made at least."""
 
     @property
     def is_training(self) -> bool:
@@ -111,6 +116,10 @@ class Case(ABC):
     @abstractmethod
     def small(self) -> Self:
         """The same case without randomness, at a size that is quick in float64 and mostly border."""
+
+    def set_up(self, providers: Sequence[Provider]) -> AbstractContextManager[Self]:
+        """The case with what takes long to make and all processes share that time these providers, as long as the block."""
+        return nullcontext(self)
 
     @abstractmethod
     def workload(self, provider: Provider, dtype: str, device: torch.device) -> Workload:

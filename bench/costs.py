@@ -13,7 +13,7 @@ from typing import Literal, assert_never
 from reference.cell import BACKBONE_FEATURE, AtrousSeparableConv, Branch, Cell, Conv1x1, Operation, PyramidPooling
 from search.cells.cost import cell_cost as count_cell
 
-Mode = Literal["inference", "training"]
+Mode = Literal["inference", "training", "storage"]
 _PARAMETER_BYTES = 4
 
 

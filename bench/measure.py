@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from bench.accuracy import Error, budget, error_of
-from bench.cases import DTYPES, EAGER, OURS, Case, Job, Provider, Workload
+from bench.cases import DTYPES, EAGER, OURS, Case, Job, Provider, Suite, Workload
 from bench.costs import Cost
 from bench.estimates import median_interval
 from bench.load import Others
@@ -35,6 +35,10 @@ from search.reports.turns import Summary, back_to_back_ms, in_turns, synchronise
 
 BACK_TO_BACK_MS = 300.0  # how long a provider's calls without a wait between them last, together
 _BACK_TO_BACK_ROUNDS = 7  # the fewest with an interval
+
+# On a CPU, each provider in a process of its own: our training step tells its process to keep freed memory, which must not
+# help the others, and the millions of objects of one study must not slow Python's garbage collector for the other.
+_APART: tuple[Suite, ...] = ("proxy", "study")
 
 
 @dataclass(frozen=True)
@@ -83,20 +87,20 @@ def _measure(job: Job, run: Run, say: Say) -> list[Row]:
 def measure(job: Job, device: torch.device, rounds: int, roofs: Roofs, say: Say = lambda provider: None) -> list[Row]:
     """The rows of a job, one per provider, with our ratio to the best other in it; `say` hears the name of who is at work."""
     torch.compiler.reset()  # each case meets the compiler afresh: past a few shapes it would give up and stay eager
-    attempt = Attempt(job, device, say)
-    attempt.check_small()
     rng = np.random.default_rng(zlib.crc32(job.title.encode()))  # the order of turns depends on nothing but the job
-    # Whole iterations on a CPU: our training step tells its process to keep freed memory, which must not help the others.
-    if device.type == "cpu" and job.case.suite == "proxy":
-        attempt.check_at_full_size()
-        attempt.workloads.clear()  # other processes need the memory
-        attempt.time_in_own_processes(rounds, roofs, rng)
-    else:
-        attempt.prepare()
-        attempt.check_at_full_size()
-        attempt.time_here(rounds, roofs, rng)
-        attempt.workloads.clear()
-    attempt.measure_first_calls()
+    with job.case.set_up(job.providers) as case:
+        attempt = Attempt(replace(job, case=case), device, say)
+        attempt.check_small()
+        if device.type == "cpu" and case.suite in _APART:
+            attempt.check_at_full_size()
+            attempt.workloads.clear()  # other processes need the memory
+            attempt.time_in_own_processes(rounds, roofs, rng)
+        else:
+            attempt.prepare()
+            attempt.check_at_full_size()
+            attempt.time_here(rounds, roofs, rng)
+            attempt.workloads.clear()
+        attempt.measure_first_calls()
     return with_ratio([*attempt.rows.values()])
 
 
@@ -188,7 +192,7 @@ class Attempt:
                 worker(_hold, self._case, running[name], self._dtype, str(self._device), torch.get_num_threads())
             remote = {name: functools.partial(worker, _time_held) for name, worker in workers.items()}
             with Others() as others:
-                samples = interleaved(remote, rounds, _own_milliseconds, lambda: None, rng, self._say)
+                samples = interleaved(remote, rounds, _own_milliseconds, lambda: None, rng, self._say, self._case.seconds)
             for name, provider in running.items():
                 note_times(self.rows[provider], samples[name], roofs, others.percent)
 
@@ -198,8 +202,8 @@ class Attempt:
             if provider in self._job.in_fresh_process:
                 row = self.rows[provider]
                 try:
-                    row.first_call_s, peak_bytes = in_fresh_process(self._case, provider, self._dtype, self._device)
-                    row.peak_memory_mb = None if peak_bytes is None else peak_bytes / 1e6
+                    first = in_fresh_process(self._case, provider, self._dtype, self._device)
+                    row.first_call_s, row.peak_memory_mb, row.written_mb = first.seconds, first.peak_mb, first.written_mb
                 except (WorkFailed, WorkerLost) as error:
                     row.note = f"fresh process: {error}"[:160]
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from bench.cases import (
 )
 from bench.costs import Mode
 from bench.stages import Stage
+from bench.study_case import StudyCase, StudyScale
 from bench.training_cases import NewCellCase, ProxyCase, SearchCase, random_cells
 from fast.train_step import has_fast_bf16
 from reference.cell import (
@@ -73,6 +75,7 @@ class Scale:
     centres: ProxyCase  # the same iteration on the features of a vision transformer
     search: SearchCase
     caching: CachingCase
+    study: StudyScale
     rates: tuple[tuple[int, int], ...]
     grids: tuple[tuple[int, int], ...]
     random_cells: int
@@ -100,6 +103,7 @@ PAPER = Scale(
         val_images=60,
     ),
     caching=CachingCase(pictures=32),
+    study=StudyScale(trials=(0, 1000, 28_000), processes=64, at_once=320),
     rates=PUBLISHED_RATES,
     grids=tuple((h, w) for h in GRID_SIZES for w in GRID_SIZES),
     random_cells=20,
@@ -111,6 +115,7 @@ QUICK = replace(
     maps=PAPER.maps[:1],
     search=replace(PAPER.search, cells=1, settings=_QUICK_SETTINGS, train_images=8, val_images=4),
     caching=CachingCase(pictures=24, size=(256, 256)),
+    study=StudyScale(trials=(0, 300), processes=8, at_once=80),
     rates=((6, 21),),
     grids=((2, 4),),
     random_cells=0,
@@ -212,6 +217,7 @@ class Planner:
             "loss": self._loss,
             "search": self._search,
             "features": self._features,
+            "study": partial(self.scale.study.cases, self.device),
             "cell": self._cells,
             "ops": self._ops,
         }
@@ -221,9 +227,9 @@ class Planner:
     def dtypes_of(self, case: Case, dtypes: Sequence[DType]) -> tuple[DType, ...]:
         """The dtypes of a case: training steps have no loss scaling for float16, and a search chooses its own precision.
 
-        Features are always computed in float32.
+        Features are always computed in float32, and a study has no dtype.
         """
-        if isinstance(case, CachingCase):
+        if isinstance(case, CachingCase | StudyCase):
             return ("float32",)
         if isinstance(case, SearchCase):
             return ("bfloat16" if has_fast_bf16(self.device) else "float32",)
@@ -235,6 +241,9 @@ class Planner:
             return Job(case, dtype, (OURS, OURS_WITHOUT_KERNELS))
         if isinstance(case, NewCellCase | CachingCase):
             return Job(case, dtype, (OURS, EAGER))
+        if isinstance(case, StudyCase):
+            beside = case.beside()
+            return Job(case, dtype, beside, beside if case.processes == 1 else ())
         providers = [OURS, EAGER]
         if not (self.quick and self.device.type == "cpu"):
             providers.append(EAGER_CHANNELS_LAST)
@@ -250,6 +259,8 @@ class Planner:
     def omissions(self, suites: Sequence[Suite], supported: Sequence[DType], unsupported: Sequence[DType]) -> Iterator[str]:
         """Name the results that a reader might expect but does not find."""
         rates, on_cpu = ", ".join("{}×{}".format(*rate) for rate in FEW_RATES), self.device.type == "cpu"
+        if "study" in suites:
+            yield from self.scale.study.omissions(self.device)
         for dtype in unsupported:
             yield f"{dtype}: not supported here (the processor has neither AMX nor AVX-512 bf16)"
         if self.quick:

@@ -71,7 +71,7 @@ def _panels(results: Results) -> dict[Panel, list[Group]]:
     for title, kinds in tables_of(results).items():
         for (kind, mode), cases in kinds.items():
             first = cases[0][0]
-            panel: Panel = (_bars if first.suite in ("proxy", "loss", "search", "features") else _dots), title
+            panel: Panel = (_bars if first.suite in ("proxy", "loss", "search", "features", "study") else _dots), title
             if kind == "sep3x3" and len(cases) >= _MANY_RATES:
                 panel = _map, f"{title}: {kind}, {mode}"
             drawn = [rows for rows in cases if (right(rows) if panel[0] is _bars else ratio(rows))]

@@ -17,7 +17,12 @@ _LONG = (  # to be read in files
     *("bytes", "flops", "memory_format", "p20_ms", "p80_ms", "median_low_ms", "median_high_ms", "back_to_back_low_ms"),
     *("back_to_back_high_ms", "ratio_low", "ratio_high", "warm_median_ms", "rounds", "suite"),
 )
-_BELOW = {"back to back, ms": "back_to_back_ms", "first call, s": "first_call_s", "peak memory, MB": "peak_memory_mb"}
+_BELOW = {
+    "back to back, ms": "back_to_back_ms",
+    "first call, s": "first_call_s",
+    "peak memory, MB": "peak_memory_mb",
+    "written, MB": "written_mb",
+}
 
 
 def table(results: Results) -> str:

@@ -71,6 +71,7 @@ class Row:
     back_to_back_high_ms: float | None = None
     first_call_s: float | None = None
     peak_memory_mb: float | None = None
+    written_mb: float | None = None
     bytes: int | None = None
     flops: int | None = None
     percent_of_roof: float | None = None

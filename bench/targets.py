@@ -8,6 +8,7 @@ from bench.cases import Suite
 from bench.estimates import Estimate
 from bench.plans import NEW_CELL, PAPER
 from bench.results import Results, Row, best_other, eager, ours, right, speed
+from bench.study_case import ASK_TELL, AT_ONCE, REPORT
 
 _PAPER_CELLS, _PAPER_ITERATIONS = 28_000, 30_000
 _PAPER_GPU_DAYS = 370 * 7  # "370 GPUs over one week" (paper, section 4.1)
@@ -30,6 +31,7 @@ def _judged_on_a_cpu(results: Results) -> Iterable[tuple[str, str]]:
     yield _judged("peak memory of an iteration: under 1000 MB", memory, max, "{:.3g} MB", at_most=1000.0)
     yield _judged("a new cell has trained its first iteration within 1 s", starts, max, "{:.3g} s", at_most=1.0)
     yield _judged_caching(results)
+    yield from _judged_study(results)
 
 
 def _judged_on_a_gpu(results: Results) -> Iterable[tuple[str, str]]:
@@ -63,6 +65,27 @@ def _judged_caching(results: Results) -> tuple[str, str]:
     """The row of a backbone's features, on any device."""
     text = "caching features: at least 0.91× as quick as the model alone"
     return _judged(text, map(speed, _cases(results, "features")), at_least=1 / 1.1)
+
+
+def _judged_study(results: Results) -> Iterable[tuple[str, str]]:
+    """The rows of what the paper's search costs to keep."""
+    rows = {name: _largest_study(results, name) for name in (ASK_TELL, REPORT, AT_ONCE)}
+    times = [row.time for row in rows[ASK_TELL] if row.time]
+    starts = [Estimate.exact(row.first_call_s) for row in rows[ASK_TELL] if row.first_call_s is not None]
+    pages = [Estimate.exact(row.written_mb) for row in rows[REPORT] if row.written_mb is not None]
+    per_s = [Estimate.exact(1e3 * PAPER.study.at_once).over(row.time) for row in rows[AT_ONCE] if row.time]
+    after, many = f"after {PAPER.study.trials[-1]:,} trials", f"by {PAPER.study.processes} processes"
+    yield _judged(f"ask + tell {after}: under 50 ms", times, max, "{:.3g} ms", at_most=50.0)
+    yield _judged(f"first ask + tell of a process {after}: under 5 s", starts, max, "{:.3g} s", at_most=5.0)
+    yield _judged(f"trials {many} {after}: at least 20 a second", per_s, min, "{:.3g} a second", at_least=20.0)
+    yield _judged(f"report {after}: under 5 MB", pages, max, "{:.3g} MB", at_most=5.0)
+
+
+def _largest_study(results: Results, name: str) -> list[Row]:
+    """Our rows of this name after as many trials as the paper's search has, in each database."""
+    cases = [case for case in PAPER.study.all_cases() if case.name == name and case.trials == PAPER.study.trials[-1]]
+    shapes = {case.shape for case in cases}
+    return [row for row in _ours(_cases(results, "study", name)) if row.shape in shapes]
 
 
 def _cases(results: Results, suite: Suite, name: str = "", mode: str = "") -> list[list[Row]]:

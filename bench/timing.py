@@ -7,6 +7,7 @@ training pays is neither: calls back to back, with no wait between them. First c
 
 import ctypes
 import gc
+import math
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -37,8 +38,12 @@ def interleaved(
     flush: Callable[[], None],
     rng: np.random.Generator,
     turn_of: Callable[[str], None] = lambda name: None,
+    seconds: float = math.inf,
 ) -> dict[str, Samples]:
-    """Time every call once per round, cold and then warm; `turn_of` hears whose turn it is."""
+    """Time every call once per round, cold and then warm; `turn_of` hears whose turn it is.
+
+    No round begins after `seconds`, but there are three at least.
+    """
 
     def turn(name: str) -> tuple[float, ...]:
         turn_of(name)
@@ -46,7 +51,7 @@ def interleaved(
         cold = clock(calls[name])
         return (cold, clock(calls[name])) if cold < LONG_MS else (cold,)
 
-    taken = in_turns({name: partial(turn, name) for name in calls}, rounds, rng)
+    taken = in_turns({name: partial(turn, name) for name in calls}, rounds, rng, seconds=seconds)
     return {
         name: Samples([turn[0] for turn in turns], [turn[1] for turn in turns if len(turn) > 1])
         for name, turns in taken.items()
@@ -112,7 +117,8 @@ class FirstCall(NamedTuple):
     """A fresh process's, which has imported everything and holds inputs and weights."""
 
     seconds: float
-    peak_memory_bytes: int | None  # of an iteration, above what was used before; None if unknown
+    peak_mb: float | None  # of an iteration, above what was used before; None if unknown
+    written_mb: float | None = None  # what it has written
 
 
 def first_call(case: Case, provider: Provider, dtype: str, device_name: str, threads: int) -> FirstCall:
@@ -133,7 +139,8 @@ def first_call(case: Case, provider: Provider, dtype: str, device_name: str, thr
     for _ in range(warm_up_calls(device)):
         workload()
     synchronise(device)
-    return FirstCall(seconds, meter.peak())
+    peak, written = (None if number is None else number / 1e6 for number in (meter.peak(), workload.written_bytes))
+    return FirstCall(seconds, peak, written)
 
 
 class _MemoryMeter:

@@ -78,7 +78,12 @@ def save_head(path: str | Path, head: SegmentationHead, *, task: Mapping[str, An
     Raises ValueError for class names that are not as many as the outputs, and for a head that a file cannot describe, such as
     one with other norms than batch norms.
     """
-    _write(path, head, FORMAT, {**_describe_head(head, task), "backbone": backbone})
+    write_whole(Path(path), head_content(head, task=task, backbone=backbone))
+
+
+def head_content(head: SegmentationHead, *, task: Mapping[str, Any], backbone: dict[str, Any]) -> bytes:
+    """What `save_head` writes."""
+    return _content(head, FORMAT, {**_describe_head(head, task), "backbone": backbone})
 
 
 def load_head(path: str | Path, *, norm_layer: NormLayer = nn.BatchNorm2d) -> tuple[SegmentationHead, dict[str, Any]]:
@@ -406,12 +411,17 @@ def _build_backbone(description: dict[str, Any], *, low_level: bool) -> Backbone
 
 
 def _write(path: str | Path, module: nn.Module, file_format: str, description: dict[str, Any]) -> None:
+    content = _content(module, file_format, description)
+    write_whole(Path(path), content)  # not save_file: only their owner could read its files, whatever the umask
+
+
+def _content(module: nn.Module, file_format: str, description: dict[str, Any]) -> bytes:
     from safetensors.torch import save as to_bytes
 
     _check_described(module, description)
     state = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
-    content = to_bytes(state, metadata={"format": file_format, "description": json.dumps(description)})
-    write_whole(Path(path), content)  # not save_file: only their owner could read its files, whatever the umask
+    content: bytes = to_bytes(state, metadata={"format": file_format, "description": json.dumps(description)})
+    return content
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -15,6 +15,7 @@ from search.datasets import Dataset
 from search.datasets.files import example_picture
 from search.devices import is_full_memory
 from search.errors import InputError, as_flag, with_fields
+from search.interrupts import sigterm_is_ctrl_c
 from search.settings import (
     BackboneSettings,
     DataSettings,
@@ -59,7 +60,7 @@ def run_command(
     goes_on: bool = False,
     renamed: Mapping[str, str] | None = None,
 ) -> None:
-    """Parse the flags of `settings_type`, run `command`, and exit: 0 done, 2 bad input, 130 stopped by Ctrl-C.
+    """Parse the flags of `settings_type`, run `command`, and exit: 0 done, 2 bad input, 130 stopped by Ctrl-C or SIGTERM.
 
     `goes_on` says that the same command continues where it was stopped. `renamed` maps flags of earlier versions to what is
     to be written instead. A full memory counts as bad input too, because the sizes that were given are too large.
@@ -69,7 +70,8 @@ def run_command(
             sys.exit(_fail(f"{flag} is now {instead}"))
     settings = tyro.cli(settings_type, prog=prog, config=(tyro.conf.FlagCreatePairsOff,))
     try:
-        command(settings)
+        with sigterm_is_ctrl_c():
+            command(settings)
     except InputError as error:
         sys.exit(_fail(in_flags(str(error), settings_type)))
     except OSError as error:

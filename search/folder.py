@@ -17,6 +17,11 @@ from filelock import FileLock, Timeout
 from search.errors import InputError
 from search.files import write_json
 
+
+class InUseError(InputError):
+    """Another process holds the folder."""
+
+
 NO_DEFAULTS: Mapping[str, Any] = {}
 CONTENT = "content of the "  # begins the names of hashes of files in an identity, such as that of the images
 _FORMAT = 3  # version of settings.json and of the results; the first one had no number
@@ -38,7 +43,7 @@ class Folder:
             lock = FileLock(self.path / "lock", timeout=0)
             lock.acquire()
         except Timeout as error:
-            raise InputError(f"{self.path} is in use by another process: wait for it, or {self.remedy}") from error
+            raise InUseError(f"{self.path} is in use by another process: wait for it, or {self.remedy}") from error
         try:
             yield
         finally:

@@ -1,10 +1,63 @@
-"""Delay Ctrl-C while something must not be interrupted."""
+"""Ctrl-C, and SIGTERM as another Ctrl-C: a command stops by it, but not in the middle of what must not be interrupted."""
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+_STOPS = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextmanager
+def sigterm_is_ctrl_c() -> Iterator[None]:
+    """Let SIGTERM, by which `kill`, Slurm and Kubernetes end a program, stop the code inside as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():  # only that thread may set handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def sigterm_kept() -> Iterator[None]:
+    """Bring back what SIGTERM does after the code inside, a library that sets a handler of its own."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def first_stop_calls(act: Callable[[signal.Signals], object]) -> Iterator[None]:
+    """Let the first Ctrl-C (or SIGTERM, if that is one) call `act` instead of ending the program; a second one ends it.
+
+    What a signal does is left as it is where that is no function: to end the program at once, or nothing, as in the background
+    jobs of a shell.
+    """
+    before = {number: handler for number in _STOPS if callable(handler := signal.getsignal(number))}
+    if threading.current_thread() is not threading.main_thread():
+        before = {}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        restore()
+        act(signal.Signals(number))
+
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        restore()
 
 
 @contextmanager
@@ -13,20 +66,8 @@ def ctrl_c_waits() -> Iterator[None]:
 
     Used around calls of the database, which prints its own tracebacks if it is interrupted.
     """
-    before = signal.getsignal(signal.SIGINT)
-    if not callable(before) or threading.current_thread() is not threading.main_thread():  # only that thread may set handlers
+    pressed: list[signal.Signals] = []
+    with first_stop_calls(pressed.append):
         yield
-        return
-    pressed = []
-
-    def wait(number: int, frame: FrameType | None) -> None:
-        pressed.append(number)
-        signal.signal(signal.SIGINT, before)
-
-    signal.signal(signal.SIGINT, wait)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if pressed:
-        signal.raise_signal(signal.SIGINT)
+    for number in pressed:
+        signal.raise_signal(number)

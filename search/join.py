@@ -20,8 +20,8 @@ from search.dense_tasks import Scores, restored_task
 from search.devices import resolve_device
 from search.errors import InputError
 from search.folder import other_files
-from search.runs.search import BEST_HEAD, HEADS, best_head, head_name
-from search.runs.study import Run, load_run, ranked
+from search.runs.store import BEST_HEAD, head_name
+from search.runs.study import HEADS, Run, best_head, load_run, ranked
 from search.settings import (
     BackboneSettings,
     DataSettings,

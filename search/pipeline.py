@@ -6,18 +6,18 @@ import copy
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
-from optuna.samplers import BaseSampler
-
 from fast.backbone import Backbone, hash_of_weights
-from fast.checkpoint import check_network, load_head, load_network, save_head
+from fast.checkpoint import check_network, head_content, load_head, load_network
 from fast.model_card import write_card
 from fast.segmentation import SegmentationHead, SegmentationNetwork
 from reference.cell import GRID_SIZES, NUM_BRANCHES, RATES, Cell
 from search.backbones.facts import facts_in
-from search.cells.sampler import LAG, CellSampler, create_sampler
+from search.cells.sampler import LAG, CellSampler
+from search.cells.samplers import create_sampler
 from search.cells.space import ASCENDING, SearchSpace, is_ascending, load_cells
 from search.datasets import Dataset, training_pictures
 from search.datasets.look import look_at, require_labels
@@ -25,10 +25,11 @@ from search.datasets.weights import completed_loss, weights_in_words
 from search.devices import Devices, resolve_device
 from search.errors import InputError
 from search.folder import Folder
-from search.reports.run_files import finish_run
+from search.reports.run_files import ReportRefresher, finish_run
 from search.runs.cluster import count_workers
-from search.runs.search import HEADS, Search, SearchPlan, best_head
-from search.runs.study import Run, RunSettings, load_run, open_run, ranked
+from search.runs.search import Search
+from search.runs.store import SearchPlan
+from search.runs.study import Run, RunSettings, best_head, identity_before, load_run, open_run, ranked
 from search.runs.workers import open_workers
 from search.settings import (
     SHAPES,
@@ -75,7 +76,7 @@ class SearchSettings(WorkerSettings):
     grids: tuple[int, ...] = GRID_SIZES
     """Grids that pyramid poolings may have in height and width. None given: no poolings."""
     sampler: str = "paper"
-    """How cells are proposed: paper (uniform, and near the best so far), random, tpe or evolution."""
+    """How cells are proposed: paper (uniform, and near the best so far), random, evolution, local, predictor or tpe."""
     lag: int | None = None
     """Samplers that look back ignore this many latest results, so their cells are the same with up to lag + 1 workers. None:
     the run's; of a new one 4, or 4 times the workers if they are more than 5, so that no one waits for a slow cell."""
@@ -112,9 +113,7 @@ class SearchSettings(WorkerSettings):
     @property
     def most_at_once(self) -> int | None:
         """How many cells the sampler lets be evaluated at a time; None if it never looks back and so waits for none."""
-        sampler = self._sampler()
-        looks_back = isinstance(sampler, CellSampler) and sampler.visible_before(sys.maxsize) > 0
-        return given(self.lag, LAG) + 1 if looks_back else None
+        return given(self.lag, LAG) + 1 if self._sampler().uses_scores else None
 
     def with_lag(self, directory: Path, device: str) -> Self:
         """With the lag of the run in `directory`, or of a new one; says so if that is not as usual, or not enough.
@@ -122,8 +121,8 @@ class SearchSettings(WorkerSettings):
         A sampler that looks back waits for all but the `lag` latest trials. With little more than that at work, a slow cell
         soon stops the others.
         """
-        before = Folder(directory).description()
-        fixed = self.lag if before is None else given(self.lag, before["identity"].get("lag"))
+        before = identity_before(directory, self.storage)
+        fixed = self.lag if before is None else given(self.lag, before.get("lag"))
         search = replace(self, lag=given(fixed, LAG))
         if (most := search.most_at_once) is None:
             return search
@@ -145,7 +144,7 @@ class SearchSettings(WorkerSettings):
             )
         return search
 
-    def _sampler(self) -> BaseSampler:
+    def _sampler(self) -> CellSampler:
         return create_sampler(
             self.sampler, SearchSpace(self.branches, self.rates, self.grids), self.seed, lag=given(self.lag, LAG)
         )
@@ -320,8 +319,8 @@ def load_found(directory: Path | str) -> Found:
         head, description = load_head(path)
     except ValueError as error:
         raise InputError(f"{error}; copy that file too, or search in another folder") from error
-    if head.context.cell != best.cell:  # it is written before its score
-        raise InputError(f"{path} is of a cell whose score is yet to be written: let the search go on")
+    if head.context.cell != best.cell:  # its score is written before it
+        raise InputError(f"{path} is of another cell than the best by now: let the search go on")
     return Found(run.directory, best.cell, best.result.score, head, description["backbone"])
 
 
@@ -336,12 +335,12 @@ def run_search(
     groups: Sequence[Any],
     command: str,
     on_begin: Callable[[], object] = lambda: None,
-) -> None:
+) -> bool:
     """Search cells on these features, compare and report; `search` has a lag, `settings` have a completed head and loss.
 
     `caches` and `pictures` have the splits "train" and "val". `groups` are all settings that scores depend on: with other
     values than before, the folder is refused. `command` is what the user typed. `on_begin` is called once nothing is left to
-    be refused.
+    be refused. Returns whether this process wrote the report: another one may hold the folder and be helped by this one.
     """
     proxy.check()  # once more: its iterations may follow from the number of pictures
     device = resolve_device(settings.machine.device)
@@ -359,6 +358,7 @@ def run_search(
         directory,
         scored(*groups) | facts_of(caches),
         create_sampler(search.sampler, space, search.seed, lag=known(search.lag)),
+        _file_of(caches["train"]),
         storage=search.storage,
         command=command,
         task=pictures["val"].task,
@@ -383,24 +383,25 @@ def run_search(
         if words := weights_in_words(pictures["val"].task, settings.loss):
             print(words, file=sys.stderr)
         timed_on = None
+        refresher = ReportRefresher(partial(load_run, directory), plan.trials)
         try:
-            Search(study, workers, space, plan, pictures["val"].task.score, _keeper(directory / HEADS, caches["train"])).run()
+            Search(
+                study, workers, plan, pictures["val"].task.score, refresher.tick if study.holds_folder else lambda: None
+            ).run()
             timed_on = device
         finally:  # also after Ctrl-C: report what there is, without latencies, which would take seconds
-            finish_run(directory, pictures, caches["val"], plan.compare, timed_on)
+            if study.take_folder():
+                finish_run(directory, pictures, caches["val"], plan.compare, timed_on)
+        return study.holds_folder
 
 
-def _keeper(folder: Path, features: FeatureCache) -> Callable[[str, SegmentationHead], None]:
-    """Writes a head that was trained on these features, by its name."""
+def _file_of(features: FeatureCache) -> Callable[[SegmentationHead], bytes]:
+    """Makes the content of the file of a head that was trained on these features."""
     origin = features.identity
     backbone = {key: origin[key] for key in ("backbone", "weights_origin", "output_stride", "dataset")}
     backbone |= facts_in(origin)
     backbone |= {"weights_hash": origin[WEIGHTS], "mean": origin[MEAN], "std": origin[STD]}
-
-    def keep(name: str, head: SegmentationHead) -> None:
-        save_head(folder / f"{name}.safetensors", head, task=features.task.describe(), backbone=backbone)
-
-    return keep
+    return partial(head_content, task=features.task.describe(), backbone=backbone)
 
 
 def _require_parts(*, train: Any, val: Any, backbone: Any) -> None:

@@ -27,8 +27,7 @@ from search.errors import InputError
 from search.folder import Folder
 from search.pipeline import SearchSettings, run_search
 from search.reports.in_python import in_python
-from search.runs.search import best_head
-from search.runs.study import RunSettings, load_run
+from search.runs.study import RunSettings, best_head, load_run
 from search.settings import (
     BackboneSettings,
     DataSettings,
@@ -77,7 +76,7 @@ def main(settings: RandomSettings) -> None:
     _refuse_other_backbone(directory, origin, settings.backbone.weights)
     settings = settings.with_lag(directory, machine.device)
     groups = settings, data, settings.backbone, settings.features, settings.head, loss, settings.proxy
-    run_search(
+    wrote = run_search(
         directory,
         settings,
         settings.proxy,
@@ -88,6 +87,9 @@ def main(settings: RandomSettings) -> None:
         command=command,
         on_begin=lambda: print_defaults(caches["train"].pictures, *chosen),
     )
+    if not wrote:
+        print(f"nothing is left to do; the process that holds {directory} writes the report", file=sys.stderr)
+        return
     if not (directory / "best_cells" / "rank_01.json").exists():  # every cell has failed, as was said
         sys.exit(1)
     print(f"\nthe best head behind its backbone, in Python:\n\n{in_python(load_run(directory))}\n")

@@ -12,8 +12,7 @@ from search.devices import resolve_device
 from search.errors import InputError
 from search.reports.cells import write_cell_report
 from search.reports.run import write_report
-from search.runs.search import best_head
-from search.runs.study import load_run, ranked
+from search.runs.study import best_head, load_run, ranked
 from search.settings import CellSettings, DeviceSettings, OptimizerSettings, require, restored
 
 

@@ -6,6 +6,8 @@ import sys
 from hypothesis import settings
 
 from tests.cuda_driver import sees_a_gpu
+from tests.postgres import database as database
+from tests.postgres import postgres as postgres
 
 if not sees_a_gpu():  # then Triton's interpreter runs the kernels; it asks at its first import
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -4,6 +4,7 @@ It grows by one trial at a time, and a question costs the same at the first tria
 """
 
 from bisect import bisect_left, insort
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from reference.cell import Cell
@@ -27,7 +28,7 @@ class History:
     def __init__(self) -> None:
         self._trials: dict[int, Proposed] = {}
         self._scores: dict[int, float] = {}  # of complete trials, by number
-        self._forms: set[str] = set()
+        self._first: dict[str, int] = {}  # form -> the lowest number of a trial that has it
         self._bound = 0  # trials below it are in the two lists, if they are complete
         self._complete: list[int] = []  # their numbers, in ascending order
         self._ranked: list[tuple[float, int]] = []  # (−score, number), in ascending order
@@ -36,14 +37,14 @@ class History:
         """The number of proposed trials."""
         return len(self._trials)
 
-    def __contains__(self, form: str) -> bool:
-        """Whether a trial has a cell of this canonical form."""
-        return form in self._forms
+    def has_form(self, form: str, before: int) -> bool:
+        """Whether a trial numbered below `before` has a cell of this canonical form."""
+        return self._first.get(form, before) < before
 
     def propose(self, number: int, cell_json: str, form: str) -> None:
         """Trial `number` is of this cell, now and for ever."""
         self._trials[number] = Proposed(number, cell_json, form)
-        self._forms.add(form)
+        self._first[form] = min(number, self._first.get(form, number))
 
     def finish(self, number: int, score: float) -> None:
         """A proposed trial has a score. A failed one is never finished here, so it is no parent of others."""
@@ -53,9 +54,13 @@ class History:
         if number < self._bound:
             self._show(number)
 
-    def score(self, number: int) -> float | None:
-        """The score of a trial; None if it has none."""
-        return self._scores.get(number)
+    def proposed(self, number: int) -> Proposed:
+        """Trial `number`. Raises KeyError if there is none."""
+        return self._trials[number]
+
+    def scores(self, trials: Iterable[Proposed]) -> list[float]:
+        """The scores of complete trials. Raises KeyError for one without."""
+        return [self._scores[trial.number] for trial in trials]
 
     def complete(self, before: int, newest: int | None = None) -> list[Proposed]:
         """The trials numbered below `before` that have a score, by number; only the `newest` of them if that is given."""
@@ -64,16 +69,15 @@ class History:
         start = 0 if newest is None else max(0, end - newest)
         return [self._trials[number] for number in self._complete[start:end]]
 
-    def best(self, count: int, before: int) -> list[Proposed]:
-        """The best distinct cells among the complete trials numbered below `before`, best first; of equals the first."""
+    def best(self, before: int) -> Iterator[Proposed]:
+        """The distinct cells of the complete trials numbered below `before`, best first; of equals the first."""
         self._advance(before)
-        chosen: dict[str, Proposed] = {}
+        seen: set[str] = set()
         for _, number in self._ranked:
-            if len(chosen) == count:
-                break
-            if number < before:
-                chosen.setdefault(self._trials[number].form, self._trials[number])
-        return list(chosen.values())
+            trial = self._trials[number]
+            if number < before and trial.form not in seen:
+                seen.add(trial.form)
+                yield trial
 
     def _advance(self, before: int) -> None:
         for number in range(self._bound, before):

@@ -75,6 +75,10 @@ class SearchSpace:
         """The operations of a branch, in the order of the paper's 81."""
         return operations_of(self.rates, self.grid_sizes)
 
+    @cached_property
+    def _index(self) -> dict[Operation, int]:
+        return {operation: k for k, operation in enumerate(self.operations)}
+
     def size(self) -> int:
         """The number of cells as they are drawn, exactly: B!·81^B for 81 operations and one input."""
         return math.prod((i + self.num_inputs) * len(self.operations) for i in range(self.num_branches))
@@ -117,7 +121,7 @@ class SearchSpace:
 
     def contains(self, cell: Cell) -> bool:
         has_shape = len(cell.branches) == self.num_branches and cell.num_inputs <= self.num_inputs
-        return has_shape and all(branch.operation in self.operations for branch in cell.branches)
+        return has_shape and all(branch.operation in self._index for branch in cell.branches)
 
     def check(self, cell: Cell) -> None:
         """Raise ValueError, naming the branch and the field, for a cell outside the space."""
@@ -125,7 +129,7 @@ class SearchSpace:
             raise ValueError(f"a cell of this search space has {self.num_branches} branches, got {len(cell.branches)}")
         cell.require_inputs(self.num_inputs)
         for i, branch in enumerate(cell.branches):
-            if branch.operation not in self.operations:
+            if branch.operation not in self._index:
                 raise ValueError(f"branch {i}: {self._outside(branch.operation)}")
 
     def neighbours(self, cell: Cell) -> Iterator[Cell]:
@@ -133,20 +137,34 @@ class SearchSpace:
 
         Raises ValueError for a cell outside the space.
         """
-        return (_with_branch(cell, i, branch) for i, branch in self._changes(cell))
+        self.check(cell)
+        return (self._neighbour(cell, k) for k in range(self._num_neighbours()))
 
     def mutate(self, cell: Cell, rng: np.random.Generator) -> Cell:
-        """Draw one of the neighbours, uniformly. Raises ValueError for a cell outside the space."""
-        changes = self._changes(cell)
-        return _with_branch(cell, *changes[rng.integers(len(changes))])
+        """Draw one of the neighbours, uniformly; the cell itself if it has none.
 
-    def _changes(self, cell: Cell) -> list[tuple[int, Branch]]:
+        Raises ValueError for a cell outside the space.
+        """
         self.check(cell)
-        changes = []
+        count = self._num_neighbours()
+        return self._neighbour(cell, int(rng.integers(count))) if count else cell
+
+    def _num_neighbours(self) -> int:
+        return sum(i + self.num_inputs - 1 + len(self.operations) - 1 for i in range(self.num_branches))
+
+    def _neighbour(self, cell: Cell, k: int) -> Cell:
+        """Neighbour k of a cell: other inputs of branch 0, its other operations, other inputs of branch 1, and so on."""
         for i, branch in enumerate(cell.branches):
-            changes += [(i, Branch(j, branch.operation)) for j in range(-self.num_inputs, i) if j != branch.input_index]
-            changes += [(i, Branch(branch.input_index, op)) for op in self.operations if op != branch.operation]
-        return changes
+            inputs, operations = i + self.num_inputs - 1, len(self.operations) - 1  # so many others
+            if k < inputs:
+                other = k - self.num_inputs
+                return _with_branch(cell, i, replace(branch, input_index=other + (other >= branch.input_index)))
+            if k < inputs + operations:
+                chosen = k - inputs
+                chosen += chosen >= self._index[branch.operation]
+                return _with_branch(cell, i, replace(branch, operation=self.operations[chosen]))
+            k -= inputs + operations
+        raise IndexError(f"a cell of this search space has {self._num_neighbours()} neighbours")
 
     def _smallest(self, operation: Operation) -> Operation:
         return operation if self.maps is None else self.maps.smallest(operation)

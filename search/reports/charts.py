@@ -1,9 +1,12 @@
-"""The charts of a run's page: the scores of all cells, progress, cost and loss. A dot says on hover whose it is."""
+"""The charts of a run's page: the scores of all cells, progress, cost and loss. A dot says on hover whose it is.
 
-from collections.abc import Iterator, Sequence
+Of more trials than a browser shows at once, the dots are one picture, over which the best stand as dots of their own.
+"""
+
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from markupsafe import Markup
@@ -16,7 +19,8 @@ from reference.cell import Cell
 from search.reports.diagram import INK, Titles, figure_svg, shortened, show_grid, style_axes
 from search.reports.page import quantity
 from search.reports.scatter import label_best
-from search.runs.study import FOUND, Run, TrialRecord, comparison_label
+from search.runs.store import FOUND
+from search.runs.study import Run, TrialRecord, comparison_label
 from search.tasks.proxy import ProxyResult
 
 _SEARCH_COLOUR = "#4a7fd0"
@@ -25,6 +29,8 @@ _COLOURS = ("#e69f00", "#cc79a7", "#d55e00", "#009e73", INK, "#8b5e3c")
 _MARKERS = ("D", "s", "^", "v", "P", "X", "*")
 _DASHES: tuple[Any, ...] = ("-", (0, (4, 2)), (0, (1, 1.5)))  # of lines; the next one where the colours begin again
 KNOWN_LABELS = {"linear": "Linear", "mlp": "MLP", "aspp": "ASPP", "psp": "PSP", "dpc": "Published DPC"}
+_MOST_DOTS = 1000  # of a run's trials: in both charts together half a megabyte of the page
+_BEST_DOTS = 100  # that a run of more shows, beside those on a chart's line
 _LEGEND_CHARACTERS = 76  # in a row, with six for each line or dot
 
 
@@ -87,12 +93,14 @@ def draw_charts(run: Run, best: Sequence[TrialRecord], groups: Sequence[Group]) 
         (
             "Progress of the search",
             _draw_progress,
-            "Dots are trials, the best with their numbers; the line is the best so far. Point at a dot to see its cell.",
+            "Dots are trials, the best with their numbers; the line is the best so far. Point at "
+            f"{_pointed(run)} to see its cell.",
         ),
         (
             "Score against cost",
             _draw_cost,
-            "Multiply-adds of the cell for one validation image; the line joins the Pareto front. Dots name their cells, too.",
+            "Multiply-adds of the cell for one validation image; the line joins the Pareto front. "
+            f"{_pointed(run).capitalize()} names its cell, too.",
         ),
         ("Training loss", _draw_loss, "The best cell, and every seed of the cells beside it; running means."),
     )
@@ -119,7 +127,7 @@ def _draw_legend(figure: Figure, axes: Axes) -> None:
 
 
 def _draw_distribution(axes: Axes, run: Run, best: Sequence[TrialRecord], groups: Sequence[Group]) -> Titles:
-    scores = [100 * record.result.score for record in best if record.result]
+    scores = [100 * record.score for record in best if record.score is not None]
     bins = np.histogram_bin_edges(scores, bins=int(np.clip(2 * np.sqrt(len(scores)), 1, 60)))
     axes.hist(scores, bins=list(bins), color=_SEARCH_COLOUR, edgecolor="none", rwidth=0.94, label="search")
     for group in groups:
@@ -131,50 +139,91 @@ def _draw_distribution(axes: Axes, run: Run, best: Sequence[TrialRecord], groups
     return {}
 
 
+class _Dot(NamedTuple):
+    """A trial with its place in a chart."""
+
+    record: TrialRecord
+    x: float
+    y: float  # its score in percent
+
+    @property
+    def place(self) -> tuple[float, float]:
+        return self.x, self.y
+
+
 def _draw_progress(axes: Axes, run: Run, best: Sequence[TrialRecord], groups: Sequence[Group]) -> Titles:
-    scored = [(record.number, 100 * record.result.score) for record in run.trials if record.result]
-    numbers, scores = zip(*scored, strict=True)
+    dots = [_Dot(record, record.number, 100 * record.score) for record in run.trials if record.score is not None]
+    rises = pareto_front([dot.place for dot in dots])
     last = max(record.number for record in run.trials)
-    best_so_far = np.maximum.accumulate(scores)
-    axes.step(
-        [*numbers, last], [*best_so_far, best_so_far[-1]], where="post", color=_SEARCH_COLOUR, lw=1.8, label="best so far"
-    )
+    numbers, best_so_far = zip(*rises, (last, rises[-1][1]), strict=True)
+    axes.step(numbers, best_so_far, where="post", color=_SEARCH_COLOUR, lw=1.8, label="best so far")
     for group in groups:
         axes.axhline(100 * group.mean, color=group.colour, linewidth=1.5, linestyle=group.dashes, label=group.label)
-    axes.plot(numbers, scores, "o", color=_SEARCH_COLOUR, alpha=0.6, markersize=4.5, markeredgewidth=0, gid="trials", zorder=3)
+    titles = _draw_trials(axes, run, dots, best, rises)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set(xlim=(-0.03 * last - 0.5, 1.03 * last + 0.5), xlabel="trial", ylabel=f"{run.task.score.name} (%)")
-    label_best(axes, [(record.number, 100 * record.result.score, f"{record.number}") for record in best if record.result])
-    return {"trials": [_title(run, record) for record in run.trials if record.result]}
-
-
-def _draw_cost(axes: Axes, run: Run, best: Sequence[TrialRecord], groups: Sequence[Group]) -> Titles:
-    dots = {record.number: _cost_and_score(record.result) for record in best if record.result}
-    front = pareto_front(list(dots.values()))
-    costs, scores = zip(*dots.values(), strict=True)
-    look: dict[str, Any] = {"color": _SEARCH_COLOUR, "alpha": 0.6, "markersize": 4.5, "markeredgewidth": 0, "gid": "trials"}
-    axes.plot(*zip(*front, strict=True), "-", color=_SEARCH_COLOUR, linewidth=1.2)
-    axes.plot(costs, scores, "o", label="search", zorder=3, **look)
-    titles = {"trials": [_title(run, record) for record in best if record.result]}
-    for number, group in enumerate(groups):
-        cost, score = group.results[0].multiply_adds / 1e9, 100 * group.mean
-        spread = None if group.std is None else 100 * group.std
-        gid, look = f"compared{number}", {"color": group.colour, "markersize": 6, "capsize": 3, "zorder": 4}
-        axes.errorbar(cost, score, yerr=spread, fmt=group.marker, label=group.label, gid=gid, **look)
-        titles[gid] = [f"{group.label}: {score:.2f} %\n{group.cell}"]
-    axes.set(xlabel="multiply-adds (10⁹)", ylabel=f"{run.task.score.name} (%)")
-    label_best(axes, [(*dot, f"{number}") for number, dot in dots.items()])
+    label_best(axes, [(record.number, 100 * record.score, f"{record.number}") for record in best if record.score is not None])
     return titles
 
 
-def _cost_and_score(result: ProxyResult) -> tuple[float, float]:
-    return result.multiply_adds / 1e9, 100 * result.score
+def _draw_cost(axes: Axes, run: Run, best: Sequence[TrialRecord], groups: Sequence[Group]) -> Titles:
+    dots = [
+        _Dot(record, record.multiply_adds / 1e9, 100 * record.score)
+        for record in best
+        if record.multiply_adds is not None and record.score is not None
+    ]
+    front = pareto_front([dot.place for dot in dots])
+    axes.plot(*zip(*front, strict=True), "-", color=_SEARCH_COLOUR, linewidth=1.2)
+    titles = _draw_trials(axes, run, dots, best, front, label="search")
+    for number, group in enumerate(groups):
+        cost, score = group.results[0].multiply_adds / 1e9, 100 * group.mean
+        spread = None if group.std is None else 100 * group.std
+        gid = f"compared{number}"
+        look: dict[str, Any] = {"color": group.colour, "markersize": 6, "capsize": 3, "zorder": 4}
+        axes.errorbar(cost, score, yerr=spread, fmt=group.marker, label=group.label, gid=gid, **look)
+        titles[gid] = [f"{group.label}: {score:.2f} %\n{group.cell}"]
+    axes.set(xlabel="multiply-adds (10⁹)", ylabel=f"{run.task.score.name} (%)")
+    label_best(axes, [(*dot.place, f"{dot.record.number}") for dot in dots])
+    return titles
+
+
+def _draw_trials(
+    axes: Axes,
+    run: Run,
+    dots: Sequence[_Dot],
+    best: Sequence[TrialRecord],
+    line: Collection[tuple[float, float]],
+    label: str | None = None,
+) -> dict[str, list[str]]:
+    """Draw all dots; their titles, or those of the best and of the places on the chart's line where there are too many."""
+    look: dict[str, Any] = {"color": _SEARCH_COLOUR, "markeredgewidth": 0}
+    if _is_crowded(run):
+        axes.plot(*_places(dots), "o", alpha=0.25, markersize=2, zorder=1, rasterized=True, **look)
+        shown, places = {record.number for record in best[:_BEST_DOTS]}, set(line)
+        dots = [dot for dot in dots if dot.record.number in shown or dot.place in places]
+    axes.plot(*_places(dots), "o", alpha=0.6, markersize=4.5, gid="trials", zorder=3, label=label, **look)
+    return {"trials": [_title(run, dot.record) for dot in dots]}
+
+
+def _places(dots: Sequence[_Dot]) -> tuple[list[float], list[float]]:
+    return [dot.x for dot in dots], [dot.y for dot in dots]
+
+
+def _is_crowded(run: Run) -> bool:
+    """Whether there are too many dots for one element each."""
+    return len(run.trials) > _MOST_DOTS
+
+
+def _pointed(run: Run) -> str:
+    """Which dots have a title."""
+    return f"a larger dot (the best {_BEST_DOTS} and the line's)" if _is_crowded(run) else "a dot"
 
 
 def _title(run: Run, record: TrialRecord) -> str:
     """What a trial's dot says on hover."""
-    assert record.result is not None  # it has a dot
-    score, cost = run.task.score.text(record.result.score), quantity(record.result.multiply_adds)
+    assert record.score is not None  # it has a dot
+    assert record.multiply_adds is not None
+    score, cost = run.task.score.text(record.score), quantity(record.multiply_adds)
     return f"trial {record.number}: {run.task.score.name} {score}, {cost} multiply-adds\n{record.cell}"
 
 
@@ -193,12 +242,11 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, flo
 
 def _draw_loss(axes: Axes, run: Run, best: Sequence[TrialRecord], groups: Sequence[Group]) -> Titles:
     for group in groups:
-        for k, result in enumerate(group.results):
+        for k, again in enumerate(record for record in run.baselines if record.name == group.name):
             label = group.label if k == 0 else None
-            axes.plot(*_smooth(result.loss_curve), linestyle=group.dashes, color=group.colour, lw=1.1, label=label, alpha=0.8)
+            axes.plot(*_smooth(run.curve(again)), linestyle=group.dashes, color=group.colour, lw=1.1, label=label, alpha=0.8)
     for record in best[:1]:
-        assert record.result is not None  # it is ranked
-        axes.plot(*_smooth(record.result.loss_curve), color=_SEARCH_COLOUR, lw=2, label=f"best, trial {record.number}")
+        axes.plot(*_smooth(run.curve(record)), color=_SEARCH_COLOUR, lw=2, label=f"best, trial {record.number}")
     axes.set(xlabel="iteration", ylabel="loss (per pixel)")
     return {}
 

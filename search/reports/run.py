@@ -4,6 +4,7 @@ import base64
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,13 @@ from search.reports.in_python import in_python
 from search.reports.latency import Latencies, measure_latencies
 from search.reports.page import percent, write_page
 from search.reports.predictions import laid_over
-from search.runs.search import BEST_HEAD, head_name
+from search.runs.store import BEST_HEAD, head_name
 from search.runs.study import Run, TrialRecord, ranked
 from search.settings import LossSettings, declared, known
 from search.tasks.proxy import ProxyResult
 
 _TOP, _DRAWN_BEST, _DRAWN_WORST = 10, 3, 2
+_FAILURES = 50  # that are listed
 _EXAMPLE_SIDE = 640  # pixels, at most
 _OF_LOSS = declared(LossSettings)  # which only some tasks have; unless given they are not named
 
@@ -49,34 +51,47 @@ class Row:
     is_compared: bool
 
 
-def write_report(run: Run, device: str | None = None) -> Path:
+@dataclass(frozen=True)
+class Running:
+    """What the page says of a search that goes on: to how many trials, and when this was."""
+
+    trials: int
+    now: datetime
+
+
+def write_report(run: Run, device: str | None = None, running: Running | None = None) -> Path:
     """Write `report.html` into the run's folder, whole or not at all; returns its path.
 
     Given a device, and if the run has a trained head (which says what features it reads), latencies are measured on that
-    device. Raises InputError if the page cannot be written, or a file of the run is damaged.
+    device. The page of a `running` search loads itself again; so as not to hold up the search, it is without what needs heads,
+    and without examples, which are of an earlier end. Raises InputError if the page cannot be written, or a file of the run
+    is damaged.
     """
     path = run.directory / "report.html"
-    write_page(path, "report.html.jinja", _content(run, device))
+    write_page(path, "report.html.jinja", _content(run, device, running))
     return path
 
 
-def _content(run: Run, device: str | None) -> dict[str, Any]:
+def _content(run: Run, device: str | None, running: Running | None) -> dict[str, Any]:
     best, groups = ranked(run.trials), groups_of(run)
-    trained = _trained_cells(run, best, groups)
+    failures = [record for record in run.trials if record.failure is not None]
+    trained = {} if running else _trained_cells(run, best, groups)
     rows = list(_rows(run, best, groups))
-    examples = _example_maps(run)
+    examples = [] if running else _example_maps(run)
     fair = next((group for group in groups if best and group.name == f"trial {best[0].number}"), None)
     return {
         "run": run,
+        "running": running,
         "in_python": in_python(run) if best and is_named(run.settings.data.dataset) else None,
         "identity": {name: value for name, value in run.identity.items() if value is not None or name not in _OF_LOSS},
         "best": best[0] if best else None,
         "distinct": len(best),
-        "failures": [record for record in run.trials if record.failure is not None],
+        "failed": len(failures),
+        "failures": failures[-_FAILURES:],
         "duplicates": sum(record.duplicate_of is not None for record in run.trials),
         "known": [group for group in groups if not group.is_found],
         "fair": fair,  # the best of many is partly luck; its second score is not
-        "compared_score": fair.mean if fair else best[0].result.score if best and best[0].result else None,
+        "compared_score": fair.mean if fair else best[0].score if best else None,
         "spread": _spread,
         "charts": list(draw_charts(run, best, groups)),
         "drawings": list(_drawings(run, best, groups, trained)),
@@ -140,10 +155,10 @@ def _drawings(
     maps, layers = known(run.space.maps), described_layers(run.identity)
     worst_from = max(_DRAWN_BEST, len(best) - _DRAWN_WORST)
     for rank, record in enumerate(best):
-        if record.result and (rank < _DRAWN_BEST or rank >= worst_from):
+        if record.score is not None and (rank < _DRAWN_BEST or rank >= worst_from):
             place = f"No. {rank + 1} of {len(best)}" + (", among the worst" if rank >= worst_from else "")
             yield {
-                "heading": percent(record.result.score),
+                "heading": percent(record.score),
                 "place": place,
                 "name": f"trial {record.number}",
                 "pictures": draw_pictures(record.cell, maps, trained.get("best") if rank == 0 else None, layers),

@@ -4,26 +4,32 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Collection, Iterator, Mapping
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from fast.bilinear_resize import bilinear_resize
 from fast.checkpoint import load_head
 from search.datasets import Dataset, Sample
 from search.dense_tasks import DenseTask, details_beside, measures_beside
+from search.errors import InputError
 from search.files import write_text, write_whole
 from search.reports.rank_correlation import ties
-from search.reports.run import write_report
-from search.runs.search import BEST_HEAD, HEADS, head_name
-from search.runs.study import BaselineRecord, TrialRecord, comparison_label, load_run, ranked
+from search.reports.run import Running, write_report
+from search.runs.store import BEST_HEAD, head_name
+from search.runs.study import HEADS, BaselineRecord, Run, TrialRecord, comparison_label, load_run, ranked
 from search.tasks.feature_cache import FeatureCache
 
 _EXAMPLES = 4
+_BETWEEN_PAGES = 60.0  # seconds at least, of a search that is running
+_COSTS_BETWEEN_PAGES = 50  # times what the last page took
 _TOP = 10  # cells in the table and in best_cells/
 
 
@@ -35,7 +41,8 @@ def finish_run(
     `pictures` are the splits "train" and "val"; `val` has the features of the second.
     """
     run = load_run(directory)
-    best = ranked(run.trials)[:_TOP]
+    distinct = ranked(run.trials)
+    best = distinct[:_TOP]
     _write_examples(directory, pictures, val, compared)
     if not best:
         failed = sum(record.failure is not None for record in run.trials)
@@ -47,9 +54,35 @@ def finish_run(
     _write_csv(directory / "cells.csv", run.trials, run.task)
     report = write_report(run, timed_on)
     print(_table(best, run.baselines, run.task))
-    if warning := ties([record.result.score for record in ranked(run.trials) if record.result]):
+    if warning := ties([record.score for record in distinct if record.score is not None]):
         print(f"\nwarning: {warning}")
     print(f"\nreport: {report}\nbest cell: {directory / 'best_cells' / 'rank_01.json'}")
+
+
+class ReportRefresher:
+    """Writes the page of a search that is running, now and then: `tick` is called whenever there is a moment.
+
+    `read` reads the run, and `trials` is how many it is to have. At most one part in 50 of the time goes into pages.
+    """
+
+    def __init__(self, read: Callable[[], Run], trials: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._read, self._trials, self._clock = read, trials, clock
+        self._due = clock() + _BETWEEN_PAGES
+        self._has_warned = False
+
+    def tick(self) -> None:
+        """Write the page, if it is time. If it cannot be written, that is said once, and the search goes on."""
+        start = self._clock()
+        if start < self._due:
+            return
+        try:
+            write_report(self._read(), running=Running(self._trials, datetime.now().astimezone()))
+        except InputError as error:
+            if not self._has_warned:
+                tqdm.write(f"warning: the report is not written while the search runs: {error}", file=sys.stderr)
+            self._has_warned = True
+        end = self._clock()
+        self._due = end + max(_BETWEEN_PAGES, _COSTS_BETWEEN_PAGES * (end - start))
 
 
 def _table(best: list[TrialRecord], baselines: list[BaselineRecord], task: DenseTask) -> str:

@@ -14,6 +14,7 @@ import torch
 from search.commands import to_install
 from search.devices import resolve_device
 from search.errors import InputError
+from search.interrupts import sigterm_kept
 from search.settings import WorkerSettings, given
 
 THREADS = 4  # of a worker on CPUs, where their number is chosen for the user: the maps of one training are small
@@ -139,7 +140,8 @@ def join() -> bool:
     if ray.is_initialized():
         return False
     try:
-        ray.init(logging_level=logging.ERROR, log_to_driver=False, include_dashboard=False)
+        with sigterm_kept():
+            ray.init(logging_level=logging.ERROR, log_to_driver=False, include_dashboard=False)
     except (ConnectionError, ray.exceptions.RayError) as error:  # such as a missing token
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"Ray cannot join the cluster {_cluster_address()}, which `ray stop` forgets: {reason}") from error

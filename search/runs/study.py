@@ -1,36 +1,39 @@
-"""A run on disk: its settings, trials and results, and how it continues after an interruption.
+"""A run on disk: its settings, what its jobs came to, and how it continues after an interruption.
 
-Its folder holds `settings.json`, and an Optuna storage (`study.db`, SQLite, or any database by URL) with two studies: the
-search, one trial per cell, and the comparison, one trial per known or winning cell and seed. Each trial has its cell and its
-result as attributes, so the run is complete without any other file: whole as system attributes, which dashboards do not show,
-and what people look for as user attributes. One process writes; a file lock, which ends with its process, keeps a second one
-out. A trial that was interrupted is still RUNNING in the study and is evaluated again, as the same trial.
+Its folder holds `settings.json`, and `study.db` unless the jobs are on a database server (`search.runs.store`). One process
+writes into the folder; a file lock, which ends with its process, keeps others out. On a server they may help it nevertheless:
+they claim jobs of the same run, and leave the folder alone.
 """
 
 import json
+import sys
 import uuid
-import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from functools import partial
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-import optuna
-from optuna.trial import FrozenTrial, TrialState
+from optuna.exceptions import OptunaError, StorageInternalError
 from sqlalchemy.exc import SQLAlchemyError
 
+from fast.segmentation import SegmentationHead
 from reference.cell import GRID_SIZES, RATES, Cell
 from reference.dense_prediction_cell import rate_multiplier_for
 from reference.grid import Grid
 from search.cells.reach import FeatureMaps
+from search.cells.sampler import CellSampler
 from search.cells.space import SearchSpace, canonical_form
 from search.commands import spelled
-from search.dense_tasks import DenseTask, Scores, details_beside, measures_beside, restored_task
+from search.dense_tasks import DenseTask, Scores, restored_task
 from search.errors import InputError
-from search.folder import Folder
+from search.files import write_whole
+from search.folder import Folder, InUseError, differences
 from search.interrupts import ctrl_c_waits
+from search.runs.earlier import EarlierRun
+from search.runs.mirror import Mirror
+from search.runs.store import BEST_HEAD, FOUND, RUNNING, SEARCH, Claim, Key, Reader, Row, SearchPlan, Store, Told, is_server
 from search.settings import (
     BackboneSettings,
     DataSettings,
@@ -43,16 +46,42 @@ from search.settings import (
 )
 from search.tasks.proxy import ProxyResult
 
+Curve = tuple[tuple[int, float], ...]  # (iteration, training loss)
+HEADS = "heads"  # folder in a run's for the heads that are kept
+
 
 @dataclass(frozen=True)
 class TrialRecord:
-    """One cell of the search, finished: with a result, or a failure and its reason."""
+    """One cell of the search, finished: with a result, or a failure and its reason.
+
+    A run may have many, so its cell and its result are read from JSON where they are asked for. The result has no loss curve,
+    which is read by `Run.curve`.
+    """
 
     number: int
-    cell: Cell
-    result: ProxyResult | None
+    cell_json: str
+    form: str  # JSON of the canonical form in the space
+    score: float | None
+    multiply_adds: int | None
+    result_json: str | None
     failure: str | None
     duplicate_of: int | None
+
+    @classmethod
+    def of(cls, number: int, cell: Cell, result: ProxyResult | None, failure: str | None, duplicate_of: int | None) -> Self:
+        """A record of this cell and result."""
+        cost = None if result is None else result.multiply_adds
+        score, content = (None, None) if result is None else (result.score, _result_json(result))
+        form = canonical_form(cell).to_json()
+        return cls(number, cell.to_json(), form, score, cost, content, failure, duplicate_of)
+
+    @cached_property
+    def cell(self) -> Cell:
+        return Cell.from_json(self.cell_json)
+
+    @cached_property
+    def result(self) -> ProxyResult | None:
+        return None if self.result_json is None else _result(self.result_json)
 
 
 @dataclass(frozen=True)
@@ -101,9 +130,16 @@ class Run:
     space: SearchSpace
     trials: list[TrialRecord]  # finished ones, by number
     baselines: list[BaselineRecord]
+    curves: Mapping[int, Curve] = field(default_factory=dict, compare=False)  # loss curves by trial; may read them when asked
+
+    def curve(self, record: TrialRecord | BaselineRecord) -> Curve:
+        """The loss curve of a trial or a comparison; empty if it has none."""
+        return self.curves.get(record.number, ()) if isinstance(record, TrialRecord) else record.result.loss_curve
 
 
-FOUND = "trial "  # before the number of a trial: the name of the search's best cell among the compared ones
+def best_head(directory: Path) -> Path:
+    """Where a run keeps the head of its best cell."""
+    return directory / HEADS / f"{BEST_HEAD}.safetensors"
 
 
 def comparison_label(name: str, known: Mapping[str, str] | None = None) -> str:
@@ -112,105 +148,93 @@ def comparison_label(name: str, known: Mapping[str, str] | None = None) -> str:
 
 
 class Study:
-    """The two Optuna studies of a run, for the process that writes. They must exist if no sampler is given."""
+    """The jobs of a run, for a process that works on them; what people look at is written beside.
+
+    `file_of` makes the content of a head's file. `hold` locks the run's folder and says whether this process may write there.
+    """
 
     @ctrl_c_waits()
     def __init__(
-        self, directory: Path, url: str, run_id: str, task: DenseTask, sampler: optuna.samplers.BaseSampler | None = None
+        self,
+        directory: Path,
+        url: str,
+        store: Store,
+        task: DenseTask,
+        space: SearchSpace,
+        sampler: CellSampler,
+        file_of: Callable[[SegmentationHead], bytes],
+        *,
+        hold: Callable[[], bool] = lambda: True,
     ) -> None:
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.directory = directory
-        self._task = task
-        self._storage = optuna.storages.RDBStorage(url)
-        create = partial(optuna.create_study, direction="maximize", load_if_exists=True)
-        opened: Callable[..., optuna.Study] = optuna.load_study if sampler is None else create
-        self.search = opened(storage=self._storage, study_name=f"{run_id} search", sampler=sampler)
-        random = optuna.samplers.RandomSampler()
-        self.comparison = opened(storage=self._storage, study_name=f"{run_id} comparison", sampler=random)
-        if sampler is not None:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-                for study in (self.search, self.comparison):  # also of a run that was begun without
-                    study.set_metric_names([task.score.name])
+        self._hold = hold
+        self.holds_folder = hold()
+        self.store = store
+        self.sampler = sampler
+        self._space, self._file_of = space, file_of
+        self._mirror: Mirror | None = None
+        self._open_mirror, self._reader = partial(Mirror, url, store.name, task, space), Reader(url, store.name)
+        self._heads = 0  # revision up to which the folder has the heads
+        self.store.sync()
+        self.show()
 
     @ctrl_c_waits()
-    def unfinished(self) -> list[optuna.Trial]:
-        """Trials of the search that an earlier process left behind, by number."""
-        return [self._revive(self.search, frozen) for frozen in _with_state(self.search, TrialState.RUNNING)]
+    def claim(self, plan: SearchPlan) -> Claim | None:
+        """The next job of this process (`Store.claim`)."""
+        return self.store.claim(plan, self._space, self.sampler)
 
     @ctrl_c_waits()
-    def tell(self, study: optuna.Study, number: int, cell: Cell, result: ProxyResult, **attributes: Any) -> None:
-        """Record a result: all attributes first, the state last, so that a trial is either complete or will be done again."""
-        whole = {"cell": json.loads(cell.to_json()), "result": asdict(result)}
-        self._set_attributes(study, number, attributes | self._shown(cell, result), whole)
-        study.tell(number, result.score)
+    def tell(self, key: Key, result: ProxyResult, head: SegmentationHead | None = None) -> bool:
+        """Record a result, and its head if it is to be kept (`Store.tell`)."""
+        content = self._file_of(head) if head is not None and self.store.keeps_head(key, result.score) else None
+        curve = json.dumps(result.loss_curve)
+        return self.store.tell(key, Told(result.score, result.multiply_adds, _result_json(result), curve, content))
 
     @ctrl_c_waits()
-    def tell_failure(self, number: int, cell: Cell, reason: str) -> None:
-        """Record that a cell of the search has no score, and why."""
-        shown, whole = {"cell": str(cell), "failure": reason}, {"cell": json.loads(cell.to_json())}
-        self._set_attributes(self.search, number, shown, whole)
-        self.search.tell(number, state=TrialState.FAIL)
+    def tell_failure(self, key: Key, reason: str) -> bool:
+        """Record that a cell has no score, and why; it is not tried again (`Store.tell_failure`)."""
+        return self.store.tell_failure(key, reason)
+
+    def show(self) -> None:
+        """Write what was finished since into Optuna's studies, and heads into the folder if this process holds it."""
+        while not self.store.patiently(self._update_mirror):
+            pass
+        if self.holds_folder:
+            for name, content, revision in self.store.new_heads(self._heads):
+                write_whole(self.directory / HEADS / f"{name}.safetensors", content)
+                self._heads = revision
 
     @ctrl_c_waits()
-    def tell_comparison_failure(self, number: int, name: str, seed: int, reason: str) -> None:
-        """Record that a comparison has no score, and why; it is not tried again."""
-        self._set_attributes(self.comparison, number, {"name": name, "seed": seed, "failure": reason})
-        self.comparison.tell(number, state=TrialState.FAIL)
+    def _update_mirror(self) -> bool:
+        """Add to Optuna's studies, or make them; returns whether all is there, or another process is at it."""
+        with self._reader.alone() as connection:
+            if connection is None:
+                return True
+            try:
+                self._mirror = self._mirror or self._open_mirror()
+                return self._mirror.update(connection, self._reader)
+            except StorageInternalError as error:  # Optuna's name for an error of the database
+                raise error.__cause__ or error from None
 
-    @ctrl_c_waits()
-    def compared(self, name: str) -> set[int]:
-        """The seeds with which `name` was scored or has failed; an interrupted comparison does not count."""
-        told = [_attributes(frozen) for frozen in _with_state(self.comparison, TrialState.COMPLETE)]
-        failed = map(_attributes, _with_state(self.comparison, TrialState.FAIL))
-        told += [attributes for attributes in failed if "failure" in attributes]
-        return {attributes["seed"] for attributes in told if attributes["name"] == name}
+    def take_folder(self) -> bool:
+        """Whether this process writes into the run's folder: that which did may have died."""
+        if not self.holds_folder and self._hold():
+            self.holds_folder = True
+            self.show()
+        return self.holds_folder
 
-    @ctrl_c_waits()
-    def discard_unfinished_comparisons(self) -> None:
-        """Close comparison trials that an earlier process left unfinished; they hold nothing before they are told."""
-        for frozen in _with_state(self.comparison, TrialState.RUNNING):
-            self.comparison.tell(frozen.number, state=TrialState.FAIL)
-
-    @ctrl_c_waits()
-    def records(self) -> list[TrialRecord]:
-        finished = _with_state(self.search, TrialState.COMPLETE, TrialState.FAIL)
-        return [_trial_record(frozen) for frozen in finished if "cell" in _attributes(frozen)]
-
-    @ctrl_c_waits()
-    def baselines(self) -> list[BaselineRecord]:
-        records = []
-        for frozen in _with_state(self.comparison, TrialState.COMPLETE):
-            attributes = _attributes(frozen)
-            cell, result = _cell(attributes), _result(attributes["result"])
-            records.append(BaselineRecord(attributes["name"], attributes["seed"], cell, result))
-        return records
-
-    def _revive(self, study: optuna.Study, frozen: FrozenTrial) -> optuna.Trial:
-        return optuna.Trial(study, frozen._trial_id)  # parameters that its sampler had not proposed yet are proposed now
-
-    def _shown(self, cell: Cell, result: ProxyResult) -> dict[str, Any]:
-        """What a dashboard shows of a scored cell, beside the score."""
-        measures, values = measures_beside(self._task), details_beside(self._task, [result.scores])
-        beside = {measure.heading: value for measure, value in zip(measures, values, strict=True)}
-        cost = {"parameters": result.parameters, "multiply-adds": result.multiply_adds}
-        return {"cell": str(cell), **beside, **cost, "seconds": round(result.seconds, 1)}
-
-    def _set_attributes(
-        self, study: optuna.Study, number: int, shown: Mapping[str, Any], whole: Mapping[str, Any] | None = None
-    ) -> None:
-        trial_id = self._storage.get_trial_id_from_study_id_trial_number(study._study_id, number)
-        for key, value in shown.items():
-            self._storage.set_trial_user_attr(trial_id, key, value)
-        for key, value in (whole or {}).items():
-            self._storage.set_trial_system_attr(trial_id, key, value)
+    def close(self) -> None:
+        """Give back unfinished jobs."""
+        for part in (self.store, self._reader):
+            part.close()
 
 
 @contextmanager
 def open_run(
     directory: Path,
     identity: dict[str, Any],
-    sampler: optuna.samplers.BaseSampler,
+    sampler: CellSampler,
+    file_of: Callable[[SegmentationHead], bytes],
     *,
     storage: str | None,
     command: str,
@@ -219,33 +243,109 @@ def open_run(
     space: SearchSpace,
     defaults: Mapping[str, Any],
 ) -> Iterator[Study]:
-    """Begin a run or continue it; `defaults` as in `Folder.check`.
+    """Begin a run or continue it, or help the process that holds its folder, if the jobs are on a server.
 
-    Raises InputError for other settings, a second process, or an unwritable folder.
+    `defaults` as in `Folder.check`. Raises InputError for other settings, a second process on a file, or an unwritable folder.
     """
     url = _storage_url(directory, storage)
     folder = Folder(directory)
     try:
-        with folder.locked():
+        with ExitStack() as stack:
+            holds_folder = _hold(folder, stack, url)
+            if not holds_folder:
+                print(f"{directory} is in use: this process helps the one that holds it", file=sys.stderr)
             before = folder.description()
-            run_id = _run_id(folder, before) if before else _new_id(directory)
-            description = {"id": run_id, "storage": storage, "settings": plain(asdict(settings))}
-            description |= task.describe() | {"space": plain(asdict(space))}
-            folder.begin(identity, command, defaults=defaults, **description)
-            yield Study(directory, url, run_id, task, sampler)
-    except (SQLAlchemyError, optuna.exceptions.OptunaError, ImportError) as error:
-        raise InputError(f"the study {url} cannot be used ({_first_line(error)}): check `storage` and the disk") from error
+            name = _run_id(folder, before) if before else _new_id(directory, url)
+            folder.check(identity, defaults)
+            if holds_folder:
+                description = {"id": name, "storage": storage, "settings": plain(asdict(settings))}
+                description |= task.describe() | {"space": plain(asdict(space))}
+                folder.begin(identity, command, defaults=defaults, **description)
+            store = stack.enter_context(closing(_open_store(url, name, identity, defaults, space)))
+            arguments = directory, url, store, task, space, sampler, file_of
+            hold = partial(_hold, folder, stack, url)
+            study = stack.enter_context(closing(Study(*arguments, hold=(lambda: True) if holds_folder else hold)))
+            yield study
+    except (SQLAlchemyError, OptunaError, ImportError) as error:
+        raise _unusable(url, error) from error
     except OSError as error:
         raise InputError(f"cannot write {directory} ({error}): give another `out`, or make room and run again") from error
 
 
+def identity_before(directory: Path, storage: str | None) -> dict[str, Any] | None:
+    """What the run was begun with, here or, of a database server, anywhere; None for a new one.
+
+    Raises InputError if the database cannot be used.
+    """
+    if before := Folder(directory).description():
+        return dict(before["identity"])
+    url = _storage_url(directory, storage)
+    if not is_server(url):
+        return None
+    try:
+        with closing(Reader(url, _new_id(directory, url))) as reader:
+            return reader.identity()
+    except KeyError:
+        return None
+    except (SQLAlchemyError, ImportError) as error:
+        raise _unusable(url, error) from error
+
+
+def _unusable(url: str, error: Exception) -> InputError:
+    return InputError(f"the study {url} cannot be used ({_first_line(error)}): check `storage` and the disk")
+
+
+def _hold(folder: Folder, stack: ExitStack, url: str) -> bool:
+    """Lock the folder. False if another process has it, and may be helped."""
+    try:
+        stack.enter_context(folder.locked())
+    except InUseError as error:
+        if not is_server(url):
+            raise InputError(
+                f"{error}; on a database server (`storage`) the same command, typed again, helps the first one"
+            ) from error
+        return False
+    return True
+
+
+def _open_store(url: str, name: str, identity: dict[str, Any], defaults: Mapping[str, Any], space: SearchSpace) -> Store:
+    """The run's jobs; those of an earlier version are taken over."""
+    text = json.dumps(
+        {field: value for field, value in identity.items() if field != "storage"}
+    )  # hosts may spell it otherwise
+    now = json.loads(text)
+    earlier = _earlier_run(url, name, space)
+    store = Store(url, name, text, None if earlier is None else earlier.begun)
+    if different := differences(json.loads(store.identity), now, defaults):
+        store.close()
+        raise InputError(
+            f"run {name} in the database was started with {different}: use the same values, or give another `out`"
+        )
+    if earlier is not None:
+        with closing(earlier):
+            earlier.remove()
+    return store
+
+
+def _earlier_run(url: str, name: str, space: SearchSpace) -> EarlierRun | None:
+    """A run of an earlier version that is not taken over yet."""
+    try:
+        Reader(url, name).close()
+    except KeyError:
+        try:
+            return EarlierRun(url, name, space)
+        except KeyError:
+            return None
+    return None
+
+
 def load_run(directory: Path) -> Run:
-    """Read a run, also while another process writes it. Raises InputError for a folder that is none."""
+    """Read a run, also while processes work on it. Raises InputError for a folder that is none."""
     description = Folder(directory, remedy="give the folder of a search that this version began").description()
     if description is None:
         raise InputError(f"{directory} is not a run (no settings.json): give the folder of a run of `{spelled('random')}`")
     try:
-        run_id, url = str(description["id"]), _storage_url(directory, description["storage"])
+        name, url = str(description["id"]), _storage_url(directory, description["storage"])
         identity, command = dict(description["identity"]), str(description["command"])
         task = restored_task(description)
         settings = RunSettings.restored(description["settings"])
@@ -254,11 +354,62 @@ def load_run(directory: Path) -> Run:
         path = directory / "settings.json"
         raise InputError(f"{path} is damaged ({error}): delete the run {directory} and start it again") from error
     try:
-        study = _study_of(directory, url, run_id, task)
-        trials, baselines = study.records(), study.baselines()
-    except (SQLAlchemyError, optuna.exceptions.OptunaError, ImportError, ValueError, KeyError, TypeError) as error:
+        _require_file(directory, url)
+        trials, baselines, curves = _records(url, name, space)
+    except InputError:
+        raise
+    except (SQLAlchemyError, OptunaError, ImportError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"the study of {directory} cannot be read: {_first_line(error)}") from error
-    return Run(directory, identity, command, task, settings, space, trials, baselines)
+    return Run(directory, identity, command, task, settings, space, trials, baselines, curves)
+
+
+def _records(url: str, name: str, space: SearchSpace) -> tuple[list[TrialRecord], list[BaselineRecord], Mapping[int, Curve]]:
+    if earlier := _earlier_run(url, name, space):
+        earlier.close()
+        finished = sorted((row for row in earlier.begun.rows if row.state != RUNNING), key=lambda row: row.key.number)
+        of_search = [row for row in finished if row.key.name == SEARCH]
+        compared = [(row, earlier.begun.curves.get(row.key)) for row in earlier.begun.rows if row.key.name != SEARCH]
+        curves = {key.number: _curve(text) for key, text in earlier.begun.curves.items() if key.name == SEARCH}
+        return [_trial_record(row) for row in of_search], _baselines(compared), curves
+    with closing(Reader(url, name)) as reader:
+        of_search = reader.finished(search=True)
+        compared = [(row, reader.curve(row.key)) for row in reader.finished(search=False)]
+        return [_trial_record(row) for row in of_search], _baselines(compared), _Curves(url, name)
+
+
+class _Curves(Mapping[int, Curve]):
+    """The loss curves of trials, each read when it is asked for; a run may have too many to hold them all."""
+
+    def __init__(self, url: str, name: str) -> None:
+        self._url, self._name = url, name
+
+    def __getitem__(self, number: int) -> Curve:
+        with closing(Reader(self._url, self._name)) as reader:
+            text = reader.curve(Key(SEARCH, number))
+        if text is None:
+            raise KeyError(number)
+        return _curve(text)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __iter__(self) -> Iterator[int]:
+        with closing(Reader(self._url, self._name)) as reader:
+            yield from (row.key.number for row in reader.finished(search=True) if row.result is not None)
+
+
+def _trial_record(row: Row) -> TrialRecord:
+    return TrialRecord(
+        row.key.number, row.cell, row.form, row.score, row.multiply_adds, row.result, row.failure, row.duplicate_of
+    )
+
+
+def _baselines(compared: list[tuple[Row, str | None]]) -> list[BaselineRecord]:
+    return [
+        BaselineRecord(row.key.name, row.key.number, Cell.from_json(row.cell), _result(row.result, curve or "[]"))
+        for row, curve in compared
+        if row.result is not None
+    ]
 
 
 def _restored_space(content: dict[str, Any]) -> SearchSpace:
@@ -279,9 +430,10 @@ def _earlier_space(identity: Mapping[str, Any]) -> SearchSpace:
     return SearchSpace(identity["branches"], RATES, GRID_SIZES, maps)
 
 
-def _new_id(directory: Path) -> str:
-    """The name of a run's studies: that of its folder, for people, and what tells it apart in a shared database."""
-    return f"{directory.absolute().name} {uuid.uuid4().hex[:8]}"
+def _new_id(directory: Path, url: str) -> str:
+    """The name of a new run: on a server that of its folder, by which others find it; in a file one that no other has."""
+    name = directory.absolute().name
+    return name if is_server(url) else f"{name} {uuid.uuid4().hex[:8]}"
 
 
 def _run_id(folder: Folder, description: dict[str, Any]) -> str:
@@ -290,21 +442,20 @@ def _run_id(folder: Folder, description: dict[str, Any]) -> str:
     return str(description["id"])
 
 
-def _study_of(directory: Path, url: str, run_id: str, task: DenseTask) -> Study:
-    """Open the existing study. Opening an absent SQLite file would create it, so that is refused."""
+def _require_file(directory: Path, url: str) -> None:
+    """Refuse an absent SQLite file, which would be created."""
     file = url.removeprefix("sqlite:///")
     if file != url and not Path(file).is_file():
         raise InputError(f"the study of {directory} is not at {file}: copy that file too, or begin where it is named from")
-    return Study(directory, url, run_id, task)
 
 
 def ranked(records: list[TrialRecord]) -> list[TrialRecord]:
     """The distinct cells that have a score, best first; of equal cells, scored by several workers, the first."""
-    first: dict[Cell, TrialRecord] = {}
+    first: dict[str, TrialRecord] = {}
     for record in records:
-        if record.result is not None and record.duplicate_of is None:
-            first.setdefault(canonical_form(record.cell), record)
-    return sorted(first.values(), key=lambda record: -record.result.score if record.result else 0.0)
+        if record.score is not None and record.duplicate_of is None:
+            first.setdefault(record.form, record)
+    return sorted(first.values(), key=lambda record: -record.score if record.score is not None else 0.0)
 
 
 def _storage_url(directory: Path, storage: str | None) -> str:
@@ -312,28 +463,18 @@ def _storage_url(directory: Path, storage: str | None) -> str:
     return storage or f"sqlite:///{directory.absolute() / 'study.db'}"
 
 
-def _with_state(study: optuna.Study, *states: TrialState) -> list[FrozenTrial]:
-    return sorted(study.get_trials(deepcopy=False, states=states), key=lambda frozen: frozen.number)
+def _result_json(result: ProxyResult) -> str:
+    """A result without its loss curve."""
+    return json.dumps({name: value for name, value in asdict(result).items() if name != "loss_curve"})
 
 
-def _trial_record(frozen: FrozenTrial) -> TrialRecord:
-    attributes = _attributes(frozen)
-    result = _result(attributes["result"]) if frozen.state == TrialState.COMPLETE else None
-    return TrialRecord(frozen.number, _cell(attributes), result, attributes.get("failure"), attributes.get("duplicate_of"))
+def _result(text: str, curve: str = "[]") -> ProxyResult:
+    fields = json.loads(text)
+    return ProxyResult(**{**fields, "scores": Scores.restored(fields["scores"]), "loss_curve": _curve(curve)})
 
 
-def _attributes(frozen: FrozenTrial) -> dict[str, Any]:
-    """All attributes of a trial; the whole cell and result are user attributes of runs that an earlier version began."""
-    return frozen.user_attrs | frozen.system_attrs
-
-
-def _cell(attributes: dict[str, Any]) -> Cell:
-    return Cell.from_json(json.dumps(attributes["cell"]))
-
-
-def _result(fields: dict[str, Any]) -> ProxyResult:
-    curve = tuple((iteration, loss) for iteration, loss in fields["loss_curve"])
-    return ProxyResult(**{**fields, "scores": Scores.restored(fields["scores"]), "loss_curve": curve})
+def _curve(text: str) -> Curve:
+    return tuple((iteration, loss) for iteration, loss in json.loads(text))
 
 
 def _first_line(error: Exception) -> str:

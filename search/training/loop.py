@@ -10,11 +10,10 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any, cast
 
 import numpy as np
@@ -32,6 +31,7 @@ from search.datasets.weights import weights_in_words
 from search.dense_tasks import DenseTask, Scores
 from search.devices import Devices
 from search.errors import InputError
+from search.interrupts import first_stop_calls
 from search.settings import RecipeSettings, TrainingSettings, known, plain
 from search.training.augmentation import Augmentation, Crop
 from search.training.batches import Batches
@@ -128,7 +128,7 @@ class Training:
         )
         bar = tqdm(total=self.iterations, initial=first, desc="training", unit="step", disable=self._quiet)
         try:
-            with bar, self._stopped_by_ctrl_c():
+            with bar, first_stop_calls(self._end_soon):  # Ctrl-C ends it after the iteration
                 self._validate_if_due()
                 for batches in self.batches.of_iterations(first):
                     stop = self._step(batches)
@@ -303,19 +303,8 @@ class Training:
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.devices.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16")
 
-    @contextmanager
-    def _stopped_by_ctrl_c(self) -> Iterator[None]:
-        """Let Ctrl-C end the training after the iteration; a second one ends it at once."""
-
-        def stop(number: int, frame: FrameType | None) -> None:
-            self._stop = True
-            signal.signal(signal.SIGINT, previous)
-
-        previous = signal.signal(signal.SIGINT, stop)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, previous)
+    def _end_soon(self, number: signal.Signals) -> None:
+        self._stop = True
 
     def _stop_validation(self) -> None:
         if self._stop and self.devices.count == 1:  # otherwise the others would wait for this process's part of the sum

@@ -133,7 +133,7 @@ def test_the_default_plan(gpu: FakeGpu, tmp_path: Path, size: dict[str, Any], mo
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row for row in rows if row["status"] != "ok"] == []
-    assert {row["suite"] for row in rows} == set(SUITES)
+    assert {row["suite"] for row in rows} == set(SUITES) - {"study"}  # in which no GPU takes part
     assert gpu.launches > 1000
 
 

@@ -30,7 +30,7 @@ from reference.cell import BACKBONE_FEATURE, RATES, Operation
 from tests.bench.reference_truth import reference_truth
 from tests.bench.tiny_runs import CPU, SEPARABLE, tiny_jobs
 
-CASES = [job.case for suite in SUITES for job in tiny_jobs(suite)]
+CASES = [job.case for suite in SUITES if suite != "study" for job in tiny_jobs(suite)]  # which computes nothing
 ids = [f"{case.suite}-{case.name}-{case.mode}-{case.shape}".replace(" ", "_") for case in CASES]
 every_case = pytest.mark.parametrize("case", CASES, ids=ids)
 
@@ -188,6 +188,6 @@ def test_dtypes_are_those_asked_for(dtypes: list[DType], expected: set[str], mon
 def test_quick_leaves_compilers_out_on_a_cpu_and_says_so() -> None:
     plan = make_plan(SUITES, CPU, quick=True, dtypes=["float32"])
     names = {provider.name for job in plan.jobs for provider in job.providers}
-    assert names == {"ours", "eager", "ours without kernels"}
+    assert names == {"ours", "eager", "ours without kernels", "Optuna", "Optuna, paper's sampler"}
     assert any("torch.compile" in omission and "--quick" in omission for omission in plan.omissions)
     assert any("new cell" in omission and "--quick" in omission for omission in plan.omissions)

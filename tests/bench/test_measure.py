@@ -23,7 +23,7 @@ ONE_ULP = 1 + 2**-23
 def measure_tiny(case: Case = SEPARABLE, **changes: Any) -> list[Row]:
     job = replace(Job(case, "float32", (OURS, EAGER, EAGER_CHANNELS_LAST), in_fresh_process=()), **changes)
     with (
-        mock.patch.object(bench.measure, "in_fresh_process", return_value=FirstCall(1.5, 3_000_000)),
+        mock.patch.object(bench.measure, "in_fresh_process", return_value=FirstCall(1.5, 3.0)),
         mock.patch.object(bench.measure, "CacheFlush"),
         mock.patch.object(bench.load, "_cpu_times", return_value=None),  # tests also run on busy machines
     ):

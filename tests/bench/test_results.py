@@ -19,7 +19,7 @@ import bench.runner
 from bench.cases import COMPILE, EAGER, OURS, SUITES, Job
 from bench.costs import Cost
 from bench.measure import Run, measure, note_times
-from bench.plans import NEW_CELL
+from bench.plans import NEW_CELL, PAPER
 from bench.plots import draw
 from bench.report import table
 from bench.results import Environment, Results, Row, environment, ratio, with_ratio, write_csv
@@ -142,7 +142,27 @@ def test_targets_are_met_missed_or_not_measured() -> None:
     assert found["peak memory of an iteration: under 1000 MB"] == "missed: 1.2e+03 MB"
     assert found["a new cell has trained its first iteration within 1 s"] == "not measured"
     assert found[CACHING] == "not measured"
-    assert len(found) == 5
+    assert len(found) == 9
+
+
+@pytest.mark.parametrize(("factor", "verdict"), [(0.5, "met"), (1.5, "missed")])
+def test_what_trials_cost_to_keep_is_judged_after_the_paper_s_number_of_them(factor: float, verdict: str) -> None:
+    by_many = 1e3 * PAPER.study.at_once / 20  # milliseconds
+    whole, few = "28,000 trials, SQLite", {"suite": "study", "shape": "0 trials, SQLite"}
+    many = f"28,000 trials, PostgreSQL, {PAPER.study.at_once} by 64 processes"
+    rows = [
+        row("ours", 50.0 * factor, suite="study", case="ask + tell", shape=whole, first_call_s=5 * factor),
+        row("ours", 1e6, case="ask + tell", **few),
+        row("Optuna", 1e6, suite="study", case="ask + tell", shape=whole),
+        row("ours", 1e6, suite="study", case="report", shape=whole, written_mb=5 * factor),
+        row("ours", by_many * factor, suite="study", case="trials of many processes", shape=many),
+    ]
+    found = {text: said for text, said in verdicts(results_of(*rows)).items() if "after 28,000 trials" in text}
+    assert len(found) == 4
+    assert all(said.startswith(f"{verdict}: ") for said in found.values())
+    assert (
+        found["trials by 64 processes after 28,000 trials: at least 20 a second"] == f"{verdict}: {20 / factor:.3g} a second"
+    )
 
 
 CACHING = "caching features: at least 0.91× as quick as the model alone"

@@ -76,13 +76,16 @@ def test_the_flush_writes_more_than_the_cache(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_first_call_of_a_fresh_process() -> None:
-    seconds, memory = in_fresh_process(SEPARABLE, EAGER, "float32", CPU)
-    assert seconds > 0
-    assert memory is None or memory >= 0
+    first = in_fresh_process(SEPARABLE, EAGER, "float32", CPU)
+    assert first.seconds > 0
+    assert first.peak_mb is None or first.peak_mb >= 0
+    assert first.written_mb is None
 
 
 class _Allocating:
     """A workload whose iteration holds 200 MB for a moment."""
+
+    written_bytes = 3_000_000
 
     def __call__(self) -> None:
         self.total = float(torch.ones(50_000_000).sum())
@@ -92,7 +95,8 @@ class _Allocating:
 
 def test_memory_is_the_peak_of_an_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(SEPARABLE), "workload", lambda *arguments: _Allocating())
-    _, memory = first_call(SEPARABLE, EAGER, "float32", "cpu", torch.get_num_threads())
-    if memory is None:
+    first = first_call(SEPARABLE, EAGER, "float32", "cpu", torch.get_num_threads())
+    assert first.written_mb == 3.0
+    if first.peak_mb is None:
         pytest.skip("this system tells no peak of resident memory")
-    assert 190e6 < memory < 260e6  # what the rest of the process allocates meanwhile is small
+    assert 190 < first.peak_mb < 260  # what the rest of the process allocates meanwhile is small

@@ -16,6 +16,7 @@ from bench.roofline import Roofs
 from bench.run import unsupported_rows
 from bench.runner import run_stages
 from bench.stages import Stage
+from bench.study_case import OPTUNA, StudyScale
 from reference.cell import AtrousSeparableConv
 from search.settings import HeadSettings, ProxySettings
 
@@ -35,6 +36,7 @@ TINY = replace(
         val_images=2,
     ),
     caching=replace(QUICK.caching, pictures=2, size=(64, 48)),
+    study=StudyScale(trials=(2,), processes=2, at_once=4, databases=("SQLite",)),
 )
 ROOFS = Roofs(copy_gb_per_s=10.0, matrix_gflops={"float32": 50.0})
 ENVIRONMENT = Environment(
@@ -59,7 +61,7 @@ SEPARABLE = OperationCase(
     height=7,
     width=8,
 )
-NOT_COMPILED = (OURS, EAGER, EAGER_CHANNELS_LAST, OURS_WITHOUT_KERNELS)
+NOT_COMPILED = (OURS, EAGER, EAGER_CHANNELS_LAST, OURS_WITHOUT_KERNELS, OPTUNA)
 
 
 def tiny_jobs(suite: Suite, scale: Scale = TINY) -> list[Job]:

@@ -35,7 +35,7 @@ from search.datasets import Dataset, open_dataset
 from search.errors import InputError
 from search.features import FeaturesSettings
 from search.fidelity import FidelitySettings
-from search.interrupts import ctrl_c_waits
+from search.interrupts import ctrl_c_waits, sigterm_is_ctrl_c, sigterm_kept
 from search.random import RandomSettings
 from search.settings import PictureSettings, PredictionSettings
 from search.train import TrainSettings
@@ -422,7 +422,10 @@ def test_a_real_process_refuses_bad_input(tmp_path: Path, weights: Path) -> None
     assert is_one_sentence(error, r"train/0\.png is truncated")
 
 
-def test_a_real_ctrl_c_stops_a_search_cleanly(tmp_path: Path, weights: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl_c", "sigterm"])
+def test_a_real_ctrl_c_stops_a_search_cleanly_and_sigterm_does_too(
+    tmp_path: Path, weights: Path, number: signal.Signals
+) -> None:
     write_camvid(tmp_path / "camvid")
     sizes = ("--iterations", "20", "--branch-channels", "4", "--branches", "2", "--trials", "10000")
     process = start("search.random", *flags_for(tmp_path, weights), *sizes, "--device", "cpu", cwd=tmp_path)
@@ -431,7 +434,7 @@ def test_a_real_ctrl_c_stops_a_search_cleanly(tmp_path: Path, weights: Path) -> 
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     output, error = process.communicate(timeout=200)
     assert process.returncode == 130
     assert "Traceback" not in error
@@ -441,20 +444,31 @@ def test_a_real_ctrl_c_stops_a_search_cleanly(tmp_path: Path, weights: Path) -> 
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_ctrl_c_waits_for_the_end_of_a_block_but_a_second_one_does_not() -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_waits_for_the_end_of_a_block_but_a_second_one_does_not(number: signal.Signals) -> None:
     for times, expected in ((1, ["done"]), (2, [])):
         work: list[str] = []
         with pytest.raises(KeyboardInterrupt):
-            _press_ctrl_c(times, work)
+            _press_ctrl_c(times, work, number)
         assert work == expected
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def _press_ctrl_c(times: int, work: list[str]) -> None:
-    with ctrl_c_waits():
+def _press_ctrl_c(times: int, work: list[str], number: signal.Signals) -> None:
+    with sigterm_is_ctrl_c(), ctrl_c_waits():
         for _ in range(times):
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
         work.append("done")
+
+
+def test_sigterm_does_what_it_did_after_a_command_and_after_a_library() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with sigterm_is_ctrl_c():
+        of_command = signal.getsignal(signal.SIGTERM)
+        with sigterm_kept():
+            signal.signal(signal.SIGTERM, lambda number, frame: None)  # as ray.init does
+        assert signal.getsignal(signal.SIGTERM) is of_command is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.usefixtures("interruptible")
@@ -471,7 +485,7 @@ def test_ctrl_c_waits_where_no_handler_can_be_set() -> None:
 
 
 def _pass_through() -> None:
-    with ctrl_c_waits():
+    with sigterm_is_ctrl_c(), sigterm_kept(), ctrl_c_waits():
         pass
 
 

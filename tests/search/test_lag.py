@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import search.pipeline
-from search.cells.sampler import LAG, PaperSampler
+from search.cells.sampler import LAG
+from search.cells.samplers.paper import PaperSampler
 from search.cells.space import SearchSpace
 from search.folder import Folder
 from search.pipeline import SLACK, SearchSettings

@@ -25,19 +25,21 @@ import search.folder
 import search.pipeline
 import search.random
 import search.reports.run_files
-import search.runs.search
+import search.runs.study
 from fast.checkpoint import load_head
 from fast.train_step import TrainStep
 from reference.cell import Branch, Cell, Conv1x1, PyramidPooling
 from reference.mean_iou import mean_iou
 from search.backbones import create_backbone
 from search.cells.reach import FeatureMaps
+from search.cells.samplers.paper import PaperSampler
 from search.cells.space import SearchSpace, canonical_form, load_cell
 from search.cli import uses_of_run
 from search.datasets import SPLITS, open_dataset
 from search.errors import InputError
 from search.random import RandomSettings, completed_for
 from search.reports.run import write_report
+from search.runs.store import Store
 from search.runs.study import Run, load_run, ranked
 from search.settings import (
     BackboneSettings,
@@ -131,7 +133,9 @@ def measured(result: ProxyResult | None) -> ProxyResult | None:
 
 
 def trials(run: Run) -> list[Any]:
-    return [replace(record, result=measured(record.result)) for record in run.trials]
+    return [
+        (record.number, record.cell, measured(record.result), record.failure, record.duplicate_of) for record in run.trials
+    ]
 
 
 def comparisons(run: Run) -> list[Any]:
@@ -264,7 +268,7 @@ def test_more_comparison_seeds_keep_the_first(settings: RandomSettings, uninterr
 def test_two_cells_in_turns_have_the_same_scores(settings: RandomSettings, uninterrupted: Run) -> None:
     """Whoever ends first: another cell is asked for only when the sampler has seen what it would have seen alone."""
     run = run_search(changed(settings, cells_per_gpu=2))
-    assert sorted(trials(run), key=lambda record: record.number) == trials(uninterrupted)
+    assert trials(run) == trials(uninterrupted)
     assert comparisons(run) == comparisons(uninterrupted)
 
 
@@ -280,8 +284,8 @@ def test_a_search_with_class_weights_says_which_it_had(
     assert "--class-weights balanced" in printed.out  # of the training that may come next
     assert run.identity["class_weights"] == list(weights)
     assert [record.cell for record in run.trials] == [record.cell for record in uninterrupted.trials[:2]]
-    for record, before in zip(run.trials, uninterrupted.trials, strict=False):
-        assert known(record.result).loss_curve[0] != known(before.result).loss_curve[0]
+    for record in run.trials:
+        assert run.curve(record)[0] != uninterrupted.curve(record)[0]
     again = run_search(changed(settings, class_weights=weights))
     assert again.trials == run.trials
     with pytest.raises(InputError, match=r"with `class_weights` \[.*\], now it is None"):
@@ -308,10 +312,11 @@ def test_another_seed_is_another_search(settings: RandomSettings, uninterrupted:
 DEATHS: dict[str, tuple[object, str, int]] = {
     "before a cache is begun": (search.folder, "write_json", 1),
     "before the first features of a cache are counted": (search.folder, "write_json", 2),
-    "before a comparison is told": (optuna.Study, "tell", 2),
+    "before a comparison is told": (Store, "tell", 2),
     "in the middle of a training": (TrainStep, "draw", 4 * 10 + 3),  # 10 batches each: the fifth job
-    "before a head is saved": (search.pipeline, "save_head", 3),
-    "after the result, before the trial is finished": (optuna.Study, "tell", 6),
+    "before a head is written": (search.runs.study, "write_whole", 3),
+    "after the result, before the trial is finished": (Store, "_finish", 7),
+    "before a trial is shown": (optuna.Study, "add_trial", 6),
     "in the last comparison": (ProxyTask, "evaluate", 2 + 6 + 1),
     "before the report": (search.pipeline, "finish_run", 1),
 }
@@ -427,7 +432,7 @@ def test_a_learning_rate_that_ruins_every_cell_still_ends_in_order(
 def test_an_equal_graph_is_not_evaluated_twice(settings: RandomSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     pool = PyramidPooling(grid_size=(1, 1))
     cells = [Cell(tuple(Branch(-1, op) for op in order)) for order in ((Conv1x1(), pool), (pool, Conv1x1()))]
-    monkeypatch.setattr(search.runs.search, "suggest_cell", lambda trial, space: cells[trial.number % 2])
+    monkeypatch.setattr(PaperSampler, "propose", lambda self, number, history: cells[number % 2])
     evaluated = []
     original = ProxyTask.evaluate
 
@@ -436,7 +441,7 @@ def test_an_equal_graph_is_not_evaluated_twice(settings: RandomSettings, monkeyp
         return original(self, cell, *rest)
 
     monkeypatch.setattr(ProxyTask, "evaluate", evaluate)
-    run = run_search(changed(settings, trials=4, sampler="tpe"))
+    run = run_search(changed(settings, trials=4))
     assert evaluated.count(cells[0]) == 2  # as trial 0, and as the best once more
     assert evaluated.count(cells[1]) == 0
     assert [record.duplicate_of for record in run.trials] == [None, 0, 0, 0]

@@ -39,9 +39,10 @@ def make_run(directory: Path, scores: list[float | None], baselines: dict[str, l
     rng = np.random.default_rng(0)
     space = SearchSpace(maps=MAPS)
     trials = [
-        TrialRecord(i, space.sample(rng), None if score is None else make_result(score), None if score else FAILURE, None)
+        TrialRecord.of(i, space.sample(rng), None if score is None else make_result(score), None if score else FAILURE, None)
         for i, score in enumerate(scores)
     ]
+    curves = {record.number: make_result(0.5).loss_curve for record in trials}
     compared = [
         BaselineRecord(name, seed, load_cell(name) if name in ("aspp", "dpc") else trials[0].cell, make_result(score))
         for name, group in (baselines or {}).items()
@@ -51,7 +52,7 @@ def make_run(directory: Path, scores: list[float | None], baselines: dict[str, l
     palette = np.array([[128, 64, 128], [0, 0, 142], [70, 130, 180]], dtype=np.uint8)
     command = "python -m search.random --dataset shapes"
     settings = RunSettings(DataSettings(), BackboneSettings(), FeatureSettings(), HeadSettings(), MachineSettings())
-    return Run(directory, identity, command, Segmentation(CLASS_NAMES, palette), settings, space, trials, compared)
+    return Run(directory, identity, command, Segmentation(CLASS_NAMES, palette), settings, space, trials, compared, curves)
 
 
 def read_report(run: Run) -> str:
@@ -118,6 +119,33 @@ def test_every_dot_says_whose_it_is(tmp_path: Path) -> None:
     assert compared == ["ASPP: 42.00 %", "Published DPC: 42.00 %", '"mine" & <more>: 43.00 %']
 
 
+def test_of_very_many_trials_the_best_and_the_front_say_whose_they_are(tmp_path: Path) -> None:
+    """All others are one picture in a chart, so the page hardly grows with them."""
+    run = make_run(tmp_path, [0.30, 0.32, *(0.45 - 1e-4 * k for k in range(1200))])
+    cheap = make_result(0.35, multiply_adds=1_000_000)
+    run.trials[900] = TrialRecord.of(900, run.trials[900].cell, cheap, None, None)
+    page = read_report(run)
+    progress, costs = (
+        re.search(rf"<h3>{heading}</h3>(.*?)</figure>", page, re.DOTALL)[1]  # type: ignore[index]
+        for heading in ("Progress of the search", "Score against cost")
+    )
+    best = [str(number) for number in range(2, 102)]
+    assert re.findall(r"<title>trial (\d+):", progress) == ["0", "1", *best]  # two of the line
+    assert re.findall(r"<title>trial (\d+):", costs) == [*best, "900"]  # and the front's cheapest
+    assert [chart.count("<image") for chart in (progress, costs)] == [1, 1]
+    assert "Point at a larger dot" in visible_text(progress)
+    assert len(progress) + len(costs) < 300_000
+    parsed = [record for record in run.trials if "result" in vars(record)]  # JSON is read where it is asked for
+    assert len(parsed) <= 20
+
+
+def test_of_many_failures_the_last_are_listed(tmp_path: Path) -> None:
+    text = visible_text(read_report(make_run(tmp_path, [0.3, *[None] * 60])))
+    assert "60 failed" in text
+    assert "The last 50 of 60." in text
+    assert text.count(FAILURE) == 50
+
+
 def test_no_two_compared_cells_look_alike(tmp_path: Path) -> None:
     """Also the search's best of an earlier and of a later day, and more cells than there are colours."""
     names = ["aspp", "dpc", "trial 0", "trial 1", *(f"mine {k}" for k in range(8))]
@@ -178,8 +206,7 @@ def test_small_and_broken_runs_have_a_report(
 
 def test_a_result_without_loss_curve_has_a_report(tmp_path: Path) -> None:
     run = make_run(tmp_path, [0.4])
-    run.trials[0] = replace(run.trials[0], result=replace(make_result(0.4), loss_curve=()))
-    assert "Training loss" in read_report(run)
+    assert "Training loss" in read_report(replace(run, curves={}))
 
 
 def write_examples(run: Run) -> None:

@@ -216,6 +216,7 @@ def test_a_killed_reranking_goes_on_to_the_same_results(
     assert without_time[0] == without_time[1]
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_shows_what_there_is_and_goes_on(
     tiny: RerankSettings,
     uninterrupted: Path,

@@ -223,6 +223,7 @@ def test_a_finished_training_is_left_as_it_is(
     assert (uninterrupted / "curve.csv").read_bytes() == before
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("iteration", [2, 4])  # 4 is validated next
 def test_ctrl_c_saves_and_goes_on(
     tiny: TrainSettings, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, iteration: int
@@ -245,6 +246,7 @@ def test_ctrl_c_saves_and_goes_on(
     assert same_outcome(tmp_path, uninterrupted)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_in_the_last_validation_ends_whoever_would_train_another(
     tiny: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,17 +13,19 @@ from typing import Any
 import numpy as np
 import optuna
 import pytest
+from optuna.trial import TrialState
 
-import search.runs.study
 from reference.cell import OPERATIONS, Branch, Cell, Conv1x1
-from search.cells.sampler import create_sampler, suggest_cell
+from search.cells.sampler import cell_from_params, distributions_of, params_of_cell, suggest_cell
+from search.cells.samplers import create_sampler
 from search.cells.space import SearchSpace, load_cell
 from search.dense_tasks import DenseTask, Scores
 from search.dense_tasks.depth import Depth
 from search.dense_tasks.segmentation import Segmentation
 from search.errors import InputError
-from search.runs.study import RunSettings, Study, TrialRecord, load_run, open_run, ranked
-from search.settings import BackboneSettings, DataSettings, FeatureSettings, HeadSettings, MachineSettings
+from search.runs.store import SEARCH, Claim, Key, Reader, SearchPlan, Store
+from search.runs.study import Run, RunSettings, Study, TrialRecord, best_head, load_run, open_run, ranked
+from search.settings import BackboneSettings, DataSettings, FeatureSettings, HeadSettings, MachineSettings, known
 from search.tasks.proxy import ProxyResult
 
 SPACE = SearchSpace(2)
@@ -51,12 +53,12 @@ def begin(
 ) -> AbstractContextManager[Study]:
     command = "python -m search.random --data-dir 'my pictures'"
     palette = np.array([[1, 2, 3], [4, 5, 6], [255, 0, 9]], np.uint8)
-    sampler = create_sampler("paper", SPACE, 0)
     names = ("sky", "road", "tree")
     return open_run(
         directory,
         IDENTITY | (changes or {}),
-        sampler,
+        create_sampler("paper", SPACE, 0),
+        lambda head: str(head).encode(),
         storage=storage,
         command=command,
         task=task or Segmentation(names, palette),
@@ -66,22 +68,24 @@ def begin(
     )
 
 
+PLAN = SearchPlan(5, {"dpc": CELL}, 2, 0)
+
+
+def claim(study: Study) -> Claim:
+    return known(study.claim(PLAN))
+
+
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("original") / "run"
     with begin(directory) as study:
-        for number in range(4):
-            trial = study.search.ask()
-            assert trial.number == number
-            cell = suggest_cell(trial, SPACE)
-            if number == 0:
-                study.tell(study.search, 0, cell, make_result(0.25))
-            elif number == 1:
-                study.tell_failure(1, cell, "the loss was nan")
-            elif number == 2:
-                study.tell(study.search, 2, cell, make_result(0.25), duplicate_of=0)
-        study.tell(study.comparison, study.comparison.ask().number, CELL, make_result(0.75), name="dpc", seed=3)
-        study.comparison.ask()
+        study.tell(claim(study).key, make_result(0.75))
+        study.tell_failure(claim(study).key, "the loss was inf")
+        study.tell(claim(study).key, make_result(0.25))
+        study.tell_failure(claim(study).key, "the loss was nan")
+        study.tell(claim(study).key, make_result(0.5))
+        assert claim(study).key == Key(SEARCH, 3)
+        study.show()
     return directory
 
 
@@ -101,13 +105,15 @@ def test_what_was_told_is_read_back(directory: Path) -> None:
     assert run.task.class_names == ("sky", "road", "tree")
     assert run.task.palette.dtype == np.uint8
     assert run.task.palette.tolist() == [[1, 2, 3], [4, 5, 6], [255, 0, 9]]
-    outcomes = [(record.number, record.result, record.failure, record.duplicate_of) for record in run.trials]
+    outcomes = [(record.number, record.score, record.result, run.curve(record), record.failure) for record in run.trials]
+    without_curve, curve = replace(make_result(), loss_curve=()), make_result().loss_curve
     assert outcomes == [
-        (0, make_result(0.25), None, None),
-        (1, None, "the loss was nan", None),
-        (2, make_result(0.25), None, 0),
+        (0, 0.25, replace(without_curve, scores=make_result(0.25).scores), curve, None),
+        (1, None, None, (), "the loss was nan"),
+        (2, 0.5, without_curve, curve, None),
     ]
-    assert [(b.name, b.seed, b.cell, b.result) for b in run.baselines] == [("dpc", 3, CELL, make_result(0.75))]
+    assert [record.multiply_adds for record in run.trials] == [3 * 10**9, None, 3 * 10**9]
+    assert [(b.name, b.seed, b.cell, b.result) for b in run.baselines] == [("dpc", 0, CELL, make_result(0.75))]
 
 
 def test_the_cells_read_back_are_those_proposed(directory: Path) -> None:
@@ -133,99 +139,158 @@ def test_a_dashboard_shows_names_and_what_matters_of_each_trial(directory: Path)
     name, metrics, trials = found["search"]
     assert name.startswith("run ")
     assert metrics == ["mIOU"]
-    assert trials == [
-        {"cell": proposed[0]} | cost,
-        {"cell": proposed[1], "failure": "the loss was nan"},
-        {"cell": proposed[2], "duplicate_of": 0} | cost,
-        {},
-    ]
+    failed = {"cell": proposed[1], "failure": "the loss was nan"}
+    assert trials == [{"cell": proposed[0]} | cost, failed, {"cell": proposed[2]} | cost]
     _, metrics, trials = found["comparison"]
     assert metrics == ["mIOU"]
-    assert trials == [{"name": "dpc", "seed": 3, "cell": str(CELL)} | cost, {}]
+    compared = {"name": "dpc", "cell": str(CELL)}
+    assert trials == [compared | {"seed": 0} | cost, compared | {"seed": 1, "failure": "the loss was inf"}]
+
+
+def test_optuna_reads_the_cells_and_scores(directory: Path) -> None:
+    """As `optuna.load_study` gives them to anyone."""
+    storage = optuna.storages.RDBStorage(f"sqlite:///{directory / 'study.db'}")
+    (name,) = (name for name in optuna.get_all_study_names(storage) if name.endswith("search"))
+    study, run = optuna.load_study(study_name=name, storage=storage), load_run(directory)
+    assert [trial.number for trial in study.trials] == [record.number for record in run.trials]
+    assert [cell_from_params(trial.params, SPACE) for trial in study.trials] == [record.cell for record in run.trials]
+    assert [trial.value for trial in study.trials] == [record.score for record in run.trials]
+    assert study.best_trial.number == 2
+
+
+def test_what_was_told_and_not_shown_is_shown_later(directory: Path) -> None:
+    with begin(directory) as study:
+        study.tell(claim(study).key, make_result())
+    assert len(stored(directory)["search"][2]) == 3  # the process was killed before it showed the fourth
+    with begin(directory):
+        pass
+    assert len(stored(directory)["search"][2]) == 4
+
+
+def test_a_slow_trial_holds_back_those_after_it_so_numbers_are_the_same(directory: Path) -> None:
+    with begin(directory) as study:
+        slow, quick = claim(study).key, claim(study).key
+        study.tell(quick, make_result())
+        study.show()
+        assert len(stored(directory)["search"][2]) == 3
+        study.tell(slow, make_result(0.125))
+        study.show()
+        assert len(stored(directory)["search"][2]) == 5
 
 
 def test_a_dashboard_shows_the_errors_of_depth(tmp_path: Path) -> None:
     with begin(tmp_path / "run", task=Depth(1.0)) as study:
         scores = Scores(0.5, (1.5, 0.25, 0.75, None))
         result = replace(make_result(), scores=scores)
-        study.tell(study.comparison, study.comparison.ask().number, CELL, result, name="dpc", seed=0)
-        assert study.baselines()[0].result == result
+        study.tell(claim(study).key, result)
+        study.show()
+        assert load_run(tmp_path / "run").baselines[0].result == result
     _, metrics, trials = stored(tmp_path / "run")["comparison"]
     assert metrics == ["δ<1.25"]
     assert trials[0]["RMSE m"] == 1.5
 
 
-def test_a_run_whose_results_are_user_attributes_goes_on(tmp_path: Path) -> None:
-    """Those of earlier versions, whose studies had no metric names."""
-    content = {"cell": json.loads(CELL.to_json()), "result": asdict(make_result(0.75))}
-    with begin(tmp_path / "run") as study:
-        for kind, names in ((study.search, {}), (study.comparison, {"name": "dpc", "seed": 3})):
-            number = kind.ask().number
-            study._set_attributes(kind, number, names | content)
-            kind.tell(number, 0.75)
-            study._storage.set_study_system_attr(kind._study_id, "study:metric_names", None)
-    before = load_run(tmp_path / "run")
-    assert [(record.cell, record.result) for record in before.trials] == [(CELL, make_result(0.75))]
-    assert [(b.name, b.seed, b.cell, b.result) for b in before.baselines] == [("dpc", 3, CELL, make_result(0.75))]
-    with begin(tmp_path / "run") as study:
-        assert study.records() == before.trials
-        assert study.compared("dpc") == {3}
-    assert stored(tmp_path / "run")["search"][1] == ["mIOU"]
+def earlier_run(directory: Path, original: Path, *, attributes: str) -> Run:
+    """Turn a folder into one that an earlier version left: all of it in Optuna's studies, in user or system attributes."""
+    shutil.copytree(original, directory)
+    run, name = load_run(original), json.loads((original / "settings.json").read_text())["id"]
+    (directory / "study.db").unlink()
+    storage = optuna.storages.RDBStorage(f"sqlite:///{directory / 'study.db'}")
+    search, comparison = (
+        optuna.create_study(study_name=f"{name} {part}", storage=storage, direction="maximize")
+        for part in ("search", "comparison")
+    )
+
+    def write(study: optuna.Study, number: int, shown: dict[str, Any], whole: dict[str, Any]) -> None:
+        trial_id = storage.get_trial_id_from_study_id_trial_number(study._study_id, number)
+        for key, value in (shown | (whole if attributes == "user" else {})).items():
+            storage.set_trial_user_attr(trial_id, key, value)
+        for key, value in ({} if attributes == "user" else whole).items():
+            storage.set_trial_system_attr(trial_id, key, value)
+
+    for record in run.trials:
+        trial = search.ask(distributions_of(SPACE)) if record.failure else search.ask()
+        shown: dict[str, Any] = {"cell": str(record.cell)} | ({"failure": record.failure} if record.failure else {})
+        whole: dict[str, Any] = {"cell": json.loads(record.cell.to_json())}
+        if record.result:
+            whole["result"] = asdict(replace(record.result, loss_curve=run.curve(record)))
+        write(search, trial.number, shown, whole)
+        search.tell(trial.number, record.score, state=TrialState.FAIL if record.failure else TrialState.COMPLETE)
+    search.enqueue_trial(params_of_cell(SPACE.sample(np.random.default_rng(5)), SPACE))
+    search.ask(distributions_of(SPACE))  # interrupted
+    search.ask()  # killed before it had a cell
+    for baseline in run.baselines:
+        whole = {"cell": json.loads(baseline.cell.to_json()), "result": asdict(baseline.result)}
+        number = comparison.ask().number
+        write(comparison, number, {"name": baseline.name, "seed": baseline.seed}, whole)
+        comparison.tell(number, baseline.result.score)
+    comparison.ask()
+    storage.engine.dispose()
+    return run
+
+
+@pytest.mark.parametrize("attributes", ["user", "system"])
+def test_a_run_of_an_earlier_version_is_read_and_goes_on(original: Path, tmp_path: Path, attributes: str) -> None:
+    run = earlier_run(tmp_path / "run", original, attributes=attributes)
+    interrupted = SPACE.sample(np.random.default_rng(5))
+    for _ in range(2):  # as it is, and once it is taken over
+        read = load_run(tmp_path / "run")
+        assert (read.trials, read.baselines) == (run.trials, run.baselines)
+        assert [read.curve(record) for record in read.trials] == [run.curve(record) for record in run.trials]
+        with begin(tmp_path / "run") as study:
+            assert study.store.claim(replace(PLAN, compare={}), SPACE, create_sampler("paper", SPACE, 0)) == (
+                Key(SEARCH, 3),
+                interrupted,
+            )
+            assert study.store.state.next == 4
+    assert len(stored(tmp_path / "run")["search"][2]) == 3
 
 
 def test_a_run_can_be_read_while_it_is_written(directory: Path) -> None:
     with begin(directory) as study:
         assert len(load_run(directory).trials) == 3
-        (trial,) = study.unfinished()
-        study.tell(study.search, trial.number, suggest_cell(trial, SPACE), make_result())
+        study.tell(claim(study).key, make_result())
         assert len(load_run(directory).trials) == 4
 
 
-def test_an_interrupted_trial_comes_back_as_itself(directory: Path) -> None:
-    def unfinished() -> list[Any]:
+def test_an_interrupted_job_comes_back_as_itself(directory: Path) -> None:
+    def interrupted() -> Claim:
         with begin(directory) as study:
-            return [(trial.number, suggest_cell(trial, SPACE)) for trial in study.unfinished()]
+            return claim(study)
 
-    before = unfinished()
-    assert [number for number, _ in before] == [3]
-    assert unfinished() == before
+    before = interrupted()
+    assert before.key == Key(SEARCH, 3)
+    assert interrupted() == before
+
+
+def test_heads_are_of_the_best_trial_and_of_seed_0(tmp_path: Path) -> None:
+    heads: dict[str, bytes] = {}
+    with begin(tmp_path / "run") as study:
+        for score, head in ((0.5, "dpc 0"), (0.5, "dpc 1"), (0.2, "first"), (0.6, "best"), (0.6, "as good"), (0.1, "bad")):
+            study.tell(claim(study).key, make_result(score), head)  # type: ignore[arg-type]
+            study.show()
+            heads = {path.name: path.read_bytes() for path in (tmp_path / "run" / "heads").iterdir()}
+    assert heads == {"dpc_seed0.safetensors": b"dpc 0", "best.safetensors": b"best"}
+
+
+def test_a_head_whose_file_is_lost_is_written_again(directory: Path) -> None:
     with begin(directory) as study:
-        assert study.search.ask().number == 4
-
-
-def test_an_unfinished_comparison_is_closed(directory: Path) -> None:
-    with begin(directory) as study:
-        study.discard_unfinished_comparisons()
-        states = [trial.state.name for trial in study.comparison.get_trials()]
-        assert states == ["COMPLETE", "FAIL"]
-        assert len(study.baselines()) == 1
-
-
-@pytest.mark.parametrize("is_failure", [False, True])
-def test_a_failed_comparison_is_final_and_an_interrupted_one_is_not(directory: Path, is_failure: bool) -> None:
-    with begin(directory) as study:
-        number = study.comparison.ask().number
-        if is_failure:
-            study.tell_comparison_failure(number, "aspp", 0, "the loss was nan")
-        else:  # killed between writing and telling
-            study._set_attributes(study.comparison, number, {"name": "aspp", "seed": 0, "result": {}})
-    with begin(directory) as study:
-        study.discard_unfinished_comparisons()
-        assert study.compared("aspp") == ({0} if is_failure else set())
-        assert study.compared("dpc") == {3}
-        assert [record.name for record in study.baselines()] == ["dpc"]
+        study.tell(claim(study).key, make_result(0.9), "a head")  # type: ignore[arg-type]
+    assert not (directory / "heads").exists()  # killed before it was written
+    with begin(directory):
+        assert best_head(directory).read_bytes() == b"a head"
 
 
 def test_ranked_is_best_first_without_duplicates_and_failures() -> None:
     scores = [0.2, None, 0.9, 0.5, 0.9]
     cells = [Cell((Branch(-1, operation), Branch(-1, Conv1x1()))) for operation in OPERATIONS[1:6]]
     records = [
-        TrialRecord(i, cell, None if score is None else make_result(score), None, None)
+        TrialRecord.of(i, cell, None if score is None else make_result(score), None, None)
         for i, (cell, score) in enumerate(zip(cells, scores, strict=True))
     ]
-    records.append(TrialRecord(5, cells[2], make_result(0.9), None, duplicate_of=2))
+    records.append(TrialRecord.of(5, cells[2], make_result(0.9), None, duplicate_of=2))
     same = Cell(cells[0].branches[::-1])  # as two workers may score it at the same time
-    records.append(TrialRecord(6, same, make_result(0.95), None, None))
+    records.append(TrialRecord.of(6, same, make_result(0.95), None, None))
     assert [record.number for record in ranked(records)] == [2, 4, 3, 0]
 
 
@@ -236,14 +301,14 @@ def test_a_moved_run_goes_on(directory: Path, tmp_path: Path) -> None:
     os.rename(directory, moved)
     assert load_run(moved).trials == before.trials
     with begin(moved) as study:
-        assert study.records() == before.trials
+        assert study.store.state.num_finished == len(before.trials)
     assert not directory.exists()
 
 
 def test_another_storage_is_kept_in_the_settings(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'other.db'}"
     with begin(tmp_path / "run", storage=url) as study:
-        study.tell(study.comparison, study.comparison.ask().number, CELL, make_result(), name="dpc", seed=0)
+        study.tell(claim(study).key, make_result())
     assert not (tmp_path / "run" / "study.db").exists()
     assert len(load_run(tmp_path / "run").baselines) == 1
 
@@ -350,16 +415,12 @@ def test_settings_are_plain_json(directory: Path) -> None:
 @pytest.mark.parametrize(
     "use",
     [
-        Study.unfinished,
-        Study.discard_unfinished_comparisons,
-        Study.records,
-        Study.baselines,
-        lambda study: study.compared("dpc"),
-        lambda study: study.tell(study.search, 3, CELL, make_result()),
-        lambda study: study.tell_failure(3, CELL, "no reason"),
-        lambda study: study.tell_comparison_failure(1, "dpc", 0, "no reason"),
+        lambda study: study.claim(PLAN),
+        lambda study: study.tell(Key(SEARCH, 3), make_result()),
+        lambda study: study.tell_failure(Key(SEARCH, 3), "no reason"),
+        Study.show,
     ],
-    ids=["unfinished", "discard", "records", "baselines", "compared", "tell", "tell failure", "tell comparison failure"],
+    ids=["claim", "tell", "tell failure", "show"],
 )
 def test_the_database_comes_to_its_end_before_ctrl_c(
     use: Callable[[Study], object], original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -369,17 +430,17 @@ def test_the_database_comes_to_its_end_before_ctrl_c(
     survived: list[str] = []
 
     def pressing(function: Callable[..., Any]) -> Callable[..., Any]:
-        def press(*arguments: Any) -> Any:
+        def press(*arguments: Any, **named: Any) -> Any:
             if not survived:
                 signal.raise_signal(signal.SIGINT)
             survived.append(function.__name__)
-            return function(*arguments)
+            return function(*arguments, **named)
 
         return press
 
     with begin(tmp_path / "run") as study:
-        monkeypatch.setattr(search.runs.study, "_with_state", pressing(search.runs.study._with_state))
-        monkeypatch.setattr(Study, "_set_attributes", pressing(Study._set_attributes))
+        monkeypatch.setattr(Store, "_sync", pressing(Store._sync))
+        monkeypatch.setattr(Reader, "finished", pressing(Reader.finished))
         with pytest.raises(KeyboardInterrupt):
             use(study)
     assert survived

@@ -1,11 +1,12 @@
 """Several workers: the same cells and scores as one, whoever finishes first."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import optuna
 import pytest
 import torch
 from hypothesis import given
@@ -13,13 +14,15 @@ from hypothesis import strategies as st
 
 from fast.train_step import EAGER_ITERATIONS
 from reference.cell import Cell
-from search.cells.sampler import LAG, create_sampler
+from search.cells.sampler import LAG
+from search.cells.samplers import SAMPLER_NAMES, create_sampler
 from search.cells.space import SearchSpace, canonical_form, cell_hash, load_cell, load_cells
 from search.dense_tasks import Measure, Scores
 from search.dense_tasks.segmentation import Segmentation
 from search.random import RandomSettings
-from search.runs.search import Search, SearchPlan
-from search.runs.study import Study, TrialRecord
+from search.runs.search import Search
+from search.runs.store import Reader, Row, SearchPlan, Store
+from search.runs.study import Study
 from search.runs.workers import InProcess, InTurns, Job, Outcome, evaluate, open_workers, outcomes
 from search.settings import WorkerSettings, known
 from search.tasks.proxy import NotFiniteError, ProxyResult
@@ -59,85 +62,81 @@ class Shuffled:
         """Nothing to stop."""
 
 
-class HeadlessSearch(Search):
-    """The loop of the main job without heads to save."""
+class UnshownStudy(Study):
+    """A run of which people see nothing."""
 
-    def _save(self, outcome: Outcome[ProxyResult], name: str) -> None:
-        """These outcomes have no head."""
-
-
-class InMemoryStudy(Study):
-    """A run that is kept in memory, where a trial takes a millisecond instead of a tenth of a second."""
-
-    def __init__(self, storage: optuna.storages.BaseStorage, sampler: optuna.samplers.BaseSampler) -> None:
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self._storage: Any = storage
-        self._task = Segmentation(("one", "two"))
-        self.search, self.comparison = (
-            optuna.create_study(storage=storage, study_name=part, direction="maximize", sampler=sampler, load_if_exists=True)
-            for part in ("search", "comparison")
-        )
+    def show(self) -> None:
+        """No file, and no study of Optuna's."""
 
 
-def create_study(settings: RandomSettings = SETTINGS, storage: optuna.storages.BaseStorage | None = None) -> Study:
-    sampler = create_sampler(settings.sampler, SearchSpace(settings.branches), settings.seed, lag=LAG)
-    return InMemoryStudy(storage or optuna.storages.InMemoryStorage(), sampler)
+@contextmanager
+def open_study(directory: Path, settings: RandomSettings = SETTINGS) -> Iterator[Study]:
+    """On an SQLite file, which is held as a search holds its folder."""
+    space, url = SearchSpace(settings.branches), f"sqlite:///{directory}/study.db"
+    sampler = create_sampler(settings.sampler, space, settings.seed, lag=LAG)
+    store, task = Store(url, "run", "{}"), Segmentation(("one", "two"))
+    with closing(UnshownStudy(directory, url, store, task, space, sampler, lambda head: b"")) as study:
+        yield study
 
 
-def searched(workers: Shuffled, study: Study | None = None, settings: RandomSettings = SETTINGS) -> list[TrialRecord]:
-    study = study or create_study(settings)
+def searched(workers: Shuffled, directory: Path, settings: RandomSettings = SETTINGS) -> list[Row]:
+    """The finished trials, without who finished them when."""
     plan = SearchPlan(known(settings.trials), load_cells(settings.compare), settings.comparison_seeds, settings.seed)
-    HeadlessSearch(
-        study, workers, SearchSpace(settings.branches), plan, Measure("mIOU", "mean_iou"), lambda name, head: None
-    ).run()
-    return study.records()
+    with open_study(directory, settings) as study:
+        Search(study, workers, plan, Measure("mIOU", "mean_iou")).run()
+    with closing(Reader(f"sqlite:///{directory}/study.db", "run")) as reader:
+        return [replace(row, finished=None) for row in reader.finished(search=True)]
+
+
+def cells(rows: list[Row]) -> list[Cell]:
+    return [Cell.from_json(row.cell) for row in rows]
 
 
 @pytest.fixture(scope="module")
-def alone() -> list[TrialRecord]:
-    return searched(Shuffled(1))
+def alone(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
+    return searched(Shuffled(1), tmp_path_factory.mktemp("alone"))
 
 
-def test_the_search_is_worth_comparing(alone: list[TrialRecord]) -> None:
-    assert [record.number for record in alone] == list(range(known(SETTINGS.trials)))
-    assert len({canonical_form(record.cell) for record in alone}) == SETTINGS.trials
-    assert 0 < sum(record.failure is not None for record in alone) < 10
-    neighbours = {cell for record in alone for cell in SearchSpace(2).neighbours(record.cell)}
-    assert sum(record.cell in neighbours for record in alone) > 5  # some are near the best, which depends on the scores
+def test_the_search_is_worth_comparing(alone: list[Row]) -> None:
+    assert [row.key.number for row in alone] == list(range(known(SETTINGS.trials)))
+    assert len({canonical_form(cell) for cell in cells(alone)}) == SETTINGS.trials
+    assert 0 < sum(row.failure is not None for row in alone) < 10
+    neighbours = {cell for cell in cells(alone) for cell in SearchSpace(2).neighbours(cell)}
+    assert sum(cell in neighbours for cell in cells(alone)) > 5  # some are near the best, which depends on the scores
 
 
 @pytest.mark.parametrize("capacity", [2, 3, 5, 8])
-def test_cells_and_scores_do_not_depend_on_the_workers(alone: list[TrialRecord], capacity: int) -> None:
+def test_cells_and_scores_do_not_depend_on_the_workers(alone: list[Row], capacity: int, tmp_path: Path) -> None:
     for seed in range(2):
-        assert searched(Shuffled(capacity, seed)) == alone
+        (tmp_path / f"{seed}").mkdir()
+        assert searched(Shuffled(capacity, seed), tmp_path / f"{seed}") == alone
 
 
 @pytest.mark.parametrize("capacity", [1, 3])
 @pytest.mark.parametrize("interrupt_at", [1, 2, 9, 26])
 def test_an_interrupted_search_goes_on_with_any_number_of_workers(
-    alone: list[TrialRecord], capacity: int, interrupt_at: int
+    alone: list[Row], capacity: int, interrupt_at: int, tmp_path: Path
 ) -> None:
-    storage = optuna.storages.InMemoryStorage()
     with pytest.raises(KeyboardInterrupt):
-        searched(Shuffled(3, interrupt_at=interrupt_at), create_study(storage=storage))
-    assert searched(Shuffled(capacity), create_study(storage=storage)) == alone
+        searched(Shuffled(3, interrupt_at=interrupt_at), tmp_path)
+    assert searched(Shuffled(capacity), tmp_path) == alone
 
 
-@pytest.mark.parametrize("sampler", ["random", "tpe", "evolution"])
-def test_other_samplers_run_with_workers(sampler: str) -> None:
+@pytest.mark.parametrize("sampler", [name for name in SAMPLER_NAMES if name != "paper"])
+def test_other_samplers_run_with_workers(sampler: str, tmp_path: Path) -> None:
     settings = replace(SETTINGS, sampler=sampler, trials=12)
-    records = searched(Shuffled(3), settings=settings)
-    assert [record.number for record in records] == list(range(12))
+    rows = searched(Shuffled(3), tmp_path, settings)
+    assert [row.key.number for row in rows] == list(range(12))
 
 
-def test_equal_cells_are_evaluated_once_in_a_space_that_is_used_up() -> None:
+def test_equal_cells_are_evaluated_once_in_a_space_that_is_used_up(tmp_path: Path) -> None:
     settings = replace(SETTINGS, branches=1, trials=90)  # of 81 cells
-    records = searched(Shuffled(1), settings=settings)
-    assert len(records) == 90
-    scored = [record for record in records if record.result is not None]
-    first = {record.cell: record.number for record in reversed(scored)}
-    for record in scored:
-        assert record.duplicate_of == (None if first[record.cell] == record.number else first[record.cell])
+    rows = searched(Shuffled(1), tmp_path, settings)
+    assert len(rows) == 90
+    scored = [row for row in rows if row.score is not None]
+    first = {row.cell: row.key.number for row in reversed(scored)}
+    for row in scored:
+        assert row.duplicate_of == (None if first[row.cell] == row.key.number else first[row.cell])
 
 
 # Evaluating

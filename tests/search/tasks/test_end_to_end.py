@@ -207,6 +207,7 @@ def test_a_full_disk_is_no_failure_of_a_cell(tiny: TrainingSettings, tmp_path: P
         workers.wait()
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_saves_and_goes_on(
     tiny: TrainingSettings,
     uninterrupted: tuple[EndToEndTask, EndToEndResult],

@@ -1,0 +1,69 @@
+"""Runs of earlier versions, whose jobs were trials of Optuna's studies: all that they held is taken over into the store."""
+
+import json
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from reference.cell import Cell
+from search.cells.sampler import cell_from_params
+from search.cells.space import SearchSpace
+from search.runs.store import COMPLETE, FAILED, RUNNING, SEARCH, Begun, Key, Row
+
+
+class EarlierRun:
+    """The finished and interrupted jobs of such a run, and their loss curves. Raises KeyError if there is no such run."""
+
+    def __init__(self, url: str, name: str, space: SearchSpace) -> None:
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self._storage = optuna.storages.RDBStorage(url)
+        self._space = space
+        self._studies = [
+            optuna.load_study(storage=self._storage, study_name=f"{name} {part}") for part in ("search", "comparison")
+        ]
+        self._curves: dict[Key, str] = {}
+        search, comparison = (study.get_trials(deepcopy=False) for study in self._studies)
+        rows = [row for trial in search if (row := self._row(trial, SEARCH, trial.number))]
+        for trial in comparison:
+            told = trial.user_attrs | trial.system_attrs
+            if "name" in told and (row := self._row(trial, told["name"], told["seed"])) and row.state != RUNNING:
+                rows.append(row)
+        self.begun = Begun(rows, self._curves)
+
+    def remove(self) -> None:
+        """Delete the studies, once their content is in the store, which is shown in others of the same names."""
+        for study in self._studies:
+            optuna.delete_study(study_name=study.study_name, storage=self._storage)
+
+    def close(self) -> None:
+        self._storage.engine.dispose()
+
+    def _row(self, trial: FrozenTrial, name: str, number: int) -> Row | None:
+        """None for a trial that was killed before it had a cell, and what came of no cell."""
+        told: dict[str, Any] = trial.user_attrs | trial.system_attrs
+        try:
+            is_whole = isinstance(told.get("cell"), list)
+            cell = Cell.from_json(json.dumps(told["cell"])) if is_whole else cell_from_params(trial.params, self._space)
+        except ValueError:
+            return None
+        key, form = Key(name, number), self._space.canonical_form(cell).to_json() if name == SEARCH else ""
+        when = None if trial.datetime_complete is None else trial.datetime_complete.timestamp()
+        result = told.get("result") if trial.state == TrialState.COMPLETE else None
+        if result is not None:
+            self._curves[key] = json.dumps(result.pop("loss_curve"))
+        return Row(
+            key=key,
+            state=_STATES.get(trial.state, RUNNING),
+            cell=cell.to_json(),
+            form=form,
+            score=trial.values[0] if result is not None else None,
+            multiply_adds=result["multiply_adds"] if result is not None else None,
+            duplicate_of=told.get("duplicate_of"),
+            failure=told.get("failure"),
+            result=json.dumps(result) if result is not None else None,
+            finished=when,
+        )
+
+
+_STATES = {TrialState.COMPLETE: COMPLETE, TrialState.FAIL: FAILED}

@@ -1,0 +1,122 @@
+"""The finished jobs of a run as two Optuna studies in the same database, for people: dashboards, plots, `optuna.load_study`.
+
+The store (`search.runs.store`) is what a search reads and writes; nothing here is read again. Trials come in the order of
+their numbers, which are the same in both, so a slow cell holds back those after it.
+
+Rows are written by Optuna's own tables and not by its functions: those take a transaction for every trial, so that a process
+that dies, or is suspended while another one does its work, would leave a trial out or write it twice. Besides, they take fifty
+times as long. A test holds what is written to what Optuna writes.
+"""
+
+import json
+import warnings
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+from itertools import count, takewhile
+from typing import Any
+
+import optuna
+import sqlalchemy as sa
+from optuna.distributions import distribution_to_json
+from optuna.storages._rdb import models
+from optuna.trial import TrialState
+from sqlalchemy.orm import Session
+
+from reference.cell import Cell
+from search.cells.sampler import distributions_of, params_of_cell
+from search.cells.space import SearchSpace
+from search.dense_tasks import DenseTask, Scores, details_beside, measures_beside
+from search.runs.store import FAILED, SEARCH, Key, Reader, Row
+
+_AT_ONCE = 500  # trials in a transaction; it may take a second
+
+
+class Mirror:
+    """The studies `<name> search` and `<name> comparison`, which are made if they are not there."""
+
+    def __init__(self, url: str, name: str, task: DenseTask, space: SearchSpace) -> None:
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self._task, self._space = task, space
+        self._distributions = {name: (each, distribution_to_json(each)) for name, each in distributions_of(space).items()}
+        storage = optuna.storages.RDBStorage(url)
+        self._search, self._comparison = (self._open(storage, f"{name} {part}") for part in ("search", "comparison"))
+        storage.engine.dispose()
+
+    def update(self, connection: sa.Connection, reader: Reader) -> bool:
+        """Add what was finished since, or a part of it, in the transaction of `Reader.alone`; returns whether it was all."""
+        with Session(connection, join_transaction_mode="rollback_only") as session:
+            first = self._count(session, self._search)
+            rows = reader.finished(search=True, after=first - 1, at_most=_AT_ONCE)
+            in_order = [row for row, number in takewhile(lambda each: each[0].key.number == each[1], zip(rows, count(first)))]
+            self._add(session, self._search, first, in_order)
+            first = self._count(session, self._comparison)
+            if first < reader.num_finished(search=False):
+                there = self._compared(session)
+                self._add(session, self._comparison, first, [r for r in reader.finished(search=False) if r.key not in there])
+            session.commit()
+        return len(in_order) < _AT_ONCE
+
+    def _open(self, storage: optuna.storages.RDBStorage, name: str) -> int:
+        study = optuna.create_study(storage=storage, study_name=name, direction="maximize", load_if_exists=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            study.set_metric_names([self._task.score.name])
+        return study._study_id
+
+    def _count(self, session: Session, study: int) -> int:
+        query = sa.select(sa.func.count()).select_from(models.TrialModel).where(models.TrialModel.study_id == study)
+        return int(session.execute(query).scalar_one())
+
+    def _compared(self, session: Session) -> set[Key]:
+        """The comparisons that are there."""
+        attribute = models.TrialUserAttributeModel
+        query = sa.select(attribute.trial_id, attribute.key, attribute.value_json).join(models.TrialModel)
+        query = query.where((models.TrialModel.study_id == self._comparison) & attribute.key.in_(("name", "seed")))
+        found: dict[int, dict[str, Any]] = {}
+        for trial, key, value in session.execute(query):
+            found.setdefault(trial, {})[key] = json.loads(value)
+        return {Key(each["name"], each["seed"]) for each in found.values()}
+
+    def _add(self, session: Session, study: int, first: int, rows: Iterable[Row]) -> None:
+        """Add these rows as the trials numbered from `first` on."""
+        trials = [(_trial(study, number, row), row) for number, row in enumerate(rows, first)]
+        session.add_all(trial for trial, _ in trials)
+        session.flush()  # they get their ids
+        for trial, row in trials:
+            session.add_all(self._parts(int(trial.trial_id), row))
+
+    def _parts(self, trial: int, row: Row) -> Iterable[models.BaseModel]:
+        if row.score is not None:
+            finite = models.TrialValueModel.TrialValueType.FINITE
+            yield models.TrialValueModel(trial_id=trial, objective=0, value=row.score, value_type=finite)
+        params = params_of_cell(Cell.from_json(row.cell), self._space) if row.key.name == SEARCH else {}
+        for name, value in params.items():
+            distribution, text = self._distributions[name]
+            internal = distribution.to_internal_repr(value)
+            yield models.TrialParamModel(trial_id=trial, param_name=name, param_value=internal, distribution_json=text)
+        for key, value in self._attributes(row).items():
+            yield models.TrialUserAttributeModel(trial_id=trial, key=key, value_json=json.dumps(value))
+
+    def _attributes(self, row: Row) -> dict[str, Any]:
+        """What a dashboard shows of a job, beside the score."""
+        shown: dict[str, Any] = {} if row.key.name == SEARCH else {"name": row.key.name, "seed": row.key.number}
+        shown["cell"] = str(Cell.from_json(row.cell))
+        if row.duplicate_of is not None:
+            shown["duplicate_of"] = row.duplicate_of
+        if row.state == FAILED:
+            shown["failure"] = row.failure
+        if row.result is not None:
+            shown |= self._measured(json.loads(row.result))
+        return shown
+
+    def _measured(self, result: Mapping[str, Any]) -> dict[str, Any]:
+        measures, values = measures_beside(self._task), details_beside(self._task, [Scores.restored(result["scores"])])
+        beside = {measure.heading: value for measure, value in zip(measures, values, strict=True)}
+        cost = {"parameters": result["parameters"], "multiply-adds": result["multiply_adds"]}
+        return {**beside, **cost, "seconds": round(result["seconds"], 1)}
+
+
+def _trial(study: int, number: int, row: Row) -> models.TrialModel:
+    state = TrialState.FAIL if row.state == FAILED else TrialState.COMPLETE
+    finished = datetime.fromtimestamp(row.finished or 0)  # as Optuna has it: local, without a zone
+    return models.TrialModel(study_id=study, number=number, state=state, datetime_start=finished, datetime_complete=finished)
