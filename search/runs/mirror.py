@@ -39,8 +39,10 @@ class Mirror:
         self._task, self._space = task, space
         self._distributions = {name: (each, distribution_to_json(each)) for name, each in distributions_of(space).items()}
         storage = optuna.storages.RDBStorage(url)
-        self._search, self._comparison = (self._open(storage, f"{name} {part}") for part in ("search", "comparison"))
-        storage.engine.dispose()
+        try:
+            self._search, self._comparison = (self._open(storage, f"{name} {part}") for part in ("search", "comparison"))
+        finally:
+            storage.engine.dispose()
 
     def update(self, connection: sa.Connection, reader: Reader) -> bool:
         """Add what was finished since, or a part of it, in the transaction of `Reader.alone`; returns whether it was all."""

@@ -70,7 +70,7 @@ def test_the_bar_says_score_time_left_rate_workers_and_failures(clock: Clock) ->
     assert "trial 11 failed: the loss was nan at iteration 3" in terminal.getvalue()
 
 
-def test_comparisons_are_named_and_are_no_trials(clock: Clock) -> None:
+def test_comparisons_arenamed_and_are_no_trials(clock: Clock) -> None:
     with on_terminal() as terminal, Progress(100, 7, MIOU, clock) as progress:
         progress.started(Key("dpc", 2))
         progress.finished(Key("dpc", 2))
