@@ -13,7 +13,7 @@ from tqdm import tqdm
 from search.dense_tasks import Measure
 from search.runs.store import SEARCH, Key
 
-_BETWEEN_SHOWN = 0.2  # seconds between two states of the bar
+_BETWEEN_SHOWN = 0.2  # seconds between two states of the bar in which no trial has finished
 _BETWEEN_LINES = 60.0  # seconds between two lines where there is no bar, unless a tenth of the trials is done
 _WINDOW = 60.0  # seconds that a rate is of, at least
 _ROUNDS = 5  # trials of each worker that a rate is of, at least: cells that are begun together end together
@@ -95,7 +95,7 @@ class Progress:
         now = self._clock()
         if self._bar.disable:
             self._show_line(now, last)
-        elif last or now - self._shown_at >= _BETWEEN_SHOWN:
+        elif last or self._done != self._bar.n or now - self._shown_at >= _BETWEEN_SHOWN:
             self._shown_at = now
             self._bar.n = self._done
             self._bar.set_postfix_str(", ".join(self._state(now)))

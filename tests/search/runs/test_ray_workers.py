@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
@@ -74,7 +75,7 @@ class FakeRay:
     def is_initialized(self) -> bool:
         return self.is_up
 
-    def init(self, address: str | None, **_: Any) -> None:
+    def init(self, **_: Any) -> None:
         self.is_up = True
 
     def shutdown(self) -> None:
@@ -294,11 +295,15 @@ def waits(milliseconds: int, *keys: Any) -> list[Job]:
 
 
 @pytest.fixture
-def real_ray(monkeypatch: pytest.MonkeyPatch) -> Any:
+def real_ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Ray, which neither joins a cluster that is not the test's nor lets others join."""
     ray = pytest.importorskip("ray", reason="Ray is an extra: pip install -e '.[workers]'")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    return ray
+    for name in ("OMP_NUM_THREADS", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    with tempfile.TemporaryDirectory(prefix="ray") as folder:  # of a short path, because sockets lie in it
+        monkeypatch.setenv("RAY_TMPDIR", folder)
+        yield ray
 
 
 @pytest.fixture
