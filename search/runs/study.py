@@ -27,7 +27,7 @@ from search.cells.sampler import CellSampler
 from search.cells.space import SearchSpace, canonical_form
 from search.commands import spelled
 from search.dense_tasks import DenseTask, Scores, restored_task
-from search.errors import InputError
+from search.errors import InputError, require_file_name
 from search.files import write_whole
 from search.folder import Folder, InUseError, differences
 from search.interrupts import ctrl_c_waits
@@ -153,7 +153,12 @@ class Run:
 
 def best_head(directory: Path) -> Path:
     """Where a run keeps the head of its best cell."""
-    return directory / HEADS / f"{BEST_HEAD}.safetensors"
+    return head_path(directory, BEST_HEAD)
+
+
+def head_path(directory: Path, name: str) -> Path:
+    """Where a run keeps the head of this name. Raises InputError for a name that would lead out of the folder."""
+    return directory / HEADS / f"{require_file_name(name, f'a head of {directory}')}.safetensors"
 
 
 def comparison_label(name: str, known: Mapping[str, str] | None = None) -> str:
@@ -215,7 +220,7 @@ class Study:
             pass
         if self.holds_folder:
             for name, content, revision in self.store.new_heads(self._heads):
-                write_whole(self.directory / HEADS / f"{name}.safetensors", content)
+                write_whole(head_path(self.directory, name), content)
                 self._heads = revision
 
     @ctrl_c_waits()
