@@ -26,6 +26,7 @@ from reference.cell import Cell
 from search.cells.sampler import distributions_of, params_of_cell
 from search.cells.space import SearchSpace
 from search.dense_tasks import DenseTask, Scores, details_beside, measures_beside
+from search.errors import InputError
 from search.runs.store import FAILED, SEARCH, Key, Reader, Row
 
 _AT_ONCE = 500  # trials in a transaction; it may take a second
@@ -38,9 +39,14 @@ class Mirror:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._task, self._space = task, space
         self._distributions = {name: (each, distribution_to_json(each)) for name, each in distributions_of(space).items()}
-        storage = optuna.storages.RDBStorage(url)
-        self._search, self._comparison = (self._open(storage, f"{name} {part}") for part in ("search", "comparison"))
-        storage.engine.dispose()
+        try:
+            storage = optuna.storages.RDBStorage(url)
+        except RuntimeError as error:  # Optuna's for tables of another version
+            raise InputError(f"the studies of {name} are of another version of Optuna: install that one ({error})") from error
+        try:
+            self._search, self._comparison = (self._open(storage, f"{name} {part}") for part in ("search", "comparison"))
+        finally:
+            storage.engine.dispose()
 
     def update(self, connection: sa.Connection, reader: Reader) -> bool:
         """Add what was finished since, or a part of it, in the transaction of `Reader.alone`; returns whether it was all."""

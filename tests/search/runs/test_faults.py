@@ -24,6 +24,7 @@ def found(url: str) -> Finished:
     return {row.key: (Cell.from_json(row.cell), row.score) for row in rows}
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Optuna leaves a connection open if one breaks
 @pytest.mark.parametrize("is_written", [True, False], ids=["written", "not_written"])
 def test_a_connection_that_breaks_during_a_commit_loses_no_job(
     database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_written: bool
