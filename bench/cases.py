@@ -1,5 +1,6 @@
 """The cases to measure: each has its inputs, its cost, and the workload of each provider."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -93,6 +94,8 @@ class Case(ABC):
     """On a GPU: whether the time that a user waits is measured, with launches, instead of the device's busy time."""
     repeats: bool = False
     """Whether a long run consists of many such calls, one after the other."""
+    seconds: float = math.inf
+    """No round begins after so long, if each provider has a process of its own; three are made at least."""
 
     @property
     def is_training(self) -> bool:

@@ -192,7 +192,7 @@ class Attempt:
                 worker(_hold, self._case, running[name], self._dtype, str(self._device), torch.get_num_threads())
             remote = {name: functools.partial(worker, _time_held) for name, worker in workers.items()}
             with Others() as others:
-                samples = interleaved(remote, rounds, _own_milliseconds, lambda: None, rng, self._say)
+                samples = interleaved(remote, rounds, _own_milliseconds, lambda: None, rng, self._say, self._case.seconds)
             for name, provider in running.items():
                 note_times(self.rows[provider], samples[name], roofs, others.percent)
 

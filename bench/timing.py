@@ -7,6 +7,7 @@ training pays is neither: calls back to back, with no wait between them. First c
 
 import ctypes
 import gc
+import math
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -37,8 +38,12 @@ def interleaved(
     flush: Callable[[], None],
     rng: np.random.Generator,
     turn_of: Callable[[str], None] = lambda name: None,
+    seconds: float = math.inf,
 ) -> dict[str, Samples]:
-    """Time every call once per round, cold and then warm; `turn_of` hears whose turn it is."""
+    """Time every call once per round, cold and then warm; `turn_of` hears whose turn it is.
+
+    No round begins after `seconds`, but there are three at least.
+    """
 
     def turn(name: str) -> tuple[float, ...]:
         turn_of(name)
@@ -46,7 +51,7 @@ def interleaved(
         cold = clock(calls[name])
         return (cold, clock(calls[name])) if cold < LONG_MS else (cold,)
 
-    taken = in_turns({name: partial(turn, name) for name in calls}, rounds, rng)
+    taken = in_turns({name: partial(turn, name) for name in calls}, rounds, rng, seconds=seconds)
     return {
         name: Samples([turn[0] for turn in turns], [turn[1] for turn in turns if len(turn) > 1])
         for name, turns in taken.items()

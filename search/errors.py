@@ -8,11 +8,30 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+_FORBIDDEN = frozenset("/\\\0")
+_LONGEST = 200  # bytes; file systems take 255, with the suffix
 _FIELD = re.compile(r"`([a-z_]+(?:\.[a-z_]+)*)`")
 
 
 class InputError(ValueError):
     """Something the user gave cannot be used; the message names the file or field and the remedy."""
+
+
+def require_file_name(name: str, what: str) -> str:
+    """The name, which comes from a file or a database, if it can be that of one file in a folder, with a suffix behind it.
+
+    Raises InputError, beginning with `what` it is the name of, for one that leads elsewhere, or that no file can have.
+
+    >>> require_file_name("my cell_seed0", "a head")
+    'my cell_seed0'
+    >>> require_file_name("../heads", "a head")
+    Traceback (most recent call last):
+    search.errors.InputError: a head is called '../heads', which is no name of a file: use a short one without slashes
+    """
+    if name.startswith(".") or not name or len(name.encode(errors="replace")) > _LONGEST or not _FORBIDDEN.isdisjoint(name):
+        brief = name if len(name) <= 40 else name[:40] + "…"
+        raise InputError(f"{what} is called {brief!r}, which is no name of a file: use a short one without slashes")
+    return name
 
 
 def with_fields(text: str, spelling: Callable[[str], str]) -> str:

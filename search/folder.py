@@ -14,7 +14,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from search.errors import InputError
+from search.errors import InputError, require_file_name
 from search.files import write_json
 
 
@@ -119,7 +119,7 @@ class Folder:
         write_json(self.result_path(job), result)
 
     def result_path(self, job: str) -> Path:
-        return self.path / f"{job}.json"
+        return self.path / f"{require_file_name(job, 'a job')}.json"
 
     def damaged(self, job: str, error: Exception) -> InputError:
         """The error for a result file that cannot be read."""

@@ -28,7 +28,7 @@ from search.folder import Folder
 from search.reports.run_files import ReportRefresher, finish_run
 from search.runs.cluster import count_workers
 from search.runs.search import Search
-from search.runs.store import SearchPlan
+from search.runs.store import SearchPlan, has_password
 from search.runs.study import Run, RunSettings, best_head, identity_before, load_run, open_run, ranked
 from search.runs.workers import open_workers
 from search.settings import (
@@ -95,6 +95,11 @@ class SearchSettings(WorkerSettings):
 
     def check(self) -> None:
         """Raise InputError for what cannot work."""
+        if self.storage is not None and has_password(self.storage):
+            raise InputError(
+                "`storage` has a password in it, which others would see in the list of processes and in the run's files: "
+                "put it into ~/.pgpass, or into the environment as PGPASSWORD"
+            )
         super().check()
         require("trials", self.trials, given(self.trials, 1) >= 1, "at least 1")
         require("branches", self.branches, self.branches >= 1, "at least 1")
@@ -365,6 +370,7 @@ def run_search(
         settings=settings,
         space=space,
         defaults=declared(*map(type, groups)),
+        trials=plan.trials,
     )
     with (
         run as study,

@@ -27,6 +27,7 @@ from search.errors import InputError
 from search.folder import Folder
 from search.pipeline import SearchSettings, run_search
 from search.reports.in_python import in_python
+from search.runs.status import status_lines
 from search.runs.study import RunSettings, best_head, load_run
 from search.settings import (
     BackboneSettings,
@@ -50,6 +51,8 @@ class RandomSettings(SearchSettings):
 
     out: Path | None = changes_no_score(None)
     """Folder of the run. None: runs/ and the data set's name."""
+    status: bool = changes_no_score(False)
+    """Print how far the search in the folder is, or of a database server the one of its name, and end."""
     proxy: Flat[ProxySettings] = ProxySettings()
     head: Flat[HeadSettings] = HeadSettings()
     loss: Flat[LossSettings] = LossSettings()
@@ -61,6 +64,9 @@ class RandomSettings(SearchSettings):
 
 def main(settings: RandomSettings) -> None:
     """Search, compare, report, and say how the best head is used; exit with code 1 if no cell has a score."""
+    if settings.status:
+        print("\n".join(status_lines(settings.out or Path("runs") / settings.data.dataset, settings.storage)))
+        return
     for group in (settings.proxy, settings.head, settings.loss, settings.backbone, settings):
         group.check()
     load_cells(settings.compare, len(completed_backbone(settings.backbone).layers))  # refuses those of other layers

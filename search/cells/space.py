@@ -34,7 +34,7 @@ from reference.cell import (
     operations_of,
 )
 from search.cells.reach import FeatureMaps, size_text
-from search.errors import InputError
+from search.errors import InputError, require_file_name
 
 CELLS_DIRECTORY = Path(__file__).parent
 ASCENDING = "different integers of at least 1, in ascending order"  # what rates and grid sizes must be
@@ -266,6 +266,7 @@ def load_cells(names_or_paths: Sequence[str], num_inputs: int | None = None) -> 
         name = Path(name_or_path).stem
         if name == "best" or name.startswith("trial"):
             raise InputError(f"`compare` {name_or_path}: the search has cells called {name!r} itself, rename the file")
+        require_file_name(name, f"`compare` {name_or_path}")
         if name in cells:
             raise InputError(f"`compare` has two cells of the name {name!r}: rename the file {name_or_path}, or leave it out")
         cells[name] = load_cell(name_or_path, num_inputs or 1)

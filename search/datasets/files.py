@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Self
 
 from numpy.typing import NDArray
@@ -63,6 +63,15 @@ class FileDataset:
     description: Path | None = None
     left_out: tuple[LeftOut, ...] = ()
     pictures: PictureReader = field(default=PictureReader(), repr=False)
+
+    def __post_init__(self) -> None:
+        """Refuse names, which a list may give, that would lead out of a folder in which something is written by them."""
+        for pair in self.pairs:
+            parts = PurePosixPath(pair.name.replace("\\", "/")).parts
+            if not parts or ".." in parts or parts[0] == "/" or "\0" in pair.name:
+                raise InputError(
+                    f"{self.listing} names a picture {pair.name!r}, which leads out of its folder: correct the list"
+                )
 
     def admitting(self, max_megapixels: float) -> Self:
         """The same pictures, of which those with more megapixels are refused."""

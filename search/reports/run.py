@@ -28,7 +28,7 @@ from search.reports.latency import Latencies, measure_latencies
 from search.reports.page import percent, write_page
 from search.reports.predictions import laid_over
 from search.runs.store import BEST_HEAD, head_name
-from search.runs.study import Run, TrialRecord, ranked
+from search.runs.study import Run, TrialRecord, head_path, ranked
 from search.settings import LossSettings, declared, known
 from search.tasks.proxy import ProxyResult
 
@@ -138,7 +138,7 @@ def _trained_cells(run: Run, best: Sequence[TrialRecord], groups: Sequence[Group
         cells["best"] = (BEST_HEAD, best[0].cell)
     contexts = {}
     for name, (file, cell) in cells.items():
-        path = run.directory / "heads" / f"{file}.safetensors"
+        path = head_path(run.directory, file)
         if path.exists():
             try:
                 context = load_context(path)

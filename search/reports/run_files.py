@@ -24,7 +24,7 @@ from search.files import write_text, write_whole
 from search.reports.rank_correlation import ties
 from search.reports.run import Running, write_report
 from search.runs.store import BEST_HEAD, head_name
-from search.runs.study import HEADS, BaselineRecord, Run, TrialRecord, comparison_label, load_run, ranked
+from search.runs.study import BaselineRecord, Run, TrialRecord, comparison_label, head_path, load_run, ranked
 from search.tasks.feature_cache import FeatureCache
 
 _EXAMPLES = 4
@@ -140,11 +140,7 @@ def _spread(dataset: Dataset) -> Iterator[tuple[int, Sample]]:
 def _predictions(directory: Path, dataset: Dataset, val: FeatureCache, compared: Collection[str]) -> dict[str, NDArray[Any]]:
     """Validation pictures, their labels, and what the best cell's and the known cells' heads make of them."""
     files = {BEST_HEAD: BEST_HEAD} | {name: head_name(name) for name in compared}
-    heads = {
-        name: load_head(path)[0]
-        for name, file in files.items()
-        if (path := directory / HEADS / f"{file}.safetensors").exists()
-    }
+    heads = {name: load_head(path)[0] for name, file in files.items() if (path := head_path(directory, file)).exists()}
     arrays: dict[str, NDArray[Any]] = {}
     for row, (index, sample) in enumerate(_spread(dataset)):
         height, width = sample.label.shape

@@ -2,9 +2,11 @@
 
 import logging
 import os
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -129,25 +131,20 @@ def import_ray() -> Any:
     return ray
 
 
-def join(address: str | None = None) -> bool:
-    """Join the cluster that RAY_ADDRESS names or that runs on this machine, or else start Ray here; False if joined before.
+def join() -> bool:
+    """Join the cluster that is there, or else start Ray on this machine; False if this process had joined before.
 
-    With the address "auto" nothing is started: raises ConnectionError if there is no cluster. Raises InputError for one that
-    RAY_ADDRESS names and that is not there, or lets nobody in.
+    Raises InputError for a cluster that does not answer, or lets nobody in.
     """
     ray = import_ray()
     if ray.is_initialized():
         return False
-    named = os.environ.get("RAY_ADDRESS")
     try:
         with sigterm_kept():
-            ray.init(address, logging_level=logging.ERROR, log_to_driver=False, include_dashboard=False)
-    except ConnectionError as error:
-        if address == "auto" and not named:
-            raise
-        raise InputError(f"Ray cannot join {named or 'the cluster of this machine'}: {_brief(error)}") from error
-    except ray.exceptions.RayError as error:  # such as a missing token
-        raise InputError(f"Ray cannot join {named or 'the cluster of this machine'}: {_brief(error)}") from error
+            ray.init(logging_level=logging.ERROR, log_to_driver=False, include_dashboard=False)
+    except (ConnectionError, ray.exceptions.RayError) as error:  # such as a missing token
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"Ray cannot join the cluster {_cluster_address()}, which `ray stop` forgets: {reason}") from error
     return True
 
 
@@ -163,17 +160,25 @@ def alive_nodes() -> list[Node]:
 
 def _nodes_of_cluster() -> list[Node] | None:
     """The nodes of a cluster that is there already; None if there is none, or no Ray."""
-    if not _is_installed():
+    if not _is_installed() or not (_cluster_address() or import_ray().is_initialized()):
         return None
-    try:
-        is_new = join("auto")
-    except ConnectionError:
-        return None
+    is_new = join()
     try:
         return alive_nodes()
     finally:
         if is_new:
             import_ray().shutdown()
+
+
+def _cluster_address() -> str:
+    """The cluster that Ray joins: that of RAY_ADDRESS, or the latest that was started on this machine by `ray start`.
+
+    "" if there is none. Ray's own search by "auto" would also find what other programs have started for themselves.
+    """
+    if named := os.environ.get("RAY_ADDRESS"):
+        return named
+    latest = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()) / "ray" / "ray_current_cluster"
+    return latest.read_text().strip() if latest.is_file() else ""
 
 
 def _is_installed() -> bool:
@@ -183,10 +188,6 @@ def _is_installed() -> bool:
     except InputError:
         return False
     return True
-
-
-def _brief(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
 
 
 def _this_machine() -> Node:

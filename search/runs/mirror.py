@@ -29,7 +29,7 @@ from search.cells.sampler import distributions_of, params_of_cell
 from search.cells.space import SearchSpace
 from search.dense_tasks import DenseTask, Scores, details_beside, measures_beside
 from search.errors import InputError
-from search.runs.store import FAILED, SEARCH, Key, Reader, Row, without_password
+from search.runs.store import FAILED, SEARCH, Key, Reader, Row
 
 _COPY = "copy of the table", "dpc_jobs"  # a user attribute of these studies
 _AT_ONCE = 500  # trials in a transaction; it may take a second
@@ -44,9 +44,11 @@ class Mirror:
     def __init__(self, url: str, name: str, task: DenseTask, space: SearchSpace) -> None:
         self._task, self._space = task, space
         self._distributions = {name: (each, distribution_to_json(each)) for name, each in distributions_of(space).items()}
-        storage = optunas_storage(url)
-        self._search, self._comparison = (self._open(storage, f"{name} {part}") for part in ("search", "comparison"))
-        storage.engine.dispose()
+        storage = optunas_storage(url, name)
+        try:
+            self._search, self._comparison = (self._open(storage, f"{name} {part}") for part in ("search", "comparison"))
+        finally:
+            storage.engine.dispose()
 
     def is_there(self, connection: sa.Connection) -> bool:
         """Whether both studies are there: anybody may delete one in a dashboard."""
@@ -134,13 +136,13 @@ class Mirror:
         return {**beside, **cost, "seconds": round(result["seconds"], 1)}
 
 
-def optunas_storage(url: str) -> optuna.storages.RDBStorage:
+def optunas_storage(url: str, name: str) -> optuna.storages.RDBStorage:
     """Optuna's tables in this database, which are made if they are not there. Raises InputError if its version has others."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
         return optuna.storages.RDBStorage(url)
     except RuntimeError as error:
-        raise InputError(f"Optuna cannot use its tables in {without_password(url)}: {error}") from error
+        raise InputError(f"the studies of {name} are of another version of Optuna: install that one ({error})") from error
 
 
 def _delete(storage: optuna.storages.RDBStorage, study: int) -> None:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from search.dense_tasks import Measure
 from search.runs.store import SEARCH, Key
 
-_BETWEEN_SHOWN = 0.2  # seconds between two states of the bar
+_BETWEEN_SHOWN = 0.2  # seconds between two states of the bar in which no trial has finished
 _BETWEEN_LINES = 60.0  # seconds between two lines where there is no bar, unless a tenth of the trials is done
 _WINDOW = 60.0  # seconds that a rate is of, at least
 _ROUNDS = 5  # trials of each worker that a rate is of, at least: cells that are begun together end together
@@ -53,7 +53,7 @@ class Progress:
         """A job of this process has begun."""
         self._busy += 1
         if key.name != SEARCH:
-            self._write(_named(key))
+            self._write(named(key))
         elif self._pace is None:
             self._pace = Pace(self._clock(), self._done)
         self._show()
@@ -95,7 +95,7 @@ class Progress:
         now = self._clock()
         if self._bar.disable:
             self._show_line(now, last)
-        elif last or now - self._shown_at >= _BETWEEN_SHOWN:
+        elif last or self._done != self._bar.n or now - self._shown_at >= _BETWEEN_SHOWN:
             self._shown_at = now
             self._bar.n = self._done
             self._bar.set_postfix_str(", ".join(self._state(now)))
@@ -139,7 +139,7 @@ class Progress:
         elif same > _SAME_FAILURES:
             remark = f" (the {same}th of its kind)"
         if same <= _SAME_FAILURES or same % _OF_MORE == 0:
-            self._write(f"{_named(key)} failed: {reason}{remark}")
+            self._write(f"{named(key)} failed: {reason}{remark}")
 
     def _write(self, line: str) -> None:
         tqdm.write(line, file=sys.stderr)
@@ -171,7 +171,7 @@ class Pace:
             return []
         per_hour = 3600 * rate
         number = f"{per_hour:,.0f}/h" if per_hour >= 10 else f"{per_hour:.1f}/h"
-        return [f"{_duration(left)} left", number] if trials > 0 else [number]
+        return [f"{duration(left)} left", number] if trials > 0 else [number]
 
     def per_second(self, now: float, at_once: int) -> float | None:
         """Trials a second; None before the first end."""
@@ -190,7 +190,8 @@ class Pace:
         return max(trials, at_once) / rate - since
 
 
-def _named(key: Key) -> str:
+def named(key: Key) -> str:
+    """What a job is called."""
     return f"trial {key.number}" if key.name == SEARCH else f"comparison: {key.name}, seed {key.number}"
 
 
@@ -202,10 +203,10 @@ def _other(processes: int) -> str:
     return f"{processes:,} other process" + "es" * (processes != 1)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """In the two largest units.
 
-    >>> [_duration(seconds) for seconds in (8.2, 59.9, 754, 11_100, 100_000)]
+    >>> [duration(seconds) for seconds in (8.2, 59.9, 754, 11_100, 100_000)]
     ['8 s', '1 min', '13 min', '3 h 5 min', '1 d 4 h']
     """
     if seconds < 59.5:

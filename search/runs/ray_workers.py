@@ -214,7 +214,7 @@ class RayWorkers(Generic[Result]):
             place = self._ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
                 self._ray.get_runtime_context().get_node_id(), soft=False
             )
-            source_class: Any = self._ray.remote(num_cpus=0)(Source)
+            source_class: Any = self._ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Source)
             self._source = source_class.options(scheduling_strategy=place).remote(self._caches)
         if node not in self._told:
             self._told.add(node)

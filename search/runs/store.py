@@ -31,6 +31,7 @@ import sys
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
@@ -506,7 +507,6 @@ class Store:
                 if pause > 3:
                     first = str(error.orig).strip().splitlines()[0]
                     print(f"the database does not answer ({first}): trying again", file=sys.stderr)
-                self._engine.dispose()
                 time.sleep(pause)
                 pause = min(2 * pause, 10.0)
 
@@ -562,6 +562,19 @@ class Begun:
     curves: Mapping[Key, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Counts:
+    """What the jobs of a run have come to: trials with a score and without, finished comparisons, and more."""
+
+    complete: int
+    failed: int
+    comparisons: int
+    lately: int  # trials finished since a time
+    first_started: float | None  # seconds since 1970, of trials
+    best: tuple[int, float] | None  # number and score of the best trial
+    reasons: Counter[str]  # why jobs failed, and how many
+
+
 _COLUMNS = [column.name for column in fields(Row) if column.name != "key"]
 
 
@@ -615,6 +628,31 @@ class Reader:
                 connection.execute(sa.text(f"LOCK TABLE {_mirrors.name} IN SHARE ROW EXCLUSIVE MODE"))
             yield connection if is_alone else None
 
+    def counts(self, lately: float) -> "Counts":
+        """What the jobs have come to; `lately` is a time, in seconds since 1970."""
+        of_run, is_told = _jobs.c.run == self._run, _jobs.c.state != RUNNING
+        number = sa.func.count()
+        by_state = sa.select(_jobs.c.state, number).where(of_run & _is_trial).group_by(_jobs.c.state)
+        best = sa.select(_jobs.c.number, _jobs.c.score).where(of_run & _is_trial & (_jobs.c.state == COMPLETE))
+        reasons = sa.select(_jobs.c.failure, number).where(of_run & (_jobs.c.state == FAILED)).group_by(_jobs.c.failure)
+        first = sa.select(sa.func.min(_jobs.c.started)).where(of_run & _is_trial & (_jobs.c.started > 0))
+        with self._engine.connect() as connection:
+
+            def counted(condition: sa.ColumnElement[bool]) -> int:
+                return int(connection.execute(sa.select(number).select_from(_jobs).where(of_run & condition)).scalar_one())
+
+            states = {str(state): int(count) for state, count in connection.execute(by_state)}
+            found = connection.execute(best.order_by(_jobs.c.score.desc(), _jobs.c.number).limit(1)).one_or_none()
+            return Counts(
+                complete=states.get(COMPLETE, 0),
+                failed=states.get(FAILED, 0),
+                comparisons=counted(_is_comparison & is_told),
+                lately=counted(_is_trial & is_told & (_jobs.c.finished > lately)),
+                first_started=connection.execute(first).scalar(),
+                best=None if found is None else (found.number, found.score),
+                reasons=Counter({str(reason): int(times) for reason, times in connection.execute(reasons)}),
+            )
+
     def running(self) -> list[tuple[Key, str, float]]:
         """Jobs that are being evaluated, or were when their process died: the process and since when."""
         query = sa.select(_jobs.c.name, _jobs.c.number, _jobs.c.owner, _jobs.c.started)
@@ -633,12 +671,21 @@ class Reader:
         return _processes_of(self._engine, self._run)
 
 
-def without_password(url: str) -> str:
-    """The URL as people may read it."""
+def shown(url: str) -> str:
+    """The URL as it may be read by others, without a password."""
     try:
         return sa.make_url(url).render_as_string(hide_password=True)
-    except ArgumentError:
+    except ArgumentError:  # it is none
         return url
+
+
+def has_password(url: str) -> bool:
+    """Whether a password stands in the URL."""
+    try:
+        parsed = sa.make_url(url)
+    except ArgumentError:  # no URL, as is said where it is used
+        return False
+    return parsed.password is not None or "password" in parsed.query
 
 
 def is_server(url: str) -> bool:

@@ -27,7 +27,7 @@ from search.cells.sampler import CellSampler
 from search.cells.space import SearchSpace, canonical_form
 from search.commands import spelled
 from search.dense_tasks import DenseTask, Scores, restored_task
-from search.errors import InputError
+from search.errors import InputError, require_file_name
 from search.files import write_whole
 from search.folder import Folder, InUseError, differences
 from search.interrupts import ctrl_c_waits
@@ -46,7 +46,7 @@ from search.runs.store import (
     Store,
     Told,
     is_server,
-    without_password,
+    shown,
 )
 from search.settings import (
     BackboneSettings,
@@ -153,7 +153,12 @@ class Run:
 
 def best_head(directory: Path) -> Path:
     """Where a run keeps the head of its best cell."""
-    return directory / HEADS / f"{BEST_HEAD}.safetensors"
+    return head_path(directory, BEST_HEAD)
+
+
+def head_path(directory: Path, name: str) -> Path:
+    """Where a run keeps the head of this name. Raises InputError for a name that would lead out of the folder."""
+    return directory / HEADS / f"{require_file_name(name, f'a head of {directory}')}.safetensors"
 
 
 def comparison_label(name: str, known: Mapping[str, str] | None = None) -> str:
@@ -215,7 +220,7 @@ class Study:
             pass
         if self.holds_folder:
             for name, content, revision in self.store.new_heads(self._heads):
-                write_whole(self.directory / HEADS / f"{name}.safetensors", content)
+                write_whole(head_path(self.directory, name), content)
                 self._heads = revision
 
     @ctrl_c_waits()
@@ -261,12 +266,14 @@ def open_run(
     settings: RunSettings,
     space: SearchSpace,
     defaults: Mapping[str, Any],
+    trials: int | None = None,
 ) -> Iterator[Study]:
     """Begin a run or continue it, or help the process that holds its folder, if the jobs are on a server.
 
-    `defaults` as in `Folder.check`. Raises InputError for other settings, a second process on a file, or an unwritable folder.
+    `trials` is what people are told of how many there will be; `defaults` as in `Folder.check`. Raises InputError for other
+    settings, a second process on a file, or an unwritable folder.
     """
-    url = _storage_url(directory, storage)
+    url = storage_url(directory, storage)
     folder = Folder(directory)
     try:
         with ExitStack() as stack:
@@ -274,11 +281,11 @@ def open_run(
             if not holds_folder:
                 print(f"{directory} is in use: this process helps the one that holds it", file=sys.stderr)
             before = folder.description()
-            name = _run_id(folder, before) if before else _new_id(directory, url)
+            name = _run_id(folder, before) if before else new_name(directory, url)
             folder.check(identity, defaults)
             store = stack.enter_context(closing(_open_store(url, name, identity, defaults, space)))
             if holds_folder:  # only now: a folder of a run that is refused would refuse what is right
-                description = {"id": name, "storage": storage, "settings": plain(asdict(settings))}
+                description = {"id": name, "storage": storage, "settings": plain(asdict(settings)), "trials": trials}
                 description |= task.describe() | {"space": plain(asdict(space))}
                 folder.begin(identity, command, defaults=defaults, **description)
             arguments = directory, url, store, task, space, sampler, file_of
@@ -286,7 +293,7 @@ def open_run(
             study = stack.enter_context(closing(Study(*arguments, hold=(lambda: True) if holds_folder else hold)))
             yield study
     except (SQLAlchemyError, OptunaError, ImportError) as error:
-        raise _unusable(url, error) from error
+        raise unusable(url, error) from error
     except OSError as error:
         raise InputError(f"cannot write {directory} ({error}): give another `out`, or make room and run again") from error
 
@@ -298,21 +305,21 @@ def identity_before(directory: Path, storage: str | None) -> dict[str, Any] | No
     """
     if before := Folder(directory).description():
         return dict(before["identity"])
-    url = _storage_url(directory, storage)
+    url = storage_url(directory, storage)
     if not is_server(url):
         return None
     try:
-        with closing(Reader(url, _new_id(directory, url))) as reader:
+        with closing(Reader(url, new_name(directory, url))) as reader:
             return reader.identity()
     except KeyError:
         return None
     except (SQLAlchemyError, ImportError) as error:
-        raise _unusable(url, error) from error
+        raise unusable(url, error) from error
 
 
-def _unusable(url: str, error: Exception) -> InputError:
-    text = f"the study {without_password(url)} cannot be used ({_first_line(error)})"
-    return InputError(f"{text}: check `storage` and the disk")
+def unusable(url: str, error: Exception) -> InputError:
+    """The error for a database that does not work."""
+    return InputError(f"the study {shown(url)} cannot be used ({_first_line(error)}): check `storage` and the disk")
 
 
 def _hold(folder: Folder, stack: ExitStack, url: str) -> bool:
@@ -362,7 +369,7 @@ def load_run(directory: Path) -> Run:
     if description is None:
         raise InputError(f"{directory} is not a run (no settings.json): give the folder of a run of `{spelled('random')}`")
     try:
-        name, url = str(description["id"]), _storage_url(directory, description["storage"])
+        name, url = str(description["id"]), storage_url(directory, description["storage"])
         identity, command = dict(description["identity"]), str(description["command"])
         task = restored_task(description)
         settings = RunSettings.restored(description["settings"])
@@ -371,7 +378,7 @@ def load_run(directory: Path) -> Run:
         path = directory / "settings.json"
         raise InputError(f"{path} is damaged ({error}): delete the run {directory} and start it again") from error
     try:
-        _require_file(directory, url)
+        require_file(directory, url)
         trials, baselines, curves = _records(url, name, space)
     except InputError:
         raise
@@ -446,7 +453,7 @@ def _earlier_space(identity: Mapping[str, Any]) -> SearchSpace:
     return SearchSpace(identity["branches"], RATES, GRID_SIZES, maps)
 
 
-def _new_id(directory: Path, url: str) -> str:
+def new_name(directory: Path, url: str) -> str:
     """The name of a new run: on a server that of its folder, by which others find it; in a file one that no other has."""
     name = directory.absolute().name
     return name if is_server(url) else f"{name} {uuid.uuid4().hex[:8]}"
@@ -458,7 +465,7 @@ def _run_id(folder: Folder, description: dict[str, Any]) -> str:
     return str(description["id"])
 
 
-def _require_file(directory: Path, url: str) -> None:
+def require_file(directory: Path, url: str) -> None:
     """Refuse an absent SQLite file, which would be created."""
     file = url.removeprefix("sqlite:///")
     if file != url and not Path(file).is_file():
@@ -474,7 +481,7 @@ def ranked(records: list[TrialRecord]) -> list[TrialRecord]:
     return sorted(first.values(), key=lambda record: -record.score if record.score is not None else 0.0)
 
 
-def _storage_url(directory: Path, storage: str | None) -> str:
+def storage_url(directory: Path, storage: str | None) -> str:
     """The URL of the storage; by default of the file beside the settings, also if the folder was moved."""
     return storage or f"sqlite:///{directory.absolute() / 'study.db'}"
 

@@ -126,7 +126,8 @@ def test_the_plan_says_what_it_leaves_out(monkeypatch: pytest.MonkeyPatch) -> No
         (name, "float32") for name in (ASK_TELL, LOAD, REPORT, AT_ONCE)
     }
     assert list(PAPER.study.all_cases()) == [job.case for job in plan.jobs]
-    assert "64 processes of plain Optuna at 28,000 trials: each would hold all trials in its memory" in plan.omissions
+    assert any(omission.startswith("64 processes of plain Optuna: 8 do their trials") for omission in plan.omissions)
+    assert any(omission.startswith("many processes of plain Optuna at 28,000 trials") for omission in plan.omissions)
     monkeypatch.setattr(bench.study_case, "programs", lambda: None)
     assert {job.case.shape for job in make_plan(["study"], CPU, quick=False).jobs} == {
         f"{trials} trials, SQLite" for trials in ("0", "1,000", "28,000")

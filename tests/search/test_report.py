@@ -135,6 +135,8 @@ def test_of_very_many_trials_the_best_and_the_front_say_whose_they_are(tmp_path:
     assert [chart.count("<image") for chart in (progress, costs)] == [1, 1]
     assert "Point at a larger dot" in visible_text(progress)
     assert len(progress) + len(costs) < 300_000
+    parsed = [record for record in run.trials if "result" in vars(record)]  # JSON is read where it is asked for
+    assert len(parsed) <= 20
 
 
 def test_of_many_failures_the_last_are_listed(tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ class FittedSampler(CellSampler, Generic[Model]):
     """
 
     def __init__(self, space: SearchSpace, *, seed: int, initial: int, num_best: int, num_newest: int, lag: int = LAG) -> None:
+        if initial < 1:
+            raise ValueError(f"initial must be at least 1, got {initial}")
         super().__init__(space, seed=seed, lag=lag)
         self.initial = initial
         self.num_best = num_best

@@ -1,6 +1,7 @@
 """Which node gets how many workers, whatever nodes there are."""
 
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -86,9 +87,7 @@ class Ray(SimpleNamespace):
     def is_initialized(self) -> bool:
         return bool(self.is_joined)
 
-    def init(self, address: str | None, **_: Any) -> None:
-        if address == "auto" and not self.resources:
-            raise ConnectionError
+    def init(self, **_: Any) -> None:
         self.is_joined = True
 
     def nodes(self) -> list[dict[str, Any]]:
@@ -103,9 +102,11 @@ class Ray(SimpleNamespace):
 
 
 @pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """This one has 8 CPUs, and no GPU."""
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """This one has 8 CPUs, and no cluster."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     monkeypatch.setattr(search.runs.cluster, "_this_machine", lambda: Node("", "this machine", 8, torch.cuda.device_count()))
 
 
@@ -122,7 +123,13 @@ def test_auto_counts_this_machine_where_there_is_no_cluster(monkeypatch: pytest.
 
 
 @pytest.mark.usefixtures("machine")
-def test_auto_counts_the_cluster_and_leaves_it(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("is_named", [True, False])
+def test_auto_counts_the_cluster_and_leaves_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, is_named: bool) -> None:
+    if is_named:
+        monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    else:  # what `ray start` leaves
+        (tmp_path / "ray").mkdir()
+        (tmp_path / "ray" / "ray_current_cluster").write_text("10.0.0.1:6379")
     ray = Ray({"CPU": 16.0, "GPU": 2.0}, {"CPU": 1.0}, {"memory": 1e9})
     monkeypatch.setitem(sys.modules, "ray", ray)
     assert count_workers(AUTO, "cpu") == 5
@@ -133,6 +140,7 @@ def test_auto_counts_the_cluster_and_leaves_it(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.usefixtures("machine")
 def test_a_cluster_of_one_cpu_may_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     monkeypatch.setitem(sys.modules, "ray", Ray({"CPU": 1.0}))
     assert not is_in_process(AUTO, "cpu")
 
@@ -146,6 +154,7 @@ def test_a_cluster_that_the_caller_has_joined_is_not_left(monkeypatch: pytest.Mo
 
 
 def test_a_cluster_without_room_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     monkeypatch.setitem(sys.modules, "ray", Ray({"CPU": 8.0}))
     with pytest.raises(InputError, match="`workers` auto found a cluster without room for a worker: give the nodes GPUs"):
         count_workers(AUTO, "cuda")
@@ -195,7 +204,7 @@ def test_settings_that_cannot_work_are_refused(change: dict[str, Any], message: 
 @pytest.mark.parametrize("workers", ["auto", 2])
 @pytest.mark.parametrize("error", [ConnectionError, RayError])
 def test_a_cluster_that_lets_nobody_in_is_named(monkeypatch: pytest.MonkeyPatch, workers: Any, error: type[Exception]) -> None:
-    def init(address: str | None, **_: Any) -> None:
+    def init(**_: Any) -> None:
         raise error("no token\nand much more")
 
     ray = Ray({"CPU": 8.0})
@@ -204,7 +213,7 @@ def test_a_cluster_that_lets_nobody_in_is_named(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     settings = WorkerSettings(workers=workers)
     with (
-        pytest.raises(InputError, match=r"^Ray cannot join 10\.0\.0\.1:6379: no token$"),
+        pytest.raises(InputError, match=r"^Ray cannot join the cluster 10\.0\.0\.1:6379, which `ray stop` forgets: no token$"),
         open_workers(pytest.fail, settings, "cpu", 1),
     ):
         pass

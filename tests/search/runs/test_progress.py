@@ -70,6 +70,18 @@ def test_the_bar_says_score_time_left_rate_workers_and_failures(clock: Clock) ->
     assert "trial 11 failed: the loss was nan at iteration 3" in terminal.getvalue()
 
 
+def test_a_finished_trial_is_seen_at_once(clock: Clock) -> None:
+    """Where cells are evaluated in the process itself, nothing more is said before the next one has ended."""
+    with on_terminal() as terminal, Progress(100, 0, MIOU, clock) as progress:
+        progress.started(trial(0))
+        clock.now += HOUR
+        progress.finished(trial(0))
+        progress.workers(1)
+        progress.others(0, 0)
+        progress.counted(1, failed=0, best=0.4)
+        assert "1/100, best mIOU 40.00 %, 4 d 3 h left, 1.0/h" in last_state(terminal)
+
+
 def test_comparisons_are_named_and_are_no_trials(clock: Clock) -> None:
     with on_terminal() as terminal, Progress(100, 7, MIOU, clock) as progress:
         progress.started(Key("dpc", 2))

@@ -127,9 +127,11 @@ def test_processes_and_their_database_are_killed_and_every_job_is_finished_once_
         with closing(Reader(members.url, NAME)) as reader:
             rows, running = reader.finished(search=True) + reader.finished(search=False), reader.running()
             with_curve = {row.key for row in rows if reader.curve(row.key) is not None}
-            study = optuna.load_study(study_name=f"{NAME} search", storage=members.url)
-            mirrored = {trial.number: (cell_from_params(trial.params, SPACE), trial.value) for trial in study.trials}
-            assert len(mirrored) == len(study.trials)
+            storage = optuna.storages.RDBStorage(members.url)
+            trials = optuna.load_study(study_name=f"{NAME} search", storage=storage).trials
+            storage.engine.dispose()
+            mirrored = {trial.number: (cell_from_params(trial.params, SPACE), trial.value) for trial in trials}
+            assert len(mirrored) == len(trials)
     assert running == []
     assert len(rows) == len({row.key for row in rows})
     assert {row.key: (Cell.from_json(row.cell), row.score) for row in rows} == expected(TRIALS)

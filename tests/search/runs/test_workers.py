@@ -1,15 +1,20 @@
 """Several workers: the same cells and scores as one, whoever finishes first."""
 
+import time
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+import search.runs.search
 from fast.train_step import EAGER_ITERATIONS
 from reference.cell import Cell
 from search.cells.sampler import LAG
@@ -120,6 +125,27 @@ def test_an_interrupted_search_goes_on_with_any_number_of_workers(
     assert searched(Shuffled(capacity), tmp_path) == alone
 
 
+class Mortal(Shuffled):
+    """Workers that are all lost after each outcome; others start while one waits."""
+
+    def wait(self, timeout: float | None = None) -> Any:
+        if self.capacity == 0:
+            assert not self._jobs
+            self.capacity = 2
+            return None
+        outcome = super().wait(timeout)
+        self.capacity = len(self._jobs)
+        return outcome
+
+
+def test_a_search_whose_workers_are_all_lost_goes_on_with_others(
+    alone: list[Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: pytest.fail("it sleeps, and nobody starts others"))
+    monkeypatch.setattr(search.runs.search, "time", clock)
+    assert searched(Mortal(2), tmp_path) == alone
+
+
 @pytest.mark.parametrize("sampler", [name for name in SAMPLER_NAMES if name != "paper"])
 def test_other_samplers_run_with_workers(sampler: str, tmp_path: Path) -> None:
     settings = replace(SETTINGS, sampler=sampler, trials=12)
@@ -181,6 +207,33 @@ def test_in_process_evaluates_in_order_and_tells_its_progress() -> None:
         workers.submit(job)
     assert [workers.wait().job for _ in range(2)] == JOBS[:2]
     assert steps == [(key, iteration) for key in (0, 1) for iteration in (1, 2, 3)]
+
+
+class Tide:
+    """Workers whose number changes whenever one waits; the job submitted last ends first, but not at every wait."""
+
+    def __init__(self, capacities: list[int]) -> None:
+        self._capacities = iter(capacities)
+        self.capacity = next(self._capacities)
+        self._jobs: list[Job] = []
+
+    def submit(self, job: Job) -> None:
+        assert len(self._jobs) < self.capacity
+        self._jobs.append(job)
+
+    def wait(self, timeout: float | None = None) -> Outcome[str] | None:
+        assert timeout is not None  # or nobody would see that there are more
+        self.capacity = next(self._capacities, 1)
+        return Outcome(self._jobs.pop(), "done") if self._jobs and self.capacity != 2 else None
+
+    def close(self) -> None:
+        """Nothing to stop."""
+
+
+@given(capacities=st.lists(st.integers(0, 4), min_size=1, max_size=30), count=st.integers(0, 12))
+def test_every_job_has_one_outcome_while_the_number_of_workers_changes(capacities: list[int], count: int) -> None:
+    jobs = [Job(key, JOBS[0].cell, (0,)) for key in range(count)]
+    assert sorted(outcome.job.key for outcome in outcomes(Tide(capacities), jobs)) == list(range(count))
 
 
 # In turns

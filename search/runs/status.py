@@ -1,0 +1,101 @@
+"""How far a search is, for people, while processes work on it or after them: from its folder or its database alone."""
+
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from datetime import datetime
+from pathlib import Path
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from search.commands import spelled
+from search.dense_tasks import Measure, restored_task
+from search.errors import InputError
+from search.folder import Folder
+from search.runs.progress import duration, named
+from search.runs.store import Counts, Key, Process, Reader, is_server
+from search.runs.study import new_name, require_file, storage_url, unusable
+
+_HOUR = 3600  # seconds
+_REASONS = 5  # for which cells failed, that are said
+
+
+def status_lines(directory: Path, storage: str | None) -> Iterator[str]:
+    """What there is to say of the run in this folder, or of the one with its name on the database server `storage`.
+
+    Raises InputError where there is none, and for a database that cannot be read.
+    """
+    description = Folder(directory).description()
+    if description is None and (storage is None or not is_server(storage)):
+        raise InputError(
+            f"{directory} is not a run (no settings.json): give the folder of a run of `{spelled('random')}` as `out`"
+        )
+    url = storage_url(directory, storage or (description or {}).get("storage"))
+    name = new_name(directory, url) if description is None else str(description["id"])
+    try:
+        require_file(directory, url)
+        with closing(Reader(url, name)) as reader:
+            counts, processes, running = reader.counts(time.time() - _HOUR), reader.processes(), reader.running()
+    except KeyError:
+        raise InputError(f"{directory} has no trials yet, or is of an earlier version: go on with it first") from None
+    except (SQLAlchemyError, ImportError) as error:
+        raise unusable(url, error) from error
+    measure = None if description is None else restored_task(description).score
+    total = None if description is None else description.get("trials")
+    yield f"{name}: {_of_trials(counts, total)}"
+    yield from _best_and_failures(counts, measure)
+    yield from _running(running, {process.id: process for process in processes})
+    yield from (f"{_named(process)}: {process.workers} at a time, since {_when(process.started)}" for process in processes)
+    if not processes:
+        yield "no process works on it"
+
+
+def _of_trials(counts: Counts, total: int | None) -> str:
+    done = f"{counts.complete + counts.failed:,}" + ("" if total is None else f" of {total:,}")
+    return f"{done} trials are finished, {counts.failed:,} failed; {counts.comparisons:,} comparisons; {_rate(counts)}"
+
+
+def _rate(counts: Counts) -> str:
+    """Of the last hour; of a younger search, of all its time."""
+    age = time.time() - (time.time() if counts.first_started is None else counts.first_started)
+    return f"{counts.lately * _HOUR / min(_HOUR, max(1.0, age)):,.0f} trials an hour of late"
+
+
+def _best_and_failures(counts: Counts, measure: Measure | None) -> Iterator[str]:
+    if counts.best is not None:
+        number, score = counts.best
+        yield f"best: trial {number}, " + (
+            f"score {score:.4f}" if measure is None else f"{measure.name} {measure.text(score)}"
+        )
+    reasons = counts.reasons.most_common()
+    yield from (f"failed {times:,} ×: {reason}" for reason, times in reasons[:_REASONS])
+    if more := sum(times for _, times in reasons[_REASONS:]):
+        yield f"failed {more:,} × for other reasons"
+
+
+def _running(jobs: list[tuple[Key, str, float]], processes: dict[str, Process]) -> Iterator[str]:
+    for key, owner, started in jobs:
+        process = processes.get(owner)
+        where = "interrupted, to be done again" if process is None else f"with {_named(process)}"
+        yield f"{named(key)}: {where}, begun {duration(max(0.0, time.time() - started))} ago"
+
+
+def _named(process: Process) -> str:
+    gone = " (gone)" if process.host == platform.node() and not _is_there(process.pid) else ""
+    return f"process {process.pid} on {process.host}{gone}"
+
+
+def _is_there(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # of another user
+        return True
+    return True
+
+
+def _when(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds).isoformat(" ", "minutes")
