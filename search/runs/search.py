@@ -54,6 +54,8 @@ class Search:
                 elif self.study.store.is_finished(self.plan):
                     self.study.show()
                     return
+                elif self.workers.capacity == 0:  # all are lost, and others start while one waits
+                    self._wait()
                 else:  # other processes have the rest
                     time.sleep(TICK)
 

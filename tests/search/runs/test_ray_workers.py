@@ -172,15 +172,22 @@ def settled(workers: RayWorkers[Any]) -> int:
     return workers.capacity
 
 
-cpus_of_nodes = st.dictionaries(st.sampled_from("abc"), st.integers(1, 16), min_size=1)
+@st.composite
+def histories(draw: st.DrawFn) -> list[dict[str, int]]:
+    """The CPUs of a cluster's nodes, by their ids, several times; a node that comes back has another id, as in Ray."""
+    found: list[dict[str, int]] = [{"0": draw(st.integers(1, 16))}]
+    for time_ in range(1, draw(st.integers(2, 4))):
+        stay = draw(st.sets(st.sampled_from(sorted(found[-1]))))
+        come = draw(st.lists(st.integers(1, 16), min_size=0 if stay else 1, max_size=3))
+        found.append({node: found[-1][node] for node in sorted(stay)} | {f"{time_}.{i}": n for i, n in enumerate(come)})
+    return found
 
 
-@given(st.lists(cpus_of_nodes, min_size=2, max_size=4), st.none() | st.integers(1, 7), st.data())
+@given(histories(), st.none() | st.integers(1, 7), st.data())
 def test_the_workers_follow_the_cluster_and_every_job_ends_once(
     history: list[dict[str, int]], count: int | None, data: st.DataObject
 ) -> None:
-    """Nodes come, go, and change (under another name) while jobs run; in the end the workers are where a new run had them."""
-    history = [{f"{name}{cpus}": cpus for name, cpus in nodes.items()} for nodes in history]
+    """Nodes come, go, and change while jobs run; in the end the workers are where a new run had them."""
     numbers, ended = iter(range(10**6)), list[Outcome[str]]()
     with (
         installed(FakeRay(history[0])) as ray,

@@ -1,9 +1,11 @@
 """Several workers: the same cells and scores as one, whoever finishes first."""
 
+import time
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import search.runs.search
 from fast.train_step import EAGER_ITERATIONS
 from reference.cell import Cell
 from search.cells.sampler import LAG
@@ -120,6 +123,27 @@ def test_an_interrupted_search_goes_on_with_any_number_of_workers(
     with pytest.raises(KeyboardInterrupt):
         searched(Shuffled(3, interrupt_at=interrupt_at), tmp_path)
     assert searched(Shuffled(capacity), tmp_path) == alone
+
+
+class Mortal(Shuffled):
+    """Workers that are all lost after each outcome; others start while one waits."""
+
+    def wait(self, timeout: float | None = None) -> Any:
+        if self.capacity == 0:
+            assert not self._jobs
+            self.capacity = 2
+            return None
+        outcome = super().wait(timeout)
+        self.capacity = len(self._jobs)
+        return outcome
+
+
+def test_a_search_whose_workers_are_all_lost_goes_on_with_others(
+    alone: list[Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: pytest.fail("it sleeps, and nobody starts others"))
+    monkeypatch.setattr(search.runs.search, "time", clock)
+    assert searched(Mortal(2), tmp_path) == alone
 
 
 @pytest.mark.parametrize("sampler", [name for name in SAMPLER_NAMES if name != "paper"])
