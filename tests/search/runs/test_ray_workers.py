@@ -315,10 +315,10 @@ def real_ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 @pytest.fixture
 def cluster(real_ray: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A cluster of one node with 2 CPUs, which notices within two seconds that a node has died."""
+    """A cluster of one node with 2 CPUs, which notices within some seconds that a node has died."""
     from ray.cluster_utils import Cluster
 
-    soon = {"health_check_initial_delay_ms": 500, "health_check_period_ms": 500, "health_check_failure_threshold": 2}
+    soon = {"health_check_initial_delay_ms": 500, "health_check_period_ms": 500, "health_check_failure_threshold": 10}
     cluster: Any = Cluster(True, head_node_args={"num_cpus": 2, "include_dashboard": False, "_system_config": soon})
     monkeypatch.setenv("RAY_ADDRESS", cluster.address)
     yield cluster
@@ -338,11 +338,11 @@ def test_real_ray_gives_the_same_results_and_survives_a_death(
 
 def until(workers: RayWorkers[Any], capacity: int) -> None:
     """Wait for this capacity, while nothing is evaluated."""
-    for _ in range(60):
+    for _ in range(180):
         if workers.capacity == capacity:
             return
         assert workers.wait(1.0) is None
-    pytest.fail(f"{workers.capacity} workers after a minute, not {capacity}")
+    pytest.fail(f"{workers.capacity} workers after three minutes, not {capacity}")
 
 
 def test_real_nodes_join_and_die_and_no_cell_is_lost_or_evaluated_for_two(
@@ -397,7 +397,6 @@ def test_a_node_without_the_features_is_sent_them_once(
     environment = os.environ | {"XDG_CACHE_HOME": str(home), "RAY_AUTH_MODE": "disabled"}
     node = subprocess.Popen([*start, sys.executable, *join], env=environment, stdout=subprocess.DEVNULL)
     try:
-        cluster.wait_for_nodes(1)
         with closing(RayWorkers(create_cached_task, Demand(None), {"train": cache})) as workers:
             until(workers, 1 + 1)
             by_key = evaluate_all(workers, JOBS)
