@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 _STOPS = (signal.SIGINT, signal.SIGTERM)
+_waiting: list[list[signal.Signals]] = []  # what was pressed in each block that must come to its end
 
 
 @contextmanager
@@ -60,6 +61,11 @@ def first_stop_calls(act: Callable[[signal.Signals], object]) -> Iterator[None]:
         restore()
 
 
+def stop_waits() -> bool:
+    """Whether Ctrl-C was pressed and waits for the end of a block, which should not wait for anything else then."""
+    return any(_waiting)
+
+
 @contextmanager
 def ctrl_c_waits() -> Iterator[None]:
     """Let the code inside finish before Ctrl-C ends the program; a second Ctrl-C ends it at once.
@@ -67,7 +73,11 @@ def ctrl_c_waits() -> Iterator[None]:
     Used around calls of the database, which prints its own tracebacks if it is interrupted.
     """
     pressed: list[signal.Signals] = []
-    with first_stop_calls(pressed.append):
-        yield
+    _waiting.append(pressed)
+    try:
+        with first_stop_calls(pressed.append):
+            yield
+    finally:
+        _waiting.remove(pressed)
     for number in pressed:
         signal.raise_signal(number)

@@ -29,7 +29,8 @@ class EarlierRun:
             studies = [optuna.load_study(storage=storage, study_name=each) for each in names]
             search, comparison = (study.get_trials(deepcopy=False) for study in studies)
         finally:
-            storage.engine.dispose()
+            storage.remove_session()
+        storage.engine.dispose()
         rows = [row for trial in search if (row := self._row(trial, SEARCH, trial.number))]
         for trial in comparison:
             told = trial.user_attrs | trial.system_attrs
@@ -52,7 +53,7 @@ class EarlierRun:
             self._curves[key] = json.dumps(result.pop("loss_curve"))
         return Row(
             key=key,
-            state=_STATES.get(trial.state, RUNNING),
+            state=RUNNING if trial.state == TrialState.FAIL and "failure" not in told else _STATES.get(trial.state, RUNNING),
             cell=cell.to_json(),
             form=form,
             score=trial.values[0] if result is not None else None,

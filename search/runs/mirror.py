@@ -13,7 +13,7 @@ import json
 import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from datetime import datetime
+from datetime import datetime, timedelta
 from itertools import count, takewhile
 from typing import Any
 
@@ -48,7 +48,8 @@ class Mirror:
         try:
             self._search, self._comparison = (self._open(storage, f"{name} {part}") for part in ("search", "comparison"))
         finally:
-            storage.engine.dispose()
+            storage.remove_session()  # which has a connection of its own
+        storage.engine.dispose()
 
     def is_there(self, connection: sa.Connection) -> bool:
         """Whether both studies are there: anybody may delete one in a dashboard."""
@@ -159,4 +160,6 @@ def _delete(storage: optuna.storages.RDBStorage, study: int) -> None:
 def _trial(study: int, number: int, row: Row) -> models.TrialModel:
     state = TrialState.FAIL if row.state == FAILED else TrialState.COMPLETE
     finished = datetime.fromtimestamp(row.finished or 0)  # as Optuna has it: local, without a zone
-    return models.TrialModel(study_id=study, number=number, state=state, datetime_start=finished, datetime_complete=finished)
+    seconds = json.loads(row.result)["seconds"] if row.result and row.duplicate_of is None else 0
+    start = finished - timedelta(seconds=seconds)
+    return models.TrialModel(study_id=study, number=number, state=state, datetime_start=start, datetime_complete=finished)

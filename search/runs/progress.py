@@ -64,6 +64,11 @@ class Progress:
         if failure is not None:
             self._write_failure(key, failure)
 
+    def again(self, key: Key, failure: str) -> None:
+        """A job of this process has ended for this reason, and is tried again."""
+        self._busy -= 1
+        self._write(f"{named(key)} is tried again: {failure}")
+
     def counted(self, done: int, *, failed: int, best: float | None) -> None:
         """What the trials have come to by now: all that are finished, those without a score, and the best one."""
         if done > self._done:

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 
 from search.dense_tasks import Measure
@@ -12,6 +13,7 @@ from search.runs.study import Study
 from search.runs.workers import Job, Outcome, Workers
 from search.tasks.proxy import ProxyResult
 
+TRIES = 3  # of a cell whose failure may be the machine's: a GPU was full, workers died
 TICK = 1.0  # seconds, at most, until finished cells of other processes are seen
 
 # Random streams are named (seed of the run, purpose, number); known cells and the search's best share one per comparison.
@@ -40,7 +42,8 @@ class Search:
         self._has_waited = False
         self._capacity = 0  # as it was last said
         self._shown = time.monotonic()  # when others could last see what is finished
-        self._running: dict[int | str, Key] = {}  # by the key of the workers' job
+        self._running: dict[int | str, Claim] = {}  # by the key of the workers' job
+        self._passing: Counter[Key] = Counter()  # failures of which the cell may not be the cause
 
     def run(self) -> None:
         """Score the known cells, then the search's, then its best cell again, because the best of many is partly luck."""
@@ -72,7 +75,8 @@ class Search:
     def _say_why_it_waits(self) -> None:
         """Once, if trials are left, and nobody here has one."""
         lag, state = self.study.sampler.lag, self.study.store.state
-        if not self._running and state.next < self.plan.trials and not self._has_waited:
+        is_behind = self.study.sampler.uses_scores and state.next < self.plan.trials
+        if not self._running and is_behind and not self._has_waited:
             self._has_waited = True
             at_once = f"at most {lag + 1} cells are evaluated at a time by all processes together (its lag is {lag})"
             print(f"waiting: the sampler of this run looks back, so {at_once}", file=sys.stderr)
@@ -85,7 +89,7 @@ class Search:
             job = Job(f"comparison: {name}, seed {number}", claim.cell, (self.plan.seed, _COMPARISON, number))
         self._progress.started(claim.key)
         self.workers.submit(job)
-        self._running[job.key] = claim.key
+        self._running[job.key] = claim
 
     def _wait(self) -> None:
         outcome = self.workers.wait(timeout=TICK)
@@ -94,8 +98,13 @@ class Search:
                 self._finish(outcome)
 
     def _finish(self, outcome: Outcome[ProxyResult]) -> None:
-        key = self._running.pop(outcome.job.key)
-        if outcome.result is None:
+        claim = self._running.pop(outcome.job.key)
+        key = claim.key
+        self._passing[key] += outcome.is_passing
+        if outcome.is_passing and self._passing[key] < TRIES:
+            self._progress.again(key, outcome.failure or "unknown")
+            self._start(claim)
+        elif outcome.result is None:
             reason = outcome.failure or "unknown"
             self.study.tell_failure(key, reason)
             self._progress.finished(key, failure=reason)

@@ -44,12 +44,14 @@ from reference.cell import Cell
 from search.cells.history import History
 from search.cells.space import SearchSpace
 from search.errors import InputError
+from search.interrupts import stop_waits
 
 SCHEMA = 1  # version of the tables
 SEARCH = ""  # the name of the search's trials; comparisons have that of their cell
 FOUND = "trial "  # before the number of a trial: the name of the search's best cell among the compared ones
 BEST_HEAD = "best"  # name under which a run keeps the head of its best cell
 BEAT, LEASE = 5.0, 60.0  # seconds between two heartbeats; without one for so long, a process is taken for dead
+_COPYING = 1.0  # seconds of a claim in which trials are finished as copies of others
 PATIENCE = 600.0  # seconds for which an absent server is waited for
 _LIBPQ = ("psycopg", "psycopg2")  # drivers that are told by libpq's words when a connection is lost
 
@@ -204,7 +206,7 @@ class _State:
     best: tuple[float, int] | None = None  # score and number of the best trial; of equal ones the first
     cells: dict[Key, str] = field(default_factory=dict)  # of jobs that run
     owners: dict[Key, str] = field(default_factory=dict)  # of jobs that run
-    compared: set[Key] = field(default_factory=set)  # comparisons that are begun or finished
+    compared: dict[Key, str] = field(default_factory=dict)  # comparisons that are begun or finished: their cells as JSON
     finished: set[int] = field(default_factory=set)  # numbers of finished trials, from `finished_below` on
     finished_below: int = 0  # all trials below it are finished
     failed: int = 0
@@ -236,14 +238,14 @@ class Store:
         self.is_server = is_server(url)
         self.id = uuid.uuid4().hex
         self.state = _State()
-        self._engine = _engine(url, lease)
+        self.engine = _engine(url, lease)
         self._beat, self._beats_of_lease = beat, lease / beat
         self._mine: set[Key] = set()  # jobs that this process knows to be its own
         self._watched: dict[str, _Watched] = {}
         self._beats = 0  # of this process
         self._closing = threading.Event()
-        with _disposed_on_error(self._engine):
-            self._run, self.identity = _begin(self._engine, name, identity, begun or Begun())
+        with _disposed_on_error(self.engine):
+            self._run, self.identity = _begin(self.engine, name, identity, begun or Begun())
         if not self.is_server:
             self._delete_processes()  # none is alive
         self.patiently(lambda: self._register(0))
@@ -258,7 +260,7 @@ class Store:
             self._heart.join()
         with suppress(DBAPIError):  # if the server is away, others will take this process for dead
             self._delete_processes(self.id)
-        self._engine.dispose()
+        self.engine.dispose()
 
     # Claiming and telling
 
@@ -266,7 +268,7 @@ class Store:
         """Read what other processes have done."""
 
         def read() -> _State:
-            with self._engine.connect() as connection:
+            with self.engine.connect() as connection:
                 self._sync(connection)
             return self.state
 
@@ -277,9 +279,12 @@ class Store:
 
         A new trial whose cell does the same as an earlier one is finished with the score of that, and the next is claimed.
         """
+        until = time.monotonic() + _COPYING  # in a space that is used up there may be thousands of copies
         while True:
             claim = self.patiently(lambda: self._claim(plan, space, sampler))
             if isinstance(claim, _Copied):
+                if time.monotonic() > until:
+                    return None
                 continue
             if claim is not None:
                 self._mine.add(claim.key)  # only now: if no answer came to a commit, its job is an orphan
@@ -329,7 +334,7 @@ class Store:
         def read() -> list[tuple[str, bytes, int]]:
             of_run = (_heads.c.run == self._run) & (_heads.c.revision > after)
             query = sa.select(_heads.c.name, _heads.c.content, _heads.c.revision).where(of_run).order_by(_heads.c.revision)
-            with self._engine.connect() as connection:
+            with self.engine.connect() as connection:
                 return [(row.name, row.content, row.revision) for row in connection.execute(query)]
 
         return self.patiently(read)
@@ -339,7 +344,7 @@ class Store:
         self.patiently(lambda: self._register(workers))
 
     def processes(self) -> list[Process]:
-        return self.patiently(lambda: _processes_of(self._engine, self._run))
+        return self.patiently(lambda: _processes_of(self.engine, self._run))
 
     def is_finished(self, plan: SearchPlan) -> bool:
         """Whether nothing is left to do, as of the last `sync` or `claim`, neither here nor elsewhere."""
@@ -383,15 +388,21 @@ class Store:
             return None if again is None else self._start(change, *again, form="")
 
     def _comparisons(self, plan: SearchPlan, *, with_best: bool = True) -> Iterator[tuple[Key, Cell]]:
-        """Those that are not begun: of the known cells, and once all trials are finished, of the best."""
+        """Those that are not begun: of the known cells, and once all trials are finished, of the best.
+
+        Raises InputError for a known cell that was another one before.
+        """
         cells = dict(plan.compare)
         if with_best and self.state.best is not None:
             number = self.state.best[1]
             cells[f"{FOUND}{number}"] = self.state.history.proposed(number).cell
         for name, cell in cells.items():
             for seed in range(plan.comparison_seeds):
-                if Key(name, seed) not in self.state.compared:
+                before = self.state.compared.get(Key(name, seed))
+                if before is None:
                     yield Key(name, seed), cell
+                elif name in plan.compare and before != cell.to_json():
+                    raise InputError(f"`compare` {name} was another cell when this run compared it: rename the file")
 
     def _start(self, change: "_Change", key: Key, cell: Cell, form: str) -> Claim:
         self._insert(change, key, cell, form, state=RUNNING)
@@ -458,7 +469,7 @@ class Store:
             state.owners.pop(key, None)
             state.cells.pop(key, None)
         if key.name != SEARCH:
-            state.compared.add(key)
+            state.compared[key] = row.cell
             return
         state.history.propose(key.number, row.cell, row.form)
         while state.next in state.history:  # runs of earlier versions may lack a number
@@ -485,7 +496,7 @@ class Store:
     @contextmanager
     def _locked(self) -> Iterator["_Change"]:
         """A transaction that no other process of the run can meet, with all that they did known."""
-        with self._engine.execution_options(immediate=True).begin() as connection:
+        with self.engine.execution_options(immediate=True).begin() as connection:
             query = sa.select(_runs.c.revision).where(_runs.c.id == self._run).with_for_update()
             before = connection.execute(query).scalar_one()
             self._sync(connection)
@@ -504,26 +515,30 @@ class Store:
                 is_away = isinstance(error, OperationalError | InterfaceError) or error.connection_invalidated
                 if not is_away or not self.is_server or time.monotonic() - start > PATIENCE or self._closing.is_set():
                     raise
+                if stop_waits():
+                    raise KeyboardInterrupt from error
                 if pause > 3:
                     first = str(error.orig).strip().splitlines()[0]
                     print(f"the database does not answer ({first}): trying again", file=sys.stderr)
-                time.sleep(pause)
+                until = time.monotonic() + pause
+                while time.monotonic() < until and not stop_waits():
+                    time.sleep(0.1)
                 pause = min(2 * pause, 10.0)
 
     def _register(self, workers: int) -> None:
         who = {"host": platform.node(), "pid": os.getpid(), "workers": workers}
-        with self._engine.begin() as connection:
+        self._workers = workers
+        with suppress(IntegrityError), self.engine.begin() as connection:  # heart and main thread may both insert it
             mine = (_processes.c.run == self._run) & (_processes.c.id == self.id)
             if not connection.execute(_processes.update().where(mine).values(who)).rowcount:
                 row = {"run": self._run, "id": self.id, "beat": 0, "started": time.time()}
                 connection.execute(_processes.insert().values(row | who))
-        self._workers = workers
 
     def _keep_beating(self) -> None:
         mine = (_processes.c.run == self._run) & (_processes.c.id == self.id)
         while not self._closing.wait(self._beat):
             try:
-                with self._engine.begin() as connection:
+                with self.engine.begin() as connection:
                     beat = _processes.update().where(mine).values(beat=_processes.c.beat + 1)
                     is_there = connection.execute(beat).rowcount
                 if not is_there:  # others took it for dead
@@ -534,7 +549,7 @@ class Store:
 
     def _delete_processes(self, process: str | None = None) -> None:
         which = _processes.c.run == self._run
-        with self._engine.begin() as connection:
+        with self.engine.begin() as connection:
             connection.execute(_processes.delete().where(which if process is None else which & (_processes.c.id == process)))
 
 
@@ -581,8 +596,8 @@ _COLUMNS = [column.name for column in fields(Row) if column.name != "key"]
 class Reader:
     """Reads the jobs of a run, also while processes work on it. Raises KeyError if there is no run of this name."""
 
-    def __init__(self, url: str, name: str) -> None:
-        self._engine = _engine(url)
+    def __init__(self, url: str, name: str, store: Store | None = None) -> None:
+        self._engine = _engine(url) if store is None else store.engine  # with its connections
         with _disposed_on_error(self._engine), self._engine.connect() as connection:
             if not sa.inspect(connection).has_table(_runs.name):
                 raise KeyError(name)
@@ -798,7 +813,13 @@ def _disposed_on_error(engine: sa.Engine) -> Iterator[None]:
 def _engine_of_server(url: sa.URL, lease: float) -> sa.Engine:
     limits = {"connect_timeout": 10, "tcp_user_timeout": int(1000 * lease)} if url.get_driver_name() in _LIBPQ else {}
     limits = {name: value for name, value in limits.items() if name not in url.query}
-    engine = sa.create_engine(url, connect_args=limits, isolation_level="READ COMMITTED")  # whatever the server's default is
+    engine = sa.create_engine(
+        url,
+        connect_args=limits,
+        isolation_level="READ COMMITTED",  # whatever the server's default is
+        pool_size=1,  # a server has few connections: those beyond one are closed when they are not needed
+        max_overflow=-1,
+    )
 
     @sa.event.listens_for(engine, "connect")
     def limit_transactions(connection: Any, record: Any) -> None:

@@ -192,7 +192,7 @@ class Study:
         self.sampler = sampler
         self._space, self._file_of = space, file_of
         self._mirror: Mirror | None = None
-        self._open_mirror, self._reader = partial(Mirror, url, store.name, task, space), Reader(url, store.name)
+        self._open_mirror, self._reader = partial(Mirror, url, store.name, task, space), Reader(url, store.name, store)
         self._heads = 0  # revision up to which the folder has the heads
         self.store.sync()
         self.show()
@@ -284,13 +284,23 @@ def open_run(
             name = _run_id(folder, before) if before else new_name(directory, url)
             folder.check(identity, defaults)
             store = stack.enter_context(closing(_open_store(url, name, identity, defaults, space)))
-            if holds_folder:  # only now: a folder of a run that is refused would refuse what is right
-                description = {"id": name, "storage": storage, "settings": plain(asdict(settings)), "trials": trials}
-                description |= task.describe() | {"space": plain(asdict(space))}
-                folder.begin(identity, command, defaults=defaults, **description)
+            if before is None and is_server(url) and store.sync().next:
+                print(f"the database has a run {name} with these settings, which goes on", file=sys.stderr)
+            description = {"id": name, "storage": storage, "settings": plain(asdict(settings)), "trials": trials}
+            description |= task.describe() | {"space": plain(asdict(space))}
+            begin = partial(folder.begin, identity, command, defaults=defaults, **description)
+            if holds_folder:
+                begin()  # only now: a folder of a run that is refused would refuse what is right
+
+            def hold() -> bool:
+                if holds_folder:
+                    return True
+                if is_held := _hold(folder, stack, url):
+                    begin()  # whoever held it may not have got so far
+                return is_held
+
             arguments = directory, url, store, task, space, sampler, file_of
-            hold = partial(_hold, folder, stack, url)
-            study = stack.enter_context(closing(Study(*arguments, hold=(lambda: True) if holds_folder else hold)))
+            study = stack.enter_context(closing(Study(*arguments, hold=hold)))
             yield study
     except (SQLAlchemyError, OptunaError, ImportError) as error:
         raise unusable(url, error) from error

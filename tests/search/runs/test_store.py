@@ -1,6 +1,8 @@
 """Jobs in a database: claimed in order, finished once, and the same whoever does them, dies or comes late."""
 
 import json
+import signal
+import threading
 import zlib
 from collections.abc import Iterator
 from contextlib import closing
@@ -15,6 +17,7 @@ from reference.cell import Cell
 from search.cells.samplers.paper import PaperSampler
 from search.cells.space import SearchSpace, load_cell
 from search.errors import InputError
+from search.interrupts import ctrl_c_waits
 from search.runs.store import (
     COMPLETE,
     FAILED,
@@ -30,6 +33,7 @@ from search.runs.store import (
     Told,
 )
 from search.settings import known
+from tests.postgres import Server
 
 SPACE = SearchSpace(3)
 SAMPLER = PaperSampler(SPACE, seed=0, lag=6)
@@ -274,7 +278,7 @@ def test_cells_that_do_the_same_have_the_score_of_the_first_whichever_ends_first
                 elif running:
                     key = running.pop(position).key  # a training's score depends on its number, by its seed
                     store.tell(key, Told(key.number * 7 % 5 / 5, 10, "{}", "[]"))
-                else:
+                elif store.is_finished(plan):
                     break
         with closing(Reader(url, "run")) as reader:
             return [replace(row, finished=None) for row in reader.finished(search=True)]
@@ -301,6 +305,24 @@ def test_runs_in_one_database_do_not_meet(url: str, alone: list[Row]) -> None:
     with closing(Reader(url, "other")) as reader:
         assert reader.num_finished(search=True) == 0
         assert [key for key, _, _ in reader.running()] == [Key("aspp", 0)]
+
+
+def test_a_compared_cell_cannot_become_another(store: Store) -> None:
+    work(store, replace(PLAN, trials=1))
+    other = replace(PLAN, compare={**PLAN.compare, "aspp": load_cell("psp")})
+    with pytest.raises(InputError, match="`compare` aspp was another cell when this run compared it: rename the file"):
+        claim(store, other)
+
+
+def test_ctrl_c_ends_the_wait_for_a_server(postgres: Server, database: str, interruptible: None) -> None:
+    with closing(Store(database, "run", IDENTITY)) as store:
+        postgres.stop()
+        try:
+            threading.Timer(0.5, signal.raise_signal, [signal.SIGINT]).start()
+            with pytest.raises(KeyboardInterrupt), ctrl_c_waits():
+                claim(store)
+        finally:
+            postgres.start()
 
 
 def test_the_identity_is_that_of_the_first(url: str) -> None:

@@ -1,6 +1,7 @@
 """Several workers: the same cells and scores as one, whoever finishes first."""
 
 import time
+from collections import Counter
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -144,6 +145,27 @@ def test_a_search_whose_workers_are_all_lost_goes_on_with_others(
     clock = SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: pytest.fail("it sleeps, and nobody starts others"))
     monkeypatch.setattr(search.runs.search, "time", clock)
     assert searched(Mortal(2), tmp_path) == alone
+
+
+class Crowded(Shuffled):
+    """The first two tries of every cell, and all of each tenth one, find a GPU full."""
+
+    tried: Counter[Any]
+
+    def wait(self, timeout: float | None = None) -> Outcome[ProxyResult]:
+        outcome = super().wait(timeout)
+        self.tried[outcome.job.key] += 1
+        is_full = self.tried[outcome.job.key] < 3 or outcome.job.key in (5, 15)
+        return Outcome(outcome.job, failure="out of GPU memory", is_passing=True) if is_full else outcome
+
+
+def test_a_cell_is_tried_again_if_the_machine_may_be_why_it_failed(alone: list[Row], tmp_path: Path) -> None:
+    workers = Crowded(3)
+    workers.tried = Counter()
+    rows = searched(workers, tmp_path)
+    assert set(workers.tried.values()) == {3}
+    assert [row.key.number for row in rows if row.failure == "out of GPU memory"] == [5, 15]
+    assert [row.cell for row in rows[:6]] == [row.cell for row in alone[:6]]
 
 
 @pytest.mark.parametrize("sampler", [name for name in SAMPLER_NAMES if name != "paper"])
