@@ -6,6 +6,7 @@ refused by the names of what differs. What a job came to is one JSON file, which
 
 import json
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,14 +37,17 @@ class Folder:
     remedy: str = "give another `out`"
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Make the folder and keep other processes out of it. Raises InputError if another process is using it."""
+    def locked(self, *, waits: bool = False) -> Iterator[None]:
+        """Make the folder and keep other processes out of it. Raises InUseError if another process is using it, or `waits`."""
         self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path / "lock", timeout=0)
         try:
-            lock = FileLock(self.path / "lock", timeout=0)
             lock.acquire()
         except Timeout as error:
-            raise InUseError(f"{self.path} is in use by another process: wait for it, or {self.remedy}") from error
+            if not waits:
+                raise InUseError(f"{self.path} is in use by another process: wait for it, or {self.remedy}") from error
+            print(f"{self.path} is in use by another process, which is waited for", file=sys.stderr)
+            lock.acquire(timeout=-1)
         try:
             yield
         finally:

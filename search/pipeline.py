@@ -66,7 +66,7 @@ class SearchSettings(WorkerSettings):
     """Which cells are tried, and beside which ones they are compared."""
 
     storage: str | None = None
-    """Database URL of the study, such as postgresql://host/name. None: a SQLite file in the run's folder."""
+    """Database URL of the study, such as postgresql+psycopg://user@host/name. None: a SQLite file in the run's folder."""
     trials: int | None = changes_no_score(None)
     """Number of cells to try in all, those of earlier runs of this command included. None: 100; 12 for shapes."""
     branches: int = NUM_BRANCHES
@@ -93,13 +93,17 @@ class SearchSettings(WorkerSettings):
         """With the defaults for a data set where nothing was given."""
         return replace(self, trials=given(self.trials, 12 if dataset == SHAPES else 100))
 
-    def check(self) -> None:
-        """Raise InputError for what cannot work."""
+    def check_storage(self) -> None:
+        """Raise InputError for a password in `storage`."""
         if self.storage is not None and has_password(self.storage):
             raise InputError(
                 "`storage` has a password in it, which others would see in the list of processes and in the run's files: "
                 "put it into ~/.pgpass, or into the environment as PGPASSWORD"
             )
+
+    def check(self) -> None:
+        """Raise InputError for what cannot work."""
+        self.check_storage()
         super().check()
         require("trials", self.trials, given(self.trials, 1) >= 1, "at least 1")
         require("branches", self.branches, self.branches >= 1, "at least 1")

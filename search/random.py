@@ -21,14 +21,14 @@ from typing import Any
 from search.backbones import completed_backbone
 from search.backbones.shapes import SHAPES_BACKBONES
 from search.cells.space import load_cells
-from search.cli import Flat, print_defaults, print_next, run_command, spelled, this_command, uses_of_run
+from search.cli import Flat, print_defaults, print_next, run_command, spelled, this_command, to_type, uses_of_run
 from search.datasets.weights import completed_loss
 from search.errors import InputError
 from search.folder import Folder
 from search.pipeline import SearchSettings, run_search
 from search.reports.in_python import in_python
 from search.runs.status import status_lines
-from search.runs.study import RunSettings, best_head, load_run
+from search.runs.study import RunSettings, best_head, load_run, require_storage
 from search.settings import (
     BackboneSettings,
     DataSettings,
@@ -65,10 +65,12 @@ class RandomSettings(SearchSettings):
 def main(settings: RandomSettings) -> None:
     """Search, compare, report, and say how the best head is used; exit with code 1 if no cell has a score."""
     if settings.status:
+        settings.check_storage()
         print("\n".join(status_lines(settings.out or Path("runs") / settings.data.dataset, settings.storage)))
         return
     for group in (settings.proxy, settings.head, settings.loss, settings.backbone, settings):
         group.check()
+    require_storage(settings.storage)  # before hours of features
     load_cells(settings.compare, len(completed_backbone(settings.backbone).layers))  # refuses those of other layers
     data, machine, command = settings.data, settings.machine, this_command(_PROG)
     of_features = data, settings.backbone, settings.features, machine
@@ -94,7 +96,8 @@ def main(settings: RandomSettings) -> None:
         on_begin=lambda: print_defaults(caches["train"].pictures, *chosen),
     )
     if not wrote:
-        print(f"nothing is left to do; the process that holds {directory} writes the report", file=sys.stderr)
+        by_hand = to_type("report", "--run", str(directory))
+        print(f"nothing is left to do; the process that holds {directory} writes the report (or {by_hand})", file=sys.stderr)
         return
     if not (directory / "best_cells" / "rank_01.json").exists():  # every cell has failed, as was said
         sys.exit(1)

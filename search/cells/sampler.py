@@ -8,6 +8,7 @@ on; of one input, which branch 0 always reads, there is no `branch0_input`.
     study.optimize(lambda trial: score(suggest_cell(trial, SearchSpace())), n_trials=100)
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
@@ -28,6 +29,7 @@ from search.cells.history import History
 from search.cells.space import SearchSpace
 
 LAG = 4  # enough for five workers, and few enough for a study of a dozen trials to use its best cells
+_OF_A_CELL = re.compile(r"branch\d+_(input|operation)")
 MAX_DRAWS = 1000
 
 _Key = TypeVar("_Key")
@@ -157,8 +159,14 @@ class CellSampler(optuna.samplers.BaseSampler, ABC):
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
-        """Draw any other parameter of the objective, such as a learning rate: uniform, a function of (seed, trial) alone."""
+        """Draw any other parameter of the objective, such as a learning rate: uniform, a function of (seed, trial) alone.
+
+        Raises ValueError for a parameter of a cell that is not in the sampler's space.
+        """
         self._require_one_objective(study)
+        own = distributions_of(self.space).get(param_name)
+        if own != param_distribution and (own is not None or _OF_A_CELL.fullmatch(param_name)):
+            raise ValueError(f"{param_name} is of a cell in another search space than the sampler's: give both the same")
         seed = seed_of(self.seed, trial.number, crc32(param_name.encode()))
         return optuna.samplers.RandomSampler(seed).sample_independent(study, trial, param_name, param_distribution)
 

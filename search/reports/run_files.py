@@ -44,14 +44,15 @@ def finish_run(
     distinct = ranked(run.trials)
     best = distinct[:_TOP]
     _write_examples(directory, pictures, val, compared)
+    _write_csv(directory / "cells.csv", run.trials, run.task)
     if not best:
         failed = sum(record.failure is not None for record in run.trials)
         report = write_report(run)
-        print(f"no cell has a score yet ({failed} failed): see {report}; run the same command to go on", file=sys.stderr)
+        way = "the same command goes on with what is left, other settings need another folder"
+        print(f"no cell has a score yet ({failed} failed): see {report}; {way}", file=sys.stderr)
         return
     for rank, record in enumerate(best, start=1):
         write_text(directory / "best_cells" / f"rank_{rank:02d}.json", record.cell.to_json())
-    _write_csv(directory / "cells.csv", run.trials, run.task)
     report = write_report(run, timed_on)
     print(_table(best, run.baselines, run.task))
     if warning := ties([record.score for record in distinct if record.score is not None]):

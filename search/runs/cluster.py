@@ -144,7 +144,8 @@ def join() -> bool:
             ray.init(logging_level=logging.ERROR, log_to_driver=False, include_dashboard=False)
     except (ConnectionError, ray.exceptions.RayError) as error:  # such as a missing token
         reason = str(error).strip().splitlines()[0]
-        raise InputError(f"Ray cannot join the cluster {_cluster_address()}, which `ray stop` forgets: {reason}") from error
+        where = f"the cluster {_cluster_address()}, which `ray stop` forgets"
+        raise InputError(f"Ray cannot join {where}: {reason}; if it asks for a token, set RAY_AUTH_MODE=token") from error
     return True
 
 

@@ -1,12 +1,13 @@
 """What a running search says on stderr: a bar with the state of all, and lines above it; on no terminal, lines alone."""
 
+import os
 import re
 import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable
 from types import TracebackType
-from typing import Self
+from typing import Self, TextIO
 
 from tqdm import tqdm
 
@@ -27,7 +28,7 @@ class Progress:
     """
 
     def __init__(self, total: int, done: int, measure: Measure, clock: Callable[[], float] = time.monotonic) -> None:
-        self._total, self._done, self._measure, self._clock = total, done, measure, clock
+        self._total, self._done, self._measure, self._clock = max(total, done), done, measure, clock
         self._best: float | None = None
         self._failed = 0
         self._failures: Counter[str] = Counter()  # by reason, numbers left out
@@ -41,7 +42,12 @@ class Progress:
     def __enter__(self) -> Self:
         form = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
         self._bar = tqdm(
-            total=self._total, initial=self._done, desc="search", bar_format=form, dynamic_ncols=True, disable=None
+            total=self._total,
+            initial=self._done,
+            desc="search",
+            bar_format=form,
+            dynamic_ncols=True,
+            disable=not _has_width(sys.stderr),
         )
         return self
 
@@ -76,6 +82,7 @@ class Progress:
                 self._pace = Pace(self._clock(), done)
             self._pace.add(self._clock(), done, self._at_once)
         self._done, self._failed, self._best = done, failed, best
+        self._total = max(self._total, done)  # another process may have been told to try more
         self._show()
 
     def others(self, cells: int, processes: int) -> None:
@@ -193,6 +200,14 @@ class Pace:
             return None
         since = min(now - self._ends[-1][0], at_once / rate)
         return max(trials, at_once) / rate - since
+
+
+def _has_width(stream: TextIO) -> bool:
+    """Whether a bar can be drawn: on a terminal, but on one of no columns, as `script` makes it for a program without one."""
+    try:
+        return stream.isatty() and os.get_terminal_size(stream.fileno()).columns > 0
+    except OSError:
+        return False
 
 
 def named(key: Key) -> str:

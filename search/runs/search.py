@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 from search.dense_tasks import Measure
 from search.interrupts import ctrl_c_waits
-from search.runs.progress import Progress
-from search.runs.store import SEARCH, Claim, Key, SearchPlan
+from search.runs.progress import Progress, named
+from search.runs.store import LEASE, SEARCH, Claim, Key, SearchPlan
 from search.runs.study import Study
 from search.runs.workers import Job, Outcome, Workers
 from search.tasks.proxy import ProxyResult
@@ -47,7 +47,7 @@ class Search:
 
     def run(self) -> None:
         """Score the known cells, then the search's, then its best cell again, because the best of many is partly luck."""
-        done = self.study.store.state.num_finished
+        done = self.study.store.sync().num_finished  # others have gone on while this process got ready
         with Progress(self.plan.trials, done, self.measure) as self._progress:
             while True:
                 self._fill()
@@ -79,7 +79,8 @@ class Search:
         if not self._running and is_behind and not self._has_waited:
             self._has_waited = True
             at_once = f"at most {lag + 1} cells are evaluated at a time by all processes together (its lag is {lag})"
-            print(f"waiting: the sampler of this run looks back, so {at_once}", file=sys.stderr)
+            dead = f"a cell of one that died is begun anew after {LEASE:.0f} s"
+            print(f"waiting: the sampler of this run looks back, so {at_once}; {dead}", file=sys.stderr)
 
     def _start(self, claim: Claim) -> None:
         name, number = claim.key
@@ -87,6 +88,8 @@ class Search:
             job = Job(number, claim.cell, (self.plan.seed, _TRIAL, number))
         else:
             job = Job(f"comparison: {name}, seed {number}", claim.cell, (self.plan.seed, _COMPARISON, number))
+        if claim.is_taken_over and self.study.store.is_server:
+            print(f"{named(claim.key)} is taken over from a process that is gone", file=sys.stderr)
         self._progress.started(claim.key)
         self.workers.submit(job)
         self._running[job.key] = claim

@@ -37,30 +37,33 @@ def status_lines(directory: Path, storage: str | None) -> Iterator[str]:
     try:
         require_file(directory, url)
         with closing(Reader(url, name)) as reader:
-            counts, processes, running = reader.counts(time.time() - _HOUR), reader.processes(), reader.running()
+            processes, running = reader.processes(), reader.running()
+            since = max([time.time() - _HOUR, *sorted(process.started for process in processes)[:1]])
+            counts = reader.counts(since)
     except KeyError:
         raise InputError(f"{directory} has no trials yet, or is of an earlier version: go on with it first") from None
     except (SQLAlchemyError, ImportError) as error:
         raise unusable(url, error) from error
     measure = None if description is None else restored_task(description).score
     total = None if description is None else description.get("trials")
-    yield f"{name}: {_of_trials(counts, total)}"
+    done = counts.complete + counts.failed
+    rate = f"; {_rate(counts.lately, time.time() - since)}" if processes else ""
+    yield f"{name}: {_of_trials(counts, None if total is None else max(total, done))}{rate}"
     yield from _best_and_failures(counts, measure)
     yield from _running(running, {process.id: process for process in processes})
     yield from (f"{_named(process)}: {process.workers} at a time, since {_when(process.started)}" for process in processes)
     if not processes:
-        yield "no process works on it"
+        yield "no process works on it: the command that began it goes on"
 
 
 def _of_trials(counts: Counts, total: int | None) -> str:
     done = f"{counts.complete + counts.failed:,}" + ("" if total is None else f" of {total:,}")
-    return f"{done} trials are finished, {counts.failed:,} failed; {counts.comparisons:,} comparisons; {_rate(counts)}"
+    return f"{done} trials are finished, {counts.failed:,} failed; {counts.comparisons:,} comparisons are made"
 
 
-def _rate(counts: Counts) -> str:
-    """Of the last hour; of a younger search, of all its time."""
-    age = time.time() - (time.time() if counts.first_started is None else counts.first_started)
-    return f"{counts.lately * _HOUR / min(_HOUR, max(1.0, age)):,.0f} trials an hour of late"
+def _rate(trials: int, seconds: float) -> str:
+    """Of the last hour, or since the processes have been there."""
+    return f"{trials * _HOUR / max(1.0, seconds):,.0f} trials an hour"
 
 
 def _best_and_failures(counts: Counts, measure: Measure | None) -> Iterator[str]:

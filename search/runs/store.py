@@ -128,10 +128,11 @@ class Key(NamedTuple):
 
 
 class Claim(NamedTuple):
-    """A job that this process is to evaluate."""
+    """A job that this process is to evaluate; one that another process had claimed is taken over."""
 
     key: Key
     cell: Cell
+    is_taken_over: bool = False
 
 
 @dataclass(frozen=True)
@@ -350,7 +351,7 @@ class Store:
         """Whether nothing is left to do, as of the last `sync` or `claim`, neither here nor elsewhere."""
         state = self.state
         all_tried = state.finished_below >= plan.trials
-        return all_tried and not state.owners and next(self._comparisons(plan), None) is None
+        return all_tried and not self._at_work(plan) and next(self._comparisons(plan), None) is None
 
     def elsewhere(self) -> tuple[int, int]:
         """How many jobs other processes evaluate, and how many these are, as of the last `sync` or `claim`."""
@@ -366,10 +367,10 @@ class Store:
     def _claim(self, plan: SearchPlan, space: SearchSpace, sampler: Proposer) -> "Claim | _Copied | None":
         with self._locked() as change:  # which changes one job, as each revision
             state = self.state
-            if orphan := self._orphan(change.connection):
+            if orphan := self._orphan(change.connection, plan):
                 values = {"owner": self.id, "revision": change.revision}
                 change.connection.execute(_jobs.update().where(self._is(orphan)).values(values))
-                return Claim(orphan, Cell.from_json(state.cells[orphan]))
+                return Claim(orphan, Cell.from_json(state.cells[orphan]), state.owners[orphan] != self.id)
             known = next(self._comparisons(plan, with_best=False), None)
             if known is not None:
                 return self._start(change, *known, form="")
@@ -429,9 +430,13 @@ class Store:
 
     # What others do
 
-    def _orphan(self, connection: sa.Connection) -> Key | None:
+    def _at_work(self, plan: SearchPlan) -> dict[Key, str]:
+        """The jobs of the plan that run, and their processes: others may have been told to try more trials."""
+        return {key: owner for key, owner in self.state.owners.items() if key.name != SEARCH or key.number < plan.trials}
+
+    def _orphan(self, connection: sa.Connection, plan: SearchPlan) -> Key | None:
         """A job that nobody evaluates: of a process that is gone, or one whose claim this process never got to know."""
-        owners = self.state.owners
+        owners = self._at_work(plan)
         others = {owner for owner in owners.values() if owner != self.id}
         alive = self._alive(connection) if others else set()
         orphans = [key for key, owner in owners.items() if owner not in alive and key not in self._mine]
@@ -507,19 +512,26 @@ class Store:
 
     def patiently(self, work: Callable[[], _Value]) -> _Value:
         """Do this work, and if the server goes away meanwhile, wait and do it again."""
-        start, pause = time.monotonic(), 0.1
+        start, pause, has_told = time.monotonic(), 0.1, False
         while True:
             try:
-                return work()
+                done = work()
+                if has_told:
+                    print("the database answers again", file=sys.stderr)
+                return done
             except DBAPIError as error:
                 is_away = isinstance(error, OperationalError | InterfaceError) or error.connection_invalidated
                 if not is_away or not self.is_server or time.monotonic() - start > PATIENCE or self._closing.is_set():
                     raise
                 if stop_waits():
                     raise KeyboardInterrupt from error
-                if pause > 3:
+                if pause > 3 and not has_told:
+                    has_told = True
                     first = str(error.orig).strip().splitlines()[0]
-                    print(f"the database does not answer ({first}): trying again", file=sys.stderr)
+                    print(
+                        f"the database does not answer ({first}): it is waited for, {PATIENCE / 60:.0f} minutes at most",
+                        file=sys.stderr,
+                    )
                 until = time.monotonic() + pause
                 while time.monotonic() < until and not stop_waits():
                     time.sleep(0.1)
@@ -585,7 +597,6 @@ class Counts:
     failed: int
     comparisons: int
     lately: int  # trials finished since a time
-    first_started: float | None  # seconds since 1970, of trials
     best: tuple[int, float] | None  # number and score of the best trial
     reasons: Counter[str]  # why jobs failed, and how many
 
@@ -649,8 +660,9 @@ class Reader:
         number = sa.func.count()
         by_state = sa.select(_jobs.c.state, number).where(of_run & _is_trial).group_by(_jobs.c.state)
         best = sa.select(_jobs.c.number, _jobs.c.score).where(of_run & _is_trial & (_jobs.c.state == COMPLETE))
-        reasons = sa.select(_jobs.c.failure, number).where(of_run & (_jobs.c.state == FAILED)).group_by(_jobs.c.failure)
-        first = sa.select(sa.func.min(_jobs.c.started)).where(of_run & _is_trial & (_jobs.c.started > 0))
+        reasons = (
+            sa.select(_jobs.c.failure, number).where(of_run & _is_trial & (_jobs.c.state == FAILED)).group_by(_jobs.c.failure)
+        )
         with self._engine.connect() as connection:
 
             def counted(condition: sa.ColumnElement[bool]) -> int:
@@ -663,7 +675,6 @@ class Reader:
                 failed=states.get(FAILED, 0),
                 comparisons=counted(_is_comparison & is_told),
                 lately=counted(_is_trial & is_told & (_jobs.c.finished > lately)),
-                first_started=connection.execute(first).scalar(),
                 best=None if found is None else (found.number, found.score),
                 reasons=Counter({str(reason): int(times) for reason, times in connection.execute(reasons)}),
             )
@@ -701,6 +712,15 @@ def has_password(url: str) -> bool:
     except ArgumentError:  # no URL, as is said where it is used
         return False
     return parsed.password is not None or "password" in parsed.query
+
+
+def require_answer(url: str) -> None:
+    """Raise SQLAlchemyError if the database does not answer, and InputError for one of another kind."""
+    engine = _engine(url)
+    try:
+        engine.connect().close()
+    finally:
+        engine.dispose()
 
 
 def is_server(url: str) -> bool:

@@ -46,6 +46,7 @@ from search.runs.store import (
     Store,
     Told,
     is_server,
+    require_answer,
     shown,
 )
 from search.settings import (
@@ -144,6 +145,7 @@ class Run:
     space: SearchSpace
     trials: list[TrialRecord]  # finished ones, by number
     baselines: list[BaselineRecord]
+    planned: int | None = None  # number of trials that it was to have when it last went on; None if nobody knows
     curves: Mapping[int, Curve] = field(default_factory=dict, compare=False)  # loss curves by trial; may read them when asked
 
     def curve(self, record: TrialRecord | BaselineRecord) -> Curve:
@@ -278,8 +280,6 @@ def open_run(
     try:
         with ExitStack() as stack:
             holds_folder = _hold(folder, stack, url)
-            if not holds_folder:
-                print(f"{directory} is in use: this process helps the one that holds it", file=sys.stderr)
             before = folder.description()
             name = _run_id(folder, before) if before else new_name(directory, url)
             folder.check(identity, defaults)
@@ -291,6 +291,8 @@ def open_run(
             begin = partial(folder.begin, identity, command, defaults=defaults, **description)
             if holds_folder:
                 begin()  # only now: a folder of a run that is refused would refuse what is right
+            else:
+                print(f"{directory} is in use: this process helps the one that holds it", file=sys.stderr)
 
             def hold() -> bool:
                 if holds_folder:
@@ -329,7 +331,23 @@ def identity_before(directory: Path, storage: str | None) -> dict[str, Any] | No
 
 def unusable(url: str, error: Exception) -> InputError:
     """The error for a database that does not work."""
-    return InputError(f"the study {shown(url)} cannot be used ({_first_line(error)}): check `storage` and the disk")
+    return InputError(f"the study {shown(url)} cannot be used ({_first_line(error)}): {_remedy(url)}")
+
+
+def _remedy(url: str) -> str:
+    if not is_server(url):
+        return "check `storage` and the disk"
+    form = "postgresql+psycopg://user@host/database"
+    return f"check that the server answers, `storage` ({form}), and the password in ~/.pgpass or PGPASSWORD"
+
+
+def require_storage(storage: str | None) -> None:
+    """Raise InputError for a database server that cannot be used; of a file, nothing is known before it is there."""
+    if storage is not None and is_server(storage):
+        try:
+            require_answer(storage)
+        except (SQLAlchemyError, ImportError) as error:
+            raise unusable(storage, error) from error
 
 
 def _hold(folder: Folder, stack: ExitStack, url: str) -> bool:
@@ -393,8 +411,10 @@ def load_run(directory: Path) -> Run:
     except InputError:
         raise
     except (SQLAlchemyError, OptunaError, ImportError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"the study of {directory} cannot be read: {_first_line(error)}") from error
-    return Run(directory, identity, command, task, settings, space, trials, baselines, curves)
+        text = f"the study of {directory} cannot be read ({_first_line(error)})"
+        raise InputError(f"{text}: {_remedy(url)}") from error
+    planned = description.get("trials")
+    return Run(directory, identity, command, task, settings, space, trials, baselines, planned, curves)
 
 
 def _records(url: str, name: str, space: SearchSpace) -> tuple[list[TrialRecord], list[BaselineRecord], Mapping[int, Curve]]:

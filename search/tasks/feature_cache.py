@@ -137,7 +137,7 @@ def build_cache(
     """
     folder = _folder(directory)
     try:
-        with folder.locked():
+        with folder.locked(waits=True):  # then it has what this process needs
             _fill(folder, dataset, backbone.to(device).eval(), identity, device, command)
     except OSError as error:
         raise InputError(

@@ -52,7 +52,9 @@ def make_run(directory: Path, scores: list[float | None], baselines: dict[str, l
     palette = np.array([[128, 64, 128], [0, 0, 142], [70, 130, 180]], dtype=np.uint8)
     command = "python -m search.random --dataset shapes"
     settings = RunSettings(DataSettings(), BackboneSettings(), FeatureSettings(), HeadSettings(), MachineSettings())
-    return Run(directory, identity, command, Segmentation(CLASS_NAMES, palette), settings, space, trials, compared, curves)
+    return Run(
+        directory, identity, command, Segmentation(CLASS_NAMES, palette), settings, space, trials, compared, None, curves
+    )
 
 
 def read_report(run: Run) -> str:
@@ -202,6 +204,13 @@ def test_small_and_broken_runs_have_a_report(
     tmp_path: Path, scores: list[float | None], baselines: dict[str, list[float]], message: str
 ) -> None:
     assert message in visible_text(read_report(make_run(tmp_path, scores, baselines)))
+
+
+def test_a_stopped_search_says_how_far_it_came_and_how_it_goes_on(tmp_path: Path) -> None:
+    run = make_run(tmp_path, [0.4, 0.5])
+    stopped = visible_text(read_report(replace(run, planned=40)))
+    assert "stopped 2 of 40 trials. The same command goes on: python -m search.random --dataset shapes" in stopped
+    assert "stopped 2 of 2" not in visible_text(read_report(replace(run, planned=2)))
 
 
 def test_a_result_without_loss_curve_has_a_report(tmp_path: Path) -> None:

@@ -268,10 +268,8 @@ def test_a_run_of_an_earlier_version_is_read_and_goes_on(original: Path, tmp_pat
         assert (read.trials, read.baselines) == (run.trials, run.baselines)
         assert [read.curve(record) for record in read.trials] == [run.curve(record) for record in run.trials]
         with begin(tmp_path / "run") as study:
-            assert study.store.claim(replace(PLAN, compare={}), SPACE, create_sampler("paper", SPACE, 0)) == (
-                Key(SEARCH, 3),
-                interrupted,
-            )
+            claimed = known(study.store.claim(replace(PLAN, compare={}), SPACE, create_sampler("paper", SPACE, 0)))
+            assert claimed == (Key(SEARCH, 3), interrupted, True)
             assert study.store.state.next == 4
     assert len(stored(tmp_path / "run")["search"][2]) == 3
 

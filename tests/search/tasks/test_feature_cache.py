@@ -6,6 +6,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,7 +17,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -398,14 +399,15 @@ def test_a_cache_of_an_earlier_version_is_computed_once_more(tmp_path: Path, cap
     assert contents(tmp_path / "cache") == contents(tmp_path / "whole")
 
 
-def test_a_second_process_is_refused(tmp_path: Path) -> None:
+def test_a_second_process_waits_for_the_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tmp_path.joinpath("cache").mkdir()
-    with (
-        FileLock(tmp_path / "cache" / "lock"),
-        pytest.raises(InputError, match="is in use by another process: wait for it, or give another `cache_dir`"),
-    ):
+    holding = "lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(flush=True); time.sleep(1)"
+    program = f"import sys, time, filelock; {holding}"
+    with subprocess.Popen([sys.executable, "-c", program, tmp_path / "cache" / "lock"], stdout=subprocess.PIPE) as first:
+        assert first.stdout is not None
+        first.stdout.readline()  # it has the lock
         build(tmp_path / "cache", TWENTY)
-    build(tmp_path / "cache", TWENTY)
+    assert "cache is in use by another process, which is waited for" in capsys.readouterr().err
 
 
 # Refusals
