@@ -527,14 +527,10 @@ class Store:
                     raise KeyboardInterrupt from error
                 if pause > 3 and not has_told:
                     has_told = True
-                    first = str(error.orig).strip().splitlines()[0]
-                    print(
-                        f"the database does not answer ({first}): it is waited for, {PATIENCE / 60:.0f} minutes at most",
-                        file=sys.stderr,
-                    )
-                until = time.monotonic() + pause
-                while time.monotonic() < until and not stop_waits():
-                    time.sleep(0.1)
+                    reason = str(error.orig).strip().splitlines()[0]
+                    what = f"it is waited for, {PATIENCE / 60:.0f} minutes at most"
+                    print(f"the database does not answer ({reason}): {what}", file=sys.stderr)
+                _sleep(pause)
                 pause = min(2 * pause, 10.0)
 
     def _register(self, workers: int) -> None:
@@ -712,6 +708,13 @@ def has_password(url: str) -> bool:
     except ArgumentError:  # no URL, as is said where it is used
         return False
     return parsed.password is not None or "password" in parsed.query
+
+
+def _sleep(seconds: float) -> None:
+    """Wait for so long, or until Ctrl-C is pressed."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and not stop_waits():
+        time.sleep(0.1)
 
 
 def require_answer(url: str) -> None:

@@ -391,3 +391,12 @@ def test_create_sampler_says_what_is_wrong() -> None:
         create_sampler("grid", SPACE, 0)
     with pytest.raises(InputError, match="`seed` must be 0 or more, got -1"):
         create_sampler("tpe", SPACE, -1)
+
+
+def test_a_cell_of_another_space_is_refused() -> None:
+    """It would be drawn at random, without a word."""
+    for other in (SearchSpace(3), SearchSpace(2, rates=(1, 2))):
+        study = create_study(create_sampler("local", SearchSpace(2), 0))
+        with pytest.raises(ValueError, match="is of a cell in another search space than the sampler's: give both the same"):
+            suggest_cell(study.ask(), other)
+    assert SearchSpace(2).contains(suggest_cell(create_study(study.sampler).ask(), SearchSpace(2)))

@@ -307,6 +307,26 @@ def test_runs_in_one_database_do_not_meet(url: str, alone: list[Row]) -> None:
         assert [key for key, _, _ in reader.running()] == [Key("aspp", 0)]
 
 
+def test_trials_beyond_the_plan_are_left_to_those_who_planned_them(url: str) -> None:
+    fewer = replace(PLAN, trials=2, compare={})
+    with closing(Store(url, "run", IDENTITY)) as store:
+        while known(claim(store, replace(PLAN, compare={}))).key.number < 4:
+            pass
+    with closing(Store(url, "run", IDENTITY)) as store:
+        work(store, fewer)
+        assert store.is_finished(fewer)
+    with closing(Reader(url, "run")) as reader:
+        assert [row.key.number for row in reader.finished(search=True)] == [0, 1]
+
+
+def test_a_job_of_another_process_is_taken_over(database: str) -> None:
+    with closing(Store(database, "run", IDENTITY)) as store:
+        begun = known(claim(store))
+        assert not begun.is_taken_over
+    with closing(Store(database, "run", IDENTITY)) as store:
+        assert known(claim(store)) == (begun.key, begun.cell, True)
+
+
 def test_a_compared_cell_cannot_become_another(store: Store) -> None:
     work(store, replace(PLAN, trials=1))
     other = replace(PLAN, compare={**PLAN.compare, "aspp": load_cell("psp")})
