@@ -94,7 +94,10 @@ class StudyHistory:
         self._unfinished: list[int] = []  # of those that were read
 
     def read(self, study: optuna.Study) -> History:
-        """The history now; a trial whose parameters are not all there (yet) is left out."""
+        """The history now; a trial whose parameters are not all there (yet) is left out.
+
+        Raises ValueError for a complete trial with a part of a cell: the study's cells are of another space.
+        """
         trials = study.get_trials(deepcopy=False)  # by number
         origin = (study._storage, study._study_id)
         if self._origin != origin or len(trials) < self._num_read:
@@ -112,6 +115,8 @@ class StudyHistory:
             self._history.propose(trial.number, cell.to_json(), self._space.canonical_form(cell).to_json())
             if trial.state == TrialState.COMPLETE and direction is not None:
                 self._history.finish(trial.number, trial.values[0] * (1 if direction == StudyDirection.MAXIMIZE else -1))
+        elif trial.state == TrialState.COMPLETE and any(name in trial.params for name in choices_of(self._space)):
+            raise ValueError(f"trial {trial.number} has a cell of another search space than the sampler's: give both the same")
 
 
 class CellSampler(optuna.samplers.BaseSampler, ABC):

@@ -394,9 +394,13 @@ def test_create_sampler_says_what_is_wrong() -> None:
 
 
 def test_a_cell_of_another_space_is_refused() -> None:
-    """It would be drawn at random, without a word."""
-    for other in (SearchSpace(3), SearchSpace(2, rates=(1, 2))):
-        study = create_study(create_sampler("local", SearchSpace(2), 0))
-        with pytest.raises(ValueError, match="is of a cell in another search space than the sampler's: give both the same"):
-            suggest_cell(study.ask(), other)
-    assert SearchSpace(2).contains(suggest_cell(create_study(study.sampler).ask(), SearchSpace(2)))
+    """Otherwise no trial would count, and all cells would be drawn at random, without a word."""
+    study = create_study(create_sampler("local", SearchSpace(3), 0))
+    trial = study.ask()
+    assert SearchSpace(2).contains(suggest_cell(trial, SearchSpace(2)))
+    study.tell(trial, 0.5)
+    with pytest.raises(ValueError, match="trial 0 has a cell of another search space than the sampler's: give both the same"):
+        suggest_cell(study.ask(), SearchSpace(2))
+    larger = create_study(create_sampler("local", SearchSpace(2), 0)).ask()
+    with pytest.raises(ValueError, match="branch2_input is of a cell in another search space than the sampler's"):
+        suggest_cell(larger, SearchSpace(3))
