@@ -33,7 +33,7 @@ def run_stages(
 
     `tell` hears each value with its stage's name when it is on the disk and in the results.
     """
-    folder, on_gpu, unreached = Folder(run.folder), run.device_name != "cpu", 0
+    folder, on_gpu, unreached = Folder(run.folder / "stages"), run.device_name != "cpu", 0
     with Worker(preload="bench.stages", log=run.folder / "log", ahead=on_gpu) as worker:
         bar = tqdm(stages, unit="stage", disable=None)
         for number, stage in enumerate(bar):
@@ -64,7 +64,7 @@ class Record:
 
     def __init__(self, folder: Folder, number: int, stage: Stage, results: Results) -> None:
         self._folder, self._stage, self._results = folder, stage, results
-        self._name = f"stages/{number:03}-{re.sub(r'[^a-z0-9]+', '-', stage.name.lower())}"
+        self._name = f"{number:03}-{re.sub(r'[^a-z0-9]+', '-', stage.name.lower())}"
         try:
             earlier = folder.result(self._name) or {"is_whole": False, "said": []}
             self.is_whole = bool(earlier["is_whole"])
