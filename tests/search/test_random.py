@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import optuna
 import pytest
 import timm
 import torch
@@ -39,6 +38,7 @@ from search.datasets import SPLITS, open_dataset
 from search.errors import InputError
 from search.random import RandomSettings, completed_for
 from search.reports.run import write_report
+from search.runs.mirror import Mirror
 from search.runs.store import Store
 from search.runs.study import Run, load_run, ranked
 from search.settings import (
@@ -316,7 +316,7 @@ DEATHS: dict[str, tuple[object, str, int]] = {
     "in the middle of a training": (TrainStep, "draw", 4 * 10 + 3),  # 10 batches each: the fifth job
     "before a head is written": (search.runs.study, "write_whole", 3),
     "after the result, before the trial is finished": (Store, "_finish", 7),
-    "before a trial is shown": (optuna.Study, "add_trial", 6),
+    "before trials are shown": (Mirror, "update", 2),
     "in the last comparison": (ProxyTask, "evaluate", 2 + 6 + 1),
     "before the report": (search.pipeline, "finish_run", 1),
 }

@@ -159,7 +159,7 @@ def test_no_two_compared_cells_look_alike(tmp_path: Path) -> None:
 
 
 def test_long_names_are_short_in_the_page_and_whole_on_hover(tmp_path: Path) -> None:
-    long_name, long_class = "cell_" * 40, "class_" * 40
+    long_name, long_class = "cell_" * 38, "class_" * 40
     run = make_run(tmp_path, [0.3, 0.4], {long_name: [0.4]})
     run = replace(run, task=Segmentation((long_class, "car", "sky"), np.zeros((3, 3), np.uint8)))
     write_examples(run)
@@ -193,7 +193,7 @@ def test_without_a_second_scoring_the_best_is_called_a_single_one(tmp_path: Path
     [
         ([], {}, "No trial has finished yet."),
         ([], BASELINES, "No trial has finished yet."),
-        ([None, None], {}, "No cell has a score yet: 2 of 2 trials failed."),
+        ([None, None], {}, "No cell has a score yet: 2 of 2 trials failed; the last: "),
         ([0.4], {}, "The best of 1 distinct cell is that of trial 0"),
         ([0.4], BASELINES, "The best of 1 distinct cell is that of trial 0"),
         ([0.4, 0.4, 0.4], {}, "The best of 3 distinct cells is that of trial 0"),
