@@ -10,7 +10,7 @@ from zlib import crc32
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reference.cell import AtrousSeparableConv, Cell
@@ -38,6 +38,8 @@ SPACES = (
 )
 TRIALS = 24  # of which the models see enough
 every_sampler = pytest.mark.parametrize("name", SAMPLER_NAMES)
+_usual = settings.get_profile(settings.get_current_profile_name()).max_examples
+few_examples = settings(max_examples=max(5, _usual // 20))  # each is a whole search
 
 
 def score(cell: Cell) -> float | None:
@@ -97,6 +99,7 @@ class MadeSearch:
 
 
 @every_sampler
+@few_examples
 @given(space=st.sampled_from(SPACES), seed=rng_seeds(), lag=st.integers(0, 6), order_seed=rng_seeds(), data=st.data())
 def test_a_seed_has_its_cells(
     name: str, space: SearchSpace, seed: int, lag: int, order_seed: int, data: st.DataObject
@@ -114,6 +117,7 @@ def test_a_seed_has_its_cells(
 
 
 @every_sampler
+@few_examples
 @given(space=st.sampled_from(SPACES), seed=rng_seeds(), lag=st.integers(0, 6))
 def test_cells_are_in_the_space_and_new_while_it_has_others(name: str, space: SearchSpace, seed: int, lag: int) -> None:
     cells = MadeSearch(create_sampler(name, space, seed, lag=lag), workers=lag + 1).run(trials_in(space))
@@ -122,6 +126,7 @@ def test_cells_are_in_the_space_and_new_while_it_has_others(name: str, space: Se
 
 
 @every_sampler
+@few_examples
 @given(seed=rng_seeds(), lag=st.integers(0, 6))
 def test_scores_count_only_if_they_are_visible(name: str, seed: int, lag: int) -> None:
     sampler = create_sampler(name, SearchSpace(), seed, lag=lag)
