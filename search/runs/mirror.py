@@ -75,13 +75,14 @@ class Mirror:
     def _open(self, storage: optuna.storages.RDBStorage, name: str) -> int:
         with suppress(KeyError):
             before = optuna.load_study(study_name=name, storage=storage)
-            if _COPY not in before.user_attrs.items():
-                _delete(storage, before._study_id)
+            if _COPY in before.user_attrs.items():
+                return before._study_id
+            _delete(storage, before._study_id)
         study = optuna.create_study(storage=storage, study_name=name, direction="maximize", load_if_exists=True)
-        study.set_user_attr(*_COPY)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             study.set_metric_names([self._task.score.name])
+        study.set_user_attr(*_COPY)  # at last: one that is not whole is made anew
         return study._study_id
 
     def _count(self, session: Session, study: int) -> int:
