@@ -206,8 +206,8 @@ def _has_width(stream: TextIO) -> bool:
     """Whether a bar can be drawn: on a terminal, but on one of no columns, as `script` makes it for a program without one."""
     try:
         return stream.isatty() and os.get_terminal_size(stream.fileno()).columns > 0
-    except OSError:
-        return False
+    except OSError:  # it is one of no file
+        return stream.isatty()
 
 
 def named(key: Key) -> str:

@@ -116,7 +116,7 @@ def test_a_search_scores_by_the_tasks_own_measures(run: Run) -> None:
     for row, record in zip(rows, run.trials, strict=True):
         assert record.result is not None
         assert (float(row["delta_1"]), float(row["rmse"])) == (record.result.score, record.result.scores.details[0])
-    losses = [record.result.loss_curve for record in run.trials if record.result]
+    losses = [run.curve(record) for record in run.trials if record.result]
     assert all(curve[-1][1] < curve[0][1] for curve in losses)
 
 

@@ -356,7 +356,7 @@ def test_a_head_that_is_not_the_best_cells_is_refused(folder: Path, tmp_path: Pa
     head = run / "heads" / "best.safetensors"
     shutil.copy(run / "heads" / "aspp_seed0.safetensors", head)
     with pytest.raises(
-        InputError, match=r"best\.safetensors is of a cell whose score is yet to be written: let the search go"
+        InputError, match=r"best\.safetensors is of another cell than the best by now: let the search go"
     ):
         load_found(run)
     head.unlink()

@@ -36,7 +36,7 @@ def begun(url: str) -> Store:
 def test_a_search_on_a_server_is_told_by_the_name_of_its_folder_alone(database: str, tmp_path: Path) -> None:
     with closing(begun(database)):
         of_trials, best, failed, running, process = status_lines(tmp_path / "run", database)
-    assert re.fullmatch(r"run: 3 trials are finished, 1 failed; 2 comparisons; [\d,]+ trials an hour of late", of_trials)
+    assert re.fullmatch(r"run: 3 trials are finished, 1 failed; 2 comparisons are made; [\d,]+ trials an hour", of_trials)
     assert best == "best: trial 1, score 0.7500"
     assert failed == "failed 1 ×: the loss was nan"
     assert re.fullmatch(rf"trial 3: with process {os.getpid()} on \S+, begun \d+ s ago", running)
@@ -47,7 +47,7 @@ def test_a_job_of_a_process_that_left_is_interrupted(database: str, tmp_path: Pa
     begun(database).close()
     *_, running, process = status_lines(tmp_path / "run", database)
     assert running.startswith("trial 3: interrupted, to be done again, begun ")
-    assert process == "no process works on it"
+    assert process == "no process works on it: the command that began it goes on"
 
 
 @pytest.mark.parametrize("storage", ["none", "server"])
