@@ -355,9 +355,7 @@ def test_a_head_that_is_not_the_best_cells_is_refused(folder: Path, tmp_path: Pa
     run = shutil.copytree(folder / "run", tmp_path / "run")
     head = run / "heads" / "best.safetensors"
     shutil.copy(run / "heads" / "aspp_seed0.safetensors", head)
-    with pytest.raises(
-        InputError, match=r"best\.safetensors is of another cell than the best by now: let the search go"
-    ):
+    with pytest.raises(InputError, match=r"best\.safetensors is of another cell than the best by now: let the search go"):
         load_found(run)
     head.unlink()
     with pytest.raises(InputError, match=r"best\.safetensors cannot be read .*; copy that file too, or search in another"):
