@@ -22,15 +22,11 @@ class EarlierRun:
     def __init__(self, url: str, name: str, space: SearchSpace) -> None:
         names = [f"{name} {part}" for part in ("search", "comparison")]
         _require_studies(url, names)
-        storage = optunas_storage(url, name)
         self._space = space
         self._curves: dict[Key, str] = {}
-        try:
+        with optunas_storage(url, name) as storage:
             studies = [optuna.load_study(storage=storage, study_name=each) for each in names]
             search, comparison = (study.get_trials(deepcopy=False) for study in studies)
-        finally:
-            storage.remove_session()
-        storage.engine.dispose()
         rows = [row for trial in search if (row := self._row(trial, SEARCH, trial.number))]
         for trial in comparison:
             told = trial.user_attrs | trial.system_attrs

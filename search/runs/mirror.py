@@ -11,8 +11,8 @@ times as long. A test holds what is written to what Optuna writes.
 
 import json
 import warnings
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
 from itertools import count, takewhile
 from typing import Any
@@ -44,12 +44,8 @@ class Mirror:
     def __init__(self, url: str, name: str, task: DenseTask, space: SearchSpace) -> None:
         self._task, self._space = task, space
         self._distributions = {name: (each, distribution_to_json(each)) for name, each in distributions_of(space).items()}
-        storage = optunas_storage(url, name)
-        try:
+        with optunas_storage(url, name) as storage:
             self._search, self._comparison = (self._open(storage, f"{name} {part}") for part in ("search", "comparison"))
-        finally:
-            storage.remove_session()  # which has a connection of its own
-        storage.engine.dispose()
 
     def is_there(self, connection: sa.Connection) -> bool:
         """Whether both studies are there: anybody may delete one in a dashboard."""
@@ -138,13 +134,22 @@ class Mirror:
         return {**beside, **cost, "seconds": round(result["seconds"], 1)}
 
 
-def optunas_storage(url: str, name: str) -> optuna.storages.RDBStorage:
-    """Optuna's tables in this database, which are made if they are not there. Raises InputError if its version has others."""
+@contextmanager
+def optunas_storage(url: str, name: str) -> Iterator[optuna.storages.RDBStorage]:
+    """Optuna's tables in this database, which are made if they are not there; no connection outlasts the block.
+
+    Raises InputError if its version has other tables.
+    """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
-        return optuna.storages.RDBStorage(url)
+        storage = optuna.storages.RDBStorage(url)
     except RuntimeError as error:
         raise InputError(f"the studies of {name} are of another version of Optuna: install that one ({error})") from error
+    try:
+        yield storage
+    finally:
+        storage.remove_session()  # which has a connection of its own
+        storage.engine.dispose()
 
 
 def _delete(storage: optuna.storages.RDBStorage, study: int) -> None:

@@ -344,9 +344,6 @@ class Store:
         """Say how many jobs this process evaluates at a time."""
         self.patiently(lambda: self._register(workers))
 
-    def processes(self) -> list[Process]:
-        return self.patiently(lambda: _processes_of(self.engine, self._run))
-
     def is_finished(self, plan: SearchPlan) -> bool:
         """Whether nothing is left to do, as of the last `sync` or `claim`, neither here nor elsewhere."""
         state = self.state
@@ -690,7 +687,16 @@ class Reader:
         return curve
 
     def processes(self) -> list[Process]:
-        return _processes_of(self._engine, self._run)
+        """Those that work on the run."""
+        jobs = sa.select(_jobs.c.owner, sa.func.count().label("jobs"))
+        jobs = jobs.where((_jobs.c.run == self._run) & (_jobs.c.state == RUNNING)).group_by(_jobs.c.owner)
+        query = sa.select(_processes).where(_processes.c.run == self._run).order_by(_processes.c.started)
+        with self._engine.connect() as connection:
+            count = {row.owner: row.jobs for row in connection.execute(jobs)}
+            return [
+                Process(row.id, row.host, row.pid, row.workers, row.started, count.get(row.id, 0))
+                for row in connection.execute(query)
+            ]
 
 
 def shown(url: str) -> str:
@@ -741,18 +747,6 @@ def _head_to_keep(key: Key, score: float, best: tuple[float, int] | None) -> str
 def head_name(compared: str) -> str:
     """The name under which a run keeps the head of a compared cell."""
     return f"{compared.replace(' ', '_')}_seed0"
-
-
-def _processes_of(engine: sa.Engine, run: int) -> list[Process]:
-    jobs = sa.select(_jobs.c.owner, sa.func.count().label("jobs"))
-    jobs = jobs.where((_jobs.c.run == run) & (_jobs.c.state == RUNNING)).group_by(_jobs.c.owner)
-    query = sa.select(_processes).where(_processes.c.run == run).order_by(_processes.c.started)
-    with engine.connect() as connection:
-        count = {row.owner: row.jobs for row in connection.execute(jobs)}
-        return [
-            Process(row.id, row.host, row.pid, row.workers, row.started, count.get(row.id, 0))
-            for row in connection.execute(query)
-        ]
 
 
 def _begin(engine: sa.Engine, name: str, identity: str, begun: Begun) -> tuple[int, str]:

@@ -365,9 +365,8 @@ def _hold(folder: Folder, stack: ExitStack, url: str) -> bool:
 
 def _open_store(url: str, name: str, identity: dict[str, Any], defaults: Mapping[str, Any], space: SearchSpace) -> Store:
     """The run's jobs; those of an earlier version are taken over."""
-    text = json.dumps(
-        {field: value for field, value in identity.items() if field != "storage"}
-    )  # hosts may spell it otherwise
+    shared = {field: value for field, value in identity.items() if field != "storage"}  # which each host may spell its way
+    text = json.dumps(shared)
     now = json.loads(text)
     earlier = _earlier_run(url, name, space)
     store = Store(url, name, text, earlier.begun if earlier else None)
