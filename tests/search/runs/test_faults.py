@@ -20,6 +20,7 @@ import torch
 from sqlalchemy.exc import OperationalError
 
 from reference.cell import Cell
+from search.runs import store
 from search.runs.store import Reader
 from search.runs.study import load_run
 from tests.search.runs.free_search import NAME, Finished, expected, search
@@ -59,6 +60,7 @@ def test_a_connection_that_breaks_during_a_commit_loses_no_job(
 
     search(database, 0, tmp_path, tmp_path / "log")  # makes the tables
     monkeypatch.setattr(psycopg.Connection, "commit", break_some)
+    monkeypatch.setattr(store, "_sleep", lambda seconds: time.sleep(seconds / 100))  # before it tries again
     search(database, TRIALS, tmp_path, tmp_path / "log")
     monkeypatch.undo()
     gc.collect()  # while the warning is ignored
