@@ -1,9 +1,13 @@
 """Command lines of `search`: flags from groups of settings, one sentence for bad input, a clean end by Ctrl-C."""
 
+import os
+import select
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass, replace
+from io import UnsupportedOperation
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -60,7 +64,8 @@ def run_command(
     goes_on: bool = False,
     renamed: Mapping[str, str] | None = None,
 ) -> None:
-    """Parse the flags of `settings_type`, run `command`, and exit: 0 done, 2 bad input, 130 stopped by Ctrl-C or SIGTERM.
+    """Parse the flags of `settings_type`, run `command`, and exit: 0 done, 2 bad input, 130 stopped by Ctrl-C or SIGTERM, 141
+    if whoever reads the output has gone, such as `head`.
 
     `goes_on` says that the same command continues where it was stopped. `renamed` maps flags of earlier versions to what is
     to be written instead. A full memory counts as bad input too, because the sizes that were given are too large.
@@ -68,13 +73,15 @@ def run_command(
     for flag in (argument.partition("=")[0] for argument in sys.argv[1:]):
         if instead := (renamed or {}).get(flag.replace("_", "-")):
             sys.exit(_fail(f"{flag} is now {instead}"))
-    settings = tyro.cli(settings_type, prog=prog, config=(tyro.conf.FlagCreatePairsOff,))
     try:
         with sigterm_is_ctrl_c():
-            command(settings)
+            command(tyro.cli(settings_type, prog=prog, config=(tyro.conf.FlagCreatePairsOff,)))
+            sys.stdout.flush()
     except InputError as error:
         sys.exit(_fail(in_flags(str(error), settings_type)))
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _has_no_reader():
+            sys.exit(128 + signal.SIGPIPE)
         sys.exit(_fail(f"{error}: check the path, its permissions and the disk"))
     except (MemoryError, RuntimeError) as error:
         if not is_full_memory(error):
@@ -207,6 +214,19 @@ def _arguments(values: Mapping[str, Any]) -> list[str]:
 def this_command(prog: str) -> str:
     """The command line as it was typed, so that a user can repeat it."""
     return shlex.join([*prog.split(), *sys.argv[1:]])
+
+
+def _has_no_reader() -> bool:
+    """Whether nobody reads the standard output any more; nothing is written there then, when Python ends."""
+    output = select.poll()
+    try:
+        output.register(sys.stdout.fileno(), 0)  # errors are always told
+    except UnsupportedOperation:  # no file, but what stands for one
+        return False
+    if not output.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def _fail(message: str) -> int:

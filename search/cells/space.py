@@ -267,8 +267,10 @@ def load_cells(names_or_paths: Sequence[str], num_inputs: int | None = None) -> 
         if name == "best" or name.startswith("trial"):
             raise InputError(f"`compare` {name_or_path}: the search has cells called {name!r} itself, rename the file")
         require_file_name(name, f"`compare` {name_or_path}")
-        if name in cells:
-            raise InputError(f"`compare` has two cells of the name {name!r}: rename the file {name_or_path}, or leave it out")
+        for other in cells:
+            if name.replace(" ", "_") == other.replace(" ", "_"):  # as files of their heads are called
+                names = f"the name {name!r}" if name == other else f"the names {other!r} and {name!r}, which are one file's"
+                raise InputError(f"`compare` has two cells of {names}: rename the file {name_or_path}, or leave it out")
         cells[name] = load_cell(name_or_path, num_inputs or 1)
         if num_inputs is not None:
             require_layers("compare", name_or_path, cells[name], num_inputs)

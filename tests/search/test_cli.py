@@ -422,6 +422,20 @@ def test_a_real_process_refuses_bad_input(tmp_path: Path, weights: Path) -> None
     assert is_one_sentence(error, r"train/0\.png is truncated")
 
 
+@pytest.mark.parametrize("arguments", [("search.random", "--help"), ("search.diagram", "--cell", "dpc")], ids=" ".join)
+def test_an_output_that_nobody_reads_is_no_error(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    with start(*arguments, cwd=tmp_path) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert (process.wait(timeout=200), process.stderr.read()) == (141, "")
+
+
+def test_a_pipe_that_breaks_elsewhere_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, lambda settings: be_full(BrokenPipeError("a process has ended"))) == 2
+    assert "a process has ended" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl_c", "sigterm"])
 def test_a_real_ctrl_c_stops_a_search_cleanly_and_sigterm_does_too(
     tmp_path: Path, weights: Path, number: signal.Signals

@@ -361,3 +361,8 @@ def test_cells_to_compare_have_names_of_their_own(tmp_path: Path) -> None:
             load_cells((str(tmp_path / name),))
     with pytest.raises(InputError, match="`compare` has two cells of the name 'dpc'"):
         load_cells(("dpc", "dpc"))
+    files = [str(tmp_path / name) for name in ("a b.json", "a_b.json")]
+    for file in files:
+        Path(file).write_text(load_cell("psp").to_json())
+    with pytest.raises(InputError, match="`compare` has two cells of the names 'a b' and 'a_b', which are one file's: rename"):
+        load_cells(files)
