@@ -12,6 +12,9 @@ from tests.postgres import postgres as postgres
 if not sees_a_gpu():  # then Triton's interpreter runs the kernels; it asks at its first import
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Else the first `ray.init` of a process asks all later clusters there for a token, and nodes of other processes not.
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+
 settings.register_profile("dev", max_examples=10, deadline=None)
 settings.register_profile("ci", max_examples=100, deadline=None, derandomize=True)
 settings.register_profile("deep", max_examples=1000, deadline=None)

@@ -137,6 +137,7 @@ def start() -> Iterator[Start]:
 def _start(flags: list[str], out: Path) -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "search.random", *flags, "--out", str(out)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment.pop("RAY_AUTH_MODE", None)  # as users start it
     return subprocess.Popen(command, env=environment, cwd=ROOT, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 

@@ -30,8 +30,6 @@ from tests.search.tasks.test_feature_cache import TWENTY, build
 
 ROOT = Path(__file__).parents[3]
 
-_FRESH = "DPC_FRESH_PROCESS"  # set it to run a test that must be the only one with a cluster
-
 
 def evaluate_all(workers: RayWorkers[Any], jobs: list[Job]) -> dict[Any, Outcome[Any]]:
     by_key = {outcome.job.key: outcome for outcome in outcomes(workers, jobs)}
@@ -386,7 +384,6 @@ def workers_head(cluster: Any) -> str:
     return str(cluster.head_node.node_id)
 
 
-@pytest.mark.skipif(_FRESH not in os.environ, reason="passes alone: after another cluster the second node is not found")
 def test_a_node_without_the_features_is_sent_them_once(
     cluster: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -397,7 +394,7 @@ def test_a_node_without_the_features_is_sent_them_once(
     if subprocess.run([*start, "true"], capture_output=True).returncode:
         pytest.skip("this machine lets nobody mount")
     join = ["-m", "ray.scripts.scripts", "start", f"--address={cluster.address}", "--num-cpus=4", "--block"]
-    environment = os.environ | {"XDG_CACHE_HOME": str(home), "RAY_AUTH_MODE": "disabled"}
+    environment = os.environ | {"XDG_CACHE_HOME": str(home)}
     node = subprocess.Popen([*start, sys.executable, *join], env=environment, stdout=subprocess.DEVNULL)
     try:
         with closing(RayWorkers(create_cached_task, Demand(None), {"train": cache})) as workers:
