@@ -1,6 +1,5 @@
 """All keepers of trials keep what they are told, a study that is filled is one that was searched, and many share one."""
 
-import sqlite3
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from bench.study_case import ASK_TELL, AT_ONCE, LOAD, OPTUNA, OPTUNA_PAPER, REPO
 from bench.study_stores import OptunaKeeper, OurKeeper, drawn_trials, score_of
 from search.cells.sampler import distributions_of, params_of_cell
 from search.cells.space import SearchSpace
+from search.runs.mirror import optunas_storage
 from search.runs.study import load_run
 from tests.bench.tiny_runs import CPU
 
@@ -110,9 +110,11 @@ def test_many_processes_share_one_study(provider: Provider) -> None:
 
 
 def test_what_breaks_in_one_of_many_processes_is_said(tmp_path: Path) -> None:
-    sqlite3.connect(tmp_path / "empty.db").close()
+    url = f"sqlite:///{tmp_path / 'empty.db'}"
+    with optunas_storage(url, "empty"):  # which makes the tables
+        pass
     with pytest.raises(RuntimeError, match=r"KeyError: .*Record does not exist"):
-        Together(OptunaKeeper(f"sqlite:///{tmp_path / 'empty.db'}", tmp_path), 2)
+        Together(OptunaKeeper(url, tmp_path), 2)
 
 
 def left_out(device: torch.device = CPU) -> Sequence[str]:
