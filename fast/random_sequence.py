@@ -1,9 +1,11 @@
 """Random numbers of one training, whatever else draws in the same process meanwhile."""
 
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
 
 import torch
+from torch import Tensor
 
 
 class RandomSequence:
@@ -16,9 +18,19 @@ class RandomSequence:
     def __init__(self, device: torch.device) -> None:
         self._of_cpu = torch.get_rng_state()
         self._generator: Any = _default_generator(device) if device.type == "cuda" else None
-        self._of_gpu = self._generator and self._generator.clone_state()
+        self._of_gpu: Any = self._generator and self._generator.clone_state()
         self._outer: tuple[Any, Any] | None = None  # the states that are set back at the end
         self._depth = 0
+
+    def state(self) -> dict[str, Tensor]:
+        """Where it stands, between two uses: bytes (B,) on the CPU, of each generator."""
+        return {"cpu": self._of_cpu} | ({} if self._generator is None else {"gpu": self._of_gpu.get_state()})
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on where another one stood, on a device of the same kind."""
+        self._of_cpu = state["cpu"].clone()
+        if self._generator is not None:
+            self._of_gpu.set_state(state["gpu"].clone())
 
     def __enter__(self) -> Self:
         self._depth += 1

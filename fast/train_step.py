@@ -8,7 +8,7 @@ kernel that cuts the crops, one that rounds weights. On a CPU the same calls run
 import ctypes
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, assert_never
@@ -27,6 +27,7 @@ from reference.grid import Grid
 
 Precision = Literal["auto", "float32", "bfloat16"]
 OptimizerName = Literal["sgd", "adamw"]
+_HEAD, _OPTIMIZER, _RANDOM, _DONE = "head.", "optimizer.", "random.", "iterations"  # names in a state
 EAGER_ITERATIONS = 3  # before a graph is captured, so that libraries have done their work of a first call
 
 
@@ -116,6 +117,32 @@ class TrainStep:
             self._iterate_on_side_stream()
         else:
             self._replay()
+
+    def state(self) -> dict[str, Tensor]:
+        """All that the next iterations depend on, by name, copied to the CPU: weights, optimiser's memory, random numbers."""
+        names: dict[Tensor, str] = {parameter: name for name, parameter in self.head.named_parameters()}
+        kept = {f"{_HEAD}{name}": value for name, value in self.head.state_dict().items()}
+        for parameter, memory in self._optimizer.state.items():
+            kept |= {f"{_OPTIMIZER}{names[parameter]}.{key}": value for key, value in memory.items() if value is not None}
+        kept |= {f"{_RANDOM}{name}": value for name, value in self.randomness.state().items()} | {_DONE: self._done}
+        dense: Any = {"copy": True, "memory_format": torch.contiguous_format}
+        return {name: value.detach().to("cpu", **dense) for name, value in kept.items()}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on where another step of the same settings stood; only before the first call.
+
+        Raises KeyError or RuntimeError for the state of another head.
+        """
+        self.head.load_state_dict({key.removeprefix(_HEAD): value for key, value in state.items() if key.startswith(_HEAD)})
+        parameters = dict(self.head.named_parameters())
+        for key, value in state.items():
+            if key.startswith(_OPTIMIZER):
+                name, memory = key.removeprefix(_OPTIMIZER).rsplit(".", 1)
+                like = parameters[name].detach()
+                place = torch.empty_like(like) if value.shape == like.shape else torch.empty_like(value, device=like.device)
+                self._optimizer.state[parameters[name]][memory] = place.copy_(value)
+        self.randomness.restore({key.removeprefix(_RANDOM): value for key, value in state.items() if key.startswith(_RANDOM)})
+        self._done.copy_(state[_DONE])
 
     def draw(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """Random crops: features (N, C, h, w) in the head's dtype or the given one, their labels (N, H, W), on its device."""

@@ -120,6 +120,20 @@ class Stub:
     def __exit__(self, *exception: object) -> None: ...
 
 
+class Generator(Stub):
+    """Stands for a generator of the GPU: takes any call; its state is bytes on the CPU."""
+
+    def clone_state(self) -> "Generator":
+        return Generator()
+
+    def get_state(self) -> Tensor:
+        return torch.zeros(16, dtype=torch.uint8)
+
+    def set_state(self, state: Tensor) -> None:
+        assert type(state) is Tensor
+        assert (state.device.type, state.dtype) == ("cpu", torch.uint8)
+
+
 @contextlib.contextmanager
 def fake_gpu() -> Iterator[FakeGpu]:
     """As on a machine with one GPU, cuda:0."""
@@ -149,7 +163,7 @@ def fake_gpu() -> Iterator[FakeGpu]:
         "get_rng_state": lambda device=None: torch.zeros(16, dtype=torch.uint8),
         "set_rng_state": lambda state, device=None: None,
         "_sleep": lambda cycles: None,
-        "default_generators": (Stub(),),
+        "default_generators": (Generator(),),
     }
     library |= dict.fromkeys(("Event", "Stream", "CUDAGraph", "graph", "stream", "current_stream", "default_stream"), Stub)
     empty = torch.empty

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fast.random_sequence import RandomSequence
+from tests.fast.against_reference import every_device
 
 CPU = torch.device("cpu")
 
@@ -62,6 +63,42 @@ def test_an_error_inside_gives_the_generator_back() -> None:
     with pytest.raises(ZeroDivisionError):
         fail()
     assert torch.equal(torch.rand(1), expected)
+
+
+@every_device
+def test_another_one_goes_on_where_it_stood(device: str) -> None:
+    """Whatever either draws afterwards, and however often one goes back there."""
+    where = torch.device(device)
+
+    def draw(sequence: RandomSequence) -> torch.Tensor:
+        with sequence:
+            return torch.stack([torch.rand(5), torch.rand(5, device=where).cpu()])
+
+    torch.manual_seed(0)
+    sequence = RandomSequence(where)
+    draw(sequence)
+    state = sequence.state()
+    expected = draw(sequence), draw(sequence)
+    assert not torch.equal(*expected)
+    assert all(value.dtype == torch.uint8 and value.device.type == "cpu" and value.dim() == 1 for value in state.values())
+    torch.manual_seed(1)
+    for _ in range(2):
+        other = RandomSequence(where)
+        other.restore(state)
+        assert torch.equal(draw(other), expected[0])
+        assert torch.equal(draw(other), expected[1])
+    sequence.restore(state)
+    assert torch.equal(draw(sequence), expected[0])
+
+
+def test_to_go_on_elsewhere_leaves_the_default_generator_alone() -> None:
+    torch.manual_seed(0)
+    expected = torch.rand(6)
+    torch.manual_seed(1)
+    state = RandomSequence(CPU).state()
+    torch.manual_seed(0)
+    RandomSequence(CPU).restore(state)
+    assert torch.equal(torch.rand(6), expected)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

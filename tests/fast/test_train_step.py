@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load, save
 from scipy.stats import chi2
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
@@ -232,6 +233,115 @@ def test_adamw_is_captured_on_a_gpu_with_a_rate_that_a_graph_can_change() -> Non
         assert group["lr"] is step._rate
         assert all(state["step"].device.type == "cuda" for state in step._optimizer.state.values())
         assert gpu.launches > 0
+
+
+# In parts
+
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "sgd": {},
+    "without momentum": {"momentum": 0.0},
+    "adamw": {"optimizer": "adamw", "schedule": "cosine", "warmup_iterations": 4},
+    "bfloat16": {"precision": "bfloat16"},
+}
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        assert (value.dtype, value.shape) == (expected[name].dtype, expected[name].shape), name
+        assert torch.equal(value, expected[name]), name
+
+
+@every_device
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=["channels last", "contiguous"])
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_a_training_in_parts_is_the_one_in_one_go(recipe: dict[str, Any], layout: torch.memory_format, device: str) -> None:
+    """To the last bit: losses, weights, statistics, the optimiser's memory. On a GPU also where a graph was captured before,
+    and is after.
+    """
+    features, labels = random_data(device)
+    features = features.half().contiguous(memory_format=layout)
+
+    def new_step(seed: int) -> TrainStep:
+        head = make_head(device, dropout_rate=0.3).float()
+        torch.manual_seed(seed)
+        for parameter in head.parameters():
+            nn.init.normal_(parameter)
+        return make_step(head, features, labels, iterations=12, learning_rate=0.1, weight_decay=0.01, **recipe)
+
+    whole = new_step(0)
+    losses, states = [], [whole.state()]
+    for _ in range(12):
+        losses.append(whole().item())
+        states.append(whole.state())
+    assert len(set(losses)) == 12
+    for begin, end in ((0, 12), (1, 3), (2, 12), (fast.train_step.EAGER_ITERATIONS + 2, 12)):
+        other = new_step(1)  # other weights, other random numbers
+        other.restore(load(save(states[begin])))
+        assert_same(other.state(), states[begin])
+        assert [other().item() for _ in range(begin, end)] == losses[begin:end]
+        assert_same(other.state(), states[end])
+        assert_same(other.head.state_dict(), {k: v.to(device) for k, v in head_of(states[end]).items()})
+
+
+def head_of(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix("head."): value for name, value in state.items() if name.startswith("head.")}
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_a_state_is_dense_tensors_on_the_cpu_that_share_nothing(recipe: dict[str, Any]) -> None:
+    """Not even with the step that goes on; and of weights that are channels last."""
+    head = make_head().float().to(memory_format=torch.channels_last)
+    step = make_step(head, *random_data(), **recipe)
+    step()
+    state = step.state()
+    assert all(value.is_contiguous() and value.device.type == "cpu" and not value.requires_grad for value in state.values())
+    assert len({value.untyped_storage().data_ptr() for value in state.values()}) == len(state)
+    before = save(state)
+    step()
+    assert save(state) == before
+    step.restore(load(before))
+    assert save(step.state()) == before
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+@pytest.mark.parametrize("recipe", [RECIPES["sgd"], RECIPES["adamw"]], ids=["sgd", "adamw"])
+def test_a_training_on_a_gpu_is_divided_too(recipe: dict[str, Any]) -> None:
+    """What is kept is on the CPU, what goes on is on the GPU, and a graph is captured in each part."""
+    with fake_gpu() as gpu:
+
+        def new_step() -> TrainStep:
+            head = SegmentationHead(DensePredictionCell(CELL, 3, branch_channels=8, cell_channels=8), 4).to("cuda")
+            features, labels = random_data("cuda")
+            return make_step(head, features.half().contiguous(memory_format=torch.channels_last), labels, **recipe)
+
+        step, other = new_step(), new_step()
+        for _ in range(fast.train_step.EAGER_ITERATIONS + 2):
+            step()
+        state = step.state()
+        assert all(type(value) is Tensor and value.device.type == "cpu" for value in state.values())
+        other.restore(state)
+        memories = [memory for kept in other._optimizer.state.values() for memory in kept.values() if memory is not None]
+        assert len(memories) == sum(name.startswith("optimizer.") for name in state)
+        assert {memory.device.type for memory in memories} <= {"cuda"}
+        launches = gpu.launches
+        for _ in range(fast.train_step.EAGER_ITERATIONS + 2):
+            other()
+        assert gpu.launches > launches
+        assert other.state().keys() == state.keys()
+
+
+def test_the_state_of_another_head_is_refused() -> None:
+    step = make_step(make_head(), *random_data())
+    step()
+    state = step.state()
+    for other in (make_head(classes=5), SegmentationHead(DensePredictionCell(Cell(()), 3), 4)):
+        with pytest.raises((KeyError, RuntimeError)):
+            make_step(other.double(), *random_data()).restore(state)
+    for name in ("iterations", "random.cpu", "head.classifier.bias"):
+        with pytest.raises((KeyError, RuntimeError), match=name.removeprefix("head.").removeprefix("random.")):
+            make_step(make_head(), *random_data()).restore({key: value for key, value in state.items() if key != name})
 
 
 def test_a_head_without_branches_learns() -> None:

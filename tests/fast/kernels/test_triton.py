@@ -655,7 +655,7 @@ def test_upsampled_cross_entropy(
         ((1, 1), (19, 21), 3),
         ((1, 5), (3, 37), 4),
         ((5, 1), (41, 2), 4),
-        ((6, 7), (3, 2), 20),  # cells without a pixel
+        ((4, 3), (3, 2), 20),  # cells without a pixel
         ((1, 2), (2, 3), 260),  # labels that are no bytes
         ((2, 3), (18, 19), 1),
         ((2, 3), (32, 48), 19),  # output stride 16 without aligned corners
