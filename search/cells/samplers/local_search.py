@@ -32,10 +32,11 @@ class LocalSearchSampler(CellSampler):
 
     def _new_neighbour(self, parent: Proposed, number: int, history: History, rng: np.random.Generator) -> Cell | None:
         used_up = self._used_up.setdefault(history, {})
+        neighbours = list(self.space.neighbours(parent.cell))
+        order = rng.permutation(len(neighbours))  # drawn in any case: what is remembered must not change what follows
         if used_up.get(parent.form, number + 1) <= number:
             return None
-        neighbours = list(self.space.neighbours(parent.cell))
-        for i in rng.permutation(len(neighbours)):
+        for i in order:
             cell = neighbours[int(i)]
             if not history.has_form(self.space.canonical_form(cell).to_json(), number):
                 return cell

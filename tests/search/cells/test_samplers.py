@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import random
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -114,6 +115,17 @@ def test_a_seed_has_its_cells(
     assert together.run(trials) == expected
     asked_again = data.draw(st.integers(0, trials - 1))
     assert sampler.propose(asked_again, alone.history) == expected[asked_again]
+
+
+def test_local_search_proposes_the_same_once_the_neighbours_of_the_best_are_used_up() -> None:
+    """Whether it remembers so, or is a new one that has to find out."""
+    space, history = SearchSpace(2, (1, 3), ()), History()
+    remembering = create_sampler("local", space, 0, lag=0)
+    for number in range(60):
+        cell = remembering.propose(number, history)
+        assert cell == create_sampler("local", space, 0, lag=0).propose(number, history)
+        history.propose(number, cell.to_json(), space.canonical_form(cell).to_json())
+        history.finish(number, 2.0 if number == 12 else random.Random(number).random())
 
 
 @every_sampler
