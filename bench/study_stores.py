@@ -27,8 +27,9 @@ from search.dense_tasks import Scores
 from search.dense_tasks.segmentation import Segmentation
 from search.folder import Folder
 from search.reports.run import write_report
-from search.runs.store import COMPLETE, SEARCH, Begun, Key, Row, SearchPlan, Store
+from search.runs.store import SearchPlan, Store
 from search.runs.study import RunSettings, Study, load_run, open_run
+from search.runs.tables import COMPLETE, SEARCH, Begun, Key, Row
 from search.settings import BackboneSettings, DataSettings, FeatureSettings, HeadSettings, MachineSettings, plain
 from search.tasks.proxy import ProxyResult
 

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from fast.checkpoint import save_network
 from fast.model_card import write_card
 from fast.segmentation import SegmentationNetwork
+from reference.cell import Cell
 from search.cli import Flat, print_next, run_command, spelled, to_type, uses_of_network
 from search.datasets import Dataset, contents, is_named, open_dataset
 from search.datasets.look import require_labelled
@@ -20,8 +21,8 @@ from search.dense_tasks import Scores, restored_task
 from search.devices import resolve_device
 from search.errors import InputError
 from search.folder import other_files
-from search.runs.store import BEST_HEAD, head_name
 from search.runs.study import HEADS, Run, best_head, load_run, ranked
+from search.runs.tables import BEST_HEAD, head_name
 from search.settings import (
     BackboneSettings,
     DataSettings,
@@ -76,7 +77,7 @@ def main(settings: JoinSettings) -> None:
     evaluation = {"dataset": data.dataset, "pad_to": padded}
     save_network(out, network, task=task.describe(), source=source, evaluation=evaluation)
     print(f"{task.score.name} on {val.name} {val.split}: {task.score.text(scores.score)}")
-    if (recorded := _recorded(run, head)) is not None:
+    if (recorded := _recorded(run, head, network.head.context.cell)) is not None:
         print(f"in the search: {task.score.text(recorded.score)}, with features rounded to {run.identity['feature_dtype']}")
     print(f"network: {out}, with its model card, {write_card(out)}")
     print_next(*uses_of_network(out, data, val))
@@ -136,12 +137,12 @@ def _score(network: SegmentationNetwork, val: Dataset, padded: tuple[int, int]) 
     return val.task.scores(total.cpu().numpy())
 
 
-def _recorded(run: Run, head: Path) -> Scores | None:
-    """The scores that the search has of a head that it kept."""
+def _recorded(run: Run, head: Path, cell: Cell) -> Scores | None:
+    """The scores that the search has of a head of this cell that it kept."""
     if head.absolute().parent != (run.directory / HEADS).absolute():
         return None
     results = {head_name(record.name): record.result for record in run.baselines if record.seed == 0}
-    best = ranked(run.trials)[:1]
+    best = [record for record in ranked(run.trials)[:1] if record.cell == cell]  # which may be another by now
     result = best[0].result if best and head.stem == BEST_HEAD else results.get(head.stem)
     return None if result is None else result.scores
 

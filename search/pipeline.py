@@ -3,12 +3,13 @@ objects in Python: `search_cells`, and `train_network` for what it has found. do
 """
 
 import copy
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args
 
 from fast.backbone import Backbone, hash_of_weights
 from fast.checkpoint import check_network, head_content, load_head, load_network
@@ -27,8 +28,10 @@ from search.errors import InputError
 from search.folder import Folder
 from search.reports.run_files import ReportRefresher, finish_run
 from search.runs.cluster import count_workers
+from search.runs.database import has_password
+from search.runs.halving import LEAST, REDUCTION, Halving, Rule, chosen_rungs
 from search.runs.search import Search
-from search.runs.store import SearchPlan, has_password
+from search.runs.store import SearchPlan
 from search.runs.study import Run, RunSettings, best_head, identity_before, load_run, open_run, ranked
 from search.runs.workers import open_workers
 from search.settings import (
@@ -57,7 +60,10 @@ from search.training.loop import Training
 from search.training.network import training_identity
 from search.training.scoring import require_validation
 
+EarlyStopping = Literal["none"] | Rule
+_EARLY_STOPPING = ("none", *get_args(Rule))
 SLACK = 4  # how many times as long as the others a cell may take before they wait for it, where the lag is chosen
+_SLACK_IN_FULL = 2  # with early stopping: as long as one that is trained in full is expected to take
 KNOWN_CELLS = ("linear", "mlp", "aspp", "psp", "dpc")
 
 
@@ -77,9 +83,18 @@ class SearchSettings(WorkerSettings):
     """Grids that pyramid poolings may have in height and width. None given: no poolings."""
     sampler: str = "paper"
     """How cells are proposed: paper (uniform, and near the best so far), random, evolution, local, predictor or tpe."""
+    early_stopping: EarlyStopping = "none"
+    """How cells are left out after a part of their training, so that only the best are trained in full: asha, pasha or halving
+    (docs/early_stopping.md); none trains all in full."""
+    rungs: tuple[int, ...] | None = None
+    """Iterations after which cells are compared, such as 60 250. None: a 64th, a 16th and a 4th of all, if that is at least
+    20; with another `reduction_factor` its powers, or with 1 those of 2."""
+    reduction_factor: int | None = None
+    """One of so many cells goes on from each of these; with 1 all do, which gives their learning curves. None: 4."""
     lag: int | None = None
-    """Samplers that look back ignore this many latest results, so their cells are the same with up to lag + 1 workers. None:
-    the run's; of a new one 4, or 4 times the workers if they are more than 5, so that no one waits for a slow cell."""
+    """Samplers that look back, and early stopping, ignore this many latest results, so their cells are the same with up to
+    lag + 1 workers. None: the run's; of a new one 4, or a multiple of the workers if they are more than 5, so that no one
+    waits for a slow cell."""
     seed: int = 0
     """Seed of everything: the cells, their initial weights, crops and dropout."""
     compare: tuple[str, ...] = changes_no_score(KNOWN_CELLS)
@@ -92,6 +107,28 @@ class SearchSettings(WorkerSettings):
     def completed(self, dataset: str) -> Self:
         """With the defaults for a data set where nothing was given."""
         return replace(self, trials=given(self.trials, 12 if dataset == SHAPES else 100))
+
+    def with_rungs(self, iterations: int) -> Self:
+        """With rungs for trainings of so many iterations if none were given. Raises InputError for those that do not fit."""
+        if self.early_stopping == "none":
+            return self
+        reduction = given(self.reduction_factor, REDUCTION)
+        rungs = given(self.rungs, chosen_rungs(iterations, reduction))
+        if not rungs:
+            raise InputError(
+                f"`iterations` {iterations} are too few for `early_stopping` with `reduction_factor` {reduction}: give "
+                f"{LEAST * max(2, reduction)} or more, or `rungs`, such as {max(1, iterations // 2)}"
+            )
+        search = replace(self, rungs=rungs, reduction_factor=reduction)
+        search.halving(iterations)
+        return search
+
+    def halving(self, iterations: int) -> Halving | None:
+        """How the search is cut short, after `with_rungs` and `with_lag`. Raises InputError for rungs that do not fit."""
+        if self.early_stopping == "none":
+            return None
+        rungs = (*known(self.rungs), iterations)
+        return Halving(self.early_stopping, rungs, known(self.reduction_factor), given(self.lag, LAG))
 
     def check_storage(self) -> None:
         """Raise InputError for a password in `storage`."""
@@ -112,6 +149,13 @@ class SearchSettings(WorkerSettings):
         require("comparison_seeds", self.comparison_seeds, self.comparison_seeds >= 1, "at least 1")
         require("cells_per_gpu", self.cells_per_gpu, self.cells_per_gpu >= 1, "at least 1")
         require("lag", self.lag, given(self.lag, LAG) >= 0, "at least 0")
+        require("early_stopping", self.early_stopping, self.early_stopping in _EARLY_STOPPING, " or ".join(_EARLY_STOPPING))
+        require("reduction_factor", self.reduction_factor, given(self.reduction_factor, 1) >= 1, "at least 1")
+        rungs = given(self.rungs, (1,))
+        require("rungs", _spaced(rungs) or "none", bool(rungs) and is_ascending(rungs), ASCENDING)
+        for name in ("rungs", "reduction_factor"):
+            if getattr(self, name) is not None and self.early_stopping == "none":
+                raise InputError(f"`{name}` is for `early_stopping`: give asha, pasha or halving, too")
         if self.workers != 1 and self.cells_per_gpu > 1:
             raise InputError(
                 f"`cells_per_gpu` {self.cells_per_gpu} needs `workers` 1: with more, each trains one cell at a time"
@@ -121,14 +165,15 @@ class SearchSettings(WorkerSettings):
 
     @property
     def most_at_once(self) -> int | None:
-        """How many cells the sampler lets be evaluated at a time; None if it never looks back and so waits for none."""
-        return given(self.lag, LAG) + 1 if self._sampler().uses_scores else None
+        """How many cells may be evaluated at a time; None if neither sampler nor early stopping ever waits for results."""
+        looks_back = self.early_stopping != "none" or self._sampler().uses_scores
+        return given(self.lag, LAG) + 1 if looks_back else None
 
-    def with_lag(self, directory: Path, device: str) -> Self:
+    def with_lag(self, directory: Path, device: str, iterations: int) -> Self:
         """With the lag of the run in `directory`, or of a new one; says so if that is not as usual, or not enough.
 
         A sampler that looks back waits for all but the `lag` latest trials. With little more than that at work, a slow cell
-        soon stops the others.
+        soon stops the others. With early stopping, one that is trained in full is slow.
         """
         before = identity_before(directory, self.storage)
         fixed = self.lag if before is None else given(self.lag, before.get("lag"))
@@ -139,19 +184,27 @@ class SearchSettings(WorkerSettings):
         if wanted <= most:
             return search
         if fixed is None:
-            search = replace(self, lag=SLACK * wanted)
+            search = replace(self, lag=self._chosen_lag(wanted, iterations))
             print(
-                f"lag {search.lag} for {wanted} cells at a time: the sampler ignores so many latest results, so that no cell "
-                f"waits for another that takes up to {SLACK} times as long",
+                f"lag {search.lag} for {wanted} cells at a time: so many latest results are ignored, so that no cell "
+                f"waits for another that takes up to {known(search.lag) // wanted} times as long",
                 file=sys.stderr,
             )
         else:
             print(
-                f"{most} of {wanted} cells are evaluated at a time, because the sampler of this run waits for all but the "
+                f"{most} of {wanted} cells are evaluated at a time, because this run waits for all but the "
                 f"{fixed} latest (its lag)",
                 file=sys.stderr,
             )
         return search
+
+    def _chosen_lag(self, workers: int, iterations: int) -> int:
+        """The lag for so many workers: with early stopping one for whole trainings, unless that were much of the search."""
+        halving = self.halving(iterations)
+        if halving is None:
+            return SLACK * workers
+        for_whole = math.ceil(_SLACK_IN_FULL * halving.longest) * workers
+        return max(SLACK * workers, min(for_whole, known(self.trials) // 4))
 
     def _sampler(self) -> CellSampler:
         return create_sampler(
@@ -216,6 +269,8 @@ def search_cells(
     machine, loss = given(machine, MachineSettings()), given(loss, LossSettings())
     for group in (search, proxy, head, loss):
         group.check()
+    if proxy.iterations is not None:
+        search.with_rungs(proxy.iterations)  # refuses those that do not fit
     load_cells(search.compare, len(backbone.layer_channels))  # refuses those that read a layer which is not there
     features.check(backbone.grid)
     _require_one_task(train, val)
@@ -226,7 +281,7 @@ def search_cells(
     directory, command = Path(out), f"search_cells(train, val, backbone, {str(out)!r}, ...) in Python"
     caches = caches_of(train, val, backbone, features, machine, command, proxy.crop_size)
     proxy = proxy.completed(caches["train"].pictures)
-    search = search.with_lag(directory, machine.device)
+    search = search.with_rungs(proxy.steps).with_lag(directory, machine.device, proxy.steps)
     settings = RunSettings(_data_of(train, val), _settings_of(backbone), features, head, machine, loss)
     groups = search, features, head, loss, proxy
     run_search(directory, search, proxy, settings, caches, {"train": train, "val": val}, groups=groups, command=command)
@@ -329,7 +384,9 @@ def load_found(directory: Path | str) -> Found:
     except ValueError as error:
         raise InputError(f"{error}; copy that file too, or search in another folder") from error
     if head.context.cell != best.cell:  # its score is written before it
-        raise InputError(f"{path} is of another cell than the best by now: let the search go on")
+        raise InputError(
+            f"{path} is of another cell than the best by now: let the search go on, or train the best one, {best.cell}"
+        )
     return Found(run.directory, best.cell, best.result.score, head, description["backbone"])
 
 
@@ -375,6 +432,7 @@ def run_search(
         space=space,
         defaults=declared(*map(type, groups)),
         trials=plan.trials,
+        halving=search.halving(proxy.steps),
     )
     with (
         run as study,

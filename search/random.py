@@ -70,6 +70,8 @@ def main(settings: RandomSettings) -> None:
         return
     for group in (settings.proxy, settings.head, settings.loss, settings.backbone, settings):
         group.check()
+    if settings.proxy.iterations is not None:
+        settings.with_rungs(settings.proxy.iterations)  # refuses those that do not fit
     require_storage(settings.storage)  # before hours of features
     load_cells(settings.compare, len(completed_backbone(settings.backbone).layers))  # refuses those of other layers
     data, machine, command = settings.data, settings.machine, this_command(_PROG)
@@ -82,7 +84,7 @@ def main(settings: RandomSettings) -> None:
     origin = caches["train"].identity
     directory = settings.out or Path("runs") / origin["dataset"]
     _refuse_other_backbone(directory, origin, settings.backbone.weights)
-    settings = settings.with_lag(directory, machine.device)
+    settings = settings.with_lag(directory, machine.device, settings.proxy.steps)
     groups = settings, data, settings.backbone, settings.features, settings.head, loss, settings.proxy
     wrote = run_search(
         directory,
@@ -109,9 +111,10 @@ def main(settings: RandomSettings) -> None:
 def completed_for(features: FeatureCache, settings: RandomSettings) -> RandomSettings:
     """The settings with what follows from the data, and from a network whose file is given as `weights`."""
     dataset = settings.data.dataset  # as it was given: shapes for both of its tasks
+    proxy = settings.proxy.completed(features.pictures._replace(dataset=dataset))
     return replace(
-        settings.completed(dataset),
-        proxy=settings.proxy.completed(features.pictures._replace(dataset=dataset)),
+        settings.completed(dataset).with_rungs(proxy.steps),
+        proxy=proxy,
         head=settings.head.completed(dataset),
         backbone=completed_backbone(settings.backbone),
     )

@@ -25,6 +25,7 @@ from search.devices import resolve_device
 from search.errors import InputError
 from search.folder import Folder
 from search.reports.reranking import Candidate, Failed, Reranked, Trainings, finish_reranking, rank
+from search.reports.rungs import is_in_full, iterations_of
 from search.runs.study import Run, load_run, ranked
 from search.runs.workers import Job, Outcome, Workers, open_workers, outcomes
 from search.settings import (
@@ -189,19 +190,24 @@ def _print_next(task: EndToEndTask, directory: Path) -> None:
 
 
 def candidates_of(run: Run, settings: RerankSettings) -> list[Candidate]:
-    """The cells to compare with, then the best of the run by proxy score. Raises InputError if the run has no score."""
+    """The cells to compare with, then the best of the run by proxy score, of a search that was cut short those in full first.
+
+    Raises InputError if the run has no score.
+    """
     best = ranked(run.trials)[: settings.top]
     if not best:
         raise InputError(f"{run.directory} has no cell with a score yet: run its search first")
     if len(best) < settings.top:
         print(f"{run.directory} has {len(best)} cells with a score, not {settings.top}: all are trained", file=sys.stderr)
-    candidates = []
+    candidates, in_full = [], run.rungs[-1] if run.rungs else None
     for name, cell in load_cells(settings.compare, run.space.num_inputs).items():
         same = [r for r in run.baselines if r.name == name and canonical_form(r.cell) == canonical_form(cell)]
-        candidates.append(Candidate(name, cell, tuple(record.result.score for record in same), None))
+        candidates.append(Candidate(name, cell, tuple(record.result.score for record in same), None, in_full))
     for proxy_rank, record in enumerate(best, start=1):
         scores = (record.result.score,) if record.result else ()
-        candidates.append(Candidate(f"trial {record.number}", record.cell, scores, proxy_rank))
+        iterations = iterations_of(run, record) if run.rungs else None
+        proxy = scores, proxy_rank, iterations, is_in_full(run, record)
+        candidates.append(Candidate(f"trial {record.number}", record.cell, *proxy))
     return candidates
 
 

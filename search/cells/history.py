@@ -1,5 +1,8 @@
 """What a sampler may know of a search: the cells that were proposed, and the scores of those that are finished.
 
+Where a search is cut short, a trial that goes on gets another score on the next rung, and is better than all that did not get
+so far: it was better than they were then.
+
 It grows by one trial at a time, and a question costs the same at the first trial and at the 28,000th.
 """
 
@@ -27,11 +30,13 @@ class History:
 
     def __init__(self) -> None:
         self._trials: dict[int, Proposed] = {}
-        self._scores: dict[int, float] = {}  # of complete trials, by number
+        self._scores: dict[int, tuple[int, float]] = {}  # rung and score of complete trials, by number
         self._first: dict[str, int] = {}  # form -> the lowest number of a trial that has it
         self._bound = 0  # trials below it are in the two lists, if they are complete
         self._complete: list[int] = []  # their numbers, in ascending order
-        self._ranked: list[tuple[float, int]] = []  # (−score, number), in ascending order
+        self._ranked: list[tuple[int, float, int]] = []  # (−rung, −score, number), in ascending order
+        self._copies: dict[int, list[int]] = {}  # by original
+        self.revision = 0  # counts the changes of scores that were there
 
     def __len__(self) -> int:
         """The number of proposed trials."""
@@ -49,21 +54,49 @@ class History:
         self._trials[number] = Proposed(number, cell_json, form)
         self._first[form] = min(number, self._first.get(form, number))
 
-    def finish(self, number: int, score: float) -> None:
-        """A proposed trial has a score. A failed one is never finished here, so it is no parent of others."""
-        if number in self._scores:
+    def finish(self, number: int, score: float, rung: int = 0) -> None:
+        """A proposed trial has a score on a rung. A failed one is never finished here, so it is no parent of others."""
+        if number in self._scores and self._scores[number][0] >= rung:
             return
-        self._scores[number] = score
+        self._forget(number)
+        self._scores[number] = rung, score
         if number < self._bound:
             self._show(number)
+        for copy in self._copies.get(number, ()):
+            self.finish(copy, score, rung)
+
+    def copy(self, number: int, original: int) -> None:
+        """A proposed trial has what another one has, now and later."""
+        self._copies.setdefault(original, []).append(number)
+        if original in self._scores:
+            rung, score = self._scores[original]
+            self.finish(number, score, rung)
+
+    def withdraw(self, number: int) -> None:
+        """A trial has no score any more, nor have its copies: it has failed on a later rung."""
+        for trial in (number, *self._copies.get(number, ())):
+            self._forget(trial)
+
+    def _forget(self, number: int) -> None:
+        if number not in self._scores:
+            return
+        if number < self._bound:
+            del self._complete[bisect_left(self._complete, number)]
+            del self._ranked[bisect_left(self._ranked, self._rank(number))]
+        del self._scores[number]
+        self.revision += 1
 
     def proposed(self, number: int) -> Proposed:
         """Trial `number`. Raises KeyError if there is none."""
         return self._trials[number]
 
     def scores(self, trials: Iterable[Proposed]) -> list[float]:
-        """The scores of complete trials. Raises KeyError for one without."""
-        return [self._scores[trial.number] for trial in trials]
+        """The scores of complete trials; of several rungs, numbers in their order. Raises KeyError for a trial without."""
+        scores = [self._scores[trial.number] for trial in trials]
+        if len({rung for rung, _ in scores}) <= 1:
+            return [score for _, score in scores]
+        places = {score: place for place, score in enumerate(sorted(set(scores)))}
+        return [float(places[score]) for score in scores]
 
     def complete(self, before: int, newest: int | None = None) -> list[Proposed]:
         """The trials numbered below `before` that have a score, by number; only the `newest` of them if that is given."""
@@ -76,7 +109,7 @@ class History:
         """The distinct cells of the complete trials numbered below `before`, best first; of equals the first."""
         self._advance(before)
         seen: set[str] = set()
-        for _, number in self._ranked:
+        for *_, number in self._ranked:
             trial = self._trials[number]
             if number < before and trial.form not in seen:
                 seen.add(trial.form)
@@ -90,4 +123,8 @@ class History:
 
     def _show(self, number: int) -> None:
         insort(self._complete, number)
-        insort(self._ranked, (-self._scores[number], number))
+        insort(self._ranked, self._rank(number))
+
+    def _rank(self, number: int) -> tuple[int, float, int]:
+        rung, score = self._scores[number]
+        return -rung, -score, number

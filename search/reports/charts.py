@@ -3,8 +3,9 @@
 Of more trials than a browser shows at once, the dots are one picture, over which the best stand as dots of their own.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle
 from typing import Any, NamedTuple
 
@@ -18,12 +19,14 @@ from numpy.typing import NDArray
 from reference.cell import Cell
 from search.reports.diagram import INK, Titles, figure_svg, shortened, show_grid, style_axes
 from search.reports.page import quantity
+from search.reports.rungs import is_in_full, iterations_of, trained_longest
 from search.reports.scatter import label_best
-from search.runs.store import FOUND
 from search.runs.study import Run, TrialRecord, comparison_label
+from search.runs.tables import FOUND
 from search.tasks.proxy import ProxyResult
 
-_SEARCH_COLOUR = "#4a7fd0"
+SEARCH_COLOUR = "#4a7fd0"
+CUT_SHORT_COLOUR = "#9aa3b0"  # of cells not trained in full
 # Of compared cells, in turn: Okabe and Ito's colours, which differ for every kind of colour vision, and a brown.
 _COLOURS = ("#e69f00", "#cc79a7", "#d55e00", "#009e73", INK, "#8b5e3c")
 _MARKERS = ("D", "s", "^", "v", "P", "X", "*")
@@ -84,34 +87,53 @@ def draw_charts(run: Run, best: Sequence[TrialRecord], groups: Sequence[Group]) 
     if not best:
         return
     has_spread = any(group.std is not None for group in groups)
+    compared, grey = trained_longest(best), ""
+    of_cells, each = "Scores of all cells", "Each distinct cell once"
+    if run.rungs:
+        of_cells = f"Scores of the cells {_how_long(run, best)}"
+        each = f"{len(compared):,} of {len(best):,} distinct cells, each once"
+    if len(compared) < len(best):
+        grey = " Grey: scores after fewer iterations."
     charts = (
         (
-            "Scores of all cells",
+            of_cells,
             _draw_distribution,
-            "Each distinct cell once" + ("; bands show ± one standard deviation over seeds." if has_spread else "."),
+            each + ("; bands show ± one standard deviation over seeds." if has_spread else "."),
         ),
         (
             "Progress of the search",
             _draw_progress,
             "Dots are trials, the best with their numbers; the line is the best so far. Point at "
-            f"{_pointed(run)} to see its cell.",
+            f"{_pointed(run)} to see its cell.{grey}",
         ),
         (
             "Score against cost",
             _draw_cost,
             "Multiply-adds of the cell for one validation image; the line joins the Pareto front. "
-            f"{_pointed(run).capitalize()} names its cell, too.",
+            f"{_pointed(run).capitalize()} names its cell, too.{grey}",
         ),
         ("Training loss", _draw_loss, "The best cell, and every seed of the cells beside it; running means."),
     )
     for heading, draw, caption in charts:
-        figure = Figure(figsize=(5.2, 3.3), layout="constrained")
-        axes = figure.add_subplot()
-        style_axes(axes)
-        show_grid(axes)
-        titles = draw(axes, run, best, groups)
-        _draw_legend(figure, axes)
-        yield {"heading": heading, "caption": caption, "svg": Markup(figure_svg(figure, heading, titles))}
+        yield drawn_chart(heading, caption, partial(draw, run=run, best=best, groups=groups))
+
+
+def drawn_chart(heading: str, caption: str, draw: Callable[[Axes], Titles]) -> dict[str, Any]:
+    """Heading, caption and SVG element of a chart."""
+    figure = Figure(figsize=(5.2, 3.3), layout="constrained")
+    axes = figure.add_subplot()
+    style_axes(axes)
+    show_grid(axes)
+    titles = draw(axes)
+    _draw_legend(figure, axes)
+    return {"heading": heading, "caption": caption, "svg": Markup(figure_svg(figure, heading, titles))}
+
+
+def _how_long(run: Run, best: Sequence[TrialRecord]) -> str:
+    """How long the cells that went furthest were trained, in words."""
+    if is_in_full(run, best[0]):
+        return "trained in full"
+    return f"trained longest so far, {iterations_of(run, best[0]):,} iterations"
 
 
 def _draw_legend(figure: Figure, axes: Axes) -> None:
@@ -127,9 +149,9 @@ def _draw_legend(figure: Figure, axes: Axes) -> None:
 
 
 def _draw_distribution(axes: Axes, run: Run, best: Sequence[TrialRecord], groups: Sequence[Group]) -> Titles:
-    scores = [100 * record.score for record in best if record.score is not None]
+    scores = [100 * record.score for record in trained_longest(best) if record.score is not None]
     bins = np.histogram_bin_edges(scores, bins=int(np.clip(2 * np.sqrt(len(scores)), 1, 60)))
-    axes.hist(scores, bins=list(bins), color=_SEARCH_COLOUR, edgecolor="none", rwidth=0.94, label="search")
+    axes.hist(scores, bins=list(bins), color=SEARCH_COLOUR, edgecolor="none", rwidth=0.94, label="search")
     for group in groups:
         axes.axvline(100 * group.mean, color=group.colour, linewidth=1.8, linestyle=group.dashes, label=group.label)
         if group.std is not None:
@@ -153,17 +175,25 @@ class _Dot(NamedTuple):
 
 def _draw_progress(axes: Axes, run: Run, best: Sequence[TrialRecord], groups: Sequence[Group]) -> Titles:
     dots = [_Dot(record, record.number, 100 * record.score) for record in run.trials if record.score is not None]
-    rises = pareto_front([dot.place for dot in dots])
+    rises = pareto_front([dot.place for dot in dots if dot.record.rung == best[0].rung])
     last = max(record.number for record in run.trials)
     numbers, best_so_far = zip(*rises, (last, rises[-1][1]), strict=True)
-    axes.step(numbers, best_so_far, where="post", color=_SEARCH_COLOUR, lw=1.8, label="best so far")
+    axes.step(numbers, best_so_far, where="post", color=SEARCH_COLOUR, lw=1.8, label=_best_so_far(run, best))
     for group in groups:
         axes.axhline(100 * group.mean, color=group.colour, linewidth=1.5, linestyle=group.dashes, label=group.label)
     titles = _draw_trials(axes, run, dots, best, rises)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set(xlim=(-0.03 * last - 0.5, 1.03 * last + 0.5), xlabel="trial", ylabel=f"{run.task.score.name} (%)")
-    label_best(axes, [(record.number, 100 * record.score, f"{record.number}") for record in best if record.score is not None])
+    compared = trained_longest(best)
+    names = [(record.number, 100 * record.score, f"{record.number}") for record in compared if record.score is not None]
+    label_best(axes, names)
     return titles
+
+
+def _best_so_far(run: Run, best: Sequence[TrialRecord]) -> str:
+    if not run.rungs:
+        return "best so far"
+    return "best so far in full" if is_in_full(run, best[0]) else f"best so far after {iterations_of(run, best[0]):,}"
 
 
 def _draw_cost(axes: Axes, run: Run, best: Sequence[TrialRecord], groups: Sequence[Group]) -> Titles:
@@ -172,8 +202,9 @@ def _draw_cost(axes: Axes, run: Run, best: Sequence[TrialRecord], groups: Sequen
         for record in best
         if record.multiply_adds is not None and record.score is not None
     ]
-    front = pareto_front([dot.place for dot in dots])
-    axes.plot(*zip(*front, strict=True), "-", color=_SEARCH_COLOUR, linewidth=1.2)
+    compared = [dot for dot in dots if dot.record.rung == best[0].rung]
+    front = pareto_front([dot.place for dot in compared])
+    axes.plot(*zip(*front, strict=True), "-", color=SEARCH_COLOUR, linewidth=1.2)
     titles = _draw_trials(axes, run, dots, best, front, label="search")
     for number, group in enumerate(groups):
         cost, score = group.results[0].multiply_adds / 1e9, 100 * group.mean
@@ -183,7 +214,7 @@ def _draw_cost(axes: Axes, run: Run, best: Sequence[TrialRecord], groups: Sequen
         axes.errorbar(cost, score, yerr=spread, fmt=group.marker, label=group.label, gid=gid, **look)
         titles[gid] = [f"{group.label}: {score:.2f} %\n{group.cell}"]
     axes.set(xlabel="multiply-adds (10⁹)", ylabel=f"{run.task.score.name} (%)")
-    label_best(axes, [(*dot.place, f"{dot.record.number}") for dot in dots])
+    label_best(axes, [(*dot.place, f"{dot.record.number}") for dot in compared])
     return titles
 
 
@@ -196,13 +227,27 @@ def _draw_trials(
     label: str | None = None,
 ) -> dict[str, list[str]]:
     """Draw all dots; their titles, or those of the best and of the places on the chart's line where there are too many."""
-    look: dict[str, Any] = {"color": _SEARCH_COLOUR, "markeredgewidth": 0}
+    shorter = [dot for dot in dots if dot.record.rung < best[0].rung]
+    titles = _draw_shorter(axes, run, shorter) if shorter else {}
+    dots = [dot for dot in dots if dot.record.rung == best[0].rung]
+    look: dict[str, Any] = {"color": SEARCH_COLOUR, "markeredgewidth": 0}
     if _is_crowded(run):
         axes.plot(*_places(dots), "o", alpha=0.25, markersize=2, zorder=1, rasterized=True, **look)
         shown, places = {record.number for record in best[:_BEST_DOTS]}, set(line)
         dots = [dot for dot in dots if dot.record.number in shown or dot.place in places]
     axes.plot(*_places(dots), "o", alpha=0.6, markersize=4.5, gid="trials", zorder=3, label=label, **look)
-    return {"trials": [_title(run, dot.record) for dot in dots]}
+    return titles | {"trials": [_title(run, dot.record) for dot in dots]}
+
+
+def _draw_shorter(axes: Axes, run: Run, dots: Sequence[_Dot]) -> dict[str, list[str]]:
+    """Draw the dots of cells that were trained for fewer iterations, small and grey; their titles, if not too many."""
+    look: dict[str, Any] = {"color": CUT_SHORT_COLOUR, "markeredgewidth": 0}
+    axes.plot([], [], "o", markersize=3, label="fewer iterations", **look)
+    if _is_crowded(run):
+        axes.plot(*_places(dots), "o", alpha=0.25, markersize=2, zorder=0.9, rasterized=True, **look)
+        return {}
+    axes.plot(*_places(dots), "o", alpha=0.6, markersize=3, gid="shorter", zorder=2, **look)
+    return {"shorter": [_title(run, dot.record) for dot in dots]}
 
 
 def _places(dots: Sequence[_Dot]) -> tuple[list[float], list[float]]:
@@ -224,7 +269,8 @@ def _title(run: Run, record: TrialRecord) -> str:
     assert record.score is not None  # it has a dot
     assert record.multiply_adds is not None
     score, cost = run.task.score.text(record.score), quantity(record.multiply_adds)
-    return f"trial {record.number}: {run.task.score.name} {score}, {cost} multiply-adds\n{record.cell}"
+    after = f" after {iterations_of(run, record):,} iterations" if run.rungs else ""
+    return f"trial {record.number}: {run.task.score.name} {score}{after}, {cost} multiply-adds\n{record.cell}"
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -246,7 +292,7 @@ def _draw_loss(axes: Axes, run: Run, best: Sequence[TrialRecord], groups: Sequen
             label = group.label if k == 0 else None
             axes.plot(*_smooth(run.curve(again)), linestyle=group.dashes, color=group.colour, lw=1.1, label=label, alpha=0.8)
     for record in best[:1]:
-        axes.plot(*_smooth(run.curve(record)), color=_SEARCH_COLOUR, lw=2, label=f"best, trial {record.number}")
+        axes.plot(*_smooth(run.curve(record)), color=SEARCH_COLOUR, lw=2, label=f"best, trial {record.number}")
     axes.set(xlabel="iteration", ylabel="loss (per pixel)")
     return {}
 

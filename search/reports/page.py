@@ -25,6 +25,7 @@ def write_page(path: Path, template: str, content: dict[str, Any]) -> None:
     environment.filters |= {
         "percent": percent,
         "quantity": quantity,
+        "thousands": "{:,}".format,
         "operation_label": operation_label,
         "operation_colours": operation_colours,
         "input_name": input_name,

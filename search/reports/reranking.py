@@ -29,12 +29,17 @@ class Failed:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A cell to train end to end: one of the search's best, or a known one, which has no rank."""
+    """A cell to train end to end: one of the search's best, or a known one, which has no rank.
+
+    Of a search that was cut short, scores after fewer iterations than all are not compared with the others.
+    """
 
     name: str
     cell: Cell
     proxy_scores: tuple[float, ...]  # one per seed; none for a known cell that the run did not score
     proxy_rank: int | None
+    proxy_iterations: int | None = None  # that the scores are of, where a search was cut short
+    is_in_full: bool = True  # they are all that there are
 
 
 @dataclass(frozen=True)
@@ -116,11 +121,19 @@ def _row(trainings: Trainings, seeds: set[int] | None) -> Reranked:
 
 
 def correlation(rows: list[Reranked]) -> RankCorrelation | None:
-    """Spearman's ρ of proxy and final score over the search's cells, without the known ones; None below three cells."""
-    found = [row for row in rows if row.final_rank is not None]
+    """Spearman's ρ of proxy and final score over the search's cells, without the known ones; None below three cells.
+
+    Cells that the search did not train in full are left out.
+    """
+    found = _compared(rows)
     if len(found) < MIN_POINTS:
         return None
     return rank_correlation([row.candidate.proxy_scores[0] for row in found], [row.mean for row in found])
+
+
+def _compared(rows: list[Reranked]) -> list[Reranked]:
+    """The search's cells whose proxy scores can be compared with each other."""
+    return [row for row in rows if row.final_rank is not None and row.candidate.is_in_full]
 
 
 def finish_reranking(directory: Path, rows: list[Reranked], seeds: int, task: DenseTask) -> None:
@@ -140,8 +153,12 @@ def finish_reranking(directory: Path, rows: list[Reranked], seeds: int, task: De
         print(f"\n{done} of {wanted} trainings are done; the same command goes on")
     if warning := ties([row.mean for row in found]):
         print(f"\nwarning: {warning}")
+    compared = _compared(rows)
+    if shorter := len(found) - len(compared):
+        cells = "1 cell" if shorter == 1 else f"{shorter} cells"
+        print(f"\npicture and rho are without {cells} that the search did not train in full")
     if rho is None:
-        print(f"\nSpearman's rho of proxy and final score takes {MIN_POINTS} cells of the search; here are {len(found)}")
+        print(f"\nSpearman's rho of proxy and final score takes {MIN_POINTS} cells of the search; here are {len(compared)}")
     else:
         print(f"\nproxy and final score, {rho.count} cells: Spearman's {rho}, with its 95 % bootstrap interval")
     print(f"\nranks: {directory / 'ranks.csv'}\npicture: {directory / 'scatter.png'} (scatter.svg names each dot)")
@@ -151,9 +168,11 @@ def finish_reranking(directory: Path, rows: list[Reranked], seeds: int, task: De
 
 def _table(rows: list[Reranked], score: Measure) -> str:
     width, narrow = max(len(row.candidate.name) for row in rows), len(score.heading)
+    has_rungs = _has_rungs(rows)
+    wide, trained = (narrow + 17, f" {'iterations':>10}") if has_rungs else (narrow + 6, "")
     lines = [
-        f"{'':{width}} {'proxy':>{narrow + 6}} {'final':>20}",
-        f"{'':{width}} {'rank':>5} {score.heading:>{narrow}} {'rank':>5} {score.heading:>14} {'params':>9} "
+        f"{'':{width}} {'proxy':>{wide}} {'final':>20}",
+        f"{'':{width}} {'rank':>5}{trained} {score.heading:>{narrow}} {'rank':>5} {score.heading:>14} {'params':>9} "
         f"{'multiply-adds':>13} "
         f"{'seconds':>8}  cell",
     ]
@@ -165,9 +184,15 @@ def _table(rows: list[Reranked], score: Measure) -> str:
             spread = f" ± {100 * row.std:.2f}" if len(row.results) > 1 else ""
             final, first = f"{100 * row.mean:.2f}{spread}", row.results[0]
             cost = f"{first.parameters:>9,} {first.multiply_adds / 1e9:>12.3f}B {first.seconds:>8.1f}"
-        ranks = f"{candidate.proxy_rank or '–':>5} {proxy:>{narrow}} {row.final_rank or '–':>5}"
+        trained = f" {candidate.proxy_iterations:>10,}" if has_rungs else ""
+        ranks = f"{candidate.proxy_rank or '–':>5}{trained} {proxy:>{narrow}} {row.final_rank or '–':>5}"
         lines.append(f"{candidate.name:{width}} {ranks} {final:>14} {cost}  {candidate.cell}")
     return "\n".join(lines)
+
+
+def _has_rungs(rows: list[Reranked]) -> bool:
+    """Whether the search was cut short."""
+    return any(row.candidate.proxy_iterations is not None for row in rows)
 
 
 def _write_csv(path: Path, rows: list[Reranked], task: DenseTask) -> None:
@@ -185,21 +210,26 @@ def _write_csv(path: Path, rows: list[Reranked], task: DenseTask) -> None:
         "seconds",
     )
     more_columns = (f"final_{measure.key}" for measure in beside)
-    writer.writerow(["name", "proxy_rank", f"proxy_{key}", *final_columns, *more_columns, "folder", "cell"])
+    has_rungs = _has_rungs(rows)
+    trained = ["proxy_iterations"] if has_rungs else []
+    writer.writerow(["name", "proxy_rank", *trained, f"proxy_{key}", *final_columns, *more_columns, "folder", "cell"])
     for row in rows:
         candidate, first = row.candidate, row.results[0] if row.results else None
         proxy = float(np.mean(candidate.proxy_scores)) if candidate.proxy_scores else None
         final = [row.mean if row.results else None, row.std if len(row.results) > 1 else None, len(row.results)]
         cost: list[Any] = [first.parameters, first.multiply_adds, first.seconds] if first else [None] * 3
         cell = json.dumps(json.loads(candidate.cell.to_json()))
-        ranks = [candidate.proxy_rank, proxy, row.final_rank]
+        ranks = [candidate.proxy_rank, *([candidate.proxy_iterations] if has_rungs else []), proxy, row.final_rank]
         more = details_beside(task, [result.scores for result in row.results])
         writer.writerow([candidate.name, *ranks, *final, "; ".join(row.failures), *cost, *more, row.folder.name, cell])
     write_text(path, text.getvalue())
 
 
 def _draw(path: Path, rows: list[Reranked], rho: RankCorrelation | None, score: Measure) -> None:
-    """Draw figure 4b: a dot for each cell, the known ones marked, and the ρ of the others above."""
+    """Draw figure 4b: a dot for each cell, the known ones marked, and the ρ of the others above.
+
+    Cells that the search did not train in full are left out.
+    """
     points = [
         Point(
             row.candidate.proxy_scores,
@@ -208,7 +238,7 @@ def _draw(path: Path, rows: list[Reranked], rho: RankCorrelation | None, score: 
             row.candidate.name,
         )
         for row in rows
-        if row.candidate.proxy_scores and row.is_scored
+        if row.candidate.proxy_scores and row.is_scored and row.candidate.is_in_full
     ]
     write_scatters(
         path, [Scatter(points, score.name, "proxy", "end to end", title=f"cells of the search: {rho}" if rho else "")]

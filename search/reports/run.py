@@ -25,13 +25,16 @@ from search.reports.cells import draw_pictures
 from search.reports.charts import KNOWN_LABELS, Group, draw_charts, groups_of
 from search.reports.in_python import in_python
 from search.reports.latency import Latencies, measure_latencies
+from search.reports.learning_curves import draw_learning_curves
 from search.reports.page import percent, write_page
 from search.reports.predictions import laid_over
-from search.runs.store import BEST_HEAD, head_name
+from search.reports.rungs import cost_of, is_in_full, iterations_of, rungs_of, trained_longest
 from search.runs.study import Run, TrialRecord, head_path, ranked
+from search.runs.tables import BEST_HEAD, head_name
 from search.settings import LossSettings, declared, known
 from search.tasks.proxy import ProxyResult
 
+_SHARES = {2: "half", 3: "third", 4: "quarter"}
 _TOP, _DRAWN_BEST, _DRAWN_WORST = 10, 3, 2
 _FAILURES = 50  # that are listed
 _EXAMPLE_SIDE = 640  # pixels, at most
@@ -49,6 +52,7 @@ class Row:
     remarks: list[str]
     result: ProxyResult
     is_compared: bool
+    iterations: int | None = None  # of a run that was cut short
 
 
 @dataclass(frozen=True)
@@ -85,23 +89,42 @@ def _content(run: Run, device: str | None, running: Running | None) -> dict[str,
         "in_python": in_python(run) if best and is_named(run.settings.data.dataset) else None,
         "identity": {name: value for name, value in run.identity.items() if value is not None or name not in _OF_LOSS},
         "best": best[0] if best else None,
+        "early_stopping": _early_stopping(run, best),
         "distinct": len(best),
         "failed": len(failures),
         "failures": failures[-_FAILURES:],
         "duplicates": sum(record.duplicate_of is not None for record in run.trials),
         "known": [group for group in groups if not group.is_found],
         "fair": fair,  # the best of many is partly luck; its second score is not
-        "compared_score": fair.mean if fair else best[0].score if best else None,
+        "compared_score": fair.mean if fair else best[0].score if best and is_in_full(run, best[0]) else None,
         "spread": _spread,
         "charts": list(draw_charts(run, best, groups)),
         "drawings": list(_drawings(run, best, groups, trained)),
         "rows": rows,
         "latencies": _latencies(run, rows, trained, device) if device and trained and rows else None,
         "beside": measures_beside(run.task),
-        "detail_columns": _detail_columns(best, groups),
+        "detail_columns": _detail_columns(run, best, groups),
         "examples": _drawn_examples(examples, run.task),
         "legend": run.task.legend(_all_maps(examples)) if examples else [],
         "hexadecimal": "#{:02x}{:02x}{:02x}".format,
+    }
+
+
+def _early_stopping(run: Run, best: Sequence[TrialRecord]) -> dict[str, Any] | None:
+    """What the page says of a search that is cut short, once a cell has a score."""
+    if not run.rungs or not best:
+        return None
+    in_full = trained_longest(best) if is_in_full(run, best[0]) else []
+    reduction = int(run.identity["reduction_factor"])
+    return {
+        "rule": run.identity["early_stopping"],
+        "reduction": reduction,
+        "share": _SHARES.get(reduction, f"one in {reduction}"),
+        "best_in": None if in_full else iterations_of(run, best[0]),
+        "in_full": len(in_full),
+        "rungs": rungs_of(run),
+        "cost": cost_of(run),
+        "chart": draw_learning_curves(run, best),
     }
 
 
@@ -116,12 +139,13 @@ def _rows(run: Run, best: Sequence[TrialRecord], groups: Sequence[Group]) -> Ite
         result = record.result
         assert result is not None  # it is ranked
         beside = _beside(task, [result])
-        remarks = maps.cell_remarks(record.cell)
-        yield Row(f"trial {record.number}", percent(result.score), beside, record.cell, remarks, result, False)
+        remarks, iterations = maps.cell_remarks(record.cell), iterations_of(run, record) if run.rungs else None
+        yield Row(f"trial {record.number}", percent(result.score), beside, record.cell, remarks, result, False, iterations)
     for group in groups:
         label = f"{group.label} (n\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{len(group.results)})"
         beside, remarks = _beside(task, group.results), maps.cell_remarks(group.cell)
-        yield Row(label, _spread(group), beside, group.cell, remarks, group.results[0], True)
+        iterations = run.rungs[-1] if run.rungs else None
+        yield Row(label, _spread(group), beside, group.cell, remarks, group.results[0], True, iterations)
 
 
 def _beside(task: DenseTask, results: Sequence[ProxyResult]) -> list[str]:
@@ -160,7 +184,7 @@ def _drawings(
             yield {
                 "heading": percent(record.score),
                 "place": place,
-                "name": f"trial {record.number}",
+                "name": _named(run, record),
                 "pictures": draw_pictures(record.cell, maps, trained.get("best") if rank == 0 else None, layers),
             }
     for group in groups:
@@ -191,11 +215,17 @@ def _latencies(run: Run, rows: Sequence[Row], trained: Mapping[str, DensePredict
     return measure_latencies(cells, known(run.space.maps).validation, device=device)
 
 
-def _detail_columns(best: Sequence[TrialRecord], groups: Sequence[Group]) -> list[dict[str, Any]]:
+def _named(run: Run, record: TrialRecord) -> str:
+    """A trial, and of one that was not trained in full for how long."""
+    after = "" if is_in_full(run, record) else f", {iterations_of(run, record):,} iterations"
+    return f"trial {record.number}{after}"
+
+
+def _detail_columns(run: Run, best: Sequence[TrialRecord], groups: Sequence[Group]) -> list[dict[str, Any]]:
     """Details of the scores of the best cell and of each group, as means over seeds."""
     columns = []
     if best and best[0].result:
-        columns.append({"label": f"trial {best[0].number}", "details": best[0].result.scores.details})
+        columns.append({"label": _named(run, best[0]), "details": best[0].result.scores.details})
     for group in groups:
         columns.append({"label": group.label, "details": mean_details([result.scores for result in group.results])})
     return columns

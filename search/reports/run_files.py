@@ -18,13 +18,13 @@ from tqdm import tqdm
 from fast.bilinear_resize import bilinear_resize
 from fast.checkpoint import load_head
 from search.datasets import Dataset, Sample
-from search.dense_tasks import DenseTask, details_beside, measures_beside
+from search.dense_tasks import details_beside, measures_beside
 from search.errors import InputError
 from search.files import write_text, write_whole
-from search.reports.rank_correlation import ties
 from search.reports.run import Running, write_report
-from search.runs.store import BEST_HEAD, head_name
-from search.runs.study import BaselineRecord, Run, TrialRecord, comparison_label, head_path, load_run, ranked
+from search.reports.rungs import iterations_of, ties_of
+from search.runs.study import Run, TrialRecord, comparison_label, head_path, load_run, ranked
+from search.runs.tables import BEST_HEAD, head_name
 from search.tasks.feature_cache import FeatureCache
 
 _EXAMPLES = 4
@@ -44,7 +44,9 @@ def finish_run(
     distinct = ranked(run.trials)
     best = distinct[:_TOP]
     _write_examples(directory, pictures, val, compared)
-    _write_csv(directory / "cells.csv", run.trials, run.task)
+    _write_csv(directory / "cells.csv", run)
+    if run.rungs:
+        _write_rungs(directory / "rungs.csv", run)
     if not best:
         failed = sum(record.failure is not None for record in run.trials)
         report = write_report(run)
@@ -54,8 +56,8 @@ def finish_run(
     for rank, record in enumerate(best, start=1):
         write_text(directory / "best_cells" / f"rank_{rank:02d}.json", record.cell.to_json())
     report = write_report(run, timed_on)
-    print(_table(best, run.baselines, run.task))
-    if warning := ties([record.score for record in distinct if record.score is not None]):
+    print(_table(run, best))
+    for warning in ties_of(run, distinct):
         print(f"\nwarning: {warning}")
     print(f"\nreport: {report}\nbest cell: {directory / 'best_cells' / 'rank_01.json'}")
 
@@ -86,37 +88,61 @@ class ReportRefresher:
         self._due = end + max(_BETWEEN_PAGES, _COSTS_BETWEEN_PAGES * (end - start))
 
 
-def _table(best: list[TrialRecord], baselines: list[BaselineRecord], task: DenseTask) -> str:
-    rows = [(f"trial {record.number}", [record.result], record.cell) for record in best if record.result]
-    for name in dict.fromkeys(record.name for record in baselines):
-        again = [record for record in baselines if record.name == name]
-        label = comparison_label(name)
-        rows.append((f"{label} (n={len(again)})", [record.result for record in again], again[0].cell))
+def _table(run: Run, best: list[TrialRecord]) -> str:
+    """The best cells and the compared ones; where the search was cut short, with the iterations that a score is of."""
+    task, has_rungs = run.task, bool(run.rungs)
+    rows = [
+        (f"trial {record.number}", iterations_of(run, record) if has_rungs else 0, [record.result], record.cell)
+        for record in best
+        if record.result
+    ]
+    for name in dict.fromkeys(record.name for record in run.baselines):
+        again = [record for record in run.baselines if record.name == name]
+        label, iterations = f"{comparison_label(name)} (n={len(again)})", run.rungs[-1] if has_rungs else 0
+        rows.append((label, iterations, [record.result for record in again], again[0].cell))
     beside = measures_beside(task)
     headings = "".join(f" {measure.heading:>8}" for measure in beside)
-    lines = [f"{'':20} {task.score.heading:>14}{headings} {'params':>9} {'multiply-adds':>13} {'seconds':>7}  cell"]
-    for label, results, cell in rows:
+    trained = f" {'iterations':>10}" if has_rungs else ""
+    lines = [f"{'':20}{trained} {task.score.heading:>14}{headings} {'params':>9} {'multiply-adds':>13} {'seconds':>7}  cell"]
+    for label, iterations, results, cell in rows:
         scores = [100 * result.score for result in results]
         spread = f" ± {np.std(scores, ddof=1):.2f}" if len(scores) > 1 else ""
         mean, first = f"{np.mean(scores):.2f}{spread}", results[0]
         details = details_beside(task, [result.scores for result in results])
         more = "".join(f" {measure.number(value):>8}" for measure, value in zip(beside, details, strict=True))
         cost = f"{first.parameters:>9,} {first.multiply_adds / 1e9:>12.3f}B {first.seconds:>7.1f}"
-        lines.append(f"{label:20} {mean:>14}{more} {cost}  {cell}")
+        trained = f" {iterations:>10,}" if has_rungs else ""
+        lines.append(f"{label:20}{trained} {mean:>14}{more} {cost}  {cell}")
     return "\n".join(lines)
 
 
-def _write_csv(path: Path, records: list[TrialRecord], task: DenseTask) -> None:
-    text = io.StringIO()
+def _write_csv(path: Path, run: Run) -> None:
+    text, task = io.StringIO(), run.task
     writer = csv.writer(text)
-    score_columns = [task.score.key, *(measure.key for measure in measures_beside(task))]
+    trained = ["iterations"] if run.rungs else []
+    score_columns = [*trained, task.score.key, *(measure.key for measure in measures_beside(task))]
     writer.writerow(["trial", *score_columns, "parameters", "multiply_adds", "seconds", "failure", "duplicate_of", "cell"])
-    for record in records:
+    for record in run.trials:
         result = record.result
+        iterations = [iterations_of(run, record) if result else None] if run.rungs else []
         scores = [result.score if result else None, *details_beside(task, [result.scores] if result else [])]
         cost = [result.parameters, result.multiply_adds, result.seconds] if result else [None] * 3
         cell = json.dumps(json.loads(record.cell.to_json()))
-        writer.writerow([record.number, *scores, *cost, record.failure, record.duplicate_of, cell])
+        writer.writerow([record.number, *iterations, *scores, *cost, record.failure, record.duplicate_of, cell])
+    write_text(path, text.getvalue())
+
+
+def _write_rungs(path: Path, run: Run) -> None:
+    """The scores of each cell on all rungs that it has reached, without copies."""
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(["trial", *run.rungs, "failure", "cell"])
+    for record in run.trials:
+        if record.duplicate_of is None:
+            scores = run.rung_scores.get(record.number, ())
+            blank = [None] * (len(run.rungs) - len(scores))
+            cell = json.dumps(json.loads(record.cell.to_json()))
+            writer.writerow([record.number, *scores, *blank, record.failure, cell])
     write_text(path, text.getvalue())
 
 

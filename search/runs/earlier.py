@@ -13,7 +13,7 @@ from reference.cell import Cell
 from search.cells.sampler import cell_from_params
 from search.cells.space import SearchSpace
 from search.runs.mirror import optunas_storage
-from search.runs.store import COMPLETE, FAILED, RUNNING, SEARCH, Begun, Key, Row
+from search.runs.tables import COMPLETE, FAILED, RUNNING, SEARCH, Begun, Key, Row
 
 
 class EarlierRun:

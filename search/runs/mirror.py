@@ -1,8 +1,10 @@
 """The finished jobs of a run as two Optuna studies in the same database, for people: dashboards, plots, `optuna.load_study`.
 
 The store (`search.runs.store`) is what a search reads and writes; nothing here is read again. Trials come in the order of
-their numbers, which are the same in both, so a slow cell holds back those after it. Studies of these names that are no such
-copies are those of an earlier version, whose content the store has taken over: copies take their place.
+their numbers, which are the same in both, so a slow cell holds back those after it. Where a search is cut short, a trial has
+the score of its last rung, and those of all as intermediate values; as long as it is not trained in full, it is pruned.
+Studies of these names that are no such copies are those of an earlier version, whose content the store has taken over: copies
+take their place.
 
 Rows are written by Optuna's own tables and not by its functions: those take a transaction for every trial, so that a process
 that dies, or is suspended while another one does its work, would leave a trial out or write it twice. Besides, they take fifty
@@ -29,20 +31,24 @@ from search.cells.sampler import distributions_of, params_of_cell
 from search.cells.space import SearchSpace
 from search.dense_tasks import DenseTask, Scores, details_beside, measures_beside
 from search.errors import InputError
-from search.runs.store import FAILED, SEARCH, Key, Reader, Row
+from search.runs.reader import Reader
+from search.runs.tables import FAILED, SEARCH, Key, Row
 
 _COPY = "copy of the table", "dpc_jobs"  # a user attribute of these studies
+_JOBS = "jobs of the search in it"  # a user attribute of the study of a search that is cut short
 _AT_ONCE = 500  # trials in a transaction; it may take a second
 
 
 class Mirror:
     """The studies `<name> search` and `<name> comparison`, which are made if they are not there.
 
+    `rungs` are the iterations of each, if the search is cut short.
     Raises InputError if Optuna cannot use its tables there.
     """
 
-    def __init__(self, url: str, name: str, task: DenseTask, space: SearchSpace) -> None:
-        self._task, self._space = task, space
+    def __init__(self, url: str, name: str, task: DenseTask, space: SearchSpace, rungs: tuple[int, ...] = ()) -> None:
+        self._task, self._space, self._rungs = task, space, rungs
+        self._in_full: set[int] = set()  # of the trials at hand, those with a score on the last rung
         self._distributions = {name: (each, distribution_to_json(each)) for name, each in distributions_of(space).items()}
         with optunas_storage(url, name) as storage:
             self._search, self._comparison = (self._open(storage, f"{name} {part}") for part in ("search", "comparison"))
@@ -59,14 +65,59 @@ class Mirror:
             rows = reader.finished(search=True, after=first - 1, at_most=_AT_ONCE)
             in_order = [row for row, number in takewhile(lambda each: each[0].key.number == each[1], zip(rows, count(first)))]
             # All is read before a row is written: many rows lock a file of SQLite, also for the reader.
+            self._find_in_full(reader, in_order)
             first_compared, compared = self._count(session, self._comparison), list[Row]()
             if first_compared < reader.num_finished(search=False):
                 there = self._compared(session)
                 compared = [row for row in reader.finished(search=False) if row.key not in there]
             self._add(session, self._search, first, in_order)
+            is_all = not self._rungs or self._go_on(session, reader, first + len(in_order))
             self._add(session, self._comparison, first_compared, compared)
             session.commit()
-        return len(in_order) < _AT_ONCE
+        return len(in_order) < _AT_ONCE and is_all
+
+    def _go_on(self, session: Session, reader: Reader, trials: int) -> bool:
+        """Add results of rungs to the first `trials`, which are there; returns whether it was all."""
+        attribute = models.StudyUserAttributeModel
+        of_study = (attribute.study_id == self._search) & (attribute.key == _JOBS)
+        there = session.execute(sa.select(attribute).where(of_study)).scalar_one_or_none()
+        done = 0 if there is None else int(json.loads(str(there.value_json)))
+        jobs = list(takewhile(lambda job: job[0] < trials, reader.logged(done, _AT_ONCE)))
+        if not jobs:
+            return True
+        changed = reader.finished(search=True, of=[number for number, rung, _ in jobs if rung > 0])
+        self._find_in_full(reader, changed)
+        trial = models.TrialModel
+        numbers = sorted({number for number, *_ in jobs} | {row.key.number for row in changed})
+        query = sa.select(trial).where((trial.study_id == self._search) & trial.number.in_(numbers))
+        trials_of = {int(each.number): each for each in session.execute(query).scalars()}
+        for row in changed:
+            if row.key.number in trials_of:  # a copy may not be there yet
+                self._rewrite(session, trials_of[row.key.number], row)
+        finite = models.TrialIntermediateValueModel.TrialIntermediateValueType.FINITE
+        for number, rung, score in jobs:
+            if score is not None:
+                value = {"step": self._rungs[rung], "intermediate_value": score, "intermediate_value_type": finite}
+                session.add(models.TrialIntermediateValueModel(trial_id=trials_of[number].trial_id, **value))
+        if there is None:
+            session.add(attribute(study_id=self._search, key=_JOBS, value_json=json.dumps(len(jobs))))
+        else:
+            there.value_json = json.dumps(done + len(jobs))
+        return len(jobs) < _AT_ONCE
+
+    def _find_in_full(self, reader: Reader, rows: Iterable[Row]) -> None:
+        """Learn which of these trials are trained in full, before they are written."""
+        if self._rungs and (originals := {_original(row) for row in rows}):
+            self._in_full = reader.scored_on(len(self._rungs) - 1, originals)
+
+    def _rewrite(self, session: Session, trial: models.TrialModel, row: Row) -> None:
+        """Give a trial what it has come to by now."""
+        for table in (models.TrialValueModel, models.TrialUserAttributeModel):
+            session.execute(sa.delete(table).where(table.trial_id == trial.trial_id))
+        now = self._trial(self._search, row.key.number, row)
+        trial.state, trial.datetime_start, trial.datetime_complete = now.state, now.datetime_start, now.datetime_complete
+        parts = self._parts(int(trial.trial_id), row)
+        session.add_all(part for part in parts if not isinstance(part, models.TrialParamModel))
 
     def _open(self, storage: optuna.storages.RDBStorage, name: str) -> int:
         with suppress(KeyError):
@@ -97,11 +148,22 @@ class Mirror:
 
     def _add(self, session: Session, study: int, first: int, rows: Iterable[Row]) -> None:
         """Add these rows as the trials numbered from `first` on."""
-        trials = [(_trial(study, number, row), row) for number, row in enumerate(rows, first)]
+        trials = [(self._trial(study, number, row), row) for number, row in enumerate(rows, first)]
         session.add_all(trial for trial, _ in trials)
         session.flush()  # they get their ids
         for trial, row in trials:
             session.add_all(self._parts(int(trial.trial_id), row))
+
+    def _trial(self, study: int, number: int, row: Row) -> models.TrialModel:
+        state = TrialState.COMPLETE
+        if row.state == FAILED:
+            state = TrialState.FAIL
+        elif self._rungs and row.key.name == SEARCH and _original(row) not in self._in_full:
+            state = TrialState.PRUNED
+        finished = datetime.fromtimestamp(row.finished or 0)  # as Optuna has it: local, without a zone
+        seconds = json.loads(row.result)["seconds"] if row.result and row.duplicate_of is None else 0
+        start = finished - timedelta(seconds=seconds)
+        return models.TrialModel(study_id=study, number=number, state=state, datetime_start=start, datetime_complete=finished)
 
     def _parts(self, trial: int, row: Row) -> Iterable[models.BaseModel]:
         if row.score is not None:
@@ -152,6 +214,10 @@ def optunas_storage(url: str, name: str) -> Iterator[optuna.storages.RDBStorage]
         storage.engine.dispose()
 
 
+def _original(row: Row) -> int:
+    return row.key.number if row.duplicate_of is None else row.duplicate_of
+
+
 def _delete(storage: optuna.storages.RDBStorage, study: int) -> None:
     """Delete a study at once; Optuna would read all of it before."""
     trials = sa.select(models.TrialModel.trial_id).where(models.TrialModel.study_id == study)
@@ -161,11 +227,3 @@ def _delete(storage: optuna.storages.RDBStorage, study: int) -> None:
                 connection.execute(table.delete().where(table.c.study_id == study))
             elif "trial_id" in table.c:
                 connection.execute(table.delete().where(table.c.trial_id.in_(trials)))
-
-
-def _trial(study: int, number: int, row: Row) -> models.TrialModel:
-    state = TrialState.FAIL if row.state == FAILED else TrialState.COMPLETE
-    finished = datetime.fromtimestamp(row.finished or 0)  # as Optuna has it: local, without a zone
-    seconds = json.loads(row.result)["seconds"] if row.result and row.duplicate_of is None else 0
-    start = finished - timedelta(seconds=seconds)
-    return models.TrialModel(study_id=study, number=number, state=state, datetime_start=start, datetime_complete=finished)

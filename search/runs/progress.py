@@ -5,14 +5,14 @@ import re
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Self, TextIO
+from typing import Any, Self, TextIO
 
 from tqdm import tqdm
 
 from search.dense_tasks import Measure
-from search.runs.store import SEARCH, Key
+from search.runs.tables import SEARCH, Key
 
 _BETWEEN_SHOWN = 0.2  # seconds between two states of the bar in which no trial has finished
 _BETWEEN_LINES = 60.0  # seconds between two lines where there is no bar, unless a tenth of the trials is done
@@ -32,20 +32,22 @@ class Progress:
         self._best: float | None = None
         self._failed = 0
         self._failures: Counter[str] = Counter()  # by reason, numbers left out
+        self._rungs: Sequence[int] = ()
+        self._after: int | None = None
+        self._work = float(done)
         self._busy = 0
         self._capacity = 1
         self._elsewhere = (0, 0)  # cells, and the processes that they are with
         self._pace: Pace | None = None  # from the first trial on: comparisons take as long, and are none
         self._shown_at = self._line_at = clock()
-        self._line_of = (done, False)  # what the last line said: trials, and whether this process waits for others
+        self._line_of: tuple[Any, ...] = (done, False, ())  # what the last line said: trials, whether it waits, rungs
 
     def __enter__(self) -> Self:
-        form = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
         self._bar = tqdm(
             total=self._total,
             initial=self._done,
             desc="search",
-            bar_format=form,
+            bar_format=self._form,
             dynamic_ncols=True,
             disable=not _has_width(sys.stderr),
         )
@@ -61,7 +63,7 @@ class Progress:
         if key.name != SEARCH:
             self._write(named(key))
         elif self._pace is None:
-            self._pace = Pace(self._clock(), self._done)
+            self._pace = Pace(self._clock(), self._work)
         self._show()
 
     def finished(self, key: Key, failure: str | None = None) -> None:
@@ -75,13 +77,28 @@ class Progress:
         self._busy -= 1
         self._write(f"{named(key)} is tried again: {failure}")
 
-    def counted(self, done: int, *, failed: int, best: float | None) -> None:
-        """What the trials have come to by now: all that are finished, those without a score, and the best one."""
-        if done > self._done:
+    def counted(
+        self,
+        done: int,
+        *,
+        failed: int,
+        best: float | None,
+        rungs: Sequence[int] = (),
+        share: float | None = None,
+        after: int | None = None,
+    ) -> None:
+        """What the trials have come to by now: all that are finished, those without a score, and the best one.
+
+        Where a search is cut short, also how many have a score on each of its `rungs`, the share of the work that is done, and
+        the iterations `after` which the best one is so good, unless these are all.
+        """
+        work = float(done) if share is None else share * self._total
+        if work > self._work:
             if self._pace is None:  # others have begun
-                self._pace = Pace(self._clock(), done)
-            self._pace.add(self._clock(), done, self._at_once)
+                self._pace = Pace(self._clock(), work)
+            self._pace.add(self._clock(), work, self._at_once)
         self._done, self._failed, self._best = done, failed, best
+        self._work, self._rungs, self._after = max(self._work, work), rungs, after
         self._total = max(self._total, done)  # another process may have been told to try more
         self._show()
 
@@ -109,16 +126,21 @@ class Progress:
             self._show_line(now, last)
         elif last or self._done != self._bar.n or now - self._shown_at >= _BETWEEN_SHOWN:
             self._shown_at = now
-            self._bar.n = self._done
+            self._bar.n, self._bar.bar_format = min(self._work, self._total), self._form
             self._bar.set_postfix_str(", ".join(self._state(now)))
 
     def _show_line(self, now: float, last: bool) -> None:
-        said, state = self._line_of, (self._done, self._is_waiting)
+        said, state = self._line_of, (self._done, self._is_waiting, tuple(self._rungs))
         is_next_tenth = self._tenths(self._done) > self._tenths(said[0])
         if state != said and (last or is_next_tenth or now - self._line_at >= _BETWEEN_LINES):
             self._line_of, self._line_at = state, now
-            share = 100 * self._done // max(1, self._total)
+            share = int(100 * self._work / max(1, self._total))
             self._write(", ".join([f"search: {self._done} of {self._total} trials ({share} %)", *self._state(now)]))
+
+    @property
+    def _form(self) -> str:
+        """The bar's: how long it is says the work, the numbers are of trials."""
+        return f"{{desc}}: {{percentage:3.0f}}%|{{bar}}| {self._done}/{self._total}{{postfix}}"
 
     def _tenths(self, done: int) -> int:
         return 10 * done // max(1, self._total)
@@ -130,9 +152,12 @@ class Progress:
         if self._is_waiting:
             state.append(f"waiting: {_count(cells, 'cell')} {'is' if cells == 1 else 'are'} with {_other(processes)}")
         if self._best is not None:
-            state.append(f"best {self._measure.name} {self._measure.text(self._best)}")
+            after = "" if self._after is None else f" after {self._after} iterations"
+            state.append(f"best {self._measure.name} {self._measure.text(self._best)}{after}")
         if self._pace is not None:
-            state += self._pace.said(self._total - self._done, now, self._at_once)
+            state += self._pace.said(self._total - self._work, now, self._at_once)
+        if len(self._rungs) > 1:
+            state.append(f"{' → '.join(map(str, self._rungs))} cells on the rungs")
         if self._capacity > 1:
             state.append(f"{self._busy}/{self._capacity} workers busy")
         if cells and not self._is_waiting:
@@ -164,10 +189,10 @@ class Pace:
     once nothing has ended for as long as a trial takes.
     """
 
-    def __init__(self, now: float, done: int) -> None:
+    def __init__(self, now: float, done: float) -> None:
         self._ends = deque([(now, done)])  # times, and how many trials were finished then
 
-    def add(self, now: float, done: int, at_once: int) -> None:
+    def add(self, now: float, done: float, at_once: int) -> None:
         """`done` trials are finished now; `at_once` are evaluated at a time."""
         self._ends.append((now, done))
         while len(self._ends) > 2:
@@ -176,7 +201,7 @@ class Pace:
                 return
             self._ends.popleft()
 
-    def said(self, trials: int, now: float, at_once: int) -> list[str]:
+    def said(self, trials: float, now: float, at_once: int) -> list[str]:
         """How long so many trials will take, and how many an hour there are; nothing before the first end."""
         rate, left = self.per_second(now, at_once), self.seconds_for(trials, now, at_once)
         if rate is None or left is None:
@@ -193,7 +218,7 @@ class Pace:
         of_one = at_once * (end - start) / (done - before)  # seconds that a trial takes
         return (done - before) / (max(end, now - of_one) - start)
 
-    def seconds_for(self, trials: int, now: float, at_once: int) -> float | None:
+    def seconds_for(self, trials: float, now: float, at_once: int) -> float | None:
         """How long so many trials will take from now on, at least as long as the last ones run; None before the first end."""
         rate = self.per_second(now, at_once)
         if rate is None:
@@ -212,6 +237,8 @@ def _has_width(stream: TextIO) -> bool:
 
 def named(key: Key) -> str:
     """What a job is called."""
+    if key.rung > 0:
+        return f"trial {key.number}, rung {key.rung}"
     return f"trial {key.number}" if key.name == SEARCH else f"comparison: {key.name}, seed {key.number}"
 
 

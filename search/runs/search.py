@@ -7,11 +7,13 @@ from collections.abc import Callable
 
 from search.dense_tasks import Measure
 from search.interrupts import ctrl_c_waits
+from search.runs.database import LEASE
 from search.runs.progress import Progress, named
-from search.runs.store import LEASE, SEARCH, Claim, Key, SearchPlan
+from search.runs.store import Claim, SearchPlan
 from search.runs.study import Study
+from search.runs.tables import SEARCH, Key
 from search.runs.workers import Job, Outcome, Workers
-from search.tasks.proxy import ProxyResult
+from search.tasks.proxy import ProxyResult, Stretch
 
 TRIES = 3  # of a cell whose failure may be the machine's: a GPU was full, workers died
 TICK = 1.0  # seconds, at most, until finished cells of other processes are seen
@@ -42,7 +44,7 @@ class Search:
         self._has_waited = False
         self._capacity = 0  # as it was last said
         self._shown = time.monotonic()  # when others could last see what is finished
-        self._running: dict[int | str, Claim] = {}  # by the key of the workers' job
+        self._running: dict[str, Claim] = {}  # by the key of the workers' job
         self._passing: Counter[Key] = Counter()  # failures of which the cell may not be the cause
 
     def run(self) -> None:
@@ -75,22 +77,23 @@ class Search:
     def _say_why_it_waits(self) -> None:
         """Once, if trials are left, and nobody here has one."""
         lag, state = self.study.sampler.lag, self.study.store.state
-        is_behind = self.study.sampler.uses_scores and state.next < self.plan.trials
+        is_behind = (self.study.sampler.uses_scores or state.rungs is not None) and state.next < self.plan.trials
         if not self._running and is_behind and not self._has_waited:
             self._has_waited = True
             at_once = f"at most {lag + 1} cells are evaluated at a time by all processes together (its lag is {lag})"
             dead = f"a cell of one that died is begun anew after {LEASE:.0f} s"
-            print(f"waiting: the sampler of this run looks back, so {at_once}; {dead}", file=sys.stderr)
+            print(f"waiting: this run looks back, so {at_once}; {dead}", file=sys.stderr)
 
     def _start(self, claim: Claim) -> None:
-        name, number = claim.key
-        if name == SEARCH:
-            job = Job(number, claim.cell, (self.plan.seed, _TRIAL, number))
-        else:
-            job = Job(f"comparison: {name}, seed {number}", claim.cell, (self.plan.seed, _COMPARISON, number))
+        key = claim.key
+        purpose = _TRIAL if key.name == SEARCH else _COMPARISON
+        stretch = None if claim.until is None else Stretch(claim.until, claim.state)
+        job = Job(named(key), claim.cell, (self.plan.seed, purpose, key.number), stretch)
+        if key.rung > 0 and claim.state is None:
+            print(f"{named(key)} is trained from the beginning: its state is not kept", file=sys.stderr)
         if claim.is_taken_over and self.study.store.is_server:
-            print(f"{named(claim.key)} is taken over from a process that is gone", file=sys.stderr)
-        self._progress.started(claim.key)
+            print(f"{named(key)} is taken over from a process that is gone", file=sys.stderr)
+        self._progress.started(key)
         self.workers.submit(job)
         self._running[job.key] = claim
 
@@ -112,7 +115,7 @@ class Search:
             self.study.tell_failure(key, reason)
             self._progress.finished(key, failure=reason)
         else:
-            self.study.tell(key, outcome.result, outcome.head)
+            self.study.tell(key, outcome.result, outcome.head, outcome.state)
             self._progress.finished(key)
 
     def _tick(self) -> None:
@@ -125,6 +128,17 @@ class Search:
             store.register(self._capacity)
             self._progress.workers(self._capacity)
         self._progress.others(*store.elsewhere())
-        best = None if store.state.best is None else store.state.best[0]
-        self._progress.counted(store.state.num_finished, failed=store.state.failed, best=best)
+        best, rungs = store.state.best, store.state.rungs
+        scored, share, after = list[int](), None, None
+        if rungs is not None:
+            scored, share = rungs.scored(), rungs.share(self.plan.trials)
+            after = rungs.halving.rungs[best.rung] if best is not None and best.rung < rungs.halving.top else None
+        self._progress.counted(
+            store.state.num_finished,
+            failed=store.state.failed,
+            best=None if best is None else best.score,
+            rungs=scored,
+            share=share,
+            after=after,
+        )
         self._on_tick()

@@ -3,7 +3,7 @@
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from datetime import datetime
 from pathlib import Path
@@ -14,9 +14,11 @@ from search.commands import spelled
 from search.dense_tasks import Measure, restored_task
 from search.errors import InputError
 from search.folder import Folder
+from search.runs.database import is_server
 from search.runs.progress import duration, named
-from search.runs.store import Counts, Key, Process, Reader, is_server
+from search.runs.reader import Counts, Process, Reader
 from search.runs.study import new_name, require_file, storage_url, unusable
+from search.runs.tables import Key
 
 _HOUR = 3600  # seconds
 _REASONS = 5  # for which cells failed, that are said
@@ -49,7 +51,9 @@ def status_lines(directory: Path, storage: str | None) -> Iterator[str]:
     done = counts.complete + counts.failed
     rate = f"; {_rate(counts.lately, time.time() - since)}" if processes else ""
     yield f"{name}: {_of_trials(counts, None if total is None else max(total, done))}{rate}"
-    yield from _best_and_failures(counts, measure)
+    if len(counts.rungs) > 1 or (description or {}).get("rungs"):
+        yield _on_rungs(counts, (description or {}).get("rungs", ()))
+    yield from _best_and_failures(counts, measure, (description or {}).get("rungs", ()))
     yield from _running(running, {process.id: process for process in processes})
     yield from (f"{_named(process)}: {process.workers} at a time, since {_when(process.started)}" for process in processes)
     if not processes:
@@ -61,17 +65,28 @@ def _of_trials(counts: Counts, total: int | None) -> str:
     return f"{done} trials are finished, {counts.failed:,} failed; {counts.comparisons:,} comparisons are made"
 
 
+def _on_rungs(counts: Counts, iterations: Sequence[int]) -> str:
+    """How many trials have got how far."""
+    named = [f"after {each:,}" for each in iterations] or [f"on rung {rung}" for rung in range(len(counts.rungs))]
+    scored = zip(named, counts.rungs, strict=False)
+    return (
+        "trials with a score: "
+        + ", ".join(f"{number:,} {where}" for where, number in scored)
+        + " iterations" * bool(iterations)
+    )
+
+
 def _rate(trials: int, seconds: float) -> str:
     """Of the last hour, or since the processes have been there."""
     return f"{trials * _HOUR / max(1.0, seconds):,.0f} trials an hour"
 
 
-def _best_and_failures(counts: Counts, measure: Measure | None) -> Iterator[str]:
+def _best_and_failures(counts: Counts, measure: Measure | None, iterations: Sequence[int]) -> Iterator[str]:
     if counts.best is not None:
         number, score = counts.best
-        yield f"best: trial {number}, " + (
-            f"score {score:.4f}" if measure is None else f"{measure.name} {measure.text(score)}"
-        )
+        said = f"score {score:.4f}" if measure is None else f"{measure.name} {measure.text(score)}"
+        rung = len(counts.rungs) - 1  # the best is of those that got furthest
+        yield f"best: trial {number}, {said}" + (f" after {iterations[rung]:,} iterations" if iterations else "")
     reasons = counts.reasons.most_common()
     yield from (f"failed {times:,} ×: {reason}" for reason, times in reasons[:_REASONS])
     if more := sum(times for _, times in reasons[_REASONS:]):

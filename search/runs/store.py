@@ -1,12 +1,4 @@
-"""The jobs of a run in a database: a file of SQLite, which one process uses, or a server, such as PostgreSQL, for any number.
-
-A job is a trial of the search, or a comparison: a known cell, or the best one again, with one seed. Its row says what it came
-to, and what people and samplers look for is in columns of its own, so that no question reads what it does not ask for:
-results are read for reports alone, loss curves of what is drawn.
-
-Why not Optuna's own tables: there a trial is some thirty rows, each of its parameters and attributes is a transaction, and
-an ask looks at all trials; a lost trial comes back under another number, and so with another seed. So Optuna's studies are
-written from here (`search.runs.mirror`), for people, and a search never reads them.
+"""The jobs of a run in a database, for the processes that work on it (`tables.py` says what a job is, `reader.py` reads them).
 
 Every process claims jobs, evaluates them and tells. What must not go wrong:
 
@@ -14,6 +6,8 @@ Every process claims jobs, evaluates them and tells. What must not go wrong:
 - *Cells do not depend on how many processes there are.* Jobs are claimed under a lock on the row of the run, so trial n is
   proposed when the cells of all trials before it are known, and once the results that its sampler may look at are there. If
   one of them does the same, its score is waited for: trained once more, with other random numbers, it would get another.
+- *Where a search is cut short, nor do its rungs* (`search.runs.halving`). A trial that goes on runs again, with its result of
+  the last rung in its row. A log has all its jobs in order, and samplers learn results in that order.
 - *Nothing is lost with a process.* Each has a row with a counter, its heartbeat. One that stands still while that of the
   observer moves for `LEASE` seconds is taken for dead, and its jobs are claimed again. No clock decides anything, and while
   the server is away, all hearts stand still. A process that was only slow goes on, and whoever tells a job first is right:
@@ -24,126 +18,84 @@ Every process claims jobs, evaluates them and tells. What must not go wrong:
 This module needs no PyTorch, so many small processes can use it.
 """
 
-import json
 import os
 import platform
 import sys
 import threading
 import time
 import uuid
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import sqlalchemy as sa
-from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, InterfaceError, OperationalError, ProgrammingError
+from sqlalchemy.exc import DBAPIError, IntegrityError, InterfaceError, OperationalError
 
 from reference.cell import Cell
 from search.cells.history import History
 from search.cells.space import SearchSpace
 from search.errors import InputError
 from search.interrupts import stop_waits
+from search.runs.database import LEASE, disposed_on_error, is_server, open_engine
+from search.runs.halving import Halving, Nothing, Rungs, Step
+from search.runs.tables import (
+    BEST_HEAD,
+    COMPLETE,
+    CURVES,
+    FAILED,
+    FOUND,
+    HEADS,
+    IS_TRIAL,
+    JOBS,
+    PROCESSES,
+    RUNGS,
+    RUNNING,
+    RUNS,
+    SEARCH,
+    STATES,
+    Begun,
+    Key,
+    begin_run,
+    copies_of,
+    head_name,
+)
 
-SCHEMA = 1  # version of the tables
-SEARCH = ""  # the name of the search's trials; comparisons have that of their cell
-FOUND = "trial "  # before the number of a trial: the name of the search's best cell among the compared ones
-BEST_HEAD = "best"  # name under which a run keeps the head of its best cell
-BEAT, LEASE = 5.0, 60.0  # seconds between two heartbeats; without one for so long, a process is taken for dead
+KEPT_STATES = 100  # of trainings that may go on, the best of each rung; without one, a training begins anew
+BEAT = 5.0  # seconds between two heartbeats
 _COPYING = 1.0  # seconds of a claim in which trials are finished as copies of others
 PATIENCE = 600.0  # seconds for which an absent server is waited for
-_LIBPQ = ("psycopg", "psycopg2")  # drivers that are told by libpq's words when a connection is lost
 
-RUNNING, COMPLETE, FAILED = "running", "complete", "failed"
-
-_tables = sa.MetaData()
-_runs = sa.Table(
-    "dpc_runs",
-    _tables,
-    sa.Column("id", sa.Integer, primary_key=True),
-    sa.Column("name", sa.String(255), nullable=False, unique=True),
-    sa.Column("schema", sa.Integer, nullable=False),
-    sa.Column("identity", sa.Text, nullable=False),  # JSON
-    sa.Column("revision", sa.BigInteger, nullable=False),  # of the last change of a job; changes are one after the other
-)
-_jobs = sa.Table(
-    "dpc_jobs",
-    _tables,
-    sa.Column("run", sa.ForeignKey("dpc_runs.id"), primary_key=True),
-    sa.Column("name", sa.String(255), primary_key=True),
-    sa.Column("number", sa.Integer, primary_key=True, autoincrement=False),  # of the trial, or the comparison's seed
-    sa.Column("state", sa.String(10), nullable=False),
-    sa.Column("revision", sa.BigInteger, nullable=False),  # of the run, when this row was changed
-    sa.Column("owner", sa.String(40), nullable=False),  # the process that evaluates it, or did
-    sa.Column("score", sa.Float),
-    sa.Column("multiply_adds", sa.BigInteger),
-    sa.Column("duplicate_of", sa.Integer),
-    sa.Column("started", sa.Float, nullable=False),  # seconds since 1970, for people
-    sa.Column("finished", sa.Float),
-    sa.Column("cell", sa.Text, nullable=False),  # JSON
-    sa.Column("form", sa.Text, nullable=False),  # JSON of the canonical form in the space
-    sa.Column("failure", sa.Text),
-    sa.Column("result", sa.Text),  # JSON
-    sa.Index("dpc_jobs_by_revision", "run", "revision"),
-)
-_curves = sa.Table(
-    "dpc_curves",  # beside the jobs, because nobody reads them all
-    _tables,
-    sa.Column("run", sa.ForeignKey("dpc_runs.id"), primary_key=True),
-    sa.Column("name", sa.String(255), primary_key=True),
-    sa.Column("number", sa.Integer, primary_key=True, autoincrement=False),
-    sa.Column("curve", sa.Text, nullable=False),  # JSON
-)
-_heads = sa.Table(
-    "dpc_heads",
-    _tables,
-    sa.Column("run", sa.ForeignKey("dpc_runs.id"), primary_key=True),
-    sa.Column("name", sa.String(255), primary_key=True),
-    sa.Column("revision", sa.BigInteger, nullable=False),
-    sa.Column("content", sa.LargeBinary, nullable=False),  # a safetensors file
-)
-_mirrors = sa.Table("dpc_mirrors", _tables, sa.Column("run", sa.ForeignKey("dpc_runs.id"), primary_key=True))  # to lock
-_processes = sa.Table(
-    "dpc_processes",
-    _tables,
-    sa.Column("run", sa.ForeignKey("dpc_runs.id"), primary_key=True),
-    sa.Column("id", sa.String(40), primary_key=True),
-    sa.Column("host", sa.String(255), nullable=False),
-    sa.Column("pid", sa.Integer, nullable=False),
-    sa.Column("workers", sa.Integer, nullable=False),
-    sa.Column("beat", sa.BigInteger, nullable=False),
-    sa.Column("started", sa.Float, nullable=False),  # seconds since 1970, for people
-)
-
-_is_trial, _is_comparison = _jobs.c.name == SEARCH, _jobs.c.name > SEARCH  # for ">" an index knows where they begin
 _Value = TypeVar("_Value")
 
 
-class Key(NamedTuple):
-    """Which job: `name` is `SEARCH` and `number` the trial's, or the name of a compared cell and the seed."""
-
-    name: str
-    number: int
-
-
 class Claim(NamedTuple):
-    """A job that this process is to evaluate; one that another process had claimed is taken over."""
+    """A job that this process is to evaluate; one that another process had claimed is taken over.
+
+    Where a search is cut short, a trial is trained up to some iterations, from the `state` that it had at its last rung, or
+    without one from the beginning.
+    """
 
     key: Key
     cell: Cell
     is_taken_over: bool = False
+    until: int | None = None  # iterations
+    state: bytes | None = None
 
 
 @dataclass(frozen=True)
 class Told:
-    """What a job came to; `head` is the content of a file of the trained head, `curve` and `result` are JSON."""
+    """What a job came to; `head` is the content of a file of the trained head, `curve` and `result` are JSON.
+
+    With `state` its training can go on.
+    """
 
     score: float
     multiply_adds: int
     result: str
     curve: str
     head: bytes | None = None
+    state: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -167,18 +119,6 @@ class Proposer(Protocol):
     def propose(self, number: int, history: History) -> Cell: ...
 
 
-@dataclass(frozen=True)
-class Process:
-    """A process that works on a run."""
-
-    id: str
-    host: str
-    pid: int
-    workers: int
-    started: float  # seconds since 1970
-    jobs: int  # that it is evaluating
-
-
 class _Change:
     """A change of one job, under the lock of the run; it is one if its revision is asked for."""
 
@@ -197,6 +137,19 @@ class _Watched:
     since: int  # heartbeat of this process
 
 
+class Best(NamedTuple):
+    """The best trial so far: of those on the highest rung that any has reached."""
+
+    score: float
+    number: int
+    rung: int = 0
+
+    @property
+    def order(self) -> tuple[int, float, int]:
+        """The best is the least; of equal ones the first trial."""
+        return -self.rung, -self.score, self.number
+
+
 @dataclass
 class _State:
     """What this process knows of the jobs, up to a revision."""
@@ -204,24 +157,37 @@ class _State:
     revision: int = 0
     history: History = field(default_factory=History)
     originals: dict[str, int] = field(default_factory=dict)  # form of a cell -> the trial that has its score, or will
-    best: tuple[float, int] | None = None  # score and number of the best trial; of equal ones the first
+    scored: dict[int, Best] = field(default_factory=dict)  # by trial, without copies, where a search is cut short
+    best: Best | None = None
     cells: dict[Key, str] = field(default_factory=dict)  # of jobs that run
     owners: dict[Key, str] = field(default_factory=dict)  # of jobs that run
     compared: dict[Key, str] = field(default_factory=dict)  # comparisons that are begun or finished: their cells as JSON
     finished: set[int] = field(default_factory=set)  # numbers of finished trials, from `finished_below` on
     finished_below: int = 0  # all trials below it are finished
-    failed: int = 0
+    failures: set[int] = field(default_factory=set)  # numbers of trials
     next: int = 0  # number of the next trial: the lowest without a cell
+    rungs: Rungs | None = None  # if the search is cut short
+    rungs_revision: int = 0  # up to which they are known
+    rung_of: dict[int, int] = field(default_factory=dict)  # the highest one that a trial has begun, above the lowest
 
     @property
     def num_finished(self) -> int:
         return self.finished_below + len(self.finished)
+
+    @property
+    def failed(self) -> int:
+        return len(self.failures)
+
+    def key_of(self, name: str, number: int) -> Key:
+        """The last job of this row."""
+        return Key(name, number, self.rung_of.get(number, 0) if name == SEARCH else 0)
 
 
 class Store:
     """The jobs of the run `name`. One process of an SQLite file must keep others out (`search.folder.Folder.locked`).
 
     `identity` is JSON: what all results of the run depend on. A run that is begun has the jobs of `begun`, if it is given.
+    `halving` says how the search is cut short.
     Raises InputError for a run of another version, and SQLAlchemyError if the database cannot be used.
     """
 
@@ -230,23 +196,24 @@ class Store:
         url: str,
         name: str,
         identity: str,
-        begun: "Begun | None" = None,
+        begun: Begun | None = None,
         *,
+        halving: Halving | None = None,
         lease: float = LEASE,
         beat: float = BEAT,
     ) -> None:
         self.name = name
         self.is_server = is_server(url)
         self.id = uuid.uuid4().hex
-        self.state = _State()
-        self.engine = _engine(url, lease)
+        self.state = _State(rungs=None if halving is None else Rungs(halving))
+        self.engine = open_engine(url, lease)
         self._beat, self._beats_of_lease = beat, lease / beat
         self._mine: set[Key] = set()  # jobs that this process knows to be its own
         self._watched: dict[str, _Watched] = {}
         self._beats = 0  # of this process
         self._closing = threading.Event()
-        with _disposed_on_error(self.engine):
-            self._run, self.identity = _begin(self.engine, name, identity, begun or Begun())
+        with disposed_on_error(self.engine):
+            self._run, self.identity = begin_run(self.engine, name, identity, begun or Begun())
         if not self.is_server:
             self._delete_processes()  # none is alive
         self.patiently(lambda: self._register(0))
@@ -289,7 +256,7 @@ class Store:
                 continue
             if claim is not None:
                 self._mine.add(claim.key)  # only now: if no answer came to a commit, its job is an orphan
-            return claim
+            return claim and self._with_stretch(claim)
 
     def tell(self, key: Key, told: Told) -> bool:
         """Finish a job with a score. False if another process has finished it already; nothing is changed then.
@@ -304,13 +271,17 @@ class Store:
                 before = self.state.best
                 if not self._finish(change, key, {"state": COMPLETE, **values}):
                     return False
-                change.connection.execute(_curves.insert().values(run=self._run, **key._asdict(), **curve))
+                if key.rung > 0:
+                    which = (CURVES.c.run == self._run) & (CURVES.c.name == key.name) & (CURVES.c.number == key.number)
+                    change.connection.execute(CURVES.delete().where(which))
+                change.connection.execute(CURVES.insert().values(run=self._run, **key.row, **curve))
+                self._keep_state(change.connection, key, told)
                 name = _head_to_keep(key, told.score, before)
                 if name is not None and told.head is not None:
-                    which = (_heads.c.run == self._run) & (_heads.c.name == name)
-                    change.connection.execute(_heads.delete().where(which))
+                    which = (HEADS.c.run == self._run) & (HEADS.c.name == name)
+                    change.connection.execute(HEADS.delete().where(which))
                     change.connection.execute(
-                        _heads.insert().values(run=self._run, name=name, revision=change.revision, content=told.head)
+                        HEADS.insert().values(run=self._run, name=name, revision=change.revision, content=told.head)
                     )
             return True
 
@@ -321,7 +292,13 @@ class Store:
 
         def tell() -> bool:
             with self._locked() as change:
-                return self._finish(change, key, {"state": FAILED, "failure": reason})
+                nothing = dict.fromkeys(("score", "multiply_adds", "result"))  # it may have had some, of a lower rung
+                if not self._finish(change, key, {"state": FAILED, "failure": reason, **nothing}):
+                    return False
+                if key.rung > 0:
+                    state = (STATES.c.run == self._run) & (STATES.c.number == key.number)
+                    change.connection.execute(STATES.delete().where(state))
+                return True
 
         return self._told(key, tell)
 
@@ -329,12 +306,19 @@ class Store:
         """Whether `tell` will keep the head of a job with this score, as far as this process knows."""
         return _head_to_keep(key, score, self.state.best) is not None
 
+    def keeps_state(self, key: Key, score: float) -> bool:
+        """Whether a trial with this score may go on, as far as this process knows, so that `tell` will keep its state."""
+        rungs = self.state.rungs
+        if rungs is None or key.name != SEARCH or key.rung == rungs.halving.top:
+            return False
+        return rungs.place(key.rung, score) < self._kept_states(rungs)
+
     def new_heads(self, after: int) -> list[tuple[str, bytes, int]]:
         """Heads that were kept after a revision: name, content, and the revision of each."""
 
         def read() -> list[tuple[str, bytes, int]]:
-            of_run = (_heads.c.run == self._run) & (_heads.c.revision > after)
-            query = sa.select(_heads.c.name, _heads.c.content, _heads.c.revision).where(of_run).order_by(_heads.c.revision)
+            of_run = (HEADS.c.run == self._run) & (HEADS.c.revision > after)
+            query = sa.select(HEADS.c.name, HEADS.c.content, HEADS.c.revision).where(of_run).order_by(HEADS.c.revision)
             with self.engine.connect() as connection:
                 return [(row.name, row.content, row.revision) for row in connection.execute(query)]
 
@@ -348,7 +332,8 @@ class Store:
         """Whether nothing is left to do, as of the last `sync` or `claim`, neither here nor elsewhere."""
         state = self.state
         all_tried = state.finished_below >= plan.trials
-        return all_tried and not self._at_work(plan) and next(self._comparisons(plan), None) is None
+        is_cut = state.rungs is None or state.rungs.next(plan.trials) is Nothing.MORE
+        return all_tried and is_cut and not self._at_work(plan) and next(self._comparisons(plan), None) is None
 
     def elsewhere(self) -> tuple[int, int]:
         """How many jobs other processes evaluate, and how many these are, as of the last `sync` or `claim`."""
@@ -366,24 +351,97 @@ class Store:
             state = self.state
             if orphan := self._orphan(change.connection, plan):
                 values = {"owner": self.id, "revision": change.revision}
-                change.connection.execute(_jobs.update().where(self._is(orphan)).values(values))
+                change.connection.execute(JOBS.update().where(self._is(orphan)).values(values))
                 return Claim(orphan, Cell.from_json(state.cells[orphan]), state.owners[orphan] != self.id)
             known = next(self._comparisons(plan, with_best=False), None)
             if known is not None:
                 return self._start(change, *known, form="")
-            number = state.next
-            if number < plan.trials and state.finished_below >= sampler.visible_before(number):
-                cell = sampler.propose(number, state.history)
-                form = space.canonical_form(cell).to_json()
-                original = state.originals.get(form)
-                if original is None:
-                    return self._start(change, Key(SEARCH, number), cell, form)
-                if Key(SEARCH, original) in state.owners:
-                    return None
-                self._copy(change, number, cell, form, original)
-                return _Copied()
-            again = next(self._comparisons(plan), None) if state.finished_below >= plan.trials else None
+            step = self._next_step(plan, sampler)
+            if isinstance(step, Step):
+                return self._begin_trial(change, step, space, sampler) if step.number is None else self._go_on(change, step)
+            again = next(self._comparisons(plan), None) if step is Nothing.MORE else None
             return None if again is None else self._start(change, *again, form="")
+
+    def _next_step(self, plan: SearchPlan, sampler: Proposer) -> Step | Nothing:
+        """What the search does next; the history then has all that this may depend on."""
+        state = self.state
+        if state.rungs is None:
+            if state.next < plan.trials and state.finished_below >= sampler.visible_before(state.next):
+                return Step(None, 0, 0)
+            return Nothing.MORE if state.finished_below >= plan.trials else Nothing.YET
+        step = state.rungs.next(plan.trials)
+        for seen in state.rungs.take_seen():
+            if seen.copy_of is not None:
+                state.history.copy(seen.number, seen.copy_of)
+            elif seen.score is not None:
+                state.history.finish(seen.number, seen.score, seen.rung)
+            else:
+                state.history.withdraw(seen.number)
+        return step
+
+    def _begin_trial(self, change: "_Change", step: Step, space: SearchSpace, sampler: Proposer) -> "Claim | _Copied | None":
+        """Begin the next trial, or finish it as a copy; None while the one that it is a copy of has no score yet."""
+        number, history = self.state.next, self.state.history
+        cell = sampler.propose(number, history)
+        form = space.canonical_form(cell).to_json()
+        original = self.state.originals.get(form)
+        if original is None:
+            self._log(change, step, number, state=RUNNING)
+            return self._start(change, Key(SEARCH, number), cell, form)
+        if Key(SEARCH, original) in self.state.owners:
+            return None
+        self._log(change, step, number, state=COMPLETE, copy_of=original)
+        self._copy(change, number, cell, form, original)
+        return _Copied()
+
+    def _go_on(self, change: "_Change", step: Step) -> Claim:
+        """A trial goes on to the next rung."""
+        assert step.number is not None
+        self._log(change, step, step.number, state=RUNNING)
+        key = Key(SEARCH, step.number, step.rung)
+        values = {"state": RUNNING, "owner": self.id, "revision": change.revision, "started": time.time()}
+        change.connection.execute(JOBS.update().where(self._is(key)).values(values))
+        return Claim(key, self.state.history.proposed(step.number).cell)
+
+    def _log(self, change: "_Change", step: Step, number: int, **values: Any) -> None:
+        if self.state.rungs is not None:
+            row = {"run": self._run, "job": len(self.state.rungs), "number": number, "rung": step.rung, "bound": step.bound}
+            change.connection.execute(RUNGS.insert().values(**row, revision=change.revision, **values))
+
+    def _with_stretch(self, claim: Claim) -> Claim:
+        """With the part of the training that a trial of a search that is cut short is to do."""
+        if self.state.rungs is None or claim.key.name != SEARCH:
+            return claim
+        key, state = claim.key, None
+        if key.rung > 0:
+            which = (STATES.c.run == self._run) & (STATES.c.number == key.number) & (STATES.c.rung == key.rung - 1)
+
+            def read() -> bytes | None:
+                with self.engine.connect() as connection:
+                    content: bytes | None = connection.execute(sa.select(STATES.c.content).where(which)).scalar()
+                return content
+
+            state = self.patiently(read)
+        return claim._replace(until=self.state.rungs.halving.rungs[key.rung], state=state)
+
+    def _kept_states(self, rungs: Rungs) -> int:
+        """How many states of a rung are kept: as many as wait for their results to count, at least."""
+        return max(KEPT_STATES, rungs.halving.lag)
+
+    def _keep_state(self, connection: sa.Connection, key: Key, told: Told) -> None:
+        """Replace the state of a trial by this one, and forget those of the rung that are not among the best."""
+        if self.state.rungs is None or key.name != SEARCH:
+            return
+        of_run = STATES.c.run == self._run
+        connection.execute(STATES.delete().where(of_run & (STATES.c.number == key.number)))
+        if told.state is not None:
+            row = {"run": self._run, "number": key.number, "rung": key.rung, "score": told.score, "content": told.state}
+            connection.execute(STATES.insert().values(row))
+            of_rung = of_run & (STATES.c.rung == key.rung)
+            order = STATES.c.score.desc(), STATES.c.number
+            kept = self._kept_states(self.state.rungs)
+            worse = connection.execute(sa.select(STATES.c.number).where(of_rung).order_by(*order).offset(kept))
+            connection.execute(STATES.delete().where(of_rung & STATES.c.number.in_(worse.scalars().all())))
 
     def _comparisons(self, plan: SearchPlan, *, with_best: bool = True) -> Iterator[tuple[Key, Cell]]:
         """Those that are not begun: of the known cells, and once all trials are finished, of the best.
@@ -392,7 +450,7 @@ class Store:
         """
         cells = dict(plan.compare)
         if with_best and self.state.best is not None:
-            number = self.state.best[1]
+            number = self.state.best.number
             cells[f"{FOUND}{number}"] = self.state.history.proposed(number).cell
         for name, cell in cells.items():
             for seed in range(plan.comparison_seeds):
@@ -408,28 +466,47 @@ class Store:
 
     def _copy(self, change: "_Change", number: int, cell: Cell, form: str, original: int) -> None:
         """Finish a new trial with the result of another one."""
-        columns = _jobs.c.score, _jobs.c.multiply_adds, _jobs.c.result
+        columns = JOBS.c.score, JOBS.c.multiply_adds, JOBS.c.result, JOBS.c.failure
         same = change.connection.execute(sa.select(*columns).where(self._is(Key(SEARCH, original)))).one()._asdict()
-        same |= {"state": COMPLETE, "finished": time.time(), "duplicate_of": original}
+        state = FAILED if same["result"] is None else COMPLETE  # it may have failed on a later rung
+        same |= {"state": state, "finished": time.time(), "duplicate_of": original}
         self._insert(change, Key(SEARCH, number), cell, form, **same)
 
     def _insert(self, change: "_Change", key: Key, cell: Cell, form: str, **values: Any) -> None:
-        row = {"run": self._run, **key._asdict(), "revision": change.revision, "owner": self.id, "started": time.time()}
-        change.connection.execute(_jobs.insert().values(**row, cell=cell.to_json(), form=form, **values))
+        row = {"run": self._run, **key.row, "revision": change.revision, "owner": self.id, "started": time.time()}
+        change.connection.execute(JOBS.insert().values(**row, cell=cell.to_json(), form=form, **values))
 
     def _finish(self, change: "_Change", key: Key, values: dict[str, Any]) -> bool:
-        values = {**values, "owner": self.id, "revision": change.revision, "finished": time.time()}
-        is_running = self._is(key) & (_jobs.c.state == RUNNING)
-        return change.connection.execute(_jobs.update().where(is_running).values(values)).rowcount == 1
+        if key != self.state.key_of(key.name, key.number):  # others have finished it, and it has gone on since
+            return False
+        values = {**values, "revision": change.revision}
+        ended = {**values, "owner": self.id, "finished": time.time()}
+        is_running = self._is(key) & (JOBS.c.state == RUNNING)
+        if change.connection.execute(JOBS.update().where(is_running).values(ended)).rowcount != 1:
+            return False
+        if self.state.rungs is not None and key.name == SEARCH:
+            job = (RUNGS.c.run == self._run) & (RUNGS.c.number == key.number) & (RUNGS.c.rung == key.rung)
+            logged = {name: values.get(name) for name in ("state", "score", "revision")}
+            change.connection.execute(RUNGS.update().where(job).values(logged))
+        if key.rung > 0:
+            copies = change.connection.execute(copies_of(self._run, [key.number])).scalars().all()
+            of_them = (JOBS.c.run == self._run) & IS_TRIAL & JOBS.c.number.in_(copies)
+            change.connection.execute(JOBS.update().where(of_them).values(values))
+        return True
 
     def _is(self, key: Key) -> sa.ColumnElement[bool]:
-        return (_jobs.c.run == self._run) & (_jobs.c.name == key.name) & (_jobs.c.number == key.number)
+        return (JOBS.c.run == self._run) & (JOBS.c.name == key.name) & (JOBS.c.number == key.number)
 
     # What others do
 
     def _at_work(self, plan: SearchPlan) -> dict[Key, str]:
-        """The jobs of the plan that run, and their processes: others may have been told to try more trials."""
-        return {key: owner for key, owner in self.state.owners.items() if key.name != SEARCH or key.number < plan.trials}
+        """The jobs of the plan that run, and their processes: others may have been told to try more trials.
+
+        With early stopping, these count as well: the next job follows from all.
+        """
+        needs_all = self.state.rungs is not None
+        owners = self.state.owners.items()
+        return {key: owner for key, owner in owners if needs_all or key.name != SEARCH or key.number < plan.trials}
 
     def _orphan(self, connection: sa.Connection, plan: SearchPlan) -> Key | None:
         """A job that nobody evaluates: of a process that is gone, or one whose claim this process never got to know."""
@@ -442,7 +519,7 @@ class Store:
     def _alive(self, connection: sa.Connection) -> set[str]:
         """The other processes whose counter has moved while ours did for the lease. Those that are not are forgotten."""
         now = self._beats
-        query = sa.select(_processes.c.id, _processes.c.beat).where(_processes.c.run == self._run)
+        query = sa.select(PROCESSES.c.id, PROCESSES.c.beat).where(PROCESSES.c.run == self._run)
         beats = {row.id: row.beat for row in connection.execute(query)}
         self._watched = {
             owner: seen if (seen := self._watched.get(owner)) and seen.beat == beat else _Watched(beat, now)
@@ -450,26 +527,44 @@ class Store:
         }
         for owner, seen in list(self._watched.items()):
             if now - seen.since >= self._beats_of_lease and owner != self.id:
-                connection.execute(_processes.delete().where((_processes.c.run == self._run) & (_processes.c.id == owner)))
+                connection.execute(PROCESSES.delete().where((PROCESSES.c.run == self._run) & (PROCESSES.c.id == owner)))
                 del self._watched[owner]
         return self._watched.keys() - {self.id}
 
     def _sync(self, connection: sa.Connection) -> None:
         columns = [
-            _jobs.c[name] for name in ("name", "number", "state", "revision", "owner", "score", "duplicate_of", "cell", "form")
+            JOBS.c[name] for name in ("name", "number", "state", "revision", "owner", "score", "duplicate_of", "cell", "form")
         ]
-        changed = (_jobs.c.run == self._run) & (_jobs.c.revision > self.state.revision)
-        for row in connection.execute(sa.select(*columns).where(changed).order_by(_jobs.c.revision, _jobs.c.number)):
+        changed = (JOBS.c.run == self._run) & (JOBS.c.revision > self.state.revision)
+        query = sa.select(*columns).where(changed).order_by(JOBS.c.revision, JOBS.c.number)
+        rows = connection.execute(query).all() if self.state.rungs is not None else connection.execute(query)
+        if self.state.rungs is not None:  # read after the rows, so that it has all that they have
+            self._sync_rungs(connection, self.state.rungs)
+        for row in rows:
             self._apply(row)
 
+    def _sync_rungs(self, connection: sa.Connection, rungs: Rungs) -> None:
+        state = self.state
+        changed = (RUNGS.c.run == self._run) & (RUNGS.c.revision > state.rungs_revision)
+        for row in connection.execute(sa.select(RUNGS).where(changed).order_by(RUNGS.c.job)):
+            state.rungs_revision = max(state.rungs_revision, row.revision)
+            if row.job == len(rungs):
+                rungs.begin(row.number, row.rung, row.bound)
+                if row.rung > 0:
+                    state.rung_of[row.number] = row.rung
+            if row.state != RUNNING:
+                rungs.finish(row.job, row.score, row.copy_of)
+            if row.score is not None:
+                state.scored[row.number] = Best(row.score, row.number, row.rung)
+
     def _apply(self, row: Any) -> None:
-        state, key = self.state, Key(row.name, row.number)
+        state, key = self.state, self.state.key_of(row.name, row.number)
         state.revision = max(state.revision, row.revision)
+        for rung in range(key.rung + 1):
+            state.owners.pop(key._replace(rung=rung), None)
+            state.cells.pop(key._replace(rung=rung), None)
         if row.state == RUNNING:
             state.owners[key], state.cells[key] = row.owner, row.cell
-        else:
-            state.owners.pop(key, None)
-            state.cells.pop(key, None)
         if key.name != SEARCH:
             state.compared[key] = row.cell
             return
@@ -478,20 +573,28 @@ class Store:
             state.next += 1
         if row.duplicate_of is None:
             state.originals.setdefault(row.form, key.number)
-        if row.state == RUNNING:
+        if row.state == RUNNING and row.score is None:
             return
         if row.state == FAILED:
-            state.failed += 1
-            if state.originals[row.form] == key.number:
-                del state.originals[row.form]  # the next one of this form is tried
-        else:
+            self._apply_failure(key, row.form)
+        elif state.rungs is None:
             state.history.finish(key.number, row.score)
-            if state.best is None or (-row.score, key.number) < (-state.best[0], state.best[1]):
-                state.best = row.score, key.number
-        state.finished.add(key.number)
+            state.best = _better(state.best, Best(row.score, key.number))
+        elif row.duplicate_of is None:
+            state.best = _better(state.best, state.scored[key.number])
+        if key.number >= state.finished_below:
+            state.finished.add(key.number)
         while state.finished_below in state.finished:
             state.finished.remove(state.finished_below)
             state.finished_below += 1
+
+    def _apply_failure(self, key: Key, form: str) -> None:
+        state = self.state
+        state.failures.add(key.number)
+        if key.rung == 0 and state.originals.get(form) == key.number:
+            del state.originals[form]  # the next one of this form is tried
+        if state.scored.pop(key.number, None) is not None and state.best is not None and state.best.number == key.number:
+            state.best = min(state.scored.values(), key=lambda best: best.order, default=None)
 
     # The database
 
@@ -499,13 +602,13 @@ class Store:
     def _locked(self) -> Iterator["_Change"]:
         """A transaction that no other process of the run can meet, with all that they did known."""
         with self.engine.execution_options(immediate=True).begin() as connection:
-            query = sa.select(_runs.c.revision).where(_runs.c.id == self._run).with_for_update()
+            query = sa.select(RUNS.c.revision).where(RUNS.c.id == self._run).with_for_update()
             before = connection.execute(query).scalar_one()
             self._sync(connection)
             change = _Change(connection, before + 1)
             yield change
             if change.is_made:
-                connection.execute(_runs.update().where(_runs.c.id == self._run).values(revision=before + 1))
+                connection.execute(RUNS.update().where(RUNS.c.id == self._run).values(revision=before + 1))
 
     def patiently(self, work: Callable[[], _Value]) -> _Value:
         """Do this work, and if the server goes away meanwhile, wait and do it again."""
@@ -534,17 +637,17 @@ class Store:
         who = {"host": platform.node(), "pid": os.getpid(), "workers": workers}
         self._workers = workers
         with suppress(IntegrityError), self.engine.begin() as connection:  # heart and main thread may both insert it
-            mine = (_processes.c.run == self._run) & (_processes.c.id == self.id)
-            if not connection.execute(_processes.update().where(mine).values(who)).rowcount:
+            mine = (PROCESSES.c.run == self._run) & (PROCESSES.c.id == self.id)
+            if not connection.execute(PROCESSES.update().where(mine).values(who)).rowcount:
                 row = {"run": self._run, "id": self.id, "beat": 0, "started": time.time()}
-                connection.execute(_processes.insert().values(row | who))
+                connection.execute(PROCESSES.insert().values(row | who))
 
     def _keep_beating(self) -> None:
-        mine = (_processes.c.run == self._run) & (_processes.c.id == self.id)
+        mine = (PROCESSES.c.run == self._run) & (PROCESSES.c.id == self.id)
         while not self._closing.wait(self._beat):
             try:
                 with self.engine.begin() as connection:
-                    beat = _processes.update().where(mine).values(beat=_processes.c.beat + 1)
+                    beat = PROCESSES.update().where(mine).values(beat=PROCESSES.c.beat + 1)
                     is_there = connection.execute(beat).rowcount
                 if not is_there:  # others took it for dead
                     self._register(self._workers)
@@ -553,167 +656,9 @@ class Store:
                 continue  # the server is away: the process that is to claim or tell waits for it
 
     def _delete_processes(self, process: str | None = None) -> None:
-        which = _processes.c.run == self._run
+        which = PROCESSES.c.run == self._run
         with self.engine.begin() as connection:
-            connection.execute(_processes.delete().where(which if process is None else which & (_processes.c.id == process)))
-
-
-@dataclass(frozen=True)
-class Row:
-    """A finished job as it was told, without its curve."""
-
-    key: Key
-    state: str
-    cell: str
-    form: str
-    score: float | None
-    multiply_adds: int | None
-    duplicate_of: int | None
-    failure: str | None
-    result: str | None
-    finished: float | None  # seconds since 1970
-
-
-@dataclass(frozen=True)
-class Begun:
-    """Jobs that were done elsewhere, with their loss curves; those that were only begun there are claimed here."""
-
-    rows: Sequence[Row] = ()
-    curves: Mapping[Key, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Counts:
-    """What the jobs of a run have come to: trials with a score and without, finished comparisons, and more."""
-
-    complete: int
-    failed: int
-    comparisons: int
-    lately: int  # trials finished since a time
-    best: tuple[int, float] | None  # number and score of the best trial
-    reasons: Counter[str]  # why jobs failed, and how many
-
-
-_COLUMNS = [column.name for column in fields(Row) if column.name != "key"]
-
-
-class Reader:
-    """Reads the jobs of a run, also while processes work on it. Raises KeyError if there is no run of this name."""
-
-    def __init__(self, url: str, name: str, store: Store | None = None) -> None:
-        self._engine = _engine(url) if store is None else store.engine  # with its connections
-        with _disposed_on_error(self._engine), self._engine.connect() as connection:
-            if not sa.inspect(connection).has_table(_runs.name):
-                raise KeyError(name)
-            self._run = _id_of(connection, name)
-
-    def close(self) -> None:
-        self._engine.dispose()
-
-    def identity(self) -> dict[str, Any]:
-        """What the run was begun with."""
-        with self._engine.connect() as connection:
-            text = connection.execute(sa.select(_runs.c.identity).where(_runs.c.id == self._run)).scalar_one()
-        return dict(json.loads(text))
-
-    def finished(self, *, search: bool, after: int = -1, at_most: int | None = None) -> list[Row]:
-        """The finished trials numbered above `after`, in order, or the finished comparisons as they were begun."""
-        columns = [_jobs.c[name] for name in _COLUMNS]
-        of_run = (_jobs.c.run == self._run) & (_jobs.c.state != RUNNING) & (_jobs.c.number > after)
-        of_run &= _is_trial if search else _is_comparison
-        order = (_jobs.c.number,) if search else (_jobs.c.started, _jobs.c.name, _jobs.c.number)
-        query = sa.select(_jobs.c.name, _jobs.c.number, *columns).where(of_run).order_by(*order).limit(at_most)
-        with self._engine.connect() as connection:
-            return [Row(Key(name, number), *values) for name, number, *values in connection.execute(query)]
-
-    def num_finished(self, *, search: bool) -> int:
-        """The number of finished trials, or of finished comparisons."""
-        of_run = (_jobs.c.run == self._run) & (_jobs.c.state != RUNNING)
-        of_run &= _is_trial if search else _is_comparison
-        with self._engine.connect() as connection:
-            return int(connection.execute(sa.select(sa.func.count()).select_from(_jobs).where(of_run)).scalar_one())
-
-    @contextmanager
-    def alone(self, *, writes: bool) -> Iterator[sa.Connection | None]:
-        """A transaction that one process of this run has at a time, or None if another one has it.
-
-        One that does not write itself keeps out all runs of the database, and lets other connections write.
-        """
-        with self._engine.execution_options(immediate=writes).begin() as connection:
-            query = sa.select(_mirrors.c.run).where(_mirrors.c.run == self._run).with_for_update(skip_locked=True)
-            is_file = self._engine.dialect.name == "sqlite"  # which has one process
-            is_alone = is_file or connection.execute(query).one_or_none() is not None
-            if is_alone and not (is_file or writes):
-                connection.execute(sa.text(f"LOCK TABLE {_mirrors.name} IN SHARE ROW EXCLUSIVE MODE"))
-            yield connection if is_alone else None
-
-    def counts(self, lately: float) -> "Counts":
-        """What the jobs have come to; `lately` is a time, in seconds since 1970."""
-        of_run, is_told = _jobs.c.run == self._run, _jobs.c.state != RUNNING
-        number = sa.func.count()
-        by_state = sa.select(_jobs.c.state, number).where(of_run & _is_trial).group_by(_jobs.c.state)
-        best = sa.select(_jobs.c.number, _jobs.c.score).where(of_run & _is_trial & (_jobs.c.state == COMPLETE))
-        reasons = (
-            sa.select(_jobs.c.failure, number).where(of_run & _is_trial & (_jobs.c.state == FAILED)).group_by(_jobs.c.failure)
-        )
-        with self._engine.connect() as connection:
-
-            def counted(condition: sa.ColumnElement[bool]) -> int:
-                return int(connection.execute(sa.select(number).select_from(_jobs).where(of_run & condition)).scalar_one())
-
-            states = {str(state): int(count) for state, count in connection.execute(by_state)}
-            found = connection.execute(best.order_by(_jobs.c.score.desc(), _jobs.c.number).limit(1)).one_or_none()
-            return Counts(
-                complete=states.get(COMPLETE, 0),
-                failed=states.get(FAILED, 0),
-                comparisons=counted(_is_comparison & is_told),
-                lately=counted(_is_trial & is_told & (_jobs.c.finished > lately)),
-                best=None if found is None else (found.number, found.score),
-                reasons=Counter({str(reason): int(times) for reason, times in connection.execute(reasons)}),
-            )
-
-    def running(self) -> list[tuple[Key, str, float]]:
-        """Jobs that are being evaluated, or were when their process died: the process and since when."""
-        query = sa.select(_jobs.c.name, _jobs.c.number, _jobs.c.owner, _jobs.c.started)
-        query = query.where((_jobs.c.run == self._run) & (_jobs.c.state == RUNNING)).order_by(_jobs.c.name, _jobs.c.number)
-        with self._engine.connect() as connection:
-            return [(Key(row.name, row.number), row.owner, row.started) for row in connection.execute(query)]
-
-    def curve(self, key: Key) -> str | None:
-        """The loss curve of a job as JSON; None if it has none."""
-        which = (_curves.c.run == self._run) & (_curves.c.name == key.name) & (_curves.c.number == key.number)
-        with self._engine.connect() as connection:
-            curve: str | None = connection.execute(sa.select(_curves.c.curve).where(which)).scalar()
-        return curve
-
-    def processes(self) -> list[Process]:
-        """Those that work on the run."""
-        jobs = sa.select(_jobs.c.owner, sa.func.count().label("jobs"))
-        jobs = jobs.where((_jobs.c.run == self._run) & (_jobs.c.state == RUNNING)).group_by(_jobs.c.owner)
-        query = sa.select(_processes).where(_processes.c.run == self._run).order_by(_processes.c.started)
-        with self._engine.connect() as connection:
-            count = {row.owner: row.jobs for row in connection.execute(jobs)}
-            return [
-                Process(row.id, row.host, row.pid, row.workers, row.started, count.get(row.id, 0))
-                for row in connection.execute(query)
-            ]
-
-
-def shown(url: str) -> str:
-    """The URL as it may be read by others, without a password."""
-    try:
-        return sa.make_url(url).render_as_string(hide_password=True)
-    except ArgumentError:  # it is none
-        return url
-
-
-def has_password(url: str) -> bool:
-    """Whether a password stands in the URL."""
-    try:
-        parsed = sa.make_url(url)
-    except ArgumentError:  # no URL, as is said where it is used
-        return False
-    return parsed.password is not None or "password" in parsed.query
+            connection.execute(PROCESSES.delete().where(which if process is None else which & (PROCESSES.c.id == process)))
 
 
 def _sleep(seconds: float) -> None:
@@ -723,125 +668,13 @@ def _sleep(seconds: float) -> None:
         time.sleep(0.1)
 
 
-def require_answer(url: str) -> None:
-    """Raise SQLAlchemyError if the database does not answer, and InputError for one of another kind."""
-    engine = _engine(url)
-    try:
-        engine.connect().close()
-    finally:
-        engine.dispose()
+def _better(one: Best | None, other: Best) -> Best:
+    return other if one is None or other.order < one.order else one
 
 
-def is_server(url: str) -> bool:
-    """Whether several processes may work on this database: not on a file."""
-    return not url.startswith("sqlite")
-
-
-def _head_to_keep(key: Key, score: float, best: tuple[float, int] | None) -> str | None:
+def _head_to_keep(key: Key, score: float, best: Best | None) -> str | None:
     """The name under which the head of this job is kept; None if it is not."""
     if key.name != SEARCH:
         return head_name(key.name) if key.number == 0 else None
-    return BEST_HEAD if best is None or (-score, key.number) < (-best[0], best[1]) else None
-
-
-def head_name(compared: str) -> str:
-    """The name under which a run keeps the head of a compared cell."""
-    return f"{compared.replace(' ', '_')}_seed0"
-
-
-def _begin(engine: sa.Engine, name: str, identity: str, begun: Begun) -> tuple[int, str]:
-    """The number of the run of this name, which is begun if there is none, and its identity."""
-    for _ in range(5):  # several processes may begin at once
-        try:
-            _tables.create_all(engine)
-            with engine.begin() as connection:
-                found = connection.execute(sa.select(_runs.c.id).where(_runs.c.name == name)).scalar()
-                if found is None:
-                    row = {"name": name, "schema": SCHEMA, "identity": identity, "revision": 1}
-                    connection.execute(_runs.insert().values(row))
-                    connection.execute(_mirrors.insert().values(run=_id_of(connection, name)))
-                    _fill(connection, _id_of(connection, name), begun)
-                number = _id_of(connection, name)
-                return number, str(connection.execute(sa.select(_runs.c.identity).where(_runs.c.id == number)).scalar_one())
-        except (IntegrityError, ProgrammingError) as error:  # the other was first
-            last = error
-            time.sleep(0.2)
-    raise last
-
-
-def _fill(connection: sa.Connection, run: int, begun: Begun) -> None:
-    started = {"run": run, "revision": 1, "owner": ""}
-    jobs = [
-        started | row.key._asdict() | {name: getattr(row, name) for name in _COLUMNS} | {"started": float(position)}
-        for position, row in enumerate(begun.rows)  # of when they were begun, only the order is known
-    ]
-    curves = [{"run": run, **key._asdict(), "curve": curve} for key, curve in begun.curves.items()]
-    for table, values in ((_jobs, jobs), (_curves, curves)):
-        if values:
-            connection.execute(table.insert(), values)
-
-
-def _id_of(connection: sa.Connection, name: str) -> int:
-    query = sa.select(_runs.c.id, _runs.c.schema).where(_runs.c.name == name)
-    row = connection.execute(query).one_or_none()
-    if row is None:
-        raise KeyError(name)
-    if row.schema != SCHEMA:
-        raise InputError(f"run {name} is of another version of this project: give another `out`")
-    return int(row.id)
-
-
-def _engine(url: str, lease: float = LEASE) -> sa.Engine:
-    """Of SQLite, transactions begin when they say so, and one that is to write keeps others from writing at once.
-
-    PostgreSQL ends a transaction, and with it the locks, of a process that does nothing for the lease in the middle of it,
-    because it was suspended, or its machine is gone. Raises InputError for another database, and for SQLite in memory.
-    """
-    parsed = sa.make_url(url)
-    if (kind := parsed.get_backend_name()) not in ("sqlite", "postgresql"):
-        raise InputError(f"`storage` is of {kind}: give the URL of PostgreSQL (postgresql+psycopg://…) or of an SQLite file")
-    if is_server(url):
-        return _engine_of_server(parsed, lease)
-    if parsed.database in (None, "", ":memory:"):
-        raise InputError(f"`storage` {url} is in memory: give an SQLite file, such as sqlite:///study.db")
-    engine = sa.create_engine(url, connect_args={"timeout": 60})
-
-    @sa.event.listens_for(engine, "connect")
-    def leave_transactions_to_us(connection: Any, record: Any) -> None:
-        connection.isolation_level = None
-
-    @sa.event.listens_for(engine, "begin")
-    def begin(connection: sa.Connection) -> None:
-        immediate = connection.get_execution_options().get("immediate")
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if immediate else "BEGIN")
-
-    return engine
-
-
-@contextmanager
-def _disposed_on_error(engine: sa.Engine) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        engine.dispose()
-        raise
-
-
-def _engine_of_server(url: sa.URL, lease: float) -> sa.Engine:
-    limits = {"connect_timeout": 10, "tcp_user_timeout": int(1000 * lease)} if url.get_driver_name() in _LIBPQ else {}
-    limits = {name: value for name, value in limits.items() if name not in url.query}
-    engine = sa.create_engine(
-        url,
-        connect_args=limits,
-        isolation_level="READ COMMITTED",  # whatever the server's default is
-        pool_size=1,  # a server has few connections: those beyond one are closed when they are not needed
-        max_overflow=-1,
-    )
-
-    @sa.event.listens_for(engine, "connect")
-    def limit_transactions(connection: Any, record: Any) -> None:
-        with connection.cursor() as cursor:
-            cursor.execute(f"SET idle_in_transaction_session_timeout = {int(1000 * lease)}")
-        connection.commit()
-
-    return engine
+    told = Best(score, key.number, key.rung)
+    return BEST_HEAD if _better(best, told) is told else None

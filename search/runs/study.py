@@ -13,7 +13,7 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from optuna.exceptions import OptunaError, StorageInternalError
 from sqlalchemy.exc import SQLAlchemyError
@@ -31,24 +31,13 @@ from search.errors import InputError, require_file_name
 from search.files import write_whole
 from search.folder import Folder, InUseError, differences
 from search.interrupts import ctrl_c_waits
+from search.runs.database import is_server, require_answer, shown
 from search.runs.earlier import EarlierRun
+from search.runs.halving import Halving
 from search.runs.mirror import Mirror
-from search.runs.store import (
-    BEST_HEAD,
-    FOUND,
-    RUNNING,
-    SEARCH,
-    Claim,
-    Key,
-    Reader,
-    Row,
-    SearchPlan,
-    Store,
-    Told,
-    is_server,
-    require_answer,
-    shown,
-)
+from search.runs.reader import Reader
+from search.runs.store import Claim, SearchPlan, Store, Told
+from search.runs.tables import BEST_HEAD, FOUND, RUNNING, SEARCH, Key, Row
 from search.settings import (
     BackboneSettings,
     DataSettings,
@@ -81,6 +70,7 @@ class TrialRecord:
     result_json: str | None
     failure: str | None
     duplicate_of: int | None
+    rung: int = 0  # the highest one that it has a score of, if the search is cut short; that is the score
 
     @classmethod
     def of(cls, number: int, cell: Cell, result: ProxyResult | None, failure: str | None, duplicate_of: int | None) -> Self:
@@ -147,6 +137,8 @@ class Run:
     baselines: list[BaselineRecord]
     planned: int | None = None  # number of trials that it was to have when it last went on; None if nobody knows
     curves: Mapping[int, Curve] = field(default_factory=dict, compare=False)  # loss curves by trial; may read them when asked
+    rungs: tuple[int, ...] = ()  # their iterations, if the search is cut short (`search.runs.halving`); the last are all
+    rung_scores: Mapping[int, tuple[float, ...]] = field(default_factory=dict)  # by trial: on each rung that it has reached
 
     def curve(self, record: TrialRecord | BaselineRecord) -> Curve:
         """The loss curve of a trial or a comparison; empty if it has none."""
@@ -194,7 +186,9 @@ class Study:
         self.sampler = sampler
         self._space, self._file_of = space, file_of
         self._mirror: Mirror | None = None
-        self._open_mirror, self._reader = partial(Mirror, url, store.name, task, space), Reader(url, store.name, store)
+        rungs = () if store.state.rungs is None else store.state.rungs.halving.rungs
+        self._open_mirror = partial(Mirror, url, store.name, task, space, rungs)
+        self._reader = Reader(url, store.name, store.engine)
         self._heads = 0  # revision up to which the folder has the heads
         self.store.sync()
         self.show()
@@ -205,11 +199,11 @@ class Study:
         return self.store.claim(plan, self._space, self.sampler)
 
     @ctrl_c_waits()
-    def tell(self, key: Key, result: ProxyResult, head: SegmentationHead | None = None) -> bool:
-        """Record a result, and its head if it is to be kept (`Store.tell`)."""
+    def tell(self, key: Key, result: ProxyResult, head: SegmentationHead | None = None, state: bytes | None = None) -> bool:
+        """Record a result, and its head and the state of its training if they are to be kept (`Store.tell`)."""
         content = self._file_of(head) if head is not None and self.store.keeps_head(key, result.score) else None
-        curve = json.dumps(result.loss_curve)
-        return self.store.tell(key, Told(result.score, result.multiply_adds, _result_json(result), curve, content))
+        curve, kept = json.dumps(result.loss_curve), state if self.store.keeps_state(key, result.score) else None
+        return self.store.tell(key, Told(result.score, result.multiply_adds, _result_json(result), curve, content, kept))
 
     @ctrl_c_waits()
     def tell_failure(self, key: Key, reason: str) -> bool:
@@ -269,11 +263,12 @@ def open_run(
     space: SearchSpace,
     defaults: Mapping[str, Any],
     trials: int | None = None,
+    halving: Halving | None = None,
 ) -> Iterator[Study]:
     """Begin a run or continue it, or help the process that holds its folder, if the jobs are on a server.
 
-    `trials` is what people are told of how many there will be; `defaults` as in `Folder.check`. Raises InputError for other
-    settings, a second process on a file, or an unwritable folder.
+    `trials` is what people are told of how many there will be; `defaults` as in `Folder.check`; `halving` says how it is cut
+    short. Raises InputError for other settings, a second process on a file, or an unwritable folder.
     """
     url = storage_url(directory, storage)
     folder = Folder(directory)
@@ -283,11 +278,12 @@ def open_run(
             before = folder.description()
             name = _run_id(folder, before) if before else new_name(directory, url)
             folder.check(identity, defaults)
-            store = stack.enter_context(closing(_open_store(url, name, identity, defaults, space)))
+            store = stack.enter_context(closing(_open_store(url, name, identity, defaults, space, halving)))
             if before is None and is_server(url) and store.sync().next:
                 print(f"the database has a run {name} with these settings, which goes on", file=sys.stderr)
             description = {"id": name, "storage": storage, "settings": plain(asdict(settings)), "trials": trials}
             description |= task.describe() | {"space": plain(asdict(space))}
+            description["rungs"] = [] if halving is None else list(halving.rungs)
             begin = partial(folder.begin, identity, command, defaults=defaults, **description)
             if holds_folder:
                 begin()  # only now: a folder of a run that is refused would refuse what is right
@@ -363,13 +359,20 @@ def _hold(folder: Folder, stack: ExitStack, url: str) -> bool:
     return True
 
 
-def _open_store(url: str, name: str, identity: dict[str, Any], defaults: Mapping[str, Any], space: SearchSpace) -> Store:
+def _open_store(
+    url: str,
+    name: str,
+    identity: dict[str, Any],
+    defaults: Mapping[str, Any],
+    space: SearchSpace,
+    halving: Halving | None,
+) -> Store:
     """The run's jobs; those of an earlier version are taken over."""
     shared = {field: value for field, value in identity.items() if field != "storage"}  # which each host may spell its way
     text = json.dumps(shared)
     now = json.loads(text)
     earlier = _earlier_run(url, name, space)
-    store = Store(url, name, text, earlier.begun if earlier else None)
+    store = Store(url, name, text, earlier.begun if earlier else None, halving=halving)
     if different := differences(json.loads(store.identity), now, defaults):
         store.close()
         raise InputError(
@@ -401,32 +404,43 @@ def load_run(directory: Path) -> Run:
         task = restored_task(description)
         settings = RunSettings.restored(description["settings"])
         space = _restored_space(description["space"]) if "space" in description else _earlier_space(identity)
+        rungs = tuple(map(int, description.get("rungs", ())))  # earlier runs had none
     except (OSError, ValueError, KeyError, TypeError) as error:
         path = directory / "settings.json"
         raise InputError(f"{path} is damaged ({error}): delete the run {directory} and start it again") from error
     try:
         require_file(directory, url)
-        trials, baselines, curves = _records(url, name, space)
+        trials, baselines, curves, rung_scores = _records(url, name, space)
     except InputError:
         raise
     except (SQLAlchemyError, OptunaError, ImportError, ValueError, KeyError, TypeError) as error:
         text = f"the study of {directory} cannot be read ({_first_line(error)})"
         raise InputError(f"{text}: {_remedy(url)}") from error
     planned = description.get("trials")
-    return Run(directory, identity, command, task, settings, space, trials, baselines, planned, curves)
+    return Run(directory, identity, command, task, settings, space, trials, baselines, planned, curves, rungs, rung_scores)
 
 
-def _records(url: str, name: str, space: SearchSpace) -> tuple[list[TrialRecord], list[BaselineRecord], Mapping[int, Curve]]:
+class _Records(NamedTuple):
+    trials: list[TrialRecord]
+    baselines: list[BaselineRecord]
+    curves: Mapping[int, Curve]
+    rung_scores: Mapping[int, tuple[float, ...]]
+
+
+def _records(url: str, name: str, space: SearchSpace) -> _Records:
     if earlier := _earlier_run(url, name, space):
         finished = sorted((row for row in earlier.begun.rows if row.state != RUNNING), key=lambda row: row.key.number)
         of_search = [row for row in finished if row.key.name == SEARCH]
         compared = [(row, earlier.begun.curves.get(row.key)) for row in earlier.begun.rows if row.key.name != SEARCH]
         curves = {key.number: _curve(text) for key, text in earlier.begun.curves.items() if key.name == SEARCH}
-        return [_trial_record(row) for row in of_search], _baselines(compared), curves
+        return _Records([_trial_record(row) for row in of_search], _baselines(compared), curves, {})
     with closing(Reader(url, name)) as reader:
         of_search = reader.finished(search=True)
+        scores = reader.rung_scores()  # read after the rows: they have no rung that is not there
         compared = [(row, reader.curve(row.key)) for row in reader.finished(search=False)]
-        return [_trial_record(row) for row in of_search], _baselines(compared), _Curves(url, name)
+    scores |= {row.key.number: scores[row.duplicate_of] for row in of_search if row.duplicate_of in scores}
+    trials = [_trial_record(row, scores.get(row.key.number, ())) for row in of_search]
+    return _Records(trials, _baselines(compared), _Curves(url, name), scores)
 
 
 class _Curves(Mapping[int, Curve]):
@@ -450,9 +464,10 @@ class _Curves(Mapping[int, Curve]):
             yield from (row.key.number for row in reader.finished(search=True) if row.result is not None)
 
 
-def _trial_record(row: Row) -> TrialRecord:
+def _trial_record(row: Row, rung_scores: tuple[float, ...] = ()) -> TrialRecord:
+    rung = max((rung for rung, score in enumerate(rung_scores) if score == row.score), default=0)
     return TrialRecord(
-        row.key.number, row.cell, row.form, row.score, row.multiply_adds, row.result, row.failure, row.duplicate_of
+        row.key.number, row.cell, row.form, row.score, row.multiply_adds, row.result, row.failure, row.duplicate_of, rung
     )
 
 
@@ -502,12 +517,15 @@ def require_file(directory: Path, url: str) -> None:
 
 
 def ranked(records: list[TrialRecord]) -> list[TrialRecord]:
-    """The distinct cells that have a score, best first; of equal cells, scored by several workers, the first."""
+    """The distinct cells that have a score, best first; of equal cells, scored by several workers, the first.
+
+    Where a search is cut short, one that was trained longer is before those that were not: it was better than they were then.
+    """
     first: dict[str, TrialRecord] = {}
     for record in records:
         if record.score is not None and record.duplicate_of is None:
             first.setdefault(record.form, record)
-    return sorted(first.values(), key=lambda record: -record.score if record.score is not None else 0.0)
+    return sorted(first.values(), key=lambda record: (-record.rung, -record.score if record.score is not None else 0.0))
 
 
 def storage_url(directory: Path, storage: str | None) -> str:

@@ -19,20 +19,23 @@ from search.devices import resolve_device
 from search.runs.cluster import demand_of, is_in_process
 from search.settings import WorkerSettings
 from search.tasks.feature_cache import FeatureCache
-from search.tasks.proxy import NotFiniteError
+from search.tasks.proxy import NotFiniteError, Stretch
 
 WAIT_SECONDS = 1.0  # after which one looks whether more workers are there
 
 Result = TypeVar("Result")
 Result_co = TypeVar("Result_co", covariant=True)
+_Done = tuple[Result, SegmentationHead | None, bytes | None]  # result, head, state
 
 
 class Job(NamedTuple):
-    """A cell to evaluate; `key` is chosen by the caller; all randomness follows from `seed`."""
+    """A cell to evaluate; `key` is chosen by the caller; all randomness follows from `seed`. The task must be a `SteppedTask`
+    for a `stretch`, a part of the training."""
 
     key: Any
     cell: Cell
     seed: tuple[int, ...]
+    stretch: Stretch | None = None
 
 
 class Task(Protocol[Result_co]):
@@ -46,16 +49,19 @@ class Task(Protocol[Result_co]):
 
 
 class SteppedTask(Task[Result_co], Protocol[Result_co]):
-    """A task whose evaluations can run in turns, with the same results as one after the other."""
+    """A task whose evaluations can run in turns, and in parts, with the same results as one after the other."""
 
-    def evaluation(self, cell: Cell, seed: Sequence[int]) -> Generator[int, None, tuple[Result_co, SegmentationHead | None]]:
-        """`evaluate`, which yields the number of each iteration after it."""
+    def evaluation(
+        self, cell: Cell, seed: Sequence[int], stretch: Stretch | None = None
+    ) -> Generator[int, None, tuple[Result_co, SegmentationHead | None, bytes | None]]:
+        """`evaluate`, or a part of it, which yields the number of each iteration after it, and returns the state to go on."""
         ...
 
 
 @dataclass(frozen=True)
 class Outcome(Generic[Result_co]):
-    """What came of a job: a result, with the trained head if the task returns one, or the reason why it failed.
+    """What came of a job: a result, with the trained head if the task returns one, or the reason why it failed. Of a part of a
+    training also the state with which it goes on.
 
     A failure is passing if the cell may not be the cause, so that another try may succeed: a GPU was full, workers died.
     """
@@ -63,6 +69,7 @@ class Outcome(Generic[Result_co]):
     job: Job
     result: Result_co | None = None
     head: SegmentationHead | None = None
+    state: bytes | None = None
     failure: str | None = None
     is_passing: bool = False
 
@@ -86,12 +93,24 @@ class Workers(Protocol[Result_co]):
 
 def evaluate(task: Task[Result], job: Job, on_step: Callable[[int], None] = lambda iteration: None) -> Outcome[Result]:
     """Run one job; a loss that is not finite or too little memory is a failure of the cell, not an error."""
-    outcome = _guarded(job, lambda: task.evaluate(job.cell, job.seed, on_step))
+
+    def work() -> "_Done[Result]":
+        if job.stretch is None:
+            return *task.evaluate(job.cell, job.seed, on_step), None
+        steps = cast(SteppedTask[Result], task).evaluation(job.cell, job.seed, job.stretch)
+        while True:
+            try:
+                on_step(next(steps))
+            except StopIteration as end:
+                done: _Done[Result] = end.value
+                return done
+
+    outcome = _guarded(job, work)
     assert outcome is not None
     return outcome
 
 
-def _guarded(job: Job, work: Callable[[], tuple[Result, SegmentationHead | None] | None]) -> Outcome[Result] | None:
+def _guarded(job: Job, work: Callable[[], "_Done[Result] | None"]) -> Outcome[Result] | None:
     """The outcome if this work ends the job with a result, or as a failure; None if there is more to do."""
     try:
         done = work()
@@ -146,7 +165,7 @@ def open_workers(
             if running != [job]:
                 running[:] = [job]
                 bar.reset()
-                bar.set_description(f"trial {job.key}" if isinstance(job.key, int) else str(job.key))
+                bar.set_description(str(job.key))
             bar.update(iteration - bar.n)  # a continued training does not begin at 1
 
         if in_turns == 1:
@@ -196,7 +215,7 @@ class InTurns(Generic[Result]):
         stream = self._streams.pop()
         if stream is not None:
             stream.wait_stream(torch.cuda.current_stream(stream.device))  # which may still copy the features
-        self._running.append(_Running(job, self._task.evaluation(job.cell, job.seed), stream))
+        self._running.append(_Running(job, self._task.evaluation(job.cell, job.seed, job.stretch), stream))
 
     def wait(self, timeout: float | None = None) -> Outcome[Result]:
         """Go on with all jobs until one of them ends."""
@@ -209,13 +228,13 @@ class InTurns(Generic[Result]):
                 return outcome
             self._running.append(running)
 
-    def _advance(self, running: "_Running[Result]", followed: Job) -> tuple[Result, SegmentationHead | None] | None:
+    def _advance(self, running: "_Running[Result]", followed: Job) -> "_Done[Result] | None":
         try:
             with nullcontext() if running.stream is None else torch.cuda.stream(running.stream):
                 iteration = next(running.steps)
         except StopIteration as end:
-            result: tuple[Result, SegmentationHead | None] = end.value
-            return result
+            done: _Done[Result] = end.value
+            return done
         if running.job is followed:
             self._on_step(running.job, iteration)
         return None
@@ -226,5 +245,5 @@ class InTurns(Generic[Result]):
 
 class _Running(NamedTuple, Generic[Result]):
     job: Job
-    steps: Generator[int, None, tuple[Result, SegmentationHead | None]]
+    steps: Generator[int, None, "_Done[Result]"]
     stream: torch.cuda.Stream | None

@@ -6,15 +6,18 @@ It needs no images and no backbone. The training, with its crops, is in `fast/tr
 import math
 import re
 import resource
+import sys
 import time
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from fast.batch_norm import authors_norm, recompute_statistics
@@ -30,6 +33,7 @@ from search.settings import HeadSettings, LossSettings, ProxySettings, given, kn
 from search.tasks.feature_cache import FeatureCache, require_crop
 
 _CURVE_POINTS = 100
+_OF_TRAINING = "training.curve", "training.seconds", "training.done"  # names in a state, beside the step's
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,17 @@ class ProxyResult:
     @property
     def score(self) -> float:
         return self.scores.score
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """A part of a cell's training: up to an iteration, from the beginning or from the state at the end of another part.
+
+    However a training is divided, it ends with the same bits.
+    """
+
+    until: int  # iterations in all
+    state: bytes | None = None  # a safetensors file, as `ProxyTask.evaluation` gives it
 
 
 class NotFiniteError(ArithmeticError):
@@ -84,22 +99,34 @@ class ProxyTask:
             try:
                 on_step(next(steps))
             except StopIteration as end:
-                result: tuple[ProxyResult, SegmentationHead] = end.value
-                return result
+                result, head, _ = end.value
+                return result, head
 
-    def evaluation(self, cell: Cell, seed: Sequence[int]) -> Generator[int, None, tuple[ProxyResult, SegmentationHead]]:
+    def evaluation(
+        self, cell: Cell, seed: Sequence[int], stretch: Stretch | None = None
+    ) -> Generator[int, None, tuple[ProxyResult, SegmentationHead, bytes | None]]:
         """`evaluate`, iteration by iteration: yields the number of each after it, and several can run in turns.
 
-        Each has its own random numbers. Seconds and peak memory of the results are then those of several at a time.
+        Each has its own random numbers. Seconds and peak memory of the results are then those of several at a time. Given a
+        `stretch`, the training goes so far, and is scored there; it then also returns the state from which it goes on, unless
+        it is at its end. A state that is of another training, or of another kind of device, costs time alone: the training
+        begins anew, with the same result.
         """
+        stretch = stretch or Stretch(self.settings.steps)
         start = time.perf_counter()
         _reset_peak_memory(self.device)
         number = int(np.random.SeedSequence(list(seed)).generate_state(1)[0])
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(number)  # initial weights, crops and dropout
-            head = self._create_head(cell).to(self.device)
-            step = self._create_step(head)
-        curve = yield from self._train_head(step)
+        training = self._begin_training(cell, number)
+        if stretch.state is not None:
+            try:
+                training.restore(stretch.state, stretch.until)
+            except ValueError as error:
+                print(f"a training begins anew: {error}", file=sys.stderr)
+                training = self._begin_training(cell, number)  # a part of the state may be in it
+        step, head = training.step, training.step.head
+        yield from self._train_head(training, stretch.until)
+        seconds = training.seconds + time.perf_counter() - start
+        state = training.state(seconds) if stretch.until < self.settings.steps else None  # before scoring draws more crops
         with step.randomness:
             recompute_statistics(head, (step.draw()[0] for _ in range(self.settings.statistics_batches)))
         scores = self.dense_task.scores(self._totals(head))
@@ -107,13 +134,18 @@ class ProxyTask:
         cost = module_cost(head.context, (size[0], size[1])).total
         result = ProxyResult(
             scores=scores,
-            loss_curve=curve,
+            loss_curve=tuple(training.curve),
             parameters=cost.parameters,
             multiply_adds=cost.multiply_adds,
-            seconds=time.perf_counter() - start,
+            seconds=training.seconds + time.perf_counter() - start,
             peak_memory_bytes=_peak_memory_bytes(self.device),
         )
-        return result, head.cpu()
+        return result, head.cpu(), state
+
+    def _begin_training(self, cell: Cell, seed: int) -> "_Training":
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(seed)  # initial weights, crops and dropout
+            return _Training(self._create_step(self._create_head(cell).to(self.device)))
 
     def _create_head(self, cell: Cell) -> SegmentationHead:
         settings = self.head
@@ -148,18 +180,20 @@ class ProxyTask:
             precision=settings.precision,
         )
 
-    def _train_head(self, step: TrainStep) -> Generator[int, None, tuple[tuple[int, float], ...]]:
+    def _train_head(self, training: "_Training", until: int) -> Generator[int, None, None]:
         iterations = self.settings.steps
-        curve = []
         every = max(1, iterations // _CURVE_POINTS)
-        for iteration in range(1, iterations + 1):
-            loss = step()
+        for iteration in range(training.done + 1, until + 1):
+            loss = training.step()
             yield iteration  # before the loss is read, which waits for the device: others launch meanwhile
-            if iteration % every == 0 or iteration == iterations:
-                curve.append((iteration, loss.item()))
-                if not math.isfinite(curve[-1][1]):
-                    raise NotFiniteError(f"the loss was {curve[-1][1]} at iteration {iteration}; try a lower learning rate")
-        return tuple(curve)
+            is_on_curve = iteration % every == 0 or iteration == iterations
+            if is_on_curve or iteration == until:
+                value = loss.item()
+                if not math.isfinite(value):
+                    raise NotFiniteError(f"the loss was {value} at iteration {iteration}; try a lower learning rate")
+                if is_on_curve:
+                    training.curve.append((iteration, value))
+        training.done = until
 
     @torch.inference_mode()
     def _totals(self, head: SegmentationHead) -> NDArray[Any]:
@@ -184,6 +218,35 @@ class ProxyTask:
                 features = cache.features.to(self.device, memory_format=torch.channels_last)  # crops are then contiguous rows
                 return features, cache.labels.to(self.device)
         return cache.features, cache.labels
+
+
+@dataclass
+class _Training:
+    """A training of a cell, between two stretches of it."""
+
+    step: TrainStep
+    done: int = 0  # iterations
+    curve: list[tuple[int, float]] = field(default_factory=list)
+    seconds: float = 0.0  # that earlier stretches took
+
+    def restore(self, content: bytes, until: int) -> None:
+        """Go on from what `state` gave, up to an iteration. Raises ValueError for the state of another training."""
+        try:
+            kept = load(content)
+            curve, seconds, done = (kept.pop(name) for name in _OF_TRAINING)
+            if int(done) > until:
+                raise ValueError(f"its state is of iteration {int(done)}, and it is to go to {until}")
+            self.step.restore(kept)
+        except (SafetensorError, KeyError, RuntimeError) as error:
+            raise ValueError(f"its state cannot be used ({error})") from error
+        self.done, self.seconds = int(done), float(seconds)
+        self.curve = [(int(iteration), loss) for iteration, loss in curve.tolist()]
+
+    def state(self, seconds: float) -> bytes:
+        """All that the rest of the training depends on, as a safetensors file, with the seconds that it took so far."""
+        curve = torch.tensor(self.curve, dtype=torch.float64).reshape(-1, 2)
+        parts = curve, torch.tensor(seconds, dtype=torch.float64), torch.tensor(self.done)
+        return save(self.step.state() | dict(zip(_OF_TRAINING, parts, strict=True)))
 
 
 def crop_in_features(settings: ProxySettings, cache: FeatureCache) -> tuple[int, int]:

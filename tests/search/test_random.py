@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -39,6 +40,7 @@ from search.errors import InputError
 from search.random import RandomSettings, completed_for
 from search.reports.run import write_report
 from search.runs.mirror import Mirror
+from search.runs.status import status_lines
 from search.runs.store import Store
 from search.runs.study import Run, load_run, ranked
 from search.settings import (
@@ -342,13 +344,7 @@ def search_until_death(settings: RandomSettings, death: str) -> None:
     search.random.main(settings)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="a server of children that have everything imported needs fork")
-@pytest.mark.parametrize("death", DEATHS)
-def test_a_killed_search_goes_on_as_if_nothing_had_happened(
-    settings: RandomSettings, uninterrupted: Run, death: str, tmp_path: Path
-) -> None:
-    if "cache" in death:
-        settings = changed(settings, cache_dir=tmp_path / "cache")
+def kill(settings: RandomSettings, death: str) -> None:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     child = context.Process(target=search_until_death, args=(settings, death))
@@ -356,6 +352,15 @@ def test_a_killed_search_goes_on_as_if_nothing_had_happened(
     child.join()
     assert child.exitcode == -signal.SIGKILL
 
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a server of children that have everything imported needs fork")
+@pytest.mark.parametrize("death", tuple(DEATHS))
+def test_a_killed_search_goes_on_as_if_nothing_had_happened(
+    settings: RandomSettings, uninterrupted: Run, death: str, tmp_path: Path
+) -> None:
+    if "cache" in death:
+        settings = changed(settings, cache_dir=tmp_path / "cache")
+    kill(settings, death)
     run = run_search(settings)
     assert trials(run) == trials(uninterrupted)
     assert comparisons(run) == comparisons(uninterrupted)
@@ -364,6 +369,116 @@ def test_a_killed_search_goes_on_as_if_nothing_had_happened(
         (head, description), (expected, expected_description) = (load_head(r.directory / file) for r in (run, uninterrupted))
         assert description == expected_description
         torch.testing.assert_close(head.state_dict(), expected.state_dict(), rtol=0, atol=0)
+
+
+# Early stopping
+
+CUT_SHORT = {"early_stopping": "asha", "rungs": (2, 4), "reduction_factor": 2}
+
+
+@pytest.fixture(scope="module")
+def cut_short(tiny: RandomSettings) -> Run:
+    """The run that is cut short, with its real report."""
+    search.random.main(changed(tiny, out=known(tiny.out).with_name("cut_short"), **CUT_SHORT))
+    return load_run(known(tiny.out).with_name("cut_short"))
+
+
+def test_a_cell_that_goes_on_ends_at_the_bits_of_a_training_in_one_go(settings: RandomSettings, tmp_path: Path) -> None:
+    whole = run_search(changed(settings, sampler="random"))
+    cut = run_search(changed(settings, sampler="random", out=tmp_path / "cut", **CUT_SHORT))
+    in_full = {record.number: record for record in cut.trials if record.rung == 2}
+    assert 0 < len(in_full) < len(cut.trials)
+    for record in whole.trials:
+        other = in_full.get(record.number)
+        if other is not None:
+            assert (other.cell, measured(other.result)) == (record.cell, measured(record.result))
+            assert cut.curve(other) == whole.curve(record)
+        else:
+            assert cut.curve(cut.trials[record.number]) == whole.curve(record)[: cut.rungs[cut.trials[record.number].rung]]
+    best = ranked(cut.trials)[0]
+    assert best.number == max(in_full, key=lambda number: known(in_full[number].score))
+    head, _ = load_head(cut.directory / "heads/best.safetensors")
+    assert head.context.cell == best.cell
+    assert comparisons(cut)[: len(KNOWN_CELLS)] == comparisons(whole)[: len(KNOWN_CELLS)]
+
+
+def test_a_run_that_is_cut_short_says_how_far_each_cell_got(cut_short: Run) -> None:
+    assert cut_short.rungs == (2, 4, 8)
+    assert set(cut_short.rung_scores) == set(range(6))
+    for record in cut_short.trials:
+        scores = cut_short.rung_scores[record.number]
+        assert (len(scores), scores[-1]) == (record.rung + 1, record.score)
+        assert cut_short.curve(record)[-1][0] == cut_short.rungs[record.rung]
+    assert cut_short.baselines[-1].name == f"trial {ranked(cut_short.trials)[0].number}"
+
+
+def test_the_same_command_again_trains_nothing(
+    settings: RandomSettings, cut_short: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run_search(changed(settings, **CUT_SHORT))
+    assert trials(first) == trials(cut_short)
+    forbid_evaluation(monkeypatch)
+    monkeypatch.setattr(ProxyTask, "evaluation", lambda *arguments: pytest.fail("a cell was trained"))
+    assert trials(run_search(changed(settings, **CUT_SHORT))) == trials(cut_short)
+
+
+def test_its_status_says_how_many_cells_got_how_far(cut_short: Run) -> None:
+    trials_line, rungs, best, _ = status_lines(cut_short.directory, None)
+    counts = [sum(len(scores) > rung for scores in cut_short.rung_scores.values()) for rung in range(3)]
+    first = ranked(cut_short.trials)[0]
+    assert "6 of 6 trials are finished" in trials_line
+    assert rungs == f"trials with a score: {counts[0]} after 2, {counts[1]} after 4, {counts[2]} after 8 iterations"
+    assert best == f"best: trial {first.number}, mIOU {100 * known(first.score):.2f} % after 8 iterations"
+
+
+def test_cells_in_turns_go_on_likewise(settings: RandomSettings, cut_short: Run) -> None:
+    run = run_search(changed(settings, cells_per_gpu=2, **CUT_SHORT))
+    assert (trials(run), run.rung_scores) == (trials(cut_short), cut_short.rung_scores)
+
+
+@pytest.mark.parametrize(("field", "value", "before"), [("reduction_factor", 4, 2), ("early_stopping", "pasha", "asha")])
+def test_another_early_stopping_is_another_run(
+    tiny: RandomSettings, cut_short: Run, field: str, value: Any, before: Any
+) -> None:
+    with pytest.raises(InputError, match=f"with `{field}` {before}, now it is {value}: .*another `out`"):
+        search.random.main(changed(tiny, out=cut_short.directory, **(CUT_SHORT | {field: value})))
+
+
+def test_with_a_reduction_factor_of_1_all_cells_go_on(settings: RandomSettings) -> None:
+    run = run_search(changed(settings, **(CUT_SHORT | {"reduction_factor": 1})))
+    assert {record.rung for record in run.trials} == {2}
+    assert {len(scores) for scores in run.rung_scores.values()} == {3}
+    with (run.directory / "rungs.csv").open(encoding="utf-8", newline="") as file:
+        rows = {int(row["trial"]): row for row in csv.DictReader(file)}
+    assert {number: tuple(float(row[name]) for name in ("2", "4", "8")) for number, row in rows.items()} == run.rung_scores
+    assert [Cell.from_json(rows[record.number]["cell"]) for record in run.trials] == [record.cell for record in run.trials]
+
+
+def test_a_cell_that_is_not_trained_in_full_has_no_score_there(cut_short: Run) -> None:
+    with (cut_short.directory / "rungs.csv").open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            reached = len(cut_short.rung_scores[int(row["trial"])])
+            assert [bool(row[name]) for name in ("2", "4", "8")] == [place < reached for place in range(3)]
+
+
+STRETCH_DEATHS: dict[str, tuple[object, str, int]] = {
+    "after a trial went on": (Store, "_with_stretch", 5 + 4),
+    "in the middle of a stretch": (TrainStep, "__call__", 5 * 8 + 11),
+    "before a state is kept": (Store, "_keep_state", 5 + 6),
+}
+DEATHS |= STRETCH_DEATHS
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a server of children that have everything imported needs fork")
+@pytest.mark.parametrize("death", STRETCH_DEATHS)
+def test_a_killed_search_that_is_cut_short_goes_on_as_if_nothing_had_happened(
+    settings: RandomSettings, cut_short: Run, death: str
+) -> None:
+    settings = changed(settings, **CUT_SHORT)
+    kill(settings, death)
+    run = run_search(settings)
+    assert (trials(run), run.rung_scores) == (trials(cut_short), cut_short.rung_scores)
+    assert comparisons(run) == comparisons(cut_short)
 
 
 def test_ctrl_c_reports_what_is_there_and_goes_on(
@@ -541,6 +656,12 @@ def test_the_printed_trainings_have_the_optimiser_of_the_search(tmp_path: Path) 
         ("rates", (3, 1), "`rates` must be different integers of at least 1, in ascending order, got 3 1"),
         ("rates", (0,), "`rates` must be different integers of at least 1, in ascending order, got 0"),
         ("grids", (2, 2), "`grids` must be different integers of at least 1, in ascending order, got 2 2"),
+        ("early_stopping", "hyperband", "`early_stopping` must be none or halving or asha or pasha, got hyperband"),
+        ("reduction_factor", 0, "`reduction_factor` must be at least 1"),
+        ("rungs", (2, 4), "`rungs` is for `early_stopping`: give asha, pasha or halving"),
+        ("reduction_factor", 2, "`reduction_factor` is for `early_stopping`: give asha, pasha or halving"),
+        ("rungs", (4, 2), "`rungs` must be different integers of at least 1, in ascending order, got 4 2"),
+        ("rungs", (), "`rungs` must be different integers of at least 1, in ascending order, got none"),
         ("sampler", "grid", "`sampler` grid is unknown"),
         ("weight_decay", -1.0, "`weight_decay` must be at least 0"),
         ("optimizer", "adam", "`optimizer` must be sgd or adamw, got adam"),
@@ -572,6 +693,29 @@ def test_settings_that_cannot_work_are_refused(
     assert not list(tmp_path.rglob("*.partial*"))
 
 
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({}, "`iterations` 8 are too few for `early_stopping` .* 4: give 80 or more, or `rungs`, such as 4"),
+        ({"rungs": (2, 8)}, "`rungs` must be iterations in ascending order, below the 8 of a whole training, got 2 8"),
+    ],
+    ids=["none fits", "too long"],
+)
+def test_rungs_that_do_not_fit_the_iterations_are_refused(
+    settings: RandomSettings, tmp_path: Path, change: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(InputError, match=sentence):
+        search.random.main(changed(settings, out=tmp_path / "refused", early_stopping="asha", **change))
+    assert not (tmp_path / "refused").exists()
+
+
+def test_rungs_follow_the_iterations(settings: RandomSettings) -> None:
+    cache = {"pictures": TrainingPictures("camvid", 367, (360, 480))}
+    completed = completed_for(Mock(**cache), changed(settings, iterations=1000, early_stopping="asha"))
+    assert (completed.rungs, known(completed.halving(1000)).rungs) == ((62, 250), (62, 250, 1000))
+    assert completed_for(Mock(**cache), changed(settings, iterations=1000)).rungs is None
+
+
 def test_a_warmup_as_long_as_a_training_by_default_is_refused(tiny: RandomSettings, tmp_path: Path) -> None:
     """How long that is follows from the number of pictures."""
     settings = changed(tiny, iterations=None, warmup_iterations=30_000, out=tmp_path / "refused")
@@ -582,7 +726,13 @@ def test_a_warmup_as_long_as_a_training_by_default_is_refused(tiny: RandomSettin
 
 @pytest.mark.parametrize(
     ("field", "value", "before"),
-    [("iterations", 9, 8), ("learning_rate", 0.2, 0.5), ("seed", 1, 0), ("branches", 3, 2), ("sampler", "tpe", "paper")],
+    [
+        ("iterations", 9, 8),
+        ("learning_rate", 0.2, 0.5),
+        ("seed", 1, 0),
+        ("branches", 3, 2),
+        ("sampler", "tpe", "paper"),
+    ],
 )
 def test_a_run_with_other_settings_is_refused(
     tiny: RandomSettings, uninterrupted: Run, field: str, value: Any, before: Any

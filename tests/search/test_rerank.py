@@ -440,6 +440,46 @@ def test_the_table_of_known_scores(
     assert json.loads((tmp_path / "best_cell.json").read_text()) == json.loads(pooling_cell(8).to_json())
 
 
+def test_of_a_search_that_was_cut_short_only_cells_in_full_are_compared(
+    made: tuple[Folders, list[Candidate], RerankSettings], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task, candidates, settings = made
+    shorter = {"trial 0": 62}  # iterations; the others have 1,000
+    of_rungs = [
+        replace(each, proxy_iterations=shorter.get(each.name, 1000), is_in_full=each.name not in shorter)
+        for each in candidates
+    ]
+    ordered = ranks(task, of_rungs, settings)
+    assert [row.final_rank for row in ordered] == [1, 2, 3, 4, None, None]  # which cells were trained is as before
+    rho = correlation(ordered)
+    assert rho is not None
+    assert rho.count == 3
+    assert rho.rho == pytest.approx(0.5)  # 1 − 6·(0 + 1 + 1) / (3·8)
+    finish_reranking(tmp_path, ordered, settings.seeds, task.dense_task)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split()[:3] == ["rank", "iterations", "mIOU"]
+    fields = {line.split("  ")[0]: line.split() for line in lines}
+    assert fields["trial 0"][:6] == ["trial", "0", "4", "62", "10.00", "4"]
+    assert "picture and rho are without 1 cell that the search did not train in full" in lines
+    assert any(line.startswith("proxy and final score, 3 cells: Spearman's ρ = 0.50 (") for line in lines)
+    assert {name: row["proxy_iterations"] for name, row in rows(tmp_path).items()} == {
+        each.name: "62" if each.name in shorter else "1000" for each in candidates
+    }
+    names = re.findall(r"<title>([^:<]+):", (tmp_path / "scatter.svg").read_text(encoding="utf-8"))
+    assert sorted(names) == ["aspp", "trial 1", "trial 2", "trial 3"]
+
+
+def test_cells_of_a_search_with_rungs_say_how_long_they_were_trained(tiny: RerankSettings, run: Run) -> None:
+    best = ranked(run.trials)
+    trials = [replace(record, rung=0 if record == best[0] else 1) for record in run.trials]
+    found = candidates_of(replace(run, trials=trials, rungs=(2, 8)), changed(tiny, top=4))
+    told = {each.name: (each.proxy_rank, each.proxy_iterations, each.is_in_full) for each in found}
+    assert told["dpc"] == (None, 8, True)
+    assert told[f"trial {best[0].number}"] == (len(best), 2, False)  # behind those in full
+    assert told[f"trial {best[1].number}"] == (1, 8, True)
+    assert all(each.proxy_iterations is None and each.is_in_full for each in candidates_of(run, tiny))
+
+
 def test_in_an_unfinished_ranking_only_shared_seeds_count(
     made: tuple[Folders, list[Candidate], RerankSettings], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

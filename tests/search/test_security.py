@@ -14,8 +14,8 @@ from search.cells.space import load_cells
 from search.errors import InputError, require_file_name
 from search.folder import Folder
 from search.pipeline import SearchSettings
+from search.runs.database import has_password, shown
 from search.runs.mirror import Mirror
-from search.runs.store import has_password, shown
 from search.runs.study import head_path
 from tests.search.runs.free_search import SPACE, TASK
 from tests.search.runs.test_study import begin

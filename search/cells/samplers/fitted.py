@@ -14,7 +14,8 @@ Model = TypeVar("Model")
 class FittedSampler(CellSampler, Generic[Model]):
     """A sampler with a model that is fitted at fixed trial numbers, so that its average cost does not grow with the history.
 
-    It is fitted on the `num_best` best distinct cells and the `num_newest` newest trials; never on fewer than `initial`.
+    It is fitted on the `num_best` best distinct cells and the `num_newest` newest trials; never on fewer than `initial`. Where
+    trials go on to later rungs, it is fitted anew after each of their results: trainings take longer.
     """
 
     def __init__(self, space: SearchSpace, *, seed: int, initial: int, num_best: int, num_newest: int, lag: int = LAG) -> None:
@@ -24,7 +25,7 @@ class FittedSampler(CellSampler, Generic[Model]):
         self.initial = initial
         self.num_best = num_best
         self.num_newest = num_newest
-        self._models: Remembered[History, tuple[int, Model]] = Remembered()  # the last one, with the bound of its trials
+        self._models: Remembered[History, tuple[tuple[int, int], Model]] = Remembered()  # the last one, with what it is of
 
     @abstractmethod
     def _fit(self, trials: list[Proposed], scores: list[float]) -> Model:
@@ -33,11 +34,11 @@ class FittedSampler(CellSampler, Generic[Model]):
     def _model(self, number: int, history: History) -> Model | None:
         """The model for trial `number`; None if it is too early for one."""
         bound = fitted_before(self.visible_before(number))
-        known, model = self._models.get(history, (-1, None))
-        if known != bound:
+        known, model = self._models.get(history, (None, None))
+        if known != (bound, history.revision):
             model = self._fitted(bound, history)
             if model is not None:
-                self._models[history] = bound, model
+                self._models[history] = (bound, history.revision), model
         return model
 
     def _fitted(self, bound: int, history: History) -> Model | None:

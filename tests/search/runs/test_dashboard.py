@@ -14,7 +14,7 @@ from urllib.request import urlopen
 
 import pytest
 
-from search.runs.store import SEARCH
+from search.runs.tables import SEARCH
 from tests.search.runs.test_study import begin, claim, make_result
 
 pytest.importorskip("optuna_dashboard")
@@ -68,7 +68,7 @@ def test_the_dashboard_shows_scores_cells_costs_and_failures(tmp_path: Path, sto
     with begin(tmp_path / "mine", storage=storage) as study:
         told: list[tuple[str, list[float] | None, str]] = []
         while len(told) < 3:
-            key, cell, _ = claim(study)
+            key, cell, *_ = claim(study)
             if key.name != SEARCH:
                 study.tell(key, make_result(0.4))
             elif (score := next(scores)) is None:

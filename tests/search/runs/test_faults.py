@@ -21,7 +21,7 @@ from sqlalchemy.exc import OperationalError
 
 from reference.cell import Cell
 from search.runs import store
-from search.runs.store import Reader
+from search.runs.reader import Reader
 from search.runs.study import load_run
 from tests.search.runs.free_search import NAME, Finished, expected, search
 from tests.search.test_random import BACKBONE, write_camvid

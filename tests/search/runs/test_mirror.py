@@ -11,8 +11,9 @@ import optuna
 
 from search.cells.samplers.paper import PaperSampler
 from search.cells.space import SearchSpace
-from search.runs.store import FAILED, SEARCH, Begun, Key, Row, Store
+from search.runs.store import Store
 from search.runs.study import Study
+from search.runs.tables import FAILED, SEARCH, Begun, Key, Row
 from tests.search.runs.free_search import NAME, TASK, search
 
 TRIALS = 40

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from search.dense_tasks import Measure
 from search.runs.progress import Pace, Progress
-from search.runs.store import SEARCH, Key
+from search.runs.tables import SEARCH, Key
 
 MIOU = Measure("mIOU", "mean_iou")
 HOUR = 3600.0
@@ -68,6 +68,20 @@ def test_the_bar_says_score_time_left_rate_workers_and_failures(clock: Clock) ->
     assert "12/100" in state
     assert "best mIOU 50.00 %, 44 min left, 120/h, 2/4 workers busy, 2 failed" in state
     assert "trial 11 failed: the loss was nan at iteration 3" in terminal.getvalue()
+
+
+def test_of_a_search_that_is_cut_short_the_bar_shows_the_work_and_how_far_cells_got(clock: Clock) -> None:
+    with on_terminal() as terminal, Progress(100, 0, MIOU, clock) as progress:
+        progress.started(trial(0))
+        clock.now += 60
+        progress.counted(100, failed=0, best=0.4, rungs=[100, 25], share=0.25, after=250)
+        assert " 25%" in last_state(terminal)
+        assert "| 100/100, best mIOU 40.00 % after 250 iterations, 3 min left, 1,500/h, 100 → 25 cells" in last_state(terminal)
+        clock.now += 180
+        progress.counted(100, failed=0, best=0.5, rungs=[100, 25, 6], share=1.0)
+        state = last_state(terminal)
+    assert "100%" in state
+    assert "best mIOU 50.00 %, 1,500/h, 100 → 25 → 6 cells on the rungs" in state
 
 
 def test_a_finished_trial_is_seen_at_once(clock: Clock) -> None:

@@ -25,7 +25,7 @@ from search.runs.workers import Job, Outcome, evaluate, open_workers, outcomes
 from search.settings import WorkerSettings
 from search.tasks.proxy import ProxyTask
 from tests.search.runs.small_tasks import HEAD, PROXY, Instant, Waiting, create_cached_task, create_suicidal_task, create_task
-from tests.search.runs.test_workers import JOBS, measured
+from tests.search.runs.test_workers import JOBS, assert_same_end, measured, parts_of
 from tests.search.tasks.test_feature_cache import TWENTY, build
 
 ROOT = Path(__file__).parents[3]
@@ -332,8 +332,11 @@ def test_real_ray_gives_the_same_results_and_survives_a_death(
     monkeypatch.setenv("SUICIDE_MARK", str(tmp_path / "mark"))
     with closing(RayWorkers(create_suicidal_task, Demand(2))) as workers:
         by_key = evaluate_all(workers, JOBS)
+        halves = evaluate_all(workers, parts_of(JOBS, 2))
+        ends = evaluate_all(workers, parts_of(JOBS[::-1], PROXY.steps, halves))  # mostly by another process
     assert (tmp_path / "mark").exists()
     assert {key: measured(outcome) for key, outcome in by_key.items()} == ALONE
+    assert_same_end(ends, by_key)
 
 
 def until(workers: RayWorkers[Any], capacity: int) -> None:

@@ -4,7 +4,7 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -15,20 +15,24 @@ import sqlalchemy as sa
 
 from reference.cell import Cell
 from search.cells.sampler import cell_from_params
-from search.runs.store import COMPLETE, SEARCH, Reader
+from search.runs.halving import Halving
+from search.runs.reader import Reader
+from search.runs.tables import COMPLETE, SEARCH
 from tests.postgres import Server, running_server
 from tests.search.runs import free_search
-from tests.search.runs.free_search import NAME, SPACE, expected
+from tests.search.runs.free_search import HALVING, NAME, SPACE, expected, expected_of_halving
 
-TRIALS, PROCESSES = 2000, 6
+TRIALS, TRIALS_CUT_SHORT, PROCESSES = 2000, 100, 6
 FAULTS = {"kill": 16, "terminate": 8, "pause": 4, "cut": 4, "restart": 3, "crash": 3}
+FEWER_FAULTS = {"kill": 3, "terminate": 1, "pause": 1, "crash": 1}
 _POLL = 0.05  # seconds
 
 
 class Crowd:
     """Processes that work on one search. Whoever falls is replaced by a new one. `logs` is for what they say."""
 
-    def __init__(self, server: Server, logs: Path) -> None:
+    def __init__(self, server: Server, logs: Path, trials: int, halving: Halving | None) -> None:
+        self._trials, self._halving = trials, halving
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload([free_search.__name__])  # so that a new process is there in milliseconds
         self._server, self.url, self._logs = server, server.create_database(), logs
@@ -68,7 +72,7 @@ class Crowd:
         self._check(self._left + self._members)
         assert any(process.is_alive() for process in self._members)
         there = sa.inspect(self._engine).has_table("dpc_jobs")
-        return self._query("SELECT count(*) FROM dpc_jobs WHERE state <> 'running'") if there else 0
+        return self._query("SELECT count(*) FROM dpc_jobs WHERE state <> 'running' OR result IS NOT NULL") if there else 0
 
     def join(self) -> None:
         """Wait until all have ended, those that were not killed in good order."""
@@ -87,7 +91,9 @@ class Crowd:
         log = self._logs / f"{len(list(self._logs.iterdir()))}"
         log.touch()
         process = self._context.Process(
-            target=free_search.search, args=(self.url, TRIALS, self._logs / "run", log), name=str(log)
+            target=free_search.search,
+            args=(self.url, self._trials, self._logs / "run", log, self._halving),
+            name=str(log),
         )
         process.start()
         return process
@@ -103,27 +109,32 @@ class Crowd:
 
 
 @contextmanager
-def crowd(logs: Path) -> Iterator[Crowd]:
+def crowd(logs: Path, trials: int, halving: Halving | None = None) -> Iterator[Crowd]:
     with running_server() as server:
-        members = Crowd(server, logs)
+        members = Crowd(server, logs, trials, halving)
         try:
             yield members
         finally:
             members.kill()
 
 
+def soak(members: Crowd, faults: Mapping[str, int], until: int) -> None:
+    """Let these faults happen in a random order until so many trials are finished, and wait for the end."""
+    rng = np.random.default_rng(0)
+    order = rng.permutation([fault for fault, times in faults.items() for _ in range(times)])
+    for fault, due in zip(order, np.linspace(20, until, len(order)), strict=True):
+        while members.finished() < due:
+            time.sleep(_POLL)
+        members.wake()
+        members.meet(fault, int(rng.integers(PROCESSES)))
+    members.join()
+
+
 def test_processes_and_their_database_are_killed_and_every_job_is_finished_once_as_if_nothing_had_happened(
     tmp_path: Path,
 ) -> None:
-    rng = np.random.default_rng(0)
-    faults = rng.permutation([fault for fault, times in FAULTS.items() for _ in range(times)])
-    with crowd(tmp_path) as members:
-        for fault, due in zip(faults, np.linspace(20, TRIALS - 100, len(faults)), strict=True):
-            while members.finished() < due:
-                time.sleep(_POLL)
-            members.wake()
-            members.meet(fault, int(rng.integers(PROCESSES)))
-        members.join()
+    with crowd(tmp_path, TRIALS) as members:
+        soak(members, FAULTS, until=TRIALS - 100)
         with closing(Reader(members.url, NAME)) as reader:
             rows, running = reader.finished(search=True) + reader.finished(search=False), reader.running()
             with_curve = {row.key for row in rows if reader.curve(row.key) is not None}
@@ -137,3 +148,15 @@ def test_processes_and_their_database_are_killed_and_every_job_is_finished_once_
     assert {row.key: (Cell.from_json(row.cell), row.score) for row in rows} == expected(TRIALS)
     assert mirrored == {key.number: found for key, found in expected(TRIALS).items() if key.name == SEARCH}
     assert with_curve == {row.key for row in rows if row.state == COMPLETE}
+
+
+def test_a_search_that_is_cut_short_has_the_same_jobs_and_results_whatever_is_killed(tmp_path: Path) -> None:
+    with crowd(tmp_path, TRIALS_CUT_SHORT, HALVING) as members:
+        soak(members, FEWER_FAULTS, until=TRIALS_CUT_SHORT)
+        with closing(Reader(members.url, NAME)) as reader:
+            rows, running = reader.finished(search=True) + reader.finished(search=False), reader.running()
+            jobs = [(number, rung) for number, rung, _ in reader.logged(0, 10_000)]
+    found = {row.key: (Cell.from_json(row.cell), row.score) for row in rows}
+    assert running == []
+    assert len(rows) == len(found)
+    assert (found, jobs) == expected_of_halving(TRIALS_CUT_SHORT, HALVING)

@@ -11,7 +11,8 @@ import pytest
 
 from search.errors import InputError
 from search.runs.status import status_lines
-from search.runs.store import SEARCH, Claim, Key, Store, Told
+from search.runs.store import Claim, Store, Told
+from search.runs.tables import SEARCH, Key
 from search.settings import known
 from tests.search.runs.free_search import SPACE, plan, sampler
 

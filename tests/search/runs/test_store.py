@@ -19,20 +19,9 @@ from search.cells.samplers.paper import PaperSampler
 from search.cells.space import SearchSpace, load_cell
 from search.errors import InputError
 from search.interrupts import ctrl_c_waits
-from search.runs.store import (
-    COMPLETE,
-    FAILED,
-    RUNNING,
-    SEARCH,
-    Begun,
-    Claim,
-    Key,
-    Reader,
-    Row,
-    SearchPlan,
-    Store,
-    Told,
-)
+from search.runs.reader import Reader
+from search.runs.store import Claim, SearchPlan, Store, Told
+from search.runs.tables import COMPLETE, FAILED, RUNNING, SEARCH, Begun, Key, Row
 from search.settings import known
 from tests.postgres import Server
 
@@ -328,7 +317,7 @@ def test_a_job_of_another_process_is_taken_over(database: str) -> None:
         begun = known(claim(store))
         assert not begun.is_taken_over
     with closing(Store(database, "run", IDENTITY)) as store:
-        assert known(claim(store)) == (begun.key, begun.cell, True)
+        assert known(claim(store))[:3] == (begun.key, begun.cell, True)
 
 
 def test_a_compared_cell_cannot_become_another(store: Store) -> None:

@@ -26,8 +26,10 @@ from search.dense_tasks import DenseTask, Scores
 from search.dense_tasks.depth import Depth
 from search.dense_tasks.segmentation import Segmentation
 from search.errors import InputError
-from search.runs.store import SEARCH, Claim, Key, Reader, SearchPlan, Store
+from search.runs.reader import Reader
+from search.runs.store import Claim, SearchPlan, Store
 from search.runs.study import Run, RunSettings, Study, TrialRecord, best_head, load_run, open_run, ranked
+from search.runs.tables import SEARCH, Key
 from search.settings import BackboneSettings, DataSettings, FeatureSettings, HeadSettings, MachineSettings, known
 from search.tasks.proxy import ProxyResult
 
@@ -269,7 +271,7 @@ def test_a_run_of_an_earlier_version_is_read_and_goes_on(original: Path, tmp_pat
         assert [read.curve(record) for record in read.trials] == [run.curve(record) for record in run.trials]
         with begin(tmp_path / "run") as study:
             claimed = known(study.store.claim(replace(PLAN, compare={}), SPACE, create_sampler("paper", SPACE, 0)))
-            assert claimed == (Key(SEARCH, 3), interrupted, True)
+            assert claimed[:3] == (Key(SEARCH, 3), interrupted, True)
             assert study.store.state.next == 4
     assert len(stored(tmp_path / "run")["search"][2]) == 3
 

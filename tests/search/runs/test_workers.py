@@ -24,12 +24,14 @@ from search.cells.space import SearchSpace, canonical_form, cell_hash, load_cell
 from search.dense_tasks import Measure, Scores
 from search.dense_tasks.segmentation import Segmentation
 from search.random import RandomSettings
+from search.runs.reader import Reader
 from search.runs.search import Search
-from search.runs.store import Reader, Row, SearchPlan, Store
+from search.runs.store import SearchPlan, Store
 from search.runs.study import Study
+from search.runs.tables import Row
 from search.runs.workers import InProcess, InTurns, Job, Outcome, evaluate, open_workers, outcomes
 from search.settings import WorkerSettings, known
-from search.tasks.proxy import NotFiniteError, ProxyResult
+from search.tasks.proxy import NotFiniteError, ProxyResult, ProxyTask, Stretch
 from tests.fast.against_reference import every_device
 from tests.search.runs.small_tasks import PROXY, create_task
 
@@ -155,7 +157,7 @@ class Crowded(Shuffled):
     def wait(self, timeout: float | None = None) -> Outcome[ProxyResult]:
         outcome = super().wait(timeout)
         self.tried[outcome.job.key] += 1
-        is_full = self.tried[outcome.job.key] < 3 or outcome.job.key in (5, 15)
+        is_full = self.tried[outcome.job.key] < 3 or outcome.job.key in ("trial 5", "trial 15")
         return Outcome(outcome.job, failure="out of GPU memory", is_passing=True) if is_full else outcome
 
 
@@ -282,6 +284,57 @@ def test_jobs_in_turns_give_the_same_results_as_one_after_the_other(capacity: in
         torch.testing.assert_close(head.state_dict(), head_alone.state_dict(), rtol=0, atol=0)
 
 
+def parts_of(jobs: list[Job], until: int, befores: dict[Any, Outcome[Any]] | None = None) -> list[Job]:
+    """The next part of each job's training, from the outcome of the one before."""
+    return [job._replace(stretch=Stretch(until, befores[job.key].state if befores else None)) for job in jobs]
+
+
+def assert_same_end(found: dict[Any, Outcome[ProxyResult]], expected: dict[Any, Outcome[ProxyResult]]) -> None:
+    """Of trainings that are over: results, heads to the last bit, and no state."""
+    assert found.keys() == expected.keys()
+    for key, outcome in found.items():
+        assert measured(outcome) == measured(expected[key])
+        head, other = outcome.head, expected[key].head
+        assert head is not None
+        assert other is not None
+        torch.testing.assert_close(head.state_dict(), other.state_dict(), rtol=0, atol=0)
+        assert outcome.state is None
+
+
+@every_device
+def test_any_worker_goes_on_where_another_stood(device: str) -> None:
+    """One after the other or in turns; each has a task of its own."""
+    iterations = EAGER_ITERATIONS + 4
+
+    def new_task() -> ProxyTask:
+        return create_task(replace(PROXY, iterations=iterations), device)
+
+    def in_turns(jobs: list[Job]) -> dict[Any, Outcome[ProxyResult]]:
+        return {o.job.key: o for o in outcomes(InTurns(new_task(), 3, torch.device(device), lambda job, step: None), jobs)}
+
+    def in_process(jobs: list[Job]) -> dict[Any, Outcome[ProxyResult]]:
+        return {o.job.key: o for o in outcomes(InProcess(new_task(), lambda job, step: steps.append(step)), jobs)}
+
+    steps: list[int] = []
+    whole = {job.key: evaluate(new_task(), job) for job in JOBS}
+    for first, second in ((in_process, in_turns), (in_turns, in_process)):
+        steps.clear()
+        halves = first(parts_of(JOBS, 3))
+        assert all(outcome.state is not None and outcome.head is not None for outcome in halves.values())
+        assert all(len(measured(outcome).loss_curve) == 3 for outcome in halves.values())
+        assert_same_end(second(parts_of(JOBS, iterations, halves)), whole)
+        expected = range(1, 4) if first is in_process else range(4, iterations + 1)
+        assert steps == [*expected] * len(JOBS)
+
+
+def test_a_part_that_fails_has_no_state() -> None:
+    task = create_task(replace(PROXY, learning_rate=1e30))
+    outcome = evaluate(task, JOBS[0]._replace(stretch=Stretch(2)))
+    assert "try a lower learning rate" in (outcome.failure or "")
+    assert outcome.state is None
+    assert outcome.result is None
+
+
 class Countdown:
     """A task whose evaluation lasts as many iterations as its cell has branches, and notes who worked when."""
 
@@ -289,13 +342,15 @@ class Countdown:
         self.fails = fails
         self.worked: list[int] = []
 
-    def evaluation(self, cell: Cell, seed: tuple[int, ...]) -> Generator[int, None, tuple[str, None]]:
+    def evaluation(
+        self, cell: Cell, seed: tuple[int, ...], stretch: Stretch | None = None
+    ) -> Generator[int, None, tuple[str, None, None]]:
         for iteration in range(1, len(cell.branches) + 1):
             self.worked.append(seed[1])
             if seed[1] in self.fails and iteration == 2:
                 raise self.fails[seed[1]]
             yield iteration
-        return f"{seed[1]} done", None
+        return f"{seed[1]} done", None, None
 
 
 def jobs_of(*lengths: int) -> list[Job]:

@@ -1,5 +1,7 @@
 """The proxy task: what a score depends on, that crops fit their labels, that cells learn, and what is refused."""
 
+import io
+from contextlib import redirect_stderr
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -7,7 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load, save
 from torch import nn
 
 import search.tasks.proxy
@@ -23,7 +27,7 @@ from search.cells.space import load_cell
 from search.errors import InputError
 from search.settings import HeadSettings, ProxySettings, field_names
 from search.tasks.feature_cache import FeatureCache
-from search.tasks.proxy import NotFiniteError, ProxyResult, ProxyTask
+from search.tasks.proxy import NotFiniteError, ProxyResult, ProxyTask, Stretch
 from tests.strategies import cells, rng_seeds
 
 STRIDE = 16
@@ -304,6 +308,154 @@ def test_a_head_has_the_filters_of_its_data_set_unless_told(dataset: str, channe
     train = replace(TRAIN, identity={**TRAIN.identity, "dataset": dataset})
     assert make_task(train, branch_channels=None)._create_head(CELL).classifier.in_channels == channels
     assert make_task(train)._create_head(CELL).classifier.in_channels == 8
+
+
+# In parts
+
+
+_usual = settings.get_profile(settings.get_current_profile_name()).max_examples
+few_examples = settings(max_examples=max(10, _usual // 5))  # each is a few trainings
+
+
+def go_on(
+    task: ProxyTask, cell: Cell, seed: int, until: int, state: bytes | None = None
+) -> tuple[ProxyResult, SegmentationHead, bytes | None]:
+    steps = task.evaluation(cell, (seed,), Stretch(until, state))
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            result: tuple[ProxyResult, SegmentationHead, bytes | None] = end.value
+            return result
+
+
+def assert_same_bits(one: SegmentationHead, other: SegmentationHead) -> None:
+    torch.testing.assert_close(one.state_dict(), other.state_dict(), rtol=0, atol=0)
+
+
+@few_examples
+@given(
+    cell=cells(max_branches=2, searchable=True),
+    seed=rng_seeds(),
+    ends=st.sets(st.integers(1, 5), max_size=3).map(sorted),
+    optimizer=st.sampled_from(("sgd", "adamw")),
+)
+def test_a_training_in_parts_ends_as_one_in_one_go(cell: Cell, seed: int, ends: list[int], optimizer: str) -> None:
+    """Wherever it is divided, and scored; each part by a task of its own, among other users of random numbers."""
+    recipe: dict[str, Any] = {"iterations": 6, "batch_size": 2, "optimizer": optimizer, "learning_rate": 0.05}
+    whole, head = make_task(**recipe).evaluate(cell, (seed,))
+    state = None
+    for end in ends:
+        torch.manual_seed(end)
+        torch.rand(end)
+        part, _, state = go_on(make_task(**recipe), cell, seed, end, state)
+        assert state is not None
+        assert part.loss_curve == whole.loss_curve[:end]
+    last, head_of_parts, state = go_on(make_task(**recipe), cell, seed, 6, state)
+    assert state is None  # nothing follows
+    assert measured(last) == measured(whole)
+    assert_same_bits(head_of_parts, head)
+
+
+def test_a_part_has_the_score_and_the_head_of_its_end() -> None:
+    """Those of a training that is stopped there, at the same rates."""
+    task = make_task(iterations=40, batch_size=8)
+    parts = [go_on(task, CELL, 0, until)[:2] for until in (10, 40)]
+    assert parts[0][0].score != parts[1][0].score
+    for part, head in parts:
+        assert not head.training
+        assert part.score == mean_iou(task._totals(head))
+        assert (part.parameters, part.multiply_adds) == (parts[0][0].parameters, parts[0][0].multiply_adds)
+
+
+def test_where_a_part_ends_and_how_it_is_scored_is_not_seen_in_its_state() -> None:
+    states = []
+    for batches in (1, 5):
+        _, _, state = go_on(make_task(statistics_batches=batches), CELL, 0, 3, go_on(make_task(), CELL, 0, batches % 3)[2])
+        assert state is not None
+        states.append({name: value for name, value in load(state).items() if name != "training.seconds"})
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+
+
+def test_no_part_of_a_thinned_loss_curve_has_points_of_its_own() -> None:
+    task = make_task(iterations=250, batch_size=1, statistics_batches=1)
+    first, _, state = go_on(task, CELL, 0, 5)
+    assert [iteration for iteration, _ in first.loss_curve] == [2, 4]
+    last, _, _ = go_on(task, CELL, 0, 250, state)
+    assert [iteration for iteration, _ in last.loss_curve] == list(range(2, 251, 2))
+    assert last.loss_curve[:2] == first.loss_curve
+
+
+@pytest.mark.parametrize("until", [1, 3, 5])
+def test_a_loss_that_is_not_finite_ends_a_part_where_the_curve_has_no_point(until: int) -> None:
+    """So no state is kept that could only fail later."""
+    nothing = make_cache(torch.full_like(TRAIN.features, float("nan")), TRAIN.labels, 3)
+    task = make_task(nothing, iterations=1000)  # every tenth loss is on the curve
+    with pytest.raises(NotFiniteError, match=f"the loss was nan at iteration {until}; try a lower learning rate"):
+        go_on(task, CELL, 0, until)
+
+
+def test_seconds_of_parts_add_up() -> None:
+    """Those of the trainings, and of the last scoring."""
+    first, _, state = go_on(make_task(), CELL, 0, 2)
+    assert state is not None
+    kept = load(state)
+    trained = float(kept["training.seconds"])
+    assert 0 < trained < first.seconds
+    long_ago = save(kept | {"training.seconds": torch.tensor(1e6 + trained, dtype=torch.float64)})
+    second, _, state = go_on(make_task(), CELL, 0, 3, long_ago)
+    assert state is not None
+    assert 1e6 + trained < float(load(state)["training.seconds"]) < second.seconds < 1e6 + 60
+    last, _, _ = go_on(make_task(), CELL, 0, 4, state)
+    assert float(load(state)["training.seconds"]) < last.seconds < 1e6 + 60
+
+
+def assert_begins_anew(cell: Cell, state: bytes, until: int = 3) -> None:
+    """It costs time alone, and is said."""
+    said = io.StringIO()
+    with redirect_stderr(said):
+        result, head, _ = go_on(make_task(), cell, 0, until, state)
+    assert said.getvalue().startswith("a training begins anew: its state ")
+    expected, expected_head, _ = go_on(make_task(), cell, 0, until)
+    assert measured(result) == measured(expected)
+    assert_same_bits(head, expected_head)
+
+
+@few_examples
+@given(content=st.binary(max_size=64))
+def test_with_what_is_no_state_a_training_begins_anew(content: bytes) -> None:
+    assert_begins_anew(CELL, content)
+
+
+@pytest.fixture(scope="module")
+def state() -> bytes:
+    """Of CELL after two iterations."""
+    _, _, state = go_on(make_task(), CELL, 0, 2)
+    assert state is not None
+    return state
+
+
+@few_examples
+@given(data=st.data())
+def test_with_a_state_that_was_cut_off_it_begins_anew(state: bytes, data: st.DataObject) -> None:
+    assert_begins_anew(CELL, state[: data.draw(st.integers(0, len(state) - 1))])
+
+
+@pytest.mark.parametrize(
+    "name", ["training.curve", "training.seconds", "training.done", "iterations", "classifier.bias", "random.cpu"]
+)
+def test_with_a_state_without_one_of_its_parts_it_begins_anew(state: bytes, name: str) -> None:
+    rest = {key: value for key, value in load(state).items() if not key.endswith(name)}
+    assert_begins_anew(CELL, save(rest))
+
+
+@pytest.mark.parametrize("name", ["dpc", "linear", "aspp"])
+def test_with_the_state_of_another_cell_it_begins_anew(state: bytes, name: str) -> None:
+    assert_begins_anew(load_cell(name), state)
+
+
+def test_a_state_of_a_later_iteration_is_not_used(state: bytes) -> None:
+    assert_begins_anew(CELL, state, until=1)
 
 
 # With kernels and without
