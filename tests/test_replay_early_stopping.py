@@ -40,3 +40,13 @@ def test_the_tables_have_a_row_for_each_rung_and_rule(tmp_path: Path, capsys: py
     rules = [line.split("|")[1:4] for line in said.splitlines() if line.startswith("| ") and "rule" not in line]
     assert [rule[0].strip() for rule in rules].count("asha") == 3  # halves on one rung and two, a quarter on one
     assert ["all short, the best in full" in rule[0] for rule in rules].count(True) == 2
+
+
+def test_the_page_has_what_the_script_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    docs = Path(__file__).parents[1] / "docs"
+    REPLAY["main"](docs / "data" / "camvid_rungs.csv")
+    printed = capsys.readouterr().out.splitlines()
+    page = (docs / "early_stopping.md").read_text(encoding="utf-8")
+    shown = [line for line in page.split("## Measured on CamVid")[1].splitlines() if line.startswith("|")]
+    assert len(shown) > 20
+    assert set(shown) <= set(printed)
