@@ -51,9 +51,10 @@ def status_lines(directory: Path, storage: str | None) -> Iterator[str]:
     done = counts.complete + counts.failed
     rate = f"; {_rate(counts.lately, time.time() - since)}" if processes else ""
     yield f"{name}: {_of_trials(counts, None if total is None else max(total, done))}{rate}"
-    if len(counts.rungs) > 1 or (description or {}).get("rungs"):
-        yield _on_rungs(counts, (description or {}).get("rungs", ()))
-    yield from _best_and_failures(counts, measure, (description or {}).get("rungs", ()))
+    rungs = (description or {}).get("rungs", ())
+    if rungs or len(counts.rungs) > 1:
+        yield _on_rungs(counts, rungs)
+    yield from _best_and_failures(counts, measure, rungs)
     yield from _running(running, {process.id: process for process in processes})
     yield from (f"{_named(process)}: {process.workers} at a time, since {_when(process.started)}" for process in processes)
     if not processes:

@@ -19,7 +19,7 @@ from search.devices import resolve_device
 from search.runs.cluster import demand_of, is_in_process
 from search.settings import WorkerSettings
 from search.tasks.feature_cache import FeatureCache
-from search.tasks.proxy import NotFiniteError, Stretch
+from search.tasks.proxy import NotFiniteError, Stretch, followed
 
 WAIT_SECONDS = 1.0  # after which one looks whether more workers are there
 
@@ -97,13 +97,7 @@ def evaluate(task: Task[Result], job: Job, on_step: Callable[[int], None] = lamb
     def work() -> "_Done[Result]":
         if job.stretch is None:
             return *task.evaluate(job.cell, job.seed, on_step), None
-        steps = cast(SteppedTask[Result], task).evaluation(job.cell, job.seed, job.stretch)
-        while True:
-            try:
-                on_step(next(steps))
-            except StopIteration as end:
-                done: _Done[Result] = end.value
-                return done
+        return followed(cast(SteppedTask[Result], task).evaluation(job.cell, job.seed, job.stretch), on_step)
 
     outcome = _guarded(job, work)
     assert outcome is not None

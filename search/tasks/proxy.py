@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from search.dense_tasks import Scores, totals_of_nothing
 from search.settings import HeadSettings, LossSettings, ProxySettings, given, known
 from search.tasks.feature_cache import FeatureCache, require_crop
 
+Value = TypeVar("Value")
 _CURVE_POINTS = 100
 _OF_TRAINING = "training.curve", "training.seconds", "training.done"  # names in a state, beside the step's
 
@@ -94,13 +95,8 @@ class ProxyTask:
 
         Returns the result and the trained head, on the CPU in evaluation mode. Raises NotFiniteError.
         """
-        steps = self.evaluation(cell, seed)
-        while True:
-            try:
-                on_step(next(steps))
-            except StopIteration as end:
-                result, head, _ = end.value
-                return result, head
+        result, head, _ = followed(self.evaluation(cell, seed), on_step)
+        return result, head
 
     def evaluation(
         self, cell: Cell, seed: Sequence[int], stretch: Stretch | None = None
@@ -247,6 +243,16 @@ class _Training:
         curve = torch.tensor(self.curve, dtype=torch.float64).reshape(-1, 2)
         parts = curve, torch.tensor(seconds, dtype=torch.float64), torch.tensor(self.done)
         return save(self.step.state() | dict(zip(_OF_TRAINING, parts, strict=True)))
+
+
+def followed(steps: Generator[int, None, Value], on_step: Callable[[int], None]) -> Value:
+    """Go through an evaluation to its end, and return what it returns; `on_step` follows its iterations."""
+    while True:
+        try:
+            on_step(next(steps))
+        except StopIteration as end:
+            value: Value = end.value
+            return value
 
 
 def crop_in_features(settings: ProxySettings, cache: FeatureCache) -> tuple[int, int]:

@@ -20,7 +20,8 @@ class LocalSearchSampler(CellSampler):
             raise ValueError(f"initial must be at least 1, got {initial}")
         super().__init__(space, seed=seed, lag=lag)
         self.initial = initial
-        self._used_up: Remembered[History, dict[str, int]] = Remembered()  # form of a cell -> first trial that found it so
+        # Form of a cell -> the first trial that found it used up, and how many neighbours it has.
+        self._used_up: Remembered[History, dict[str, tuple[int, int]]] = Remembered()
 
     def propose(self, number: int, history: History) -> Cell:
         visible, rng = self.visible_before(number), self._rng(number)
@@ -32,13 +33,14 @@ class LocalSearchSampler(CellSampler):
 
     def _new_neighbour(self, parent: Proposed, number: int, history: History, rng: np.random.Generator) -> Cell | None:
         used_up = self._used_up.setdefault(history, {})
-        neighbours = list(self.space.neighbours(parent.cell))
-        order = rng.permutation(len(neighbours))  # drawn in any case: what is remembered must not change what follows
-        if used_up.get(parent.form, number + 1) <= number:
+        since, count = used_up.get(parent.form, (number + 1, 0))
+        if since <= number:
+            rng.permutation(count)  # drawn in any case: what is remembered must not change what follows
             return None
-        for i in order:
+        neighbours = list(self.space.neighbours(parent.cell))
+        for i in rng.permutation(len(neighbours)):
             cell = neighbours[int(i)]
             if not history.has_form(self.space.canonical_form(cell).to_json(), number):
                 return cell
-        used_up[parent.form] = number
+        used_up[parent.form] = number, len(neighbours)
         return None
