@@ -26,7 +26,6 @@ from search.datasets.weights import completed_loss, weights_in_words
 from search.devices import Devices, resolve_device
 from search.errors import InputError
 from search.folder import Folder
-from search.reports.run_files import ReportRefresher, finish_run
 from search.runs.cluster import count_workers
 from search.runs.database import has_password
 from search.runs.halving import LEAST, REDUCTION, Halving, Rule, chosen_rungs
@@ -408,6 +407,8 @@ def run_search(
     values than before, the folder is refused. `command` is what the user typed. `on_begin` is called once nothing is left to
     be refused. Returns whether this process wrote the report: another one may hold the folder and be helped by this one.
     """
+    from search.reports import run_files  # loads Matplotlib and SciPy: not a second and a half of every start of a command
+
     proxy.check()  # once more: its iterations may follow from the number of pictures
     device = resolve_device(settings.machine.device)
     num_inputs = len(caches["train"].layer_channels)
@@ -451,7 +452,7 @@ def run_search(
         if words := weights_in_words(pictures["val"].task, settings.loss):
             print(words, file=sys.stderr)
         timed_on = None
-        refresher = ReportRefresher(partial(load_run, directory), plan.trials)
+        refresher = run_files.ReportRefresher(partial(load_run, directory), plan.trials)
         try:
             Search(
                 study, workers, plan, pictures["val"].task.score, refresher.tick if study.holds_folder else lambda: None
@@ -459,7 +460,7 @@ def run_search(
             timed_on = device
         finally:  # also after Ctrl-C: report what there is, without latencies, which would take seconds
             if study.take_folder():
-                finish_run(directory, pictures, caches["val"], plan.compare, timed_on)
+                run_files.finish_run(directory, pictures, caches["val"], plan.compare, timed_on)
         return study.holds_folder
 
 

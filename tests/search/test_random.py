@@ -320,7 +320,7 @@ DEATHS: dict[str, tuple[object, str, int]] = {
     "after the result, before the trial is finished": (Store, "_finish", 7),
     "before trials are shown": (Mirror, "update", 2),
     "in the last comparison": (ProxyTask, "evaluate", 2 + 6 + 1),
-    "before the report": (search.pipeline, "finish_run", 1),
+    "before the report": (search.reports.run_files, "finish_run", 1),
 }
 
 
