@@ -94,6 +94,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
     monkeypatch.setattr(bench.measure, "error_of", lambda actual, expected: Error(0.0, 0.0))
     monkeypatch.setattr(bench.measure, "BACK_TO_BACK_MS", 1.0)
     monkeypatch.setattr(bench.measure, "_BACK_TO_BACK_ROUNDS", 2)
+    monkeypatch.setattr(bench.plans, "_PICTURES_OF_A_GPU", 2)
     monkeypatch.setattr(bench.plans, "PAPER", TINY)
     monkeypatch.setattr(bench.run, "PAPER", TINY)
     for module, stage in ((bench.stages, "gpu_tests"), (bench.profiles, "counters")):  # these are programs of their own

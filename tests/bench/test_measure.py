@@ -1,4 +1,4 @@
-"""Wrong kernels are never compared, failures stay with their provider, and every suite runs from end to end."""
+"""Wrong kernels are never compared, and failures stay with their provider."""
 
 from dataclasses import replace
 from typing import Any
@@ -9,13 +9,13 @@ import torch
 
 import bench.load
 import bench.measure
-from bench.cases import EAGER, EAGER_CHANNELS_LAST, OURS, SUITES, Case, Job, Provider, Suite
+from bench.cases import EAGER, EAGER_CHANNELS_LAST, OURS, Case, Job, Provider
 from bench.measure import measure
 from bench.results import Row, ratio
 from bench.timing import FirstCall
 from fast.atrous_separable_conv import atrous_separable_conv
 from fast.kernels import Backend, backend_for
-from tests.bench.tiny_runs import CPU, ROOFS, SEPARABLE, tiny_jobs
+from tests.bench.tiny_runs import CPU, ROOFS, SEPARABLE
 
 ONE_ULP = 1 + 2**-23
 
@@ -116,10 +116,3 @@ def test_what_others_use_meanwhile_is_noted(monkeypatch: pytest.MonkeyPatch, per
     assert all((row.percent_of_roof is None) == (percent > 5) for row in rows)
     assert [row.ratio_to_best_other is None for row in rows] == [percent > 5, True]
     assert all((row.median_low_ms or 9e9) <= (row.median_ms or 0) <= (row.median_high_ms or 0) for row in rows)
-
-
-@pytest.mark.parametrize("suite", SUITES)
-def test_every_suite_runs(suite: Suite) -> None:
-    rows = [row for job in tiny_jobs(suite)[-3:] for row in measure_tiny(job.case, providers=job.providers)]
-    assert [(row.provider, row.note) for row in rows if row.status != "ok"] == []
-    assert all(row.median_ms and row.suite == suite for row in rows)

@@ -47,7 +47,9 @@ def test_a_whole_run_is_written_and_read_back(tmp_path: Path) -> None:
     wanted = {f.name for f in fields(Row)} | {f.name for f in fields(Environment)} - {"folder"}
     assert set(read[0]) == wanted
     assert len(read) == len(results.rows)
+    assert {line["status"] for line in read} == {"ok", "not supported here"}, [line["note"] for line in read]
     timed = [line for line in read if line["status"] == "ok"]
+    assert all(float(line["median_ms"]) > 0 for line in timed)
     assert all(float(line["p20_ms"]) <= float(line["median_ms"]) <= float(line["p80_ms"]) for line in timed)
     assert {line["suite"] for line in timed} == set(SUITES)
     assert [line["dtype"] for line in read if line["status"] == "not supported here"] == ["bfloat16"] * len(SUITES)
