@@ -66,12 +66,16 @@ def fail(run: Run, say: Say) -> None:
     say_and(lambda: 1 // 0, say)  # type: ignore[arg-type]
 
 
+def be_ready() -> None:
+    """Called in a worker before what has a limit: by then it has imported all, which may take longer than the limit."""
+
+
 def test_a_stage_that_crashes_hangs_or_fails_costs_itself(tmp_path: Path) -> None:
     heard: list[tuple[str, Any]] = []
     stages = [
         Stage("roof", 60, function=say_roof),
         Stage("crash", 60, function=crash),
-        Stage("hang", 6, function=hang),
+        Stage("hang", 20, function=hang),  # in a new process, which has to import PyTorch first
         Stage("fail", 60, function=fail),
         Stage("jobs", 60, jobs=(Job(SEPARABLE, "float32", (OURS, EAGER)),)),
         Stage("known", 60, function=say_known_roof),
@@ -109,10 +113,10 @@ def test_what_the_end_of_the_minutes_cuts_off_or_leaves_out_is_done_by_a_run_tha
     stages = [Stage("wait", 600, function=say_and_wait_once), Stage("roof", 60, function=say_roof)]
     run, told = replace(RUN, folder=tmp_path), list[Any]()
     first = Results(ENVIRONMENT, NO_ROOFS)
-    assert run_stages(stages, run, first, time.monotonic() + 7, lambda stage, value: told.append(value)) == 2
+    assert run_stages(stages, run, first, time.monotonic() + 20, lambda stage, value: told.append(value)) == 2
     assert [number.get("status") for number in first.numbers] == [None, "no time left", "no time left"]
     assert told == [{key: value for key, value in number.items() if key != "stage"} for number in first.numbers]
-    assert first.numbers[1]["note"] == "stopped after 7 s"
+    assert first.numbers[1]["note"] in ("stopped after 19 s", "stopped after 20 s")
     assert first.failures() == []
     for seconds in (60, 0):  # the second one reads what the first has added, and nothing twice
         more = Results(ENVIRONMENT, NO_ROOFS)
@@ -173,16 +177,18 @@ def test_who_breaks_the_process_is_named_and_the_others_are_measured() -> None:
 
 def test_the_end_of_the_time_is_nobodys_failure() -> None:
     job = Job(as_case(HangingCase), "float32", (EAGER, OURS))
-    with Worker() as worker, pytest.raises(OutOfTime, match="stopped after 8 s, while ours was at work"):
-        measure_apart(worker, job, RUN, limit_s=8.0)
+    with Worker() as worker:
+        worker(be_ready)
+        with pytest.raises(OutOfTime, match="stopped after 8 s, while ours was at work"):
+            measure_apart(worker, job, RUN, limit_s=8.0)
 
 
 def test_a_case_that_hangs_costs_itself_and_not_those_behind_it() -> None:
     said: list[Any] = []
-    jobs = [Job(as_case(HangingCase), "float32", (OURS,)), Job(SEPARABLE, "float32", (OURS, EAGER))]
-    with Worker() as worker, pytest.raises(OutOfTime, match=r"^sep3x3 6x21, training: stopped after 2[45] s, while ours"):
-        measure_jobs(jobs, RUN, worker, time.monotonic() + 34, said.append)
-    assert [row.status for row in said] == ["ok", "ok"]
+    jobs = [Job(as_case(HangingCase), "float32", (OURS,)), *[Job(SEPARABLE, "float32", (OURS, EAGER))] * 3]
+    with Worker() as worker, pytest.raises(OutOfTime, match=r"^sep3x3 6x21, training: stopped after 2[12] s, while ours"):
+        measure_jobs(jobs, RUN, worker, time.monotonic() + 60, said.append)
+    assert [row.status for row in said] == ["ok"] * 6
 
 
 def test_every_stage_can_be_sent_to_a_process(monkeypatch: pytest.MonkeyPatch) -> None:

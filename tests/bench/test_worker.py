@@ -78,7 +78,7 @@ def test_at_its_limit_it_ends_with_all_that_it_has_started() -> None:
         worker(os.getpid)  # has imported what it needs: the limit is for the function alone
         with pytest.raises(WorkerLost, match="stopped after 5 s"):
             worker(start_and_hang, limit_s=5, say=said.append)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while is_running(said[0]):
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -142,7 +142,7 @@ def test_nobody_is_left_behind_when_the_parent_is_killed(tmp_path: Path) -> None
         pids = [int(process.stdout.readline()) for _ in range(2)]
         assert all(map(is_running, pids))
         process.kill()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while any(map(is_running, pids)):
         assert time.monotonic() < deadline
         time.sleep(0.05)

@@ -195,10 +195,10 @@ def test_any_processes_that_come_die_sleep_and_leave_come_to_the_same(database: 
 
 
 def test_a_process_is_dead_when_its_counter_stands_still_and_not_before(database: str) -> None:
-    with closing(Store(database, "run", IDENTITY, lease=0.4, beat=0.05)) as other:
+    with closing(Store(database, "run", IDENTITY, lease=1.0, beat=0.05)) as other:
         first = known(claim(other))
-        with closing(Store(database, "run", IDENTITY, lease=0.4, beat=0.05)) as store:
-            for _ in range(20):  # a second and more
+        with closing(Store(database, "run", IDENTITY, lease=1.0, beat=0.05)) as store:
+            for _ in range(25):  # a second and a half, and more
                 claimed = claim(store)
                 assert claimed is None or claimed.key != first.key
                 store._closing.wait(0.06)

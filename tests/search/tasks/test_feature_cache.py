@@ -401,7 +401,7 @@ def test_a_cache_of_an_earlier_version_is_computed_once_more(tmp_path: Path, cap
 
 def test_a_second_process_waits_for_the_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tmp_path.joinpath("cache").mkdir()
-    holding = "lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(flush=True); time.sleep(1)"
+    holding = "lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(flush=True); time.sleep(3)"
     program = f"import sys, time, filelock; {holding}"
     with subprocess.Popen([sys.executable, "-c", program, tmp_path / "cache" / "lock"], stdout=subprocess.PIPE) as first:
         assert first.stdout is not None
