@@ -120,10 +120,15 @@ def test_a_run_of_minutes(gpu: FakeGpu, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [{}, {"quick": True}], ids=str)
 def test_the_default_plan(gpu: FakeGpu, tmp_path: Path, size: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """One job of each kind, by ours and one other: rates, grids and compilers are numbers and names to the same code."""
+    """One job of each kind, by ours and one other: rates, grids and compilers are numbers and names to the same code.
+
+    Searches and features are the same jobs in both plans, here where both have the same sizes.
+    """
     monkeypatch.setattr(bench.plans, "QUICK", TINY)
     whole = make_plan(SUITES, torch.device("cuda:0"), quick="quick" in size)
-    kinds = {(kind_of(job.case), job.case.mode, len(job.in_fresh_process) > 0): job for job in whole.jobs}
+    suites = [suite for suite in SUITES if not (size and suite in ("search", "features"))]
+    some = [job for job in whole.jobs if job.case.suite in suites]
+    kinds = {(kind_of(job.case), job.case.mode, len(job.in_fresh_process) > 0): job for job in some}
     jobs = [
         replace(job, providers=(job.providers[0], job.providers[-1]), in_fresh_process=job.in_fresh_process[:1])
         for job in kinds.values()
@@ -135,8 +140,8 @@ def test_the_default_plan(gpu: FakeGpu, tmp_path: Path, size: dict[str, Any], mo
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row for row in rows if row["status"] != "ok"] == []
-    assert {row["suite"] for row in rows} == set(SUITES) - {"study"}  # in which no GPU takes part
-    assert gpu.launches > 1000
+    assert {row["suite"] for row in rows} == set(suites) - {"study"}  # in which no GPU takes part
+    assert gpu.launches > 500
 
 
 def kind_of(case: Case) -> str:
