@@ -10,10 +10,11 @@ on; of one input, which branch 0 always reads, there is no `branch0_input`.
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
+from operator import mul
 from threading import Lock
-from typing import Any, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 from weakref import WeakKeyDictionary
 from zlib import crc32
 
@@ -104,29 +105,33 @@ class StudyHistory:
             self._origin, self._history, self._num_read, self._unfinished = origin, History(), 0, []
         changed = [*self._unfinished, *range(self._num_read, len(trials))]
         for number in changed:
-            self._read(trials[number], study.direction if len(study.directions) == 1 else None)
+            self._read(trials[number], study.directions)
         self._unfinished = [number for number in changed if not trials[number].state.is_finished()]
         self._num_read = len(trials)
         return self._history
 
-    def _read(self, trial: FrozenTrial, direction: StudyDirection | None) -> None:
+    def _read(self, trial: FrozenTrial, directions: Sequence[StudyDirection]) -> None:
         if all(name in trial.params for name in choices_of(self._space)):
             cell = cell_from_params(trial.params, self._space)
             self._history.propose(trial.number, cell.to_json(), self._space.canonical_form(cell).to_json())
-            if trial.state == TrialState.COMPLETE and direction is not None:
-                self._history.finish(trial.number, trial.values[0] * (1 if direction == StudyDirection.MAXIMIZE else -1))
+            if trial.state == TrialState.COMPLETE:
+                signs = (1 if direction == StudyDirection.MAXIMIZE else -1 for direction in directions)
+                score, *others = map(mul, signs, trial.values)
+                self._history.finish(trial.number, score, others=tuple(others))
         elif trial.state == TrialState.COMPLETE and any(name in trial.params for name in choices_of(self._space)):
             raise ValueError(f"trial {trial.number} has a cell of another search space than the sampler's: give both the same")
 
 
 class CellSampler(optuna.samplers.BaseSampler, ABC):
-    """A sampler of cells: for the search, which keeps a history, and for any Optuna study of one objective.
+    """A sampler of cells: for the search, which keeps a history, and for any Optuna study.
 
     Trial n is a function of `seed`, n, the cells of all earlier trials, and the scores of those that are visible: numbered
     below `visible_before(n)`. So the same seed gives the same cells with any number of workers up to `lag` + 1, if trial n is
     asked for only once the visible ones are finished. A sampler keeps nothing that a study could not give it again: it may be
     copied, pickled and built anew, and the study goes on where it stopped.
     """
+
+    takes_several_objectives: ClassVar[bool] = False  # and not the score alone
 
     def __init__(self, space: SearchSpace, *, seed: int, lag: int = LAG) -> None:
         if seed < 0 or lag < 0:
@@ -155,7 +160,7 @@ class CellSampler(optuna.samplers.BaseSampler, ABC):
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        self._require_one_objective(study)
+        self._require_objectives(study)
         with self._histories.lock:
             history = self._histories.setdefault(study, StudyHistory(self.space)).read(study)
             params = params_of_cell(self.propose(trial.number, history), self.space)
@@ -168,7 +173,7 @@ class CellSampler(optuna.samplers.BaseSampler, ABC):
 
         Raises ValueError for a parameter of a cell that is not in the sampler's space.
         """
-        self._require_one_objective(study)
+        self._require_objectives(study)
         own = distributions_of(self.space).get(param_name)
         if own != param_distribution and (own is not None or _OF_A_CELL.fullmatch(param_name)):
             raise ValueError(f"{param_name} is of a cell in another search space than the sampler's: give both the same")
@@ -189,9 +194,12 @@ class CellSampler(optuna.samplers.BaseSampler, ABC):
                 break
         return cell
 
-    def _require_one_objective(self, study: optuna.Study) -> None:
-        if self.uses_scores and len(study.directions) > 1:
-            raise ValueError(f"{type(self).__name__} is for studies of one objective, got {len(study.directions)}")
+    def _require_objectives(self, study: optuna.Study) -> None:
+        if self.uses_scores and not self.takes_several_objectives and len(study.directions) > 1:
+            raise ValueError(
+                f"{type(self).__name__} is for studies of one objective, got {len(study.directions)}: "
+                "of several take evolution, tpe or random"
+            )
 
 
 def seed_of(*entropy: int) -> int:

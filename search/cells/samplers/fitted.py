@@ -28,8 +28,8 @@ class FittedSampler(CellSampler, Generic[Model]):
         self._models: Remembered[History, tuple[tuple[int, int], Model]] = Remembered()  # the last one, with what it is of
 
     @abstractmethod
-    def _fit(self, trials: list[Proposed], scores: list[float]) -> Model:
-        """A model of the scores of these trials, which are ordered by number."""
+    def _fit(self, trials: list[Proposed], history: History) -> Model:
+        """A model of the scores that these trials have in the history; they are ordered by number."""
 
     def _model(self, number: int, history: History) -> Model | None:
         """The model for trial `number`; None if it is too early for one."""
@@ -46,8 +46,7 @@ class FittedSampler(CellSampler, Generic[Model]):
         if len(trials) < self.initial:
             return None
         trials |= {trial.number: trial for trial in islice(history.best(bound), self.num_best)}
-        ordered = [trials[number] for number in sorted(trials)]
-        return self._fit(ordered, history.scores(ordered))
+        return self._fit([trials[number] for number in sorted(trials)], history)
 
 
 def fitted_before(visible: int) -> int:

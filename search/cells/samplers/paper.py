@@ -35,7 +35,7 @@ class PaperSampler(CellSampler):
         return self.near_best_probability > 0
 
     def propose(self, number: int, history: History) -> Cell:
-        parents = list(islice(history.best(self.visible_before(number)), self.best_k))
+        parents = list(islice(history.best(self.visible_before(number)), self.best_k)) if self.uses_scores else []
         rng = self._rng(number)
         return self._first_new(number, history, (self._draw(parents, rng) for _ in range(MAX_DRAWS)))
 

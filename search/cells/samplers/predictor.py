@@ -93,7 +93,8 @@ class PredictorSampler(FittedSampler[Predictor]):
                 break
         return cells
 
-    def _fit(self, trials: list[Proposed], scores: list[float]) -> Predictor:
+    def _fit(self, trials: list[Proposed], history: History) -> Predictor:
+        scores = history.scores(trials)
         encoder = DictVectorizer(sparse=False)
         encodings = encoder.fit_transform(path_encoding(Cell.from_json(trial.form)) for trial in trials)  # (N, E)
         regression = BayesianRidge().fit(encodings, rankdata(scores) / len(scores))  # ranks are finite where scores are not

@@ -17,8 +17,11 @@ MAX_MODEL_DRAWS = 20  # each takes milliseconds
 class TPESampler(FittedSampler[optuna.Study]):
     """Optuna's TPE on all parameters at once; its random numbers are a function of (seed, trial), its study one in memory.
 
+    Of several objectives it learns from the Pareto front and the newest trials (Ozaki et al., Multiobjective TPE, GECCO 2020).
     Cells are uniform until there are `initial` scores, and where the estimator has proposed only earlier cells.
     """
+
+    takes_several_objectives = True
 
     def __init__(
         self,
@@ -45,20 +48,20 @@ class TPESampler(FittedSampler[optuna.Study]):
         for _ in range(MAX_MODEL_DRAWS):
             yield cell_from_params(fixed | tpe.sample_relative(study, trial, space), self.space)
 
-    def _fit(self, trials: list[Proposed], scores: list[float]) -> optuna.Study:
-        study = _silent_study()
-        of_space = distributions_of(self.space)
-        for trial, score in zip(trials, scores, strict=True):
+    def _fit(self, trials: list[Proposed], history: History) -> optuna.Study:
+        all_values = history.values(trials)
+        study, of_space = _silent_study(len(all_values[0])), distributions_of(self.space)
+        for trial, values in zip(trials, all_values, strict=True):
             params = params_of_cell(trial.cell, self.space)
-            study.add_trial(optuna.trial.create_trial(params=params, distributions=of_space, value=score))
+            study.add_trial(optuna.trial.create_trial(params=params, distributions=of_space, values=values))
         return study
 
 
-def _silent_study() -> optuna.Study:
+def _silent_study(objectives: int) -> optuna.Study:
     """A new study in memory, of which people who keep a study of their own need not read."""
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
-        return optuna.create_study(direction="maximize")
+        return optuna.create_study(directions=["maximize"] * objectives)
     finally:
         optuna.logging.set_verbosity(verbosity)

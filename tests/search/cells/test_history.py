@@ -1,4 +1,5 @@
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -97,3 +98,46 @@ def test_a_trial_without_a_score_has_none() -> None:
     assert history.complete(1) == list(history.best(1)) == []
     with pytest.raises(KeyError):
         history.scores([Proposed(0, CELLS[0].to_json(), CELLS[0].to_json())])
+
+
+# Several objectives
+
+
+VALUES = [(0.5, -3.0), (0.4, -1.0), (0.3, -2.0), (0.5, -2.0), (0.45, -1.9)]  # the third and the first are beaten
+
+
+def history_of(values: Sequence[tuple[float, ...]]) -> History:
+    history = History()
+    for number, (score, *others) in enumerate(values):
+        history.propose(number, CELLS[number].to_json(), CELLS[number].to_json())
+        history.finish(number, score, others=tuple(others))
+    return history
+
+
+def test_of_several_objectives_the_best_are_the_front_and_first_who_stands_alone() -> None:
+    history = history_of(VALUES)
+    assert history.has_several_objectives
+    assert history.values(history.complete(5)) == VALUES
+    assert history.scores(history.complete(5)) == [score for score, _ in VALUES]
+    assert sorted(trial.number for trial in history.best(5)) == [1, 3, 4]
+    assert [trial.number for trial in history.best(5)][-1] == 4  # which lies between the others
+    assert [trial.number for trial in history.best(3)] == [0, 1]
+    assert not list(history.best(0))
+
+
+def test_a_copy_and_a_withdrawn_trial_have_all_values_or_none() -> None:
+    history = history_of(VALUES[:2])
+    for number in (2, 3):
+        history.propose(number, CELLS[1].to_json(), CELLS[1].to_json())
+        history.copy(number, 1)
+    assert history.values(history.complete(4)) == [*VALUES[:2], VALUES[1], VALUES[1]]
+    assert [trial.number for trial in history.best(4)] == [0, 1]  # a form once
+    history.withdraw(1)
+    assert history.values(history.complete(4)) == VALUES[:1]
+    assert [trial.number for trial in history.best(4)] == [0]
+
+
+def test_of_one_objective_values_are_scores() -> None:
+    history = history_of([(0.5,), (0.4,)])
+    assert not history.has_several_objectives
+    assert history.values(history.complete(2)) == [(0.5,), (0.4,)]

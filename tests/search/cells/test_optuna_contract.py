@@ -1,6 +1,6 @@
 """Optuna's public contract tests (`optuna.testing.pytest_samplers`, since Optuna 4.8) on every sampler of cells.
 
-All samplers that use scores are for one objective and must say so; random search uses none and serves any number.
+Those for one objective must say so; random search uses no scores and serves any number, as evolution and TPE do.
 
 Of `RelativeSamplerTestCase` only the last test applies. The others want `sample_relative` to draw parameters `x` and `y`, but
 what these samplers draw together is a cell, as they say by `infer_relative_search_space`. Any other one is independent.
@@ -22,6 +22,7 @@ from search.cells.samplers import SAMPLER_NAMES, create_sampler
 from search.cells.space import SearchSpace
 
 Create = Callable[[], optuna.samplers.BaseSampler]
+OF_SEVERAL = ("random", "evolution", "tpe")
 
 
 @pytest.fixture(autouse=True)
@@ -44,13 +45,13 @@ class TestEverySampler(BasicSamplerTestCase):
     test_trial_relative_params = RelativeSamplerTestCase.test_trial_relative_params
 
 
-class TestSamplersThatUseScores(SingleOnlySamplerTestCase):
-    @pytest.fixture(params=[name for name in SAMPLER_NAMES if name != "random"])
+class TestSamplersOfOneObjective(SingleOnlySamplerTestCase):
+    @pytest.fixture(params=[name for name in SAMPLER_NAMES if name not in OF_SEVERAL])
     def sampler(self, request: pytest.FixtureRequest) -> Create:
         return sampler_of(request)
 
 
-class TestRandomSearch(MultiObjectiveSamplerTestCase):
-    @pytest.fixture(params=["random"])
+class TestSamplersOfSeveralObjectives(MultiObjectiveSamplerTestCase):
+    @pytest.fixture(params=OF_SEVERAL)
     def sampler(self, request: pytest.FixtureRequest) -> Create:
         return sampler_of(request)

@@ -11,6 +11,7 @@ import optuna
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from optuna.study import StudyDirection
 from optuna.trial import FixedTrial, TrialState
 
 from reference.cell import OPERATIONS, AtrousSeparableConv, Cell
@@ -374,10 +375,36 @@ def test_a_copied_sampler_proposes_the_same(
     assert cells[0] == cells[1]
 
 
-def test_one_objective_only() -> None:
-    study = optuna.create_study(directions=["maximize", "minimize"], sampler=PaperSampler(SPACE, seed=0))
-    with pytest.raises(ValueError, match="PaperSampler is for studies of one objective, got 2"):
+@pytest.mark.parametrize("name", ["paper", "local", "predictor"])
+def test_one_objective_only(name: str) -> None:
+    study = optuna.create_study(directions=["maximize", "minimize"], sampler=create_sampler(name, SPACE, 0))
+    with pytest.raises(ValueError, match=r"\w+Sampler is for studies of one objective, got 2"):
         suggest_cell(study.ask(), SPACE)
+
+
+@pytest.mark.parametrize("name", ["random", "evolution", "tpe"])
+def test_of_several_objectives_each_has_its_direction(name: str) -> None:
+    """Whichever way a study puts them: to have much of both, or little of the negative."""
+
+    def objective(trial: optuna.Trial, signs: tuple[int, int]) -> tuple[float, ...]:
+        cell = suggest_cell(trial, SPACE)
+        values = score(cell), -float(sum(not isinstance(b.operation, AtrousSeparableConv) for b in cell.branches))
+        return tuple(sign * value for sign, value in zip(signs, values, strict=True))
+
+    found = []
+    for signs in ((1, 1), (1, -1), (-1, 1)):
+        directions = [StudyDirection.MAXIMIZE if sign == 1 else StudyDirection.MINIMIZE for sign in signs]
+        study = optuna.create_study(directions=directions, sampler=create_sampler(name, SPACE, 0, lag=0))
+        study.optimize(partial(objective, signs=signs), n_trials=30)
+        found.append(proposals(study))
+    assert found[0] == found[1] == found[2]
+    assert (proposals(drawn_at_random(30)) == found[0]) == (name == "random")
+
+
+def drawn_at_random(trials: int) -> optuna.Study:
+    study = create_study(create_sampler("random", SPACE, 0))
+    study.optimize(lambda trial: score(suggest_cell(trial, SPACE)), n_trials=trials)
+    return study
 
 
 @pytest.mark.parametrize("settings", [{"near_best_probability": 1.5}, {"best_k": 0}, {"lag": -1}, {"seed": -1}])
