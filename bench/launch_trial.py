@@ -17,7 +17,7 @@ from bench.kernel_calls import Call, calls_of
 from bench.timing import CacheFlush
 from fast.kernels import triton as kernels
 from fast.kernels.triton.launches import DEFAULT, Key, Launch, Table
-from search.reports.turns import Summary, in_turns
+from search.turns import Summary, in_turns
 
 COMPILED, NO_FIT, FAILED, WRONG, BETTER, NOT_BETTER = "compiled", "does not fit", "failed", "WRONG", "better", "not better"
 # For one program (CUDA programming guide, compute capabilities); 86, 89 and 120 are consumer GPUs.

@@ -31,7 +31,7 @@ from bench.results import ABOVE_ROOF, FAILED, OK, WRONG, Row, with_ratio
 from bench.roofline import Roofs
 from bench.timing import CacheFlush, Clock, FirstCall, Samples, first_call, interleaved, prepared, warm_up_calls
 from bench.worker import OutOfTime, Say, Worker, WorkerLost, WorkFailed, has_lost_its_device
-from search.reports.turns import Summary, back_to_back_ms, in_turns, synchronise
+from search.turns import Summary, back_to_back_ms, in_turns, synchronise
 
 BACK_TO_BACK_MS = 300.0  # how long a provider's calls without a wait between them last, together
 _BACK_TO_BACK_ROUNDS = 7  # the fewest with an interval

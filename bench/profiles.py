@@ -18,7 +18,7 @@ from bench.measure import Run, warmed
 from bench.results import write_table
 from bench.timing import prepared, warm_up_calls
 from bench.worker import Say
-from search.reports.turns import synchronise
+from search.turns import synchronise
 
 ROOT = Path(__file__).parents[1]
 PREDICTIONS = Path(__file__).parent / "predictions"

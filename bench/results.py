@@ -21,8 +21,8 @@ from bench.cases import EAGER, OURS, OURS_WITHOUT_KERNELS, Suite
 from bench.costs import Mode
 from bench.estimates import Estimate
 from bench.roofline import Roofs
+from search.cells.latency import device_label
 from search.files import write_text
-from search.reports.latency import device_label
 
 OK, WRONG, FAILED, NOT_SUPPORTED = "ok", "WRONG", "failed", "not supported here"
 NOT_CHECKED = "not checked"  # timed; another stage compares the result, if the time allows

@@ -14,7 +14,7 @@ from bench.costs import Cost
 from bench.load import LIMIT_PERCENT, Others
 from bench.timing import last_level_cache_bytes
 from fast.pointwise_conv import pointwise_conv
-from search.reports.turns import synchronise
+from search.turns import synchronise
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from bench.timing import CacheFlush, Clock, Samples, interleaved, last_level_cac
 from bench.training_cases import NewCellCase, SearchCase
 from bench.worker import Say
 from fast import kernels
-from search.reports.turns import Summary, back_to_back_ms
+from search.turns import Summary, back_to_back_ms
 
 ROOT = Path(__file__).parents[1]
 GPU_TESTS = ("tests/fast/kernels/test_triton_on_gpu.py", "tests/fast/test_train_step.py")

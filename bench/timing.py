@@ -1,6 +1,6 @@
 """Measure time and memory.
 
-Providers take turns (`search/reports/turns.py`). A turn is two calls: one with the caches flushed (cold) and one right behind
+Providers take turns (`search/turns.py`). A turn is two calls: one with the caches flushed (cold) and one right behind
 it (warm). A call that lasts longer than `LONG_MS` goes through the caches many times by itself and is made once. What a long
 training pays is neither: calls back to back, with no wait between them. First call and memory are those of a fresh process.
 """
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from bench.cases import Case, Provider
-from search.reports.turns import back_to_back_ms, in_turns, synchronise
+from search.turns import back_to_back_ms, in_turns, synchronise
 
 LONG_MS = 300.0
 _QUEUED_CYCLES = 20_000_000  # about 10 ms, longer than the host needs to launch any case

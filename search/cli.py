@@ -131,15 +131,19 @@ def uses_of_run(
     loss: LossSettings,
     machine: MachineSettings,
     proxy: OptimizerSettings,
+    *,
+    of_two: bool = False,
 ) -> list[str]:
     """Commands for what a search has kept, `best` being its best head, in a folder of the run's: to join the head to the
-    backbone, to fine-tune it there, to train a network around the best cell. `proxy` has the optimiser of the search.
+    backbone, to fine-tune it there, to train a network around the best cell. `proxy` has the optimiser of the search. Of a
+    search with two objectives first, to train all cells of its front.
     """
     run = best.parent.parent
     recipe = arguments_of(OptimizerSettings(optimizer=proxy.optimizer, schedule=proxy.schedule))
     fine_tuning = to_train(data, backbone, HeadSettings(), loss, machine, "--head", best, "--trainable-blocks", 0, *recipe)
     whole = to_train(data, backbone, head, loss, machine, "--run", run, *recipe)
-    return [to_type("join", "--run", run), fine_tuning, whole]
+    front = [to_type("rerank", "--run", run, "--seeds", 3)] if of_two else []
+    return [*front, to_type("join", "--run", run), fine_tuning, whole]
 
 
 def to_train(

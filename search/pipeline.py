@@ -31,7 +31,7 @@ from search.runs.database import has_password
 from search.runs.halving import LEAST, REDUCTION, Halving, Rule, chosen_rungs
 from search.runs.search import Search
 from search.runs.store import SearchPlan
-from search.runs.study import Run, RunSettings, best_head, identity_before, load_run, open_run, ranked
+from search.runs.study import Run, RunSettings, TrialRecord, best_head, identity_before, load_run, open_run, ranked
 from search.runs.workers import open_workers
 from search.settings import (
     SHAPES,
@@ -54,13 +54,15 @@ from search.settings import (
     scored,
 )
 from search.tasks.feature_cache import MEAN, STD, WEIGHTS, FeatureCache, caches_of, facts_of
-from search.tasks.proxy import ProxyTask, feature_maps
+from search.tasks.proxy import CostKind, ProxyTask, feature_maps
 from search.training.loop import Training
 from search.training.network import training_identity
 from search.training.scoring import require_validation
 
 EarlyStopping = Literal["none"] | Rule
 _EARLY_STOPPING = ("none", *get_args(Rule))
+SecondObjective = Literal["none"] | CostKind
+_SECOND_OBJECTIVES = ("none", *get_args(CostKind))
 SLACK = 4  # how many times as long as the others a cell may take before they wait for it, where the lag is chosen
 _SLACK_IN_FULL = 2  # with early stopping: as long as one that is trained in full is expected to take
 KNOWN_CELLS = ("linear", "mlp", "aspp", "psp", "dpc")
@@ -82,6 +84,9 @@ class SearchSettings(WorkerSettings):
     """Grids that pyramid poolings may have in height and width. None given: no poolings."""
     sampler: str = "paper"
     """How cells are proposed: paper (uniform, and near the best so far), random, evolution, local, predictor or tpe."""
+    second_objective: SecondObjective = "none"
+    """What cells are to have little of, beside a great score: multiply_adds, or latency beside the published cell's; for the
+    samplers evolution, tpe and random, without early stopping (docs/objectives.md). none: the score alone counts."""
     early_stopping: EarlyStopping = "none"
     """How cells are left out after a part of their training, so that only the best are trained in full: asha, pasha or halving
     (docs/early_stopping.md); none trains all in full."""
@@ -148,6 +153,8 @@ class SearchSettings(WorkerSettings):
         require("comparison_seeds", self.comparison_seeds, self.comparison_seeds >= 1, "at least 1")
         require("cells_per_gpu", self.cells_per_gpu, self.cells_per_gpu >= 1, "at least 1")
         require("lag", self.lag, given(self.lag, LAG) >= 0, "at least 0")
+        second = self.second_objective
+        require("second_objective", second, second in _SECOND_OBJECTIVES, " or ".join(_SECOND_OBJECTIVES))
         require("early_stopping", self.early_stopping, self.early_stopping in _EARLY_STOPPING, " or ".join(_EARLY_STOPPING))
         require("reduction_factor", self.reduction_factor, given(self.reduction_factor, 1) >= 1, "at least 1")
         rungs = given(self.rungs, (1,))
@@ -159,8 +166,27 @@ class SearchSettings(WorkerSettings):
             raise InputError(
                 f"`cells_per_gpu` {self.cells_per_gpu} needs `workers` 1: with more, each trains one cell at a time"
             )
-        self._sampler()
+        sampler = self._sampler()
+        if self.cost_kind is not None:
+            self._check_two_objectives(sampler)
         load_cells(self.compare)
+
+    def _check_two_objectives(self, sampler: CellSampler) -> None:
+        if sampler.uses_scores and not sampler.takes_several_objectives:
+            raise InputError(
+                f"`sampler` {self.sampler} looks at the score alone: with `second_objective` {self.second_objective} give "
+                "`sampler` evolution, tpe or random"
+            )
+        if self.early_stopping != "none":
+            raise InputError(
+                f"`early_stopping` {self.early_stopping} keeps cells by their score alone, and cannot be had with "
+                f"`second_objective` {self.second_objective}: leave out one of the two"
+            )
+
+    @property
+    def cost_kind(self) -> CostKind | None:
+        """The second objective, if there is one."""
+        return None if self.second_objective == "none" else self.second_objective
 
     @property
     def most_at_once(self) -> int | None:
@@ -228,6 +254,18 @@ class Found:
     def report(self) -> Path:
         """The page that shows all cells."""
         return self.directory / "report.html"
+
+    @property
+    def front(self) -> list[TrialRecord]:
+        """The cells on the Pareto front, the best score first, of a search with two objectives; else the best one alone.
+
+        Each has `cell`, `score`, `cost("multiply_adds")` and, where it was measured, `cost("latency")`.
+        """
+        from search.reports.front import front_of
+
+        run = load_run(self.directory)
+        best = ranked(run.trials)
+        return best[:1] if run.cost_kind is None else front_of(run, best)
 
     def network(self, backbone: Backbone) -> SegmentationNetwork:
         """Backbone and head: images (N, 3, H, W), values 0 to 255 -> outputs (N, K, h, w) at the backbone's output stride.
@@ -418,7 +456,7 @@ def run_search(
     space = SearchSpace(search.branches, search.rates, search.grids, maps, num_inputs)
 
     def create_task(train: FeatureCache, val: FeatureCache) -> ProxyTask:
-        return ProxyTask(train, val, proxy, settings.head, device, settings.loss)
+        return ProxyTask(train, val, proxy, settings.head, device, settings.loss, with_latency=search.cost_kind == "latency")
 
     most = search.most_at_once
     run = open_run(
@@ -434,6 +472,7 @@ def run_search(
         defaults=declared(*map(type, groups)),
         trials=plan.trials,
         halving=search.halving(proxy.steps),
+        cost_kind=search.cost_kind,
     )
     with (
         run as study,

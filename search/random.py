@@ -105,7 +105,7 @@ def main(settings: RandomSettings) -> None:
         sys.exit(1)
     print(f"\nthe best head behind its backbone, in Python:\n\n{in_python(load_run(directory))}\n")
     of_search = data, settings.backbone, settings.head, settings.loss, settings.machine, settings.proxy
-    print_next(*uses_of_run(best_head(directory), *of_search))
+    print_next(*uses_of_run(best_head(directory), *of_search, of_two=settings.cost_kind is not None))
 
 
 def completed_for(features: FeatureCache, settings: RandomSettings) -> RandomSettings:

@@ -51,7 +51,7 @@ def main(settings: ReportSettings) -> None:
         if ranked(run.trials) and is_named(had.data.dataset):
             proxy = restored(OptimizerSettings, run.identity)
             groups = had.data, had.backbone, had.head, had.loss, had.machine, proxy
-            print_next(*uses_of_run(best_head(run.directory), *groups))
+            print_next(*uses_of_run(best_head(run.directory), *groups, of_two=run.cost_kind is not None))
         return
     _check(settings)
     out = settings.out or Path("cells.html")

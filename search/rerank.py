@@ -24,6 +24,7 @@ from search.dense_tasks import Scores
 from search.devices import resolve_device
 from search.errors import InputError
 from search.folder import Folder
+from search.reports.front import front_of
 from search.reports.reranking import Candidate, Failed, Reranked, Trainings, finish_reranking, rank
 from search.reports.rungs import is_in_full, iterations_of
 from search.runs.study import Run, load_run, ranked
@@ -131,7 +132,7 @@ class RerankSettings(WorkerSettings):
     run: Path
     """Folder of the search, such as runs/camvid."""
     top: int = 50
-    """Number of cells, the best by proxy score."""
+    """Number of cells, the best by proxy score; of a search with two objectives only those on its Pareto front."""
     compare: tuple[str, ...] = ("dpc", "aspp")
     """Cells to train beside them: linear, mlp, aspp, psp, dpc, or paths of cell JSON files."""
     seeds: int = 1
@@ -192,22 +193,29 @@ def _print_next(task: EndToEndTask, directory: Path) -> None:
 def candidates_of(run: Run, settings: RerankSettings) -> list[Candidate]:
     """The cells to compare with, then the best of the run by proxy score, of a search that was cut short those in full first.
 
-    Raises InputError if the run has no score.
+    Of a search with two objectives those on its Pareto front. Raises InputError if the run has no score.
     """
-    best = ranked(run.trials)[: settings.top]
+    found = ranked(run.trials)
+    places = {record.number: place for place, record in enumerate(found, start=1)}
+    best = found[: settings.top] if run.cost_kind is None else front_of(run, found, settings.top)
     if not best:
         raise InputError(f"{run.directory} has no cell with a score yet: run its search first")
-    if len(best) < settings.top:
+    if run.cost_kind is not None:
+        print(f"{len(best)} of the {len(front_of(run, found))} cells on the Pareto front are trained", file=sys.stderr)
+    elif len(best) < settings.top:
         print(f"{run.directory} has {len(best)} cells with a score, not {settings.top}: all are trained", file=sys.stderr)
     candidates, in_full = [], run.rungs[-1] if run.rungs else None
     for name, cell in load_cells(settings.compare, run.space.num_inputs).items():
         same = [r for r in run.baselines if r.name == name and canonical_form(r.cell) == canonical_form(cell)]
-        candidates.append(Candidate(name, cell, tuple(record.result.score for record in same), None, in_full))
-    for proxy_rank, record in enumerate(best, start=1):
+        costs = [record.result.cost(run.cost_kind) for record in same] if run.cost_kind else []
+        cost = (run.cost_kind, sum(costs) / len(costs)) if run.cost_kind and costs else None
+        candidates.append(Candidate(name, cell, tuple(record.result.score for record in same), None, in_full, cost=cost))
+    for record in best:
         scores = (record.result.score,) if record.result else ()
         iterations = iterations_of(run, record) if run.rungs else None
-        proxy = scores, proxy_rank, iterations, is_in_full(run, record)
-        candidates.append(Candidate(f"trial {record.number}", record.cell, *proxy))
+        proxy = scores, places[record.number], iterations, is_in_full(run, record)
+        cost = (run.cost_kind, record.cost(run.cost_kind)) if run.cost_kind else None
+        candidates.append(Candidate(f"trial {record.number}", record.cell, *proxy, cost))
     return candidates
 
 

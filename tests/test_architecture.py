@@ -31,7 +31,7 @@ FLOORS: list[set[str]] = [
     {"backbones"},
     {"datasets", "cells"},
     {"dense_tasks"},
-    {"settings", "devices", "folder"},
+    {"settings", "devices", "folder", "turns"},
     {"errors", "files", "interrupts", "commands"},
 ]
 CLI_LIBRARY, CLI = "tyro", "search.cli"

@@ -19,12 +19,12 @@ from reference.cell import Cell
 from reference.dense_prediction_cell import BranchOptions, rate_multiplier_for
 from reference.pyramid_pooling import PoolingVariant
 from search.cells.cost import CellCost, module_cost
+from search.cells.latency import Latency, measure_latencies
 from search.cells.reach import FeatureMaps, Size
 from search.cells.receptive_field import options_of, structural_receptive_field
 from search.cells.space import load_cell
 from search.errors import InputError
 from search.reports.diagram import branch_weights, branch_weights_svg, cell_svg, effective_field_svg, paths_svg
-from search.reports.latency import Latency, measure_latencies
 from search.reports.page import write_page
 
 

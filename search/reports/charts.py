@@ -17,13 +17,14 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from reference.cell import Cell
+from search.cells.pareto import pareto_front
 from search.reports.diagram import INK, Titles, figure_svg, shortened, show_grid, style_axes
 from search.reports.page import quantity
 from search.reports.rungs import is_in_full, iterations_of, trained_longest
 from search.reports.scatter import label_best
 from search.runs.study import Run, TrialRecord, comparison_label
 from search.runs.tables import FOUND
-from search.tasks.proxy import ProxyResult
+from search.tasks.proxy import CostKind, ProxyResult
 
 SEARCH_COLOUR = "#4a7fd0"
 CUT_SHORT_COLOUR = "#9aa3b0"  # of cells not trained in full
@@ -31,9 +32,11 @@ CUT_SHORT_COLOUR = "#9aa3b0"  # of cells not trained in full
 _COLOURS = ("#e69f00", "#cc79a7", "#d55e00", "#009e73", INK, "#8b5e3c")
 _MARKERS = ("D", "s", "^", "v", "P", "X", "*")
 _DASHES: tuple[Any, ...] = ("-", (0, (4, 2)), (0, (1, 1.5)))  # of lines; the next one where the colours begin again
+_Chart = tuple[str, Callable[..., Titles], str]  # heading, what draws it, caption
 KNOWN_LABELS = {"linear": "Linear", "mlp": "MLP", "aspp": "ASPP", "psp": "PSP", "dpc": "Published DPC"}
 _MOST_DOTS = 1000  # of a run's trials: in both charts together half a megabyte of the page
 _BEST_DOTS = 100  # that a run of more shows, beside those on a chart's line
+_COST_AXES = {"multiply_adds": (1e9, "multiply-adds (10⁹)"), "latency": (1, "latency (multiple of the published cell's)")}
 _LEGEND_CHARACTERS = 76  # in a row, with six for each line or dot
 
 
@@ -65,6 +68,10 @@ class Group:
     def mean(self) -> float:
         return float(np.mean(self.scores))
 
+    def cost(self, kind: CostKind) -> float:
+        """The mean over seeds: latencies are measured anew with each."""
+        return float(np.mean([result.cost(kind) for result in self.results]))
+
     @property
     def std(self) -> float | None:
         """Sample standard deviation over seeds; None for a single seed."""
@@ -94,7 +101,7 @@ def draw_charts(run: Run, best: Sequence[TrialRecord], groups: Sequence[Group]) 
         each = f"{len(compared):,} of {len(best):,} distinct cells, each once"
     if len(compared) < len(best):
         grey = " Grey: scores after fewer iterations."
-    charts = (
+    charts: tuple[_Chart, ...] = (
         (
             of_cells,
             _draw_distribution,
@@ -108,14 +115,26 @@ def draw_charts(run: Run, best: Sequence[TrialRecord], groups: Sequence[Group]) 
         ),
         (
             "Score against cost",
-            _draw_cost,
-            "Multiply-adds of the cell for one validation image; the line joins the Pareto front. "
+            partial(_draw_cost, kind="multiply_adds"),
+            "Multiply-adds of the cell for one validation image; the line joins the Pareto front of the two. "
             f"{_pointed(run).capitalize()} names its cell, too.{grey}",
         ),
+        *_of_latency(run),
         ("Training loss", _draw_loss, "The best cell, and every seed of the cells beside it; running means."),
     )
     for heading, draw, caption in charts:
         yield drawn_chart(heading, caption, partial(draw, run=run, best=best, groups=groups))
+
+
+def _of_latency(run: Run) -> list[_Chart]:
+    if run.cost_kind != "latency":
+        return []
+    caption = (
+        "The cell alone, for one validation image, measured right after its training, in turns with the published cell, which "
+        "is at 1. The line joins the Pareto front of the two. Without known cells that take less than half of the fastest "
+        "one's time."
+    )
+    return [("Score against latency", partial(_draw_cost, kind="latency"), caption)]
 
 
 def drawn_chart(heading: str, caption: str, draw: Callable[[Axes], Titles]) -> dict[str, Any]:
@@ -175,7 +194,7 @@ class _Dot(NamedTuple):
 
 def _draw_progress(axes: Axes, run: Run, best: Sequence[TrialRecord], groups: Sequence[Group]) -> Titles:
     dots = [_Dot(record, record.number, 100 * record.score) for record in run.trials if record.score is not None]
-    rises = pareto_front([dot.place for dot in dots if dot.record.rung == best[0].rung])
+    rises = _front_line([dot.place for dot in dots if dot.record.rung == best[0].rung])
     last = max(record.number for record in run.trials)
     numbers, best_so_far = zip(*rises, (last, rises[-1][1]), strict=True)
     axes.step(numbers, best_so_far, where="post", color=SEARCH_COLOUR, lw=1.8, label=_best_so_far(run, best))
@@ -196,24 +215,24 @@ def _best_so_far(run: Run, best: Sequence[TrialRecord]) -> str:
     return "best so far in full" if is_in_full(run, best[0]) else f"best so far after {iterations_of(run, best[0]):,}"
 
 
-def _draw_cost(axes: Axes, run: Run, best: Sequence[TrialRecord], groups: Sequence[Group]) -> Titles:
-    dots = [
-        _Dot(record, record.multiply_adds / 1e9, 100 * record.score)
-        for record in best
-        if record.multiply_adds is not None and record.score is not None
-    ]
+def _draw_cost(axes: Axes, run: Run, best: Sequence[TrialRecord], groups: Sequence[Group], kind: CostKind) -> Titles:
+    unit, label = _COST_AXES[kind]
+    if kind == "latency":  # those of a layer or two would press all others into a corner
+        fastest = min(record.cost(kind) for record in best)
+        groups = [group for group in groups if group.cost(kind) >= fastest / 2]
+    dots = [_Dot(record, record.cost(kind) / unit, 100 * record.score) for record in best if record.score is not None]
     compared = [dot for dot in dots if dot.record.rung == best[0].rung]
-    front = pareto_front([dot.place for dot in compared])
+    front = _front_line([dot.place for dot in compared])
     axes.plot(*zip(*front, strict=True), "-", color=SEARCH_COLOUR, linewidth=1.2)
     titles = _draw_trials(axes, run, dots, best, front, label="search")
     for number, group in enumerate(groups):
-        cost, score = group.results[0].multiply_adds / 1e9, 100 * group.mean
+        cost, score = group.cost(kind) / unit, 100 * group.mean
         spread = None if group.std is None else 100 * group.std
         gid = f"compared{number}"
         look: dict[str, Any] = {"color": group.colour, "markersize": 6, "capsize": 3, "zorder": 4}
         axes.errorbar(cost, score, yerr=spread, fmt=group.marker, label=group.label, gid=gid, **look)
         titles[gid] = [f"{group.label}: {score:.2f} %\n{group.cell}"]
-    axes.set(xlabel="multiply-adds (10⁹)", ylabel=f"{run.task.score.name} (%)")
+    axes.set(xlabel=label, ylabel=f"{run.task.score.name} (%)")
     label_best(axes, [(*dot.place, f"{dot.record.number}") for dot in compared])
     return titles
 
@@ -268,22 +287,16 @@ def _title(run: Run, record: TrialRecord) -> str:
     """What a trial's dot says on hover."""
     assert record.score is not None  # it has a dot
     assert record.multiply_adds is not None
-    score, cost = run.task.score.text(record.score), quantity(record.multiply_adds)
+    score, cost = run.task.score.text(record.score), f"{quantity(record.multiply_adds)} multiply-adds"
+    if run.cost_kind == "latency":
+        cost += f", latency {record.cost(run.cost_kind):.2f}"
     after = f" after {iterations_of(run, record):,} iterations" if run.rungs else ""
-    return f"trial {record.number}: {run.task.score.name} {score}{after}, {cost} multiply-adds\n{record.cell}"
+    return f"trial {record.number}: {run.task.score.name} {score}{after}, {cost}\n{record.cell}"
 
 
-def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Points (cost, score), by cost, for which no other point is as cheap and better, or cheaper and as good.
-
-    >>> pareto_front([(2.0, 0.5), (1.0, 0.4), (3.0, 0.5), (1.0, 0.3)])
-    [(1.0, 0.4), (2.0, 0.5)]
-    """
-    front: list[tuple[float, float]] = []
-    for cost, score in sorted(points, key=lambda point: (point[0], -point[1])):
-        if not front or score > front[-1][1]:
-            front.append((cost, score))
-    return front
+def _front_line(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Points (x, y), by x, that no other one with a lower or equal x beats in y."""
+    return [points[place] for place in reversed(pareto_front([(y, -x) for x, y in points]))]
 
 
 def _draw_loss(axes: Axes, run: Run, best: Sequence[TrialRecord], groups: Sequence[Group]) -> Titles:

@@ -13,11 +13,15 @@ from typing import Any
 import numpy as np
 
 from reference.cell import Cell
+from search.cells.pareto import pareto_front
 from search.dense_tasks import DenseTask, Measure, details_beside, measures_beside
 from search.files import write_text
+from search.reports.front import COST_NAMES
+from search.reports.page import quantity
 from search.reports.rank_correlation import MIN_POINTS, RankCorrelation, rank_correlation, ties
 from search.reports.scatter import Point, Scatter, write_scatters
 from search.tasks.end_to_end import EndToEndResult
+from search.tasks.proxy import CostKind
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class Candidate:
     proxy_rank: int | None
     proxy_iterations: int | None = None  # that the scores are of, where a search was cut short
     is_in_full: bool = True  # they are all that there are
+    cost: tuple[CostKind, float] | None = None  # the second objective of a search that had one, as it was there
 
 
 @dataclass(frozen=True)
@@ -161,9 +166,24 @@ def finish_reranking(directory: Path, rows: list[Reranked], seeds: int, task: De
         print(f"\nSpearman's rho of proxy and final score takes {MIN_POINTS} cells of the search; here are {len(compared)}")
     else:
         print(f"\nproxy and final score, {rho.count} cells: Spearman's {rho}, with its 95 % bootstrap interval")
+    for kind in _cost_kinds(rows):
+        print(f"\nPareto front of final {task.score.name} and the search's {COST_NAMES[kind]}: {', '.join(_front(rows))}")
     print(f"\nranks: {directory / 'ranks.csv'}\npicture: {directory / 'scatter.png'} (scatter.svg names each dot)")
     print(f"best cell: {directory / 'best_cell.json'}, {found[0].candidate.name}")
     print(f"its network: {found[0].folder / 'last.safetensors'}")
+
+
+def _cost_kinds(rows: list[Reranked]) -> set[CostKind]:
+    """The second objective of the search, if it had one."""
+    return {row.candidate.cost[0] for row in rows if row.candidate.cost is not None}
+
+
+def _front(rows: list[Reranked]) -> list[str]:
+    """Of a search with two objectives the names of the cells that no other one beats in both, the best first."""
+    costs = {row.candidate.name: row.candidate.cost[1] for row in rows if row.candidate.cost is not None}
+    scored = [row for row in rows if row.is_scored and row.candidate.name in costs]
+    front = pareto_front([(row.mean, -costs[row.candidate.name]) for row in scored])
+    return [scored[place].candidate.name for place in front]
 
 
 def _table(rows: list[Reranked], score: Measure) -> str:
@@ -183,7 +203,7 @@ def _table(rows: list[Reranked], score: Measure) -> str:
         if row.is_scored:
             spread = f" ± {100 * row.std:.2f}" if len(row.results) > 1 else ""
             final, first = f"{100 * row.mean:.2f}{spread}", row.results[0]
-            cost = f"{first.parameters:>9,} {first.multiply_adds / 1e9:>12.3f}B {first.seconds:>8.1f}"
+            cost = f"{first.parameters:>9,} {quantity(first.multiply_adds):>13} {first.seconds:>8.1f}"
         trained = f" {candidate.proxy_iterations:>10,}" if has_rungs else ""
         ranks = f"{candidate.proxy_rank or '–':>5}{trained} {proxy:>{narrow}} {row.final_rank or '–':>5}"
         lines.append(f"{candidate.name:{width}} {ranks} {final:>14} {cost}  {candidate.cell}")
@@ -212,14 +232,20 @@ def _write_csv(path: Path, rows: list[Reranked], task: DenseTask) -> None:
     more_columns = (f"final_{measure.key}" for measure in beside)
     has_rungs = _has_rungs(rows)
     trained = ["proxy_iterations"] if has_rungs else []
-    writer.writerow(["name", "proxy_rank", *trained, f"proxy_{key}", *final_columns, *more_columns, "folder", "cell"])
+    kinds = _cost_kinds(rows)
+    second = [column for kind in kinds for column in (f"proxy_{kind}", "is_on_front")]
+    columns = ["proxy_rank", *trained, f"proxy_{key}", *second, *final_columns, *more_columns]
+    writer.writerow(["name", *columns, "folder", "cell"])
+    front = _front(rows)
     for row in rows:
         candidate, first = row.candidate, row.results[0] if row.results else None
         proxy = float(np.mean(candidate.proxy_scores)) if candidate.proxy_scores else None
         final = [row.mean if row.results else None, row.std if len(row.results) > 1 else None, len(row.results)]
         cost: list[Any] = [first.parameters, first.multiply_adds, first.seconds] if first else [None] * 3
         cell = json.dumps(json.loads(candidate.cell.to_json()))
-        ranks = [candidate.proxy_rank, *([candidate.proxy_iterations] if has_rungs else []), proxy, row.final_rank]
+        costs = [candidate.cost and candidate.cost[1], candidate.name in front] if kinds else []
+        trained_for = [candidate.proxy_iterations] if has_rungs else []
+        ranks = [candidate.proxy_rank, *trained_for, proxy, *costs, row.final_rank]
         more = details_beside(task, [result.scores for result in row.results])
         writer.writerow([candidate.name, *ranks, *final, "; ".join(row.failures), *cost, *more, row.folder.name, cell])
     write_text(path, text.getvalue())

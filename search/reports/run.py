@@ -5,6 +5,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,14 @@ from fast.checkpoint import load_context
 from fast.dense_prediction_cell import DensePredictionCell
 from reference.cell import Cell
 from search.backbones.facts import described_layers
+from search.cells.latency import Latencies, like, measure_latencies
 from search.datasets import is_named
 from search.dense_tasks import DenseTask, Label, details_beside, mean_details, measures_beside
 from search.errors import InputError
 from search.reports.cells import draw_pictures
 from search.reports.charts import KNOWN_LABELS, Group, draw_charts, groups_of
+from search.reports.front import COST_NAMES, cost_text, front_of, front_rows, num_beaten
 from search.reports.in_python import in_python
-from search.reports.latency import Latencies, measure_latencies
 from search.reports.learning_curves import draw_learning_curves
 from search.reports.page import percent, write_page
 from search.reports.predictions import laid_over
@@ -36,6 +38,7 @@ from search.tasks.proxy import ProxyResult
 
 _SHARES = {2: "half", 3: "third", 4: "quarter"}
 _TOP, _DRAWN_BEST, _DRAWN_WORST = 10, 3, 2
+_MOST_OF_FRONT = 20  # cells in the table of costs, of two objectives
 _FAILURES = 50  # that are listed
 _EXAMPLE_SIDE = 640  # pixels, at most
 _OF_LOSS = declared(LossSettings)  # which only some tasks have; unless given they are not named
@@ -90,6 +93,7 @@ def _content(run: Run, device: str | None, running: Running | None) -> dict[str,
         "identity": {name: value for name, value in run.identity.items() if value is not None or name not in _OF_LOSS},
         "best": best[0] if best else None,
         "early_stopping": _early_stopping(run, best),
+        "front": _front(run, best, groups),
         "distinct": len(best),
         "failed": len(failures),
         "failures": failures[-_FAILURES:],
@@ -128,6 +132,21 @@ def _early_stopping(run: Run, best: Sequence[TrialRecord]) -> dict[str, Any] | N
     }
 
 
+def _front(run: Run, best: Sequence[TrialRecord], groups: Sequence[Group]) -> dict[str, Any] | None:
+    """What the page says of a search with two objectives, once a cell has a score."""
+    if run.cost_kind is None or not best:
+        return None
+    front = front_of(run, best)
+    rows = front_rows(run, front, groups)
+    return {
+        "cells": len(front),
+        "cost": COST_NAMES[run.cost_kind],
+        "rows": rows,
+        "beaten": num_beaten(rows),
+        "cost_text": partial(cost_text, run.cost_kind),
+    }
+
+
 def _spread(group: Group) -> str:
     std = "" if group.std is None else f" ± {100 * group.std:.2f}"
     return f"{100 * group.mean:.2f}{std} %"
@@ -135,7 +154,7 @@ def _spread(group: Group) -> str:
 
 def _rows(run: Run, best: Sequence[TrialRecord], groups: Sequence[Group]) -> Iterator[Row]:
     task, maps = run.task, known(run.space.maps)
-    for record in best[:_TOP]:
+    for record in best[:_TOP] if run.cost_kind is None else front_of(run, best, _MOST_OF_FRONT):
         result = record.result
         assert result is not None  # it is ranked
         beside = _beside(task, [result])
@@ -200,18 +219,7 @@ def _drawings(
 def _latencies(run: Run, rows: Sequence[Row], trained: Mapping[str, DensePredictionCell], device: str) -> Latencies:
     """Measure the latencies of the cells in the table, on features like those of a validation image."""
     one = next(iter(trained.values()))  # all heads of a run have the same channels and options
-    cells = {
-        row.label: DensePredictionCell(
-            row.cell,
-            one.input_channels,
-            branch_channels=one.branch_channels,
-            cell_channels=one.branch_channels,  # a cell without branches has as many as it reads
-            output_stride=one.output_stride,
-            pooling=one.pooling,
-            pooling_size=one.pooling_size,
-        )
-        for row in rows
-    }
+    cells = {row.label: like(one, row.cell) for row in rows}
     return measure_latencies(cells, known(run.space.maps).validation, device=device)
 
 

@@ -5,7 +5,7 @@ import io
 import json
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -21,16 +21,21 @@ from search.datasets import Dataset, Sample
 from search.dense_tasks import details_beside, measures_beside
 from search.errors import InputError
 from search.files import write_text, write_whole
+from search.reports.charts import groups_of
+from search.reports.front import COST_NAMES, front_of, front_rows, num_beaten
+from search.reports.page import quantity
 from search.reports.run import Running, write_report
 from search.reports.rungs import iterations_of, ties_of
 from search.runs.study import Run, TrialRecord, comparison_label, head_path, load_run, ranked
 from search.runs.tables import BEST_HEAD, head_name
+from search.settings import known
 from search.tasks.feature_cache import FeatureCache
 
 _EXAMPLES = 4
 _BETWEEN_PAGES = 60.0  # seconds at least, of a search that is running
 _COSTS_BETWEEN_PAGES = 50  # times what the last page took
 _TOP = 10  # cells in the table and in best_cells/
+_MOST_OF_FRONT = 20  # cells in the table, of two objectives
 
 
 def finish_run(
@@ -55,8 +60,13 @@ def finish_run(
         return
     for rank, record in enumerate(best, start=1):
         write_text(directory / "best_cells" / f"rank_{rank:02d}.json", record.cell.to_json())
+    if run.cost_kind is not None:
+        front, best = front_of(run, distinct), front_of(run, distinct, _MOST_OF_FRONT)
+        _write_front(directory, run, front)
     report = write_report(run, timed_on)
     print(_table(run, best))
+    if run.cost_kind is not None:
+        print(f"\n{_about_front(run, front)}; {directory / 'front.csv'}, {directory / 'front_cells'}")
     for warning in ties_of(run, distinct):
         print(f"\nwarning: {warning}")
     print(f"\nreport: {report}\nbest cell: {directory / 'best_cells' / 'rank_01.json'}")
@@ -89,7 +99,10 @@ class ReportRefresher:
 
 
 def _table(run: Run, best: list[TrialRecord]) -> str:
-    """The best cells and the compared ones; where the search was cut short, with the iterations that a score is of."""
+    """The best cells and the compared ones; where the search was cut short, with the iterations that a score is of.
+
+    With latencies, where the search minimises them.
+    """
     task, has_rungs = run.task, bool(run.rungs)
     rows = [
         (f"trial {record.number}", iterations_of(run, record) if has_rungs else 0, [record.result], record.cell)
@@ -103,16 +116,19 @@ def _table(run: Run, best: list[TrialRecord]) -> str:
     beside = measures_beside(task)
     headings = "".join(f" {measure.heading:>8}" for measure in beside)
     trained = f" {'iterations':>10}" if has_rungs else ""
-    lines = [f"{'':20}{trained} {task.score.heading:>14}{headings} {'params':>9} {'multiply-adds':>13} {'seconds':>7}  cell"]
+    cost = f" {'params':>9} {'multiply-adds':>13}" + (f" {'latency':>7}" if run.cost_kind == "latency" else "")
+    lines = [f"{'':20}{trained} {task.score.heading:>14}{headings}{cost} {'seconds':>7}  cell"]
     for label, iterations, results, cell in rows:
         scores = [100 * result.score for result in results]
         spread = f" ± {np.std(scores, ddof=1):.2f}" if len(scores) > 1 else ""
         mean, first = f"{np.mean(scores):.2f}{spread}", results[0]
         details = details_beside(task, [result.scores for result in results])
         more = "".join(f" {measure.number(value):>8}" for measure, value in zip(beside, details, strict=True))
-        cost = f"{first.parameters:>9,} {first.multiply_adds / 1e9:>12.3f}B {first.seconds:>7.1f}"
+        cost = f" {first.parameters:>9,} {quantity(first.multiply_adds):>13}"
+        if run.cost_kind == "latency":
+            cost += f" {np.mean([result.cost('latency') for result in results]):>6.2f}×"
         trained = f" {iterations:>10,}" if has_rungs else ""
-        lines.append(f"{label:20}{trained} {mean:>14}{more} {cost}  {cell}")
+        lines.append(f"{label:20}{trained} {mean:>14}{more}{cost} {first.seconds:>7.1f}  {cell}")
     return "\n".join(lines)
 
 
@@ -120,16 +136,45 @@ def _write_csv(path: Path, run: Run) -> None:
     text, task = io.StringIO(), run.task
     writer = csv.writer(text)
     trained = ["iterations"] if run.rungs else []
+    latency = ["latency"] if run.cost_kind == "latency" else []
     score_columns = [*trained, task.score.key, *(measure.key for measure in measures_beside(task))]
-    writer.writerow(["trial", *score_columns, "parameters", "multiply_adds", "seconds", "failure", "duplicate_of", "cell"])
+    costs = ["parameters", "multiply_adds", *latency, "seconds"]
+    writer.writerow(["trial", *score_columns, *costs, "failure", "duplicate_of", "cell"])
     for record in run.trials:
         result = record.result
         iterations = [iterations_of(run, record) if result else None] if run.rungs else []
         scores = [result.score if result else None, *details_beside(task, [result.scores] if result else [])]
-        cost = [result.parameters, result.multiply_adds, result.seconds] if result else [None] * 3
+        cost = [getattr(result, name) if result else None for name in costs]
         cell = json.dumps(json.loads(record.cell.to_json()))
         writer.writerow([record.number, *iterations, *scores, *cost, record.failure, record.duplicate_of, cell])
     write_text(path, text.getvalue())
+
+
+def _about_front(run: Run, front: Sequence[TrialRecord]) -> str:
+    """How many cells are on the front, and how many of them known cells beat."""
+    beaten = num_beaten(front_rows(run, front, groups_of(run)))
+    cells = f"{len(front)} cell{'s' if len(front) > 1 else ''}"
+    shown = "" if len(front) <= _MOST_OF_FRONT else f", of which {_MOST_OF_FRONT} are above"
+    known_better = f", {beaten} of them beaten by known cells in both" if beaten else ""
+    return f"Pareto front of {run.task.score.name} and {COST_NAMES[known(run.cost_kind)]}: {cells}{shown}{known_better}"
+
+
+def _write_front(directory: Path, run: Run, front: Sequence[TrialRecord]) -> None:
+    """The Pareto front as a table, the cheapest first, and its cells as files: those that are on it no more are deleted."""
+    text = io.StringIO()
+    writer = csv.writer(text)
+    costs = ["multiply_adds"] + ["latency"] * (run.cost_kind == "latency")
+    writer.writerow(["trial", run.task.score.key, "parameters", *costs, "cell"])
+    files = {f"trial_{record.number}.json": record for record in front}
+    for name, record in files.items():
+        write_text(directory / "front_cells" / name, record.cell.to_json())
+    for record in reversed(front):
+        result, cell = known(record.result), json.dumps(json.loads(record.cell.to_json()))
+        writer.writerow([record.number, result.score, result.parameters, *(getattr(result, cost) for cost in costs), cell])
+    write_text(directory / "front.csv", text.getvalue())
+    for path in (directory / "front_cells").glob("trial_*.json"):
+        if path.name not in files:
+            path.unlink()
 
 
 def _write_rungs(path: Path, run: Run) -> None:

@@ -23,6 +23,7 @@ import optuna
 import sqlalchemy as sa
 from optuna.distributions import distribution_to_json
 from optuna.storages._rdb import models
+from optuna.study import StudyDirection
 from optuna.trial import TrialState
 from sqlalchemy.orm import Session
 
@@ -42,12 +43,20 @@ _AT_ONCE = 500  # trials in a transaction; it may take a second
 class Mirror:
     """The studies `<name> search` and `<name> comparison`, which are made if they are not there.
 
-    `rungs` are the iterations of each, if the search is cut short.
+    `rungs` are the iterations of each, if the search is cut short; `cost_kind` is the second objective, if there is one.
     Raises InputError if Optuna cannot use its tables there.
     """
 
-    def __init__(self, url: str, name: str, task: DenseTask, space: SearchSpace, rungs: tuple[int, ...] = ()) -> None:
-        self._task, self._space, self._rungs = task, space, rungs
+    def __init__(
+        self,
+        url: str,
+        name: str,
+        task: DenseTask,
+        space: SearchSpace,
+        rungs: tuple[int, ...] = (),
+        cost_kind: str | None = None,
+    ) -> None:
+        self._task, self._space, self._rungs, self._cost_kind = task, space, rungs, cost_kind
         self._in_full: set[int] = set()  # of the trials at hand, those with a score on the last rung
         self._distributions = {name: (each, distribution_to_json(each)) for name, each in distributions_of(space).items()}
         with optunas_storage(url, name) as storage:
@@ -125,10 +134,12 @@ class Mirror:
             if _COPY in before.user_attrs.items():
                 return before._study_id
             _delete(storage, before._study_id)
-        study = optuna.create_study(storage=storage, study_name=name, direction="maximize", load_if_exists=True)
+        costs = [] if self._cost_kind is None else [self._cost_kind.replace("_", "-")]
+        directions = [StudyDirection.MAXIMIZE] + [StudyDirection.MINIMIZE] * len(costs)
+        study = optuna.create_study(storage=storage, study_name=name, directions=directions, load_if_exists=True)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            study.set_metric_names([self._task.score.name])
+            study.set_metric_names([self._task.score.name, *costs])
         study.set_user_attr(*_COPY)  # at last: one that is not whole is made anew
         return study._study_id
 
@@ -166,16 +177,22 @@ class Mirror:
         return models.TrialModel(study_id=study, number=number, state=state, datetime_start=start, datetime_complete=finished)
 
     def _parts(self, trial: int, row: Row) -> Iterable[models.BaseModel]:
-        if row.score is not None:
-            finite = models.TrialValueModel.TrialValueType.FINITE
-            yield models.TrialValueModel(trial_id=trial, objective=0, value=row.score, value_type=finite)
+        finite = models.TrialValueModel.TrialValueType.FINITE
+        for objective, value in enumerate(self._values(row)):
+            yield models.TrialValueModel(trial_id=trial, objective=objective, value=value, value_type=finite)
         params = params_of_cell(Cell.from_json(row.cell), self._space) if row.key.name == SEARCH else {}
-        for name, value in params.items():
+        for name, choice in params.items():
             distribution, text = self._distributions[name]
-            internal = distribution.to_internal_repr(value)
+            internal = distribution.to_internal_repr(choice)
             yield models.TrialParamModel(trial_id=trial, param_name=name, param_value=internal, distribution_json=text)
         for key, value in self._attributes(row).items():
             yield models.TrialUserAttributeModel(trial_id=trial, key=key, value_json=json.dumps(value))
+
+    def _values(self, row: Row) -> list[float]:
+        """One for each objective; none of a trial that failed."""
+        if row.score is None or row.result is None:
+            return []
+        return [row.score] if self._cost_kind is None else [row.score, json.loads(row.result)[self._cost_kind]]
 
     def _attributes(self, row: Row) -> dict[str, Any]:
         """What a dashboard shows of a job, beside the score."""
@@ -193,6 +210,8 @@ class Mirror:
         measures, values = measures_beside(self._task), details_beside(self._task, [Scores.restored(result["scores"])])
         beside = {measure.heading: value for measure, value in zip(measures, values, strict=True)}
         cost = {"parameters": result["parameters"], "multiply-adds": result["multiply_adds"]}
+        if result.get("latency") is not None:
+            cost["latency"] = result["latency"]
         return {**beside, **cost, "seconds": round(result["seconds"], 1)}
 
 

@@ -1,5 +1,6 @@
 """How far a search is, for people, while processes work on it or after them: from its folder or its database alone."""
 
+import json
 import os
 import platform
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from sqlalchemy.exc import SQLAlchemyError
 
+from search.cells.pareto import pareto_front
 from search.commands import spelled
 from search.dense_tasks import Measure, restored_task
 from search.errors import InputError
@@ -21,6 +23,7 @@ from search.runs.study import new_name, require_file, storage_url, unusable
 from search.runs.tables import Key
 
 _HOUR = 3600  # seconds
+_MOST_OF_FRONT = 10  # trials that are named
 _REASONS = 5  # for which cells failed, that are said
 
 
@@ -41,7 +44,7 @@ def status_lines(directory: Path, storage: str | None) -> Iterator[str]:
         with closing(Reader(url, name)) as reader:
             processes, running = reader.processes(), reader.running()
             since = max([time.time() - _HOUR, *sorted(process.started for process in processes)[:1]])
-            counts = reader.counts(since)
+            counts, front = reader.counts(since), _front(reader)
     except KeyError:
         raise InputError(f"{directory} has no trials yet, or is of an earlier version: go on with it first") from None
     except (SQLAlchemyError, ImportError) as error:
@@ -55,6 +58,7 @@ def status_lines(directory: Path, storage: str | None) -> Iterator[str]:
     if rungs or len(counts.rungs) > 1:
         yield _on_rungs(counts, rungs)
     yield from _best_and_failures(counts, measure, rungs)
+    yield from front
     yield from _running(running, {process.id: process for process in processes})
     yield from (f"{_named(process)}: {process.workers} at a time, since {_when(process.started)}" for process in processes)
     if not processes:
@@ -92,6 +96,19 @@ def _best_and_failures(counts: Counts, measure: Measure | None, iterations: Sequ
     yield from (f"failed {times:,} ×: {reason}" for reason, times in reasons[:_REASONS])
     if more := sum(times for _, times in reasons[_REASONS:]):
         yield f"failed {more:,} × for other reasons"
+
+
+def _front(reader: Reader) -> list[str]:
+    """Of a search with two objectives the trials that no other one beats in both, the best score first."""
+    kind = reader.identity().get("second_objective", "none")  # earlier runs had none
+    if kind == "none":
+        return []
+    scored = [(row, row.score, row.result) for row in reader.finished(search=True) if row.duplicate_of is None]
+    places = [(row, score, -json.loads(result)[kind]) for row, score, result in scored if score is not None and result]
+    front = [str(places[i][0].key.number) for i in pareto_front([place[1:] for place in places])]
+    more = f" and {len(front) - _MOST_OF_FRONT} more" if len(front) > _MOST_OF_FRONT else ""
+    named = ", ".join(front[:_MOST_OF_FRONT]) + more if front else "none yet"
+    return [f"Pareto front of score and {kind.replace('_', '-')}: trials {named}"]
 
 
 def _running(jobs: list[tuple[Key, str, float]], processes: dict[str, Process]) -> Iterator[str]:

@@ -11,13 +11,14 @@ Every process claims jobs, evaluates them and tells. What must not go wrong:
 - *Nothing is lost with a process.* Each has a row with a counter, its heartbeat. One that stands still while that of the
   observer moves for `LEASE` seconds is taken for dead, and its jobs are claimed again. No clock decides anything, and while
   the server is away, all hearts stand still. A process that was only slow goes on, and whoever tells a job first is right:
-  both results are the same.
+  both results are the same, but for a latency, which is measured.
 - *A connection or a server that goes away is waited for*, and what was being done is done again; each change is either there
   or not.
 
 This module needs no PyTorch, so many small processes can use it.
 """
 
+import json
 import os
 import platform
 import sys
@@ -187,7 +188,7 @@ class Store:
     """The jobs of the run `name`. One process of an SQLite file must keep others out (`search.folder.Folder.locked`).
 
     `identity` is JSON: what all results of the run depend on. A run that is begun has the jobs of `begun`, if it is given.
-    `halving` says how the search is cut short.
+    `halving` says how the search is cut short, `cost_kind` which value of a result is to be small beside a great score.
     Raises InputError for a run of another version, and SQLAlchemyError if the database cannot be used.
     """
 
@@ -199,10 +200,11 @@ class Store:
         begun: Begun | None = None,
         *,
         halving: Halving | None = None,
+        cost_kind: str | None = None,
         lease: float = LEASE,
         beat: float = BEAT,
     ) -> None:
-        self.name = name
+        self.name, self.cost_kind = name, cost_kind
         self.is_server = is_server(url)
         self.id = uuid.uuid4().hex
         self.state = _State(rungs=None if halving is None else Rungs(halving))
@@ -532,9 +534,8 @@ class Store:
         return self._watched.keys() - {self.id}
 
     def _sync(self, connection: sa.Connection) -> None:
-        columns = [
-            JOBS.c[name] for name in ("name", "number", "state", "revision", "owner", "score", "duplicate_of", "cell", "form")
-        ]
+        names = ["name", "number", "state", "revision", "owner", "score", "duplicate_of", "cell", "form"]
+        columns = [JOBS.c[name] for name in names + ["result"] * (self.cost_kind is not None)]
         changed = (JOBS.c.run == self._run) & (JOBS.c.revision > self.state.revision)
         query = sa.select(*columns).where(changed).order_by(JOBS.c.revision, JOBS.c.number)
         rows = connection.execute(query).all() if self.state.rungs is not None else connection.execute(query)
@@ -578,7 +579,8 @@ class Store:
         if row.state == FAILED:
             self._apply_failure(key, row.form)
         elif state.rungs is None:
-            state.history.finish(key.number, row.score)
+            others = () if self.cost_kind is None else (-json.loads(row.result)[self.cost_kind],)
+            state.history.finish(key.number, row.score, others=others)
             state.best = _better(state.best, Best(row.score, key.number))
         elif row.duplicate_of is None:
             state.best = _better(state.best, state.scored[key.number])

@@ -13,7 +13,7 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 from optuna.exceptions import OptunaError, StorageInternalError
 from sqlalchemy.exc import SQLAlchemyError
@@ -48,7 +48,7 @@ from search.settings import (
     plain,
     restored,
 )
-from search.tasks.proxy import ProxyResult
+from search.tasks.proxy import CostKind, ProxyResult
 
 Curve = tuple[tuple[int, float], ...]  # (iteration, training loss)
 HEADS = "heads"  # folder in a run's for the heads that are kept
@@ -87,6 +87,13 @@ class TrialRecord:
     @cached_property
     def result(self) -> ProxyResult | None:
         return None if self.result_json is None else _result(self.result_json)
+
+    def cost(self, kind: CostKind) -> float:
+        """Multiply-adds or latency of a trial with a score. Raises ValueError for a latency that was not measured."""
+        if kind == "multiply_adds" and self.multiply_adds is not None:
+            return self.multiply_adds
+        assert self.result is not None
+        return self.result.cost(kind)
 
 
 @dataclass(frozen=True)
@@ -140,6 +147,12 @@ class Run:
     rungs: tuple[int, ...] = ()  # their iterations, if the search is cut short (`search.runs.halving`); the last are all
     rung_scores: Mapping[int, tuple[float, ...]] = field(default_factory=dict)  # by trial: on each rung that it has reached
 
+    @property
+    def cost_kind(self) -> CostKind | None:
+        """What its cells are to have little of, beside a great score."""
+        found: CostKind | Literal["none"] = self.identity.get("second_objective", "none")  # earlier runs had none
+        return None if found == "none" else found
+
     def curve(self, record: TrialRecord | BaselineRecord) -> Curve:
         """The loss curve of a trial or a comparison; empty if it has none."""
         return self.curves.get(record.number, ()) if isinstance(record, TrialRecord) else record.result.loss_curve
@@ -187,7 +200,7 @@ class Study:
         self._space, self._file_of = space, file_of
         self._mirror: Mirror | None = None
         rungs = () if store.state.rungs is None else store.state.rungs.halving.rungs
-        self._open_mirror = partial(Mirror, url, store.name, task, space, rungs)
+        self._open_mirror = partial(Mirror, url, store.name, task, space, rungs, store.cost_kind)
         self._reader = Reader(url, store.name, store.engine)
         self._heads = 0  # revision up to which the folder has the heads
         self.store.sync()
@@ -264,11 +277,13 @@ def open_run(
     defaults: Mapping[str, Any],
     trials: int | None = None,
     halving: Halving | None = None,
+    cost_kind: CostKind | None = None,
 ) -> Iterator[Study]:
     """Begin a run or continue it, or help the process that holds its folder, if the jobs are on a server.
 
     `trials` is what people are told of how many there will be; `defaults` as in `Folder.check`; `halving` says how it is cut
-    short. Raises InputError for other settings, a second process on a file, or an unwritable folder.
+    short, `cost_kind` what cells are to have little of beside a great score. Raises InputError for other settings, a second
+    process on a file, or an unwritable folder.
     """
     url = storage_url(directory, storage)
     folder = Folder(directory)
@@ -278,7 +293,7 @@ def open_run(
             before = folder.description()
             name = _run_id(folder, before) if before else new_name(directory, url)
             folder.check(identity, defaults)
-            store = stack.enter_context(closing(_open_store(url, name, identity, defaults, space, halving)))
+            store = stack.enter_context(closing(_open_store(url, name, identity, defaults, space, halving, cost_kind)))
             if before is None and is_server(url) and store.sync().next:
                 print(f"the database has a run {name} with these settings, which goes on", file=sys.stderr)
             description = {"id": name, "storage": storage, "settings": plain(asdict(settings)), "trials": trials}
@@ -366,13 +381,14 @@ def _open_store(
     defaults: Mapping[str, Any],
     space: SearchSpace,
     halving: Halving | None,
+    cost_kind: CostKind | None,
 ) -> Store:
     """The run's jobs; those of an earlier version are taken over."""
     shared = {field: value for field, value in identity.items() if field != "storage"}  # which each host may spell its way
     text = json.dumps(shared)
     now = json.loads(text)
     earlier = _earlier_run(url, name, space)
-    store = Store(url, name, text, earlier.begun if earlier else None, halving=halving)
+    store = Store(url, name, text, earlier.begun if earlier else None, halving=halving, cost_kind=cost_kind)
     if different := differences(json.loads(store.identity), now, defaults):
         store.close()
         raise InputError(

@@ -9,9 +9,9 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -27,11 +27,13 @@ from fast.train_step import TrainStep
 from reference.cell import Cell
 from reference.dense_prediction_cell import rate_multiplier_for
 from search.cells.cost import module_cost
+from search.cells.latency import relative_latency
 from search.cells.reach import FeatureMaps
 from search.dense_tasks import Scores, totals_of_nothing
 from search.settings import HeadSettings, LossSettings, ProxySettings, given, known
 from search.tasks.feature_cache import FeatureCache, require_crop
 
+CostKind = Literal["multiply_adds", "latency"]  # what a result has of it is in its field of this name
 Value = TypeVar("Value")
 _CURVE_POINTS = 100
 _OF_TRAINING = "training.curve", "training.seconds", "training.done"  # names in a state, beside the step's
@@ -47,10 +49,18 @@ class ProxyResult:
     multiply_adds: int  # as in the paper's Table 1, for one validation image
     seconds: float
     peak_memory_bytes: int  # the device's; on a CPU that of the whole process
+    latency: float | None = None  # for one validation image, as a multiple of the published cell's; None if not measured
 
     @property
     def score(self) -> float:
         return self.scores.score
+
+    def cost(self, kind: CostKind) -> float:
+        """Its multiply-adds or latency. Raises ValueError for a latency that was not measured."""
+        value: float | None = getattr(self, kind)
+        if value is None:
+            raise ValueError(f"a result has no {kind}")
+        return value
 
 
 @dataclass(frozen=True)
@@ -69,7 +79,8 @@ class NotFiniteError(ArithmeticError):
 
 
 class ProxyTask:
-    """Scores cells on the features of one data set. Raises InputError for a crop that does not fit."""
+    """Scores cells on the features of one data set, and measures their latency if it is to. Raises InputError for a crop that
+    does not fit."""
 
     def __init__(
         self,
@@ -79,10 +90,12 @@ class ProxyTask:
         head: HeadSettings,
         device: str = "cpu",
         loss: LossSettings | None = None,
+        *,
+        with_latency: bool = False,
     ) -> None:
         self.settings = settings.completed(train.pictures)
         self.head = head.completed(train.identity["dataset"])
-        self.device = torch.device(device)
+        self.device, self.with_latency = torch.device(device), with_latency
         self.dense_task = train.task.weighted(given(loss, LossSettings()).numbers)
         self.grid, self.layer_channels = train.grid, train.layer_channels
         self.crop = crop_in_features(settings, train)
@@ -91,7 +104,7 @@ class ProxyTask:
     def evaluate(
         self, cell: Cell, seed: Sequence[int], on_step: Callable[[int], None] = lambda iteration: None
     ) -> tuple[ProxyResult, SegmentationHead]:
-        """Train and score a cell; the result depends on the cell, the settings and `seed` alone.
+        """Train and score a cell; the scores depend on the cell, the settings and `seed` alone.
 
         Returns the result and the trained head, on the CPU in evaluation mode. Raises NotFiniteError.
         """
@@ -126,8 +139,8 @@ class ProxyTask:
         with step.randomness:
             recompute_statistics(head, (step.draw()[0] for _ in range(self.settings.statistics_batches)))
         scores = self.dense_task.scores(self._totals(head))
-        size = self._val[0].shape[2:]
-        cost = module_cost(head.context, (size[0], size[1])).total
+        size = self._val[0].shape[2], self._val[0].shape[3]
+        cost = module_cost(head.context, size).total
         result = ProxyResult(
             scores=scores,
             loss_curve=tuple(training.curve),
@@ -136,6 +149,8 @@ class ProxyTask:
             seconds=training.seconds + time.perf_counter() - start,
             peak_memory_bytes=_peak_memory_bytes(self.device),
         )
+        if self.with_latency:  # which is no part of these seconds, nor of this memory
+            result = replace(result, latency=relative_latency(head.context, size, self.device))
         return result, head.cpu(), state
 
     def _begin_training(self, cell: Cell, seed: int) -> "_Training":

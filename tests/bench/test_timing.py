@@ -12,7 +12,7 @@ import bench.timing
 from bench.cases import EAGER
 from bench.measure import in_fresh_process
 from bench.timing import LONG_MS, CacheFlush, Clock, interleaved, last_level_cache_bytes
-from search.reports.turns import Summary
+from search.turns import Summary
 from tests.bench.tiny_runs import CPU, SEPARABLE
 
 

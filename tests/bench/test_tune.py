@@ -28,7 +28,7 @@ from fast.kernels import triton as triton_backend
 from fast.kernels.triton import batch_norm
 from fast.kernels.triton.compilation import CUOBJDUMP
 from fast.kernels.triton.launches import DEFAULT, Key, Launch, Measured, Table, measured
-from search.reports.turns import Summary
+from search.turns import Summary
 
 ROOT = Path(__file__).parents[2]
 KEY: Key = ("depthwise_forward", 2, "small")

@@ -5,6 +5,7 @@ import html
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -26,17 +27,22 @@ import search.pipeline
 import search.random
 import search.reports.run_files
 import search.runs.study
+import search.tasks.proxy
 from fast.checkpoint import load_head
+from fast.dense_prediction_cell import DensePredictionCell
 from fast.train_step import TrainStep
 from reference.cell import Branch, Cell, Conv1x1, PyramidPooling
 from reference.mean_iou import mean_iou
 from search.backbones import create_backbone
+from search.cells.history import History
 from search.cells.reach import FeatureMaps
+from search.cells.samplers import create_sampler
 from search.cells.samplers.paper import PaperSampler
 from search.cells.space import SearchSpace, canonical_form, load_cell
 from search.cli import uses_of_run
 from search.datasets import SPLITS, open_dataset
 from search.errors import InputError
+from search.pipeline import load_found
 from search.random import RandomSettings, completed_for
 from search.reports.run import write_report
 from search.runs.mirror import Mirror
@@ -302,6 +308,109 @@ def test_a_run_from_before_there_were_class_weights_goes_on(settings: RandomSett
     path.write_text(json.dumps(content))
     assert load_run(before.directory).settings == before.settings
     assert run_search(changed(settings, trials=2)).trials[:1] == before.trials
+
+
+# Two objectives
+
+TWO = {"sampler": "evolution", "second_objective": "multiply_adds", "compare": ("linear", "dpc")}
+
+
+def test_a_search_with_two_objectives_leaves_its_front(
+    settings: RandomSettings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whether it was interrupted or not; cells that are on the front no more are taken away."""
+    first = run_search(changed(settings, trials=23, **TWO))  # evolution begins after 20, and the lag
+    (first.directory / "front_cells" / "trial_99.json").write_text("[]")
+    capsys.readouterr()
+    run = run_search(changed(settings, trials=27, **TWO))
+    at_once = run_search(changed(settings, trials=27, out=tmp_path / "at once", **TWO))
+    assert trials(run) == trials(at_once)
+    assert trials(run)[:23] == trials(first)
+    assert [record.cell for record in run.trials] == proposed_again(run)
+
+    places = {record.number: (record.score or 0.0, -record.cost("multiply_adds")) for record in ranked(run.trials)}
+    front = [number for number, place in places.items() if not any(dominates(other, place) for other in places.values())]
+    printed = capsys.readouterr().out
+    for folder in (run.directory, at_once.directory):
+        with (folder / "front.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert sorted(int(row["trial"]) for row in rows) == sorted(front)
+        costs = [int(row["multiply_adds"]) for row in rows]
+        assert costs == sorted(costs)
+        cells = {int(row["trial"]): Cell.from_json(row["cell"]) for row in rows}
+        assert cells == {record.number: record.cell for record in run.trials if record.number in front}
+        assert {path.name for path in (folder / "front_cells").iterdir()} == {f"trial_{number}.json" for number in front}
+        assert all(Cell.load(folder / "front_cells" / f"trial_{number}.json") == cell for number, cell in cells.items())
+    for number in front:
+        assert f"\ntrial {number} " in printed
+    assert f"\nPareto front of mIOU and multiply-adds: {len(front)} cells, " in printed
+    assert f" beaten by known cells in both; {run.directory / 'front.csv'}" in printed  # linear costs nothing
+    assert f"next: python -m search.rerank --run {run.directory} --seeds 3\n" in printed
+    best_first = [number for number in places if number in front]
+    assert [record.number for record in load_found(run.directory).front] == best_first
+    named = ", ".join(map(str, best_first[:10])) + (f" and {len(front) - 10} more" if len(front) > 10 else "")
+    assert f"Pareto front of score and multiply-adds: trials {named}" in list(status_lines(run.directory, None))
+
+
+def proposed_again(run: Run) -> list[Cell]:
+    """What the sampler proposes if it is told both values of all trials that it may look back at."""
+    sampler, history = create_sampler("evolution", run.space, 0, lag=1), History()
+    cells = []
+    for number, record in enumerate(run.trials):
+        for told in run.trials[max(0, number - 2) : max(0, number - 1)]:
+            history.finish(told.number, told.score or 0.0, others=(-told.cost("multiply_adds"),))
+        cells.append(sampler.propose(number, history))
+        history.propose(number, record.cell_json, record.form)
+    return cells
+
+
+def dominates(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    return one != other and one[0] >= other[0] and one[1] >= other[1]
+
+
+def test_latency_is_measured_of_every_cell_if_it_is_an_objective(
+    settings: RandomSettings, uninterrupted: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def of_kinds(context: DensePredictionCell, feature_size: tuple[int, int], device: torch.device) -> float:
+        assert (feature_size, device) == ((3, 4), torch.device("cpu"))
+        return 1 + sum(isinstance(branch.operation, PyramidPooling) for branch in context.cell.branches)
+
+    monkeypatch.setattr(search.tasks.proxy, "relative_latency", of_kinds)
+    run = run_search(changed(settings, sampler="tpe", second_objective="latency"))
+    measured = [(record.cell, known(record.result).latency) for record in run.trials]
+    for cell, latency in measured + [(record.cell, record.result.latency) for record in run.baselines]:
+        assert latency == 1 + sum(isinstance(branch.operation, PyramidPooling) for branch in cell.branches)
+    with (run.directory / "cells.csv").open(newline="") as file:
+        assert [float(row["latency"]) for row in csv.DictReader(file)] == [record.cost("latency") for record in run.trials]
+    assert re.search(r"params multiply-adds latency seconds .*\ntrial .* [123]\.00×", capsys.readouterr().out)
+    assert {known(record.result).latency for record in uninterrupted.trials} == {None}  # otherwise it is not
+    with pytest.raises(InputError, match=r"with `second_objective` latency, now it is multiply_adds: .*another `out`"):
+        search.random.main(changed(settings, sampler="tpe", second_objective="multiply_adds"))
+
+
+def test_a_run_from_before_there_were_two_objectives_goes_on(settings: RandomSettings) -> None:
+    before = run_search(changed(settings, trials=1))
+    path = before.directory / "settings.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    assert content["identity"].pop("second_objective") == "none"
+    path.write_text(json.dumps(content))
+    assert run_search(changed(settings, trials=2)).trials[:1] == before.trials
+    with pytest.raises(InputError, match=r"`second_objective` none, now it is multiply_adds: .*another `out`"):
+        run_search(changed(settings, **TWO))
+
+
+@pytest.mark.parametrize("sampler", ["paper", "local", "predictor"])
+def test_samplers_of_one_objective_say_so(settings: RandomSettings, sampler: str) -> None:
+    sentence = f"`sampler` {sampler} looks at the score alone: with `second_objective` latency give `sampler` evolution, tpe"
+    with pytest.raises(InputError, match=sentence):
+        search.random.main(changed(settings, sampler=sampler, second_objective="latency"))
+    assert not known(settings.out).exists()
+
+
+def test_two_objectives_are_not_cut_short(settings: RandomSettings) -> None:
+    sentence = "`early_stopping` asha .* cannot be had with `second_objective` multiply_adds: leave out one of the two"
+    with pytest.raises(InputError, match=sentence):
+        search.random.main(changed(settings, early_stopping="asha", rungs=(2, 4), **TWO))
 
 
 def test_another_seed_is_another_search(settings: RandomSettings, uninterrupted: Run) -> None:
@@ -657,6 +766,7 @@ def test_the_printed_trainings_have_the_optimiser_of_the_search(tmp_path: Path) 
         ("rates", (0,), "`rates` must be different integers of at least 1, in ascending order, got 0"),
         ("grids", (2, 2), "`grids` must be different integers of at least 1, in ascending order, got 2 2"),
         ("early_stopping", "hyperband", "`early_stopping` must be none or halving or asha or pasha, got hyperband"),
+        ("second_objective", "size", "`second_objective` must be none or multiply_adds or latency, got size"),
         ("reduction_factor", 0, "`reduction_factor` must be at least 1"),
         ("rungs", (2, 4), "`rungs` is for `early_stopping`: give asha, pasha or halving"),
         ("reduction_factor", 2, "`reduction_factor` is for `early_stopping`: give asha, pasha or halving"),

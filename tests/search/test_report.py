@@ -17,7 +17,7 @@ from search.dense_tasks import Scores
 from search.dense_tasks.segmentation import Segmentation
 from search.errors import InputError
 from search.report import ReportSettings, main
-from search.reports.charts import groups_of, pareto_front
+from search.reports.charts import groups_of
 from search.reports.page import percent, quantity
 from search.reports.run import write_report
 from search.runs.study import BaselineRecord, Run, RunSettings, TrialRecord
@@ -139,6 +139,37 @@ def test_of_very_many_trials_the_best_and_the_front_say_whose_they_are(tmp_path:
     assert len(progress) + len(costs) < 300_000
     parsed = [record for record in run.trials if "result" in vars(record)]  # JSON is read where it is asked for
     assert len(parsed) <= 20
+
+
+@pytest.mark.parametrize(("kind", "named"), [("multiply_adds", "multiply-adds"), ("latency", "latency")])
+def test_the_front_of_two_objectives_is_in_the_page(tmp_path: Path, kind: str, named: str) -> None:
+    """From the cheapest, with the known cells where they belong, and which of the others beat a cell."""
+    places = {0: (0.30, 3), 1: (0.20, 1), 2: (0.25, 3), 3: (0.45, 6), 4: (0.45, 5)}  # the third and the fourth are beaten
+    run = make_run(tmp_path, [score for score, _ in places.values()])
+    compared = {"linear": (0.1, 0), "psp": (0.31, 2), "aspp": (0.29, 3), "dpc": (0.40, 4), "trial 3": (0.1, 6)}
+    of_places = {n: make_result(score, multiply_adds=cost * 10**9) for n, (score, cost) in (places | compared).items()}
+    results = {n: replace(result, latency=result.multiply_adds / 1e9) for n, result in of_places.items()}
+    trials = [TrialRecord.of(n, run.trials[n].cell, results[n], None, None) for n in places]
+    baselines = [BaselineRecord(name, 0, run.trials[0].cell, results[name]) for name in compared]
+    page = read_report(replace(run, trials=trials, baselines=baselines, identity=run.identity | {"second_objective": kind}))
+    text = visible_text(page).replace("\N{NO-BREAK SPACE}", " ")
+    assert f"The Pareto front of mIOU and {named} has 3 cells, of which 1 is beaten by a known cell in both." in text
+    section = text.split("The Pareto front 3 of 5 distinct cells are on the front")[1].split("have the front.")[0]
+    cost = {0: "0", 1: "1.00 B", 2: "2.00 B", 3: "3.00 B", 4: "4.00 B", 5: "5.00 B", 6: "6.00 B"}
+    if kind == "latency":
+        cost = {number: f"{number}.00 ×" for number in cost}
+    rows = [f"Linear (n = 1) {cost[0]} 10.00 %", f"trial 1 {cost[1]} 20.00 %", f"PSP (n = 1) {cost[2]} 31.00 %"]
+    rows += [f"trial 0 {cost[3]} 30.00 %", f"ASPP (n = 1) {cost[3]} 29.00 %", f"Published DPC (n = 1) {cost[4]} 40.00 %"]
+    rows += [f"trial 4 {cost[5]} 45.00 %", f"trial 3 again (n = 1) {cost[6]} 10.00 %"]
+    parts = re.split("|".join(map(re.escape, rows)), section)
+    assert [section.index(row) for row in rows] == sorted(section.index(row) for row in rows)
+    beaten = [re.findall("beaten by (.*?) $", part) for part in parts[1:-1]]
+    assert beaten == [[], [], [], ["PSP"], ["trial 0"], [], []]
+    charts = re.findall(r"<h3>(Score against \w+)</h3>", page)
+    assert charts == ["Score against cost"] + ["Score against latency"] * (kind == "latency")
+    assert (", latency 3.00" in page) == (kind == "latency")  # of a dot
+    assert page.count("<title>Linear:") == 1  # which would press the others of the chart of latency into a corner
+    assert "<h2>Cells of the front beside the known ones</h2>" in page
 
 
 def test_of_many_failures_the_last_are_listed(tmp_path: Path) -> None:
@@ -292,19 +323,6 @@ def test_the_report_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch:
 def test_command_refuses_a_folder_that_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is not a run"):
         main(ReportSettings(run=tmp_path))
-
-
-def test_pareto_front_keeps_what_nothing_beats() -> None:
-    rng = np.random.default_rng(0)
-    points = [(float(cost), float(score)) for cost, score in rng.integers(0, 12, (60, 2))]
-    expected = {
-        (cost, score)
-        for cost, score in points
-        if not any(c <= cost and s >= score and (c, s) != (cost, score) for c, s in points)
-    }
-    front = pareto_front(points)
-    assert set(front) == expected
-    assert front == sorted(front)
 
 
 def test_numbers_in_print() -> None:

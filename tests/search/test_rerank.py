@@ -28,6 +28,7 @@ from search.dense_tasks.segmentation import Segmentation
 from search.errors import InputError
 from search.files import write_json
 from search.random import RandomSettings
+from search.reports.front import front_of
 from search.reports.reranking import Candidate, Failed, correlation, finish_reranking
 from search.rerank import RerankSettings, candidates_of, ranks, read_outcome, training_settings
 from search.runs.study import Run, load_run, ranked
@@ -432,7 +433,7 @@ def test_the_table_of_known_scores(
     lines = capsys.readouterr().out.splitlines()
     fields = {line.split("  ")[0]: line.split() for line in lines}
     assert fields["trial 1"][:7] == ["trial", "1", "3", "20.00", "2", "30.00", "±"]
-    assert fields["trial 1"][7:11] == ["14.14", "7", "2.000B", "1.5"]
+    assert fields["trial 1"][7:12] == ["14.14", "7", "2.00", "B", "1.5"]
     assert lines[6].split()[:5] == ["aspp", "–", "85.00", "–", "5.00"]
     assert lines[7].split()[:8] == ["psp", "–", "–", "–", "failed", "–", "–", "–"]
     assert not any("the same command goes on" in line for line in lines)
@@ -478,6 +479,48 @@ def test_cells_of_a_search_with_rungs_say_how_long_they_were_trained(tiny: Reran
     assert told[f"trial {best[0].number}"] == (len(best), 2, False)  # behind those in full
     assert told[f"trial {best[1].number}"] == (1, 8, True)
     assert all(each.proxy_iterations is None and each.is_in_full for each in candidates_of(run, tiny))
+
+
+def test_of_two_objectives_the_front_is_trained(tiny: RerankSettings, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    of_two = replace(run, identity=run.identity | {"second_objective": "multiply_adds"})
+    front = front_of(of_two, ranked(run.trials))
+    assert 0 < len(front) < len(ranked(run.trials))
+    found = candidates_of(of_two, changed(tiny, top=50))
+    of_search = [each for each in found if each.proxy_rank is not None]
+    assert [each.cell for each in of_search] == [record.cell for record in front]
+    places = [record.number for record in ranked(run.trials)]
+    assert [each.proxy_rank for each in of_search] == [places.index(record.number) + 1 for record in front]
+    assert [each.cost for each in of_search] == [("multiply_adds", record.multiply_adds) for record in front]
+    assert f"{len(front)} of the {len(front)} cells on the Pareto front are trained" in capsys.readouterr().err
+    for each in found:
+        costs = [known.result.multiply_adds for known in run.baselines if known.name == each.name]
+        assert each.proxy_rank is not None or (each.cost and each.cost[1]) == (costs[0] if costs else None)
+
+
+def test_of_a_long_front_those_with_the_most_room_around_are_trained(tiny: RerankSettings, run: Run) -> None:
+    places = {0: (0.5, 9), 1: (0.49, 8), 2: (0.3, 4), 3: (0.1, 1), 4: (0.2, 9)}  # the last is beaten
+    trials = [
+        replace(run.trials[0], number=number, form=str(number), score=score, multiply_adds=cost, rung=0)
+        for number, (score, cost) in places.items()
+    ]
+    of_two = replace(run, trials=trials, identity=run.identity | {"second_objective": "multiply_adds"})
+    for top, names in ((2, [0, 3]), (3, [0, 2, 3]), (9, [0, 1, 2, 3])):
+        found = candidates_of(of_two, changed(tiny, top=top))
+        assert [each.name for each in found if each.proxy_rank] == [f"trial {number}" for number in names]
+
+
+def test_of_two_objectives_the_final_front_is_named(
+    made: tuple[Folders, list[Candidate], RerankSettings], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By final scores: trial 3, then 1, 2, 0, and of the known cells those with a cost."""
+    task, candidates, settings = made
+    costs = {"trial 3": 0.9, "trial 1": 1.1, "trial 2": 0.8, "trial 0": 0.7, "aspp": 0.75}
+    of_two = [replace(each, cost=("latency", costs[each.name]) if each.name in costs else None) for each in candidates]
+    finish_reranking(tmp_path, ranks(task, of_two, settings), settings.seeds, task.dense_task)
+    assert "Pareto front of final mIOU and the search's latency: trial 3, trial 2, trial 0\n" in capsys.readouterr().out
+    found = {name: (row["proxy_latency"], row["is_on_front"]) for name, row in rows(tmp_path).items()}
+    on_front = ("trial 3", "trial 2", "trial 0")
+    assert found == {each.name: (str(costs.get(each.name, "")), str(each.name in on_front)) for each in candidates}
 
 
 def test_in_an_unfinished_ranking_only_shared_seeds_count(

@@ -10,6 +10,7 @@ from sqlalchemy.exc import OperationalError
 from reference.cell import Cell
 from search.cells.history import History
 from search.cells.sampler import CellSampler
+from search.cells.samplers.evolution import EvolutionSampler
 from search.cells.samplers.paper import PaperSampler
 from search.cells.space import SearchSpace, cell_hash, load_cell
 from search.dense_tasks import Scores
@@ -21,7 +22,7 @@ from search.runs.store import SearchPlan, Store
 from search.runs.study import Study
 from search.runs.tables import FOUND, SEARCH, Key
 from search.runs.workers import Job, Outcome
-from search.tasks.proxy import ProxyResult
+from search.tasks.proxy import CostKind, ProxyResult
 
 SPACE = SearchSpace(2)
 TASK = Segmentation(("one", "two"))
@@ -55,20 +56,23 @@ class FreeWorkers:
             return Outcome(job, failure="it was given a state of another training")
         if score is None:
             return Outcome(job, failure="bad luck")
-        return Outcome(job, ProxyResult(Scores(score, (0.5, None)), ((1, score),), 1, 2, 3.0, 4), state=_state(job, until))
+        result = ProxyResult(Scores(score, (0.5, None)), ((1, score),), 1, multiply_adds(job.cell), 3.0, 4)
+        return Outcome(job, result, state=_state(job, until))
 
     def close(self) -> None:
         """Nothing to stop."""
 
 
-def search(url: str, trials: int, directory: Path, log: Path, halving: Halving | None = None) -> None:
+def search(
+    url: str, trials: int, directory: Path, log: Path, halving: Halving | None = None, cost: CostKind | None = None
+) -> None:
     """Work on the search in the database until nothing is left to do; Ctrl-C and SIGTERM end it before."""
     with (
         log.open("a", encoding="utf-8", buffering=1) as said,
         redirect_stderr(said),
         sigterm_is_ctrl_c(),
         suppress(KeyboardInterrupt),
-        closing(_open(url, directory, halving)) as study,
+        closing(_open(url, directory, halving, cost)) as study,
     ):
         Search(study, FreeWorkers(), plan(trials), TASK.score).run()
 
@@ -77,21 +81,25 @@ def plan(trials: int) -> SearchPlan:
     return SearchPlan(trials, {"linear": load_cell("linear")}, 2, 0)
 
 
-def sampler() -> CellSampler:
-    return PaperSampler(SPACE, seed=0, lag=8)
+def sampler(cost: CostKind | None = None) -> CellSampler:
+    return PaperSampler(SPACE, seed=0, lag=8) if cost is None else EvolutionSampler(SPACE, seed=0, lag=8)
 
 
-def expected(trials: int) -> Finished:
+def multiply_adds(cell: Cell) -> int:
+    return int(cell_hash(cell)[:4], 16)
+
+
+def expected(trials: int, cost: CostKind | None = None) -> Finished:
     """What comes of the search, one trial after the other, without a store."""
-    history, proposer, found = History(), sampler(), dict[Key, tuple[Cell, float | None]]()
+    history, proposer, found = History(), sampler(cost), dict[Key, tuple[Cell, float | None]]()
     for number in range(trials):
         cell = proposer.propose(number, history)
         history.propose(number, cell.to_json(), SPACE.canonical_form(cell).to_json())
         score = _score(cell, number)
         if score is not None:
-            history.finish(number, score)
+            history.finish(number, score, others=() if cost is None else (-multiply_adds(cell),))
         found[Key(SEARCH, number)] = cell, score
-    best = next(history.best(trials))
+    best = history.proposed(-max((score, -key.number) for key, (_, score) in found.items() if score is not None)[1])
     for name, cell in {**plan(trials).compare, f"{FOUND}{best.number}": best.cell}.items():
         found |= {Key(name, seed): (cell, _score(cell, seed)) for seed in range(plan(trials).comparison_seeds)}
     return found
@@ -124,11 +132,12 @@ def expected_of_halving(trials: int, halving: Halving) -> tuple[Finished, list[t
     return found, jobs
 
 
-def _open(url: str, directory: Path, halving: Halving | None) -> Study:
+def _open(url: str, directory: Path, halving: Halving | None, cost: CostKind | None) -> Study:
     while True:
         with ExitStack() as stack, suppress(OperationalError):  # the database is away: who starts a search would try again
-            store = stack.enter_context(closing(Store(url, NAME, "{}", halving=halving, lease=LEASE, beat=LEASE / 10)))
-            study = Study(directory, url, store, TASK, SPACE, sampler(), lambda head: b"", hold=lambda: False)
+            store = Store(url, NAME, "{}", halving=halving, cost_kind=cost, lease=LEASE, beat=LEASE / 10)
+            stack.enter_context(closing(store))
+            study = Study(directory, url, store, TASK, SPACE, sampler(cost), lambda head: b"", hold=lambda: False)
             stack.pop_all()
             return study
         time.sleep(_COST)

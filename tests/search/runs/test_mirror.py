@@ -8,13 +8,15 @@ from typing import Any
 
 import numpy as np
 import optuna
+from optuna.study import StudyDirection
 
+from search.cells.sampler import cell_from_params
 from search.cells.samplers.paper import PaperSampler
 from search.cells.space import SearchSpace
 from search.runs.store import Store
 from search.runs.study import Study
 from search.runs.tables import FAILED, SEARCH, Begun, Key, Row
-from tests.search.runs.free_search import NAME, TASK, search
+from tests.search.runs.free_search import NAME, SPACE, TASK, expected, multiply_adds, search
 
 TRIALS = 40
 PARTS = ("search", "comparison")
@@ -52,6 +54,26 @@ def test_optuna_writes_the_same_rows_of_the_trials_that_it_reads(tmp_path: Path)
     assert Counter(table for table, _ in written)["trials"] == TRIALS + 4
     assert {table for table, _ in written} == set(USED)
     assert written == rows(tmp_path / "optunas.db")
+
+
+def test_optuna_writes_the_same_rows_of_two_objectives(tmp_path: Path) -> None:
+    """And a search that is interrupted has the cells of one that is not: each follows from all values before."""
+    ours, optunas = (f"sqlite:///{tmp_path / name}" for name in ("ours.db", "optunas.db"))
+    for trials in (29, TRIALS):
+        search(ours, trials, tmp_path, tmp_path / "log", cost="multiply_adds")
+    for part in PARTS:
+        study = optuna.load_study(study_name=f"{NAME} {part}", storage=ours)
+        assert study.metric_names == ["mIOU", "multiply-adds"]
+        assert study.directions == [StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE]
+        optuna.create_study(study_name=study.study_name, storage=optunas, directions=study.directions).add_trials(study.trials)
+    assert rows(tmp_path / "ours.db") == rows(tmp_path / "optunas.db")
+    by_trial = {trial.number: trial for trial in optuna.load_study(study_name=f"{NAME} search", storage=ours).trials}
+    for key, (cell, score) in expected(TRIALS, "multiply_adds").items():
+        if key.name == SEARCH:
+            assert cell_from_params(by_trial[key.number].params, SPACE) == cell
+            values = None if score is None else [score, multiply_adds(cell)]
+            assert by_trial[key.number].values == values
+    assert expected(TRIALS).keys() != expected(TRIALS, "multiply_adds").keys()  # another cell is scored again
 
 
 def test_many_trials_at_once_are_shown(tmp_path: Path) -> None:

@@ -18,11 +18,12 @@ from search.cells.sampler import cell_from_params
 from search.runs.halving import Halving
 from search.runs.reader import Reader
 from search.runs.tables import COMPLETE, SEARCH
+from search.tasks.proxy import CostKind
 from tests.postgres import Server, running_server
 from tests.search.runs import free_search
 from tests.search.runs.free_search import HALVING, NAME, SPACE, expected, expected_of_halving
 
-TRIALS, TRIALS_CUT_SHORT, PROCESSES = 2000, 100, 6
+TRIALS, TRIALS_CUT_SHORT, TRIALS_OF_TWO, PROCESSES = 2000, 100, 120, 6
 FAULTS = {"kill": 16, "terminate": 8, "pause": 4, "cut": 4, "restart": 3, "crash": 3}
 FEWER_FAULTS = {"kill": 3, "terminate": 1, "pause": 1, "crash": 1}
 _POLL = 0.05  # seconds
@@ -31,8 +32,8 @@ _POLL = 0.05  # seconds
 class Crowd:
     """Processes that work on one search. Whoever falls is replaced by a new one. `logs` is for what they say."""
 
-    def __init__(self, server: Server, logs: Path, trials: int, halving: Halving | None) -> None:
-        self._trials, self._halving = trials, halving
+    def __init__(self, server: Server, logs: Path, trials: int, halving: Halving | None, cost: CostKind | None) -> None:
+        self._trials, self._kind = trials, (halving, cost)
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload([free_search.__name__])  # so that a new process is there in milliseconds
         self._server, self.url, self._logs = server, server.create_database(), logs
@@ -92,7 +93,7 @@ class Crowd:
         log.touch()
         process = self._context.Process(
             target=free_search.search,
-            args=(self.url, self._trials, self._logs / "run", log, self._halving),
+            args=(self.url, self._trials, self._logs / "run", log, *self._kind),
             name=str(log),
         )
         process.start()
@@ -109,9 +110,9 @@ class Crowd:
 
 
 @contextmanager
-def crowd(logs: Path, trials: int, halving: Halving | None = None) -> Iterator[Crowd]:
+def crowd(logs: Path, trials: int, halving: Halving | None = None, cost: CostKind | None = None) -> Iterator[Crowd]:
     with running_server() as server:
-        members = Crowd(server, logs, trials, halving)
+        members = Crowd(server, logs, trials, halving, cost)
         try:
             yield members
         finally:
@@ -160,3 +161,13 @@ def test_a_search_that_is_cut_short_has_the_same_jobs_and_results_whatever_is_ki
     assert running == []
     assert len(rows) == len(found)
     assert (found, jobs) == expected_of_halving(TRIALS_CUT_SHORT, HALVING)
+
+
+def test_a_search_with_two_objectives_has_the_same_cells_whatever_is_killed(tmp_path: Path) -> None:
+    with crowd(tmp_path, TRIALS_OF_TWO, cost="multiply_adds") as members:
+        soak(members, FEWER_FAULTS, until=TRIALS_OF_TWO)
+        with closing(Reader(members.url, NAME)) as reader:
+            rows, running = reader.finished(search=True) + reader.finished(search=False), reader.running()
+    assert running == []
+    assert len(rows) == len({row.key for row in rows})
+    assert {row.key: (Cell.from_json(row.cell), row.score) for row in rows} == expected(TRIALS_OF_TWO, "multiply_adds")

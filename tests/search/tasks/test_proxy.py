@@ -1,6 +1,7 @@
 """The proxy task: what a score depends on, that crops fit their labels, that cells learn, and what is refused."""
 
 import io
+from collections.abc import Callable
 from contextlib import redirect_stderr
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 from torch import nn
 
+import search.cells.latency
 import search.tasks.proxy
 from fast.batch_norm import MOMENTUM, recompute_statistics
 from fast.kernels import using
@@ -60,9 +62,11 @@ def easy_cache(seed: int, count: int = 6, num_classes: int = 3) -> FeatureCache:
 TRAIN, VAL = easy_cache(0), easy_cache(1, count=5)
 
 
-def make_task(train: FeatureCache = TRAIN, val: FeatureCache = VAL, **changes: Any) -> ProxyTask:
+def make_task(
+    train: FeatureCache = TRAIN, val: FeatureCache = VAL, *, with_latency: bool = False, **changes: Any
+) -> ProxyTask:
     of_head = {name: changes.pop(name) for name in field_names(HeadSettings) & changes.keys()}
-    return ProxyTask(train, val, replace(SETTINGS, **changes), replace(HEAD, **of_head))
+    return ProxyTask(train, val, replace(SETTINGS, **changes), replace(HEAD, **of_head), with_latency=with_latency)
 
 
 def measured(result: ProxyResult) -> dict[str, Any]:
@@ -89,12 +93,41 @@ def test_the_same_cell_and_seed_give_the_same_result(cell: Cell, seed: int) -> N
     assert other.loss_curve != first.loss_curve
 
 
-def test_the_task_leaves_the_random_numbers_of_others_alone() -> None:
+@pytest.mark.parametrize("with_latency", [False, True])
+def test_the_task_leaves_the_random_numbers_of_others_alone(with_latency: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search.cells.latency, "_QUICK", 0.0)
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
-    make_task().evaluate(CELL, (0,))
+    make_task(with_latency=with_latency).evaluate(CELL, (0,))
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_latency_is_measured_beside_all_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Really, by the clock: it changes neither scores nor weights, and is in no other number."""
+    monkeypatch.setattr(search.cells.latency, "_QUICK", 0.0)
+    plain, head = make_task().evaluate(CELL, (0,))
+    timed, timed_head = make_task(with_latency=True).evaluate(CELL, (0,))
+    assert plain.latency is None
+    assert 0 < timed.cost("latency") < 100
+    assert measured(timed) | {"latency": None} == measured(plain)
+    torch.testing.assert_close(head.state_dict(), timed_head.state_dict(), rtol=0, atol=0)
+    assert make_task(with_latency=True).evaluate(load_cell("dpc"), (0,))[0].latency == 1
+    with pytest.raises(ValueError, match="no latency"):
+        plain.cost("latency")
+    calls: list[str] = []
+
+    def noted(name: str, value: float) -> Callable[..., float]:
+        def measure(*_: object) -> float:
+            calls.append(name)
+            return value
+
+        return measure
+
+    monkeypatch.setattr(search.tasks.proxy, "_peak_memory_bytes", noted("memory", 7))
+    monkeypatch.setattr(search.tasks.proxy, "relative_latency", noted("latency", 0.5))
+    assert make_task(with_latency=True).evaluate(CELL, (0,))[0].latency == 0.5
+    assert calls == ["memory", "latency"]  # it may take memory, and seconds
 
 
 def test_earlier_evaluations_do_not_matter() -> None:
