@@ -13,6 +13,16 @@ from numpy.typing import NDArray
 Values = Sequence[Sequence[float]]
 
 
+def dominates(one: Sequence[float], other: Sequence[float]) -> bool:
+    """Whether a row is nowhere worse than another one, and somewhere better.
+
+    >>> dominates((0.5, -2.0), (0.5, -3.0)), dominates((0.5, -2.0), (0.5, -2.0)), dominates((0.5, -2.0), (0.4, -1.0))
+    (True, False, False)
+    """
+    pairs = list(zip(one, other, strict=True))
+    return all(mine >= theirs for mine, theirs in pairs) and any(mine > theirs for mine, theirs in pairs)
+
+
 class Merit(NamedTuple):
     """How good a row is among others (Deb et al., NSGA-II, IEEE Transactions on Evolutionary Computation 2002, section III).
 
@@ -60,11 +70,11 @@ def merits(values: Values) -> list[Merit]:
     """
     rows = _array(values)
     as_good: NDArray[np.bool_] = np.all(rows[:, None] >= rows, axis=2)
-    dominates = as_good & ~as_good.T
+    is_better = as_good & ~as_good.T  # `dominates`, of all pairs
     fronts, isolations = np.zeros(len(rows), int), np.zeros(len(rows))
     left, number = np.arange(len(rows)), 0
     while len(left):
-        is_next = ~np.any(dominates[np.ix_(left, left)], axis=0)
+        is_next = ~np.any(is_better[np.ix_(left, left)], axis=0)
         fronts[left[is_next]], isolations[left[is_next]] = number, isolation(rows[left[is_next]])
         left, number = left[~is_next], number - 1
     return list(map(Merit, fronts.tolist(), isolations.tolist()))

@@ -56,6 +56,11 @@ class Group:
         return comparison_label(self.name, KNOWN_LABELS)
 
     @property
+    def label_and_seeds(self) -> str:
+        """With the number of its scores."""
+        return f"{self.label} (n\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{len(self.results)})"
+
+    @property
     def is_found(self) -> bool:
         """Whether it is the search's best cell, scored again."""
         return self.name.startswith(FOUND)

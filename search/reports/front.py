@@ -4,14 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from reference.cell import Cell
-from search.cells.pareto import pareto_front, roomiest
+from search.cells.pareto import dominates, pareto_front, roomiest
 from search.reports.charts import Group
 from search.reports.page import quantity
 from search.runs.study import Run, TrialRecord
 from search.settings import known
 from search.tasks.proxy import CostKind
 
-COST_NAMES: dict[CostKind, str] = {"multiply_adds": "multiply-adds", "latency": "latency"}
+MOST_SHOWN = 20  # cells of a front, in tables of all that is known of each
 _MOST_NAMED = 3  # cells that beat another one
 
 
@@ -26,10 +26,9 @@ class FrontRow:
     is_compared: bool
     remark: str = ""
 
-    def beats(self, other: "FrontRow") -> bool:
-        """Whether it is nowhere worse, and somewhere better."""
-        is_same = (self.score, self.cost) == (other.score, other.cost)
-        return self.score >= other.score and self.cost <= other.cost and not is_same
+    @property
+    def values(self) -> tuple[float, float]:
+        return self.score, -self.cost
 
 
 def front_of(run: Run, best: Sequence[TrialRecord], most: int | None = None) -> list[TrialRecord]:
@@ -54,8 +53,8 @@ def front_rows(run: Run, front: Sequence[TrialRecord], groups: Sequence[Group]) 
     made = [row for row, group in zip(compared, groups, strict=True) if not group.is_found]
     rows = [replace(row, remark=_beaten_by(row, made)) for row in found]
     for row, group in zip(compared, groups, strict=True):
-        label = f"{row.label} (n\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{len(group.results)})"
-        rows.append(replace(row, label=label, remark="" if group.is_found else _beaten_by(row, found)))
+        remark = "" if group.is_found else _beaten_by(row, found)
+        rows.append(replace(row, label=group.label_and_seeds, remark=remark))
     return sorted(rows, key=lambda row: (row.cost, -row.score))
 
 
@@ -65,7 +64,7 @@ def num_beaten(rows: Sequence[FrontRow]) -> int:
 
 
 def _beaten_by(row: FrontRow, others: Sequence[FrontRow]) -> str:
-    names = [other.label for other in others if other.beats(row)]
+    names = [other.label for other in others if dominates(other.values, row.values)]
     more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
     return f"beaten by {', '.join(names[:_MOST_NAMED])}{more}" if names else ""
 

@@ -16,12 +16,11 @@ from reference.cell import Cell
 from search.cells.pareto import pareto_front
 from search.dense_tasks import DenseTask, Measure, details_beside, measures_beside
 from search.files import write_text
-from search.reports.front import COST_NAMES
 from search.reports.page import quantity
 from search.reports.rank_correlation import MIN_POINTS, RankCorrelation, rank_correlation, ties
 from search.reports.scatter import Point, Scatter, write_scatters
 from search.tasks.end_to_end import EndToEndResult
-from search.tasks.proxy import CostKind
+from search.tasks.proxy import COST_NAMES, CostKind
 
 
 @dataclass(frozen=True)

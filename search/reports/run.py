@@ -25,7 +25,7 @@ from search.dense_tasks import DenseTask, Label, details_beside, mean_details, m
 from search.errors import InputError
 from search.reports.cells import draw_pictures
 from search.reports.charts import KNOWN_LABELS, Group, draw_charts, groups_of
-from search.reports.front import COST_NAMES, cost_text, front_of, front_rows, num_beaten
+from search.reports.front import MOST_SHOWN, cost_text, front_of, front_rows, num_beaten
 from search.reports.in_python import in_python
 from search.reports.learning_curves import draw_learning_curves
 from search.reports.page import percent, write_page
@@ -34,11 +34,10 @@ from search.reports.rungs import cost_of, is_in_full, iterations_of, rungs_of, t
 from search.runs.study import Run, TrialRecord, head_path, ranked
 from search.runs.tables import BEST_HEAD, head_name
 from search.settings import LossSettings, declared, known
-from search.tasks.proxy import ProxyResult
+from search.tasks.proxy import COST_NAMES, ProxyResult
 
 _SHARES = {2: "half", 3: "third", 4: "quarter"}
 _TOP, _DRAWN_BEST, _DRAWN_WORST = 10, 3, 2
-_MOST_OF_FRONT = 20  # cells in the table of costs, of two objectives
 _FAILURES = 50  # that are listed
 _EXAMPLE_SIDE = 640  # pixels, at most
 _OF_LOSS = declared(LossSettings)  # which only some tasks have; unless given they are not named
@@ -154,17 +153,16 @@ def _spread(group: Group) -> str:
 
 def _rows(run: Run, best: Sequence[TrialRecord], groups: Sequence[Group]) -> Iterator[Row]:
     task, maps = run.task, known(run.space.maps)
-    for record in best[:_TOP] if run.cost_kind is None else front_of(run, best, _MOST_OF_FRONT):
+    for record in best[:_TOP] if run.cost_kind is None else front_of(run, best, MOST_SHOWN):
         result = record.result
         assert result is not None  # it is ranked
         beside = _beside(task, [result])
         remarks, iterations = maps.cell_remarks(record.cell), iterations_of(run, record) if run.rungs else None
         yield Row(f"trial {record.number}", percent(result.score), beside, record.cell, remarks, result, False, iterations)
     for group in groups:
-        label = f"{group.label} (n\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{len(group.results)})"
         beside, remarks = _beside(task, group.results), maps.cell_remarks(group.cell)
         iterations = run.rungs[-1] if run.rungs else None
-        yield Row(label, _spread(group), beside, group.cell, remarks, group.results[0], True, iterations)
+        yield Row(group.label_and_seeds, _spread(group), beside, group.cell, remarks, group.results[0], True, iterations)
 
 
 def _beside(task: DenseTask, results: Sequence[ProxyResult]) -> list[str]:

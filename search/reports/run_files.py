@@ -22,7 +22,7 @@ from search.dense_tasks import details_beside, measures_beside
 from search.errors import InputError
 from search.files import write_text, write_whole
 from search.reports.charts import groups_of
-from search.reports.front import COST_NAMES, front_of, front_rows, num_beaten
+from search.reports.front import MOST_SHOWN, front_of, front_rows, num_beaten
 from search.reports.page import quantity
 from search.reports.run import Running, write_report
 from search.reports.rungs import iterations_of, ties_of
@@ -30,12 +30,12 @@ from search.runs.study import Run, TrialRecord, comparison_label, head_path, loa
 from search.runs.tables import BEST_HEAD, head_name
 from search.settings import known
 from search.tasks.feature_cache import FeatureCache
+from search.tasks.proxy import COST_NAMES
 
 _EXAMPLES = 4
 _BETWEEN_PAGES = 60.0  # seconds at least, of a search that is running
 _COSTS_BETWEEN_PAGES = 50  # times what the last page took
 _TOP = 10  # cells in the table and in best_cells/
-_MOST_OF_FRONT = 20  # cells in the table, of two objectives
 
 
 def finish_run(
@@ -61,7 +61,7 @@ def finish_run(
     for rank, record in enumerate(best, start=1):
         write_text(directory / "best_cells" / f"rank_{rank:02d}.json", record.cell.to_json())
     if run.cost_kind is not None:
-        front, best = front_of(run, distinct), front_of(run, distinct, _MOST_OF_FRONT)
+        front, best = front_of(run, distinct), front_of(run, distinct, MOST_SHOWN)
         _write_front(directory, run, front)
     report = write_report(run, timed_on)
     print(_table(run, best))
@@ -154,7 +154,7 @@ def _about_front(run: Run, front: Sequence[TrialRecord]) -> str:
     """How many cells are on the front, and how many of them known cells beat."""
     beaten = num_beaten(front_rows(run, front, groups_of(run)))
     cells = f"{len(front)} cell{'s' if len(front) > 1 else ''}"
-    shown = "" if len(front) <= _MOST_OF_FRONT else f", of which {_MOST_OF_FRONT} are above"
+    shown = "" if len(front) <= MOST_SHOWN else f", of which {MOST_SHOWN} are above"
     known_better = f", {beaten} of them beaten by known cells in both" if beaten else ""
     return f"Pareto front of {run.task.score.name} and {COST_NAMES[known(run.cost_kind)]}: {cells}{shown}{known_better}"
 

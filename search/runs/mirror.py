@@ -33,7 +33,8 @@ from search.cells.space import SearchSpace
 from search.dense_tasks import DenseTask, Scores, details_beside, measures_beside
 from search.errors import InputError
 from search.runs.reader import Reader
-from search.runs.tables import FAILED, SEARCH, Key, Row
+from search.runs.tables import FAILED, SEARCH, Key, Row, cost_in
+from search.tasks.proxy import COST_NAMES
 
 _COPY = "copy of the table", "dpc_jobs"  # a user attribute of these studies
 _JOBS = "jobs of the search in it"  # a user attribute of the study of a search that is cut short
@@ -134,7 +135,7 @@ class Mirror:
             if _COPY in before.user_attrs.items():
                 return before._study_id
             _delete(storage, before._study_id)
-        costs = [] if self._cost_kind is None else [self._cost_kind.replace("_", "-")]
+        costs = [] if self._cost_kind is None else [COST_NAMES[self._cost_kind]]
         directions = [StudyDirection.MAXIMIZE] + [StudyDirection.MINIMIZE] * len(costs)
         study = optuna.create_study(storage=storage, study_name=name, directions=directions, load_if_exists=True)
         with warnings.catch_warnings():
@@ -192,7 +193,7 @@ class Mirror:
         """One for each objective; none of a trial that failed."""
         if row.score is None or row.result is None:
             return []
-        return [row.score] if self._cost_kind is None else [row.score, json.loads(row.result)[self._cost_kind]]
+        return [row.score] if self._cost_kind is None else [row.score, cost_in(row.result, self._cost_kind)]
 
     def _attributes(self, row: Row) -> dict[str, Any]:
         """What a dashboard shows of a job, beside the score."""

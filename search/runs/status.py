@@ -1,6 +1,5 @@
 """How far a search is, for people, while processes work on it or after them: from its folder or its database alone."""
 
-import json
 import os
 import platform
 import time
@@ -20,7 +19,8 @@ from search.runs.database import is_server
 from search.runs.progress import duration, named
 from search.runs.reader import Counts, Process, Reader
 from search.runs.study import new_name, require_file, storage_url, unusable
-from search.runs.tables import Key
+from search.runs.tables import Key, cost_in
+from search.tasks.proxy import COST_NAMES
 
 _HOUR = 3600  # seconds
 _MOST_OF_FRONT = 10  # trials that are named
@@ -104,11 +104,11 @@ def _front(reader: Reader) -> list[str]:
     if kind == "none":
         return []
     scored = [(row, row.score, row.result) for row in reader.finished(search=True) if row.duplicate_of is None]
-    places = [(row, score, -json.loads(result)[kind]) for row, score, result in scored if score is not None and result]
+    places = [(row, score, -cost_in(result, kind)) for row, score, result in scored if score is not None and result]
     front = [str(places[i][0].key.number) for i in pareto_front([place[1:] for place in places])]
     more = f" and {len(front) - _MOST_OF_FRONT} more" if len(front) > _MOST_OF_FRONT else ""
-    named = ", ".join(front[:_MOST_OF_FRONT]) + more if front else "none yet"
-    return [f"Pareto front of score and {kind.replace('_', '-')}: trials {named}"]
+    named = f"trials {', '.join(front[:_MOST_OF_FRONT])}{more}" if front else "no cell yet"
+    return [f"Pareto front of score and {COST_NAMES[kind]}: {named}"]
 
 
 def _running(jobs: list[tuple[Key, str, float]], processes: dict[str, Process]) -> Iterator[str]:

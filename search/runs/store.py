@@ -18,7 +18,6 @@ Every process claims jobs, evaluates them and tells. What must not go wrong:
 This module needs no PyTorch, so many small processes can use it.
 """
 
-import json
 import os
 import platform
 import sys
@@ -59,6 +58,7 @@ from search.runs.tables import (
     Key,
     begin_run,
     copies_of,
+    cost_in,
     head_name,
 )
 
@@ -579,7 +579,7 @@ class Store:
         if row.state == FAILED:
             self._apply_failure(key, row.form)
         elif state.rungs is None:
-            others = () if self.cost_kind is None else (-json.loads(row.result)[self.cost_kind],)
+            others = () if self.cost_kind is None else (-cost_in(row.result, self.cost_kind),)
             state.history.finish(key.number, row.score, others=others)
             state.best = _better(state.best, Best(row.score, key.number))
         elif row.duplicate_of is None:

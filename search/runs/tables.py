@@ -9,6 +9,7 @@ an ask looks at all trials; a lost trial comes back under another number, and so
 written from here (`search.runs.mirror`), for people, and a search never reads them.
 """
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -160,6 +161,11 @@ class Begun:
 def head_name(compared: str) -> str:
     """The name under which a run keeps the head of a compared cell."""
     return f"{compared.replace(' ', '_')}_seed0"
+
+
+def cost_in(result: str, kind: str) -> float:
+    """The multiply-adds or the latency in a result, which is JSON."""
+    return float(json.loads(result)[kind])
 
 
 def copies_of(run: int, numbers: Sequence[int]) -> sa.Select[tuple[int]]:

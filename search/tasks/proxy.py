@@ -34,6 +34,7 @@ from search.settings import HeadSettings, LossSettings, ProxySettings, given, kn
 from search.tasks.feature_cache import FeatureCache, require_crop
 
 CostKind = Literal["multiply_adds", "latency"]  # what a result has of it is in its field of this name
+COST_NAMES = {"multiply_adds": "multiply-adds", "latency": "latency"}  # by kind
 Value = TypeVar("Value")
 _CURVE_POINTS = 100
 _OF_TRAINING = "training.curve", "training.seconds", "training.done"  # names in a state, beside the step's

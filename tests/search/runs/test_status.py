@@ -1,5 +1,6 @@
 """How far a search is, read from outside while it runs, after it, and where there is none."""
 
+import json
 import os
 import re
 import subprocess
@@ -49,6 +50,19 @@ def test_a_job_of_a_process_that_left_is_interrupted(database: str, tmp_path: Pa
     *_, running, process = status_lines(tmp_path / "run", database)
     assert running.startswith("trial 3: interrupted, to be done again, begun ")
     assert process == "no process works on it: the command that began it goes on"
+
+
+def test_of_two_objectives_the_trials_on_the_front_are_named(database: str, tmp_path: Path) -> None:
+    """Comparisons are none, and the last trial is beaten by the first."""
+
+    def front() -> list[str]:
+        return [line for line in status_lines(tmp_path / "run", database) if line.startswith("Pareto")]
+
+    with closing(Store(database, "run", '{"second_objective": "latency"}', cost_kind="latency")) as store:
+        assert front() == ["Pareto front of score and latency: no cell yet"]
+        for score, latency in ((0.9, 0.1), (0.9, 0.1), (0.5, 1.0), (0.6, 2.0), (0.4, 1.0)):
+            store.tell(claim(store).key, Told(score, 1, json.dumps({"latency": latency}), "[]"))
+        assert front() == ["Pareto front of score and latency: trials 1, 0"]
 
 
 @pytest.mark.parametrize("storage", ["none", "server"])
