@@ -3,7 +3,6 @@ objects in Python: `search_cells`, and `train_network` for what it has found. do
 """
 
 import copy
-import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +28,7 @@ from search.folder import Folder
 from search.runs.cluster import count_workers
 from search.runs.database import has_password
 from search.runs.halving import LEAST, REDUCTION, Halving, Rule, chosen_rungs
+from search.runs.lag import chosen_lag
 from search.runs.search import Search
 from search.runs.store import SearchPlan
 from search.runs.study import Run, RunSettings, TrialRecord, best_head, identity_before, load_run, open_run, ranked
@@ -63,8 +63,6 @@ EarlyStopping = Literal["none"] | Rule
 _EARLY_STOPPING = ("none", *get_args(Rule))
 SecondObjective = Literal["none"] | CostKind
 _SECOND_OBJECTIVES = ("none", *get_args(CostKind))
-SLACK = 4  # how many times as long as the others a cell may take before they wait for it, where the lag is chosen
-_SLACK_IN_FULL = 2  # with early stopping: as long as one that is trained in full is expected to take
 KNOWN_CELLS = ("linear", "mlp", "aspp", "psp", "dpc")
 
 
@@ -209,7 +207,7 @@ class SearchSettings(WorkerSettings):
         if wanted <= most:
             return search
         if fixed is None:
-            search = replace(self, lag=self._chosen_lag(wanted, iterations))
+            search = replace(self, lag=chosen_lag(wanted, self.trials, self.halving(iterations)))
             print(
                 f"lag {search.lag} for {wanted} cells at a time: so many latest results are ignored, so that no cell "
                 f"waits for another that takes up to {known(search.lag) // wanted} times as long",
@@ -222,14 +220,6 @@ class SearchSettings(WorkerSettings):
                 file=sys.stderr,
             )
         return search
-
-    def _chosen_lag(self, workers: int, iterations: int) -> int:
-        """The lag for so many workers: with early stopping one for whole trainings, unless that were much of the search."""
-        halving = self.halving(iterations)
-        if halving is None:
-            return SLACK * workers
-        for_whole = math.ceil(_SLACK_IN_FULL * halving.longest) * workers
-        return max(SLACK * workers, min(for_whole, known(self.trials) // 4))
 
     def _sampler(self) -> CellSampler:
         return create_sampler(

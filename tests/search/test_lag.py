@@ -16,8 +16,9 @@ from search.cells.sampler import LAG
 from search.cells.samplers.paper import PaperSampler
 from search.cells.space import SearchSpace
 from search.folder import Folder
-from search.pipeline import SLACK, SearchSettings
+from search.pipeline import SearchSettings
 from search.runs.halving import Halving, Rungs, Step
+from search.runs.lag import SLACK
 from search.settings import scored
 
 PAPER = SearchSettings()
