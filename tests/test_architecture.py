@@ -25,6 +25,7 @@ MAY_IMPORT = {  # of the project's own folders
 FLOORS: list[set[str]] = [
     {"pipeline"},
     {"reports"},
+    {"tabular"},
     {"runs"},
     {"tasks"},
     {"training", "tensorflow"},

@@ -419,7 +419,7 @@ def load_run(directory: Path) -> Run:
         identity, command = dict(description["identity"]), str(description["command"])
         task = restored_task(description)
         settings = RunSettings.restored(description["settings"])
-        space = _restored_space(description["space"]) if "space" in description else _earlier_space(identity)
+        space = restored_space(description["space"]) if "space" in description else _earlier_space(identity)
         rungs = tuple(map(int, description.get("rungs", ())))  # earlier runs had none
     except (OSError, ValueError, KeyError, TypeError) as error:
         path = directory / "settings.json"
@@ -495,7 +495,7 @@ def _baselines(compared: list[tuple[Row, str | None]]) -> list[BaselineRecord]:
     ]
 
 
-def _restored_space(content: dict[str, Any]) -> SearchSpace:
+def restored_space(content: dict[str, Any]) -> SearchSpace:
     """Read what `plain` made of a space."""
     maps = content["maps"] and restored(FeatureMaps, content["maps"])
     num_inputs = content.get("num_inputs", 1)  # earlier runs had one

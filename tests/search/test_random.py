@@ -27,6 +27,7 @@ import search.pipeline
 import search.random
 import search.reports.run_files
 import search.runs.study
+import search.tabulate
 import search.tasks.proxy
 from fast.checkpoint import load_head
 from fast.dense_prediction_cell import DensePredictionCell
@@ -59,6 +60,8 @@ from search.settings import (
     TrainingPictures,
     known,
 )
+from search.tabular.table import load_table
+from search.tabulate import TabulateSettings
 from search.tasks.feature_cache import open_cache
 from search.tasks.proxy import NotFiniteError, ProxyResult, ProxyTask
 from tests.search.composed import changed, composed
@@ -551,6 +554,28 @@ def test_another_early_stopping_is_another_run(
 ) -> None:
     with pytest.raises(InputError, match=f"with `{field}` {before}, now it is {value}: .*another `out`"):
         search.random.main(changed(tiny, out=cut_short.directory, **(CUT_SHORT | {field: value})))
+
+
+def test_searches_of_all_cells_become_a_table(settings: RandomSettings, tmp_path: Path) -> None:
+    changes = CUT_SHORT | {
+        "reduction_factor": 1,
+        "branches": 1,
+        "rates": (1,),
+        "grids": (1,),
+        "sampler": "random",
+        "trials": 3,
+    }
+    runs = [run_search(changed(settings, **changes, seed=seed, out=tmp_path / f"seed_{seed}")) for seed in (0, 1)]
+    search.tabulate.main(TabulateSettings(runs=tuple(run.directory for run in runs), out=tmp_path / "made"))
+    table = load_table(str(tmp_path / "made" / "cells.json"))
+    assert (len(table.cells), table.num_seeds, table.iterations) == (3, 2, (2, 4, 8))
+    for seed, run in enumerate(runs):
+        for record in run.trials:
+            found = table.cells[table.place_of(record.cell)]
+            assert found.scores[seed] == pytest.approx(run.rung_scores[record.number], abs=1e-6)
+            assert record.result is not None
+            assert found.seconds[seed] == pytest.approx(record.result.seconds, abs=0.01)
+            assert (found.parameters, found.multiply_adds) == (record.result.parameters, record.result.multiply_adds)
 
 
 def test_with_a_reduction_factor_of_1_all_cells_go_on(settings: RandomSettings) -> None:
