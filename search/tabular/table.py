@@ -35,7 +35,7 @@ from search.dense_tasks import Measure
 from search.errors import InputError
 from search.files import write_text
 from search.runs.study import Run, TrialRecord, restored_space
-from search.settings import plain, restored
+from search.settings import known, plain, restored
 
 TABLES = {path.stem: path for path in sorted(Path(__file__).parent.glob("*.json"))}  # those that come with the project
 CELLS_FILE = "cells.json"  # of a table in a folder of its own
@@ -161,8 +161,8 @@ def load_table(name: str) -> CellTable:
     except InputError:
         raise
     except OSError as error:
-        known = ", ".join(TABLES)
-        raise InputError(f"`table` {name} cannot be read ({error.strerror}): give a file, or one of {known}") from error
+        names = ", ".join(TABLES)
+        raise InputError(f"`table` {name} cannot be read ({error.strerror}): give a file, or one of {names}") from error
     except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise InputError(f"`table` {path} is not a table of cells ({error}): make one by {spelled('tabulate')}") from error
 
@@ -194,7 +194,7 @@ def table_of_runs(runs: Sequence[Run]) -> CellTable:
     seeds = [run.identity["seed"] for run in runs]
     if len(set(seeds)) < len(seeds):
         raise InputError(f"`runs` have the seeds {seeds}: each needs one of its own, by `seed`")
-    cells = [_tabulated(form, [(run, known[form]) for run, known in zip(runs, by_form, strict=True)]) for form in by_form[0]]
+    cells = [_tabulated(form, [(run, found[form]) for run, found in zip(runs, by_form, strict=True)]) for form in by_form[0]]
     identity = {name: value for name, value in first.identity.items() if name not in _OF_THE_SEARCH}
     versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in _PACKAGES}
     commands = [run.command for run in runs]
@@ -238,14 +238,12 @@ def _scored(run: Run) -> dict[Cell, TrialRecord]:
 
 
 def _tabulated(form: Cell, trials: Sequence[tuple[Run, TrialRecord]]) -> TabulatedCell:
-    results = [record.result for _, record in trials]
-    assert all(result is not None for result in results)  # they have a score
-    known = [result for result in results if result is not None]
+    results = [known(record.result) for _, record in trials]  # they have a score
     return TabulatedCell(
         form,
-        known[0].parameters,
-        known[0].multiply_adds,
-        tuple(round(result.seconds, 2) for result in known),
+        results[0].parameters,
+        results[0].multiply_adds,
+        tuple(round(result.seconds, 2) for result in results),
         tuple(tuple(round(score, 6) for score in run.rung_scores[record.number]) for run, record in trials),
     )
 
