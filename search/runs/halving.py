@@ -23,6 +23,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from search.cells.history import History
 from search.errors import InputError
 
 Rule = Literal["halving", "asha", "pasha"]
@@ -158,6 +159,16 @@ class Rungs:
         """The results that the next job depends on and the jobs before it did not, in order."""
         taken, self._seen = self._seen, []
         return taken
+
+    def show_seen(self, history: History) -> None:
+        """Let a sampler's history have what `take_seen` returns."""
+        for seen in self.take_seen():
+            if seen.copy_of is not None:
+                history.copy(seen.number, seen.copy_of)
+            elif seen.score is not None:
+                history.finish(seen.number, seen.score, seen.rung)
+            else:
+                history.withdraw(seen.number)
 
     def scored(self) -> list[int]:
         """How many cells have a score on each rung that is reached, without copies."""

@@ -372,13 +372,7 @@ class Store:
                 return Step(None, 0, 0)
             return Nothing.MORE if state.finished_below >= plan.trials else Nothing.YET
         step = state.rungs.next(plan.trials)
-        for seen in state.rungs.take_seen():
-            if seen.copy_of is not None:
-                state.history.copy(seen.number, seen.copy_of)
-            elif seen.score is not None:
-                state.history.finish(seen.number, seen.score, seen.rung)
-            else:
-                state.history.withdraw(seen.number)
+        state.rungs.show_seen(state.history)
         return step
 
     def _begin_trial(self, change: "_Change", step: Step, space: SearchSpace, sampler: Proposer) -> "Claim | _Copied | None":

@@ -139,11 +139,7 @@ class _Search:
                 return Step(None, 0, 0)
             return Nothing.YET
         step = self._rungs.next(self._trials)
-        for seen in self._rungs.take_seen():
-            if seen.copy_of is not None:
-                self._history.copy(seen.number, seen.copy_of)
-            elif seen.score is not None:
-                self._history.finish(seen.number, seen.score, seen.rung)
+        self._rungs.show_seen(self._history)
         return step
 
     def _train(self, trial: int, step: Step) -> None:
