@@ -1,8 +1,8 @@
 """Re-ranking (paper, section 4.2): the best cells of a search by proxy score, trained end to end: `python -m search.rerank`.
 
 `--out` holds a folder for each cell and seed. While a cell is in training, it is like the folder of `search.train` and can be
-continued in the same way. When the training is finished, `result.json` has its result; the network stays, the state is
-deleted.
+continued in the same way. When the training is finished, `result.json` has its result, and `test-<split>.json` that on a test
+split; the network stays, the state is deleted.
 """
 
 import sys
@@ -17,15 +17,14 @@ from reference.pyramid_pooling import PoolingVariant
 from search.backbones import backbone_in
 from search.cells.space import canonical_form, load_cells
 from search.cli import Flat, print_defaults, print_next, run_command, spelled, this_command, to_train
-from search.datasets import training_pictures
+from search.datasets import Dataset, is_named, open_splits, training_pictures
 from search.datasets.look import look_at
 from search.datasets.weights import weights_in_words
-from search.dense_tasks import Scores
 from search.devices import resolve_device
 from search.errors import InputError
 from search.folder import Folder
 from search.reports.front import front_of
-from search.reports.reranking import Candidate, Failed, Reranked, Trainings, finish_reranking, rank
+from search.reports.reranking import Candidate, Reranked, Trainings, finish_reranking, rank
 from search.reports.rungs import is_in_full, iterations_of
 from search.runs.study import Run, load_run, ranked
 from search.runs.workers import Job, Outcome, Workers, open_workers, outcomes
@@ -46,7 +45,8 @@ from search.settings import (
     known,
     require,
 )
-from search.tasks.end_to_end import EndToEndResult, EndToEndTask
+from search.tasks.end_to_end import EndToEndResult, EndToEndTask, read_outcome
+from search.tasks.held_out import require_held_out
 
 _PROG = spelled("rerank")
 
@@ -137,6 +137,9 @@ class RerankSettings(WorkerSettings):
     """Cells to train beside them: linear, mlp, aspp, psp, dpc, or paths of cell JSON files."""
     seeds: int = 1
     """Trainings of each cell; the k-th has the same crops for all cells."""
+    test_splits: tuple[str, ...] = ()
+    """Labelled splits of the data set, on which the trained networks are scored too, and which choose nothing. They may be
+    given later."""
     seed: int = 0
     """Seed of everything: initial weights, order of the pictures, crops, dropout."""
     out: Path | None = None
@@ -159,7 +162,7 @@ def main(settings: RerankSettings) -> None:
     training = training_settings(settings, run)
 
     def create_task() -> EndToEndTask:
-        return EndToEndTask(training, directory)
+        return EndToEndTask(training, directory, settings.test_splits)
 
     task, folder = create_task(), Folder(directory, "re-ranking")
     if task.dense_task.name != run.task.name:
@@ -167,6 +170,8 @@ def main(settings: RerankSettings) -> None:
             f"`dataset` {task.train.name} has labels for {task.dense_task.name}, and `run` {settings.run} was scored by "
             f"{run.task.name}: give data of the same task; a cell can be trained on any by `{spelled('train')}`"
         )
+    if task.held_out:
+        require_held_out(task.held_out, used_splits(run, task))
     look_at(task.train, task.val)
     identity = task.identity()  # builds a network, so that one that cannot be built leaves no folder behind
     workers = open_workers(create_task, settings, settings.device.device, known(task.settings.recipe.iterations))
@@ -219,6 +224,23 @@ def candidates_of(run: Run, settings: RerankSettings) -> list[Candidate]:
     return candidates
 
 
+def used_splits(run: Run, task: EndToEndTask) -> list[Dataset]:
+    """The splits that cells and networks are chosen by: those of the trainings, and of the search if it had other ones."""
+    used, of_search = [task.train, task.val], run.settings.data
+    if of_search == task.settings.data:
+        return used
+    if not is_named(of_search.dataset):
+        print(f"warning: nobody knows whether `test_splits` have pictures of {of_search.dataset}", file=sys.stderr)
+        return used
+    try:
+        return [*used, *open_splits(of_search)]
+    except InputError as error:
+        raise InputError(
+            f"`test_splits` must have no picture of the search, and its data cannot be opened ({error}): restore them, or "
+            "leave `test_splits` out"
+        ) from error
+
+
 def training_settings(settings: RerankSettings, run: Run) -> TrainingSettings:
     """The settings of each training: what is given, else what the run was made with."""
     overrides, of_run = settings.overrides, run.settings
@@ -247,13 +269,21 @@ def _train(
             folder = task.folder(candidate.cell, seed)  # equal cells with two names share one folder
             queue[folder] = Job(f"{candidate.name}, seed {seed[-1]}", candidate.cell, seed)
     total = len(queue)
-    for folder in [folder for folder in queue if read_outcome(folder) is not None]:
+    for folder in [folder for folder in queue if _is_done(task, folder)]:
         del queue[folder]
         _delete_state(folder)  # if an earlier process ended just before doing so
     with tqdm(total=total, initial=total - len(queue), desc="re-ranking", unit="cell") as bar:
         for outcome in outcomes(workers, queue.values()):
             _record(task, outcome)
             bar.update()
+
+
+def _is_done(task: EndToEndTask, folder: Path) -> bool:
+    """Whether a training has failed, or its network is trained and has all scores."""
+    outcome = read_outcome(folder)
+    if isinstance(outcome, EndToEndResult):
+        return all(split.scores(folder) for split in task.held_out)
+    return outcome is not None
 
 
 def _seeds(settings: RerankSettings) -> Iterator[tuple[int, int]]:
@@ -270,7 +300,9 @@ def _record(task: EndToEndTask, outcome: Outcome[EndToEndResult]) -> None:
         tqdm.write(f"{outcome.job.key} failed: {outcome.failure}; delete {folder} to try it again", file=sys.stderr)
     else:
         score = task.dense_task.score
-        tqdm.write(f"{outcome.job.key}: {score.name} {score.text(outcome.result.score)}", file=sys.stderr)
+        tested = ((split.name, scores) for split in task.held_out if (scores := split.scores(folder)))
+        more = "".join(f", on {name} {score.text(scores.score)}" for name, scores in tested)
+        tqdm.write(f"{outcome.job.key}: {score.name} {score.text(outcome.result.score)}{more}", file=sys.stderr)
     result = asdict(outcome.result) if outcome.result else None
     Folder(folder).write_result("result", {"result": result, "failure": outcome.failure})
     _delete_state(folder)
@@ -287,22 +319,9 @@ def ranks(task: EndToEndTask, candidates: list[Candidate], settings: RerankSetti
     rows = []
     for candidate in candidates:
         folders = [task.folder(candidate.cell, seed) for seed in _seeds(settings)]
-        rows.append(Trainings(candidate, [read_outcome(folder) for folder in folders], folders[0]))
+        tested = {split.name: [split.scores(folder) for folder in folders] for split in task.held_out}
+        rows.append(Trainings(candidate, [read_outcome(folder) for folder in folders], folders[0], tested))
     return rank(rows)
-
-
-def read_outcome(folder: Path) -> EndToEndResult | Failed | None:
-    """Read the result of a training, None before its end. Raises InputError for a damaged file."""
-    training = Folder(folder)
-    content = training.result("result")
-    if content is None:
-        return None
-    try:
-        if content["result"] is None:
-            return Failed(str(content["failure"]))
-        return EndToEndResult(**{**content["result"], "scores": Scores.restored(content["result"]["scores"])})
-    except (KeyError, TypeError) as error:
-        raise training.damaged("result", error) from error
 
 
 if __name__ == "__main__":

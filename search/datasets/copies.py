@@ -31,11 +31,34 @@ def copies(datasets: Sequence[Dataset]) -> list[str]:
     held = _held(datasets)
     if held is None:
         return []
-    found = [text for pair in _apart(datasets) if (text := _in_two_splits(*pair, held))]
+    found = [
+        f"{text}, so that scores on {second.split} are too good: take them out of one"
+        for first, second in _apart(datasets)
+        if (text := _in_two_splits(first, second, held))
+    ]
     for dataset in datasets:
         if isinstance(dataset, FileDataset) and dataset.split != "trainval":
             found += [text for text in (_one_for_all(dataset, held), _two_labels(dataset, held)) if text]
     return found
+
+
+def in_common(dataset: Dataset, others: Sequence[Dataset]) -> str:
+    """What a split has in common with one of the others, by path or content: the beginning of a sentence; "" if nothing."""
+    for other in others:
+        is_same = (dataset.name, dataset.split) == (other.name, other.split)
+        if not (isinstance(dataset, FileDataset) and isinstance(other, FileDataset)):
+            if is_same:
+                return f"{dataset.split} is used already"
+            continue
+        if is_same and _images(dataset) == _images(other):
+            return f"{dataset.split} is used already"
+        if shared := _images(dataset) & _images(other):
+            pictures = f"{len(shared):,} picture{'s' * (len(shared) > 1)}"
+            return f"{other.split} and {dataset.split} have {pictures} in common, such as {min(shared)}"
+        held = _held([other, dataset])
+        if held is not None and (text := _in_two_splits(other, dataset, held)):
+            return text
+    return ""
 
 
 def _apart(datasets: Sequence[Dataset]) -> Iterator[tuple[FileDataset, FileDataset]]:
@@ -71,7 +94,7 @@ def _in_two_splits(first: FileDataset, second: FileDataset, held: Mapping[Path, 
     example = f"{ours[held[theirs[0]]]} and {theirs[0]}"
     return (
         f"{first.split} and {second.split} have {len(theirs):,} picture{'s' * (len(theirs) > 1)} in common under other names, "
-        f"such as {example}, so that scores on {second.split} are too good: take them out of one"
+        f"such as {example}"
     )
 
 

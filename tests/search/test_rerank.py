@@ -9,7 +9,7 @@ import signal
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -23,17 +23,19 @@ import search.training.memory
 from fast.checkpoint import load_network
 from reference.cell import Branch, Cell, Conv1x1, PyramidPooling
 from search.cells.space import cell_hash, load_cell
+from search.datasets import Dataset, Fingerprint
 from search.dense_tasks import DenseTask
 from search.dense_tasks.segmentation import Segmentation
 from search.errors import InputError
 from search.files import write_json
 from search.random import RandomSettings
 from search.reports.front import front_of
-from search.reports.reranking import Candidate, Failed, correlation, finish_reranking
-from search.rerank import RerankSettings, candidates_of, ranks, read_outcome, training_settings
+from search.reports.reranking import Candidate, correlation, finish_reranking
+from search.rerank import RerankSettings, candidates_of, ranks, training_settings, used_splits
 from search.runs.study import Run, load_run, ranked
-from search.settings import BackboneSettings, DataSettings, LossSettings
-from search.tasks.end_to_end import EndToEndResult, EndToEndTask
+from search.settings import BackboneSettings, DataSettings, LossSettings, known
+from search.tasks.end_to_end import EndToEndResult, EndToEndTask, Failed, read_outcome
+from search.tasks.held_out import HeldOut, open_held_out
 from search.tasks.proxy import NotFiniteError
 from search.training.loop import Training
 from search.training.state import read_curve
@@ -386,7 +388,7 @@ class Folders(EndToEndTask):
     dense_task: DenseTask = Segmentation(("a", "b"))  # elsewhere it is that of the data
 
     def __init__(self, directory: Path) -> None:
-        self.directory = directory
+        self.directory, self.held_out = directory, []
 
 
 FINAL = ((0.10, 0.10), (0.20, 0.40), (0.25, 0.15), (0.35, 0.45))  # means .1 .3 .2 .4 in the order of the proxy's ranks 4 3 2 1
@@ -417,7 +419,6 @@ def test_ranks_and_correlation_of_known_scores(made: tuple[Folders, list[Candida
     assert [row.final_rank for row in ordered] == [1, 2, 3, 4, None, None]
     assert [row.candidate.proxy_rank for row in ordered] == [1, 3, 2, 4, None, None]
     assert ordered[1].mean == pytest.approx(0.3)
-    assert ordered[1].std == pytest.approx(0.2 / 2**0.5)  # ±0.1 around the mean, one degree of freedom
     assert ordered[-1].failures == ("nan",)
     rho = correlation(ordered)
     assert rho is not None
@@ -432,13 +433,205 @@ def test_the_table_of_known_scores(
     finish_reranking(tmp_path, ranks(*made), made[2].seeds, made[0].dense_task)
     lines = capsys.readouterr().out.splitlines()
     fields = {line.split("  ")[0]: line.split() for line in lines}
-    assert fields["trial 1"][:7] == ["trial", "1", "3", "20.00", "2", "30.00", "±"]
+    assert fields["trial 1"][:7] == ["trial", "1", "3", "20.00", "2", "30.00", "±"]  # ±10 around it, one degree of freedom
     assert fields["trial 1"][7:12] == ["14.14", "7", "2.00", "B", "1.5"]
     assert lines[6].split()[:5] == ["aspp", "–", "85.00", "–", "5.00"]
     assert lines[7].split()[:8] == ["psp", "–", "–", "–", "failed", "–", "–", "–"]
     assert not any("the same command goes on" in line for line in lines)
     assert any(line.startswith("proxy and final score, 4 cells: Spearman's ρ = 0.80 (") for line in lines)
     assert json.loads((tmp_path / "best_cell.json").read_text()) == json.loads(pooling_cell(8).to_json())
+
+
+class Split:
+    """The name of a split of which no picture is read."""
+
+    def __init__(self, split: str) -> None:
+        self.name, self.split = "made", split
+
+
+def held_out(split: str, content: str = "a") -> HeldOut:
+    return HeldOut(cast(Dataset, Split(split)), Fingerprint(content, "labels"))
+
+
+@pytest.fixture
+def tested(made: tuple[Folders, list[Candidate], RerankSettings]) -> tuple[Folders, list[Candidate], RerankSettings]:
+    """Two test splits with scores of all trainings: a tenth and a hundredth of the final one, but for one on the second."""
+    task, candidates, _ = made
+    task.held_out = [held_out("other"), held_out("night")]
+    for candidate in candidates:
+        for k in (0, 1):
+            folder = task.folder(candidate.cell, (0, k))
+            result = read_outcome(folder)
+            for split, share in zip(task.held_out, (0.1, 0.01), strict=True):
+                if isinstance(result, EndToEndResult) and (candidate.name, k, split.name) != ("trial 2", 1, "night"):
+                    scores = {"score": share * result.score, "details": [None]}
+                    write_json(folder / f"test-{split.name}.json", {"content": ["a", "labels"], "scores": scores})
+    return made
+
+
+def test_scores_on_test_splits_stand_beside_the_final_ones_and_rank_nothing(
+    tested: tuple[Folders, list[Candidate], RerankSettings], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = tested[0]
+    ordered = ranks(*tested)
+    finish_reranking(tmp_path, ordered, 2, task.dense_task)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["proxy", "final", "other", "night"]
+    fields = {line.split("  ")[0]: line.split() for line in lines[2:8]}
+    assert fields["trial 3"][5:14] == ["40.00", "±", "7.07", "4.00", "±", "0.71", "0.40", "±", "0.07"]
+    assert fields["trial 2"][5:13] == ["20.00", "±", "7.07", "2.00", "±", "0.71", "–", "7"]  # one is not made
+    assert fields["psp"][4:9] == ["failed", "–", "–", "–", "–"]
+    assert "test splits, which choose nothing: other, night (scores are missing; the same command makes them)" in lines
+    csv_row = rows(tmp_path)["trial 3"]
+    assert float(csv_row["test_other_mean_iou"]) == pytest.approx(0.04)
+    assert float(csv_row["test_other_std"]) == pytest.approx(0.01 / 2**0.5)
+    assert rows(tmp_path)["trial 2"]["test_night_mean_iou"] == ""
+    task.held_out = []
+    assert ranks(*tested) == [replace(row, test_scores={}) for row in ordered]
+
+
+def test_the_lead_over_known_cells_is_of_equal_seeds(
+    tested: tuple[Folders, list[Candidate], RerankSettings], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task, candidates, _ = tested
+
+    def lead() -> list[list[str]]:
+        finish_reranking(tmp_path, ranks(*tested), 2, task.dense_task)
+        lines = capsys.readouterr().out.splitlines()
+        heading = next(line for line in lines if " less each known cell, " in line)
+        below = lines[lines.index(heading) + 1 :]
+        return [heading.split(), *(line.split() for line in below[: below.index("")])]
+
+    heading, columns, *of_cells = lead()
+    assert heading[:2] == ["trial", "3,"]
+    assert heading[-5:] == ["standard", "deviation", "of", "2", "seeds:"]
+    assert columns == ["than", "final", "other", "night"]
+    assert of_cells == [["aspp", "+35.00", "±", "7.07", "+3.50", "±", "0.71", "+0.35", "±", "0.07"]]  # psp has failed
+    # where the best cell has the second seed alone, and ASPP the first alone, there is nothing to compare
+    by_name = {candidate.name: candidate.cell for candidate in candidates}
+    (task.folder(by_name["trial 3"], (0, 0)) / "result.json").unlink()
+    (task.folder(by_name["aspp"], (0, 1)) / "result.json").unlink()
+    heading, _, *of_cells = lead()
+    assert " ".join(heading).endswith("of one seed, so nothing says how much is noise:")
+    assert of_cells == [["aspp", "–", "–", "–"]]
+
+
+def test_a_score_of_other_pictures_does_not_count(tested: tuple[Folders, list[Candidate], RerankSettings]) -> None:
+    task, candidates, _ = tested
+    folder = task.folder(candidates[0].cell, (0, 0))
+    assert held_out("other").scores(folder) is not None
+    assert held_out("other", "b").scores(folder) is None
+    (folder / "test-other.json").write_text('{"content": ["a", "labels"]}')
+    with pytest.raises(InputError, match=r"test-other\.json is damaged .* delete it and run the same command again"):
+        held_out("other").scores(folder)
+
+
+def with_test_split(run: Run, folder: Path, *, changed_by: int) -> Path:
+    """The search's data with its validation pictures as test split, but that one pixel of each is `changed_by` so much."""
+    data_dir = shutil.copytree(known(run.settings.data.data_dir), folder)
+    (data_dir / "test").mkdir()
+    shutil.copytree(data_dir / "valannot", data_dir / "testannot")
+    for path in (data_dir / "val").iterdir():
+        with Image.open(path) as picture:
+            pixels = np.array(picture)
+        pixels[0, 0] += np.uint8(changed_by)
+        Image.fromarray(pixels).save(data_dir / "test" / path.name)
+    (data_dir / "test.txt").write_text((data_dir / "val.txt").read_text().replace("val", "test"))
+    return data_dir
+
+
+@pytest.fixture
+def to_test(tiny: RerankSettings, run: Run, uninterrupted: Path, tmp_path: Path) -> RerankSettings:
+    """Settings by which the finished re-ranking is tested."""
+    out = shutil.copytree(uninterrupted, tmp_path / "out")
+    data_dir = with_test_split(run, tmp_path / "camvid", changed_by=1)
+    return changed(tiny, out=out, data_dir=data_dir, test_splits=("test",))
+
+
+def test_networks_are_tested_as_they_were_validated(
+    to_test: RerankSettings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the validation pictures, but for one pixel of each, scores are the final ones but for a little."""
+    out = known(to_test.out)
+    with monkeypatch.context() as patch:
+        patch.setattr(EndToEndTask, "_train", lambda *_: pytest.fail("all is trained"))
+        search.rerank.main(to_test)
+    table = rows(out)
+    assert len({row["final_mean_iou"] for row in table.values()}) == 4
+    for row in table.values():
+        assert float(row["test_test_mean_iou"]) == pytest.approx(float(row["final_mean_iou"]), abs=1e-3)
+    forbid_training(monkeypatch)  # once is enough
+    search.rerank.main(replace(to_test, test_splits=("test", "test")))
+    assert rows(out) == table
+    assert capsys.readouterr().out.count("test splits, which choose nothing: test\n") == 2
+
+
+def test_a_killed_test_goes_on(to_test: RerankSettings) -> None:
+    killed_while(lambda: search.rerank.main(to_test), kill_at_call(HeldOut, "score", 2))
+    assert len(list(known(to_test.out).glob("*/test-test.json"))) == 1
+    search.rerank.main(to_test)
+    assert all(row["test_test_mean_iou"] for row in rows(known(to_test.out)).values())
+
+
+def test_a_network_that_is_trained_again_is_tested_again(to_test: RerankSettings) -> None:
+    search.rerank.main(to_test)
+    table, (first, *_) = rows(known(to_test.out)), sorted(known(to_test.out).glob("*/result.json"))
+    kept = first.with_name("test-test.json")
+    write_json(kept, json.loads(kept.read_text()) | {"scores": {"score": 0.123, "details": [None] * 11}})
+    first.unlink()
+    search.rerank.main(to_test)
+    without_time = [{name: row | {"seconds": ""} for name, row in each.items()} for each in (table, rows(known(to_test.out)))]
+    assert without_time[0] == without_time[1]
+
+
+def test_a_network_that_is_gone_is_named(to_test: RerankSettings) -> None:
+    first, *_ = sorted(known(to_test.out).glob("*/last.safetensors"))
+    first.unlink()
+    with pytest.raises(InputError, match=r"last\.safetensors.* restore the file, or delete .* to train the network again"):
+        search.rerank.main(to_test)
+
+
+def test_pictures_that_were_used_are_no_test(tiny: RerankSettings, run: Run, tmp_path: Path) -> None:
+    data_dir = with_test_split(run, tmp_path / "camvid", changed_by=0)
+    settings = changed(tiny, out=tmp_path / "out", data_dir=data_dir)
+    refused = {
+        "train": r"^train is used already, so scores on train would be too good: give another `test_splits`$",
+        "test": r"^\w+ and test have \d pictures in common under other names, such as .*, so scores on test would be too good",
+        "vall": "split 'vall' of camvid is unknown",
+    }
+    for split, message in refused.items():
+        with pytest.raises(InputError, match=message):
+            search.rerank.main(replace(settings, test_splits=(split,)))
+    shapes = changed(tiny, dataset="shapes", out=tmp_path / "out", test_splits=("train",), branch_channels=8)
+    with pytest.raises(InputError, match=r"^train is used already, so scores on train would be too good"):
+        search.rerank.main(shapes)
+    # what the search was scored on is used too, where networks are validated on other pictures
+    moved = shutil.copytree(data_dir, tmp_path / "moved")
+    for path in (moved / "train").iterdir():
+        with Image.open(path) as picture:
+            Image.fromarray(255 - np.array(picture)).save(path)
+    with pytest.raises(InputError, match=r"^train and val have \d pictures in common under other names, such as"):
+        search.rerank.main(changed(tiny, out=tmp_path / "out", data_dir=moved, val_split="train", test_splits=("val",)))
+    assert not (tmp_path / "out").exists()
+
+
+def test_only_a_test_asks_for_the_data_of_the_search(tiny: RerankSettings, run: Run, tmp_path: Path) -> None:
+    data_dir = with_test_split(run, tmp_path / "camvid", changed_by=1)
+    elsewhere = replace(run, settings=replace(run.settings, data=replace(run.settings.data, data_dir=Path("gone"))))
+    settings = training_settings(changed(tiny, data_dir=data_dir), elsewhere)
+    task = EndToEndTask(settings, tmp_path / "out", ("test",))
+    with pytest.raises(InputError, match=r"its data cannot be opened .*gone.*: restore them, or leave `test_splits` out"):
+        used_splits(elsewhere, task)
+
+
+def test_a_test_split_that_no_file_can_be_named_after_is_refused(tmp_path: Path) -> None:
+    folder = write_camvid(tmp_path / "camvid")
+    lines = ['classes = ["a", "b", "c", "d"]', 'images = "{split}/{name}.png"', 'labels = "{split}annot/{name}.png"']
+    lines += ["[splits.train]", '[splits."val/1"]', 'folder = "val"']
+    (folder / "set.toml").write_text("\n".join(lines))
+    data = DataSettings(dataset=str(folder / "set.toml"))
+    with pytest.raises(InputError, match=r"^a split of `test_splits` is called 'val/1', which is no name of a file"):
+        open_held_out(("val/1",), data)
 
 
 def test_of_a_search_that_was_cut_short_only_cells_in_full_are_compared(

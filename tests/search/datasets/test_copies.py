@@ -1,13 +1,14 @@
 """Pictures that occur more than once, by their paths and by what their files hold; and silence where none does."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from search.datasets.check import check_folder
-from search.datasets.copies import copies, overlaps
+from search.datasets.copies import copies, in_common, overlaps
 from search.datasets.described import open_split
 from search.datasets.files import FileDataset
 from search.datasets.look import look_at
@@ -73,6 +74,19 @@ def test_a_picture_of_both_lists_is_a_problem_and_warned_of_at_the_start(
     assert said in check_folder(str(folder / "set.toml"), None, (), 1).problems
     look_at(train, val)
     assert f"warning: {said}" in capsys.readouterr().err
+
+
+def test_what_a_split_has_in_common_with_others_is_said_by_path_and_by_content(folder: Path) -> None:
+    train, val = splits(folder)
+    assert in_common(val, [train]) == in_common(val, []) == ""
+    assert in_common(val, [train, val]) == "val is used already"
+    twice = replace(val, split="twice", pairs=val.pairs[2:])
+    assert in_common(twice, [train, val]) == (
+        f"val and twice have 2 pictures in common, such as {folder / 'val/images/2.png'}"
+    )
+    shutil.copy(folder / "train/images/2.png", folder / "val/images/1.png")
+    both = f"{folder / 'train/images/2.png'} and {folder / 'val/images/1.png'}"
+    assert in_common(val, [train]) == f"train and val have 1 picture in common under other names, such as {both}"
 
 
 def test_one_label_for_all_pictures_is_said(folder: Path) -> None:
