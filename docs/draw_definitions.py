@@ -508,16 +508,20 @@ def draw_concat_project() -> Figure:
     return figure
 
 
-def draw_dense_prediction_cell() -> Figure:
-    """The published cell: its graph, and what each branch makes of an impulse when every weight is one."""
-    cell = Cell.load(CELLS / "dpc.json")
+def impulse_responses(cell: Cell) -> list[Array]:
+    """What each branch, a separable convolution, makes of an impulse amid a map when every weight is one: (65, 65) each."""
     unit = ConvNorm(np.ones((1, 1, 1, 1)), identity_norm(1))
     separable = SeparableConv(ConvNorm(np.ones((1, 1, 3, 3)), identity_norm(1)), unit)
     weights = CellWeights((separable,) * len(cell.branches), unit)
     impulse = np.zeros((1, 1, 65, 65))
     impulse[0, 0, 32, 32] = 1.0
-    outputs = [output[0, 0] for output in branch_outputs(impulse, cell, weights, BranchOptions(training=False))]
+    return [output[0, 0] for output in branch_outputs(impulse, cell, weights, BranchOptions(training=False))]
 
+
+def draw_dense_prediction_cell() -> Figure:
+    """The published cell: its graph, and what each branch makes of an impulse when every weight is one."""
+    cell = Cell.load(CELLS / "dpc.json")
+    outputs = impulse_responses(cell)
     figure = Figure(figsize=(WIDTH, 4.3))
     draw_cell(cell, figure.add_axes((0.0, 0.03, 0.36, 0.94)))
     for k, field in enumerate([*outputs, sum(outputs, np.zeros((65, 65)))]):
@@ -621,6 +625,97 @@ def draw_mean_iou() -> Figure:
     return figure
 
 
+Steps = list[tuple[str, Array]]  # a name and the map after it, (1, C, height, width)
+
+
+def tiny_conv(x: Array, *rows: Sequence[float]) -> Array:
+    """A 1×1 convolution, given the rows of its matrix."""
+    return pointwise_conv(x, np.array(rows)[:, :, None, None])
+
+
+def tiny_norm(x: Array, scale: float, offset: float) -> Steps:
+    """Batch norm, and ReLU."""
+    channels = x.shape[1]
+    norm = BatchNorm(np.full(channels, scale), np.full(channels, offset), np.zeros(channels), np.ones(channels))
+    name = f"BN, {scale:g} · x̂" + (f" + {offset:g}" if offset else "")
+    return [(name, batch_norm(x, norm, training=True)), ("ReLU", batch_norm_relu(x, norm, training=True))]
+
+
+def tiny_branches() -> dict[str, Steps]:
+    """Every map of the three branches of the page's tiny cell."""
+    feature = np.array([[1.0, 9.0], [7.0, 15.0]]).reshape(1, 1, 2, 2)
+    first: Steps = [("F", feature), ("1×1: 2", tiny_conv(feature, [2.0]))]
+    first += tiny_norm(first[-1][1], 5.0, 3.0)
+
+    branch_0 = first[-1][1]
+    kernel = np.array([[0.0, 1.0, 0.0], [-1.0, 1.0, 1.0], [0.0, 0.0, 0.0]]).reshape(1, 1, 3, 3)
+    second: Steps = [("branch 0", branch_0), ("depthwise", depthwise_conv(branch_0, kernel, rate=(1, 1)))]
+    second += tiny_norm(second[-1][1], 2.0, 0.0)
+    second.append(("pointwise: 3", tiny_conv(second[-1][1], [3.0])))
+    second += tiny_norm(second[-1][1], 3.0, 1.0)
+
+    rows, columns = (pooling_matrix(2, grid, variant="sliding_window") for grid in (1, 2))
+    third: Steps = [("branch 0", branch_0), ("means of 2 × 1", rows @ branch_0 @ columns.T)]
+    third.append(("1×1: 2", tiny_conv(third[-1][1], [2.0])))
+    third += tiny_norm(third[-1][1], 2.0, 0.0)
+    third.append(("resized", bilinear_resize(third[-1][1], (2, 2))))
+    return {"branch 0,\n1×1": first, "branch 1,\nseparable": second, "branch 2,\npooling 1×2": third}
+
+
+def tiny_head(branches: Sequence[Array]) -> Steps:
+    """Every map from the branches to the loss, which is NaN at the ignored pixel."""
+    steps: Steps = [("", tiny_conv(np.concatenate(branches, axis=1), [1.0, 3.0, 1.0], [1.0, -3.0, 5.0]))]
+    steps += tiny_norm(steps[-1][1], 0.9, 0.1)
+    bias = np.array([0.2, 0.0])[:, None, None]
+    steps.append(("logits", tiny_conv(steps[-1][1], [1.0, -1.0], [-1.0, 1.0]) + bias))
+    upsampled = bilinear_resize(steps[-1][1], (2, 3))
+    probability = np.exp(upsampled) / np.exp(upsampled).sum(axis=1, keepdims=True)
+    labels = np.array([[0, 1, 1], [0, IGNORE_INDEX, 1]])[None, None]
+    ignored = labels == IGNORE_INDEX
+    surprise = -np.log(np.take_along_axis(probability, np.where(ignored, 0, labels), axis=1))
+    last = np.concatenate([np.where(ignored, np.nan, labels), np.where(ignored, np.nan, surprise)], axis=1)
+    return [*steps, ("resized", upsampled), ("softmax", probability), ("", last)]
+
+
+def draw_tiny_cell() -> Figure:
+    """A cell on four positions, every number from F to the loss."""
+    branches = tiny_branches()
+    head = tiny_head([steps[-1][1] for steps in branches.values()])
+    named = (("1×1: 1, 3, 1", "logits of class 0", "labels"), ("1×1: 1, −3, 5", "logits of class 1", "loss"))
+    for k, (weights, logits, last) in enumerate(named):
+        names = {0: weights, 3: logits, 6: last}
+        channel = [(names.get(column, name), values[:, k : k + 1]) for column, (name, values) in enumerate(head)]
+        branches[f"all three,\nchannel {k}"] = channel
+    figure = Figure(figsize=(WIDTH, 5.5))
+    left, pitch, high = 0.09, 0.1295, 0.192
+    for row, (label, steps) in enumerate(branches.items()):
+        middle, end = 0.885 - high * row, 0.0
+        figure.text(0.006, middle, label, va="center", fontsize=9)
+        for column, (name, values) in enumerate(steps):
+            centre, half = left + pitch * (column + 0.5), 0.0165 * values.shape[3]
+            draw_numbers(figure, values[0, 0], (centre - half, middle - 0.0605 * values.shape[2] / 2))
+            figure.text(centre, middle + 0.068, name, ha="center", va="bottom", fontsize=8)
+            if column and name not in ("labels", "loss"):
+                ends = ((end + 0.008, middle), (centre - half - 0.008, middle))
+                arrow: dict[str, Any] = {"arrowstyle": "-|>", "mutation_scale": 7, "color": SOFT, "shrinkA": 0, "shrinkB": 0}
+                figure.add_artist(ConnectionPatch(*ends, "figure fraction", **arrow))
+            end = centre + half
+    mean = f"mean {np.nanmean(head[-1][1][:, 1]):.4f}"
+    figure.text(left + 6.5 * pitch, 0.885 - 4 * high - 0.068, mean, ha="center", va="top", fontsize=8.5)
+    return figure
+
+
+def draw_numbers(figure: Figure, numbers: Array, corner: tuple[float, float]) -> None:
+    """A map of few positions with its numbers, its lower left corner there; NaN is a dash."""
+    size = (0.033 * numbers.shape[1], 0.0605 * numbers.shape[0])
+    axes = figure.add_axes((*corner, *size))
+    largest = 2.2 * np.nanmax(np.abs(numbers))
+    show(axes, np.ma.masked_invalid(numbers), cmap=SIGNED, vmin=-largest, vmax=largest, aspect="auto")
+    for (row, column), value in np.ndenumerate(numbers):
+        text = "–" if np.isnan(value) else f"{round(value, 2) + 0.0:g}".replace("-", "−")
+        axes.text(column, row, text, ha="center", va="center", fontsize=8)
+
+
 def draw_depth() -> Figure:
     """Small outputs against measured depths: loss map, gradient back at the small outputs, and the scores."""
     depths = street_depths(129, 193)
@@ -693,6 +788,7 @@ PICTURES: dict[str, Callable[[], Figure]] = {
     "dense_prediction_cell": draw_dense_prediction_cell,
     "upsampled_cross_entropy": draw_upsampled_cross_entropy,
     "mean_iou": draw_mean_iou,
+    "tiny_cell": draw_tiny_cell,
     "depth": draw_depth,
 }
 

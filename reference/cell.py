@@ -75,10 +75,10 @@ class PyramidPooling:
         return "pool {}x{}".format(*self.grid_size)
 
 
-# One operation of a branch; every operation ends in batch norm and ReLU and keeps the map's size. Any positive integers are
-# valid here; which of them a search may propose is the business of its search space. Whoever decides on an operation does so
-# by `match` and ends in `assert_never`, so that mypy names each place that an operation added here has to be taught.
-# `str` of an operation is its name in the databases of searches and must not change.
+# One operation of a branch; each keeps the map's size and ends in batch norm and ReLU, a pooling in the resize behind them.
+# Any positive integers are valid here; which of them a search may propose is the business of its search space. Whoever decides
+# on an operation does so by `match` and ends in `assert_never`, so that mypy names each place that an operation added here has
+# to be taught. `str` of an operation is its name in the databases of searches and must not change.
 Operation: TypeAlias = Conv1x1 | AtrousSeparableConv | PyramidPooling
 
 

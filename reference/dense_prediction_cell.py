@@ -2,7 +2,8 @@
 
     maps[-1] = features;   maps[i] = operation_i(maps[input_i]);   y = concat_project(maps[0], ..., maps[B-1])
 
-At output stride 8 the atrous rates double (`rate_multiplier=2`); 1×1 convolutions and pooling grids stay the same.
+An option, `rate_multiplier`, multiplies all atrous rates (the authors' `conv_rate_multiplier`); 1×1 convolutions and pooling
+grids stay the same. Networks choose it by `rate_multiplier_for`.
 
 Of several layers of a backbone the first is maps[-1], the next maps[-2], and so on. A cell without branches has nothing to
 project, and nothing to drop out:  y = BN(concat(maps[-1], maps[-2], ...)), without ReLU.
@@ -55,7 +56,10 @@ class BranchOptions(NamedTuple):
 
 
 def rate_multiplier_for(output_stride: int) -> int:
-    """Rates are as stated, and double at output stride 8, as the authors' do. Raises ValueError for one not from 4 to 32."""
+    """2 at output stride 8, as in the authors' networks (16 // output_stride), and 1 at any other from 4 to 32.
+
+    Raises ValueError for an output stride outside of these.
+    """
     if not MIN_STRIDE <= output_stride <= MAX_STRIDE:
         raise ValueError(f"output_stride must be {MIN_STRIDE} to {MAX_STRIDE}, got {output_stride}")
     return 2 if output_stride == 8 else 1

@@ -16,9 +16,12 @@ from reference.upsampled_cross_entropy import IGNORE_INDEX
 def confusion_matrix(
     predictions: NDArray[np.integer], labels: NDArray[np.integer], *, num_classes: int, ignore_index: int = IGNORE_INDEX
 ) -> NDArray[np.int64]:
-    """Count pixels by (label, prediction): two arrays of one shape -> (K, K); add matrices to add images.
+    """predictions and labels, of one shape -> (K, K): how many pixels of each label, a row, have each prediction, a column.
 
-    >>> confusion_matrix(np.array([0, 1, 1, 0]), np.array([0, 1, 0, 255]), num_classes=2)
+    Add matrices to add images.
+
+    >>> predictions, labels = np.array([0, 1, 1, 0]), np.array([0, 1, 0, 255])
+    >>> confusion_matrix(predictions=predictions, labels=labels, num_classes=2)
     array([[1, 1],
            [0, 1]])
     """
