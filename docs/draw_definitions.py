@@ -23,12 +23,19 @@ from reference.batch_norm import EPS, Array, BatchNorm, batch_norm, batch_norm_r
 from reference.bilinear_resize import bilinear_resize, interpolation_matrix
 from reference.cell import GRID_SIZES, RATES, Cell
 from reference.concat_project import DROPOUT_RATE, concat_project, dropout
+from reference.decoder import DecoderWeights, decoder, decoder_backward
 from reference.dense_prediction_cell import BranchOptions, CellWeights, branch_outputs
 from reference.depth_metrics import DELTA, POWERS, abs_rel, delta, depth_totals, rmse
+from reference.hard_example_mining import hardest_pixels, mined_cross_entropy, mined_cross_entropy_backward
 from reference.mean_iou import class_iou, confusion_matrix, mean_iou
-from reference.pointwise_conv import ConvNorm, pointwise_conv
+from reference.pointwise_conv import ConvNorm, pointwise_conv, pointwise_conv_backward
 from reference.pyramid_pooling import PoolingVariant, pooling_matrix, window_size
-from reference.upsampled_cross_entropy import IGNORE_INDEX, upsampled_cross_entropy, upsampled_cross_entropy_backward
+from reference.upsampled_cross_entropy import (
+    IGNORE_INDEX,
+    pixel_losses,
+    upsampled_cross_entropy,
+    upsampled_cross_entropy_backward,
+)
 from reference.upsampled_l1 import upsampled_l1, upsampled_l1_backward
 from search.reports.diagram import draw_cell
 
@@ -119,6 +126,14 @@ def street_map(height: int = 33, width: int = 49) -> Array:
     image, _ = street(8 * height, 8 * width)
     brightness: Array = image.mean(axis=2).reshape(height, 8, width, 8).mean(axis=(1, 3))
     return brightness[None, None]
+
+
+def street_logits() -> Array:
+    """Logits of the street's classes at feature size, with some noise: (1, K, 9, 13)."""
+    _, small = street(9, 13)
+    noise = np.random.default_rng(2).normal(0, 0.8, (len(CLASSES), 9, 13))
+    logits: Array = 4.0 * (small == np.arange(len(CLASSES))[:, None, None]) + noise
+    return logits[None]
 
 
 def identity_norm(channels: int) -> BatchNorm[Array]:
@@ -542,19 +557,69 @@ def draw_dense_prediction_cell() -> Figure:
     return figure
 
 
+def draw_decoder() -> Figure:
+    """Context alone, and with what a decoder makes of it and of an early map, after a short training on this one street."""
+    image, labels = street(129, 193)
+    context, low_level = street_logits(), image[::4, ::4].transpose(2, 0, 1)[None] - 0.5
+    decoded = trained_decoder(context, low_level, labels[None, ::4, ::4], iterations=160, rate=0.1)
+
+    figure = Figure(figsize=(WIDTH, 1.65), layout="constrained")
+    panels = figure.subplots(1, 5)
+    colours, options = ListedColormap(PALETTE), {"vmin": -0.5, "vmax": 5.5}
+    show(panels[0], context[0].argmax(axis=0), cmap=colours, **options)
+    panels[0].set_title("context, 9 × 13")
+    panels[1].imshow(low_level[0].transpose(1, 2, 0) + 0.5, interpolation="nearest")
+    frame(panels[1], SOFT)
+    panels[1].set_title("low-level map, 33 × 49")
+    for axes, logits, name in zip(panels[2:], (context, decoded), ("without", "with"), strict=False):
+        classes = bilinear_resize(logits, (129, 193))[0].argmax(axis=0)
+        show(axes, classes, cmap=colours, **options)
+        axes.set_title(f"{name} decoder: {100 * (classes == labels).mean():.0f} %")
+    show(panels[4], labels, cmap=colours, **options)
+    panels[4].set_title("labels, 129 × 193")
+    return figure
+
+
+def trained_decoder(context: Array, low_level: Array, labels: NDArray[np.int64], *, iterations: int, rate: float) -> Array:
+    """Logits (1, K, H, W) of a decoder of 16 channels and a classifier, trained by SGD with momentum 0.9."""
+    rng, classes, channels = np.random.default_rng(0), len(CLASSES), 16
+
+    def conv_norm(width: int, *shape: int) -> ConvNorm[Array]:
+        return ConvNorm(rng.normal(0, (2 / np.prod(shape)) ** 0.5, (width, *shape)), identity_norm(width))
+
+    refinement = [
+        SeparableConv(conv_norm(width, 1, 3, 3), conv_norm(channels, width, 1, 1)) for width in (classes + 4, channels)
+    ]
+    matrix = rng.normal(0, 0.1, (classes, channels, 1, 1))
+    weights: Any = DecoderWeights(conv_norm(4, 3, 1, 1), tuple(refinement)), matrix
+    velocity = combined(weights, weights, lambda w, _: np.zeros_like(w))
+    for _ in range(iterations):
+        of_decoder, matrix = weights
+        decoded = decoder(context, low_level, of_decoder, training=True)
+        grad_logits = upsampled_cross_entropy_backward(pointwise_conv(decoded, matrix), labels)
+        grad_decoded, grad_matrix = pointwise_conv_backward(grad_logits, decoded, matrix)
+        *_, grad_decoder = decoder_backward(grad_decoded, context, low_level, of_decoder, training=True)
+        velocity = combined(velocity, (grad_decoder, grad_matrix), lambda v, g: 0.9 * v + g)
+        weights = combined(weights, velocity, lambda w, v: w - rate * v)
+    return pointwise_conv(decoder(context, low_level, weights[0], training=True), weights[1])
+
+
+def combined(left: Any, right: Any, function: Callable[[Array, Array], Array]) -> Any:
+    """A container of weights from two of its kind, array by array."""
+    if isinstance(left, np.ndarray):
+        return function(left, right)
+    children = [combined(*pair, function) for pair in zip(left, right, strict=True)]
+    return type(left)(*children) if hasattr(left, "_fields") else tuple(children)
+
+
 def draw_upsampled_cross_entropy() -> Figure:
     """Small logits, upsampled probabilities, loss map, and the gradient back at the small logits."""
     _, labels = street(129, 193)
     labels[126:] = IGNORE_INDEX
-    rng = np.random.default_rng(2)
-    small = street(9, 13)[1]
-    logits = 4.0 * (small[None] == np.arange(len(CLASSES))[:, None, None]) + rng.normal(0, 0.8, (len(CLASSES), 9, 13))
-    logits = logits[None]  # (1, K, 9, 13)
+    logits = street_logits()
     upsampled = bilinear_resize(logits, (129, 193))
     probabilities = np.exp(upsampled) / np.exp(upsampled).sum(axis=1, keepdims=True)
-    target = np.where(labels == IGNORE_INDEX, 0, labels)
-    surprise = -np.log(np.take_along_axis(probabilities[0], target[None], axis=0)[0])
-    surprise = np.ma.masked_where(labels == IGNORE_INDEX, surprise)
+    surprise = np.ma.masked_where(labels == IGNORE_INDEX, pixel_losses(logits, labels[None])[0])
     gradient = upsampled_cross_entropy_backward(logits, labels[None])[0]
     loss = upsampled_cross_entropy(logits, labels[None])
 
@@ -579,6 +644,32 @@ def draw_upsampled_cross_entropy() -> Figure:
         frame(axes, SOFT)
     keys = [Rectangle((0, 0), 1, 1, color=colour) for colour in PALETTE]
     figure.legend(keys, CLASSES, loc="outside lower center", ncols=6, handlelength=1.0, columnspacing=1.6)
+    return figure
+
+
+def draw_hard_example_mining() -> Figure:
+    """Which pixels of the street count at three shares, and the gradient back at the small logits."""
+    _, labels = street(129, 193)
+    labels[126:] = IGNORE_INDEX
+    logits, labels = street_logits(), labels[None]
+    losses = pixel_losses(logits, labels)[0]
+
+    figure = Figure(figsize=(WIDTH, 3.7), layout="constrained")
+    panels = figure.subplots(2, 3)
+    for (above, below), share, name in zip(
+        panels.T, (1, 1 / 4, 1 / 16), ("all pixels", "a quarter", "a sixteenth"), strict=True
+    ):
+        kept = hardest_pixels(logits, labels, share)[0] != IGNORE_INDEX
+        picture = above.imshow(np.ma.masked_where(~kept, losses), cmap=MAP, vmin=0, vmax=5, interpolation="nearest")
+        above.set_title(f"{name}: mean {mined_cross_entropy(logits, labels, share):.2f} nats")
+        gradient = mined_cross_entropy_backward(logits, labels, share)[0, CLASSES.index("vehicle")] * 1000
+        slopes = below.imshow(gradient, cmap=SIGNED, vmin=-25, vmax=25)
+    panels[0, 0].set_ylabel("loss per pixel")
+    panels[1, 0].set_ylabel("gradient for “vehicle”")
+    for row, image, unit in zip(panels, (picture, slopes), ("nats", "10⁻³ nats"), strict=True):
+        figure.colorbar(image, ax=row, shrink=0.8, pad=0.01, label=unit)
+    for axes in panels.ravel():
+        frame(axes, SOFT)
     return figure
 
 
@@ -786,7 +877,9 @@ PICTURES: dict[str, Callable[[], Figure]] = {
     "pyramid_grids": draw_pyramid_grids,
     "concat_project": draw_concat_project,
     "dense_prediction_cell": draw_dense_prediction_cell,
+    "decoder": draw_decoder,
     "upsampled_cross_entropy": draw_upsampled_cross_entropy,
+    "hard_example_mining": draw_hard_example_mining,
     "mean_iou": draw_mean_iou,
     "tiny_cell": draw_tiny_cell,
     "depth": draw_depth,

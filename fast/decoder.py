@@ -1,23 +1,15 @@
-"""The decoder of DeepLabv3+: context on every 16th or 8th pixel, refined with an early map on every 4th.
+"""The decoder of DeepLabv3+ as a PyTorch module; `reference/decoder.py` defines what it computes."""
 
-Chen et al., "Encoder-Decoder with Atrous Separable Convolution", ECCV 2018, section 3.1; `refine_by_decoder` in
-research/deeplab/model.py. The low-level map is projected to 48 channels, so that it does not outweigh the context; the context
-is resized to that map's size, with corners aligned or not (`reference/grid.py`); two atrous separable convolutions of rate 1
-read both. Batch norm and ReLU follow every convolution.
-
-    y = separable(separable(concat[resize(context), conv1x1(low_level)]))
-"""
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from fast.conv_norm import NormLayer, conv_norm, conv_norm_relu, live_conv
+from fast.conv_norm import NormLayer, conv_norm, conv_norm_relu, conv_weights, live_conv
 from fast.dense_prediction_cell import SeparableBranch
 from fast.fusion import check_traceable, fuses, refuse_script
 from fast.kernels import NormedMap, operations_for, value
-
-OUTPUT_STRIDE = 4
-LOW_LEVEL_CHANNELS = 48  # after the projection
+from reference.decoder import LOW_LEVEL_CHANNELS, RATE, DecoderWeights
 
 
 class Decoder(nn.Module):
@@ -42,7 +34,7 @@ class Decoder(nn.Module):
         self.low_level_channels, self.channels, self.projected_channels = low_level_channels, channels, projected_channels
         self.projection = conv_norm(low_level_channels, projected_channels, norm_layer)
         self.refinement = nn.ModuleList(
-            SeparableBranch(in_channels, channels, (1, 1), norm_layer)
+            SeparableBranch(in_channels, channels, RATE, norm_layer)
             for in_channels in (channels + projected_channels, channels)
         )
 
@@ -59,3 +51,8 @@ class Decoder(nn.Module):
         for branch in self.refinement:
             x = branch(x)
         return x
+
+    def weights(self) -> DecoderWeights[Tensor]:
+        """The live parameters and statistics, in the reference's containers."""
+        refinement = (cast(SeparableBranch, branch).weights() for branch in self.refinement)
+        return DecoderWeights(conv_weights(self.projection), tuple(refinement))

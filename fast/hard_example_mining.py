@@ -1,8 +1,8 @@
-"""Training on the hardest pixels only, as research/deeplab/utils/train_utils.py does.
+"""`reference/hard_example_mining.py` on PyTorch: which pixels are the hardest.
 
-The loss is the mean over the share of all pixels that have the largest loss; the share falls linearly from 1 over the first
-iterations. All other pixels become ignored ones, so `upsampled_cross_entropy` computes loss and gradient. Logits of a whole
-batch are never upsampled here either; only one number per pixel is. For another loss, `keep_largest` takes its pixels' losses.
+All other pixels become ignored ones, so `upsampled_cross_entropy` computes loss and gradient. Logits of a whole batch are
+never upsampled here either; only one number per pixel is. For another loss, `keep_largest` takes its pixels' losses. Of pixels
+with equal losses any may be kept.
 """
 
 import torch
@@ -13,16 +13,6 @@ from fast.kernels.library import band_rows
 from fast.kernels.matrices import resize_matrix
 from fast.upsampled_cross_entropy import fitting_weights
 from reference.upsampled_cross_entropy import IGNORE_INDEX
-
-
-def mined_share(share: float, iteration: int, iterations: int) -> float:
-    """The share of pixels at `iteration`: it falls linearly from 1 to `share` over `iterations`, or is `share` if that is 0.
-
-    >>> mined_share(0.5, 2, 4)
-    0.75
-    """
-    progress = min(1.0, iteration / iterations) if iterations > 0 else 1.0
-    return progress * share + 1 - progress
 
 
 @torch.no_grad()

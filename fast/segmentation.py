@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from fast.backbone import Backbone
 from fast.bilinear_resize import bilinear_resize
-from fast.decoder import OUTPUT_STRIDE as DECODER_STRIDE
 from fast.decoder import Decoder
 from fast.dense_prediction_cell import DensePredictionCell
 from fast.fusion import check_traceable, fuses, refuse_script
 from fast.hub import HubModule
 from fast.kernels import NormedMap, operations_for
+from reference.decoder import OUTPUT_STRIDE as DECODER_STRIDE
 from reference.grid import Grid
 
 

@@ -35,11 +35,8 @@ def upsampled_cross_entropy(
     >>> round(float(np.exp(-upsampled_cross_entropy(logits, np.array([[[1, 255]]]), class_weights=np.array([9.0, 2.0])))), 6)
     0.5625
     """
-    log_probability, labelled = _log_softmax(logits, labels, ignore_index, align_corners)
-    target = np.where(labelled, labels, 0)[:, None]  # (N, 1, H, W)
-    surprise = -np.take_along_axis(log_probability, target, axis=1)[:, 0]  # (N, H, W)
-    weight = _pixel_weights(logits, labels, labelled, class_weights)
-    return float((surprise * weight).sum() / max(labelled.sum(), 1))
+    losses = pixel_losses(logits, labels, class_weights=class_weights, ignore_index=ignore_index, align_corners=align_corners)
+    return float(losses.sum() / max((labels != ignore_index).sum(), 1))
 
 
 def upsampled_cross_entropy_backward(
@@ -56,6 +53,23 @@ def upsampled_cross_entropy_backward(
     weight = _pixel_weights(logits, labels, labelled, class_weights)
     grad_upsampled = (np.exp(log_probability) - one_hot) * weight[:, None] / max(labelled.sum(), 1)
     return bilinear_resize_backward(grad_upsampled, (logits.shape[2], logits.shape[3]), align_corners=align_corners)
+
+
+def pixel_losses(
+    logits: Array,
+    labels: NDArray[np.integer],
+    *,
+    class_weights: Array | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    align_corners: bool = True,
+) -> Array:
+    """Arguments of `upsampled_cross_entropy` -> the loss of each pixel times its class's weight: (N, H, W), 0 if ignored."""
+    log_probability, labelled = _log_softmax(logits, labels, ignore_index, align_corners)
+    target = np.where(labelled, labels, 0)[:, None]  # (N, 1, H, W)
+    surprise = -np.take_along_axis(log_probability, target, axis=1)[:, 0]  # (N, H, W)
+    weight = _pixel_weights(logits, labels, labelled, class_weights)
+    losses: Array = surprise * weight
+    return losses
 
 
 def _pixel_weights(

@@ -22,6 +22,7 @@ from reference.cell import (
     Operation,
     PyramidPooling,
 )
+from reference.decoder import DecoderWeights
 from reference.dense_prediction_cell import BranchWeights, CellWeights
 from reference.pointwise_conv import ConvNorm
 
@@ -92,3 +93,12 @@ def random_cell_weights(
             case _:
                 assert_never(branch.operation)
     return CellWeights(tuple(branches), random_pointwise(len(branches) * branch_channels, cell_channels, rng))
+
+
+def random_decoder_weights(
+    channels: int, low_level_channels: int, projected_channels: int, rng: np.random.Generator
+) -> DecoderWeights[Array]:
+    """As many channels out as of context."""
+    projection = random_pointwise(low_level_channels, projected_channels, rng)
+    widths = (channels + projected_channels, channels)
+    return DecoderWeights(projection, tuple(random_separable(width, channels, rng) for width in widths))

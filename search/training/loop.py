@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from fast.batch_norm import recompute_statistics
 from fast.checkpoint import save_network
-from fast.hard_example_mining import mined_share
 from fast.segmentation import SegmentationNetwork
+from reference.hard_example_mining import mined_share
 from search.datasets import Dataset, evaluation_size
 from search.datasets.weights import weights_in_words
 from search.dense_tasks import DenseTask, Scores

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from bench.cases import DTYPES, SEED, Case, CellCase, DepthwiseCase, LossCase, MapCase, OperationCase, normal
 from bench.training_cases import WEIGHT_DECAY, ProxyCase
-from fast.dense_prediction_cell import decays
 from reference import dense_prediction_cell as cells
 from reference.atrous_separable_conv import SeparableConv, depthwise_conv, depthwise_conv_backward
 from reference.batch_norm import Array, BatchNorm
 from reference.bilinear_resize import bilinear_resize
+from reference.l2_penalty import l2_penalty_backward
 from reference.mean_iou import confusion_matrix
 from reference.pointwise_conv import ConvNorm, pointwise_conv, pointwise_conv_backward
 from reference.upsampled_cross_entropy import upsampled_cross_entropy, upsampled_cross_entropy_backward
@@ -95,13 +95,13 @@ def first_update(case: ProxyCase) -> Truth:
     grad_logits = upsampled_cross_entropy_backward(logits, targets, align_corners=align_corners)
     grad_context, grad_matrix = pointwise_conv_backward(grad_logits, context, matrix)
     _, grad_weights = cells.dense_prediction_cell_backward(grad_context, x, case.cell, weights, options)
-    gradients = [*trainable(grad_weights), grad_matrix, grad_logits.sum(axis=(0, 2, 3))]
-
-    decayed, parameters = decays(plain), plain.named_parameters()
-    updates = [
-        -case.learning_rate * (gradient + WEIGHT_DECAY * decayed[name] * array(parameter))
-        for gradient, (name, parameter) in zip(gradients, parameters, strict=True)
+    decay_weights, decay_matrix = l2_penalty_backward((weights, matrix), weight_decay=WEIGHT_DECAY)
+    gradients = [
+        *(gradient + decay for gradient, decay in zip(trainable(grad_weights), trainable(decay_weights), strict=True)),
+        grad_matrix + decay_matrix,
+        grad_logits.sum(axis=(0, 2, 3)),  # the bias does not decay
     ]
+    updates = [-case.learning_rate * gradient for gradient in gradients]
     output = np.array(upsampled_cross_entropy(logits, targets, align_corners=align_corners))
     return {"output": [output], "gradients": updates}
 

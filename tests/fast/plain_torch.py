@@ -1,5 +1,7 @@
 """What tests need besides the plain network of `bench/plain_torch.py`: it on given weights, and a plain decoder."""
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -7,7 +9,9 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
 from bench.plain_torch import ConvNormReLU, PlainBranch, PlainCell
+from reference.atrous_separable_conv import SeparableConv
 from reference.cell import AtrousSeparableConv, Cell
+from reference.decoder import DecoderWeights
 from reference.dense_prediction_cell import BranchOptions, CellWeights
 
 
@@ -39,3 +43,8 @@ class PlainDecoder(nn.Module):
         resized = F.interpolate(context, low.shape[2:], mode="bilinear", align_corners=True)
         output: Tensor = self.refinement(torch.cat((resized, low), dim=1))
         return output
+
+    def weights(self) -> DecoderWeights[Tensor]:
+        """The live parameters and statistics, in the reference's containers."""
+        refinement = (cast(SeparableConv[Tensor], cast(PlainBranch, branch).weights()) for branch in self.refinement)
+        return DecoderWeights(self.projection.weights(), tuple(refinement))

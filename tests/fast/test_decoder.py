@@ -1,67 +1,122 @@
-from typing import cast
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
+from fast.batch_norm import authors_norm
 from fast.decoder import Decoder
-from fast.dense_prediction_cell import decays
-from reference.atrous_separable_conv import SeparableConv, atrous_separable_conv
-from reference.batch_norm import Array, BatchNorm
-from reference.bilinear_resize import bilinear_resize
-from reference.pointwise_conv import ConvNorm, conv1x1
+from reference.batch_norm import Array
+from reference.decoder import DecoderWeights, decoder, decoder_backward
+from tests.fast.against_reference import (
+    LAYOUTS,
+    Layout,
+    Step,
+    assert_equal_steps,
+    assert_steps_within_budget,
+    every_device,
+    reference_step,
+    rounded,
+    single_values_allowed,
+    to_tensors,
+    torch_step,
+)
+from tests.fast.plain_torch import PlainDecoder
+from tests.reference.directional_derivative import leaves
+from tests.strategies import map_sizes, random_decoder_weights, rng_seeds
 
-# Absolute, on maps up to 10: float32 through five convolutions of at most 304 terms, 2e-6 at worst here.
-OUTPUT_BOUND = 2e-5
-
-
-def trained_decoder(low_level_channels: int, channels: int) -> Decoder:
-    """With statistics, scales and offsets that are not neutral."""
-    torch.manual_seed(0)
-    decoder = Decoder(low_level_channels, channels=channels, projected_channels=4)
-    for module in decoder.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            for tensor in (module.weight, module.running_var):
-                nn.init.uniform_(cast(Tensor, tensor), 0.5, 1.5)
-            for tensor in (module.bias, module.running_mean):
-                nn.init.normal_(cast(Tensor, tensor), std=0.3)
-    return decoder.eval()
-
-
-def conv_norm(decoder: Decoder, name: str) -> ConvNorm[Array]:
-    state = {key: value.double().numpy() for key, value in decoder.state_dict().items() if key.startswith(f"{name}.")}
-    leaves = ("weight", "bias", "running_mean", "running_var")
-    return ConvNorm(state[f"{name}.weight"], BatchNorm(*(state[f"{name}.norm.{leaf}"] for leaf in leaves)))
+CHANNELS, LOW_LEVEL_CHANNELS, PROJECTED_CHANNELS = 6, 7, 4
 
 
-@pytest.mark.parametrize("align_corners", [True, False])
-@pytest.mark.parametrize(("context_size", "low_level_size"), [((3, 4), (9, 13)), ((2, 2), (8, 7)), ((1, 1), (1, 1))])
-def test_decoder_is_what_its_docstring_says(
-    context_size: tuple[int, int], low_level_size: tuple[int, int], align_corners: bool
-) -> None:
-    decoder = trained_decoder(low_level_channels=7, channels=6)
-    context, low_level = torch.randn(2, 6, *context_size), torch.randn(2, 7, *low_level_size)
+def draw(
+    context_size: tuple[int, int], low_level_size: tuple[int, int], batch: int, seed: int
+) -> tuple[Array, Array, DecoderWeights[Array], Array]:
+    """Context, low-level map, weights and the cotangent of the output."""
+    rng = np.random.default_rng(seed)
+    context = rng.standard_normal((batch, CHANNELS, *context_size))
+    low_level = rng.standard_normal((batch, LOW_LEVEL_CHANNELS, *low_level_size))
+    weights = random_decoder_weights(CHANNELS, LOW_LEVEL_CHANNELS, PROJECTED_CHANNELS, rng)
+    return context, low_level, weights, rng.standard_normal((batch, CHANNELS, *low_level_size))
+
+
+def decoder_with(weights: DecoderWeights[Array], *, training: bool) -> Decoder:
+    """In float64, with these weights."""
+    module = Decoder(
+        LOW_LEVEL_CHANNELS, channels=CHANNELS, projected_channels=PROJECTED_CHANNELS, norm_layer=authors_norm
+    ).double()
     with torch.no_grad():
-        output = decoder(context, low_level, align_corners=align_corners)
-    low = conv1x1(low_level.double().numpy(), conv_norm(decoder, "projection"), training=False)
-    resized = bilinear_resize(context.double().numpy(), low_level_size, align_corners=align_corners)
-    expected = np.concatenate((resized, low), axis=1)
-    for i in range(2):
-        weights = SeparableConv(
-            conv_norm(decoder, f"refinement.{i}.depthwise"), conv_norm(decoder, f"refinement.{i}.pointwise")
-        )
-        expected = atrous_separable_conv(expected, weights, rate=(1, 1), training=False)
-    np.testing.assert_allclose(output, expected, rtol=0, atol=OUTPUT_BOUND)
+        for tensor, array in zip(tree_leaves(module.weights()), leaves(weights), strict=True):
+            tensor.copy_(torch.from_numpy(array))
+    return module.train(training)
 
 
-def test_gradients_reach_both_inputs_and_all_weights() -> None:
-    decoder = Decoder(7, channels=6, projected_channels=4).train()
-    context, low_level = torch.randn(2, 6, 3, 3, requires_grad=True), torch.randn(2, 7, 9, 9, requires_grad=True)
-    decoder(context, low_level).square().sum().backward()
-    assert all(tensor.grad is not None and tensor.grad.any() for tensor in (context, low_level, *decoder.parameters()))
+def module_step(
+    module: Decoder | PlainDecoder,
+    context: Array,
+    low_level: Array,
+    cotangent: Array,
+    layout: Layout = "contiguous",
+    autocast: torch.dtype | None = None,
+    **options: Any,
+) -> Step:
+    """In the dtype and on the device of the module."""
+    parameter = module.projection.weight
+    maps = to_tensors((context, low_level), parameter.device.type, layout, parameter.dtype)
+
+    def forward(context: Tensor, low_level: Tensor, _: object) -> Tensor:
+        output: Tensor = module(context, low_level, **options)
+        return output
+
+    return torch_step(forward, (*maps, module.weights()), cotangent, autocast)
 
 
-def test_weight_decay_spares_depthwise_weights_and_norms() -> None:
-    decaying = {name for name, decay in decays(Decoder(7)).items() if decay}
-    assert decaying == {"projection.weight", "refinement.0.pointwise.weight", "refinement.1.pointwise.weight"}
+@single_values_allowed
+@every_device
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("calls_submodules", [False, True], ids=["fused", "submodules"])
+@given(map_sizes(6), map_sizes(9), st.integers(1, 2), st.booleans(), st.sampled_from(LAYOUTS), rng_seeds())
+def test_step_equals_reference(
+    device: str,
+    training: bool,
+    calls_submodules: bool,
+    context_size: tuple[int, int],
+    low_level_size: tuple[int, int],
+    batch: int,
+    align_corners: bool,
+    layout: Layout,
+    seed: int,
+) -> None:
+    """Output, gradients of both maps and of all weights, running statistics; context smaller and larger than the other map."""
+    context, low_level, weights, cotangent = draw(context_size, low_level_size, batch, seed)
+    options: dict[str, Any] = {"align_corners": align_corners}
+    expected = reference_step(
+        decoder, decoder_backward, (context, low_level, weights), cotangent, training=training, **options
+    )
+    module = decoder_with(weights, training=training).to(device)
+    if calls_submodules:
+        for child in module.modules():
+            if child is not module:
+                child.register_forward_hook(lambda *_: None)
+    assert_equal_steps(module_step(module, context, low_level, cotangent, layout, **options), expected)
+
+
+@every_device
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_low_precision_is_within_budget(device: str, training: bool, autocast: torch.dtype | None) -> None:
+    actual, expected, yardstick = [], [], []
+    for seed in range(9):
+        context, low_level, weights, cotangent = rounded(draw((3, 4), (9, 13), 4, seed), torch.float32)
+        module = decoder_with(weights, training=training).to(device, torch.float32)
+        plain = PlainDecoder(LOW_LEVEL_CHANNELS, CHANNELS, PROJECTED_CHANNELS).to(device).train(training)
+        plain.load_state_dict(module.state_dict())
+        inputs = context, low_level, weights
+        expected.append(reference_step(decoder, decoder_backward, inputs, cotangent, training=training))
+        layout = LAYOUTS[seed % len(LAYOUTS)]
+        actual.append(module_step(module, context, low_level, cotangent, layout, autocast))
+        yardstick.append(module_step(plain, context, low_level, cotangent, autocast=autocast))
+    assert_steps_within_budget(actual, expected, yardstick, autocast or torch.float32)

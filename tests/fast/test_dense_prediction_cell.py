@@ -7,8 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from fast.batch_norm import MOMENTUM, authors_norm
+from fast.decoder import Decoder
 from fast.dense_prediction_cell import DensePredictionCell, decays, load_reference_weights, reference_weights
 from reference.atrous_separable_conv import SeparableConv
 from reference.batch_norm import Array
@@ -19,6 +21,7 @@ from reference.dense_prediction_cell import (
     dense_prediction_cell,
     dense_prediction_cell_backward,
 )
+from reference.l2_penalty import l2_penalty_backward
 from reference.pointwise_conv import ConvNorm
 from reference.pyramid_pooling import PoolingVariant
 from search.cells.space import load_cell
@@ -303,10 +306,18 @@ def test_features_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
         module(torch.zeros(shape))
 
 
-def test_weight_decay_spares_depthwise_weights_norms_and_biases() -> None:
-    module = DensePredictionCell(single(AtrousSeparableConv(rate=(1, 1))), IN_CHANNELS)
-    decaying = {name for name, decay in decays(nn.Sequential(module, nn.Conv2d(256, 2, 1))).items() if decay}
-    assert decaying == {"0.branches.0.pointwise.weight", "0.projection.weight", "1.weight"}
+@given(cells(min_branches=0), st.sampled_from((1, 2, 5)))
+def test_what_decays_is_what_the_reference_regularises(cell: Cell, channels: int) -> None:
+    """Of a cell, a decoder and a classifier: what the penalty has a gradient for, also where all have one channel."""
+    module = DensePredictionCell(cell, channels, branch_channels=channels, cell_channels=channels)
+    decoder, classifier = Decoder(channels, channels=channels, projected_channels=channels), nn.Conv2d(channels, channels, 1)
+    weights = module.weights(), decoder.weights(), classifier.weight
+    gradients = l2_penalty_backward(tree_map(lambda tensor: np.ones(tensor.shape), weights), weight_decay=1.0)
+    regularised = {id(tensor): array.all() for tensor, array in zip(tree_leaves(weights), leaves(gradients), strict=True)}
+    network = nn.ModuleList((module, decoder, classifier))
+    decay = decays(network)
+    for name, parameter in network.named_parameters():
+        assert decay[name] == regularised.get(id(parameter), False), name  # the classifier's bias is not among the weights
 
 
 def test_initial_weights_are_the_authors() -> None:

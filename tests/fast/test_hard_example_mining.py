@@ -1,121 +1,154 @@
-"""Hard example mining against the authors' losses and gradients where they are at hand, and by its definition."""
-
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
-from fast.bilinear_resize import bilinear_resize
-from fast.hard_example_mining import hardest_pixels, keep_largest, mined_share
-from fast.kernels.library import BAND_BYTES
+from fast.hard_example_mining import hardest_pixels, keep_largest
+from fast.kernels import library
 from fast.upsampled_cross_entropy import upsampled_cross_entropy
 from fast.upsampled_l1 import pixel_losses, upsampled_l1
+from reference import hard_example_mining as reference
+from reference.bilinear_resize import bilinear_resize
 from reference.upsampled_cross_entropy import IGNORE_INDEX
+from reference.upsampled_cross_entropy import pixel_losses as reference_losses
+from reference.upsampled_l1 import upsampled_l1 as reference_l1
+from reference.upsampled_l1 import upsampled_l1_backward as reference_l1_backward
+from tests.fast.against_reference import assert_equal_steps, every_device, reference_step, rounded, to_tensors, torch_step
+from tests.golden.authors_dumps import dump_files, load_loss_dump
+from tests.strategies import map_sizes, rng_seeds
 
-LOSSES = Path(__file__).parents[3] / "shared" / "golden" / "train_facts" / "loss.npz"
-
-
-@pytest.mark.parametrize(
-    ("name", "share", "loss"),
-    [("plain", 1.0, 3.751829), ("topk25", 0.25, 5.41752), ("topk25_mining100_step40", mined_share(0.25, 40, 100), 4.163314)],
-)
-def test_losses_and_gradients_are_the_authors(name: str, share: float, loss: float) -> None:
-    if not LOSSES.exists():
-        pytest.skip("the authors' losses are not on this machine")
-    with np.load(LOSSES) as golden:
-        logits = torch.from_numpy(golden["logits"]).permute(0, 3, 1, 2).contiguous().requires_grad_()
-        labels = torch.from_numpy(golden["labels"][..., 0]).long()
-        expected = torch.from_numpy(golden[f"grad_{name}"]).permute(0, 3, 1, 2)
-    mined = hardest_pixels(logits.detach(), labels, share) if share < 1 else labels
-    actual = upsampled_cross_entropy(logits, mined)
-    actual.backward()  # type: ignore[no-untyped-call]
-    assert actual.item() == pytest.approx(loss, rel=2e-6)  # the values above have seven digits
-    assert logits.grad is not None
-    # sums of 50,000 float32 terms in another order, relative to the largest; a pixel more or less would be 1 / 12,000
-    assert (logits.grad - expected).abs().max() <= 1e-5 * expected.abs().max()
+ONE = np.ones(())  # the loss is a scalar: its cotangent
+SHARES = st.floats(0.0, 1.0)
+ROUNDING = 1e-4  # the hardest are chosen in float32, of losses up to 20 times weights up to 5: 1e-5, and another one
 
 
-def some_pixels(seed: int = 0) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(0, 5, (2, 33, 49), generator=generator)
-    labels[torch.rand(labels.shape, generator=generator) < 0.2] = IGNORE_INDEX
-    return torch.randn(2, 5, 3, 4, generator=generator), labels
-
-
-@pytest.mark.parametrize("align_corners", [True, False])
-@pytest.mark.parametrize("share", [0.01, 0.25, 0.75])
-def test_exactly_the_largest_losses_are_kept(share: float, align_corners: bool) -> None:
-    logits, labels = some_pixels()
-    wide = bilinear_resize(logits, (33, 49), align_corners=align_corners)
-    losses = F.cross_entropy(wide, labels, ignore_index=IGNORE_INDEX, reduction="none")
-    kept = hardest_pixels(logits, labels, share, align_corners=align_corners) != IGNORE_INDEX
-    assert kept.sum() == int(share * labels.numel())
-    assert losses[kept].min() >= losses[~kept].max() - 1e-5  # two float32 ways to the same loss
-
-
-def test_the_largest_are_those_of_weighted_losses() -> None:
-    """Weights multiply before the choice: the loss is the authors', the mean over the kept of what is not 0."""
-    logits, labels = some_pixels()
-    weights = torch.tensor([0.0, 0.5, 1.0, 2.0, 8.0])
-    wide = bilinear_resize(logits, (33, 49))
-    losses = F.cross_entropy(wide, labels, weights, ignore_index=IGNORE_INDEX, reduction="none")
-    mined = hardest_pixels(logits, labels, 0.25, class_weights=weights)
-    expected = losses.flatten().topk(int(0.25 * labels.numel())).values.mean()
+@pytest.mark.parametrize("name", ["topk25", "topk25_mining100_step40", "topk25_weights"])
+@pytest.mark.parametrize("path", dump_files("train_facts/loss.npz"))
+def test_losses_and_gradients_are_the_authors(path: Path, name: str) -> None:
+    dump = load_loss_dump(path, name)
+    logits, labels = torch.from_numpy(dump.logits).float().requires_grad_(), torch.from_numpy(dump.labels).long()
+    weights = None if dump.class_weights is None else torch.from_numpy(dump.class_weights).float()
+    mined = hardest_pixels(logits.detach(), labels, dump.share, class_weights=weights)
     loss = upsampled_cross_entropy(logits, mined, class_weights=weights)
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)  # float32 sums
-    everything = hardest_pixels(logits, labels, 1.0, class_weights=weights)
-    assert torch.equal(everything, labels.where(labels != 0, IGNORE_INDEX))  # a loss of 0 is never kept
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert loss.item() == pytest.approx(dump.loss, rel=1e-6)
+    assert logits.grad is not None
+    # sums of 50,000 float32 terms in another order, relative to the largest; a pixel more or less would be half a percent
+    bound = 1e-5 * np.abs(dump.grad_logits).max()
+    np.testing.assert_allclose(logits.grad, dump.grad_logits, rtol=0, atol=bound)
 
 
-def test_ignored_pixels_are_counted_but_never_kept() -> None:
-    logits, labels = some_pixels()
-    labels[:, :30] = IGNORE_INDEX
-    mined = hardest_pixels(logits, labels, 0.9)
-    assert torch.equal(mined, labels)
+@every_device
+@given(
+    map_sizes(6),
+    map_sizes(),
+    st.integers(1, 5),
+    st.sampled_from((0.0, 0.3, 1.0)),
+    SHARES,
+    st.booleans(),
+    st.sampled_from((1, 500, 1 << 22)),
+    st.sampled_from((torch.uint8, torch.int64)),
+    st.booleans(),
+    rng_seeds(),
+)
+def test_equals_reference(
+    device: str,
+    size: tuple[int, int],
+    label_size: tuple[int, int],
+    num_classes: int,
+    ignored: float,
+    share: float,
+    weighted: bool,
+    band_bytes: int,
+    label_dtype: torch.dtype,
+    align_corners: bool,
+    seed: int,
+) -> None:
+    """The same pixels, but for those of equal losses up to rounding, and the same loss; bands of one row, a few, and all."""
+    rng = np.random.default_rng(seed)
+    logits = rounded(rng.normal(0.0, 2.0, (2, num_classes, *size)), torch.float32)
+    labels = rng.integers(num_classes, size=(2, *label_size))
+    labels[rng.random(labels.shape) < ignored] = IGNORE_INDEX
+    weights = rounded(rng.permutation([0.0, *rng.uniform(0.1, 5.0, num_classes - 1)]), torch.float32) if weighted else None
+    options: dict[str, Any] = {"class_weights": weights, "align_corners": align_corners}
+    losses = reference_losses(logits, labels, **options)
+    assume(not ((losses > 0.0) & (losses < ROUNDING)).any())  # float32 may call them 0, which are not counted
+
+    on_device = torch.from_numpy(labels).to(device, label_dtype)
+    given_weights = None if weights is None else torch.from_numpy(weights).to(device)
+    with mock.patch.dict(library.BAND_BYTES, cpu=band_bytes, cuda=band_bytes):
+        mined = hardest_pixels(
+            torch.from_numpy(logits).to(device), on_device, share, class_weights=given_weights, align_corners=align_corners
+        )
+    assert mined.dtype == label_dtype
+    actual, expected = mined.cpu().numpy(), reference.hardest_pixels(logits, labels, share, **options)
+    kept, kept_by_reference = actual != IGNORE_INDEX, expected != IGNORE_INDEX
+    assert np.array_equal(actual[kept], labels[kept])
+    assert kept.sum() == kept_by_reference.sum()
+    smallest = losses[kept_by_reference].min(initial=np.inf)
+    assert (np.abs(losses - smallest)[kept != kept_by_reference] < ROUNDING).all()
+
+    step = torch_step(
+        lambda x: upsampled_cross_entropy(x, mined, class_weights=given_weights, align_corners=align_corners),
+        to_tensors((logits,), device),
+        ONE,
+    )
+    truth = reference_step(
+        lambda x: np.asarray(reference.mined_cross_entropy(x, labels, share, **options)),
+        lambda _, x: (reference.mined_cross_entropy_backward(x, labels, share, **options),),
+        (logits,),
+        ONE,
+    )
+    np.testing.assert_allclose(step.output, truth.output, rtol=0, atol=ROUNDING)
+    if np.array_equal(kept, kept_by_reference):  # else the pixels of equal losses pull elsewhere
+        assert_equal_steps(step, truth, terms=1.0 if weights is None else weights.max())
 
 
-def test_bands_do_not_change_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
-    logits, labels = some_pixels()
-    expected = hardest_pixels(logits, labels, 0.25)
-    monkeypatch.setitem(BAND_BYTES, "cpu", 1)
-    assert torch.equal(hardest_pixels(logits, labels, 0.25), expected)
+@every_device
+@given(map_sizes(), SHARES, st.sampled_from(("uint8", "int64", "float32", "float64")), rng_seeds())
+def test_keep_largest_equals_reference(device: str, size: tuple[int, int], share: float, dtype: str, seed: int) -> None:
+    """Of losses that all differ but for zeros, labels of any dtype keep it; those in floating point become NaN."""
+    rng = np.random.default_rng(seed)
+    shape = (2, *size)
+    losses = rng.permutation(np.arange(float(np.prod(shape)))).reshape(shape) * (rng.random(shape) < 0.7)
+    labels = rng.integers(100, size=shape).astype(dtype)
+    ignore = np.nan if dtype.startswith("float") else IGNORE_INDEX
+    actual = keep_largest(torch.from_numpy(losses).to(device), torch.from_numpy(labels).to(device), share, ignore)
+    expected = reference.keep_largest(losses, labels, share, ignore)
+    assert str(actual.dtype) == f"torch.{dtype}"
+    np.testing.assert_array_equal(actual.cpu(), expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_targets_in_floating_point_become_nan(dtype: torch.dtype) -> None:
-    """Of six pixels three are to be kept, but only two have a loss; the others, measured or not, become NaN."""
-    targets = torch.tensor([[[1.0, 2.0, torch.nan], [4.0, torch.nan, 6.0]]], dtype=dtype)
-    losses = torch.tensor([[[0.0, 0.5, 0.0], [0.25, 0.0, 0.0]]])
-    mined = keep_largest(losses, targets, 0.5, torch.nan)
-    assert mined.dtype == dtype
-    assert torch.equal(mined.isnan(), torch.tensor([[[True, False, True], [False, True, True]]]))
-    assert mined[~mined.isnan()].tolist() == [2.0, 4.0]
-    assert keep_largest(losses, targets, 0.2, torch.nan).nan_to_num(0.0).flatten().tolist() == [0.0, 2.0, 0.0, 0.0, 0.0, 0.0]
-    assert keep_largest(losses, targets, 0.0, torch.nan).isnan().all()
-
-
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64], ids=str)
-def test_integer_labels_keep_their_dtype(dtype: torch.dtype) -> None:
-    labels = torch.tensor([[[3, 4, 5]]], dtype=dtype)
-    mined = keep_largest(torch.tensor([[[1.0, 3.0, 2.0]]]), labels, 2 / 3, 255)
-    assert mined.dtype == dtype
-    assert mined.flatten().tolist() == [255, 4, 5]
-
-
-def test_the_largest_differences_of_depths_are_kept() -> None:
-    """A mean over a share of the pixels: the largest losses of the whole batch, whose sum is divided by their number."""
-    generator = torch.Generator().manual_seed(0)
-    outputs, targets = torch.randn(2, 1, 3, 4, generator=generator), torch.randn(2, 33, 49, generator=generator)
-    targets[torch.rand(targets.shape, generator=generator) < 0.2] = torch.nan
-    losses = pixel_losses(outputs, targets)
-    count = int(0.25 * targets.numel())
-    loss = upsampled_l1(outputs, keep_largest(losses, targets, 0.25, torch.nan))
-    assert loss.item() == pytest.approx(losses.flatten().sort().values[-count:].mean().item(), rel=1e-6)  # float32 sums
-
-
-def test_the_share_falls_linearly() -> None:
-    assert [mined_share(0.5, i, 4) for i in (0, 2, 4, 9)] == [1.0, 0.75, 0.5, 0.5]
-    assert mined_share(0.5, 0, 0) == 0.5
+@every_device
+@given(map_sizes(6), map_sizes(), st.sampled_from((0.0, 0.3, 1.0)), SHARES, st.booleans(), rng_seeds())
+def test_the_largest_differences_of_depths_are_kept(
+    device: str,
+    size: tuple[int, int],
+    target_size: tuple[int, int],
+    unmeasured: float,
+    share: float,
+    align_corners: bool,
+    seed: int,
+) -> None:
+    """Of any loss: here the reference's L1 loss of the targets that the reference keeps, both in float64."""
+    rng = np.random.default_rng(seed)
+    outputs, targets = rng.standard_normal((2, 1, *size)), rng.standard_normal((2, *target_size))
+    targets[rng.random(targets.shape) < unmeasured] = np.nan
+    wide = bilinear_resize(outputs, target_size, align_corners=align_corners)[:, 0]
+    mined = reference.keep_largest(np.nan_to_num(np.abs(wide - targets)), targets, share, np.nan)
+    expected = reference_step(
+        lambda x: np.asarray(reference_l1(x, mined, align_corners=align_corners)),
+        lambda _, x: (reference_l1_backward(x, mined, align_corners=align_corners),),
+        (outputs,),
+        ONE,
+    )
+    on_device = torch.from_numpy(targets).to(device)
+    losses = pixel_losses(torch.from_numpy(outputs).to(device), on_device, align_corners=align_corners)
+    kept = keep_largest(losses, on_device, share, torch.nan)
+    actual = torch_step(lambda x: upsampled_l1(x, kept, align_corners=align_corners), to_tensors((outputs,), device), ONE)
+    assert_equal_steps(actual, expected, terms=1.0)

@@ -15,7 +15,7 @@ from scipy.stats import chi2
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 import fast.train_step
 from fast.dense_prediction_cell import DensePredictionCell, decays
@@ -23,8 +23,10 @@ from fast.kernels import backend_for, using
 from fast.segmentation import SegmentationHead
 from fast.train_step import OptimizerName, Precision, TrainStep
 from fast.upsampled_cross_entropy import upsampled_cross_entropy
+from reference.batch_norm import Array, BatchNorm
 from reference.cell import Cell
 from reference.grid import Grid
+from reference.l2_penalty import l2_penalty_backward
 from tests.fake_gpu import fake_gpu
 from tests.fast.against_reference import every_device
 from tests.strategies import rng_seeds
@@ -157,6 +159,44 @@ def test_an_iteration_calls_no_submodule(monkeypatch: pytest.MonkeyPatch) -> Non
     step()
     with using(None):
         step()
+
+
+@every_device
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_weight_decay_is_the_gradient_of_the_l2_penalty(device: str, optimizer: OptimizerName) -> None:
+    """Of a loss that is 0 whatever the weights are, nothing else is left of a first step of either optimiser."""
+    head, rate = make_head(device), 0.25
+
+    def weights() -> Any:
+        live = head.context.weights(), head.classifier.weight, torch.as_tensor(head.classifier.bias)
+        return tree_map(lambda tensor: tensor.detach().cpu().numpy().copy(), live)
+
+    *before, bias = weights()
+    step = make_step(
+        head,
+        *random_data(device),
+        optimizer=optimizer,
+        learning_rate=rate,
+        weight_decay=0.5,
+        loss=lambda outputs, labels, align_corners: 0.0 * outputs.sum(),
+    )
+    assert step().item() == 0.0
+    *after, bias_after = weights()
+    gradient = l2_penalty_backward(tuple(before), weight_decay=0.5)
+    for new, old, slope in zip(learnt(after), learnt(before), learnt(gradient), strict=True):
+        np.testing.assert_allclose(new, old - rate * slope, rtol=1e-6, atol=0)  # the rate is kept in float32
+    assert np.array_equal(bias_after, bias)
+
+
+def learnt(tree: Any) -> Iterator[Array]:
+    """All arrays but running statistics, which follow the batch."""
+    if isinstance(tree, BatchNorm):
+        yield from (tree.scale, tree.offset)
+    elif isinstance(tree, np.ndarray):
+        yield tree
+    else:
+        for child in tree:
+            yield from learnt(child)
 
 
 class Touching(TorchDispatchMode):  # type: ignore[no-untyped-call]

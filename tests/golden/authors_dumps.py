@@ -16,6 +16,7 @@ from reference.atrous_separable_conv import SeparableConv
 from reference.batch_norm import Array, BatchNorm
 from reference.cell import AtrousSeparableConv, Cell, Conv1x1, PyramidPooling
 from reference.dense_prediction_cell import BranchOptions, BranchWeights, CellWeights
+from reference.hard_example_mining import mined_share
 from reference.pointwise_conv import ConvNorm
 
 HERE = Path(__file__).parent
@@ -34,6 +35,17 @@ class CellDump(NamedTuple):
     options: BranchOptions
     features: Array  # (N, C, H, W)
     output: Array  # (N, cell_channels, H, W)
+
+
+class LossDump(NamedTuple):
+    """One of the losses in `loss.npz`, of the same logits and labels."""
+
+    logits: Array  # (N, K, h, w)
+    labels: NDArray[Any]  # (N, H, W)
+    share: float  # of the pixels that count
+    class_weights: Array | None
+    loss: float
+    grad_logits: Array
 
 
 def dump_files(pattern: str) -> list[Any]:
@@ -59,6 +71,18 @@ def load_cell_dump(path: Path) -> CellDump:
     )
     weights = cell_weights(with_prefix(arrays, "var/meta_architecture/"), cell)
     return CellDump(arrays, meta, cell, weights, options, nchw(arrays["features"]), nchw(arrays["output"]))
+
+
+def load_loss_dump(path: Path, name: str) -> LossDump:
+    with np.load(path) as file:
+        (meta,) = (each for each in json.loads(str(file["meta_json"])) if each["name"] == name)
+        logits, labels, gradient = nchw(file["logits"]), file["labels"][..., 0], nchw(file[f"grad_{name}"])
+    arguments = meta["kwargs"]
+    share = mined_share(
+        arguments.get("top_k_percent_pixels", 1.0), meta["global_step"], arguments.get("hard_example_mining_step", 0)
+    )
+    weights = arguments.get("loss_weight")
+    return LossDump(logits, labels, share, None if weights is None else np.array(weights), meta["loss"], gradient)
 
 
 def with_prefix(arrays: Variables, prefix: str) -> Variables:

@@ -8,13 +8,16 @@ import pytest
 
 from reference.batch_norm import Array, BatchNorm, updated_running_statistics
 from reference.dense_prediction_cell import branch_outputs, dense_prediction_cell, dense_prediction_cell_backward
+from reference.hard_example_mining import mined_cross_entropy, mined_cross_entropy_backward
 from reference.mean_iou import confusion_matrix, mean_iou
 from reference.upsampled_cross_entropy import upsampled_cross_entropy, upsampled_cross_entropy_backward
-from tests.golden.authors_dumps import CellDump, cell_weights, dump_files, load_cell_dump, nchw, with_prefix
+from tests.golden.authors_dumps import CellDump, cell_weights, dump_files, load_cell_dump, load_loss_dump, nchw, with_prefix
 from tests.reference.directional_derivative import leaves, with_batch_norms
 
 OUTPUT_BOUND = 5e-5  # absolute, on maps of values up to 10 that went through up to ten float32 convolutions
 GRADIENT_BOUND = 1e-5  # relative to the tensor's largest; float32 sums over up to 578 pixels, there and back through the cell
+LOSS_BOUND = 1e-6  # absolute; float32 means of up to 7, over 50,000 pixels
+MINED = ("topk25", "topk25_mining100_step40", "topk25_weights")
 SCOPE = "meta_architecture/"
 
 
@@ -52,13 +55,25 @@ def test_running_statistics_after_a_training_step(path: Path) -> None:
 
 @pytest.mark.parametrize("path", dump_files("train_facts/loss.npz"))
 def test_loss_and_its_gradient(path: Path) -> None:
-    with np.load(path) as file:
-        logits, labels = nchw(file["logits"]), file["labels"][..., 0]
-        grad_logits = nchw(file["grad_plain"])
-    assert upsampled_cross_entropy(logits, labels) == pytest.approx(3.751828908920288, abs=1e-6)  # the file's meta_json
-    bound = GRADIENT_BOUND * np.abs(grad_logits).max()
-    np.testing.assert_allclose(upsampled_cross_entropy_backward(logits, labels), grad_logits, rtol=0, atol=bound)
-    assert upsampled_cross_entropy(logits, np.full_like(labels, 255)) == 0.0  # as the authors' for no label at all
+    dump = load_loss_dump(path, "plain")
+    assert upsampled_cross_entropy(dump.logits, dump.labels) == pytest.approx(dump.loss, abs=LOSS_BOUND)
+    bound = GRADIENT_BOUND * np.abs(dump.grad_logits).max()
+    gradient = upsampled_cross_entropy_backward(dump.logits, dump.labels)
+    np.testing.assert_allclose(gradient, dump.grad_logits, rtol=0, atol=bound)
+    nothing = np.full_like(dump.labels, 255)
+    assert upsampled_cross_entropy(dump.logits, nothing) == 0.0  # as the authors' for no label at all
+
+
+@pytest.mark.parametrize("name", MINED)
+@pytest.mark.parametrize("path", dump_files("train_facts/loss.npz"))
+def test_hard_example_mining(path: Path, name: str) -> None:
+    """One pixel more or less moves these losses by 5e-5, and the gradients by half a percent of the largest."""
+    logits, labels, share, class_weights, loss, grad_logits = load_loss_dump(path, name)
+    assert share < 1.0
+    actual = mined_cross_entropy(logits, labels, share, class_weights=class_weights)
+    assert actual == pytest.approx(loss, abs=LOSS_BOUND)
+    gradient = mined_cross_entropy_backward(logits, labels, share, class_weights=class_weights)
+    np.testing.assert_allclose(gradient, grad_logits, rtol=0, atol=GRADIENT_BOUND * np.abs(grad_logits).max())
 
 
 @pytest.mark.parametrize("path", dump_files("train_facts/miou.npz"))

@@ -4,16 +4,22 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch.utils._pytree import tree_map
 
 from fast.backbone import timm_backbone
+from fast.decoder import Decoder
 from fast.dense_prediction_cell import DensePredictionCell, decays
 from fast.segmentation import SegmentationHead, SegmentationNetwork
+from fast.train_step import OptimizerName
 from reference.grid import Grid
+from reference.l2_penalty import l2_penalty_backward
 from search.cells.space import load_cell
 from search.settings import RecipeSettings, TrainingPictures
 from search.training.optimizer import create_optimizer, learning_rate, parameter_groups, set_learning_rate
+from tests.reference.directional_derivative import leaves
 
 FACTS = Path(__file__).parents[4] / "shared" / "golden" / "train_facts" / "facts.json"
 
@@ -73,6 +79,30 @@ def test_multipliers_are_the_authors(facts: dict[str, Any], network: Segmentatio
     assert multiplier[id(classifier.weight)] == expected["logits/semantic/weights"]
     assert multiplier[id(classifier.bias)] == expected["logits/semantic/biases"]
     assert {multiplier[id(p)] for p in network.backbone.parameters()} == {1.0}
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_weight_decay_is_the_gradient_of_the_l2_penalty(optimizer: OptimizerName) -> None:
+    """Of cell, decoder and classifier, by one step of either optimiser without any gradient of the loss."""
+    backbone = timm_backbone("mobilenetv2_100", low_level=True)
+    context = DensePredictionCell(load_cell("dpc"), 320, branch_channels=4, cell_channels=5)
+    network = SegmentationNetwork(backbone, SegmentationHead(context, 3), Decoder(144, channels=5, projected_channels=2))
+
+    def weights() -> Any:
+        assert network.decoder is not None
+        live = network.head.context.weights(), network.decoder.weights(), network.head.classifier.weight
+        return tree_map(lambda tensor: tensor.detach().double().numpy(), live)
+
+    recipe = RecipeSettings(optimizer=optimizer, weight_decay=0.5, momentum=None, learning_rate=0.25)
+    created = create_optimizer(network, recipe.completed(TrainingPictures("mine.toml", 40, (65, 65)), Grid(16)))
+    set_learning_rate(created, 0.25)
+    for parameter in network.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    before = weights()
+    created.step()
+    gradient = l2_penalty_backward(before, weight_decay=0.5)
+    for new, old, slope in zip(leaves(weights()), leaves(before), leaves(gradient), strict=True):
+        np.testing.assert_allclose(new, old - 0.25 * slope, rtol=1e-6, atol=0)  # float32
 
 
 def test_groups_hold_every_parameter_once(network: SegmentationNetwork) -> None:
