@@ -563,7 +563,7 @@ def draw_decoder() -> Figure:
     context, low_level = street_logits(), image[::4, ::4].transpose(2, 0, 1)[None] - 0.5
     decoded = trained_decoder(context, low_level, labels[None, ::4, ::4], iterations=160, rate=0.1)
 
-    figure = Figure(figsize=(WIDTH, 1.65), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 1.4), layout="constrained")
     panels = figure.subplots(1, 5)
     colours, options = ListedColormap(PALETTE), {"vmin": -0.5, "vmax": 5.5}
     show(panels[0], context[0].argmax(axis=0), cmap=colours, **options)
