@@ -1,7 +1,7 @@
 """Reads the outputs of the authors' own code: the files of this folder, and more in `../shared/golden` where that exists.
 
 TensorFlow keeps maps as NHWC, convolution weights as [kh, kw, in, out] and depthwise weights as [kh, kw, in, 1]; here they
-become float64 arrays in the layout of `reference/`.
+become float64 arrays in the layout of `reference/`. Reading needs NumPy alone: docs/assignment/ does it in students' clones.
 """
 
 import json
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, assert_never
 
 import numpy as np
-import pytest
 from numpy.typing import NDArray
 
 from reference.atrous_separable_conv import SeparableConv
@@ -21,6 +20,12 @@ from reference.pointwise_conv import ConvNorm
 
 HERE = Path(__file__).parent
 SHARED = Path(__file__).parents[2].parent / "shared" / "golden"
+
+OUTPUT_BOUND = 5e-5  # absolute, on maps of values up to 10 that went through up to ten float32 convolutions
+GRADIENT_BOUND = 1e-5  # relative to the tensor's largest; float32 sums over up to 578 pixels, there and back through the cell
+STATISTICS_BOUND = 1.5e-7  # float32 rounding of values up to 2; a biased variance is off by momentum · var / (N·H·W) > 4e-7
+LOSS_BOUND = 1e-6  # absolute; float32 means of up to 7, over 50,000 pixels
+SCORE_BOUND = 1e-7  # of train_facts/miou.npz: float32
 
 Variables = dict[str, NDArray[Any]]  # by TensorFlow's name within the cell's scope, such as branch0_depthwise/BatchNorm/gamma
 
@@ -50,6 +55,8 @@ class LossDump(NamedTuple):
 
 def dump_files(pattern: str) -> list[Any]:
     """Parameters for `pytest.mark.parametrize`: the copies in this folder, then what else lies in ../shared/golden."""
+    import pytest
+
     copies = [pytest.param(path, id=path.stem) for path in sorted(HERE.glob(pattern))]
     if not SHARED.is_dir():
         absent = pytest.mark.skip(reason="no ../shared/golden beside the repository; the copies in tests/golden are tested")

@@ -11,12 +11,22 @@ from reference.dense_prediction_cell import branch_outputs, dense_prediction_cel
 from reference.hard_example_mining import mined_cross_entropy, mined_cross_entropy_backward
 from reference.mean_iou import confusion_matrix, mean_iou
 from reference.upsampled_cross_entropy import upsampled_cross_entropy, upsampled_cross_entropy_backward
-from tests.golden.authors_dumps import CellDump, cell_weights, dump_files, load_cell_dump, load_loss_dump, nchw, with_prefix
+from tests.golden.authors_dumps import (
+    GRADIENT_BOUND,
+    LOSS_BOUND,
+    OUTPUT_BOUND,
+    SCORE_BOUND,
+    STATISTICS_BOUND,
+    CellDump,
+    cell_weights,
+    dump_files,
+    load_cell_dump,
+    load_loss_dump,
+    nchw,
+    with_prefix,
+)
 from tests.reference.directional_derivative import leaves, with_batch_norms
 
-OUTPUT_BOUND = 5e-5  # absolute, on maps of values up to 10 that went through up to ten float32 convolutions
-GRADIENT_BOUND = 1e-5  # relative to the tensor's largest; float32 sums over up to 578 pixels, there and back through the cell
-LOSS_BOUND = 1e-6  # absolute; float32 means of up to 7, over 50,000 pixels
 MINED = ("topk25", "topk25_mining100_step40", "topk25_weights")
 SCOPE = "meta_architecture/"
 
@@ -48,9 +58,8 @@ def test_running_statistics_after_a_training_step(path: Path) -> None:
     momentum = 1.0 - dump.meta["bn_decay"] if dump.options.training else 0.0
     for call, golden in zip(calls, expected, strict=True):
         after = updated_running_statistics(call.x, call.norm, momentum=momentum)
-        # Float32 rounding of values up to 2; a biased variance would be off by momentum · var / (N·H·W), 4e-7 and more.
-        np.testing.assert_allclose(after.running_mean, golden.running_mean, rtol=0, atol=1.5e-7)
-        np.testing.assert_allclose(after.running_var, golden.running_var, rtol=0, atol=1.5e-7)
+        np.testing.assert_allclose(after.running_mean, golden.running_mean, rtol=0, atol=STATISTICS_BOUND)
+        np.testing.assert_allclose(after.running_var, golden.running_var, rtol=0, atol=STATISTICS_BOUND)
 
 
 @pytest.mark.parametrize("path", dump_files("train_facts/loss.npz"))
@@ -81,7 +90,7 @@ def test_mean_iou(path: Path) -> None:
     """`tf.metrics.mean_iou` over 5000 pixels, in which one of the 19 classes does not occur; float32."""
     with np.load(path) as file:
         confusion = confusion_matrix(file["predictions"], file["labels"], num_classes=19)
-        assert mean_iou(confusion) == pytest.approx(float(file["mean_iou"]), abs=1e-7)
+        assert mean_iou(confusion) == pytest.approx(float(file["mean_iou"]), abs=SCORE_BOUND)
 
 
 def check_outputs(dump: CellDump) -> None:
