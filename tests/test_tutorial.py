@@ -91,7 +91,7 @@ def test_the_committed_outputs_are_those_of_the_cells(executed: Path) -> None:
     assert [cell["id"] for cell in committed] == [cell["id"] for cell in new]
     for before, after in zip(committed, new, strict=True):
         texts = (re.sub(r"[\d.,]+(e[+-]\d+)?|\s+", "#", output_text(cell)) for cell in (before, after))
-        assert next(texts) == next(texts), before["id"]
+        assert next(texts) == next(texts), f"{before['id']}: run python docs/run_tutorial.py"
 
 
 def test_the_committed_notebook_ran_in_one_go() -> None:
