@@ -2,12 +2,15 @@
 
 Every map, matrix and number in them is computed by `reference/`; this file only chooses small inputs and places the results.
 Two runs write the same bytes.
+
+For slides and papers, `--format svg pdf --out slides` draws all of them in these formats, one file each, on white.
 """
 
+from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import matplotlib
 import numpy as np
@@ -37,8 +40,10 @@ from reference.upsampled_cross_entropy import (
     upsampled_cross_entropy_backward,
 )
 from reference.upsampled_l1 import upsampled_l1, upsampled_l1_backward
+from search.files import write_whole
 from search.reports.diagram import draw_cell
 
+Format = Literal["png", "svg", "pdf"]
 IMAGES = Path(__file__).parent / "images"
 CELLS = Path(__file__).parents[1] / "search" / "cells"
 
@@ -886,17 +891,49 @@ PICTURES: dict[str, Callable[[], Figure]] = {
 }
 
 
-def draw_all(folder: Path, names: Sequence[str] = tuple(PICTURES)) -> None:
-    """Write `folder`/<name>.png for each name, 256 colours, nothing of the moment in the file."""
+# On a slide a picture must look as it was drawn, whatever fonts are there: an SVG has outlines in place of letters, because
+# its viewer would take another font; a PDF brings its font along, so its letters stay text. Photographs and maps are resampled
+# to `savefig.dpi` in both, which is a full HD screen over the width, for viewers would blur the edges of a map's squares.
+OUTPUT: dict[Any, Any] = {"svg.fonttype": "path", "svg.hashsalt": "dense-prediction-cell", "pdf.fonttype": 42}
+DATE_IN: dict[Format, str] = {"svg": "Date", "pdf": "CreationDate"}
+
+
+def draw_all(folder: Path, names: Sequence[str] = tuple(PICTURES), formats: Sequence[Format] = ("png",)) -> None:
+    """Write `folder`/<name>.<format> for each name and format, nothing of the moment in the file. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
-        buffer = BytesIO()
-        with matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE}):
-            PICTURES[name]().savefig(buffer, format="png", facecolor="white")
-        with Image.open(buffer) as picture:
-            reduced = picture.convert("RGB").quantize(256, dither=Image.Dither.NONE)
-        reduced.save(folder / f"{name}.png", optimize=True)
+        for suffix in formats:
+            write_whole(folder / f"{name}.{suffix}", drawn(name, suffix))
+
+
+def drawn(name: str, suffix: Format) -> bytes:
+    """The picture as a file's content; a PNG has 256 colours."""
+    buffer, metadata = BytesIO(), {DATE_IN[suffix]: None} if suffix in DATE_IN else None
+    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE, **OUTPUT}):
+        PICTURES[name]().savefig(buffer, format=suffix, facecolor="white", metadata=metadata)
+    if suffix != "png":
+        return buffer.getvalue()
+    with Image.open(buffer) as picture:
+        reduced = picture.convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    reduced.save(buffer := BytesIO(), format="png", optimize=True)
+    return buffer.getvalue()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Draw what the command line asks for; ends with a sentence for what cannot be."""
+    parser = ArgumentParser(description="Draw the pictures of definitions.md.")
+    parser.add_argument("--format", nargs="+", choices=get_args(Format), default=["png"], help="kinds of files; default: png")
+    parser.add_argument("--out", type=Path, help="folder to write to; default, for png alone: docs/images")
+    parser.add_argument("--pictures", nargs="+", choices=PICTURES, default=list(PICTURES), metavar="NAME", help="default: all")
+    asked = parser.parse_args(arguments)
+    if asked.out is None and asked.format != ["png"]:
+        parser.error("--out is missing: docs/images is for PNG files alone; give a folder, such as --out slides")
+    folder = asked.out or IMAGES
+    try:
+        draw_all(folder, asked.pictures, asked.format)
+    except OSError as error:
+        parser.error(f"--out {folder}: cannot be written ({error.strerror}); give another folder")
 
 
 if __name__ == "__main__":
-    draw_all(IMAGES)
+    main()

@@ -395,9 +395,10 @@ def shortened(name: str, limit: int = 28) -> str:
 
 
 def save_figure(figure: Figure, target: Path | StringIO, suffix: str, **options: Any) -> None:
-    """Write the figure; an SVG keeps its text as text and is the same file each time."""
-    metadata = {"Date": None} if suffix == "svg" else None
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "dense-prediction-cell"}):
+    """Write the figure, the same file each time; an SVG keeps its text as text, and so does a PDF, with its font."""
+    date = {"svg": "Date", "pdf": "CreationDate"}.get(suffix)
+    metadata = None if date is None else {date: None}
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "dense-prediction-cell", "pdf.fonttype": 42}):
         figure.savefig(target, format=suffix, dpi=200, metadata=metadata, **options)
 
 

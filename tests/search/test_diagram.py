@@ -17,6 +17,14 @@ def test_command_writes_the_picture(tmp_path: Path, suffix: str, magic: bytes) -
         assert texts(output.read_text(encoding="utf-8"))["rate 18×15"] == 1
 
 
+@pytest.mark.parametrize("suffix", [".svg", ".png", ".pdf"])
+def test_two_runs_write_the_same_bytes(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, date in (("first", "0"), ("second", "86400")):
+        monkeypatch.setenv("SOURCE_DATE_EPOCH", date)  # what Matplotlib takes for today
+        main(DiagramSettings("aspp", tmp_path / f"{name}{suffix}"))
+    assert (tmp_path / f"first{suffix}").read_bytes() == (tmp_path / f"second{suffix}").read_bytes()
+
+
 def test_command_reads_a_cell_from_a_file(tmp_path: Path) -> None:
     (tmp_path / "mine.json").write_text(random_cell(3, 0).to_json(), encoding="utf-8")
     main(DiagramSettings(str(tmp_path / "mine.json"), tmp_path / "mine.png"))
