@@ -46,10 +46,17 @@ def output_text(cell: Cell) -> str:
     return "\n".join(parts)
 
 
-@pytest.fixture(scope="module")
-def executed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def test_it_runs_from_beginning_to_end(tmp_path: Path) -> None:
+    """One test, so that the notebook is run once, however many processes share the tests."""
+    executed = run_notebook(tmp_path)
+    check_six_cells_are_scored_beside_those_made_by_hand(executed)
+    check_the_report_is_written_and_nothing_else_is_left(executed)
+    check_pytorch_computes_what_numpy_does(executed)
+    check_the_committed_outputs_are_those_of_the_cells(executed)
+
+
+def run_notebook(folder: Path) -> Path:
     """The notebook after a run, beside the folder `run` that it ran in."""
-    folder = tmp_path_factory.mktemp("tutorial")
     (folder / "run").mkdir()
     command = [sys.executable, str(DOCS / "run_tutorial.py"), "--out", str(folder / "executed.ipynb")]
     command += ["--folder", str(folder / "run"), "--iterations", str(ITERATIONS)]
@@ -59,7 +66,7 @@ def executed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "executed.ipynb"
 
 
-def test_six_cells_are_scored_beside_those_made_by_hand(executed: Path) -> None:
+def check_six_cells_are_scored_beside_those_made_by_hand(executed: Path) -> None:
     run = load_run(executed.parent / "run" / "runs" / "tutorial" / "search")
     assert [trial.number for trial in run.trials if trial.score is not None] == [0, 1, 2, 3, 4, 5]
     assert {record.name for record in run.baselines} >= {"linear", "mlp", "aspp", "psp", "dpc"}
@@ -70,14 +77,14 @@ def test_six_cells_are_scored_beside_those_made_by_hand(executed: Path) -> None:
         assert str(trial.cell) in table
 
 
-def test_the_report_is_written_and_nothing_else_is_left(executed: Path) -> None:
+def check_the_report_is_written_and_nothing_else_is_left(executed: Path) -> None:
     folder = executed.parent / "run"
     found = load_found(folder / "runs" / "tutorial" / "search")
     assert found.report.stat().st_size > 100_000
     assert {path.name for path in folder.iterdir()} == {"runs"}
 
 
-def test_pytorch_computes_what_numpy_does(executed: Path) -> None:
+def check_pytorch_computes_what_numpy_does(executed: Path) -> None:
     texts = {cell["id"]: output_text(cell) for cell in cells_of(executed)}
     text = texts["reference-and-fast"] + texts["whole-cell-equal"]
     errors = [float(number) for number in re.findall(r"by the largest value: (\S+)", text)]
@@ -85,7 +92,7 @@ def test_pytorch_computes_what_numpy_does(executed: Path) -> None:
     assert max(errors) < 1e-5  # of float32: a few hundred roundings of 6e-8 each, at most, follow each other in a cell
 
 
-def test_the_committed_outputs_are_those_of_the_cells(executed: Path) -> None:
+def check_the_committed_outputs_are_those_of_the_cells(executed: Path) -> None:
     """But for numbers, of which some are scores: these differ with machine, threads and the number of iterations."""
     committed, new = cells_of(NOTEBOOK), cells_of(executed)
     assert [cell["id"] for cell in committed] == [cell["id"] for cell in new]
