@@ -16,7 +16,7 @@ from typing import Any
 
 PACKAGE = "dense_prediction_cell"
 FOLDERS = ("reference", "fast", "search")
-DATA = {".json", ".h", ".cpp", ".jinja"}
+DATA = {".json", ".h", ".cpp", ".jinja", ".js"}
 LEFT_OUT = {".md", ".jsonl", ".pyc"}
 
 _IN_A_DOCSTRING = re.compile(rf"((?:>>>|\.\.\.) (?:from|import) |python -m )(?=(?:{'|'.join(FOLDERS)})\b)")

@@ -86,7 +86,7 @@ def test_the_wheel_holds_one_package_with_all_that_it_reads(site: Path) -> None:
         path.relative_to(ROOT)
         for folder in FOLDERS
         for path in (ROOT / folder).rglob("*")
-        if path.suffix in {".py", ".json", ".h", ".cpp", ".jinja"}
+        if path.suffix in {".py", ".json", ".h", ".cpp", ".jinja", ".js"}
     }
     held = {path.relative_to(package) for path in package.rglob("*") if path.is_file()}
     assert held == expected | {Path("__init__.py"), Path("py.typed")}

@@ -31,19 +31,22 @@ from reference.cell import BACKBONE_FEATURE, AtrousSeparableConv, Cell, Conv1x1,
 from reference.dense_prediction_cell import BranchOptions, BranchWeights, rate_multiplier_for
 from reference.pointwise_conv import ConvNorm
 from reference.pyramid_pooling import pooling_matrix
-from search.cells.reach import Size
+from search.cells.reach import Size, size_text
 
 _SAMPLES = 8  # draws of all ReLUs, each with a random direction of the output
 _FROZEN = BranchOptions(training=False)
 
 
-def structural_receptive_field(cell: Cell, size: Size, options: BranchOptions = _FROZEN) -> NDArray[np.float64]:
-    """How much each input position adds to the centre output, summed over branches, on a map of (h, w) = `size`: (h, w).
+def structural_receptive_field(
+    cell: Cell, size: Size, options: BranchOptions = _FROZEN, *, at: tuple[int, int] | None = None
+) -> NDArray[np.float64]:
+    """How much each input position adds to one output, summed over branches, on a map of (h, w) = `size`: (h, w).
 
-    All weights are one, so a value counts the paths from the input position to the centre output; a path through a pooling
+    The output is the centre, or the one in row and column `at`.
+    All weights are one, so a value counts the paths from the input position to the output; a path through a pooling
     counts as its share of the mean. Zeros beyond the map's border cut paths, as in the cell. This is the gradient of the
     cell with unit weights and no batch norm or ReLU. Paths from all layers that it reads count, and a cell without branches
-    has the one from the centre. Raises ValueError for a size below 1.
+    has the one from its own place. Raises ValueError for a size below 1, and for an output that is not on the map.
 
     >>> cell = Cell.from_json('[{"op": "conv", "kernel": 3, "rate": [1, 2], "input": -1}]')
     >>> structural_receptive_field(cell, (5, 5))
@@ -54,8 +57,11 @@ def structural_receptive_field(cell: Cell, size: Size, options: BranchOptions = 
            [0., 0., 0., 0., 0.]])
     """
     _check_size(size)
+    row, column = centre_of(size) if at is None else at
+    if not (0 <= row < size[0] and 0 <= column < size[1]):
+        raise ValueError(f"at must be a row and a column of the {size_text(size)} map, got {at}")
     impulse = np.zeros((1, 1, *size))
-    impulse[0, 0, *centre_of(size)] = 1.0
+    impulse[0, 0, row, column] = 1.0
     inputs = range(-cell.num_inputs, 0)
     at_inputs = np.zeros_like(impulse) if cell.branches else impulse
     grads = {**dict.fromkeys(inputs, at_inputs), **dict.fromkeys(range(len(cell.branches)), impulse)}

@@ -1,7 +1,8 @@
 """Write a page of cells: `python -m search.report --cells dpc mine.json head.safetensors`.
 
 It shows pictures, parameters and multiply-adds as in the paper's Table 1, and latency on this machine. With trained weights,
-from a head or network file, also the weights of the branches (figure 5b of the paper) and the effective receptive field.
+from a head or network file, also the weights of the branches (figure 5b of the paper) and the effective receptive field. Each
+cell can be opened in the explorer at the page's end, and changed there.
 """
 
 from collections import Counter
@@ -25,6 +26,7 @@ from search.cells.receptive_field import options_of, structural_receptive_field
 from search.cells.space import load_cell
 from search.errors import InputError
 from search.reports.diagram import branch_weights, branch_weights_svg, cell_svg, effective_field_svg, paths_svg
+from search.reports.explorer import Opened, explorer
 from search.reports.page import write_page
 
 
@@ -116,7 +118,8 @@ def write_cell_report(
         )
         for name, label in _labels(names).items()
     ]
-    write_page(path, "cell_report.html.jinja", {"cells": shown, "latencies": latencies})
+    opened = [Opened.of(each.label, each.context, feature_size) for each in shown]
+    write_page(path, "cell_report.html.jinja", {"cells": shown, "latencies": latencies, "explorer": explorer(opened)})
 
 
 def _known_cell(name: str, num_inputs: int) -> Cell:

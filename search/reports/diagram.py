@@ -42,7 +42,7 @@ BOX_WIDTH, BOX_HEIGHT, BAR_HEIGHT = 1.16, 0.46, 0.34
 COLUMN_GAP, LAYER_GAP, LANE_WIDTH, MARGIN = 0.18, 0.38, 0.2, 0.08  # a number stands out of its box by 0.06
 FONT_SIZE = 9.0
 
-_BAR_COLOURS = ("#e6e8ec", "#7a828f")
+BAR_COLOURS = ("#e6e8ec", "#7a828f")  # fill and edge, as `operation_colours`
 _ARROW_COLOUR = "#7a828f"
 _ON_BOXES = "#1b1f27"  # always dark, because the boxes are light
 
@@ -195,12 +195,12 @@ def draw_cell(cell: Cell, axes: Axes, layers: Sequence[int] = (-1,)) -> None:
         )
         axes.add_patch(arrow)
     for i, bar in layout.inputs.items():
-        _draw_box(axes, bar, _input_label(i, layers), _BAR_COLOURS, scale)
+        _draw_box(axes, bar, _input_label(i, layers), BAR_COLOURS, scale)
     for i, (branch, box) in enumerate(zip(cell.branches, layout.branches, strict=True)):
         label = operation_label(branch.operation).replace(", ", "\n")
         _draw_box(axes, box, label, operation_colours(branch.operation), scale)
         _draw_number(axes, i, box, operation_colours(branch.operation), scale)
-    _draw_box(axes, layout.projection, "concat + 1×1" if cell.branches else "batch norm", _BAR_COLOURS, scale)
+    _draw_box(axes, layout.projection, "concat + 1×1" if cell.branches else "batch norm", BAR_COLOURS, scale)
 
 
 def _input_label(index: int, layers: Sequence[int]) -> str:

@@ -50,6 +50,20 @@ def test_paths_end_at_the_border_of_the_map() -> None:
     np.testing.assert_array_equal(field, [[0, 0, 0], [0, 2, 0], [0, 0, 0]])
 
 
+def test_the_field_moves_with_the_output_and_is_cut_at_the_border() -> None:
+    dpc = load_cell("dpc")
+    middle, moved = (structural_receptive_field(dpc, (81, 81), at=at) for at in ((40, 40), (37, 45)))
+    np.testing.assert_array_equal(moved, np.roll(middle, (-3, 5), axis=(0, 1)))  # neither meets a border
+    corner = structural_receptive_field(Cell((Branch(-1, AtrousSeparableConv(rate=(2, 3))),)), (5, 7), at=(4, 0))
+    assert np.argwhere(corner).tolist() == [[2, 0], [2, 3], [4, 0], [4, 3]]
+
+
+@pytest.mark.parametrize("at", [(-1, 0), (0, 7), (5, 3)])
+def test_an_output_beyond_the_map_is_refused(at: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"at must be a row and a column of the 5×7 map, got {at}")):
+        structural_receptive_field(load_cell("dpc"), (5, 7), at=at)
+
+
 @pytest.mark.parametrize("size", [(0, 3), (4, -1)])
 def test_a_map_without_a_centre_is_refused(size: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match=re.escape(f"size must be (height, width) of at least 1 each, got {size}")):
