@@ -41,7 +41,7 @@ from reference.upsampled_cross_entropy import (
 )
 from reference.upsampled_l1 import upsampled_l1, upsampled_l1_backward
 from search.files import write_whole
-from search.reports.diagram import draw_cell
+from search.reports.diagram import DATE_IN, SAME_EACH_TIME, draw_cell
 
 Format = Literal["png", "svg", "pdf"]
 IMAGES = Path(__file__).parent / "images"
@@ -894,8 +894,7 @@ PICTURES: dict[str, Callable[[], Figure]] = {
 # On a slide a picture must look as it was drawn, whatever fonts are there: an SVG has outlines in place of letters, because
 # its viewer would take another font; a PDF brings its font along, so its letters stay text. Photographs and maps are resampled
 # to `savefig.dpi` in both, which is a full HD screen over the width, for viewers would blur the edges of a map's squares.
-OUTPUT: dict[Any, Any] = {"svg.fonttype": "path", "svg.hashsalt": "dense-prediction-cell", "pdf.fonttype": 42}
-DATE_IN: dict[Format, str] = {"svg": "Date", "pdf": "CreationDate"}
+OUTPUT: dict[Any, Any] = {"svg.fonttype": "path", **SAME_EACH_TIME}
 
 
 def draw_all(folder: Path, names: Sequence[str] = tuple(PICTURES), formats: Sequence[Format] = ("png",)) -> None:

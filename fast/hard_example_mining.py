@@ -39,13 +39,13 @@ def hardest_pixels(
 def keep_largest(losses: Tensor, labels: Tensor, share: float, ignore: int | float) -> Tensor:
     """`labels` (N, H, W), with `ignore` at every pixel whose loss is not among the largest; losses: (N, H, W), 0 if ignored.
 
-    int(share · N·H·W) pixels are kept (ignored ones count in N·H·W), but none whose loss is 0. `ignore` is a number that the
-    labels' dtype can hold, NaN for targets in floating point.
+    int(share · N·H·W) pixels are kept (ignored ones count in N·H·W), but none whose loss is 0. A loss of NaN counts as the
+    largest. `ignore` is a number that the labels' dtype can hold, NaN for targets in floating point.
     """
     flat = losses.flatten()  # (N·H·W,)
     largest = flat.topk(int(share * flat.numel())).indices
     kept = torch.zeros_like(flat, dtype=torch.bool)
-    kept[largest] = flat[largest] > 0
+    kept[largest] = flat[largest] != 0
     return labels.where(kept.view(labels.shape), ignore)
 
 

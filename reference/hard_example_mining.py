@@ -38,18 +38,19 @@ def mined_share(share: float, iteration: int, iterations: int) -> float:
 def keep_largest(losses: Array, labels: NDArray[Any], share: float, ignore: int | float) -> NDArray[Any]:
     """`labels` (N, H, W), with `ignore` at every pixel whose loss is not among the largest; losses: (N, H, W), 0 if ignored.
 
-    int(share · N·H·W) pixels are kept, but none whose loss is 0; of equal losses the first ones. The labels may be measured
-    values, where `ignore` is NaN (`upsampled_l1.py`). Raises ValueError for a share that is not within 0 and 1.
+    int(share · N·H·W) pixels are kept, but none whose loss is 0; of equal losses the first ones. A loss of NaN counts as the
+    largest, lest it be hidden. The labels may be measured values, where `ignore` is NaN (`upsampled_l1.py`). Raises ValueError
+    for a share that is not within 0 and 1.
 
     >>> keep_largest(np.array([[[0.1, 0.0, 3.0, 2.0]]]), np.array([[[7, 255, 8, 9]]]), 0.5, 255)
     array([[[255, 255,   8,   9]]])
     """
     if not 0.0 <= share <= 1.0:
         raise ValueError(f"the share of pixels must be 0 to 1, got {share}")
-    hardest_first = np.argsort(-losses, axis=None, kind="stable")
+    hardest_first = np.argsort(-np.where(np.isnan(losses), np.inf, losses), axis=None, kind="stable")
     kept = np.zeros(losses.size, dtype=bool)
     kept[hardest_first[: int(share * losses.size)]] = True
-    return np.where(kept.reshape(losses.shape) & (losses > 0.0), labels, np.asarray(ignore, dtype=labels.dtype))
+    return np.where(kept.reshape(losses.shape) & (losses != 0.0), labels, np.asarray(ignore, dtype=labels.dtype))
 
 
 def hardest_pixels(

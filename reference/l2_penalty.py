@@ -23,6 +23,7 @@ WeightsT = TypeVar("WeightsT", bound=Weights)
 
 def l2_penalty(weights: Weights, *, weight_decay: float) -> float:
     """Of a container of weights, or of several in a tuple; an array by itself is a weight that decays, as the classifier's.
+    Its bias does not: leave it out.
 
     >>> from reference.pointwise_conv import ConvNorm
     >>> norm = BatchNorm(*np.full((4, 1), 9.0))  # does not decay
@@ -35,7 +36,7 @@ def l2_penalty(weights: Weights, *, weight_decay: float) -> float:
         case SeparableConv(_, pointwise):
             return l2_penalty(pointwise, weight_decay=weight_decay)
         case tuple():
-            return sum(l2_penalty(each, weight_decay=weight_decay) for each in weights)
+            return sum((l2_penalty(each, weight_decay=weight_decay) for each in weights), 0.0)
         case _:
             return weight_decay / 2 * float(np.square(weights).sum())
 

@@ -120,6 +120,22 @@ def test_the_committed_notebook_is_small_and_of_no_machine() -> None:
         assert not OF_A_MACHINE.search(output_text(cell) if cell["cell_type"] == "code" else source(cell)), cell["id"]
 
 
+def test_what_the_text_says_of_the_scores_is_so() -> None:
+    (table,) = (output_text(cell) for cell in cells_of(NOTEBOOK) if cell["id"] == "scores")
+    rows = re.findall(r"^\| (six drawn|by hand) \| ([^|]+) \| ([\d.]+) % \|", table, re.MULTILINE)
+    drawn = sorted(float(score) for kind, _, score in rows if kind == "six drawn")
+    by_hand = {name: float(score) for kind, name, score in rows if kind == "by hand"}
+    text = re.sub(r"\s+", " ", " ".join(source(cell) for cell in cells_of(NOTEBOOK, "markdown")))
+    assert "all six drawn cells lead the linear probe and the MLP" in text
+    assert len(drawn) == 6
+    assert drawn[0] > max(by_hand["linear"], by_hand["mlp"])
+    assert "five lead ASPP by about two points or more" in text
+    assert drawn[1] - by_hand["aspp"] > 1.5
+    assert "PSP, made by hand, leads them all" in text
+    assert by_hand["psp"] > drawn[-1]
+    assert by_hand["psp"] == max(by_hand.values())
+
+
 def test_links_lead_somewhere() -> None:
     found = 0
     for cell in cells_of(NOTEBOOK, "markdown"):

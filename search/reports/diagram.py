@@ -394,11 +394,15 @@ def shortened(name: str, limit: int = 28) -> str:
     return name if len(name) <= limit else f"{name[: limit - tail - 1]}…{name[-tail:]}"
 
 
+# Settings and metadata without which two runs do not write the same bytes.
+SAME_EACH_TIME: dict[Any, Any] = {"svg.hashsalt": "dense-prediction-cell", "pdf.fonttype": 42}  # 42: PDF brings its font
+DATE_IN = {"svg": "Date", "pdf": "CreationDate"}
+
+
 def save_figure(figure: Figure, target: Path | StringIO, suffix: str, **options: Any) -> None:
     """Write the figure, the same file each time; an SVG keeps its text as text, and so does a PDF, with its font."""
-    date = {"svg": "Date", "pdf": "CreationDate"}.get(suffix)
-    metadata = None if date is None else {date: None}
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "dense-prediction-cell", "pdf.fonttype": 42}):
+    metadata = {DATE_IN[suffix]: None} if suffix in DATE_IN else None
+    with matplotlib.rc_context({"svg.fonttype": "none", **SAME_EACH_TIME}):
         figure.savefig(target, format=suffix, dpi=200, metadata=metadata, **options)
 
 

@@ -110,6 +110,13 @@ def test_equals_reference(
 
 
 @every_device
+def test_nan_is_not_hidden(device: str) -> None:
+    logits, labels = torch.randn(2, 3, 4, 5, device=device), torch.ones(2, 7, 9, dtype=torch.int64, device=device)
+    logits[1] = torch.nan  # one of two pictures
+    assert upsampled_cross_entropy(logits, hardest_pixels(logits, labels, 0.25)).isnan()
+
+
+@every_device
 @given(map_sizes(), SHARES, st.sampled_from(("uint8", "int64", "float32", "float64")), rng_seeds())
 def test_keep_largest_equals_reference(device: str, size: tuple[int, int], share: float, dtype: str, seed: int) -> None:
     """Of losses that all differ but for zeros, labels of any dtype keep it; those in floating point become NaN."""

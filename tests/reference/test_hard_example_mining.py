@@ -132,6 +132,13 @@ def test_of_equal_losses_the_first_are_kept() -> None:
     assert keep_largest(np.ones((1, 2, 2)), np.array([[[1, 2], [3, 4]]]), 0.5, 255).tolist() == [[[1, 2], [255, 255]]]
 
 
+def test_nan_is_not_hidden() -> None:
+    rng = np.random.default_rng(0)
+    logits, labels = rng.standard_normal((2, NUM_CLASSES, 5, 6)), random_labels((2, 5, 6), 0.3, rng)
+    logits[1] = np.nan  # one of two pictures
+    assert np.isnan(mined_cross_entropy(logits, labels, 0.25))
+
+
 @pytest.mark.parametrize(("dtype", "ignore"), [(np.uint8, 255), (np.int64, -1), (np.float32, np.nan)])
 def test_labels_keep_their_dtype(dtype: type[np.generic], ignore: float) -> None:
     mined = keep_largest(np.array([[[1.0, 3.0, 2.0]]]), np.array([[[3, 4, 5]]], dtype=dtype), 2 / 3, ignore)
