@@ -113,7 +113,10 @@ def _spread(grad_output: NDArray[np.float64], operation: Operation, options: Bra
         case Conv1x1():
             return grad_output
         case AtrousSeparableConv():  # nine equal taps: convolution and its gradient are the same
-            return depthwise_conv(grad_output, np.ones((1, 1, 3, 3)), rate=operation.rate_times(options.rate_multiplier))
+            height, width = grad_output.shape[2:]
+            rate_h, rate_w = operation.rate_times(options.rate_multiplier)
+            within = min(rate_h, height), min(rate_w, width)  # larger ones are out of reach alike, and would be padded for
+            return depthwise_conv(grad_output, np.ones((1, 1, 3, 3)), rate=within)
         case PyramidPooling(grid_size):
             rows, columns = _pooling((grad_output.shape[2], grad_output.shape[3]), grid_size, options)
             grad_means = bilinear_resize_backward(grad_output, (rows.shape[0], columns.shape[0]))

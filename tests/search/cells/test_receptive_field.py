@@ -203,3 +203,11 @@ def test_doubled_rates_take_as_many_paths_on_a_map_of_twice_the_size() -> None:
         for size, multiplier in ((65, 1), (129, 2))
     ]
     assert np.count_nonzero(fields[0]) == np.count_nonzero(fields[1]) == 513  # a path of doubled steps for each path
+
+
+@pytest.mark.parametrize("rate", [33, 10**9, 10**22])
+def test_rates_beyond_the_map_are_all_one_middle_tap(rate: int) -> None:
+    cell = Cell((Branch(-1, AtrousSeparableConv((rate, 1))),))
+    field = structural_receptive_field(cell, (33, 33))
+    assert field.sum() == 3
+    assert field[16, 15:18].tolist() == [1.0, 1.0, 1.0]
