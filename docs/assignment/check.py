@@ -51,6 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
                 else error
             )
             print(f"error: {said}", file=sys.stderr)
+            report.refuse(options.file, str(said), sum(step.points for step in chosen))
             return 1
         report.begin(options.file, student.uses())
         known: list[Any] = []
@@ -74,6 +75,9 @@ class _Text:
         for name in uses:
             print(f"Note: this file uses {name}. The assignment is to be written in NumPy alone.")
         print()
+
+    def refuse(self, file: Path, said: str, of: int) -> None:
+        """It stands on the standard error already."""
 
     def step(self, result: Result) -> None:
         number = self.names.index(result.step.name) + 1
@@ -122,9 +126,13 @@ class _Json:
 
     def __init__(self) -> None:
         self.head: dict[str, Any] = {}
+        self.output = sys.stdout  # as it is now: what students print goes elsewhere
 
     def begin(self, file: Path, uses: list[str]) -> None:
         self.head = {"file": str(file), "uses": uses}
+
+    def refuse(self, file: Path, said: str, of: int) -> None:
+        self.output.write(json.dumps({"file": str(file), "error": said, "points": 0, "of": of, "steps": []}, indent=1) + "\n")
 
     def step(self, result: Result) -> None:
         """All at the end."""

@@ -21,6 +21,7 @@ from reference.dense_prediction_cell import CellWeights
 
 LIMIT_S = 60.0  # for one call; six nested loops of Python need a tenth of it for the largest input
 MODULE = "student"
+ROUNDABOUT = {"__import__", "eval", "exec", "importlib", "importlib.util", "open", "os._exit", "runpy", "sys.modules"}
 
 
 class Fault(Exception):
@@ -44,11 +45,14 @@ class Student:
         self.module = self._guarded(self._load, "the file")
 
     def uses(self) -> list[str]:
-        """What the file imports, anywhere in it, beside NumPy and the standard library."""
+        """What the file imports, anywhere in it, beside NumPy and the standard library, and other ways to get at code."""
         tree = ast.parse(self.path.read_bytes())
         imports = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
         imports += [node.module or "." for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-        return sorted({name.split(".")[0] for name in imports} - sys.stdlib_module_names - {"numpy"})
+        names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} | set(imports)
+        names |= {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        others = {name.split(".")[0] for name in imports} - sys.stdlib_module_names - {"numpy"}
+        return sorted(others | (names & ROUNDABOUT))
 
     def call(self, name: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, list[str]]:
         """What the function returns, and remarks. Raises Fault or NotWrittenError."""

@@ -420,6 +420,26 @@ def test_from_another_folder_in_a_narrow_alphabet(tmp_path: Path) -> None:
     )
 
 
+def test_json_is_an_object_for_a_file_that_cannot_be_loaded_too(tmp_path: Path) -> None:
+    (path := tmp_path / "dpc.py").write_text("def f(:\n", encoding="utf-8")
+    result = run(str(path), "--only", "resize", "--json")
+    report = json.loads(result.stdout)
+    assert result.returncode == 1
+    assert report == {
+        "file": str(path),
+        "error": result.stderr.strip().removeprefix("error: "),
+        "points": 0,
+        "of": 5,
+        "steps": [],
+    }
+
+
+def test_ways_around_the_rules_are_named(tmp_path: Path) -> None:
+    (path := tmp_path / "dpc.py").write_text("import sys\nSOLUTION = [m for m in sys.modules]\nexec('')\n", encoding="utf-8")
+    result = run(str(path), "--only", "resize", "--json")
+    assert json.loads(result.stdout)["uses"] == ["exec", "sys.modules"]
+
+
 def test_json_has_no_infinity(tmp_path: Path) -> None:
     path = written(tmp_path, "def bilinear_resize(x, size):\n    import torch_of_mine as x\n    return x")
     result = run(str(path), "--only", "resize", "--json")
