@@ -12,6 +12,7 @@ from docs.assignment.mutation import replaced
 from docs.assignment.steps import FLOAT64, STEPS, Bound, Case, Step, closure
 from docs.assignment.student import Fault, NotWrittenError, Student, leaves, without_running
 
+ROUNDING = 1e-12  # of sums that are 0 but for that, such as the gradient of an offset that a batch norm takes away again
 PAIRED_ELEMENTS = 3000  # pairs of misreadings are tried on inputs of at most so many elements, in some seconds
 Status = Literal["passed", "failed", "not yet written"]
 Explanation = tuple[Misreading, ...]  # at once: those of earlier steps, and up to two new ones
@@ -246,8 +247,8 @@ def _named(
 ) -> list[Explanation]:
     """What gives all that the function returned: the known misreadings, with at most two new ones, or new ones alone.
 
-    What explains all inputs is looked for first; then what explains one of them, and else the array that is off. Nothing is
-    named that would make a right value wrong, nor a misreading of an earlier step that failed without showing it. The
+    What explains all inputs that are off is looked for first; then what explains one, and else the array that is off. Nothing
+    is named that would make a right value wrong, nor a misreading of an earlier step that failed without showing it. The
     likeliest comes first.
     """
     steps = closure(step)
@@ -257,11 +258,10 @@ def _named(
     partly: list[Explanation] = []
     for group in _groups(step.name, before, candidates, worst):
         found = [each for each in group if _gives_all(each, worst) and not _contradicted(each, answers)]
-        off_explained = [each for each in found if all(_gives_all(each, answer) for answer in answers if answer.off)]
-        everywhere = [each for each in off_explained if all(_gives_all(each, answer) for answer in answers)]
-        if everywhere:
-            return everywhere
-        partly = partly or off_explained or [each for each in found if len({*each} - {*before}) < 2]
+        fully = [each for each in found if all(_gives_all(each, answer) for answer in answers if answer.off)]
+        if fully:
+            return fully
+        partly = partly or [each for each in found if len({*each} - {*before}) < 2]
     return partly or [(each,) for each in candidates if _gives((each,), worst, off) and not _contradicted((each,), answers)]
 
 
@@ -356,7 +356,8 @@ def _equal(value: Any, given: Any) -> bool:
         return False
     relative = 1e-5 if given.dtype in (np.float32, np.float16) else FLOAT64.relative
     largest = np.abs(value[np.isfinite(value)]).max(initial=0.0) if value.dtype.kind == "f" else 0.0
-    return bool(np.allclose(value, given, rtol=0.0, atol=relative * largest, equal_nan=True))
+    atol = relative * largest + ROUNDING
+    return bool(np.allclose(value, given, rtol=0.0, atol=atol, equal_nan=True))
 
 
 def _sentence(found: list[Explanation], known: list[Misreading]) -> str:

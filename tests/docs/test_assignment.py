@@ -597,6 +597,7 @@ def test_numpy_is_all_that_is_needed(tmp_path: Path) -> None:
 
 def test_the_page_names_every_step_with_its_points() -> None:
     page = (ASSIGNMENT / "README.md").read_text(encoding="utf-8")
+    assert f" {len(MISREADINGS)} likely misreadings" in page
     assert sum(step.points for step in STEPS) == 100
     for number, step in enumerate(STEPS, 1):
         row = f"| {number} | `{step.name}` | {step.points} | {step.minutes} | [{{}}](../definitions.md#{step.anchor})"

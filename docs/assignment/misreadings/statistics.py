@@ -10,7 +10,7 @@ from docs.assignment.mutation import Changes, Function
 from reference import batch_norm as bn
 from reference import dense_prediction_cell as whole_cell
 from reference import pointwise_conv as pointwise
-from reference.batch_norm import Array
+from reference.batch_norm import EPS, Array, BatchNorm
 from reference.cell import BACKBONE_FEATURE, Cell, PyramidPooling
 from reference.concat_project import DROPOUT_RATE
 from reference.dense_prediction_cell import BranchOptions, CellWeights
@@ -70,7 +70,23 @@ def _depthwise_forgotten(before: Any, after: Any, *_: Any) -> CellWeights[Array]
     return changed
 
 
+def _of_the_output(original: Function) -> Function:
+    def update(x: Array, norm: BatchNorm[Array], *, momentum: float) -> Any:
+        normalised, _ = bn._normalise(x, norm, True, EPS)
+        output = np.maximum(norm.scale.reshape(1, -1, 1, 1) * normalised + norm.offset.reshape(1, -1, 1, 1), 0.0)
+        return original(output, norm, momentum=momentum)
+
+    return update
+
+
 STATISTICS = (
+    Misreading(
+        "statistics_of_the_output",
+        "published_cell",
+        "with the statistics of what comes out of batch norm and ReLU",
+        "they are of what comes into each batch norm",
+        {"batch_norm.updated_running_statistics": _of_the_output},
+    ),
     Misreading(
         "statistics_of_the_whole_map",
         "published_cell",
