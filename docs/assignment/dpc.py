@@ -65,7 +65,7 @@ def batch_norm(x: Array, norm: BatchNorm, *, training: bool) -> Array:
     """x: (N, C, H, W) -> (N, C, H, W): normalised per channel, then scaled and offset.
 
     training=True: by mean and biased variance of x itself, over N, H and W. training=False: by the running statistics, and so
-    also in training where x has one value per channel (N = H = W = 1). ε is EPS.
+    also in training where x has one value per channel (N = H = W = 1; two images of 1 × 1 have two values). ε is EPS.
     """
     raise NotImplementedError
 
@@ -120,7 +120,10 @@ def atrous_separable_conv(x: Array, weights: SeparableConv, *, rate: tuple[int, 
 
 
 def bilinear_resize(x: Array, size: tuple[int, int]) -> Array:
-    """x: (N, C, H, W) -> (N, C, *size), with aligned corners. A single output along an axis reads position 0."""
+    """x: (N, C, H, W) -> (N, C, *size), with aligned corners. A single output along an axis reads position 0.
+
+    This is the only grid of the assignment: pooling, loss and predictions resize with it.
+    """
     raise NotImplementedError
 
 
@@ -137,7 +140,8 @@ def pyramid_pooling(
 ) -> Array:
     """x: (N, C_in, H, W) -> (N, C_out, H, W), as the authors' code has it: means of a sliding window.
 
-    `pooling_size` is the height and width from which the window is computed; None: those of x.
+    `pooling_size` is the height and width from which the window is computed; None: those of x. Raises ValueError where the
+    window has more rows or columns than x.
     """
     raise NotImplementedError
 
@@ -150,8 +154,8 @@ def concat_project(
 ) -> Array:
     """B maps (N, C, H, W) -> (N, C_cell, H, W).
 
-    dropout_keep: (N, B · C, H, W), True where an element of the concatenation is kept; None: there is no dropout. Its rate is
-    DROPOUT_RATE.
+    dropout_keep: (N, B · C, H, W), True where an element of the concatenation is kept; None: there is no dropout. The rate is
+    DROPOUT_RATE, whatever share of the mask is True. training=False: there is no dropout, and a mask is ignored.
     """
     raise NotImplementedError
 
@@ -164,7 +168,8 @@ def read_cell(text: str) -> list[Branch]:
 
     Every branch is an object with "op", "input" and more: {"op": "conv", "kernel": 3, "rate": [h, w], "input": -1},
     {"op": "conv", "kernel": 1, "input": 0}, {"op": "pyramid_pooling", "grid_size": [h, w], "input": 1}. A kernel may also be
-    written as [1, 1] or [3, 3]. Raises ValueError where an input is not an earlier map.
+    written as [1, 1] or [3, 3]. Raises ValueError where the input of branch i is not one of -1, 0, ..., i - 1: there is one
+    map of features, so there are no inputs -2, -3. No other error is asked for, and kernel 1 comes without a rate.
     """
     raise NotImplementedError
 
@@ -179,7 +184,10 @@ def dense_prediction_cell(
     pooling_size: tuple[int, int] | None = None,
     dropout_keep: NDArray[np.bool_] | None = None,
 ) -> Array:
-    """features: (N, C_in, H, W) -> (N, C_cell, H, W). Every rate is multiplied by `rate_multiplier`, 2 at output stride 8."""
+    """features: (N, C_in, H, W) -> (N, C_cell, H, W). Every rate is multiplied by `rate_multiplier`, 2 at output stride 8.
+
+    `pooling_size` and `dropout_keep` are handed on to the functions above.
+    """
     raise NotImplementedError
 
 
@@ -187,7 +195,10 @@ def dense_prediction_cell(
 
 
 def upsampled_cross_entropy(logits: Array, labels: NDArray[np.integer]) -> float:
-    """logits: (N, K, h, w), labels: (N, H, W) in 0..K-1 or IGNORE_LABEL -> the mean loss of the labelled pixels, in nats."""
+    """logits: (N, K, h, w), labels: (N, H, W) in 0..K-1 or IGNORE_LABEL -> the mean loss of the labelled pixels, in nats.
+
+    The logits are resized to (H, W) by your `bilinear_resize`. Where no pixel is labelled, the loss and its gradient are 0.
+    """
     raise NotImplementedError
 
 
@@ -195,7 +206,10 @@ def upsampled_cross_entropy(logits: Array, labels: NDArray[np.integer]) -> float
 
 
 def predicted_labels(logits: Array, size: tuple[int, int]) -> NDArray[np.int64]:
-    """logits: (N, K, h, w) -> the most probable class of each pixel: (N, *size), integers."""
+    """logits: (N, K, h, w) -> the most probable class of each pixel: (N, *size), integers.
+
+    The logits are resized by your `bilinear_resize`.
+    """
     raise NotImplementedError
 
 
@@ -205,7 +219,10 @@ def confusion_matrix(predictions: NDArray[np.integer], labels: NDArray[np.intege
 
 
 def mean_iou(confusion: NDArray[np.int64]) -> float:
-    """confusion: (K, K) -> mIOU in 0..1, the mean over the classes that occur in labels or predictions."""
+    """confusion: (K, K) -> mIOU in 0..1, the mean over the classes that occur in labels or predictions.
+
+    It is never called where no class occurs, so return there what you like.
+    """
     raise NotImplementedError
 
 
@@ -213,12 +230,18 @@ def mean_iou(confusion: NDArray[np.int64]) -> float:
 
 
 def batch_norm_backward(grad_output: Array, x: Array, norm: BatchNorm, *, training: bool) -> tuple[Array, BatchNorm]:
-    """Gradients for x: (N, C, H, W), and for scale and offset: (C,) each, in a BatchNorm."""
+    """Gradients for x: (N, C, H, W), and for scale and offset: (C,) each, in a BatchNorm.
+
+    The same rule as in `batch_norm` for one value per channel: the running statistics, which are constants.
+    """
     raise NotImplementedError
 
 
 def batch_norm_relu_backward(grad_output: Array, x: Array, norm: BatchNorm, *, training: bool) -> tuple[Array, BatchNorm]:
-    """Gradients for x and norm, through the ReLU too. x is what came into `batch_norm_relu`."""
+    """Gradients for x and norm, through the ReLU too. x is what came into `batch_norm_relu`.
+
+    The ReLU passes no gradient where its input is exactly 0.
+    """
     raise NotImplementedError
 
 
@@ -309,5 +332,9 @@ def updated_cell_statistics(
     rate_multiplier: int = 1,
     pooling_size: tuple[int, int] | None = None,
 ) -> CellWeights:
-    """The weights after a training step without an optimiser: the running statistics of every batch norm have moved."""
+    """The weights after a training step without an optimiser: the running statistics of every batch norm have moved.
+
+    As in dense_prediction_cell(training=True) without a mask: no dropout. Statistics are of what comes *into* each batch norm,
+    in a pooling of the convolved means before the resize.
+    """
     raise NotImplementedError

@@ -13,16 +13,17 @@ from reference import (
     atrous_separable_conv,
     batch_norm,
     bilinear_resize,
-    concat_project,
     mean_iou,
     pointwise_conv,
     pyramid_pooling,
     upsampled_cross_entropy,
 )
+from reference import concat_project as project
 from reference import dense_prediction_cell as whole_cell
 from reference.batch_norm import Array, BatchNorm
-from reference.cell import AtrousSeparableConv, Branch, Cell, Conv1x1, PyramidPooling
+from reference.cell import BACKBONE_FEATURE, AtrousSeparableConv, Branch, Cell, Conv1x1, PyramidPooling
 from reference.dense_prediction_cell import BranchOptions, CellWeights
+from reference.pointwise_conv import ConvNorm
 
 FILES = (
     batch_norm,
@@ -30,7 +31,7 @@ FILES = (
     atrous_separable_conv,
     bilinear_resize,
     pyramid_pooling,
-    concat_project,
+    project,
     upsampled_cross_entropy,
     mean_iou,
 )
@@ -53,8 +54,12 @@ class ListedBranch(NamedTuple):
 
 
 def read_cell(text: str) -> list[ListedBranch]:
-    """The branches of a cell in the authors' JSON."""
-    return listed(Cell.from_json(text))
+    """The branches of a cell in the authors' JSON. Raises ValueError also for inputs -2 and so on: students have one map."""
+    cell = Cell.from_json(text)
+    for i, branch in enumerate(cell.branches):
+        if branch.input_index < BACKBONE_FEATURE:
+            raise ValueError(f"branch {i}: input must be -1 or an earlier branch, got {branch.input_index}")
+    return listed(cell)
 
 
 def listed(cell: Cell) -> list[ListedBranch]:
@@ -74,6 +79,31 @@ def _operation(branch: Branch) -> tuple[str, tuple[int, int]]:
             assert_never(branch.operation)
 
 
+def mask(dropout_keep: NDArray[np.bool_] | None, training: bool) -> NDArray[np.bool_] | None:
+    """The mask that applies: in inference none, even if one is given."""
+    return dropout_keep if training else None
+
+
+def concat_project(
+    branches: list[Array], weights: ConvNorm[Array], *, training: bool, dropout_keep: NDArray[np.bool_] | None = None
+) -> Array:
+    """Concatenation, dropout in training only, projection."""
+    return project.concat_project(branches, weights, training=training, dropout_keep=mask(dropout_keep, training))
+
+
+def concat_project_backward(
+    grad_output: Array,
+    branches: list[Array],
+    weights: ConvNorm[Array],
+    *,
+    training: bool,
+    dropout_keep: NDArray[np.bool_] | None = None,
+) -> tuple[list[Array], ConvNorm[Array]]:
+    """Its gradients for the branches and the weights."""
+    keep = mask(dropout_keep, training)
+    return project.concat_project_backward(grad_output, branches, weights, training=training, dropout_keep=keep)
+
+
 def dense_prediction_cell(
     features: Array,
     cell: Cell,
@@ -86,7 +116,8 @@ def dense_prediction_cell(
 ) -> Array:
     """The whole cell, its options one by one."""
     options = BranchOptions(training, rate_multiplier, pooling_size=pooling_size)
-    return whole_cell.dense_prediction_cell(features, cell, weights, options, dropout_keep=dropout_keep)
+    keep = mask(dropout_keep, training)
+    return whole_cell.dense_prediction_cell(features, cell, weights, options, dropout_keep=keep)
 
 
 def dense_prediction_cell_backward(
@@ -102,7 +133,8 @@ def dense_prediction_cell_backward(
 ) -> tuple[Array, CellWeights[Array]]:
     """Its gradients for the features and for all weights."""
     options = BranchOptions(training, rate_multiplier, pooling_size=pooling_size)
-    return whole_cell.dense_prediction_cell_backward(grad_output, features, cell, weights, options, dropout_keep=dropout_keep)
+    keep = mask(dropout_keep, training)
+    return whole_cell.dense_prediction_cell_backward(grad_output, features, cell, weights, options, dropout_keep=keep)
 
 
 def updated_cell_statistics(
@@ -114,18 +146,28 @@ def updated_cell_statistics(
     rate_multiplier: int = 1,
     pooling_size: tuple[int, int] | None = None,
 ) -> CellWeights[Array]:
-    """The weights after a training step, in which only the running statistics change: every batch norm is watched."""
+    """The weights after a training step, in which only the running statistics change: every batch norm is watched.
+
+    What comes into a `batch_norm_relu` counts, not what comes into the `batch_norm` that this calls: a misreading may have a
+    ReLU in between.
+    """
     updated: list[BatchNorm[Array]] = []
+    open_calls: list[BatchNorm[Array]] = []
 
     def watched(original: Function) -> Function:
         def watching(x: Array, norm: BatchNorm[Array], *, training: bool) -> Array:
-            updated.append(batch_norm.updated_running_statistics(x, norm, momentum=momentum))
-            output: Array = original(x, norm, training=training)
+            if not open_calls:
+                updated.append(batch_norm.updated_running_statistics(x, norm, momentum=momentum))
+            open_calls.append(norm)
+            try:
+                output: Array = original(x, norm, training=training)
+            finally:
+                open_calls.pop()
             return output
 
         return watching
 
-    with replaced({"batch_norm.batch_norm": watched}):
+    with replaced({"batch_norm.batch_norm": watched, "batch_norm.batch_norm_relu": watched}):
         dense_prediction_cell(
             features, cell, weights, training=True, rate_multiplier=rate_multiplier, pooling_size=pooling_size
         )

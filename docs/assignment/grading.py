@@ -12,6 +12,7 @@ from docs.assignment.mutation import replaced
 from docs.assignment.steps import FLOAT64, STEPS, Bound, Case, Step, closure
 from docs.assignment.student import Fault, NotWrittenError, Student, leaves, without_running
 
+ROUNDING = 1e-12  # of sums that are 0 but for that, such as the gradient of an offset that a batch norm takes away again
 PAIRED_ELEMENTS = 3000  # pairs of misreadings are tried on inputs of at most so many elements, in some seconds
 Status = Literal["passed", "failed", "not yet written"]
 Explanation = tuple[Misreading, ...]  # at once: those of earlier steps, and up to two new ones
@@ -89,7 +90,8 @@ def grade(student: Student, step: Step, known: list[Misreading], failed: Sequenc
     if "dense_prediction_cell" in faults or any(a.case.function == "dense_prediction_cell" and a.off for a in answers):
         sentences += _left_out(student, step)
     for function in dict.fromkeys(answer.case.function for answer in answers if answer.off):
-        about, explanation = _explained(student, step, [a for a in answers if a.case.function == function], known)
+        its_own = [answer for answer in answers if answer.case.function == function]
+        about, explanation = _explained(student, step, its_own, known, failed)
         sentences += about
         named += [explanation] if explanation else []
     sentences += faults.values()
@@ -220,38 +222,47 @@ def _narrowed(wrong: Any) -> str:
 
 
 def _explained(
-    student: Student, step: Step, answers: list[Answer], known: list[Misreading]
+    student: Student, step: Step, answers: list[Answer], known: list[Misreading], failed: Sequence[str]
 ) -> tuple[list[str], Explanation | None]:
     """Sentences about one function, and the misreading that it shows, if there is one."""
     worst = next(answer for answer in answers if answer.off)
     off = worst.off
     assert off is not None
-    failed = sum(answer.off is not None for answer in answers)
+    right = sum(answer.off is None for answer in answers)
     about = f"{_called(worst.case)}: {off.sentence}."
-    if failed < len(answers):
-        about += f" ({len(answers) - failed} of {len(answers)} inputs give the right value.)"
+    if right:
+        about += f" ({right} of {len(answers)} inputs give the right value.)"
     if off.value is None:
         return [about], None
-    found = [_least(each, worst, off) for each in _named(step, answers, worst, off, known)]
+    found = [_least(each, worst, off) for each in _named(step, answers, worst, off, known, failed)]
     if not found:
-        return [about, *_hints(student, worst, off)], None
+        return [about, *_hints(student, worst, off, is_first=not _needed(step, failed))], None
     sentence = _sentence(found, known)
     known += [each for each in found[0] if each not in known]
     return [about, sentence], found[0]
 
 
-def _named(step: Step, answers: list[Answer], worst: Answer, off: Off, known: list[Misreading]) -> list[Explanation]:
+def _named(
+    step: Step, answers: list[Answer], worst: Answer, off: Off, known: list[Misreading], failed: Sequence[str]
+) -> list[Explanation]:
     """What gives all that the function returned: the known misreadings, with at most two new ones, or new ones alone.
 
-    Else what gives the array that is off. The likeliest comes first.
+    What explains all inputs that are off is looked for first; then what explains one, and else the array that is off. Nothing
+    is named that would make a right value wrong, nor a misreading of an earlier step that failed without showing it. The
+    likeliest comes first.
     """
     steps = closure(step)
-    candidates = sorted((each for each in MISREADINGS if each.step in steps), key=lambda each: each.step != step.name)
-    for group in _groups(step.name, tuple(each for each in known if each in candidates), candidates, worst):
-        found = [each for each in group if _gives_all(each, worst)]
-        if found:
-            return _most_consistent(found, answers)
-    return [(each,) for each in candidates if _gives((each,), worst, off)]
+    possible = [each for each in MISREADINGS if each.step in steps and (each in known or each.step not in failed)]
+    candidates = sorted(possible, key=lambda each: each.step != step.name)
+    before = tuple(each for each in known if each in candidates)
+    partly: list[Explanation] = []
+    for group in _groups(step.name, before, candidates, worst):
+        found = [each for each in group if _gives_all(each, worst) and not _contradicted(each, answers)]
+        fully = [each for each in found if all(_gives_all(each, answer) for answer in answers if answer.off)]
+        if fully:
+            return fully
+        partly = partly or [each for each in found if len({*each} - {*before}) < 2]
+    return partly or [(each,) for each in candidates if _gives((each,), worst, off) and not _contradicted((each,), answers)]
 
 
 def _groups(own: str, before: Explanation, candidates: list[Misreading], worst: Answer) -> Iterator[list[Explanation]]:
@@ -270,11 +281,18 @@ def _groups(own: str, before: Explanation, candidates: list[Misreading], worst: 
         yield [(*base, *pair) for pair in pairs if not {*pair} & {*base}]
 
 
-def _most_consistent(found: list[Explanation], answers: list[Answer]) -> list[Explanation]:
-    """Those that give all of the student's values on all inputs; else wherever one is off; else all that were found."""
-    everywhere = [each for each in found if all(_gives_all(each, answer) for answer in answers)]
-    here = [each for each in found if all(_gives_all(each, answer) for answer in answers if answer.off)]
-    return everywhere or here or found
+def _contradicted(explanation: Explanation, answers: list[Answer]) -> bool:
+    """Whether it would be off where the student is right."""
+    for answer in answers:
+        if answer.off:
+            continue
+        mutant = _evaluated(explanation, answer.case)
+        try:
+            if mutant is None or _compared(answer.case, mutant).off:
+                return True
+        except Fault:
+            return True
+    return False
 
 
 def _least(explanation: Explanation, answer: Answer, off: Off) -> Explanation:
@@ -304,11 +322,19 @@ def _under(explanation: Explanation, case: Case) -> Any:
 
 
 def _gives(explanation: Explanation, answer: Answer, off: Off) -> bool:
-    """Whether the array that is off has exactly this value."""
+    """Whether the array that is off has exactly this value, and with it the others of its container, say of its batch norm."""
     mutant = _evaluated(explanation, answer.case)
-    if mutant is None:
+    container = off.where.rpartition(".")[0]
+    try:
+        pairs = [] if mutant is None else list(_pairs(answer.case, mutant, answer.value))
+    except Fault:
         return False
-    return any(where == off.where and _equal(value, off.value) for where, value, _ in _pairs(answer.case, mutant, mutant))
+    near = [
+        _equal(value, given)
+        for where, value, given in pairs
+        if where == off.where or (container and where.rpartition(".")[0] == container)
+    ]
+    return bool(near) and all(near)
 
 
 def _gives_all(explanation: Explanation, answer: Answer) -> bool:
@@ -330,7 +356,8 @@ def _equal(value: Any, given: Any) -> bool:
         return False
     relative = 1e-5 if given.dtype in (np.float32, np.float16) else FLOAT64.relative
     largest = np.abs(value[np.isfinite(value)]).max(initial=0.0) if value.dtype.kind == "f" else 0.0
-    return bool(np.allclose(value, given, rtol=0.0, atol=relative * largest, equal_nan=True))
+    atol = relative * largest + ROUNDING
+    return bool(np.allclose(value, given, rtol=0.0, atol=atol, equal_nan=True))
 
 
 def _sentence(found: list[Explanation], known: list[Misreading]) -> str:
@@ -349,12 +376,27 @@ def _sentence(found: list[Explanation], known: list[Misreading]) -> str:
 # Hints, where no misreading is known
 
 
-def _hints(student: Student, answer: Answer, off: Off) -> list[str]:
-    return [*_simple_relation(off), *_central_differences(student, answer)]
+def _hints(student: Student, answer: Answer, off: Off, *, is_first: bool) -> list[str]:
+    """Where an earlier step is off, only what is seen at once: the rest would be said again and again."""
+    hints = _simple_relation(off)
+    return [*(hints or _small_error(answer)), *_central_differences(student, answer)] if is_first else hints
+
+
+def _small_error(answer: Answer) -> list[str]:
+    options = answer.case.options
+    if options.get("training") and options.get("dropout_keep") is not None and answer.error < 1e-3:
+        return [
+            "Batch norm takes a wrong factor of its input away again, but for ε: does dropout multiply what it keeps by "
+            "1 / (1 - DROPOUT_RATE)?"
+        ]
+    has_norm = "training" in options or "momentum" in options  # then ε, too, makes small errors
+    if answer.error < 1e-6 and not has_norm:
+        return ["So small an error may be the rounding of float32: is something computed in it? Maps are float64."]
+    return []
 
 
 def _simple_relation(off: Off) -> list[str]:
-    """A factor, another order along an axis, float32 inside."""
+    """Float32, a factor, another order along an axis. A single number always has a factor, so there it says nothing."""
     value, expected = off.value, np.asarray(off.expected)
     if value.dtype.kind == "f" and not np.isfinite(value).all():
         return []
@@ -363,9 +405,11 @@ def _simple_relation(off: Off) -> list[str]:
     largest = np.abs(expected).max(initial=0.0)
     if largest == 0.0:
         return []
+    if np.abs(value - expected).max() < 1e-6 * largest and np.array_equal(value, value.astype(np.float32)):
+        return ["All values are numbers of float32: is something computed in it? Maps are float64."]
     at = np.unravel_index(np.abs(expected).argmax(), expected.shape)
     factor = float(value[at]) / float(expected[at])
-    if _equal(factor * expected, value) and factor != 0.0:
+    if value.size > 1 and value.any() and _equal(factor * expected, value) and f"{factor:.6g}" != "1":
         return [f"Every value is {factor:.6g} times what is expected."]
     if not value.any():
         return ["All values are 0."]
@@ -373,8 +417,6 @@ def _simple_relation(off: Off) -> list[str]:
     for name, axis in flips.items():
         if value.shape[axis] > 1 and _equal(np.flip(expected, axis), value):
             return [f"It is right but for the order of the {name}, which is reversed."]
-    if np.abs(value - expected).max() < 1e-6 * largest:
-        return ["So small an error looks like float32: is something computed in it? Maps are float64."]
     return []
 
 

@@ -73,9 +73,11 @@ def batch_norm_cases() -> Iterator[Case]:
     for function in ("batch_norm", "batch_norm_relu"):
         for training in (True, False):
             yield Case(function, _mode(training), (x, norm), {"training": training})
-        yield Case(function, "in training, one value per channel", (x[:1, :, :1, :1], norm), {"training": True})
+        for says, small in _few_values(x):
+            yield Case(function, f"in training, {says}", (small, norm), {"training": True})
     yield Case("updated_running_statistics", "momentum 0.25", (x, norm), {"momentum": 0.25})
-    yield Case("updated_running_statistics", "one value per channel", (x[:1, :, :1, :1], norm), {"momentum": 0.25})
+    for says, small in _few_values(x):
+        yield Case("updated_running_statistics", says, (small, norm), {"momentum": 0.25})
     dump = _dump("dpc_train/train_bn_top1_17x17")
     depthwise = dump.weights.branches[0].depthwise  # type: ignore[union-attr]
     raw = expected.function("depthwise_conv")(dump.features, depthwise.weight, rate=(1, 6))
@@ -124,12 +126,17 @@ def resize_cases() -> Iterator[Case]:
 
 
 def pooling_cases() -> Iterator[Case]:
-    """Maps that the grid does not divide; a window of another crop; the authors' tiny map, with finer grids than rows."""
+    """Maps that the grid does not divide; a window of another crop, or of a too large one; the authors' tiny map."""
     for training, grid_size, pooling_size, x, weights in _poolings():
         options = {"grid_size": grid_size, "training": training, "pooling_size": pooling_size}
         yield Case("pyramid_pooling", _pooling_says(training, grid_size, pooling_size), (x, weights), options)
     for branch in range(4):
         yield _authors_branch("pyramid_pooling", "dpc_cells/pool_tiny_3x4", branch)
+    *_, (_, _, _, x, weights) = _poolings()
+    for pooling_size, which in (((8, 10), "rows"), ((7, 11), "columns")):
+        says = f"a window with more {which} than the map: {_pooling_says(False, (1, 1), pooling_size)}"
+        options = {"grid_size": (1, 1), "training": False, "pooling_size": pooling_size}
+        yield Case("pyramid_pooling", says, (x, weights), options, is_refused=True)
 
 
 def project_cases() -> Iterator[Case]:
@@ -147,9 +154,8 @@ def cell_cases() -> Iterator[Case]:
     texts = {"all operations": SMALL_CELL, "kernels as [1, 1] and [3, 3]": OTHER_KERNELS}
     for says, text in texts.items():
         yield Case("read_cell", says, (text,), {})
-    yield Case(
-        "read_cell", "an input that is a later branch", (SMALL_CELL.replace('"input": 0', '"input": 4'),), {}, is_refused=True
-    )
+    for says, index in REFUSED_INPUTS.items():
+        yield Case("read_cell", says, (SMALL_CELL.replace('"input": 1', f'"input": {index}'),), {}, is_refused=True)
     for says, features, cell, weights, options in _small_cells():
         yield Case("dense_prediction_cell", says, (features, cell, weights), options)
     for name in ("u00_conv1x1_int_kernel_9x9", "mix_cascade_1x1", "pool_tiny_3x4", "mix_cascade_allops_12x9"):
@@ -183,7 +189,7 @@ def score_cases() -> Iterator[Case]:
 
 
 def batch_norm_gradient_cases() -> Iterator[Case]:
-    """Both modes, without and with ReLU."""
+    """Both modes, few values per channel, and zeros, where the ReLU's input is exactly 0; without and with ReLU."""
     rng = np.random.default_rng(1)
     x, norm = _uneven(rng, (2, 3, 4, 5)), _norm(rng, 3)
     grad_output = rng.standard_normal(x.shape)
@@ -191,6 +197,13 @@ def batch_norm_gradient_cases() -> Iterator[Case]:
         for training in (True, False):
             arguments, options = (grad_output, x, norm), {"training": training}
             yield Case(function, _mode(training), arguments, options, returns=("grad_x", "grad_norm"))
+        for says, small in _few_values(x):
+            arguments, options = (grad_output[: len(small), :, :1, :1], small, norm), {"training": True}
+            yield Case(function, f"in training, {says}", arguments, options, returns=("grad_x", "grad_norm"))
+    zero = np.zeros(3)
+    at_zero = (grad_output, np.maximum(x, 0.0), norm._replace(offset=zero, running_mean=zero))
+    says = "in inference, the ReLU's input exactly 0 in many places"
+    yield Case("batch_norm_relu_backward", says, at_zero, {"training": False}, returns=("grad_x", "grad_norm"))
 
 
 def conv1x1_gradient_cases() -> Iterator[Case]:
@@ -225,7 +238,7 @@ def resize_gradient_cases() -> Iterator[Case]:
 def pooling_gradient_cases() -> Iterator[Case]:
     """As for the forward pass."""
     for case in pooling_cases():
-        if case.authors_value is None:
+        if case.authors_value is None and not case.is_refused:
             yield _gradient_of(case, returns=("grad_x", "grad_weights"))
 
 
@@ -276,6 +289,11 @@ SMALL_CELL = """[{"kernel": 3, "rate": [1, 3], "op": "conv", "input": -1},
  {"kernel": 1, "op": "conv", "input": -1},
  {"kernel": 3, "rate": [2, 1], "op": "conv", "input": 1},
  {"kernel": 1, "op": "conv", "input": 0}]"""
+REFUSED_INPUTS = {  # of branch 3
+    "an input that is a later branch": 4,
+    "an input that is the branch itself": 3,
+    "an input below -1 (there is one map of features, so there are no inputs -2, -3)": -2,
+}
 OTHER_KERNELS = SMALL_CELL.replace('"kernel": 3', '"kernel": [3, 3]').replace('"kernel": 1', '"kernel": [1, 1]')
 
 
@@ -356,6 +374,12 @@ def _uneven(rng: Generator, shape: tuple[int, ...]) -> Array:
     return deviation * (rng.standard_normal(shape) + rng.standard_normal((shape[1], 1, 1)))
 
 
+def _few_values(x: Array) -> Iterator[tuple[str, Array]]:
+    """One value per channel, which has no statistics; and two, which have."""
+    yield "one value per channel", x[:1, :, :1, :1]
+    yield "two images of 1 x 1", x[:, :, :1, :1]
+
+
 def _norm(rng: Generator, channels: int) -> BatchNorm[Array]:
     scale = rng.uniform(0.5, 1.5, channels) * np.where(np.arange(channels) % 3 == 2, -1.0, 1.0)
     offset, mean = rng.standard_normal((2, channels)) * 0.4
@@ -396,6 +420,7 @@ def _projections() -> Iterator[tuple[str, list[Array], ConvNorm[Array], dict[str
     yield "in training, with dropout", branches, weights, {"training": True, "dropout_keep": keep}
     yield "in training, without dropout", branches, weights, {"training": True}
     yield "in inference", branches, weights, {"training": False}
+    yield "in inference, with a mask", branches, weights, {"training": False, "dropout_keep": keep}
 
 
 def _small_cells() -> Iterator[tuple[str, Array, Cell, CellWeights[Array], dict[str, Any]]]:
@@ -408,7 +433,7 @@ def _small_cells() -> Iterator[tuple[str, Array, Cell, CellWeights[Array], dict[
     keep = rng.random((2, 15, 7, 10)) >= 0.1
     training: dict[str, Any] = {"training": True, "rate_multiplier": 2, "dropout_keep": keep}
     yield "in training, rates doubled, with dropout", features, cell, weights, training
-    yield "in inference", features, cell, weights, {"training": False}
+    yield "in inference, with a mask", features, cell, weights, {"training": False, "dropout_keep": keep}
     yield "in inference, pooling_size 6 x 9", features, cell, weights, {"training": False, "pooling_size": (6, 9)}
 
 

@@ -22,7 +22,6 @@ from reference.batch_norm import (
 from reference.bilinear_resize import bilinear_resize, bilinear_resize_backward
 from reference.cell import AtrousSeparableConv, Cell, Conv1x1, PyramidPooling
 from reference.cell import Branch as ReferenceBranch
-from reference.concat_project import concat_project, concat_project_backward
 from reference.dense_prediction_cell import BranchOptions, CellWeights
 from reference.dense_prediction_cell import dense_prediction_cell as whole_cell
 from reference.dense_prediction_cell import dense_prediction_cell_backward as whole_cell_backward
@@ -79,14 +78,23 @@ def read_cell(text: str) -> list[Branch]:
 
 
 def dense_prediction_cell(features: Any, cell: Any, weights: Any, *, dropout_keep: Any = None, **options: Any) -> Any:
-    return whole_cell(features, reference_cell(cell), weights, BranchOptions(**options), dropout_keep=dropout_keep)
+    keep = dropout_keep if options["training"] else None
+    return whole_cell(features, reference_cell(cell), weights, BranchOptions(**options), dropout_keep=keep)
 
 
 def dense_prediction_cell_backward(
     grad_output: Any, features: Any, cell: Any, weights: Any, *, dropout_keep: Any = None, **options: Any
 ) -> Any:
     arguments = (grad_output, features, reference_cell(cell), weights, BranchOptions(**options))
-    return whole_cell_backward(*arguments, dropout_keep=dropout_keep)
+    return whole_cell_backward(*arguments, dropout_keep=dropout_keep if options["training"] else None)
+
+
+def concat_project(branches: Any, weights: Any, **options: Any) -> Any:
+    return expected.concat_project(branches, weights, **options)
+
+
+def concat_project_backward(grad_output: Any, branches: Any, weights: Any, **options: Any) -> Any:
+    return expected.concat_project_backward(grad_output, branches, weights, **options)
 
 
 def updated_cell_statistics(features: Any, cell: Any, weights: Any, **options: Any) -> Any:

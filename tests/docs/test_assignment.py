@@ -115,6 +115,7 @@ PAIRS = (
     ("depthwise", "kernel_flipped", "rate_swapped"),
     ("separable", "no_relu_in_the_middle", "edge_padding"),
     ("pooling", "window_rounded_down", "half_pixel"),
+    ("pooling", "window_rounded_to_nearest", "resized_before_norm"),
     ("pooling", "grid_swapped", "unbiased_variance_normalises"),
     ("project", "branches_reversed", "dropout_not_rescaled"),
     ("loss", "divided_by_all_pixels", "half_pixel"),
@@ -221,7 +222,7 @@ WRONG = {
     "float32 inside": (
         "resize",
         RESIZE.replace("return x\n", "return x.astype(np.float32).astype(float)\n"),
-        "So small an error looks like float32",
+        "All values are numbers of float32: is something computed in it?",
     ),
     "words": ("resize", "def bilinear_resize(x, size):\n    return 'done'", "has to be an array of real numbers"),
     "ragged lists": (
@@ -243,6 +244,11 @@ WRONG = {
     "zeros": ("resize", "def bilinear_resize(x, size):\n    return np.zeros((*x.shape[:2], *size))", "All values are 0."),
     "a function gone": ("resize", "del bilinear_resize", "has no function bilinear_resize"),
     "a container gone": ("batch_norm", NORM + "\ndel BatchNorm", "The container BatchNorm at the top of student.py"),
+    "float32 in between": (
+        "resize",
+        RESIZE.replace("return x\n", "return 3.0 * (x / 3.0).astype(np.float32).astype(float)\n"),
+        "So small an error may be the rounding of float32",
+    ),
     "a bad cell accepted": ("cell", "def read_cell(text):\n    return []", "read_cell"),
 }
 
@@ -261,6 +267,124 @@ def test_what_is_wrong_is_said_in_a_sentence(what: str, tmp_path: Path) -> None:
     result = grade(Student(path), BY_NAME[step], [])
     assert result.status == "failed"
     assert any(said.format(line=line) in sentence for sentence in result.sentences), result.sentences
+
+
+READ = """
+def read_cell(text):
+    import json
+    kinds = {{"1": "conv1x1", "3": "atrous_separable_conv", "None": "pyramid_pooling"}}
+    cell = []
+    for i, branch in enumerate(json.loads(text)):
+        if {refused}:
+            raise ValueError(branch["input"])
+        kind = kinds[str(branch.get("kernel")).strip("[]")[:1].replace("N", "None")]
+        size = branch.get("rate") or branch.get("grid_size") or (1, 1)
+        cell.append(Branch(kind, tuple(size), branch["input"]))
+    return cell
+"""
+
+
+@pytest.mark.parametrize(
+    ("refused", "said"),
+    [
+        ("False", "read_cell accepts an input that is a later branch"),
+        ("branch['input'] > i", "read_cell accepts an input that is the branch itself"),
+        ("branch['input'] >= i", "read_cell accepts an input below -1"),
+        ("not -1 <= branch['input'] < i", ""),
+    ],
+)
+def test_inputs_that_are_no_earlier_map_have_to_be_refused(refused: str, said: str, tmp_path: Path) -> None:
+    student = Student(written(tmp_path, READ.format(refused=refused)))
+    result = grade(student, only(BY_NAME["cell"], "read_cell"), [])
+    assert (result.status, bool(result.sentences)) == (("failed", True) if said else ("passed", False))
+    assert all(sentence.startswith(said) and "it has to raise ValueError" in sentence for sentence in result.sentences)
+
+
+def only(step: Step, function: str) -> Step:
+    """The step with the cases of one of its functions."""
+    cases = [case for case in step.cases() if case.function == function]
+    return step._replace(cases=lambda: cases)
+
+
+def changed(name: str, change: Callable[[Any], Any]) -> Misreading:
+    """A mutant that the check does not know."""
+    return Misreading("unknown", "pooling", "", "", {name: change})
+
+
+def test_a_window_that_exceeds_the_map_has_to_be_refused() -> None:
+    def clipped(size: int, grid: int, pooling_size: int | None = None) -> int:
+        return min(-(-(pooling_size or size) // grid), size)
+
+    result = grade(mutant(changed("pyramid_pooling.window_size", lambda f: clipped)), BY_NAME["pooling"], [])
+    assert result.status == "failed"
+    assert [sentence[:61] for sentence in result.sentences] == [
+        "pyramid_pooling accepts a window with more rows than the map:"
+    ]
+
+
+@pytest.mark.parametrize(
+    "name", ["one_value_has_batch_terms", "relu_passes_at_0", "one_value_per_image", "dropout_in_inference"]
+)
+def test_what_is_off_on_special_inputs_alone_is_found(name: str) -> None:
+    """All the other inputs of its step, it gets right."""
+    result = grade(mutant(by_name(name)), BY_NAME[by_name(name).step], [])
+    assert result.points == 0
+    assert any("inputs give the right value" in sentence for sentence in result.sentences)
+
+
+def test_a_single_number_has_no_factor() -> None:
+    loss = mutant(changed("upsampled_cross_entropy.upsampled_cross_entropy", lambda f: lambda *given: 1.03 * f(*given)))
+    result = grade(loss, BY_NAME["loss"], [])
+    assert result.status == "failed"
+    assert not any("times what is expected" in sentence for sentence in result.sentences)
+
+
+@pytest.mark.parametrize("factor", [1.1, 1.001])
+def test_a_factor_that_batch_norm_hides_is_not_float32(factor: float) -> None:
+    """Dropout's factor, squared or nearly right."""
+    dropout = changed("concat_project.dropout", lambda f: lambda x, keep, *, rate: factor * f(x, keep, rate=rate))
+    sentences = grade(mutant(dropout), BY_NAME["project"], []).sentences
+    assert any("does dropout multiply what it keeps by 1 / (1 - DROPOUT_RATE)?" in sentence for sentence in sentences)
+    assert not any("float32" in sentence or "times what" in sentence for sentence in sentences)
+
+
+def test_a_loss_of_float32_is_said_to_be_one() -> None:
+    loss = mutant(
+        changed("upsampled_cross_entropy.upsampled_cross_entropy", lambda f: lambda *given: float(np.float32(f(*given))))
+    )
+    assert "All values are numbers of float32" in grade(loss, BY_NAME["loss"], []).sentences[1]
+
+
+def test_nothing_is_named_that_right_values_contradict() -> None:
+    """A ReLU without a gradient only in inference: `no_mask` gives just this value there, but is wrong in training."""
+
+    def without_relu_in_inference(original: Callable[..., Any]) -> Callable[..., Any]:
+        def backward(*given: Any, training: bool) -> Any:
+            gradient = original if training else expected.function("batch_norm_backward")
+            return gradient(*given, training=training)
+
+        return backward
+
+    misread = changed("batch_norm.batch_norm_relu_backward", without_relu_in_inference)
+    step = only(BY_NAME["batch_norm_gradient"], "batch_norm_relu_backward")
+    result = grade(mutant(misread), step, [])
+    assert (result.status, result.misreadings) == ("failed", [])
+
+
+def test_what_an_earlier_step_did_not_show_is_not_named_later() -> None:
+    student, step = mutant(by_name("window_rounded_down")), BY_NAME["cell"]
+    assert names(grade(student, step, [])) == [["window_rounded_down"]]
+    result = grade(student, step, [], ["pooling"])
+    assert (result.misreadings, result.sentences[-1]) == ([], "It needs pooling, off too: put that right first.")
+    assert names(grade(student, step, [by_name("window_rounded_down")], ["pooling"])) == [["window_rounded_down"]]
+
+
+def test_a_relu_before_norm_is_recognised_in_the_cells_statistics() -> None:
+    """A student's statistics are of what the convolution gives; a mean of them alone would fit other misreadings too."""
+    misreading = by_name("relu_before_norm")
+    result = grade(mutant(misreading), BY_NAME["published_cell"], [misreading], ["batch_norm"])
+    assert names(result)
+    assert {tuple(each) for each in names(result)} == {("relu_before_norm",)}
 
 
 def test_a_view_is_remarked(tmp_path: Path) -> None:
@@ -297,6 +421,9 @@ def test_a_gradient_is_held_to_the_students_own_function(tmp_path: Path) -> None
     path = written(tmp_path, NORM, NORM_GRADIENT.format(factor=1.5))
     result = grade(Student(path), BY_NAME["batch_norm_gradient"], [])
     assert any("Central differences of your own batch_norm do not agree with grad_x" in each for each in result.sentences)
+    later = grade(Student(path), BY_NAME["batch_norm_gradient"], [], ["batch_norm"])
+    assert later.sentences[-1] == "It needs batch_norm, off too: put that right first."
+    assert not any("Central differences" in each for each in later.sentences)
 
 
 def test_a_gradient_of_a_wrong_function_sends_there(tmp_path: Path) -> None:
@@ -490,6 +617,7 @@ def test_numpy_is_all_that_is_needed(tmp_path: Path) -> None:
 
 def test_the_page_names_every_step_with_its_points() -> None:
     page = (ASSIGNMENT / "README.md").read_text(encoding="utf-8")
+    assert f" {len(MISREADINGS)} likely misreadings" in page
     assert sum(step.points for step in STEPS) == 100
     for number, step in enumerate(STEPS, 1):
         row = f"| {number} | `{step.name}` | {step.points} | {step.minutes} | [{{}}](../definitions.md#{step.anchor})"

@@ -13,6 +13,7 @@ from docs.assignment.misreadings.pooling import POOLING, POOLING_GRADIENT
 from docs.assignment.misreadings.project import PROJECT, PROJECT_GRADIENT
 from docs.assignment.misreadings.resize import RESIZE, RESIZE_GRADIENT
 from docs.assignment.misreadings.score import SCORE
+from docs.assignment.misreadings.statistics import STATISTICS
 
 MISREADINGS: tuple[Misreading, ...] = (
     *BATCH_NORM,
@@ -32,4 +33,5 @@ MISREADINGS: tuple[Misreading, ...] = (
     *PROJECT_GRADIENT,
     *LOSS_GRADIENT,
     *CELL_GRADIENT,
+    *STATISTICS,
 )

@@ -72,6 +72,28 @@ def _running_variance_of(batch_var: Function) -> Callable[[Function], Function]:
     return change
 
 
+def _one_value(x: Array) -> bool:
+    return int(x[:, 0].size) == 1
+
+
+def _mean_moved_by_one_value(original: Function) -> Function:
+    def update(x: Array, norm: Any, *, momentum: float) -> Any:
+        after = original(x, norm, momentum=momentum)
+        if not _one_value(x):
+            return after
+        return after._replace(running_mean=(1 - momentum) * norm.running_mean + momentum * x[0, :, 0, 0])
+
+    return update
+
+
+def _unbiased_per_image(x: Array) -> Array:
+    n = x[0, 0].size
+    if n == 1:  # n / (n - 1) would be 1 / 0: whoever reads it so has to do something else here
+        n = x[:, 0].size
+    variance: Array = x.var(axis=(0, 2, 3)) * n / (n - 1)
+    return variance
+
+
 def _share(read: Callable[[float], float]) -> Changes:
     """Running statistics with another share of the new: a function of the momentum."""
     return {
@@ -178,6 +200,13 @@ BATCH_NORM = (
         {"batch_norm._normalise": _by_its_own},
     ),
     Misreading(
+        "one_value_per_image",
+        "batch_norm",
+        "where a 1 x 1 map of several images has no statistics",
+        "one value per channel means N = H = W = 1: two images give two values",
+        {"batch_norm._uses_batch_statistics": lambda f: lambda x, training: f(x[:1], training)},
+    ),
+    Misreading(
         "scale_and_offset_swapped",
         "batch_norm",
         "with scale and offset swapped",
@@ -213,6 +242,27 @@ BATCH_NORM = (
         {"batch_norm.updated_running_statistics": _running_variance_of(lambda x: x.var(axis=(0, 2, 3)))},
     ),
     Misreading(
+        "running_variance_unbiased_per_image",
+        "batch_norm",
+        "with the running variance times n / (n - 1), n = H · W",
+        "n counts the values of all images: N · H · W",
+        {"batch_norm.updated_running_statistics": _running_variance_of(_unbiased_per_image)},
+    ),
+    Misreading(
+        "eps_in_the_running_variance",
+        "batch_norm",
+        "with ε in the running variance",
+        "ε is added only where the variance divides",
+        {"batch_norm.updated_running_statistics": _running_variance_of(lambda x: x.var(axis=(0, 2, 3), ddof=1) + EPS)},
+    ),
+    Misreading(
+        "running_mean_moves_with_one_value",
+        "batch_norm",
+        "where the running mean moves also with one value per channel",
+        "there neither of the running statistics changes",
+        {"batch_norm.updated_running_statistics": _mean_moved_by_one_value},
+    ),
+    Misreading(
         "momentum_is_decay",
         "batch_norm",
         "with momentum as the share of the old statistics (a decay)",
@@ -236,8 +286,13 @@ BATCH_NORM = (
 )
 
 
-def _norm_gradient(*, mean_term: bool, variance_term: bool, in_inference: bool = False) -> Changes:
-    """Batch norm's gradient with and without the terms of mean and variance."""
+def _norm_gradient(
+    *, mean_term: float = 1.0, variance_term: float = 1.0, has_terms: Any = bn._uses_batch_statistics, ddof: int = 0
+) -> Changes:
+    """Batch norm's gradient with other terms of mean and variance, or with them where `has_terms` says: of x and training.
+
+    `ddof` is taken from the number of values that the variance's term is divided by.
+    """
 
     def backward(g: Array, x: Array, norm: BatchNorm[Array], *, training: bool) -> tuple[Array, BatchNorm[Array]]:
         normalised, deviation = bn._normalise(x, norm, training, EPS)
@@ -245,9 +300,10 @@ def _norm_gradient(*, mean_term: bool, variance_term: bool, in_inference: bool =
         gradients = BatchNorm((g * normalised).sum(axis=(0, 2, 3)), g.sum(axis=(0, 2, 3)), zero, zero)
         grad = g * norm.scale.reshape(1, -1, 1, 1)
         removed = np.zeros_like(grad)
-        if training or in_inference:
+        if has_terms(x, training):
             removed += mean_term * grad.mean(axis=(0, 2, 3), keepdims=True)
-            removed += variance_term * normalised * (grad * normalised).mean(axis=(0, 2, 3), keepdims=True)
+            count = x[:, 0].size - ddof
+            removed += variance_term * normalised * (grad * normalised).sum(axis=(0, 2, 3), keepdims=True) / count
         return (grad - removed) / deviation, gradients
 
     return {"batch_norm.batch_norm_backward": lambda f: backward}
@@ -292,28 +348,42 @@ BATCH_NORM_GRADIENT = (
         "batch_norm_gradient",
         "with mean and variance taken as constants",
         "in training they depend on x, which adds two terms",
-        _norm_gradient(mean_term=False, variance_term=False),
+        _norm_gradient(mean_term=0.0, variance_term=0.0),
     ),
     Misreading(
         "no_variance_term",
         "batch_norm_gradient",
         "without the term of the variance",
         "the variance depends on x too",
-        _norm_gradient(mean_term=True, variance_term=False),
+        _norm_gradient(variance_term=0.0),
     ),
     Misreading(
         "no_mean_term",
         "batch_norm_gradient",
         "without the term of the mean",
         "the mean depends on x too",
-        _norm_gradient(mean_term=False, variance_term=True),
+        _norm_gradient(mean_term=0.0),
     ),
     Misreading(
         "batch_terms_in_inference",
         "batch_norm_gradient",
         "with the terms of mean and variance in inference too",
         "there, both are constants",
-        _norm_gradient(mean_term=True, variance_term=True, in_inference=True),
+        _norm_gradient(has_terms=lambda x, training: True),
+    ),
+    Misreading(
+        "one_value_has_batch_terms",
+        "batch_norm_gradient",
+        "with the terms of mean and variance also for one value per channel",
+        "there, as in the forward pass, the running statistics are used, and they are constants",
+        _norm_gradient(has_terms=lambda x, training: training),
+    ),
+    Misreading(
+        "variance_term_unbiased",
+        "batch_norm_gradient",
+        "with n - 1 in the term of the variance",
+        "a batch is normalised by the biased variance, so all means are over n",
+        _norm_gradient(ddof=1),
     ),
     Misreading(
         "scale_gradient_of_x",
@@ -335,6 +405,17 @@ BATCH_NORM_GRADIENT = (
         "without the ReLU in the gradient",
         "it passes the gradient where its input is positive, and 0 elsewhere",
         _masked_by(lambda g, x: 1.0),
+    ),
+    Misreading(
+        "relu_passes_at_0",
+        "batch_norm_gradient",
+        "where the ReLU passes the gradient also where its input is exactly 0",
+        "it passes it where its input is positive: > 0, not >= 0",
+        {
+            "batch_norm.batch_norm_relu_backward": lambda f: (
+                lambda g, x, norm, **o: bn.batch_norm_backward(g * (bn.batch_norm(x, norm, **o) >= 0.0), x, norm, **o)
+            )
+        },
     ),
     Misreading(
         "mask_of_the_norms_input",

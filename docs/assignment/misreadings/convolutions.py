@@ -52,13 +52,14 @@ CONV1X1 = (
 )
 
 
-def _weight_read_as(turned: Callable[[Array], Array]) -> Changes:
-    """Depthwise convolution with the 3×3 weights turned, which is undone by turning them again."""
+def _weight_read_as(turned: Callable[[Array], Array], undone: Callable[[Array], Array] | None = None) -> Changes:
+    """Depthwise convolution with the 3×3 weights turned; undone by turning them again if nothing else is given."""
+    back = undone or turned
 
     def backward(original: Function) -> Function:
         def changed(g: Array, x: Array, weight: Array, **options: Any) -> tuple[Array, Array]:
             grad_x, grad_weight = original(g, x, turned(weight), **options)
-            return grad_x, turned(grad_weight)
+            return grad_x, back(grad_weight)
 
         return changed
 
@@ -102,6 +103,15 @@ DEPTHWISE = (
         "with the kernel's rows and columns swapped",
         "the weight's axes are (C, 1, kernel rows, kernel columns)",
         _weight_read_as(lambda weight: weight.swapaxes(2, 3)),
+    ),
+    Misreading(
+        "negative_tap_index",
+        "depthwise",
+        "with tap -1, 0 or 1 as the index into the weight, where -1 is the last one",
+        "the tap i · rate away from the centre has the weight of index i + 1",
+        _weight_read_as(
+            lambda weight: weight[..., [2, 0, 1], :][..., [2, 0, 1]], lambda weight: weight[..., [1, 2, 0], :][..., [1, 2, 0]]
+        ),
     ),
     Misreading(
         "rate_swapped",
@@ -288,5 +298,17 @@ CONVOLUTION_GRADIENTS = (
         "with the kernel's gradient averaged over the images",
         "it is a sum over all positions of all images",
         {"atrous_separable_conv.depthwise_conv_backward": changed_results(None, lambda grad, g, *_: grad / len(g))},
+    ),
+    Misreading(
+        "middle_relu_has_no_gradient",
+        "separable_gradient",
+        "without the ReLU between the two convolutions",
+        "what lies between them forwards is passed backwards too: ReLU, then batch norm",
+        {
+            "atrous_separable_conv.atrous_separable_conv_backward": _middle(
+                lambda x, norm, **o: bn.batch_norm_relu(x, norm, **o),
+                lambda g, x, norm, **o: bn.batch_norm_backward(g, x, norm, **o),
+            )["atrous_separable_conv.atrous_separable_conv_backward"]
+        },
     ),
 )

@@ -123,6 +123,23 @@ LOSS = (
         _loss_of(lambda logits, labels: (logits, np.where(labels == IGNORE_INDEX, 0, labels))),
     ),
     Misreading(
+        "ignored_summed_as_class_0",
+        "loss",
+        "where pixels without a label are summed as class 0 (though not counted)",
+        "pixels with label 255 are ignored",
+        {
+            name: lambda f: (
+                lambda logits, labels: (
+                    f(logits, np.where(labels == IGNORE_INDEX, 0, labels)) * (labels.size / _labelled(labels))
+                )
+            )
+            for name in (
+                "upsampled_cross_entropy.upsampled_cross_entropy",
+                "upsampled_cross_entropy.upsampled_cross_entropy_backward",
+            )
+        },
+    ),
+    Misreading(
         "ignored_are_the_last_class",
         "loss",
         "where pixels without a label count as the last class",
@@ -142,6 +159,13 @@ LOSS = (
         "with softmax before the resize",
         "the logits are resized, then comes softmax",
         {"upsampled_cross_entropy._log_softmax": _probabilities_resized},
+    ),
+    Misreading(
+        "no_labels_give_nan",
+        "loss",
+        "by dividing by 0 where no pixel is labelled",
+        "loss and gradient are 0 there",
+        _loss_times(lambda labels: 1.0 if (labels != IGNORE_INDEX).any() else np.nan),
     ),
     Misreading(
         "softmax_overflows",

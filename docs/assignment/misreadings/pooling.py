@@ -39,6 +39,10 @@ def _floor(size: int, grid: int, pooling_size: int | None = None) -> int:
     return max((size if pooling_size is None else pooling_size) // grid, 1)
 
 
+def _rounded(size: int, grid: int, pooling_size: int | None = None) -> int:
+    return max(round((size if pooling_size is None else pooling_size) / grid), 1)
+
+
 def _matrices_of(read: Callable[[Any, Any, Any], tuple[Any, Any]]) -> Changes:
     """The two matrices of means for another grid and pooling_size: a function of x, grid and pooling_size."""
 
@@ -102,6 +106,20 @@ POOLING = (
         {"pyramid_pooling.window_size": lambda f: _floor},
     ),
     Misreading(
+        "window_rounded_to_nearest",
+        "pooling",
+        "with a window of round(H / grid_h) x round(W / grid_w), rounded to nearest",
+        "the window is rounded up",
+        {"pyramid_pooling.window_size": lambda f: _rounded},
+    ),
+    Misreading(
+        "one_window_too_few",
+        "pooling",
+        "without the last window of each row and column",
+        "a window fits at H - window + 1 positions",
+        _spans(lambda size, window: [(start, start + window) for start in range(size - window)]),
+    ),
+    Misreading(
         "grid_cells",
         "pooling",
         "with one mean per grid cell, the paper's words",
@@ -149,6 +167,20 @@ POOLING = (
         "with the window computed from the map",
         "where `pooling_size` is given, the window follows that",
         _matrices_of(lambda x, grid, pinned: (grid, None)),
+    ),
+    Misreading(
+        "map_size_swapped",
+        "pooling",
+        "with a window of ceil(W / grid_h) x ceil(H / grid_w)",
+        "its rows come from the map's height, its columns from the width: ceil(H / grid_h) x ceil(W / grid_w)",
+        _matrices_of(lambda x, grid, pinned: (grid, (pinned or x.shape[2:])[::-1])),
+    ),
+    Misreading(
+        "pooling_size_swapped",
+        "pooling",
+        "with `pooling_size` read as (width, height)",
+        "it is (height, width)",
+        _matrices_of(lambda x, grid, pinned: (grid, pinned and pinned[::-1])),
     ),
     Misreading(
         "resized_before_relu",

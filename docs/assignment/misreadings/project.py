@@ -90,6 +90,20 @@ PROJECT = (
         _dropout(lambda rate: 1.0 / rate),
     ),
     Misreading(
+        "dropout_divided_by_the_kept_share",
+        "project",
+        "with what dropout keeps divided by the share that this mask happens to keep",
+        "it is divided by 1 - rate, whatever the mask",
+        {"concat_project.dropout": lambda f: lambda x, keep, *, rate: np.where(keep, x / keep.mean(), 0.0)},
+    ),
+    Misreading(
+        "dropout_in_inference",
+        "project",
+        "with dropout in inference where a mask is given",
+        "there is dropout in training only",
+        {"expected.mask": lambda f: lambda keep, training: keep},
+    ),
+    Misreading(
         "dropout_mask_inverted",
         "project",
         "with the mask inverted",

@@ -52,6 +52,13 @@ RESIZE = (
         {"bilinear_resize.interpolation_taps": _positions(lambda i, o: np.floor(aligned(i, o) + 0.5))},
     ),
     Misreading(
+        "nearest_even",
+        "resize",
+        "by taking the nearest position (of two equally near, the even one, as Python's round does)",
+        "two neighbours are weighted in each direction",
+        {"bilinear_resize.interpolation_taps": _positions(lambda i, o: np.rint(aligned(i, o)))},
+    ),
+    Misreading(
         "lower_neighbour",
         "resize",
         "by taking the lower neighbour",

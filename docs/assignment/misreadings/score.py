@@ -88,6 +88,13 @@ SCORE = (
         _mean_of(lambda iou, confusion: np.nan_to_num(iou, nan=1.0).mean()),
     ),
     Misreading(
+        "percent",
+        "score",
+        "in percent",
+        "mIOU is a number in 0..1",
+        _mean_of(lambda iou, confusion: 100.0 * np.nanmean(iou)),
+    ),
+    Misreading(
         "only_labelled_classes",
         "score",
         "with the mean over classes that occur in the labels",
