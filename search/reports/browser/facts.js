@@ -22,7 +22,7 @@ function renderFacts() {
     tile("positions", "Positions read", count(extent.positions), [`of ${count(height * width)} on the map`, whose]),
     tile("box", "They span", `${extent.box[0]}${NARROW_SPACE}×${NARROW_SPACE}${extent.box[1]}`, [
       `up ${reach[0]}, down ${reach[1]}, left ${reach[2]}, right ${reach[3]}`,
-      `${count(pixels(extent.box[0]))} × ${count(pixels(extent.box[1]))} pixels of the image`,
+      `${count(pixels(extent.box[0]))} × ${count(pixels(extent.box[1]))} pixels of the image, on the grid of corners`,
     ]),
     tile("share", "Read within it", percent(extent.share), [extent.share < 1 ? "the rest are holes: gridding" : "no holes"]),
     tile("lost", "Paths lost", percent(Math.abs(lost) < 1e-9 ? 0 : lost), [
@@ -40,7 +40,8 @@ function renderFacts() {
   );
   part("remark").textContent = numbers.remark;
   part("image").textContent =
-    `An image of ${count(pixels(height))} × ${count(pixels(width))} pixels at output stride ${state.stride}` +
+    `An image of ${count(pixels(height))} × ${count(pixels(width))} pixels, on the grid of corners, ` +
+    `at output stride ${state.stride}` +
     (numbers.options.rateMultiplier > 1 ? `, where all rates count ${numbers.options.rateMultiplier} times.` : ".");
 }
 
