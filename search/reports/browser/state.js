@@ -4,7 +4,7 @@
 const data = JSON.parse(document.getElementById("explorer-data").textContent);
 const root = document.getElementById("explorer");
 const part = (name) => root.querySelector(`[data-part="${name}"]`);
-const LARGEST_MAP = 1025; // features per side
+const LARGEST_MAP = Math.max(1025, ...data.cells.flatMap(({featureSize}) => featureSize)); // features per side
 let state, numbers; // what is chosen, and what follows from it
 
 function opened(given) {

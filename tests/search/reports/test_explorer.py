@@ -563,6 +563,16 @@ def test_an_address_opens_the_same_again_where_the_page_begins_with_another(visi
         assert visit.page.evaluate("JSON.stringify(state)") == before
 
 
+def test_an_address_has_the_map_that_its_page_begins_with(visit_of: VisitOf) -> None:
+    """However large; no other page takes it."""
+    visit = visit_of(Opened(label="long", cell=load_cell("dpc"), feature_size=(1, 1030)))
+    visit.wait("location.hash.includes('map=1x1030')")
+    visit.page.reload()
+    assert (visit.problem, visit.page.evaluate("state.size")) == ("", [1, 1030])
+    visit.part("width").fill("1031")
+    assert visit.problem == "width of the map, in features: give an integer from 1 to 1030"
+
+
 WRONG_ADDRESSES = {
     "cell=[3]": "branch 0: must be a JSON object, got 3",
     f"cell={TWO}&map=0x5": "the address has map=0x5: give height x width, 1 to 1025 each, as in 65x129",
@@ -780,6 +790,9 @@ PRESS = """seed => {
   for (let k = 0; k < 150; k++) {
     acts[below(acts.length)]();
     const again = computed(state);
+    const shown = [["height", state.size[0]], ["width", state.size[1]], ["stride", state.stride], ["pooling", state.pooling],
+      ["branch-channels", state.branchChannels], ["cell-channels", state.cellChannels]];
+    ends.push(shown.every(([name, value]) => part(name).value === String(value)));
     ends.push(part("json").value === cellToJson(checkedCell(state.cell)) && String(again.field) === String(numbers.field)
       && again.cost.total.parameters === numbers.cost.total.parameters);
   }
@@ -790,7 +803,16 @@ PRESS = """seed => {
 def test_whatever_is_pressed_the_page_stays_whole(visit: Visit) -> None:
     visit.part("height").fill("9")
     visit.part("width").fill("14")
+    visit.part("width").blur()
     assert visit.page.evaluate(PRESS, 1)
+
+
+def test_whatever_is_refused_the_page_stays_whole(visit_of: VisitOf) -> None:
+    """No smaller map is taken than the windows are; the button that lets them follow the map is away."""
+    visit = visit_of(Opened(label="pinned", cell=load_cell("aspp"), feature_size=(9, 14), pooling_size=(9, 14)))
+    visit.page.evaluate("part('release').remove()")
+    assert visit.page.evaluate(PRESS, 2)
+    assert visit.page.evaluate("state.poolingSize") == [9, 14]
 
 
 def test_the_page_fits_narrow_screens(visit: Visit) -> None:
