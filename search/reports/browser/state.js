@@ -139,8 +139,11 @@ function show(given) {
   return true;
 }
 
+// As `show`, from elsewhere on the page: what is shown comes into view, and whoever uses keys goes on there.
 function openCell(given) {
-  if (show(given)) root.scrollIntoView({block: "start"});
+  if (!show(given)) return;
+  root.scrollIntoView({block: "start"});
+  root.focus({preventScroll: true});
 }
 
 // The question that goes with what was opened, if there is one, stands above the cell.

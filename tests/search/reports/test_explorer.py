@@ -720,6 +720,23 @@ def test_a_question_leaves_with_its_cell(visit: Visit) -> None:
     assert not asked.is_visible()
 
 
+def test_the_numbers_stand_below_the_map_too(visit: Visit) -> None:
+    said = visit.part("summary").inner_text()
+    assert said == "513 of 8,385 positions read, within 51 × 55: 18 % of it; 0.0 % of the paths lost."
+    visit.part("corner").click()
+    said = visit.part("summary").inner_text()
+    assert said.startswith("112 of 8,385 positions read, within 26 × 28: ")
+    assert visit.fact("lost").split("\n")[1] in said
+
+
+def test_after_a_question_is_set_up_keys_go_on_at_its_cell(visit: Visit) -> None:
+    visit.page.locator("[data-question]").nth(0).focus()
+    visit.page.keyboard.press("Enter")
+    assert visit.page.evaluate("document.activeElement.id") == "explorer"
+    visit.page.keyboard.press("Tab")
+    assert visit.page.evaluate("document.getElementById('explorer').contains(document.activeElement)")
+
+
 def test_sizes_in_pixels_name_their_grid(visit: Visit) -> None:
     """An image of 512 × 512 has 32 × 32 features of a vision transformer, on the grid of centres."""
     visit.part("height").fill("32")
