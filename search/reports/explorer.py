@@ -1,6 +1,6 @@
 """The explorer: a part of a page where a cell is changed by hand, and what it reads and what it costs follows at once.
 
-The pages of `search.report --cells` have it, and docs/explorer.html is little else (`explorer_page.py`). All that it knows
+The pages of `search.report --cells` have it, and docs/explorer.html is little else (docs/build_explorer.py). All that it knows
 comes from Python: rates, grids and cells, colours, the answers to its questions. What must follow while somebody drags is
 computed in the browser by `browser/cell.js` and `browser/numbers.js`, and tests hold these to reference/ and search/cells/, in
 a real browser. The page loads nothing, and its policy lets no script run but this one.
@@ -29,7 +29,7 @@ from search.cells.receptive_field import structural_receptive_field
 from search.reports import diagram
 
 CITYSCAPES = (65, 129)  # features of an image of 1025 × 2049 pixels at output stride 16
-CHANNELS = (320,)  # of MobileNet-v2
+MOBILENET_V2_CHANNELS = 320  # of its feature, which the paper searched with
 _SCRIPTS = ("cell", "numbers", "elements", "state", "address", "graph", "map", "editor", "facts", "controls", "files", "start")
 
 
@@ -41,7 +41,7 @@ class Opened:
     cell: Cell
     about: str = ""
     feature_size: Size = CITYSCAPES
-    in_channels: Sequence[int] = CHANNELS
+    in_channels: Sequence[int] = (MOBILENET_V2_CHANNELS,)
     branch_channels: int = 256
     cell_channels: int = 256
     output_stride: int = 16
@@ -116,7 +116,7 @@ class Explorer:
 
     data: dict[str, Any]
     script: Markup
-    policy: Markup  # what the page's Content-Security-Policy lets run
+    policy: Markup  # what the page's Content-Security-Policy lets run, besides what it says on every page
     questions: Sequence[Question]
     definitions: str | None  # relative link to docs/definitions.md, if it lies beside the page
 
@@ -150,4 +150,5 @@ def explorer(cells: Sequence[Opened], questions: Sequence[Question] = (), defini
         "cells": [cell.to_json() for cell in cells],
         "questions": [{**each.opened.to_json(), "question": each.text, "answer": each.answer} for each in questions],
     }
-    return Explorer(data, Markup(script), Markup(f"; script-src 'sha256-{digest}'"), questions, definitions)
+    policy = Markup(f"; script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'")
+    return Explorer(data, Markup(script), policy, questions, definitions)

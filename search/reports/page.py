@@ -13,10 +13,14 @@ from search.files import write_text
 from search.reports.diagram import operation_colours, operation_label, shortened
 
 
-def write_page(path: Path, template: str, content: dict[str, Any]) -> None:
-    """Fill the template and write it, whole or not at all. Raises InputError if the file cannot be written."""
+def write_page(path: Path, template: str, content: dict[str, Any], *, folder: Path | None = None) -> None:
+    """Fill the template and write it, whole or not at all. Raises InputError if the file cannot be written.
+
+    The template, and whatever it extends and imports, lies in `folder`, if that is given, or in this one.
+    """
+    here = Path(__file__).parent
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.FileSystemLoader([folder or here, here]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

@@ -2,12 +2,16 @@
 
 function addressOf() {
   const compact = JSON.stringify(JSON.parse(cellToJson(state.cell)));
-  const fields = {cell: compact, map: state.size.join("x"), stride: state.stride, channels: state.inputs.join(",")};
+  const fields = {
+    cell: compact,
+    map: state.size.join("x"),
+    stride: state.stride,
+    channels: state.inputs.join(","),
+    widths: `${state.branchChannels},${state.cellChannels}`,
+    pooling: state.pooling,
+    windows: state.poolingSize?.join("x") ?? "none", // all is written: what another page begins with is another
+  };
   if (state.at) fields.at = state.at.join(",");
-  if (state.branchChannels !== 256 || state.cellChannels !== 256)
-    fields.widths = `${state.branchChannels},${state.cellChannels}`;
-  if (state.pooling !== "sliding_window") fields.pooling = state.pooling;
-  if (state.poolingSize) fields.windows = state.poolingSize.join("x");
   if (isAlone()) fields.branch = state.selected;
   return `#${new URLSearchParams(fields)}`;
 }
@@ -27,7 +31,8 @@ function fromAddress(hash, given) {
   const sizes = `give height x width, 1 to ${LARGEST_MAP} each, as in 65x129`;
   if (fields.has("cell")) found.cell = fields.get("cell");
   if (fields.has("map")) found.featureSize = integers("map", "x", isSize, sizes);
-  if (fields.has("windows")) found.poolingSize = integers("windows", "x", isSize, sizes);
+  if (fields.has("windows"))
+    found.poolingSize = fields.get("windows") === "none" ? null : integers("windows", "x", isSize, `${sizes}, or none`);
   if (fields.has("stride"))
     [found.outputStride] = integers("stride", ",", ([stride]) => stride in data.rateMultipliers, "give 4 to 32");
   if (fields.has("channels")) found.inChannels = integers("channels", ",", arePositive, "give integers of at least 1");
@@ -68,10 +73,6 @@ function rememberSoon() {
 
 function openAddress() {
   if (location.hash === ownAddress || !location.hash.includes("=")) return;
-  try {
-    change(opened(fromAddress(location.hash, data.cells[0])));
-  } catch (error) {
-    if (!(error instanceof CellError)) throw error;
-    say(error.message);
-  }
+  const asked = attempt(() => fromAddress(location.hash, data.cells[0]));
+  if (asked) show(asked);
 }

@@ -52,21 +52,20 @@ const replaced = (values, k, value) => values.map((each, j) => (j === k ? value 
 
 const nameOf = (input) => input.getAttribute("aria-label") ?? input.closest("label").textContent.trim();
 
-// Take a number while it is typed; what is none is marked, and on leaving the field the last good one comes back.
+// Take a number while it is typed; what is none, or is refused, is marked, and on leaving the field the last good one comes
+// back. `take` returns whether it took the number.
 function onNumber(input, least, most, take) {
   input.addEventListener("input", () => {
     const value = Number(input.value),
       isGood = input.value.trim() !== "" && Number.isInteger(value) && value >= least && value <= most();
-    input.setAttribute("aria-invalid", String(!isGood));
-    if (isGood) take(value);
-    else say(`${nameOf(input)}: give an integer from ${least} to ${most()}`);
+    input.setAttribute("aria-invalid", String(!(isGood && take(value))));
+    if (!isGood) say(`${nameOf(input)}: give an integer from ${least} to ${most()}`);
   });
   input.addEventListener("blur", () => {
-    if (input.getAttribute("aria-invalid") === "true") {
-      input.setAttribute("aria-invalid", "false");
-      say("");
-      render(null);
-    }
+    if (input.getAttribute("aria-invalid") !== "true") return;
+    input.setAttribute("aria-invalid", "false");
+    input.value = input.defaultValue; // nothing is drawn again: what is being clicked has to stay
+    say("");
   });
 }
 
@@ -89,9 +88,7 @@ function startControls() {
       ["size-h", "size-w"],
       1,
       () => LARGEST_SIZE,
-      (value) => {
-        changeBranch(state.selected, {size: replaced(state.cell.branches[state.selected].size, axis, value)});
-      },
+      (value) => changeBranch(state.selected, {size: replaced(state.cell.branches[state.selected].size, axis, value)}),
     );
   }
   onNumber(part("branch-channels"), 1, MOST_CHANNELS, (value) => change({branchChannels: value}));
@@ -100,9 +97,12 @@ function startControls() {
     // of the same image
     const stride = Number(event.target.value);
     const size = state.size.map((features) => Math.min(Math.ceil((pixels(features) - 1) / stride) + 1, LARGEST_MAP));
-    change({stride, size, at: state.at && state.at.map((place) => Math.round((place * state.stride) / stride))});
+    const at = state.at && state.at.map((place) => Math.round((place * state.stride) / stride));
+    if (!change({stride, size, at})) renderControls(); // the list shows what is, not what was refused
   });
-  part("pooling").addEventListener("change", (event) => change({pooling: event.target.value}));
+  part("pooling").addEventListener("change", (event) => {
+    if (!change({pooling: event.target.value})) renderControls();
+  });
   part("release").addEventListener("click", () => change({poolingSize: null}));
   part("show-whole").addEventListener("change", () => change({alone: false}));
   part("show-branch").addEventListener("change", () => change({alone: true}));
@@ -115,8 +115,7 @@ function startControls() {
   });
   part("remove-layer").addEventListener("click", () => change({inputs: state.inputs.slice(0, -1)}));
   part("random").addEventListener("click", () => {
-    ask({});
-    change({cell: randomCell(), selected: 0, label: ""});
+    if (change({cell: randomCell(), selected: 0, label: ""})) ask({});
   });
   data.cells.forEach((given) =>
     part("cells").append(
@@ -125,10 +124,7 @@ function startControls() {
         {
           type: "button",
           title: given.about ?? "",
-          onclick: () => {
-            ask(given);
-            change(opened(given, given.label));
-          },
+          onclick: () => show(given),
         },
         given.label,
       ),

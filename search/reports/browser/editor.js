@@ -146,6 +146,9 @@ function windowsText(branch) {
   return `windows of ${windows[0]} × ${windows[1]} features: ${rows} × ${columns} means`;
 }
 
+// A field's default is what the state has; its value may be what somebody types.
 function setValue(name, value) {
-  if (document.activeElement !== part(name) && value !== undefined) part(name).value = value;
+  if (value === undefined) return;
+  part(name).defaultValue = value;
+  if (document.activeElement !== part(name)) part(name).value = value;
 }

@@ -22,7 +22,7 @@ function renderFacts() {
     tile("positions", "Positions read", count(extent.positions), [`of ${count(height * width)} on the map`, whose]),
     tile("box", "They span", `${extent.box[0]}${NARROW_SPACE}×${NARROW_SPACE}${extent.box[1]}`, [
       `up ${reach[0]}, down ${reach[1]}, left ${reach[2]}, right ${reach[3]}`,
-      `${count(pixels(extent.box[0]))} × ${count(pixels(extent.box[1]))} pixels of the image`,
+      `${count(pixels(extent.box[0]))} × ${count(pixels(extent.box[1]))} pixels of the image, on the grid of corners`,
     ]),
     tile("share", "Read within it", percent(extent.share), [extent.share < 1 ? "the rest are holes: gridding" : "no holes"]),
     tile("lost", "Paths lost", percent(Math.abs(lost) < 1e-9 ? 0 : lost), [
@@ -38,10 +38,18 @@ function renderFacts() {
       `on ${height} × ${width} features`,
     ]),
   );
+  part("summary").textContent =
+    `${count(extent.positions)} of ${count(height * width)} positions read, within ${extent.box[0]} × ${extent.box[1]}: ` +
+    `${percent(extent.share)} of it; ${percent(Math.abs(lost) < 1e-9 ? 0 : lost)} of the paths lost.`;
   part("remark").textContent = numbers.remark;
   part("image").textContent =
-    `An image of ${count(pixels(height))} × ${count(pixels(width))} pixels at output stride ${state.stride}` +
-    (numbers.options.rateMultiplier > 1 ? `, where all rates count ${numbers.options.rateMultiplier} times.` : ".");
+    `An image of ${count(pixels(height))} × ${count(pixels(width))} pixels, on the grid of corners, ` +
+    `at output stride ${state.stride}` +
+    (numbers.options.rateMultiplier > 1
+      ? `, where all rates count ${numbers.options.rateMultiplier} times.`
+      : state.stride === 16
+        ? "."
+        : ", where rates count as they stand.");
 }
 
 // The nine taps of a convolution, those inside the map filled.
@@ -96,7 +104,7 @@ function renderTable() {
     "It has no convolution, and reads the output's own place.";
   part("rows").replaceChildren(
     ...(rows.length
-      ? [...rows, sum("all branches, as in Table 1", numbers.cost.total), sum(joined, numbers.cost.projection)]
+      ? [...rows, sum("all branches, counted as in Table 1", numbers.cost.total), sum(joined, numbers.cost.projection)]
       : [element("tr", {}, element("td", {colspan: 7}, linear))]),
   );
 }

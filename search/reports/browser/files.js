@@ -9,13 +9,10 @@ function renderJson() {
 }
 
 function takeText(text, name = "") {
-  try {
-    return change({cell: parseCell(text), selected: 0, alone: false, label: ""}, "json");
-  } catch (error) {
-    if (!(error instanceof CellError)) throw error;
-    say(name ? `${name}: ${error.message}` : error.message);
-    return false;
-  }
+  const cell = attempt(() => parseCell(text), name);
+  if (!cell || !change({cell, selected: 0, alone: false, label: ""}, "json")) return false;
+  ask({}); // which was of another cell
+  return true;
 }
 
 async function openFile(file) {
@@ -33,7 +30,6 @@ async function openFile(file) {
   }
   part("json").blur();
   if (takeText(text, file.name)) {
-    ask({});
     renderJson();
     part("said").textContent = `${file.name} is open`;
   }

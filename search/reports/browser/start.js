@@ -21,6 +21,11 @@ startEditor();
 startControls();
 startJson();
 root.hidden = false;
-change(opened(data.cells[0], data.cells[0].label));
+// With the first cell that can be shown; if there is none, with no branches, and saying why.
+if (!data.cells.some(show)) {
+  const why = part("problem").textContent;
+  show({...data.cells[0], cell: "[]", label: ""});
+  say(why);
+}
 openAddress();
 addEventListener("hashchange", openAddress);

@@ -4,16 +4,16 @@
 const data = JSON.parse(document.getElementById("explorer-data").textContent);
 const root = document.getElementById("explorer");
 const part = (name) => root.querySelector(`[data-part="${name}"]`);
-const LARGEST_MAP = 1025; // features per side
+const LARGEST_MAP = Math.max(1025, ...data.cells.flatMap(({featureSize}) => featureSize)); // features per side
 let state, numbers; // what is chosen, and what follows from it
 
-function opened(given, label = "") {
+function opened(given) {
   const cell = parseCell(given.cell);
   const inputs = [...given.inChannels];
   while (inputs.length < numInputs(cell)) inputs.push(inputs.at(-1));
   return {
     cell,
-    label,
+    label: given.label,
     inputs,
     size: [...given.featureSize],
     at: given.at ?? null,
@@ -62,6 +62,17 @@ function computed(from) {
   };
 }
 
+// What `make` gives; null, after saying why, for what cannot be shown.
+function attempt(make, name = "") {
+  try {
+    return make();
+  } catch (error) {
+    if (!(error instanceof CellError)) throw error;
+    say(name ? `${name}: ${error.message}` : error.message);
+    return null;
+  }
+}
+
 // Take over a change, or say why not and leave all as it was. Returns whether it was taken.
 function change(patch, from = null) {
   const next = {...state, ...patch};
@@ -69,14 +80,9 @@ function change(patch, from = null) {
   while (next.inputs.length < numInputs(next.cell)) next.inputs.push(next.inputs.at(-1));
   next.selected = Math.max(next.cell.branches.length ? 0 : -1, Math.min(next.selected, next.cell.branches.length - 1));
   next.at = next.at && next.at.map((place, axis) => Math.min(Math.max(place, 0), next.size[axis] - 1));
-  try {
-    numbers = computed(next);
-  } catch (error) {
-    if (!(error instanceof CellError)) throw error;
-    say(error.message);
-    return false;
-  }
-  state = next;
+  const found = attempt(() => computed(next));
+  if (!found) return false;
+  [state, numbers] = [next, found];
   say("");
   render(from);
   rememberSoon();
@@ -84,7 +90,8 @@ function change(patch, from = null) {
 }
 
 function changeBranch(i, patch) {
-  change({cell: {branches: state.cell.branches.map((branch, k) => (k === i ? {...branch, ...patch} : branch))}, label: ""});
+  const branches = state.cell.branches.map((branch, k) => (k === i ? {...branch, ...patch} : branch));
+  return change({cell: {branches}, label: ""});
 }
 
 // A new branch reads what the selected one reads, with the same operation: change it then.
@@ -124,10 +131,19 @@ function randomCell() {
   };
 }
 
-function openCell(given) {
-  if (!change(opened(given, given.label))) return;
+// Show a cell that was given, and its question if it has one. Returns whether it can be shown.
+function show(given) {
+  const next = attempt(() => opened(given), given.label);
+  if (!next || !change(next)) return false;
   ask(given);
+  return true;
+}
+
+// As `show`, from elsewhere on the page: what is shown comes into view, and whoever uses keys goes on there.
+function openCell(given) {
+  if (!show(given)) return;
   root.scrollIntoView({block: "start"});
+  root.focus({preventScroll: true});
 }
 
 // The question that goes with what was opened, if there is one, stands above the cell.

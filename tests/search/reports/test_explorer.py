@@ -5,7 +5,8 @@ import re
 import runpy
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 from urllib.parse import quote
@@ -24,13 +25,14 @@ from reference.dense_prediction_cell import BranchOptions, rate_multiplier_for
 from reference.grid import Grid
 from reference.pyramid_pooling import PoolingVariant
 from search.cells.cost import CellCost, Cost, cell_cost, module_cost
+from search.cells.latency import Latencies
 from search.cells.reach import FeatureMaps
 from search.cells.receptive_field import structural_receptive_field
 from search.cells.space import SearchSpace, known_cells, load_cell
 from search.report import ReportSettings, main
 from search.reports.diagram import MARGIN, layout_cell, operation_label
-from search.reports.explorer_page import span_of
-from search.reports.page import quantity
+from search.reports.explorer import Opened, explorer
+from search.reports.page import quantity, write_page
 from tests.search.composed import composed
 from tests.strategies import cells
 
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 
 DOCS = Path(__file__).parents[3] / "docs"
 PAGE = DOCS / "explorer.html"
+BUILDING = runpy.run_path(str(DOCS / "build_explorer.py"))
 INPUT_CHANNELS = (320, 160, 24)
 CHANNELS = {"inputs": INPUT_CHANNELS, "branches": 256, "cell": 128}
 TWO = '[{"op": "conv", "kernel": 3, "rate": [6, 6], "input": -1}, {"op": "conv", "kernel": 3, "rate": [6, 6], "input": 0}]'
@@ -111,6 +114,9 @@ class Visit:
         return text
 
 
+VisitOf = Callable[..., Visit]
+
+
 @pytest.fixture
 def visit(browser: "Browser") -> Iterator[Visit]:
     context = browser.new_context(viewport={"width": 1250, "height": 900})
@@ -120,6 +126,23 @@ def visit(browser: "Browser") -> Iterator[Visit]:
     assert visit.complaints == []
     assert all(url.startswith(("file:", "blob:")) for url in visit.requests)
     assert len({url.split("#")[0] for url in visit.requests}) == 1  # the page itself
+    context.close()
+
+
+@pytest.fixture
+def visit_of(browser: "Browser", tmp_path: Path) -> Iterator[VisitOf]:
+    """A page like those of `search.report --cells`, with these cells."""
+    context = browser.new_context(viewport={"width": 1250, "height": 900})
+    visit = Visit(context.new_page())
+
+    def visit_page(*opened: Opened) -> Visit:
+        content = {"cells": [], "latencies": Latencies({}, "cpu", (1, 1)), "explorer": explorer(opened)}
+        write_page(tmp_path / "cells.html", "cell_report.html.jinja", content)
+        visit.go((tmp_path / "cells.html").as_uri())
+        return visit
+
+    yield visit_page
+    assert visit.complaints == []
     context.close()
 
 
@@ -176,7 +199,7 @@ def assert_computed(case: dict[str, Any], found: dict[str, Any]) -> None:
     for i, alone in enumerate(found["alone"]):  # what branch i adds to the cell without it and those behind it
         upto, before = (structural_receptive_field(Cell(cell.branches[:k]), size, options, at=at) for k in (i + 1, i))
         np.testing.assert_allclose(np.reshape(alone, size), upto - (before if i else 0), rtol=0, atol=1e-9 * upto.max())
-    span = span_of(expected)
+    span = BUILDING["span_of"](expected)
     assert (found["extent"]["positions"], tuple(found["extent"]["box"])) == (span.positions, span.box)
 
     maps = FeatureMaps(size, size, multiplier, pooling, pinned)
@@ -333,7 +356,7 @@ def test_what_is_no_json_or_too_much_to_draw_is_refused(computing: "Page") -> No
 
 
 def test_the_committed_page_is_what_its_script_builds(tmp_path: Path) -> None:
-    runpy.run_path(str(DOCS / "build_explorer.py"))["write_explorer"](tmp_path / "explorer.html")
+    BUILDING["write_explorer"](tmp_path / "explorer.html")
     assert (tmp_path / "explorer.html").read_text(encoding="utf-8") == PAGE.read_text(encoding="utf-8")
     assert PAGE.stat().st_size < 150_000
 
@@ -350,7 +373,7 @@ def test_links_lead_to_sections_of_the_definitions() -> None:
 def test_answers_are_as_computed() -> None:
     """By hand: 5 × 5 of 25 × 25; three rates 1, 3 and 9 read 27 × 27; the corner keeps a quarter and the axes."""
     page = PAGE.read_text(encoding="utf-8")
-    assert "25 of 25×25 positions are read, 4.0%" in page
+    assert "25 of 25×25 positions are read, 4.0 %" in page
     assert "1, 3 and 9, in any order: 27 × 27 positions" in page
     assert "84,800 become 542,720" in page
     assert "The total goes from 356 K to 814 K" in page
@@ -512,9 +535,48 @@ def test_an_address_opens_the_same_again(visit: Visit) -> None:
     assert visit.part("show-branch").is_checked()
 
 
+def test_an_address_opens_the_same_again_where_the_page_begins_with_another(visit_of: VisitOf) -> None:
+    """The page's first cell fills no gap: it has other widths, other pooling, and windows pinned, which are released here."""
+    first = Opened(
+        label="first",
+        cell=load_cell("aspp"),
+        branch_channels=64,
+        cell_channels=64,
+        pooling="grid_cells",
+        pooling_size=(9, 9),
+        feature_size=(17, 33),
+    )
+    visit = visit_of(
+        first, Opened(label="second", cell=Cell.from_json(TWO)), replace(first, label="third", cell=load_cell("psp"))
+    )
+    for k in range(3):
+        visit.page.evaluate("openCell(data.cells[0])")
+        visit.wait("location.hash === addressOf()")
+        visit.page.locator('[data-part="cells"] button').nth(k).click()
+        if k == 2:
+            visit.part("release").click()
+        visit.wait("location.hash === addressOf()")
+        before = visit.page.evaluate("JSON.stringify({...state, label: ''})")
+        address = visit.page.url
+        visit.go("about:blank")
+        visit.go(address)
+        assert visit.page.evaluate("JSON.stringify(state)") == before
+
+
+def test_an_address_has_the_map_that_its_page_begins_with(visit_of: VisitOf) -> None:
+    """However large; no other page takes it."""
+    visit = visit_of(Opened(label="long", cell=load_cell("dpc"), feature_size=(1, 1030)))
+    visit.wait("location.hash.includes('map=1x1030')")
+    visit.page.reload()
+    assert (visit.problem, visit.page.evaluate("state.size")) == ("", [1, 1030])
+    visit.part("width").fill("1031")
+    assert visit.problem == "width of the map, in features: give an integer from 1 to 1030"
+
+
 WRONG_ADDRESSES = {
     "cell=[3]": "branch 0: must be a JSON object, got 3",
     f"cell={TWO}&map=0x5": "the address has map=0x5: give height x width, 1 to 1025 each, as in 65x129",
+    f"cell={TWO}&windows=0x1": "the address has windows=0x1: give height x width, 1 to 1025 each, as in 65x129, or none",
     f"cell={TWO}&stride=3": "the address has stride=3: give 4 to 32",
     f"cell={TWO}&channels=many": "the address has channels=many: give integers of at least 1",
     "pooling=max": "the address has pooling=max: give sliding_window or grid_cells",
@@ -529,6 +591,158 @@ def test_a_wrong_address_is_named_and_the_page_works(visit: Visit) -> None:
         visit.wait(f"part('problem').textContent === {json.dumps(sentence)}")
     visit.page.get_by_role("button", name="ASPP").click()
     assert (visit.cell, visit.problem) == (load_cell("aspp"), "")
+
+
+@pytest.fixture
+def pinned(visit_of: VisitOf) -> Visit:
+    """33 × 33 features with windows of that size, so that no smaller map is taken."""
+    return visit_of(Opened(label="pinned", cell=load_cell("aspp"), feature_size=(33, 33), pooling_size=(33, 33)))
+
+
+def test_what_is_refused_is_not_shown_as_chosen(pinned: Visit) -> None:
+    pinned.part("stride").select_option("32")
+    assert pinned.problem == "pooling window of 33 (pooling_size 33, grid 1) must be 1 to the map's 17"
+    assert (pinned.part("stride").input_value(), pinned.page.evaluate("state.stride")) == ("16", 16)
+    pinned.part("height").fill("5")
+    assert pinned.problem == "pooling window of 33 (pooling_size 33, grid 1) must be 1 to the map's 5"
+    assert pinned.part("height").get_attribute("aria-invalid") == "true"
+    pinned.part("height").press("Tab")
+    assert (pinned.part("height").input_value(), pinned.problem) == ("33", "")
+    assert pinned.part("height").get_attribute("aria-invalid") == "false"
+
+
+def test_what_is_clicked_on_leaving_a_refused_field_is_done(pinned: Visit) -> None:
+    """Nothing is drawn anew between the press of the button and its release."""
+    pinned.part("height").fill("5")
+    pinned.page.locator('[data-branch="2"]').click()
+    assert (pinned.page.evaluate("state.selected"), pinned.part("height").input_value()) == (2, "33")
+    pinned.part("size-h").fill("0")
+    pinned.page.locator('[data-part="reads"]').get_by_text("1", exact=True).click()
+    assert (pinned.cell.branches[2].input_index, pinned.part("size-h").input_value(), pinned.problem) == (1, "12", "")
+
+
+def test_refused_poolings_and_grids_are_not_shown_as_chosen(pinned: Visit) -> None:
+    pinned.part("pooling").select_option("grid_cells")
+    pinned.part("height").fill("9")  # which grid cells may have
+    pinned.part("pooling").select_option("sliding_window")
+    assert pinned.problem == "pooling window of 33 (pooling_size 33, grid 1) must be 1 to the map's 9"
+    assert (pinned.part("pooling").input_value(), pinned.page.evaluate("state.pooling")) == ("grid_cells", "grid_cells")
+    pinned.page.locator('[data-branch="4"]').click()
+    pinned.part("size-h").fill("4")
+    pinned.part("size-w").fill("4")
+    pinned.part("pooling").select_option("sliding_window")
+    pinned.part("size-h").fill("2")
+    assert pinned.problem == "pooling window of 17 (pooling_size 33, grid 2) must be 1 to the map's 9"
+    pinned.part("size-h").press("Tab")
+    assert (pinned.part("size-h").input_value(), pinned.problem) == ("4", "")
+
+
+def test_cells_too_large_to_draw_are_named_and_the_page_works(visit_of: VisitOf) -> None:
+    wide = Opened(label="wide", cell=Cell((Branch(-1, Conv1x1()),) * 60))
+    deep = Opened(label="deep", cell=Cell((Branch(-17, Conv1x1()),)), in_channels=(8,) * 17)
+    visit = visit_of(wide, deep, Opened(label="two", cell=Cell.from_json(TWO)))
+    assert (visit.cell, visit.problem) == (Cell.from_json(TWO), "")
+    for k, sentence in enumerate(("wide: this page shows up to 50 branches, got 60", "deep: this page shows up to 16 layers")):
+        visit.part("cells").get_by_role("button").nth(k).click()
+        assert visit.problem.startswith(sentence)
+        visit.part("corner").click()
+        assert visit.problem == ""
+        visit.page.evaluate(f"openCell(data.cells[{k}])")
+        assert visit.problem.startswith(sentence)
+    assert visit.cell == Cell.from_json(TWO)
+
+
+def test_a_page_of_nothing_that_can_be_drawn_says_so_and_works(visit_of: VisitOf) -> None:
+    visit = visit_of(Opened(label="wide", cell=Cell((Branch(-1, Conv1x1()),) * 60)))
+    assert visit.problem == "wide: this page shows up to 50 branches, got 60"
+    visit.part("json").fill(TWO)
+    assert (visit.cell, visit.problem) == (Cell.from_json(TWO), "")
+
+
+STRANGE_FILES = {
+    b"": "not valid JSON: Unexpected end of JSON input",
+    bytes(100): "not valid JSON: ",
+    bytes(range(256)): "not a text in UTF-8",
+    b'[{"op": "<img src=x onerror=alert(1)>"}]': 'branch 0: op must be "conv" or "pyramid_pooling", got \'<img',
+    b'[{"op": "conv", "kernel": 3, "rate": [NaN, 1], "input": -1}]': "not valid JSON: ",
+    b'[{"op": "conv", "kernel": 3, "rate": [1e999, 1], "input": -1}]': "branch 0: rate must be two integers",
+    b"[" * 400_000: "not valid JSON: ",
+    b"[" * 2000 + b"]" * 2000: "branch 0: must be a JSON object, got [[[",
+    b'["' + b"long " * 100_000 + b'"]': "branch 0: must be a JSON object, got 'long long",
+    b"[" + b",".join([b'{"op": "conv", "kernel": 1, "input": -1}'] * 60) + b"]": "this page shows up to 50 branches, got 60",
+    b" " * 1_000_001: "a cell's file has some hundred bytes, this one 1,000,001",
+}
+
+
+def test_strange_files_are_told_in_a_sentence_and_the_page_works(visit: Visit, tmp_path: Path) -> None:
+    path = tmp_path / "<b>mine.json"
+    for content, sentence in STRANGE_FILES.items():
+        path.write_bytes(content)
+        visit.page.evaluate("say('')")
+        visit.part("file").set_input_files(path)
+        visit.wait("part('problem').textContent !== ''")
+        assert visit.problem.startswith(f"<b>mine.json: {sentence}")
+        assert visit.part("problem").bounding_box()["height"] < 450  # of 900: the page can still be used
+        assert visit.page.locator("#explorer img, .problem b").count() == 0
+        assert visit.cell == load_cell("dpc")
+    path.write_text(TWO, encoding="utf-8")
+    visit.part("file").set_input_files(path)
+    visit.wait("state.cell.branches.length === 2")
+    assert visit.problem == ""
+
+
+@pytest.mark.parametrize("pooling", get_args(PoolingVariant))
+def test_rates_and_grids_far_beyond_the_map_are_shown(visit: Visit, pooling: str) -> None:
+    visit.part("pooling").select_option(pooling)
+    conv = '{"op": "conv", "kernel": 3, "rate": [1000000000, 1], "input": -1}'
+    pool = '{"op": "pyramid_pooling", "grid_size": [1000000000, 1000000000], "input": 0}'
+    visit.part("json").fill(f"[{conv}, {pool}]")
+    assert (visit.problem, len(visit.cell.branches)) == ("", 2)
+    assert "rate 1000000000×1 of branch 0 (height)" in visit.part("remark").inner_text()
+    assert visit.page.evaluate("document.documentElement.scrollWidth") <= 1250
+    visit.page.get_by_role("button", name="ASPP").click()
+    assert (visit.cell, visit.problem) == (load_cell("aspp"), "")
+
+
+def test_a_question_leaves_with_its_cell(visit: Visit) -> None:
+    questions, asked = visit.page.locator("[data-question]"), visit.part("asked")
+    questions.nth(0).click()
+    visit.part("json").fill("[3]")
+    assert asked.is_visible()  # as is its cell
+    visit.part("json").fill("[]")
+    assert not asked.is_visible()
+    questions.nth(0).click()
+    visit.page.evaluate("address => { location.hash = address; }", f"cell={quote(TWO)}")
+    visit.wait("state.cell.branches.length === 2 && state.size[1] === 129")
+    assert not asked.is_visible()
+    questions.nth(0).click()
+    visit.page.get_by_role("button", name="ASPP").click()
+    assert not asked.is_visible()
+
+
+def test_the_numbers_stand_below_the_map_too(visit: Visit) -> None:
+    said = visit.part("summary").inner_text()
+    assert said == "513 of 8,385 positions read, within 51 × 55: 18 % of it; 0.0 % of the paths lost."
+    visit.part("corner").click()
+    said = visit.part("summary").inner_text()
+    assert said.startswith("112 of 8,385 positions read, within 26 × 28: ")
+    assert visit.fact("lost").split("\n")[1] in said
+
+
+def test_after_a_question_is_set_up_keys_go_on_at_its_cell(visit: Visit) -> None:
+    visit.page.locator("[data-question]").nth(0).focus()
+    visit.page.keyboard.press("Enter")
+    assert visit.page.evaluate("document.activeElement.id") == "explorer"
+    visit.page.keyboard.press("Tab")
+    assert visit.page.evaluate("document.getElementById('explorer').contains(document.activeElement)")
+
+
+def test_sizes_in_pixels_name_their_grid(visit: Visit) -> None:
+    """An image of 512 × 512 has 32 × 32 features of a vision transformer, on the grid of centres."""
+    visit.part("height").fill("32")
+    visit.part("width").fill("32")
+    assert visit.part("image").inner_text() == "An image of 497 × 497 pixels, on the grid of corners, at output stride 16."
+    assert visit.fact("box").endswith("pixels of the image, on the grid of corners")
 
 
 def test_questions_set_up_their_cells(visit: Visit) -> None:
@@ -593,6 +807,9 @@ PRESS = """seed => {
   for (let k = 0; k < 150; k++) {
     acts[below(acts.length)]();
     const again = computed(state);
+    const shown = [["height", state.size[0]], ["width", state.size[1]], ["stride", state.stride], ["pooling", state.pooling],
+      ["branch-channels", state.branchChannels], ["cell-channels", state.cellChannels]];
+    ends.push(shown.every(([name, value]) => part(name).value === String(value)));
     ends.push(part("json").value === cellToJson(checkedCell(state.cell)) && String(again.field) === String(numbers.field)
       && again.cost.total.parameters === numbers.cost.total.parameters);
   }
@@ -603,7 +820,16 @@ PRESS = """seed => {
 def test_whatever_is_pressed_the_page_stays_whole(visit: Visit) -> None:
     visit.part("height").fill("9")
     visit.part("width").fill("14")
+    visit.part("width").blur()
     assert visit.page.evaluate(PRESS, 1)
+
+
+def test_whatever_is_refused_the_page_stays_whole(visit_of: VisitOf) -> None:
+    """No smaller map is taken than the windows are; the button that lets them follow the map is away."""
+    visit = visit_of(Opened(label="pinned", cell=load_cell("aspp"), feature_size=(9, 14), pooling_size=(9, 14)))
+    visit.page.evaluate("part('release').remove()")
+    assert visit.page.evaluate(PRESS, 2)
+    assert visit.page.evaluate("state.poolingSize") == [9, 14]
 
 
 def test_the_page_fits_narrow_screens(visit: Visit) -> None:
@@ -674,6 +900,16 @@ def test_windows_pinned_by_a_head_stay_until_they_are_released(browser: "Browser
     assert "windows of 3 × 17 features" in visit.part("rows").inner_text()
     assert visit.complaints == []
     visitor.close()
+
+
+def test_shares_are_written_alike_and_the_policy_is_narrow() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    (policy,) = re.findall(r'Content-Security-Policy" content="([^"]+)"', page)
+    assert {"default-src 'none'", "base-uri 'none'", "form-action 'none'"} <= set(policy.split("; "))
+    text = re.sub(r"<style>.*?</style>|<script>.*?</script>", "", page, flags=re.DOTALL)
+    text = re.sub(r'style="[^"]*"', "", text)
+    assert len(re.findall(r"\d %", text)) > 5
+    assert not re.findall(r"\d%", text)
 
 
 def test_data_of_a_page_cannot_end_its_script(tmp_path: Path) -> None:
