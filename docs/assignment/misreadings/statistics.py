@@ -11,7 +11,7 @@ from reference import batch_norm as bn
 from reference import dense_prediction_cell as whole_cell
 from reference import pointwise_conv as pointwise
 from reference.batch_norm import EPS, Array, BatchNorm
-from reference.cell import BACKBONE_FEATURE, Cell, PyramidPooling
+from reference.cell import BACKBONE_FEATURE, Cell
 from reference.concat_project import DROPOUT_RATE
 from reference.dense_prediction_cell import BranchOptions, CellWeights
 from reference.pointwise_conv import ConvNorm
@@ -53,7 +53,7 @@ def _projection_of(raw: Callable[[Array, Array], Array]) -> Changes:
 def _whole_maps(before: Any, after: Any, maps: dict[int, Array], cell: Cell, momentum: float) -> CellWeights[Array]:
     branches = list(after.branches)
     for i, branch in enumerate(cell.branches):
-        if isinstance(branch.operation, PyramidPooling):
+        if isinstance(before.branches[i], ConvNorm):  # a pooling's; those of a 1×1 convolution stay what they are
             raw = pointwise.pointwise_conv(maps[branch.input_index], before.branches[i].weight)
             branches[i] = _moved(before.branches[i], raw, momentum)
     changed: CellWeights[Array] = after._replace(branches=tuple(branches))
