@@ -249,7 +249,7 @@ WRONG = {
         RESIZE.replace("return x\n", "return 3.0 * (x / 3.0).astype(np.float32).astype(float)\n"),
         "So small an error may be the rounding of float32",
     ),
-    "a bad cell accepted": ("cell", "def read_cell(text):\n    return []", "read_cell"),
+    "a cell that is not read": ("cell", "def read_cell(text):\n    return []", "read_cell"),
 }
 
 
