@@ -225,25 +225,25 @@ def _explained(
     student: Student, step: Step, answers: list[Answer], known: list[Misreading], failed: Sequence[str]
 ) -> tuple[list[str], Explanation | None]:
     """Sentences about one function, and the misreading that it shows, if there is one."""
-    worst = next(answer for answer in answers if answer.off)
-    off = worst.off
+    first_off = next(answer for answer in answers if answer.off)
+    off = first_off.off
     assert off is not None
     right = sum(answer.off is None for answer in answers)
-    about = f"{_called(worst.case)}: {off.sentence}."
+    about = f"{_called(first_off.case)}: {off.sentence}."
     if right:
         about += f" ({right} of {len(answers)} inputs give the right value.)"
     if off.value is None:
         return [about], None
-    found = [_least(each, worst, off) for each in _named(step, answers, worst, off, known, failed)]
+    found = [_least(each, first_off, off) for each in _named(step, answers, first_off, off, known, failed)]
     if not found:
-        return [about, *_hints(student, worst, off, is_first=not _needed(step, failed))], None
+        return [about, *_hints(student, first_off, off, is_first=not _needed(step, failed))], None
     sentence = _sentence(found, known)
     known += [each for each in found[0] if each not in known]
     return [about, sentence], found[0]
 
 
 def _named(
-    step: Step, answers: list[Answer], worst: Answer, off: Off, known: list[Misreading], failed: Sequence[str]
+    step: Step, answers: list[Answer], first_off: Answer, off: Off, known: list[Misreading], failed: Sequence[str]
 ) -> list[Explanation]:
     """What gives all that the function returned: the known misreadings, with at most two new ones, or new ones alone.
 
@@ -256,25 +256,27 @@ def _named(
     candidates = sorted(possible, key=lambda each: each.step != step.name)
     before = tuple(each for each in known if each in candidates)
     partly: list[Explanation] = []
-    for group in _groups(step.name, before, candidates, worst):
-        found = [each for each in group if _gives_all(each, worst) and not _contradicted(each, answers)]
+    for group in _groups(step.name, before, candidates, first_off):
+        found = [each for each in group if _gives_all(each, first_off) and not _contradicted(each, answers)]
         fully = [each for each in found if all(_gives_all(each, answer) for answer in answers if answer.off)]
         if fully:
             return fully
         partly = partly or [each for each in found if len({*each} - {*before}) < 2]
-    return partly or [(each,) for each in candidates if _gives((each,), worst, off) and not _contradicted((each,), answers)]
+    return partly or [
+        (each,) for each in candidates if _gives((each,), first_off, off) and not _contradicted((each,), answers)
+    ]
 
 
-def _groups(own: str, before: Explanation, candidates: list[Misreading], worst: Answer) -> Iterator[list[Explanation]]:
+def _groups(own: str, before: Explanation, candidates: list[Misreading], first_off: Answer) -> Iterator[list[Explanation]]:
     """What to try, from the likeliest on. The candidates begin with the step's own ones."""
     bases = [before, ()] if before else [()]
     yield [before] if before else []
     for base in bases:
         yield [(*base, each) for each in candidates if each not in base]
-    size = sum(leaf.size for _, leaf in leaves(worst.case.arguments) if isinstance(leaf, np.ndarray))
+    size = sum(leaf.size for _, leaf in leaves(first_off.case.arguments) if isinstance(leaf, np.ndarray))
     if size > PAIRED_ELEMENTS:
         return
-    right = worst._replace(value=worst.case.evaluated())
+    right = first_off._replace(value=first_off.case.evaluated())
     changing = [each for each in candidates if not _gives_all((each,), right)]
     pairs = [pair for pair in combinations(changing, 2) if pair[0].step == own]  # two of earlier steps were named there
     for base in bases:
