@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 _STOPS = (signal.SIGINT, signal.SIGTERM)
-_waiting: list[list[signal.Signals]] = []  # what was pressed in each block that must come to its end
+_waiting: list[list[signal.Signals]] = []  # what was pressed in the block that must come to its end, if there is one
 
 
 @contextmanager
@@ -70,14 +70,18 @@ def stop_waits() -> bool:
 def ctrl_c_waits() -> Iterator[None]:
     """Let the code inside finish before Ctrl-C ends the program; a second Ctrl-C ends it at once.
 
-    Used around calls of the database, which prints its own tracebacks if it is interrupted.
+    Used around calls of the database, which prints its own tracebacks if it is interrupted. Inside of such a block, another
+    one changes nothing.
     """
+    if _waiting or threading.current_thread() is not threading.main_thread():
+        yield
+        return
     pressed: list[signal.Signals] = []
-    _waiting.append(pressed)
     try:
+        _waiting.append(pressed)
         with first_stop_calls(pressed.append):
             yield
     finally:
-        _waiting.remove(pressed)
+        _waiting.clear()
     for number in pressed:
         signal.raise_signal(number)

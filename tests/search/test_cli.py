@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from inspect import signature
@@ -35,7 +36,7 @@ from search.datasets import Dataset, open_dataset
 from search.errors import InputError
 from search.features import FeaturesSettings
 from search.fidelity import FidelitySettings
-from search.interrupts import ctrl_c_waits, sigterm_is_ctrl_c, sigterm_kept
+from search.interrupts import ctrl_c_waits, sigterm_is_ctrl_c, sigterm_kept, stop_waits
 from search.random import RandomSettings
 from search.settings import PictureSettings, PredictionSettings
 from search.train import TrainSettings
@@ -459,17 +460,43 @@ def test_a_real_ctrl_c_stops_a_search_cleanly_and_sigterm_does_too(
 
 @pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_waits_for_the_end_of_a_block_but_a_second_one_does_not(number: signal.Signals) -> None:
+@pytest.mark.parametrize("inner", [nullcontext, ctrl_c_waits])
+def test_ctrl_c_waits_for_the_end_of_a_block_but_a_second_one_does_not(
+    number: signal.Signals, inner: Callable[[], AbstractContextManager[None]]
+) -> None:
     for times, expected in ((1, ["done"]), (2, [])):
         work: list[str] = []
         with pytest.raises(KeyboardInterrupt):
-            _press_ctrl_c(times, work, number)
+            _press_ctrl_c(times, work, number, inner)
         assert work == expected
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def _press_ctrl_c(times: int, work: list[str], number: signal.Signals) -> None:
-    with sigterm_is_ctrl_c(), ctrl_c_waits():
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize("when", ["before", "inside", "after"])
+def test_ctrl_c_waits_for_the_end_of_the_outer_of_two_blocks(when: str) -> None:
+    waited: list[bool] = []
+    with pytest.raises(KeyboardInterrupt):
+        _press_ctrl_c_around_a_block(when, waited)
+    assert waited == [when == "before", when in {"before", "inside"}, True]
+    assert not stop_waits()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def _press_ctrl_c_around_a_block(when: str, waited: list[bool]) -> None:
+    """Press it before, inside or after a block that another one holds; tells in turn whether a stop waits."""
+    with ctrl_c_waits():
+        for here in ("before", "inside", "after"):
+            with ctrl_c_waits() if here == "inside" else nullcontext():
+                if here == when:
+                    signal.raise_signal(signal.SIGINT)
+            waited.append(stop_waits())
+
+
+def _press_ctrl_c(
+    times: int, work: list[str], number: signal.Signals, inner: Callable[[], AbstractContextManager[None]]
+) -> None:
+    with sigterm_is_ctrl_c(), ctrl_c_waits(), inner():
         for _ in range(times):
             signal.raise_signal(number)
         work.append("done")
