@@ -70,8 +70,8 @@ def search(
     with (
         log.open("a", encoding="utf-8", buffering=1) as said,
         redirect_stderr(said),
-        sigterm_is_ctrl_c(),
         suppress(KeyboardInterrupt),
+        sigterm_is_ctrl_c(),
         closing(_open(url, directory, halving, cost)) as study,
     ):
         Search(study, FreeWorkers(), plan(trials), TASK.score).run()
