@@ -13,7 +13,7 @@ _waiting: list[list[signal.Signals]] = []  # what was pressed in the block that 
 @contextmanager
 def sigterm_is_ctrl_c() -> Iterator[None]:
     """Let SIGTERM, by which `kill`, Slurm and Kubernetes end a program, stop the code inside as Ctrl-C does."""
-    if threading.current_thread() is not threading.main_thread():  # only that thread may set handlers
+    if not _may_set_handlers():
         yield
         return
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -30,7 +30,7 @@ def sigterm_kept() -> Iterator[None]:
     try:
         yield
     finally:
-        if threading.current_thread() is threading.main_thread():
+        if _may_set_handlers():
             signal.signal(signal.SIGTERM, before)
 
 
@@ -42,7 +42,7 @@ def first_stop_calls(act: Callable[[signal.Signals], object]) -> Iterator[None]:
     jobs of a shell.
     """
     before = {number: handler for number in _STOPS if callable(handler := signal.getsignal(number))}
-    if threading.current_thread() is not threading.main_thread():
+    if not _may_set_handlers():
         before = {}
 
     def restore() -> None:
@@ -73,7 +73,7 @@ def ctrl_c_waits() -> Iterator[None]:
     Used around calls of the database, which prints its own tracebacks if it is interrupted. Inside of such a block, another
     one changes nothing.
     """
-    if _waiting or threading.current_thread() is not threading.main_thread():
+    if _waiting or not _may_set_handlers():
         yield
         return
     pressed: list[signal.Signals] = []
@@ -85,3 +85,8 @@ def ctrl_c_waits() -> Iterator[None]:
         _waiting.clear()
     for number in pressed:
         signal.raise_signal(number)
+
+
+def _may_set_handlers() -> bool:
+    """Whether Python lets this thread set what a signal does."""
+    return threading.current_thread() is threading.main_thread()

@@ -25,9 +25,9 @@ function renderFacts() {
       `${count(pixels(extent.box[0]))} × ${count(pixels(extent.box[1]))} pixels of the image, on the grid of corners`,
     ]),
     tile("share", "Read within it", percent(extent.share), [extent.share < 1 ? "the rest are holes: gridding" : "no holes"]),
-    tile("lost", "Paths lost", percent(Math.abs(lost) < 1e-9 ? 0 : lost), [
+    tile("lost", "Paths lost", percent(lost), [
       "end in the zeros beyond the border",
-      lost > 1e-9 ? "" : canLose ? "none here: move the output" : "means and 1×1 convolutions lose none",
+      lost > 0 ? "" : canLose ? "none here: move the output" : "means and 1×1 convolutions lose none",
     ]),
     tile("parameters", "Parameters", quantity(cost.total.parameters), [
       count(cost.total.parameters),
@@ -40,7 +40,7 @@ function renderFacts() {
   );
   part("summary").textContent =
     `${count(extent.positions)} of ${count(height * width)} positions read, within ${extent.box[0]} × ${extent.box[1]}: ` +
-    `${percent(extent.share)} of it; ${percent(Math.abs(lost) < 1e-9 ? 0 : lost)} of the paths lost.`;
+    `${percent(extent.share)} of it; ${percent(lost)} of the paths lost.`;
   part("remark").textContent = numbers.remark;
   part("image").textContent =
     `An image of ${count(pixels(height))} × ${count(pixels(width))} pixels, on the grid of corners, ` +

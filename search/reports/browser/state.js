@@ -7,14 +7,12 @@ const part = (name) => root.querySelector(`[data-part="${name}"]`);
 const LARGEST_MAP = Math.max(1025, ...data.cells.flatMap(({featureSize}) => featureSize)); // features per side
 let state, numbers; // what is chosen, and what follows from it
 
+// For `change`, which fits what follows from the cell: layers, the selected branch, the output's place.
 function opened(given) {
-  const cell = parseCell(given.cell);
-  const inputs = [...given.inChannels];
-  while (inputs.length < numInputs(cell)) inputs.push(inputs.at(-1));
   return {
-    cell,
+    cell: parseCell(given.cell),
     label: given.label,
-    inputs,
+    inputs: given.inChannels,
     size: [...given.featureSize],
     at: given.at ?? null,
     stride: given.outputStride,
@@ -22,7 +20,7 @@ function opened(given) {
     poolingSize: given.poolingSize ?? null,
     branchChannels: given.branchChannels,
     cellChannels: given.cellChannels,
-    selected: Math.min(given.selected ?? 0, cell.branches.length - 1),
+    selected: given.selected ?? 0,
     alone: given.alone ?? false,
   };
 }
@@ -47,12 +45,13 @@ function computed(from) {
   );
   const channels = {inputs: from.inputs, branches: from.branchChannels, cell: from.cellChannels};
   const extent = extentOf(field, size);
+  const lost = 1 - extent.paths / pathsWithoutBorder(cell, shown);
   return {
     branches,
     field,
     extent,
     options,
-    lost: 1 - extent.paths / pathsWithoutBorder(cell, shown),
+    lost: lost > 1e-9 ? lost : 0, // less is rounding
     cost: costOf(cell, size, channels, options),
     remark: reachRemark(cell, size, options),
     ofBranches: branches.map((each) => {
